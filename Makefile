@@ -1,0 +1,70 @@
+# `make` lists the targets. Everything runs in .venv, made on first use from requirements.lock.
+# Another interpreter:  make -B setup PYTHON=/path/to/python3.12
+
+PY   := .venv/bin/python
+UV   := $(shell command -v uv 2>/dev/null)
+NB   ?= $(filter-out notebooks/09_%,$(sort $(wildcard notebooks/*.ipynb)))
+ARGS ?=
+# Keeps the kernel's language and cell tags, which papermill needs; takes out what papermill leaves behind.
+STRIP := $(PY) -m nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill"
+
+.PHONY: help setup quickstart test lint format notebooks bench lab
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/.ready  ## make .venv with the pinned packages
+
+quickstart: .venv/.ready  ## train, evaluate and compare a few small models on drawn shapes
+	$(PY) -m detrlib.sweep papermill_runs/configs/quickstart.yaml
+
+test: .venv/.ready  ## run the tests; make test ARGS="-k attention"
+	$(PY) -m pytest $(ARGS)
+
+lint: .venv/.ready  ## check style, and that notebooks hold no outputs
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@for f in notebooks/*.ipynb; do [ ! -e "$$f" ] || $(STRIP) --verify "$$f" || exit 1; done
+
+format: .venv/.ready  ## mend style, strip notebooks
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+	@for f in notebooks/*.ipynb; do [ ! -e "$$f" ] || $(STRIP) "$$f" || exit 1; done
+
+notebooks: .venv/.ready  ## execute all notebooks into build/notebooks; make notebooks NB=notebooks/02_*.ipynb
+	@mkdir -p build/notebooks
+	@for f in $(NB); do echo "$$f"; $(PY) -m detrlib.notebooks "$$f" "build/$$f" || exit 1; done
+
+bench: .venv/.ready  ## execute the benchmark notebook into build/notebooks
+	@mkdir -p build/notebooks
+	@[ -e notebooks/09_benchmarks.ipynb ] || { echo "notebooks/09_benchmarks.ipynb does not exist yet"; exit 1; }
+	$(PY) -m detrlib.notebooks 09_benchmarks build/notebooks/09_benchmarks.ipynb
+
+lab: .venv/.ready  ## open JupyterLab
+	$(PY) -m jupyter lab $(ARGS)
+
+# The stamp is written last, so an interrupted installation starts afresh.
+.venv/.ready: pyproject.toml requirements.lock
+	@set -e; rm -f $@; \
+	if [ -n "$(PYTHON)" ]; then names="$(PYTHON)"; else names="python3.14 python3.13 python3.12 python3.11 python3 python"; fi; \
+	wanted="import sys; sys.exit(sys.version_info < (3, 11))"; found=; python=; \
+	for name in $$names; do \
+	    "$$name" -c "$$wanted" 2>/dev/null || continue; found="$$name"; \
+	    if [ -n "$(UV)" ] || "$$name" -c "import venv, ensurepip" 2>/dev/null; then python="$$name"; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "detrlib needs Python 3.11 or newer; tried: $$names. Name one with  make setup PYTHON=..."; exit 1; fi; \
+	if [ -z "$$python" ]; then echo "$$found has no venv module (on Debian and Ubuntu: apt install python3-venv), and uv is not installed"; exit 1; fi; \
+	echo "Making .venv with $$("$$python" --version). The first time this downloads some GB and takes a few minutes."; \
+	rm -rf .venv; \
+	if [ -n "$(UV)" ]; then \
+	    uv venv --quiet --python "$$(command -v "$$python")" .venv; \
+	    uv pip install --python $(PY) -r requirements.lock; \
+	    uv pip install --quiet --python $(PY) --no-deps -e .; \
+	else \
+	    "$$python" -m venv .venv; \
+	    { $(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements.lock && touch .venv/.pinned; } \
+	        | sed -n -e '/^ *Downloading .*[0-9][0-9].*[MG]B)/p' -e '/^ *Using cached .*[0-9][0-9].*[MG]B)/p' -e 's/^\(Installing\) collected.*/\1 .../p'; \
+	    [ -e .venv/.pinned ]; \
+	    $(PY) -m pip install --disable-pip-version-check --quiet --no-deps -e .; \
+	fi; \
+	touch $@; echo "Ready."

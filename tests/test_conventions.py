@@ -1,0 +1,283 @@
+"""The rules of the repository that a reader can rely on: who imports whom, what notebooks and configs look like."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from detrlib.config import PROJECT, load_config, read_yaml
+
+LIBRARY = PROJECT / "detrlib"
+MODULES = sorted(LIBRARY.rglob("*.py"))
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+CONFIGS = sorted((PROJECT / "papermill_runs" / "configs").rglob("*.yaml"))
+
+# Highest first. A file imports from lower rows, and freely within its own folder.
+ROWS = [
+    {"sweep"},
+    {"launch"},
+    {"train"},
+    {"evaluate", "criterion", "pretrain"},
+    {"metrics"},
+    {"matcher"},
+    {"models"},
+    {"attention"},
+    {"data", "runs", "tracking"},
+    {"config", "boxes"},
+]
+RANK = {name: -row for row, names in enumerate(ROWS) for name in names}
+FIGURES_MAY_IMPORT = {"metrics", "runs", "models.outputs", "boxes", "figures"}
+ATTENTION_MAY_IMPORT = {"torch", "entmax", "triton"} | set(sys.stdlib_module_names)
+
+
+def relative(path):
+    return str(path.relative_to(PROJECT))
+
+
+def each(paths):
+    return pytest.mark.parametrize("path", paths, ids=relative)
+
+
+def parse(path):
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def dotted_name(path):
+    """detrlib/models/outputs.py -> 'models.outputs'; detrlib/models/__init__.py -> 'models'."""
+    parts = path.relative_to(LIBRARY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(name):
+    path = LIBRARY.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imports(path):
+    """Full names of every import in a file, wherever it stands: ('torch.nn', 'detrlib.models.outputs', ...)."""
+    package = ["detrlib", *path.relative_to(LIBRARY).parent.parts]
+    found = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            within = [f"{base}.{alias.name}" for alias in node.names]
+            inside = base.split(".")[0] == "detrlib"
+            found |= {full if inside and is_module(full.removeprefix("detrlib.")) else base for full in within}
+    return found
+
+
+def library_imports(path):
+    return {name.removeprefix("detrlib.") for name in imports(path) if name.startswith("detrlib.")}
+
+
+def is_command(tree):
+    """Whether the file ends in `if __name__ == "__main__":`."""
+    return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
+
+
+# --- the library -----------------------------------------------------------------------------------------------
+
+
+@each([path for path in MODULES if path != LIBRARY / "__init__.py"])
+def test_imports_point_downwards(path):
+    name = dotted_name(path)
+    top = name.split(".")[0]
+    targets = library_imports(path)
+    if top == "figures":
+        allowed = {t for t in targets for a in FIGURES_MAY_IMPORT if t == a or t.startswith(a + ".")}
+        assert targets == allowed, f"figures may not import {sorted(targets - allowed)}"
+        return
+    assert top in RANK, f"give {top} a row in ROWS"
+    for target in targets:
+        other = target.split(".")[0]
+        assert other != "figures", "nothing imports figures"
+        assert other == top or RANK[other] < RANK[top], f"{name} imports {target}, which is not below it"
+
+
+@each([path for path in MODULES if path.is_relative_to(LIBRARY / "attention")])
+def test_attention_stands_alone(path):
+    assert {name for name in library_imports(path) if not name.startswith("attention")} == set()
+    outside = {name.split(".")[0] for name in imports(path)} - {"detrlib"}
+    assert outside <= ATTENTION_MAY_IMPORT
+
+
+@each(MODULES)
+def test_no_hooks_path_tricks_exits_or_stray_prints(path):
+    tree = parse(path)
+    forbidden = {"sys.path", "sys.exit", "exit", "quit"} | (set() if is_command(tree) else {"print"})
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+            assert "*" not in names, f"line {node.lineno}: import *"
+            assert not (node.module == "sys" and names & {"path", "exit"}), f"line {node.lineno}: from sys import"
+        elif isinstance(node, ast.Attribute):
+            assert not node.attr.startswith("register_forward"), f"line {node.lineno}: {node.attr}"
+            assert ast.unparse(node) not in forbidden, f"line {node.lineno}: {ast.unparse(node)}"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in forbidden, f"line {node.lineno}: {node.func.id}()"
+
+
+@each(MODULES)
+def test_public_functions_and_classes_have_docstrings(path):
+    """Sections of the settings are excused: each of their fields carries its own comment."""
+    for node in parse(path).body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        bases = {ast.unparse(base) for base in getattr(node, "bases", [])}
+        if not bases & {"Section", "BaseModel"}:
+            assert ast.get_docstring(node), f"line {node.lineno}: {node.name} has no docstring"
+
+
+@each([path for folder in ("detrlib", "tests") for path in sorted((PROJECT / folder).rglob("*.py"))])
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) < 450
+
+
+# --- notebooks -------------------------------------------------------------------------------------------------
+
+
+def read_notebook(path):
+    """The notebook with every cell's source as one string."""
+    notebook = json.loads(path.read_text())
+    for cell in notebook["cells"]:
+        cell["source"] = "".join(cell["source"])
+    return notebook
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def is_parameters(cell):
+    return "parameters" in cell["metadata"].get("tags", [])
+
+
+@each(NOTEBOOKS)
+def test_notebook_is_stripped(path):
+    notebook = read_notebook(path)
+    assert notebook["metadata"]["kernelspec"]["language"] == "python"
+    assert "papermill" not in notebook["metadata"]
+    for cell in code_cells(notebook):
+        assert cell["outputs"] == [] and cell["execution_count"] is None, cell["source"][:80]
+
+
+@each(NOTEBOOKS)
+def test_notebook_opens_with_its_question_then_parameters_then_imports(path):
+    cells = read_notebook(path)["cells"]
+    assert cells[0]["cell_type"] == "markdown"
+    for word in ("Needs", "Writes", "Runtime"):
+        assert word in cells[0]["source"], f"the first cell does not say: {word}"
+    assert [index for index, cell in enumerate(cells) if is_parameters(cell)] == [1]
+    lines = [line for line in cells[2]["source"].splitlines() if line.strip()]
+    assert all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(cells[2]["source"]).body)
+    assert 1 <= len(lines) <= 8
+
+
+@each(NOTEBOOKS)
+def test_notebook_parameters_are_plain_values(path):
+    (cell,) = [cell for cell in read_notebook(path)["cells"] if is_parameters(cell)]
+    for node in ast.parse(cell["source"]).body:
+        assert isinstance(node, ast.Assign | ast.AnnAssign), ast.unparse(node)
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        assert all(isinstance(target, ast.Name) for target in targets), ast.unparse(node)
+        ast.literal_eval(node.value)
+
+
+@each(NOTEBOOKS)
+def test_notebook_code_is_short_plain_python(path):
+    imported_in = []
+    for index, cell in enumerate(read_notebook(path)["cells"]):
+        if cell["cell_type"] != "code":
+            continue
+        source = cell["source"]
+        assert len(source.splitlines()) <= 25, f"a long cell: {source[:80]}"
+        for word in ("sys.path", "filterwarnings", "get_ipython", "import *"):
+            assert word not in source, f"{word} in: {source[:80]}"
+        tree = ast.parse(source)  # a magic is a syntax error here
+        if any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree)):
+            imported_in.append(index)
+    assert imported_in in ([], [2]), f"imports belong into one cell, the third; found in {imported_in}"
+
+
+# --- configs, environment, repository --------------------------------------------------------------------------
+
+
+def test_there_are_configs():
+    assert CONFIGS
+
+
+@each(CONFIGS)
+def test_every_config_loads(path):
+    values = read_yaml(path)
+    if "runs" not in values:
+        load_config(path)
+        return
+    runs = values["runs"]
+    pairs = runs.items() if isinstance(runs, dict) else ((run["name"], run.get("overrides")) for run in runs)
+    shared = values.get("overrides") or {}
+    base = path.parent / values["base"] if "base" in values else None
+    for name, overrides in pairs:
+        assert re.fullmatch(r"[\w.-]+", str(name)), f"{name} cannot name a run folder"
+        load_config(base, {**shared, **(overrides or {})})
+
+
+def project_metadata():
+    return tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+
+
+def declared():
+    """Every requirement of pyproject.toml, extras included."""
+    project = project_metadata()
+    extras = project["optional-dependencies"].values()
+    return [Requirement(text) for text in [*project["dependencies"], *(t for extra in extras for t in extra)]]
+
+
+def test_environment_yml_names_no_version_that_pyproject_does_not():
+    environment = yaml.safe_load((PROJECT / "environment.yml").read_text())
+    project = project_metadata()
+    *conda, pip = environment["dependencies"]
+    assert environment["name"] == project["name"]
+    assert conda == [f"python{project['requires-python']}", "pip"]
+    assert pip == {"pip": ["-e .[dev]"]}
+    assert "dev" in project["optional-dependencies"]
+
+
+def test_every_dependency_says_what_it_is_for():
+    for line in (PROJECT / "pyproject.toml").read_text().splitlines():
+        if re.match(r'    "[a-z][\w.-]*(>=[\d.]+)?",', line):
+            assert re.search(r"# \w+", line), line
+
+
+def test_the_lock_pins_every_dependency_and_names_no_address():
+    lines = (PROJECT / "requirements.lock").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [line for line in pins if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
+    assert "://" not in "\n".join(lines)
+    assert pins == sorted(set(pins), key=lambda pin: pin.split("==")[0])
+    versions = dict(pin.split("==") for pin in pins)
+    for requirement in declared():
+        name = canonicalize_name(requirement.name)
+        assert name in versions, f"{name} is not pinned"
+        assert requirement.specifier.contains(versions[name]), f"{name}=={versions[name]} against {requirement}"
+
+
+def test_the_lock_leaves_platform_wheels_to_torch():
+    assert not re.search(r"^(nvidia-|cuda-|triton)", (PROJECT / "requirements.lock").read_text(), re.MULTILINE)
+
+
+def test_no_large_file_is_committed():
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    paths = [PROJECT / name for name in listing.stdout.split("\0") if name]
+    assert [relative(path) for path in paths if path.is_file() and path.stat().st_size > 600_000] == []
