@@ -1,0 +1,121 @@
+"""Multi-head attention with any transform from scores to weights.
+
+Legend: B images, H heads, Q queries, K keys, E embedding, D = E / H channels per head. Batch first;
+padding [B,K] is True where a key is padding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detrlib.attention.transforms import Softmax, Transform
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    transform: Transform,
+    padding: Tensor | None = None,
+    dropout: float = 0.0,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Mix values by transformed scores (Vaswani et al. 2017, Eq. 1, with `transform` in place of softmax).
+
+    query [B,H,Q,D], key [B,H,K,D], value [B,H,K,V] -> mixed [B,H,Q,V] and, if asked for, weights [B,H,Q,K].
+    The weights are those before dropout: what the layer looks at, not what a training step happened to keep.
+    """
+    mask = None if padding is None else padding[:, None, None, :]  # [B,1,1,K]
+    if isinstance(transform, Softmax) and not need_weights:
+        keep = None if mask is None else ~mask
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B,H,Q,K]
+    weights = transform(scores, mask)
+    mixed = F.dropout(weights, dropout).to(value.dtype) @ value  # [B,H,Q,V]
+    return mixed, weights if need_weights else None
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B,N,E] -> [B,H,N,E/H]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B,H,N,D] -> [B,N,H*D]."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+class MultiheadAttention(nn.Module):
+    """`torch.nn.MultiheadAttention` with a choice of transform: same parameters, names and initialisation.
+
+    Raises ValueError if `embed_dim` is not a multiple of `num_heads`.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, transform: Transform, dropout: float = 0.0):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.transform = transform
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """query [B,Q,E], key and value [B,K,E], padding [B,K] -> output [B,Q,E], weights [B,H,Q,K] or None."""
+        weight, bias = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        projected = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weight, bias, strict=True))
+        q, k, v = (split_heads(x, self.num_heads) for x in projected)
+        dropout = self.dropout if self.training else 0.0
+        mixed, weights = attend(q, k, v, self.transform, padding, dropout, need_weights)
+        return self.out_proj(merge_heads(mixed)), weights
+
+
+class ConditionalCrossAttention(nn.Module):
+    """Cross-attention whose scores are the sum of a content and a spatial dot product.
+
+    Content and position are concatenated per head, so that the head compares each with its own kind
+    (Meng et al. 2021, "Conditional DETR", Eq. 2). The spatial query is given by the caller.
+
+    `first`: in the first layer, where the content is still empty, the query position joins the content.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, transform: Transform, dropout: float = 0.0, first: bool = False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.transform = transform
+        self.query_content = nn.Linear(embed_dim, embed_dim)
+        self.query_position = nn.Linear(embed_dim, embed_dim) if first else None
+        self.query_spatial = nn.Linear(embed_dim, embed_dim)
+        self.key_content = nn.Linear(embed_dim, embed_dim)
+        self.key_position = nn.Linear(embed_dim, embed_dim)
+        self.value = nn.Linear(embed_dim, embed_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor,
+        spatial: Tensor,
+        memory: Tensor,
+        memory_position: Tensor,
+        padding: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """content, position, spatial [B,Q,E]; memory, memory_position [B,K,E] -> [B,Q,E], weights [B,H,Q,K] or None."""
+        query, key = self.query_content(content), self.key_content(memory)
+        key_position = self.key_position(memory_position)
+        if self.query_position is not None:
+            query, key = query + self.query_position(position), key + key_position
+        heads = (query, self.query_spatial(spatial), key, key_position, self.value(memory))
+        query, spatial, key, key_position, value = (split_heads(x, self.num_heads) for x in heads)
+        query, key = torch.cat([query, spatial], -1), torch.cat([key, key_position], -1)  # [B,H,.,2D]
+        dropout = self.dropout if self.training else 0.0
+        mixed, weights = attend(query, key, value, self.transform, padding, dropout, need_weights)
+        return self.out_proj(merge_heads(mixed)), weights
