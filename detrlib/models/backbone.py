@@ -1,0 +1,172 @@
+"""Convolutional backbones: torchvision's ResNets as DETR uses them, and a thin one for the embedded data.
+
+Batch-norm statistics are frozen (buffers, not parameters): batches of detection are too small to estimate them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+
+
+@dataclass
+class FeatureMap:
+    """One level of a backbone."""
+
+    features: Tensor  # [B,C,h,w]
+    padding: Tensor  # [B,h,w], True = padding
+
+
+class Backbone(nn.Module):
+    """Images [B,3,H,W] and their padding [B,H,W] -> the last feature map.
+
+    mask_padding: hold everything outside an image at zero after every normalisation, as the convolutions'
+    own zero padding would, so that an image gives the same features alone and in a padded batch.
+    """
+
+    def __init__(self, body: nn.Module, num_channels: int, mask_padding: bool = True):
+        super().__init__()
+        self.body = body.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+        self.num_channels = num_channels
+        self.mask_padding = mask_padding
+
+    def forward(self, images: Tensor, padding: Tensor) -> FeatureMap:
+        masks = {}  # grid size -> padding at that size; a cell belongs to the image if its first pixel does
+        mask = padding
+        while mask.shape[-2:] not in masks:
+            masks[mask.shape[-2:]] = mask
+            mask = mask[:, ::2, ::2]
+        masked = self.mask_padding and bool(padding.any())
+
+        def inside(x: Tensor) -> Tensor:
+            return x.masked_fill(masks[x.shape[-2:]][:, None], 0.0) if masked else x
+
+        body = self.body
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = body.maxpool(inside(body.relu(body.bn1(body.conv1(inside(x))))))
+        for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
+            for block in stage:
+                x = residual(block, x, inside)
+        return FeatureMap(x, masks[x.shape[-2:]])
+
+
+def residual(block: BasicBlock | Bottleneck, x: Tensor, inside: Callable[[Tensor], Tensor]) -> Tensor:
+    """A residual block of torchvision with `inside` applied wherever a 3 x 3 convolution is going to look."""
+    shortcut = x if block.downsample is None else block.downsample(x)
+    x = inside(block.relu(block.bn1(block.conv1(x))))
+    x = block.bn2(block.conv2(x))
+    if isinstance(block, Bottleneck):
+        x = block.bn3(block.conv3(block.relu(x)))
+    return inside(block.relu(x + shortcut))
+
+
+class TinyBody(nn.Module):
+    """A thin ResNet of four single-block stages for small images on a CPU: stride 16, or 8 with `dilation`."""
+
+    channels = (16, 32, 64, 128, 128)
+
+    def __init__(self, dilation: bool = False, norm: type[nn.Module] = FrozenBatchNorm2d):
+        super().__init__()
+        stem, *widths = self.channels
+        self.conv1 = nn.Conv2d(3, stem, 3, stride=2, padding=1, bias=False)
+        self.bn1 = norm(stem)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity()
+        strides = (2, 2, 1 if dilation else 2, 1)
+        previous = stem
+        for number, (width, stride) in enumerate(zip(widths, strides, strict=True), start=1):
+            self.add_module(f"layer{number}", nn.Sequential(_basic_block(previous, width, stride, norm)))
+            previous = width
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _basic_block(before: int, after: int, stride: int, norm: type[nn.Module]) -> BasicBlock:
+    shortcut = None
+    if stride > 1 or before != after:
+        shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride=stride, bias=False), norm(after))
+    return BasicBlock(before, after, stride, shortcut, norm_layer=norm)
+
+
+def build_body(name: str, dilation: bool, norm: type[nn.Module] = FrozenBatchNorm2d) -> tuple[nn.Module, int]:
+    """The network called `name` without weights, and the number of channels it ends with."""
+    if name == "tiny":
+        return TinyBody(dilation, norm), TinyBody.channels[-1]
+    if dilation and name in ("resnet18", "resnet34"):
+        raise ValueError(f"model.backbone.dilation needs bottleneck blocks, which {name} has not; use resnet50")
+    body = getattr(torchvision.models, name)(
+        weights=None, replace_stride_with_dilation=[False, False, dilation], norm_layer=norm
+    )
+    channels = body.fc.in_features
+    del body.fc, body.avgpool
+    return body, channels
+
+
+def build_backbone(
+    name: str,
+    weights: str | Path = "none",
+    dilation: bool = False,
+    freeze_stem: bool | None = None,
+    mask_padding: bool = True,
+) -> Backbone:
+    """A backbone by name; `weights` is "none", "imagenet" (torchvision's) or the path of a state dict.
+
+    freeze_stem: stem and first stage are not trained, as in DETR; None: just when there are weights to keep.
+    """
+    body, channels = build_body(name, dilation)
+    if str(weights) != "none":
+        load_weights(body, imagenet_weights(name) if weights == "imagenet" else read_weights(Path(weights)), weights)
+    if freeze_stem or (freeze_stem is None and str(weights) != "none"):
+        body.conv1.requires_grad_(False)
+        body.layer1.requires_grad_(False)
+    return Backbone(body, channels, mask_padding)
+
+
+def imagenet_weights(name: str) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights of a ResNet, downloaded once. Raises RuntimeError with a remedy when offline."""
+    if name not in RESNETS:
+        raise ValueError(f"there are no ImageNet weights for '{name}'; set model.backbone.weights to none or crops")
+    try:
+        return torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise RuntimeError(
+            f"could not download the ImageNet weights of {name} ({error}). Offline, set model.backbone.weights to the "
+            "path of a downloaded state dict, to 'crops' (pretrained on the data at hand) or to 'none'."
+        ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from a local file; no code in it is run. Raises FileNotFoundError or ValueError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"model.backbone.weights: no file {path}")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: expected a state dict (names to tensors) of a backbone")
+    return state
+
+
+def load_weights(body: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copy a classifier's weights into `body`, leaving out its head and batch counters; anything else must fit."""
+    needless = ("num_batches_tracked", "fc.weight", "fc.bias")
+    state = {name: value for name, value in state.items() if not name.endswith(needless)}
+    own = body.state_dict()
+    faults = [f"missing {name}" for name in own.keys() - state.keys()]
+    faults += [f"unexpected {name}" for name in state.keys() - own.keys()]
+    faults += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    if faults:
+        raise ValueError(
+            f"{source}: weights of another backbone: {'; '.join(sorted(faults)[:4])} ({len(faults)} faults)"
+        )
+    body.load_state_dict(state)

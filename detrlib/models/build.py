@@ -1,0 +1,73 @@
+"""From settings to a model: the one place where configuration and architecture meet."""
+
+from pathlib import Path
+
+from torch import nn
+
+from detrlib.attention import AlphaEntmax, build_transform
+from detrlib.config import ConfigError, Model, project_path
+from detrlib.models.backbone import build_backbone
+from detrlib.models.detr import DETR, Transformer
+from detrlib.models.position import LearnedPosition, SinePosition
+from detrlib.models.transformer import AnchorDecoder, Decoder, Encoder, LayerSettings
+
+
+def build_model(settings: Model, backbone_weights: str | Path | None = None) -> DETR:
+    """The model that `settings` describe. `backbone_weights` stands in for the settings' own (see pretrain.py).
+
+    Raises ConfigError for settings that cannot be built without data.
+    """
+    if settings.num_classes is None:
+        raise ConfigError("model.num_classes is not known without a data set; set it, or train through a config")
+    attention, anchors = settings.attention, settings.queries == "anchor"
+
+    def transform(site: str) -> nn.Module:
+        return build_transform(getattr(attention, site), settings.num_heads, attention.alpha, attention.alpha_init)
+
+    layer = LayerSettings(
+        settings.hidden_dim,
+        settings.num_heads,
+        settings.feedforward_dim,
+        settings.dropout,
+        settings.norm == "pre",
+        transform,
+    )
+    if anchors:
+        decoder = AnchorDecoder(settings.decoder_layers, layer, settings.position_temperature)
+    else:
+        decoder = Decoder(settings.decoder_layers, layer)
+    if settings.position == "sine":
+        position = SinePosition(settings.hidden_dim, settings.position_temperature, centred=anchors)
+    else:
+        position = LearnedPosition(settings.hidden_dim)
+    return DETR(
+        _backbone(settings, backbone_weights),
+        position,
+        Transformer(Encoder(settings.encoder_layers, layer), decoder),
+        settings.hidden_dim,
+        settings.num_queries,
+        settings.num_classes,
+        settings.classification,
+    )
+
+
+def _backbone(settings: Model, weights: str | Path | None):
+    choice = settings.backbone
+    weights = choice.weights if weights is None else weights
+    if weights == "crops":
+        raise ConfigError("model.backbone.weights 'crops' needs data: use detrlib.pretrain.backbone_weights first")
+    if str(weights) not in ("none", "imagenet"):
+        weights = project_path(weights)
+    return build_backbone(choice.name, weights, choice.dilation, choice.freeze_stem, choice.mask_padding)
+
+
+def alpha_modules(model: nn.Module) -> dict[str, AlphaEntmax]:
+    """Learnable transforms by place, e.g. "decoder_cross.0" for the first decoder layer's cross-attention."""
+    places = {"encoder.layers": "encoder_self", "self_attn": "decoder_self", "multihead_attn": "decoder_cross"}
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AlphaEntmax):
+            site = next(site for part, site in places.items() if part in name)
+            number = next(part for part in name.split(".") if part.isdigit())
+            found[f"{site}.{number}"] = module
+    return found

@@ -1,0 +1,100 @@
+"""DETR (Carion et al. 2020): backbone, encoder, decoder, and one head each for class and box.
+
+Legend: B images, Q queries, K = h x w cells of the feature map, E channels, C classes.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from detrlib.models.backbone import Backbone
+from detrlib.models.outputs import AttentionMaps, Predictions
+from detrlib.models.transformer import MLP, AnchorDecoder, Decoded, Decoder, Encoder, Memory
+
+
+class Transformer(nn.Module):
+    """Encoder and decoder under one name, as official checkpoints have them."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder | AnchorDecoder):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        for parameter in encoder.parameters():
+            _xavier(parameter)
+        for parameter in decoder.parameters():
+            _xavier(parameter)
+
+
+def _xavier(parameter: Tensor) -> None:
+    if parameter.dim() > 1:
+        nn.init.xavier_uniform_(parameter)
+
+
+class DETR(nn.Module):
+    """Images to a fixed set of boxes with classes.
+
+    queries: "learned" positions [Q,E], or "anchor" reference boxes [Q,4].
+    classification: "softmax" over C classes and no-object, or "sigmoid" per class.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        position: nn.Module,
+        transformer: Transformer,
+        dim: int,
+        num_queries: int,
+        num_classes: int,
+        classification: str = "softmax",
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.position = position
+        self.input_proj = nn.Conv2d(backbone.num_channels, dim, kernel_size=1)
+        self.transformer = transformer
+        anchors = isinstance(transformer.decoder, AnchorDecoder)
+        self.query_embed = nn.Embedding(num_queries, 4 if anchors else dim)
+        self.class_embed = nn.Linear(dim, num_classes + (classification == "softmax"))
+        self.bbox_embed = MLP(dim, dim, 4, num_layers=3)
+        self.classification = classification
+        if anchors:
+            self._start_at_anchors()
+        if classification == "sigmoid":
+            # A prior probability of 1 % for every class keeps the first focal losses small (Lin et al. 2017, Sec. 4.1).
+            nn.init.constant_(self.class_embed.bias, -math.log(99.0))
+
+    def _start_at_anchors(self) -> None:
+        """Reference boxes spread evenly over the image, a quarter of it wide; the first corrections are zero."""
+        centres = torch.quasirandom.SobolEngine(2).draw(len(self.query_embed.weight)).clamp(0.05, 0.95)
+        boxes = torch.cat([centres, torch.full_like(centres, 0.25)], dim=1)
+        with torch.no_grad():
+            self.query_embed.weight.copy_(torch.logit(boxes))
+            self.bbox_embed.layers[-1].weight.zero_()
+            self.bbox_embed.layers[-1].bias.zero_()
+
+    def forward(self, images: Tensor, padding_mask: Tensor, need_attention: bool = False) -> Predictions:
+        """images [B,3,H,W], padding_mask [B,H,W] (True = padding) -> predictions of every decoder layer."""
+        level = self.backbone(images, padding_mask)
+        grid = tuple(level.padding.shape[-2:])
+        key_padding = level.padding.flatten(1)  # [B,K]
+        memory = Memory(
+            tokens=self.input_proj(level.features).flatten(2).transpose(1, 2),  # [B,K,E]
+            position=self.position(level.padding).flatten(2).transpose(1, 2),
+            padding=key_padding if key_padding.any() else None,
+        )
+        memory, encoder_maps = self.transformer.encoder(memory, need_attention)
+        found = self.transformer.decoder(self.query_embed.weight, memory, self.bbox_embed, need_attention)
+        predictions = self._predict(found)
+        if need_attention:
+            predictions.attention = AttentionMaps(encoder_maps, found.self_maps, found.cross_maps, grid, key_padding)
+        return predictions
+
+    def _predict(self, found: Decoded) -> Predictions:
+        layers = [
+            Predictions(self.class_embed(state), boxes, self.classification)
+            for state, boxes in zip(found.states, found.boxes, strict=True)
+        ]
+        last = layers.pop()
+        last.auxiliary = layers
+        return last

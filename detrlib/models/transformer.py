@@ -1,0 +1,230 @@
+"""Encoder and decoder of DETR, with a choice of attention transform at each of their three sites.
+
+Legend: B images, H heads, K keys (cells of the feature map), Q queries, E channels.
+Position encodings are added to queries and keys of every attention, never to values (Carion et al. 2020, Fig. 10).
+Every layer returns its attention weights next to its output: maps are a result, not something to be hooked.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from detrlib.attention import ConditionalCrossAttention, MultiheadAttention, Transform
+from detrlib.models.position import sine_of_boxes
+
+MakeTransform = Callable[[str], Transform]  # site -> a transform of its own, freshly initialised
+
+
+class LayerSettings(NamedTuple):
+    """What encoder and decoder layers have in common."""
+
+    dim: int
+    num_heads: int
+    feedforward_dim: int
+    dropout: float
+    pre_norm: bool
+    transform: MakeTransform
+
+
+class Memory(NamedTuple):
+    """What the decoder looks at."""
+
+    tokens: Tensor  # [B,K,E]
+    position: Tensor  # [B,K,E]
+    padding: Tensor | None  # [B,K], True = padding; None: there is none
+
+
+class Decoded(NamedTuple):
+    """What every decoder layer found, first to last."""
+
+    states: list[Tensor]  # [B,Q,E], normalised
+    boxes: list[Tensor]  # [B,Q,4] cxcywh in 0..1
+    self_maps: list[Tensor | None]  # [B,H,Q,Q]
+    cross_maps: list[Tensor | None]  # [B,H,Q,K]
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention over the feature map, then a feed-forward network."""
+
+    def __init__(self, settings: LayerSettings):
+        super().__init__()
+        dim, pre_norm = settings.dim, settings.pre_norm
+        self.self_attn = MultiheadAttention(
+            dim, settings.num_heads, settings.transform("encoder_self"), settings.dropout
+        )
+        self.linear1 = nn.Linear(dim, settings.feedforward_dim)
+        self.linear2 = nn.Linear(settings.feedforward_dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.pre_norm = pre_norm
+
+    def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B,K,E] -> tokens [B,K,E], weights [B,H,K,K] or None."""
+        x = memory.tokens
+        y = self.norm1(x) if self.pre_norm else x
+        place = y + memory.position
+        y, weights = self.self_attn(place, place, y, memory.padding, need_attention)
+        x = x + self.dropout(y) if self.pre_norm else self.norm1(x + self.dropout(y))
+        y = self.norm2(x) if self.pre_norm else x
+        y = self.linear2(self.dropout(self.linear1(y).relu()))
+        return x + self.dropout(y) if self.pre_norm else self.norm2(x + self.dropout(y)), weights
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers; pre-norm stacks end with a norm of their own."""
+
+    def __init__(self, num_layers: int, settings: LayerSettings):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(settings) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(settings.dim) if settings.pre_norm and num_layers else None
+
+    def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Memory, list[Tensor | None]]:
+        """Memory with tokens [B,K,E] -> the same with encoded tokens, weights [B,H,K,K] of every layer."""
+        maps = []
+        for layer in self.layers:
+            tokens, weights = layer(memory, need_attention)
+            memory = memory._replace(tokens=tokens)
+            maps.append(weights)
+        return memory if self.norm is None else memory._replace(tokens=self.norm(memory.tokens)), maps
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among the queries, cross-attention to the memory, a feed-forward network."""
+
+    def __init__(self, settings: LayerSettings):
+        super().__init__()
+        dim, heads, dropout = settings.dim, settings.num_heads, settings.dropout
+        self.self_attn = MultiheadAttention(dim, heads, settings.transform("decoder_self"), dropout)
+        self.multihead_attn = self.build_cross_attention(settings)
+        self.linear1 = nn.Linear(dim, settings.feedforward_dim)
+        self.linear2 = nn.Linear(settings.feedforward_dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.pre_norm = settings.pre_norm
+
+    def build_cross_attention(self, settings: LayerSettings) -> nn.Module:
+        return MultiheadAttention(
+            settings.dim, settings.num_heads, settings.transform("decoder_cross"), settings.dropout
+        )
+
+    def look(self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+        """Cross-attention of query content `x` [B,Q,E] at `position` [B,Q,E]."""
+        key = memory.tokens + memory.position
+        return self.multihead_attn(x + position, key, memory.tokens, memory.padding, need_attention)
+
+    def forward(
+        self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool = False, **where
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Query content x and position [B,Q,E] -> content [B,Q,E], weights [B,H,Q,Q] and [B,H,Q,K] or None."""
+        y = self.norm1(x) if self.pre_norm else x
+        place = y + position
+        y, self_map = self.self_attn(place, place, y, None, need_attention)
+        x = x + self.dropout(y) if self.pre_norm else self.norm1(x + self.dropout(y))
+        y = self.norm2(x) if self.pre_norm else x
+        y, cross_map = self.look(y, position, memory, need_attention, **where)
+        x = x + self.dropout(y) if self.pre_norm else self.norm2(x + self.dropout(y))
+        y = self.norm3(x) if self.pre_norm else x
+        y = self.linear2(self.dropout(self.linear1(y).relu()))
+        x = x + self.dropout(y) if self.pre_norm else self.norm3(x + self.dropout(y))
+        return x, self_map, cross_map
+
+
+class Decoder(nn.Module):
+    """DETR's decoder: content starts at zero, positions are learned, every layer predicts boxes afresh."""
+
+    def __init__(self, num_layers: int, settings: LayerSettings):
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(settings) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(settings.dim)
+
+    def forward(self, queries: Tensor, memory: Memory, box_head: nn.Module, need_attention: bool = False) -> Decoded:
+        """queries [Q,E] -> what each layer found."""
+        position = queries.expand(len(memory.tokens), -1, -1)
+        x = torch.zeros_like(position)
+        found = Decoded([], [], [], [])
+        for layer in self.layers:
+            x, self_map, cross_map = layer(x, position, memory, need_attention)
+            state = self.norm(x)
+            for results, result in zip(found, (state, box_head(state).sigmoid(), self_map, cross_map), strict=True):
+                results.append(result)
+        return found
+
+
+class ConditionalDecoderLayer(DecoderLayer):
+    """A decoder layer whose cross-attention compares content with content and place with place."""
+
+    def __init__(self, settings: LayerSettings, first: bool):
+        self.first = first
+        super().__init__(settings)
+
+    def build_cross_attention(self, settings: LayerSettings) -> nn.Module:
+        transform = settings.transform("decoder_cross")
+        return ConditionalCrossAttention(settings.dim, settings.num_heads, transform, settings.dropout, self.first)
+
+    def look(
+        self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool, spatial: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.multihead_attn(x, position, spatial, memory.tokens, memory.position, memory.padding, need_attention)
+
+
+class AnchorDecoder(nn.Module):
+    """Queries are reference boxes, refined by every layer (Liu et al. 2022, "DAB-DETR", Sec. 4).
+
+    The place a query attends to is the encoding of its box centre, transformed by its content (Eq. 3 there)
+    and stretched by the ratio of an expected to the present width and height (Eq. 6).
+    """
+
+    def __init__(self, num_layers: int, settings: LayerSettings, temperature: float):
+        super().__init__()
+        dim = settings.dim
+        self.layers = nn.ModuleList(ConditionalDecoderLayer(settings, first=i == 0) for i in range(num_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.box_position = MLP(2 * dim, dim, dim, 2)
+        self.content_scale = MLP(dim, dim, dim, 2)
+        self.expected_size = MLP(dim, dim, 2, 2)
+        self.temperature = temperature
+
+    def forward(self, queries: Tensor, memory: Memory, box_head: nn.Module, need_attention: bool = False) -> Decoded:
+        """queries [Q,4], reference boxes as logits of cxcywh -> what each layer found."""
+        reference = queries.sigmoid().expand(len(memory.tokens), -1, -1)  # [B,Q,4]
+        x = memory.tokens.new_zeros(*reference.shape[:2], memory.tokens.shape[-1])
+        found = Decoded([], [], [], [])
+        for number, layer in enumerate(self.layers):
+            encoding = sine_of_boxes(reference, x.shape[-1] // 2, self.temperature)  # [B,Q,2E]
+            spatial = self.modulated(encoding[..., : x.shape[-1]], reference, x)
+            if number:
+                spatial = spatial * self.content_scale(x)
+            x, self_map, cross_map = layer(x, self.box_position(encoding), memory, need_attention, spatial=spatial)
+            state = self.norm(x)
+            boxes = (box_head(state).float() + torch.logit(reference, eps=1e-3)).sigmoid()
+            for results, result in zip(found, (state, boxes, self_map, cross_map), strict=True):
+                results.append(result)
+            reference = boxes.detach()  # each layer learns its own correction
+        return found
+
+    def modulated(self, place: Tensor, reference: Tensor, content: Tensor) -> Tensor:
+        """Scale the y and the x half of `place` [B,Q,E] so that attention spreads as wide and high as the box."""
+        expected = self.expected_size(content).sigmoid()  # [B,Q,2] width, height
+        ratio = expected / reference[..., 2:].clamp(min=1e-3)
+        y, x = place.chunk(2, -1)
+        return torch.cat([y * ratio[..., 1:], x * ratio[..., :1]], -1)
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, before: int, hidden: int, after: int, num_layers: int):
+        super().__init__()
+        widths = [before, *[hidden] * (num_layers - 1), after]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
