@@ -93,7 +93,9 @@ class Model(Section):
     @model_validator(mode="after")
     def _consistent(self):
         if self.hidden_dim % self.num_heads:
-            raise ValueError(f"model.hidden_dim {self.hidden_dim} is no multiple of model.num_heads {self.num_heads}")
+            raise ValueError(
+                f"model.hidden_dim {self.hidden_dim} is not a multiple of model.num_heads {self.num_heads}"
+            )
         if self.hidden_dim % 4:
             raise ValueError(f"model.hidden_dim {self.hidden_dim} must be a multiple of 4 (sine of x and y)")
         return self
@@ -283,8 +285,16 @@ def _leaves(names: list[str]) -> list[str]:
 
 
 def parse_value(value: Any) -> Any:
-    """Text as YAML reads it ("1e-4" is a number, "[1, 2]" a list); anything else as it is."""
-    return yaml.load(value, Loader=_Loader) if isinstance(value, str) else value
+    """Text as YAML reads it ("1e-4" is a number, "[1, 2]" a list); anything else as it is.
+
+    Raises `ConfigError` for text that is no YAML.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{value!r} is not valid YAML: {error}") from None
 
 
 def _explain(error: ValidationError) -> str:

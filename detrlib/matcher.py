@@ -17,9 +17,9 @@ Match = tuple[Tensor, Tensor]  # indices of queries and of the targets they are 
 
 def focal_class_cost(probability: Tensor, alpha: float, gamma: float = 2.0) -> Tensor:
     """What calling a query an instance of a class changes in the focal loss (Zhu et al. 2021, Appendix A.4)."""
-    p = probability.clamp(1e-8, 1 - 1e-8)
-    positive = alpha * (1 - p) ** gamma * -p.log()
-    negative = (1 - alpha) * p**gamma * -(1 - p).log()
+    p = probability
+    positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()  # added inside: 1 - 1e-8 is 1 in float32
+    negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
     return positive - negative
 
 
@@ -50,7 +50,8 @@ def match(predictions: Predictions, targets: list[dict], costs: Loss) -> list[Ma
     labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
     # Padding is a whole image: a degenerate box would divide by zero.
     boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True, padding_value=0.5)
-    cost = matching_cost(predictions, labels, boxes, costs).cpu().numpy()
+    # Where predictions are not numbers any assignment will do: the loss will not be a number either, and says more.
+    cost = matching_cost(predictions, labels, boxes, costs).nan_to_num().cpu().numpy()
     pairs = []
     for image, target in enumerate(targets):
         rows, columns = linear_sum_assignment(cost[image, :, : len(target["labels"])])

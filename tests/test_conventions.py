@@ -22,9 +22,10 @@ CONFIGS = sorted((PROJECT / "papermill_runs" / "configs").rglob("*.yaml"))
 # Highest first. A file imports from lower rows, and freely within its own folder.
 ROWS = [
     {"sweep"},
-    {"launch"},
+    {"launch", "notebooks"},
     {"train"},
-    {"evaluate", "criterion", "pretrain"},
+    {"evaluate"},
+    {"criterion", "pretrain"},
     {"metrics"},
     {"matcher"},
     {"models"},

@@ -66,7 +66,9 @@ class Entmax(Transform):
         self.alpha = alpha
 
     def weights(self, scores: Tensor) -> Tensor:
-        return entmax_bisect(scores, self.alpha, dim=-1, n_iter=_iterations(scores))
+        # Above 2 the power 1 / (alpha - 1) magnifies rounding: in float32, even scores at alpha 4 can give NaN.
+        exact = scores.double() if self.alpha > 2 else scores
+        return entmax_bisect(exact, self.alpha, dim=-1, n_iter=_iterations(exact)).to(scores.dtype)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -50,7 +51,8 @@ class Backbone(nn.Module):
 
         body = self.body
         x = images.contiguous(memory_format=torch.channels_last)
-        x = body.maxpool(inside(body.relu(body.bn1(body.conv1(inside(x))))))
+        x = inside(body.relu(normalised(body.conv1, body.bn1, inside(x))))
+        x = inside(body.maxpool(x))  # whose windows reach from just outside an image into it
         for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
             for block in stage:
                 x = residual(block, x, inside)
@@ -59,12 +61,19 @@ class Backbone(nn.Module):
 
 def residual(block: BasicBlock | Bottleneck, x: Tensor, inside: Callable[[Tensor], Tensor]) -> Tensor:
     """A residual block of torchvision with `inside` applied wherever a 3 x 3 convolution is going to look."""
-    shortcut = x if block.downsample is None else block.downsample(x)
-    x = inside(block.relu(block.bn1(block.conv1(x))))
-    x = block.bn2(block.conv2(x))
+    shortcut = x if block.downsample is None else normalised(*block.downsample, x)
+    x = inside(block.relu(normalised(block.conv1, block.bn1, x)))
+    x = normalised(block.conv2, block.bn2, x)
     if isinstance(block, Bottleneck):
-        x = block.bn3(block.conv3(block.relu(x)))
+        x = normalised(block.conv3, block.bn3, block.relu(x))
     return inside(block.relu(x + shortcut))
+
+
+def normalised(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
+    """norm(conv(x)) in one pass: a frozen norm is a fixed scale and shift per channel, which the filters can carry."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class TinyBody(nn.Module):

@@ -58,7 +58,9 @@ def _backbone(settings: Model, weights: str | Path | None):
         raise ConfigError("model.backbone.weights 'crops' needs data: use detrlib.pretrain.backbone_weights first")
     if str(weights) not in ("none", "imagenet"):
         weights = project_path(weights)
-    return build_backbone(choice.name, weights, choice.dilation, choice.freeze_stem, choice.mask_padding)
+    # Weights of a checkpoint are still to come when a run resumes: what is trained depends on the settings alone.
+    freeze_stem = choice.weights != "none" if choice.freeze_stem is None else choice.freeze_stem
+    return build_backbone(choice.name, weights, choice.dilation, freeze_stem, choice.mask_padding)
 
 
 def alpha_modules(model: nn.Module) -> dict[str, AlphaEntmax]:

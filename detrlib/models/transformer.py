@@ -151,7 +151,8 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x, self_map, cross_map = layer(x, position, memory, need_attention)
             state = self.norm(x)
-            for results, result in zip(found, (state, box_head(state).sigmoid(), self_map, cross_map), strict=True):
+            boxes = box_head(state).float().sigmoid()  # bfloat16 would round to 1/256 of the image
+            for results, result in zip(found, (state, boxes, self_map, cross_map), strict=True):
                 results.append(result)
         return found
 
