@@ -1,0 +1,44 @@
+"""A batch of images of different sizes: padded to one size, with a mask that tells image from padding."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """images [B, 3, H, W]; padding_mask [B, H, W], True = padding; targets: one dict per image."""
+
+    images: Tensor
+    padding_mask: Tensor
+    targets: list[dict]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """This batch on `device`. Copies from pinned memory do not wait."""
+
+        def moved(value):
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        targets = [{name: moved(value) for name, value in target.items()} for target in self.targets]
+        return Batch(moved(self.images), moved(self.padding_mask), targets)
+
+
+def collate(samples: list[tuple[Tensor, dict]], multiple: int = 32) -> Batch:
+    """Pad images [3, h, w] with zeros, below and to the right, to one size divisible by `multiple`.
+
+    With `multiple` equal to the stride of the backbone, each cell of the feature map covers the same pixels
+    whether an image comes alone or beside larger ones, so that its prediction can be the same too.
+    """
+    images, targets = zip(*samples, strict=True)
+    height, width = (_round_up(max(image.shape[axis] for image in images), multiple) for axis in (-2, -1))
+    padded = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+    padding_mask = torch.ones(len(images), height, width, dtype=torch.bool)
+    for index, image in enumerate(images):
+        h, w = image.shape[-2:]
+        padded[index, :, :h, :w] = image
+        padding_mask[index, :h, :w] = False
+    return Batch(padded, padding_mask, list(targets))
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

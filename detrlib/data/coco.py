@@ -1,0 +1,324 @@
+"""Any folder in COCO format as a dataset of images and boxes, checked before the first training step."""
+
+import json
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional
+
+from detrlib.boxes import xyxy_to_cxcywh
+
+logger = logging.getLogger(__name__)
+
+# What Pillow raises, by file type and fault, for a picture it cannot decode.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class DataError(ValueError):
+    """Images or annotations are missing or contradict each other; the message names the file and the entry."""
+
+
+class CocoDataset(Dataset):
+    """Images of one split with their boxes, in order of image id.
+
+    `dataset[i]` is `(image, target)`: image float32 [3, H, W] and
+        boxes          [n, 4] cxcywh in 0..1 of the transformed image, before any padding
+        labels         [n] int64, indices into `names`
+        image_id       int
+        original_size  [2] (height, width) of the file, pixels
+        size           [2] (height, width) after the transform, pixels
+
+    Crowd regions are no targets, as in DETR, but stay in `ground_truth`. Boxes are clipped to the image. Boxes
+    without an area are left out of both and counted in `dropped`. Images without objects are kept.
+
+    images       folder of the image files
+    annotations  JSON file with `images`, `annotations` and `categories`
+    transform    callable(image uint8 [3, H, W], boxes [n, 4] xyxy pixels, labels [n]) -> the same three
+    contiguous   labels 0..n-1 in order of category id; otherwise labels are the category ids themselves
+    strict       refuse boxes without an area
+    limit        keep the first `limit` images
+    cache        keep decoded images in memory after first use, once per worker process
+    train        refuse a set without a single box: it could only teach that there is nothing to see
+
+    Raises `DataError` for every fault that can be seen without decoding the images, and for an unreadable
+    image when it is used.
+    """
+
+    def __init__(
+        self,
+        images: Path,
+        annotations: Path,
+        transform: Callable | None = None,
+        *,
+        contiguous: bool = False,
+        strict: bool = False,
+        limit: int | None = None,
+        cache: bool = False,
+        train: bool = False,
+    ):
+        self.images_path, self.annotations_path = Path(images), Path(annotations)
+        self.transform, self._limit, self._cache = transform, limit, {} if cache else None
+
+        content = read_annotations(self.annotations_path)
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        ids = [category["id"] for category in categories]
+        self._label_of = {id: label if contiguous else id for label, id in enumerate(ids)}
+        self.category_ids = {label: id for id, label in self._label_of.items()}
+        self.names = {self._label_of[category["id"]]: category["name"] for category in categories}
+        self.num_classes = max(self.names) + 1
+
+        self._records = _kept_images(content, limit)
+        self.image_ids = [record["id"] for record in self._records]
+        of_image = _by_image(content["annotations"], self.image_ids)
+        self._check_files(of_image)
+        self.dropped = self._collect_boxes(of_image, strict)
+        if train and not len(self._labels):
+            raise DataError(f"{annotations}: no usable box in {len(self)} images: nothing to learn from")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
+        pixels = self._pixels(index)
+        boxes, labels = self.objects(index)
+        original_size = torch.tensor(pixels.shape[-2:])
+        if self.transform is not None:
+            pixels, boxes, labels = self.transform(pixels, boxes, labels)
+        image = functional.to_dtype(pixels, torch.float32, scale=True)
+        height, width = image.shape[-2:]
+        target = {
+            "boxes": xyxy_to_cxcywh(boxes) / torch.tensor([width, height, width, height]),
+            "labels": labels,
+            "image_id": self.image_ids[index],
+            "original_size": original_size,
+            "size": torch.tensor([height, width]),
+        }
+        return image, target
+
+    def image(self, index: int) -> Image.Image:
+        """The picture as stored, in RGB. Raises `DataError` when it is unreadable or not of the annotated size."""
+        record = self._records[index]
+        path = self.images_path / record["file_name"]
+        try:
+            # The orientation in EXIF is ignored, because COCO's annotations refer to the pixels as they are stored.
+            with Image.open(path) as file:
+                image = _to_rgb(file)
+        except UNREADABLE as error:
+            raise DataError(
+                f"{path}: not readable as an image ({error}); {self._used_by(record)}; replace it or remove its entry"
+            ) from error
+        if image.size != (record["width"], record["height"]):
+            raise DataError(
+                f"{path}: the file is {image.size[0]} x {image.size[1]} pixels, {self.annotations_path} says "
+                f"{record['width']} x {record['height']}; boxes would be misplaced (was it resized, or annotated "
+                f"after rotation by EXIF?)"
+            )
+        return image
+
+    def objects(self, index: int) -> tuple[Tensor, Tensor]:
+        """Boxes [n, 4] xyxy in pixels of the file and labels [n] of one image, crowds left out."""
+        first, last = self._first[index], self._first[index + 1]
+        return self._boxes[first:last].clone(), self._labels[first:last].clone()
+
+    def frame(self) -> pd.DataFrame:
+        """One row per annotated object, crowds included: image_id, label, category, width, height, area, crowd.
+
+        Sizes are in pixels; area is that of the object's mask where the file has it, of its box elsewhere.
+        """
+        rows = []
+        for annotation in self.ground_truth["annotations"]:
+            label = self._label_of[annotation["category_id"]]
+            _, _, width, height = annotation["bbox"]
+            area, crowd = annotation["area"], bool(annotation["iscrowd"])
+            rows.append((annotation["image_id"], label, self.names[label], width, height, area, crowd))
+        return pd.DataFrame(rows, columns=["image_id", "label", "category", "width", "height", "area", "crowd"])
+
+    @cached_property
+    def ground_truth(self) -> dict:
+        """The annotation file, restricted to the images of this dataset, complete enough for an evaluator.
+
+        Missing `id`, `area` and `iscrowd` are filled in (a running number, the area of the box, 0) and boxes
+        without an area left out. Read again when asked for, so that training need not hold it in memory.
+        """
+        content = read_annotations(self.annotations_path)
+        kept = set(self.image_ids)
+        content["images"] = [record for record in content["images"] if record["id"] in kept]
+        sizes = {record["id"]: (record["width"], record["height"]) for record in self._records}
+        next_id = 1 + max((a.get("id", 0) for a in content["annotations"]), default=0)
+        annotations = []
+        for annotation in content["annotations"]:
+            if annotation["image_id"] not in kept or not _has_area(annotation, *sizes[annotation["image_id"]]):
+                continue
+            _, _, width, height = annotation["bbox"]
+            annotations.append({"id": next_id, "area": width * height, "iscrowd": 0, **annotation})
+            next_id += "id" not in annotation
+        content["annotations"] = annotations
+        return content
+
+    def _pixels(self, index: int) -> Tensor:
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        pixels = functional.pil_to_tensor(self.image(index))  # uint8 [3, H, W]
+        if self._cache is not None:
+            self._cache[index] = pixels
+        return pixels
+
+    def _check_files(self, of_image: dict[int, list[dict]]) -> None:
+        """Every file must exist and every size be known. One listing per folder: fast for 118,000 files."""
+        if not self.images_path.is_dir():
+            raise DataError(f"{self.images_path}: no such folder of images; {self.annotations_path} refers to it")
+        paths = [self.images_path / record["file_name"] for record in self._records]
+        present = set()
+        for folder in {path.parent for path in paths}:
+            if folder.is_dir():
+                with os.scandir(folder) as entries:
+                    present.update(folder / entry.name for entry in entries)
+        missing = [i for i, path in enumerate(paths) if path not in present]
+        if missing:
+            record = self._records[missing[0]]
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise DataError(
+                f"{self.annotations_path}: image file {paths[missing[0]]}{more} is missing; "
+                f"{_mention(record, of_image[record['id']])}; add the file or remove the entry"
+            )
+        for record, path in zip(self._records, paths, strict=True):
+            if not (record["width"] and record["height"]):
+                record["width"], record["height"] = _size_from_header(path)
+
+    def _collect_boxes(self, of_image: dict[int, list[dict]], strict: bool) -> int:
+        """Keep the boxes of all images in two flat tensors, which workers share; returns how many had no area."""
+        boxes, labels, counts, without_area = [], [], [], []
+        for record in self._records:
+            found = of_image[record["id"]]
+            size = record["width"], record["height"]
+            without_area += [a.get("id") for a in found if not _has_area(a, *size)]
+            targets = [a for a in found if _has_area(a, *size) and not a.get("iscrowd", 0)]
+            boxes += [_clipped(a["bbox"], *size) for a in targets]
+            labels += [self._label_of[a["category_id"]] for a in targets]
+            counts.append(len(targets))
+        if without_area:
+            message = f"{self.annotations_path}: {len(without_area)} boxes have no area inside their image"
+            if strict:
+                raise DataError(f"{message}, annotation ids {_listed(without_area)}; correct them or set strict: false")
+            logger.warning("%s and are left out", message)
+        self._boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        self._labels = torch.tensor(labels, dtype=torch.int64)
+        self._first = [0, *accumulate(counts)]
+        return len(without_area)
+
+    def _used_by(self, record: dict) -> str:
+        content = read_annotations(self.annotations_path)
+        return _mention(record, [a for a in content["annotations"] if a["image_id"] == record["id"]])
+
+
+def read_annotations(path: Path) -> dict:
+    """A COCO annotation file as it is. Raises `DataError` where its parts are missing or do not fit together."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such annotation file") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}; was the download or the export complete?") from None
+    for section in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(section), list):
+            raise DataError(f"{path}: no list '{section}'; COCO format needs 'images', 'annotations' and 'categories'")
+    if not content["images"]:
+        raise DataError(f"{path}: 'images' is empty; a split needs at least one image")
+    if not content["categories"]:
+        raise DataError(f"{path}: 'categories' is empty; a detector needs at least one class")
+    images = _unique_ids(content["images"], "image", "file_name", path)
+    categories = _unique_ids(content["categories"], "category", "name", path)
+    for place, annotation in enumerate(content["annotations"]):
+        _check_annotation(annotation, place, images, categories, path)
+    return content
+
+
+def _unique_ids(entries: list[dict], kind: str, needed: str, path: Path) -> set[int]:
+    ids = set()
+    for place, entry in enumerate(entries):
+        id = entry.get("id")
+        if not isinstance(id, int) or id < 0:
+            raise DataError(f"{path}: {kind} number {place} has id {id!r}; ids must be integers from 0 up")
+        if id in ids:
+            raise DataError(f"{path}: {kind} id {id} occurs twice; ids must be unique")
+        if not entry.get(needed):
+            raise DataError(f"{path}: {kind} id {id} has no '{needed}'")
+        ids.add(id)
+    return ids
+
+
+def _check_annotation(annotation: dict, place: int, images: set[int], categories: set[int], path: Path) -> None:
+    who = f"annotation id {annotation['id']}" if "id" in annotation else f"annotation number {place} (without an id)"
+    for field, known in (("image_id", images), ("category_id", categories)):
+        if annotation.get(field) not in known:
+            part = "images" if field == "image_id" else "categories"
+            value = annotation.get(field)
+            raise DataError(
+                f"{path}: {who} has {field} {value!r}, unknown to '{part}'; add it there or remove this one"
+            )
+    box = annotation.get("bbox")
+    if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
+        raise DataError(f"{path}: {who} has bbox {box!r}; expected four numbers [x, y, width, height] in pixels")
+
+
+def _kept_images(content: dict, limit: int | None) -> list[dict]:
+    """Of every image what loading needs; addresses and dates of 118,000 images would fill each worker's memory."""
+    records = sorted(content["images"], key=lambda record: record["id"])[:limit]
+    return [{name: record.get(name) for name in ("id", "file_name", "width", "height")} for record in records]
+
+
+def _size_from_header(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as file:
+            return file.size
+    except UNREADABLE as error:
+        raise DataError(f"{path}: not readable as an image ({error}); replace it or remove its entry") from error
+
+
+def _by_image(annotations: Iterable[dict], image_ids: list[int]) -> dict[int, list[dict]]:
+    grouped = defaultdict(list)
+    for annotation in annotations:
+        grouped[annotation["image_id"]].append(annotation)
+    return {id: grouped[id] for id in image_ids}
+
+
+def _clipped(box: list[float], width: int, height: int) -> tuple[float, float, float, float]:
+    """xywh -> xyxy inside the image."""
+    x, y, w, h = box
+    return max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+
+
+def _has_area(annotation: dict, width: int, height: int) -> bool:
+    x0, y0, x1, y1 = _clipped(annotation["bbox"], width, height)
+    return x1 > x0 and y1 > y0  # False for NaN as well
+
+
+def _mention(record: dict, annotations: list[dict]) -> str:
+    if not annotations:
+        return f"image id {record['id']}, which has no annotations"
+    return f"image id {record['id']}, annotation ids {_listed([a.get('id') for a in annotations])}"
+
+
+def _listed(ids: list, most: int = 8) -> str:
+    return ", ".join(str(id) for id in ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Greyscale, palette, CMYK and images with transparency as RGB; transparency itself is discarded."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow would clip 16-bit values to 255, which turns most of the picture white.
+        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
