@@ -1,0 +1,233 @@
+"""One pass over a data set: detections, how sparse attention is, and whether it looks at the object.
+
+Legend: B images, L layers, H heads, Q queries, K keys.
+"""
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from detrlib.boxes import cxcywh_to_xyxy, to_pixels
+from detrlib.config import Config, load_config
+from detrlib.criterion import Criterion
+from detrlib.data import Batch, CocoDataset, build_dataset, collate
+from detrlib.data.augment import denormalise
+from detrlib.matcher import Match, match
+from detrlib.metrics.detection import coco_ap, coco_detections
+from detrlib.metrics.localisation import object_size, paibb
+from detrlib.metrics.sparsity import gini, support_size, zeros_ratio
+from detrlib.models import AttentionMaps, Predictions, alpha_modules, build_model
+from detrlib.runs import Example, load_checkpoint, load_weights, save_example, write_json
+
+DETECTIONS_PER_IMAGE = 100  # as COCO counts them
+EXAMPLE_SCORE = 0.3  # queries more confident than this are kept in an example, matched ones always
+
+
+def evaluate_run(run_dir: Path, checkpoint: str = "last") -> dict:
+    """Evaluate a run's checkpoint on its validation split and write results.json, predictions.json, examples/.
+
+    Raises RunError when the run has no such checkpoint or it is of another architecture.
+    """
+    cfg = load_config(run_dir / "config.yaml")
+    model = load_model(run_dir, checkpoint)
+    accelerator = Accelerator()
+    results, detections = evaluate(model, build_dataset(cfg.data, "val"), cfg, accelerator, run_dir=run_dir)
+    return save_results(run_dir, results, detections)
+
+
+def load_model(run_dir: Path, checkpoint: str = "last") -> nn.Module:
+    """The trained model of a run, on the CPU, in evaluation mode; averaged weights where the run keeps them."""
+    cfg = load_config(run_dir / "config.yaml")
+    path = run_dir / "checkpoints" / f"{checkpoint}.pt"
+    state = load_checkpoint(path)
+    model = build_model(cfg.model, backbone_weights="none")
+    load_weights(model, state.get("average") or state["model"], path)
+    return model.eval()
+
+
+def autocast(cfg: Config, device: torch.device) -> torch.autocast:
+    """The precision in which the model of `cfg` is run, as a context."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.precision == "bfloat16")
+
+
+def save_results(run_dir: Path, results: dict, detections: list[dict]) -> dict:
+    """Write predictions.json, then results.json, whose presence says that the run is finished."""
+    write_json(run_dir / "predictions.json", detections)
+    write_json(run_dir / "results.json", results)
+    return results
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: CocoDataset,
+    cfg: Config,
+    accelerator: Accelerator,
+    *,
+    criterion: Criterion | None = None,
+    attention: bool = True,
+    run_dir: Path | None = None,
+) -> tuple[dict, list[dict]]:
+    """Results and COCO-format detections of `model` on `dataset`, complete on every process.
+
+    attention: measure attention too. run_dir: where examples are stored, if given. Results hold
+    `detection` (12 COCO numbers and per class), `loss` (with a criterion), `attention`, `paibb`, `alpha`.
+    """
+    start = time.perf_counter()
+    model = model.to(accelerator.device).eval()
+    shard = range(accelerator.process_index, len(dataset), accelerator.num_processes)  # no image counted twice
+    loader = DataLoader(
+        Subset(dataset, shard), cfg.evaluate.batch_size, collate_fn=collate, num_workers=cfg.data.workers
+    )
+    detections, losses, looks = [], [], _AttentionSummary(cfg)
+    keep = cfg.evaluate.examples if run_dir and accelerator.is_main_process else 0
+    for batch in tqdm(loader, desc="evaluating", leave=False, disable=None):
+        batch = batch.to(accelerator.device)
+        with autocast(cfg, accelerator.device):
+            predictions = model(batch.images, batch.padding_mask, need_attention=attention)
+        detections += _detections(predictions, batch.targets, dataset)
+        if criterion is not None:
+            terms = criterion(predictions, batch.targets)[1]
+            losses.append({name: value.item() * len(batch.targets) for name, value in terms.items()})
+        if attention:
+            pairs = match(predictions, batch.targets, cfg.loss)
+            looks.add(predictions.attention, batch, pairs)
+            for index in range(min(keep, len(batch.targets))):
+                save_example(run_dir, make_example(batch, predictions, pairs, index))
+            keep = max(0, keep - len(batch.targets))
+    if accelerator.num_processes > 1:
+        detections, losses, looks.rows = (gather_object(x) for x in (detections, losses, looks.rows))
+    results = {
+        "detection": coco_ap(dataset.ground_truth, detections),
+        "images": len(dataset),
+        "annotations": str(dataset.annotations_path.name),
+        "alpha": {place: module.alpha.tolist() for place, module in alpha_modules(model).items()},
+        "names": {str(label): name for label, name in dataset.names.items()},
+    }
+    if criterion is not None:
+        results["loss"] = {name: sum(row[name] for row in losses) / len(dataset) for name in losses[0]}
+    if attention:
+        results |= looks.summary()
+    results["seconds"] = round(time.perf_counter() - start, 2)
+    return results, detections
+
+
+def _detections(predictions: Predictions, targets: list[dict], dataset: CocoDataset) -> list[dict]:
+    sizes = torch.stack([target["original_size"] for target in targets])
+    rows = []
+    for target, found in zip(targets, predictions.detections(sizes, DETECTIONS_PER_IMAGE), strict=True):
+        # Labels between two category ids can be predicted, but name no category.
+        known = torch.tensor([label in dataset.category_ids for label in found.labels.tolist()], dtype=torch.bool)
+        boxes, scores, labels = (x.cpu()[known] for x in (found.boxes, found.scores, found.labels))
+        ids = [dataset.category_ids[label] for label in labels.tolist()]
+        rows += coco_detections(target["image_id"], boxes, scores, ids)
+    return rows
+
+
+class _AttentionSummary:
+    """Per-image attention metrics, gathered in rows so that processes can be put together."""
+
+    def __init__(self, cfg: Config):
+        transforms = cfg.model.attention
+        # Maps of the encoder are large: they are measured where their sparsity is a question.
+        self.sites = [site for site in ("encoder_self", "decoder_self") if getattr(transforms, site) != "softmax"]
+        self.sites.append("decoder_cross")
+        self.threshold = cfg.evaluate.zero_threshold
+        self.rows = []
+
+    def add(self, maps: AttentionMaps, batch: Batch, pairs: list[Match]) -> None:
+        """Measure one batch: means over heads and queries for every image and layer, PAIBB for every matched pair."""
+        sizes = torch.stack([target["size"] for target in batch.targets])
+        per_image = [defaultdict(list) for _ in pairs]
+        for site in self.sites:
+            valid = None if site == "decoder_self" else ~maps.key_padding[:, None, None]
+            for weights in getattr(maps, site):  # [B,H,Q,K]
+                measures = {
+                    "gini": gini(weights, valid),
+                    "zeros": zeros_ratio(weights, valid),
+                    "zeros_thresholded": zeros_ratio(weights, valid, self.threshold),
+                    "support": support_size(weights, valid).float(),
+                }
+                for name, value in measures.items():
+                    for row, number in zip(per_image, value.mean((1, 2)).tolist(), strict=True):
+                        row[f"{site}/{name}"].append(number)
+        stride = batch.images.shape[-2] / maps.grid[0], batch.images.shape[-1] / maps.grid[1]
+        last = maps.as_images("decoder_cross", -1).mean(1)  # [B,Q,h,w], mean over heads
+        for image, (query, index) in enumerate(pairs):
+            target = batch.targets[image]
+            extent = (sizes[image, 0].item() / stride[0], sizes[image, 1].item() / stride[1])
+            boxes = target["boxes"][index]
+            share = paibb(last[image, query], boxes, extent).tolist()
+            height, width = target["original_size"].tolist()
+            areas = (boxes[:, 2] * width * boxes[:, 3] * height).tolist()
+            per_image[image]["paibb"] = [(object_size(area), value) for area, value in zip(areas, share, strict=True)]
+        self.rows += [dict(row) for row in per_image]
+
+    def summary(self) -> dict:
+        """Means over images (sparsity) and over matched pairs (PAIBB)."""
+        attention = {
+            site: {
+                name: torch.tensor([row[f"{site}/{name}"] for row in self.rows]).mean(0).tolist()
+                for name in ("gini", "zeros", "zeros_thresholded", "support")
+            }
+            for site in self.sites
+        }
+        shares = [pair for row in self.rows for pair in row["paibb"]]
+        located = {"all": _mean([value for _, value in shares]), "pairs": len(shares)}
+        for size in ("small", "medium", "large"):
+            located[size] = _mean([value for this, value in shares if this == size])
+        return {"attention": attention, "paibb": located}
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def make_example(batch: Batch, predictions: Predictions, pairs: list[Match], index: int) -> Example:
+    """Image number `index` of a batch with its confident and matched queries and their maps."""
+    target, attention = batch.targets[index], predictions.attention
+    size = target["size"]
+    height, width = size.tolist()
+    scores, labels = predictions.class_scores()[index].max(-1)  # [Q]
+    matched = torch.full_like(labels, -1)
+    query, box = pairs[index]
+    matched[query] = box
+    order = scores.argsort(descending=True)
+    order = order[(scores[order] > EXAMPLE_SCORE) | (matched[order] >= 0)]
+    rows, columns = attention.valid_grid(index)
+    maps = torch.stack([attention.as_images("decoder_cross", i)[index] for i in range(len(attention.decoder_cross))])
+    stride = torch.tensor([s / g for s, g in zip(batch.images.shape[-2:], attention.grid, strict=True)])
+
+    def pixels(boxes: Tensor) -> Tensor:
+        return to_pixels(cxcywh_to_xyxy(boxes.float()), size)
+
+    values = {
+        "image": _picture(batch.images[index, :, :height, :width]),
+        "true_boxes": pixels(target["boxes"]),
+        "true_labels": target["labels"],
+        "boxes": pixels(predictions.boxes[index, order]),
+        "labels": labels[order],
+        "scores": scores[order],
+        "matched": matched[order],
+        "maps": maps[:, :, order, :rows, :columns].half(),  # [L,H,n,h,w]
+        "extent": size.cpu() / stride,
+    }
+    return Example(target["image_id"], **{name: value.cpu().numpy() for name, value in values.items()})
+
+
+def _picture(image: Tensor) -> Tensor:
+    """Normalised [3,H,W] -> uint8 [H,W,3]."""
+    return (denormalise(image.float()) * 255).round().to(torch.uint8).permute(1, 2, 0)
+
+
+def read_predictions(run_dir: Path) -> list[dict]:
+    """The COCO-format detections of a run."""
+    return json.loads((run_dir / "predictions.json").read_text())
