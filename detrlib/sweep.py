@@ -1,0 +1,220 @@
+"""Train several variants of one experiment side by side, evaluate them, and draw what they show together.
+
+    python -m detrlib.sweep papermill_runs/configs/quickstart.yaml
+
+A sweep file names a `base` config, `overrides` for all runs, and `runs`: a name and the overrides of each.
+Every run is notebook 05_train, then 06_evaluate, executed in papermill_runs/<sweep>/<run>/; then 07 and 08 are
+executed over all runs and the last becomes report.html. What is finished is skipped, what was interrupted goes on.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from detrlib import runs
+from detrlib.config import PROJECT, Config, ConfigError, load_config, project_path, read_yaml, save_config
+from detrlib.data import DataError, build_dataset
+from detrlib.notebooks import NotebookError, execute_notebook, is_executed, report_html
+from detrlib.pretrain import backbone_weights
+
+SECONDS_BETWEEN_REPORTS = 15
+
+
+class SweepError(RuntimeError):
+    """A sweep file is not one, or runs of it failed; the message names them and their logs."""
+
+
+@dataclass
+class Job:
+    """One run of a sweep and the subprocess that works on it."""
+
+    folder: Path
+    cfg: Config
+    process: subprocess.Popen | None = None
+    failed: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return self.process is None and is_executed(self.folder / "06_evaluate.ipynb")
+
+    def progress(self) -> tuple[float, str]:
+        """Share of the training steps done, and a few words."""
+        records = runs.read_metrics(self.folder)
+        if self.finished:
+            return 1.0, "done"
+        if self.failed:
+            return 1.0, "failed"
+        if not records:
+            return 0.0, "waiting" if self.process is None else "starting"
+        found = [r["detection/AP50"] for r in records if r.get("detection/AP50") is not None]
+        done = records[-1]["global_step"] / max(1, self._steps())
+        return min(done, 0.99), f"{done:4.0%}" + (f" AP50 {found[-1]:.2f}" if found else "")
+
+    def _steps(self) -> int:
+        steps = len(build_dataset(self.cfg.data, "train")) if self._known is None else self._known
+        self._known = steps
+        return self.cfg.train.epochs * max(1, steps // self.cfg.train.batch_size)
+
+    _known: int | None = None
+
+
+def read_sweep(path: Path) -> dict[str, Config]:
+    """The configs of a sweep by run name, all of them checked. Raises ConfigError naming the file and the setting."""
+    path = project_path(path)
+    values = read_yaml(path)
+    unknown = values.keys() - {"base", "overrides", "runs"}
+    if unknown or not isinstance(values.get("runs"), dict) or "base" not in values:
+        fault = f"unknown {', '.join(sorted(unknown))}" if unknown else "'base' or 'runs' is missing"
+        raise ConfigError(
+            f"{path}: {fault}; a sweep has base, overrides (optional) and runs, a name and overrides each"
+        )
+    shared = values.get("overrides") or {}
+    return {
+        name: load_config(path.parent / values["base"], {**shared, **(overrides or {})})
+        for name, overrides in values["runs"].items()
+    }
+
+
+def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
+    """Everything that `path` asks for, in `folder`; returns the path of the report.
+
+    parallel: runs side by side; None: one per GPU, or one per core of the CPU.
+    Raises SweepError when runs failed; the others are finished first.
+    """
+    jobs = [Job(folder / name, cfg) for name, cfg in read_sweep(path).items()]
+    report = folder / "report.html"
+    if report.exists() and all(job.finished for job in jobs):
+        print(f"all {len(jobs)} runs are done: {report}")
+        return report
+    _prepare(jobs)
+    _work_off(jobs, parallel or _slots())
+    failed = [job for job in jobs if job.failed]
+    if failed:
+        logs = "; ".join(f"{job.folder}/log.txt: {_last_line(job.folder / 'log.txt')}" for job in failed)
+        raise SweepError(f"{len(failed)} of {len(jobs)} runs failed: {logs}. Call again to retry them.")
+    names = [_run_name(job.folder) for job in jobs]
+    print("drawing figures and tables", flush=True)
+    execute_notebook("07_attention_maps", folder / "07_attention_maps.ipynb", {"run_names": names})
+    results = {"run_names": names, "output": str(folder / "figures")}
+    execute_notebook("08_thesis_figures", folder / "08_thesis_figures.ipynb", results)
+    return report_html(folder / "08_thesis_figures.ipynb", report, f"{folder.name}: report")
+
+
+def _prepare(jobs: list[Job]) -> None:
+    """Draw data and pretrain backbones once, before runs that would wait for each other ask for them."""
+    for data, backbone in {(job.cfg.data, job.cfg.model.backbone) for job in jobs if not job.finished}:
+        dataset = build_dataset(data, "train")
+        if backbone.weights == "crops":
+            backbone_weights(backbone, dataset, data.image_size)
+
+
+def _slots() -> int:
+    """How many runs fit side by side: one per GPU, or per core this process may use."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _work_off(jobs: list[Job], slots: int) -> None:
+    """Keep `slots` subprocesses busy until every job is finished or failed, reporting on the way."""
+    waiting = [job for job in jobs if not job.finished]
+    slots = max(1, min(slots, len(waiting)))
+    free, running = list(range(slots)), {}
+    start, first = time.monotonic(), [job.progress()[0] for job in jobs]
+    last_report = 0.0
+    try:
+        while waiting or running:
+            while waiting and free:
+                slot = free.pop(0)
+                running[slot] = waiting.pop(0)
+                _start(running[slot], slot, slots)
+            for slot, job in list(running.items()):
+                if job.process.poll() is not None:
+                    job.failed, job.process = job.process.returncode != 0, None
+                    free.append(slot)
+                    del running[slot]
+            if time.monotonic() - last_report > SECONDS_BETWEEN_REPORTS:
+                last_report = time.monotonic()
+                print(_status(jobs, first, last_report - start), flush=True)
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        for job in running.values():
+            job.process.wait()
+        raise
+
+
+def _start(job: Job, slot: int, slots: int) -> None:
+    """Begin or continue a run in a subprocess with its share of the machine."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    runs.write_atomic(job.folder / "sweep.yaml", lambda path: save_config(job.cfg, path))
+    environment = dict(os.environ, PYTHONUNBUFFERED="1", WANDB_SILENT="true")
+    if torch.cuda.is_available():
+        environment["CUDA_VISIBLE_DEVICES"] = str(slot)
+    else:
+        # Several runs with a thread each use the cores better than one run with several threads.
+        environment["OMP_NUM_THREADS"] = str(max(1, _slots() // slots))
+    with (job.folder / "log.txt").open("a") as log:
+        job.process = subprocess.Popen(
+            [sys.executable, "-m", "detrlib.sweep", "--one", str(job.folder)],
+            cwd=PROJECT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def run_one(folder: Path) -> None:
+    """Train and evaluate one run of a sweep through its notebooks, skipping what is done."""
+    name = _run_name(folder)
+    if not (folder / "results.json").exists():
+        parameters = {"config": str(folder / "sweep.yaml"), "run_name": name}
+        execute_notebook("05_train", folder / "05_train.ipynb", parameters)
+    execute_notebook("06_evaluate", folder / "06_evaluate.ipynb", {"run_name": name})
+
+
+def _run_name(folder: Path) -> str:
+    return str(folder.relative_to(runs.RUNS)) if folder.is_relative_to(runs.RUNS) else str(folder)
+
+
+def _status(jobs: list[Job], first: list[float], seconds: float) -> str:
+    """One line: how far each run is, and the time that is left at the pace so far."""
+    states = [job.progress() for job in jobs]
+    done = sum(share for share, _ in states) - sum(first)
+    left = len(jobs) - sum(share for share, _ in states)
+    pace = f"about {max(1, round(seconds * left / done / 60))} min left" if done > 0.02 else "estimating the time left"
+    words = "  ".join(f"{job.folder.name} {text}" for job, (_, text) in zip(jobs, states, strict=True))
+    return f"[{int(seconds) // 60:02d}:{int(seconds) % 60:02d}] {words}  ({pace})"
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text().splitlines() if line.strip()] if log.exists() else []
+    return lines[-1] if lines else "no output"
+
+
+def main() -> None:
+    """The command line; `--help` explains it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path, help="sweep file, e.g. papermill_runs/configs/quickstart.yaml")
+    parser.add_argument("--name", help="folder under papermill_runs/; default: the name of the file")
+    parser.add_argument("--parallel", type=int, help="runs side by side; default: one per GPU or core")
+    parser.add_argument("--one", action="store_true", help="path is the folder of one run; used by the sweep itself")
+    arguments = parser.parse_args()
+    try:
+        if arguments.one:
+            run_one(arguments.path)
+        else:
+            print(sweep(arguments.path, runs.run_path(arguments.name or arguments.path.stem), arguments.parallel))
+    except (ConfigError, DataError, runs.RunError, NotebookError, SweepError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command continues") from None
+
+
+if __name__ == "__main__":
+    main()
