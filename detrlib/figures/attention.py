@@ -1,0 +1,181 @@
+"""Attention over images: what a query found and where it looked for it.
+
+Legend: n queries, L layers, H heads, h x w cells of the feature map. Boxes are xyxy in pixels of the image given.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, figure, styled
+from detrlib.runs import Example
+
+MAP_COLOURS = "YlOrRd"
+MAP_OPACITY = 0.85  # where a map is highest; a cell without weight leaves the image as it is
+WIDEST_PANEL = 1.7  # inches
+CAPTION_HEIGHT = 0.25  # inches above a panel
+
+
+def draw_map(axes: Axes, image: np.ndarray, weights: np.ndarray, extent: np.ndarray | None = None) -> None:
+    """Lay a map [h,w] over a pale grey version of `image` [H,W,3], its highest weight in the brightest colour.
+
+    extent: height and width of the image in cells, where the last cells reach beyond it; None: exactly h and w.
+    """
+    height, width = image.shape[:2]
+    rows, columns = weights.shape if extent is None else extent
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    axes.imshow(0.6 * grey + 0.4 * 255, cmap="gray", vmin=0, vmax=255)
+    weights = np.asarray(weights, dtype=np.float32)
+    share = weights / max(weights.max(), 1e-12)
+    cell_height, cell_width = height / rows, width / columns
+    # Cells are drawn as what they are, squares; smoothing would show weight where there is none.
+    axes.imshow(
+        share,
+        cmap=MAP_COLOURS,
+        alpha=MAP_OPACITY * np.minimum(1.0, 5 * share),
+        vmin=0,
+        vmax=1,
+        extent=(-0.5, weights.shape[1] * cell_width - 0.5, weights.shape[0] * cell_height - 0.5, -0.5),
+        interpolation="nearest",
+    )
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    axes.axis("off")
+
+
+def draw_box(axes: Axes, box: np.ndarray, colour: str, dashed: bool = False) -> None:
+    """One box; dashed ones are ground truth. A white rim keeps it visible on any background."""
+    x0, y0, x1, y1 = box
+    for edge, line_width in (("white", 2.4), (colour, 1.3)):
+        style = (0, (3, 2)) if dashed else "solid"
+        axes.add_patch(
+            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=line_width, linestyle=style)
+        )
+
+
+def _grid(rows: int, columns: int, image: np.ndarray, width: float = 1.0) -> tuple[Figure, np.ndarray]:
+    """Panels in the proportions of the image; row by row, [rows, columns]."""
+    width = min(width, columns * WIDEST_PANEL / TEXT_WIDTH)
+    panel = width * TEXT_WIDTH / columns
+    height = rows * (panel * image.shape[0] / image.shape[1] + CAPTION_HEIGHT)
+    return figure(
+        width=width,
+        aspect=height / (width * TEXT_WIDTH),
+        nrows=rows,
+        ncols=columns,
+        squeeze=False,
+        layout="constrained",
+    )
+
+
+@styled
+def detections_with_attention(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    maps: np.ndarray,
+    true_boxes: np.ndarray,
+    true_labels: np.ndarray,
+    names: Mapping[int, str],
+    max_queries: int = 4,
+    extent: np.ndarray | None = None,
+) -> Figure:
+    """The image with its detections and ground truth, then where each of the best `max_queries` queries looked.
+
+    image uint8 [H,W,3], boxes [n,4], labels and scores [n], maps [n,h,w], best first; true_boxes [T,4],
+    true_labels [T]; names: label -> class. Solid boxes are predictions, dashed ones ground truth.
+    """
+    shown = min(max_queries, len(boxes))
+    drawn, panels = _grid(1, max_queries + 1, image)
+    first, *rest = panels[0]
+    first.imshow(image)
+    first.axis("off")
+    first.set_title(f"{len(true_boxes)} object{'s' * (len(true_boxes) != 1)}", loc="left")
+    for box in true_boxes:
+        draw_box(first, box, "black", dashed=True)
+    for number, axes in enumerate(rest):
+        if number >= shown:
+            axes.set_visible(False)
+            continue
+        colour = PALETTE[number % len(PALETTE)]
+        draw_box(first, boxes[number], colour)
+        draw_map(axes, image, maps[number], extent)
+        draw_box(axes, boxes[number], colour)
+        name = names.get(int(labels[number]), str(labels[number]))
+        axes.set_title(f"{name} {scores[number]:.2f}", loc="left", color=colour)
+    return drawn
+
+
+@styled
+def compare_runs(
+    examples: Mapping[str, Example], names: Mapping[int, str], layer: int = -1, max_objects: int = 5
+) -> Figure:
+    """The same image in several runs: a row is a run, a column an annotated object, in order of size.
+
+    Each panel shows the map (mean over heads) of the query matched to the object, its box and the class it gave.
+    """
+    first = next(iter(examples.values()))
+    sides = first.true_boxes[:, 2:] - first.true_boxes[:, :2]
+    objects = np.argsort(-sides.prod(1))[:max_objects]
+    drawn, panels = _grid(len(examples), len(objects) + 1, first.image)
+    for row, (run, example) in zip(panels, examples.items(), strict=True):
+        row[0].imshow(example.image)
+        row[0].axis("off")
+        row[0].set_title(run, loc="left", fontweight="bold")
+        for number, (axes, index) in enumerate(zip(row[1:], objects, strict=True)):
+            colour = PALETTE[number % len(PALETTE)]
+            draw_box(row[0], example.true_boxes[index], colour, dashed=True)
+            _draw_matched(axes, example, index, names, layer, colour)
+    return drawn
+
+
+def _draw_matched(axes: Axes, example: Example, index: int, names: Mapping[int, str], layer: int, colour: str) -> None:
+    """The query matched to object number `index`: its map, its box and the dashed box of the object."""
+    (queries,) = np.nonzero(example.matched == index)
+    if not len(queries):
+        axes.imshow(example.image, alpha=0.3)
+        axes.axis("off")
+        axes.set_title("no query left", loc="left", color=MUTED)
+        return
+    query = queries[0]
+    draw_map(axes, example.image, example.maps[layer, :, query].mean(0, dtype=np.float32), example.extent)
+    draw_box(axes, example.true_boxes[index], colour, dashed=True)
+    draw_box(axes, example.boxes[query], colour)
+    label = int(example.labels[query])
+    axes.set_title(f"{names.get(label, label)} {example.scores[query]:.2f}", loc="left", color=colour)
+
+
+@styled
+def layers_grid(image: np.ndarray, maps: np.ndarray, box: np.ndarray, extent: np.ndarray | None = None) -> Figure:
+    """One query through the decoder: maps [L,H,h,w], a row per layer, a column per head, the mean over heads first."""
+    layers, heads = maps.shape[:2]
+    drawn, panels = _grid(layers, heads + 1, image)
+    for layer, row in enumerate(panels):
+        columns = [("mean", maps[layer].mean(0, dtype=np.float32))]
+        columns += [(f"head {head + 1}", maps[layer, head]) for head in range(heads)]
+        for axes, (name, weights) in zip(row, columns, strict=True):
+            draw_map(axes, image, weights, extent)
+            draw_box(axes, box, PALETTE[0])
+            title = f"layer {layer + 1}, {name}" if name == "mean" else name if layer == 0 else ""
+            axes.set_title(title, loc="left", fontsize=6)
+    return drawn
+
+
+@styled
+def single_map(
+    image: np.ndarray, weights: np.ndarray, box: np.ndarray, title: str, extent: np.ndarray | None = None
+) -> Figure:
+    """The image with a query's box, and its map [h,w] beside it with the share of cells that have any weight."""
+    drawn, panels = _grid(1, 2, image, width=0.7)
+    left, right = panels[0]
+    left.imshow(image)
+    left.axis("off")
+    left.set_title(title, loc="left")
+    draw_map(right, image, weights, extent)
+    right.set_title(f"{np.count_nonzero(weights)} of {weights.size} cells have weight", loc="left")
+    for axes in (left, right):
+        draw_box(axes, box, PALETTE[0])
+    return drawn

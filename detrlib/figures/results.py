@@ -1,0 +1,294 @@
+"""Figures and tables of results. Every function takes a pandas table and returns a Figure, or text for tables.
+
+Runs keep their colour across figures (`style.run_colours`).
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+
+from detrlib.figures.style import figure, run_colours, styled
+
+UNDEFINED = -1  # COCO's value for a number that has no ground truth to be computed from
+LABEL_HEIGHT = 0.14  # inches taken by one line of a direct label
+ALPHA_LIMITS = (1.0, 2.0)  # softmax and sparsemax, the ends of the entmax family that heads choose from
+
+
+@styled
+def training_curves(frame: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] | None = None) -> Figure:
+    """One panel per metric, one line per run, over epochs.
+
+    frame: tidy, with columns run, epoch, metric, value; several values of a run and epoch are averaged.
+    labels: what to write above a panel instead of the name of the metric. Raises ValueError for a metric that
+    the frame lacks.
+    """
+    missing = set(metrics) - set(frame["metric"])
+    if missing:
+        raise ValueError(f"no values of {sorted(missing)}; there are {sorted(frame['metric'].unique())}")
+    colours = run_colours(frame["run"])
+    drawn, panels = _panels(len(metrics), columns=3, panel_height=1.5)
+    for axes, metric in zip(panels, metrics, strict=True):
+        values = frame[frame["metric"] == metric].pivot_table(index="epoch", columns="run", values="value")
+        for run in values.columns:
+            line = values[run].dropna()
+            axes.plot(line.index, line, color=colours[run], label=run, marker="o" if len(line) == 1 else None)
+        axes.set_title((labels or {}).get(metric, metric), loc="left")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.grid(axis="y")
+    for axes in _bottom_panels(panels, columns=3):
+        axes.set_xlabel("epoch")
+    _label_lines(panels[:3][-1])
+    return drawn
+
+
+@styled
+def bars(table: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] | None = None) -> Figure:
+    """One panel per metric (a column of `table`), one bar per run (its index), with the value written on each bar.
+
+    Missing values and COCO's -1 for "undefined" read n/a.
+    """
+    columns = min(len(metrics), 4)
+    colours = run_colours(table.index)
+    drawn, panels = _panels(len(metrics), columns, panel_height=0.35 + 0.2 * len(table), sharey=True)
+    for axes, metric in zip(panels, metrics, strict=True):
+        values = table[metric].where(table[metric] != UNDEFINED).astype(float)
+        drawn_bars = axes.barh(
+            range(len(table)), values.fillna(0), height=0.7, color=[colours[run] for run in table.index]
+        )
+        axes.bar_label(drawn_bars, [_short(value) for value in values], padding=2, fontsize=7)
+        axes.set_title((labels or {}).get(metric, metric), loc="left")
+        axes.set_yticks(range(len(table)), table.index)
+        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", labelbottom=False, length=0)  # the bars carry their values
+        axes.spines["bottom"].set_visible(False)
+        axes.set_xlim(min(0, values.min()) if values.notna().any() else 0, 1.3 * max(values.fillna(0).max(), 1e-9))
+    panels[0].invert_yaxis()  # the first run on top; the axis is shared
+    return drawn
+
+
+@styled
+def per_layer(frame: pd.DataFrame, metric: str) -> Figure:
+    """`metric` per decoder layer, one line per run: columns run, layer (from 0), value.
+
+    Several values of a run and layer (images, or seeds) are drawn as their mean and a band of one standard deviation.
+    """
+    colours = run_colours(frame["run"])
+    drawn, axes = figure(width=0.6, aspect=0.7)
+    for run, values in frame.groupby("run", sort=False):
+        layers = values.groupby("layer")["value"].agg(["mean", "std"])
+        axes.plot(layers.index + 1, layers["mean"], color=colours[run], marker="o", label=run)
+        low, high = layers["mean"] - layers["std"], layers["mean"] + layers["std"]
+        axes.fill_between(
+            layers.index + 1, low, high, where=layers["std"].notna(), color=colours[run], alpha=0.15, lw=0
+        )
+    axes.set(xlabel="decoder layer", ylabel=metric)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y")
+    _label_lines(axes)
+    return drawn
+
+
+@styled
+def alpha_heatmap(alphas: Mapping[str, ArrayLike]) -> Figure:
+    """Learned alpha of every head, one panel per run: {run: [layers, heads]}, with the value written in each cell.
+
+    The colour scale is the same for all figures, from 1 (softmax) to 2 (sparsemax).
+    """
+    grids = {run: np.asarray(alpha, dtype=float) for run, alpha in alphas.items()}
+    columns = min(len(grids), 2)
+    layers = max(len(grid) for grid in grids.values())
+    width = 1.0 if columns > 1 else 0.65
+    drawn, panels = _panels(len(grids), columns, panel_height=0.5 + 0.24 * layers, width=width)
+    for axes, (run, grid) in zip(panels, grids.items(), strict=True):
+        image = axes.imshow(grid, cmap="cividis", vmin=ALPHA_LIMITS[0], vmax=ALPHA_LIMITS[1], aspect="auto")
+        for (layer, head), value in np.ndenumerate(grid):
+            shade = "black" if image.norm(value) > 0.55 else "white"
+            axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=6)
+        axes.set_title(run, loc="left")
+        axes.set_xticks(range(grid.shape[1]), range(1, grid.shape[1] + 1))
+        axes.set_yticks(range(grid.shape[0]), range(1, grid.shape[0] + 1))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set(xlabel="head", ylabel="layer")
+    scale = drawn.colorbar(image, ax=panels, ticks=[1, 1.5, 2], shrink=0.9, pad=0.02)
+    scale.ax.set_yticklabels(["1 softmax", "1.5", "2 sparsemax"])
+    scale.outline.set_visible(False)
+    return drawn
+
+
+@styled
+def alpha_over_training(frame: pd.DataFrame) -> Figure:
+    """Alpha of every head over epochs: columns run, epoch, layer, head (both from 0), value.
+
+    A row of panels per run, a column per layer, a line per head.
+    """
+    runs, layers, heads = (list(frame[column].unique()) for column in ("run", "layer", "head"))
+    layers, heads = sorted(layers), sorted(heads)
+    colours = dict(zip(heads, _head_colours(len(heads)), strict=True))
+    drawn, grid = figure(
+        aspect=(0.35 + 1.15 * len(runs)) / 6.5,
+        nrows=len(runs),
+        ncols=len(layers),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
+    for row, run in zip(grid, runs, strict=True):
+        for axes, layer in zip(row, layers, strict=True):
+            values = frame[(frame["run"] == run) & (frame["layer"] == layer)]
+            for head, line in values.groupby("head"):
+                axes.plot(line["epoch"], line["value"], color=colours[head], lw=1, label=f"head {head + 1}")
+            axes.grid(axis="y")
+            axes.xaxis.set_major_locator(MaxNLocator(2, integer=True))
+        row[0].set_ylabel(f"{run}\nalpha")
+    grid[0, 0].set(ylim=(ALPHA_LIMITS[0] - 0.04, ALPHA_LIMITS[1] + 0.04), yticks=[1, 1.5, 2])
+    for axes, layer in zip(grid[0], layers, strict=True):
+        axes.set_title(f"layer {layer + 1}")
+    drawn.supxlabel("epoch", fontsize=8)
+    drawn.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center", handlelength=1.2)
+    return drawn
+
+
+def markdown_table(
+    table: pd.DataFrame,
+    formats: Mapping[str, str],
+    lower_is_better: Collection[str] = (),
+    unranked: Collection[str] = (),
+) -> str:
+    """`table` in Markdown, its index first. Arguments and bold values as in `latex_table`."""
+    cells = _cells(table, formats, lower_is_better, unranked, bold="**{}**")
+    rows = [[str(run), *row] for run, row in zip(table.index, cells, strict=True)]
+    header = [str(table.index.name or ""), *map(str, table.columns)]
+    alignment = ["---", *["---:"] * len(table.columns)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, alignment, *rows]) + "\n"
+
+
+def latex_table(
+    table: pd.DataFrame,
+    formats: Mapping[str, str],
+    caption: str,
+    label: str,
+    lower_is_better: Collection[str] = (),
+    unranked: Collection[str] = (),
+) -> str:
+    r"""`table` as a LaTeX table (needs \usepackage{booktabs}), its index first and the best of each column in bold.
+
+    formats: column -> format specification such as ".1f"; other columns are written as they are. The highest
+    number is best, but the lowest in `lower_is_better`; `unranked` columns and text have no best. Values that look
+    the same once rounded share the bold, unless all do. Missing values read as a dash. Names are escaped, `caption`
+    is LaTeX. Raises ValueError when an argument names a column that does not exist.
+    """
+    cells = _cells(table, formats, lower_is_better, unranked, bold=r"\textbf{{{}}}", escape=_escape_latex)
+    rows = [[_escape_latex(str(run)), *row] for run, row in zip(table.index, cells, strict=True)]
+    header = [_escape_latex(str(name)) for name in (table.index.name or "", *table.columns)]
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{caption}}}",
+        rf"\label{{{label}}}",
+        rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
+        r"\toprule",
+        " & ".join(header) + r" \\",
+        r"\midrule",
+        *(" & ".join(row) + r" \\" for row in rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(table, formats, lower_is_better, unranked, bold, escape=str) -> list[list[str]]:
+    """The formatted values, row by row."""
+    unknown = {*formats, *lower_is_better, *unranked} - set(table.columns)
+    if unknown:
+        raise ValueError(f"no columns {sorted(unknown)} in the table; there are {list(table.columns)}")
+    columns = []
+    for name in table.columns:
+        values = table[name]
+        texts = ["–" if pd.isna(value) else escape(format(value, formats.get(name, ""))) for value in values]
+        if pd.api.types.is_numeric_dtype(values) and name not in unranked and values.notna().any():
+            position = np.nanargmin(values) if name in lower_is_better else np.nanargmax(values)
+            best = texts[position]
+            if any(text not in (best, "–") for text in texts):
+                texts = [bold.format(text) if text == best else text for text in texts]
+        columns.append(texts)
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _escape_latex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
+
+
+def _short(value: float) -> str:
+    """Three significant digits, "n/a" for a missing value."""
+    if np.isnan(value):
+        return "n/a"
+    return f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
+
+
+def _panels(
+    count: int, columns: int, panel_height: float, width: float = 1.0, **arguments
+) -> tuple[Figure, list[Axes]]:
+    """`count` axes in rows of `columns`, each `panel_height` inches high; places left over stay empty."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    aspect = rows * (panel_height + 0.3) / (width * 6.5)
+    drawn, grid = figure(width, aspect, nrows=rows, ncols=columns, squeeze=False, **arguments)
+    for axes in grid.flat[count:]:
+        axes.remove()
+    return drawn, list(grid.flat[:count])
+
+
+def _bottom_panels(panels: Sequence[Axes], columns: int) -> Sequence[Axes]:
+    """Panels with nothing below them: the last one of every column."""
+    return panels[-columns:]
+
+
+def _head_colours(count: int) -> list:
+    """Heads have no order and no meaning shared between layers; evenly spaced hues keep any number apart."""
+    from matplotlib import colormaps
+
+    return list(colormaps["turbo"](np.linspace(0.05, 0.95, count)))
+
+
+def _label_lines(axes: Axes) -> None:
+    """Write each line's label to the right of its end, in its colour, moved apart where ends lie close together."""
+    lines = axes.get_lines()
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)  # labels refer to the limits as they are now
+    ends = np.array([(line.get_ydata()[-1] - low) / (high - low) for line in lines])
+    height = axes.get_position().height * axes.figure.get_figheight()
+    for line, end, place in zip(lines, ends, _spread(ends, LABEL_HEIGHT / height), strict=True):
+        axes.annotate(
+            line.get_label(),
+            xy=(1.0, end),
+            xytext=(1.06, place),
+            xycoords="axes fraction",
+            va="center",
+            fontsize=7,
+            color=line.get_color(),
+            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5, "shrinkA": 0, "shrinkB": 0},
+        )
+
+
+def _spread(positions: np.ndarray, gap: float) -> np.ndarray:
+    """Positions moved as little as needed to lie at least `gap` apart, in the same order."""
+    order = np.argsort(positions, kind="stable")
+    steps = gap * np.arange(len(positions))
+    # Pool neighbours whose order would be violated, as in isotonic regression of the positions less the gaps.
+    blocks: list[list[float]] = []
+    for value in positions[order] - steps:
+        blocks.append([value])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    moved = np.concatenate([np.full(len(block), np.mean(block)) for block in blocks]) + steps
+    placed = np.empty_like(moved)
+    placed[order] = moved
+    return placed

@@ -1,0 +1,109 @@
+"""One look for every figure: sizes in text widths, one colour per transform, fonts embedded in the PDF.
+
+Functions that draw carry `@styled`, so that settings apply to their own figures and to nothing else.
+"""
+
+from collections.abc import Iterable
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+TEXT_WIDTH = 6.5  # inches, of a printed A4 or letter page
+MUTED = "#6b6b6b"  # text and lines that should stay in the background
+
+# Okabe and Ito, "Color Universal Design", 2008: distinct for every kind of colour vision. Ordered by contrast on white.
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+
+COLOURS = {
+    "softmax": "#0072B2",
+    "sparsemax": "#D55E00",
+    "entmax15": "#009E73",
+    "alpha_entmax": "#CC79A7",
+    "tvmax": "#E69F00",
+    "entmax": "#56B4E9",
+}
+
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,  # TrueType outlines: text in the PDF can be selected and searched
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so every machine draws the same figure
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.edgecolor": MUTED,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": "black",
+    "ytick.labelcolor": "black",
+    "lines.linewidth": 1.3,
+    "lines.markersize": 3.5,
+}
+
+styled = plt.rc_context(STYLE)
+
+
+@styled
+def figure(width: float = 1.0, aspect: float = 0.6, **subplots_arguments):
+    """(figure, axes) as of `plt.subplots`, `width` text widths wide and `aspect` times as high as wide.
+
+    The figure is taken out of pyplot's register: a notebook would show a registered figure twice when it is the
+    value of a cell, and would keep every one of them in memory.
+    """
+    size = (width * TEXT_WIDTH, width * TEXT_WIDTH * aspect)
+    drawn, axes = plt.subplots(figsize=size, **({"layout": "constrained"} | subplots_arguments))
+    plt.close(drawn)
+    return drawn, axes
+
+
+def run_colours(runs: Iterable[str]) -> dict[str, str]:
+    """A colour for every run: that of its transform where the name holds one, otherwise the next unused one.
+
+    "shapes_entmax15_seed1" counts as entmax15; of several runs with the same transform the first takes its colour.
+    """
+    runs = list(dict.fromkeys(runs))
+    colours = {}
+    for run in runs:
+        colour = COLOURS.get(_transform_in(run))
+        if colour not in (None, *colours.values()):
+            colours[run] = colour
+    # Colours that belong to no transform come first: a run without one should not look like another's.
+    by_preference = sorted(PALETTE, key=lambda colour: colour in COLOURS.values())
+    free = [colour for colour in by_preference if colour not in colours.values()]
+    next_colour = cycle(free or PALETTE)
+    return {run: colours[run] if run in colours else next(next_colour) for run in runs}
+
+
+def save(drawn: Figure, folder: str | Path, name: str, note: str) -> list[Path]:
+    """Write <name>.pdf, <name>.png and <name>.txt to `folder` and return their paths.
+
+    `note` says where the figure comes from (runs, commits, command) and becomes the text file.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{suffix}" for suffix in ("pdf", "png", "txt")]
+    with plt.rc_context(STYLE):
+        drawn.savefig(paths[0], metadata={"CreationDate": None})  # the same figure gives the same file
+        drawn.savefig(paths[1])
+    paths[2].write_text(note.rstrip("\n") + "\n")
+    return paths
+
+
+def _transform_in(run: str) -> str | None:
+    """The longest name of a transform within the name of a run ("alpha_entmax" before "entmax")."""
+    return max((name for name in COLOURS if name in run), key=len, default=None)
