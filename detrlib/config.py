@@ -64,6 +64,14 @@ class Backbone(Section):
     freeze_stem: bool | None = None  # stem and first stage, as DETR does; None: if there are weights to keep
     mask_padding: bool = True  # False: features near padding depend on the batch, as in the official code
 
+    @model_validator(mode="after")
+    def _dilation_needs_bottlenecks(self):
+        if self.dilation and self.name not in ("resnet50", "resnet101"):
+            raise ValueError(
+                f"model.backbone.dilation needs bottleneck blocks, which {self.name} has not; use resnet50"
+            )
+        return self
+
 
 class Attention(Section):
     encoder_self: TransformName = "softmax"

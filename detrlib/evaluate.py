@@ -23,7 +23,7 @@ from detrlib.data.augment import denormalise
 from detrlib.matcher import Match, match
 from detrlib.metrics.detection import coco_ap, coco_detections
 from detrlib.metrics.localisation import object_size, paibb
-from detrlib.metrics.sparsity import gini, support_size, zeros_ratio
+from detrlib.metrics.sparsity import entropy, gini, support_size, zeros_ratio
 from detrlib.models import AttentionMaps, Predictions, alpha_modules, build_model
 from detrlib.runs import Example, load_checkpoint, load_weights, save_example, write_json
 
@@ -132,6 +132,9 @@ def _detections(predictions: Predictions, targets: list[dict], dataset: CocoData
     return rows
 
 
+MEASURES = ("gini", "zeros", "zeros_thresholded", "support", "entropy")
+
+
 class _AttentionSummary:
     """Per-image attention metrics, gathered in rows so that processes can be put together."""
 
@@ -155,6 +158,7 @@ class _AttentionSummary:
                     "zeros": zeros_ratio(weights, valid),
                     "zeros_thresholded": zeros_ratio(weights, valid, self.threshold),
                     "support": support_size(weights, valid).float(),
+                    "entropy": entropy(weights, valid),
                 }
                 for name, value in measures.items():
                     for row, number in zip(per_image, value.mean((1, 2)).tolist(), strict=True):
@@ -175,8 +179,7 @@ class _AttentionSummary:
         """Means over images (sparsity) and over matched pairs (PAIBB)."""
         attention = {
             site: {
-                name: torch.tensor([row[f"{site}/{name}"] for row in self.rows]).mean(0).tolist()
-                for name in ("gini", "zeros", "zeros_thresholded", "support")
+                name: torch.tensor([row[f"{site}/{name}"] for row in self.rows]).mean(0).tolist() for name in MEASURES
             }
             for site in self.sites
         }

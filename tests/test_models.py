@@ -23,8 +23,7 @@ SITES = ("encoder_self", "decoder_self", "decoder_cross")
 
 
 BACKBONES = {
-    "tiny": ({"name": "tiny"}, 16),
-    "tiny-dilated": ({"name": "tiny", "dilation": True}, 8),
+    "tiny": ({"name": "tiny"}, 8),
     "resnet18": ({"name": "resnet18"}, 32),
     "resnet50-dilated": ({"name": "resnet50", "dilation": True}, 16),
 }
@@ -104,11 +103,11 @@ def test_attention_maps(transform, queries):
     with torch.no_grad():
         predictions = model(images, padding, need_attention=True)
         plain = model(images, padding)
-    maps, grid, cells = predictions.attention, (8, 10), 80
+    maps, grid, cells = predictions.attention, (16, 20), 320
     assert plain.attention is None
     torch.testing.assert_close(plain.logits, predictions.logits, rtol=0, atol=1e-5)
     assert maps.grid == grid
-    assert torch.equal(maps.key_padding, padding[:, ::16, ::16].flatten(1))
+    assert torch.equal(maps.key_padding, padding[:, ::8, ::8].flatten(1))
     expected = {"encoder_self": [(2, 4, cells, cells)] * 2, "decoder_self": [(2, 4, 7, 7)] * 3}
     for site, shapes in (expected | {"decoder_cross": [(2, 4, 7, cells)] * 3}).items():
         weights = getattr(maps, site)
@@ -367,7 +366,7 @@ def test_a_file_that_is_no_state_dict_is_named(tmp_path):
         build_backbone("resnet18", tmp_path / "absent.pt")
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+@pytest.mark.parametrize("name", ["tiny", "resnet18", "resnet34"])
 def test_dilation_needs_bottlenecks(name):
     with pytest.raises(ValueError, match=f"dilation.*{name}"):
         build_backbone(name, dilation=True)

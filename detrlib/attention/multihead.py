@@ -108,14 +108,17 @@ class ConditionalCrossAttention(nn.Module):
         padding: Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """content, position, spatial [B,Q,E]; memory, memory_position [B,K,E] -> [B,Q,E], weights [B,H,Q,K] or None."""
+        """content, position, spatial [B,Q,E]; memory [B,K,E], memory_position [B or 1,K,E]
+        -> output [B,Q,E], weights [B,H,Q,K] or None.
+        """
         query, key = self.query_content(content), self.key_content(memory)
         key_position = self.key_position(memory_position)
         if self.query_position is not None:
             query, key = query + self.query_position(position), key + key_position
         heads = (query, self.query_spatial(spatial), key, key_position, self.value(memory))
         query, spatial, key, key_position, value = (split_heads(x, self.num_heads) for x in heads)
-        query, key = torch.cat([query, spatial], -1), torch.cat([key, key_position], -1)  # [B,H,.,2D]
+        key = torch.cat([key, key_position.expand_as(key)], -1)  # [B,H,K,2D]
+        query = torch.cat([query, spatial], -1)  # [B,H,Q,2D]
         dropout = self.dropout if self.training else 0.0
         mixed, weights = attend(query, key, value, self.transform, padding, dropout, need_weights)
         return self.out_proj(merge_heads(mixed)), weights

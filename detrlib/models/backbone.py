@@ -77,20 +77,20 @@ def normalised(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
 
 
 class TinyBody(nn.Module):
-    """A thin ResNet of four single-block stages for small images on a CPU: stride 16, or 8 with `dilation`."""
+    """A thin ResNet of four single-block stages and stride 8, for small images on a CPU; a cell sees 100 pixels."""
 
-    channels = (16, 32, 64, 128, 128)
+    channels = (16, 32, 64, 64, 64)
+    strides = (2, 2, 1, 1)
 
-    def __init__(self, dilation: bool = False, norm: type[nn.Module] = FrozenBatchNorm2d):
+    def __init__(self, norm: type[nn.Module] = FrozenBatchNorm2d):
         super().__init__()
         stem, *widths = self.channels
         self.conv1 = nn.Conv2d(3, stem, 3, stride=2, padding=1, bias=False)
         self.bn1 = norm(stem)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity()
-        strides = (2, 2, 1 if dilation else 2, 1)
         previous = stem
-        for number, (width, stride) in enumerate(zip(widths, strides, strict=True), start=1):
+        for number, (width, stride) in enumerate(zip(widths, self.strides, strict=True), start=1):
             self.add_module(f"layer{number}", nn.Sequential(_basic_block(previous, width, stride, norm)))
             previous = width
         for module in self.modules():
@@ -107,10 +107,10 @@ def _basic_block(before: int, after: int, stride: int, norm: type[nn.Module]) ->
 
 def build_body(name: str, dilation: bool, norm: type[nn.Module] = FrozenBatchNorm2d) -> tuple[nn.Module, int]:
     """The network called `name` without weights, and the number of channels it ends with."""
-    if name == "tiny":
-        return TinyBody(dilation, norm), TinyBody.channels[-1]
-    if dilation and name in ("resnet18", "resnet34"):
+    if dilation and name in ("tiny", "resnet18", "resnet34"):
         raise ValueError(f"model.backbone.dilation needs bottleneck blocks, which {name} has not; use resnet50")
+    if name == "tiny":
+        return TinyBody(norm), TinyBody.channels[-1]
     body = getattr(torchvision.models, name)(
         weights=None, replace_stride_with_dilation=[False, False, dilation], norm_layer=norm
     )

@@ -78,10 +78,13 @@ class DETR(nn.Module):
         level = self.backbone(images, padding_mask)
         grid = tuple(level.padding.shape[-2:])
         key_padding = level.padding.flatten(1)  # [B,K]
+        padded = bool(key_padding.any())
+        # Without padding all images have the same positions: one is enough, and broadcast.
+        position = self.position(level.padding if padded else level.padding[:1])
         memory = Memory(
             tokens=self.input_proj(level.features).flatten(2).transpose(1, 2),  # [B,K,E]
-            position=self.position(level.padding).flatten(2).transpose(1, 2),
-            padding=key_padding if key_padding.any() else None,
+            position=position.flatten(2).transpose(1, 2),  # [B,K,E] or [1,K,E]
+            padding=key_padding if padded else None,
         )
         memory, encoder_maps = self.transformer.encoder(memory, need_attention)
         found = self.transformer.decoder(self.query_embed.weight, memory, self.bbox_embed, need_attention)

@@ -33,7 +33,7 @@ class Memory(NamedTuple):
     """What the decoder looks at."""
 
     tokens: Tensor  # [B,K,E]
-    position: Tensor  # [B,K,E]
+    position: Tensor  # [B,K,E], or [1,K,E] for all images
     padding: Tensor | None  # [B,K], True = padding; None: there is none
 
 
