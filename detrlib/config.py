@@ -77,7 +77,7 @@ class Attention(Section):
     encoder_self: TransformName = "softmax"
     decoder_self: TransformName = "softmax"
     decoder_cross: TransformName = "softmax"
-    alpha: float = Field(1.5, gt=1.0, le=4.0)  # of "entmax", fixed
+    alpha: float = Field(1.5, gt=1.0, le=2.0)  # of "entmax", fixed
     alpha_init: float | Literal["normal"] = 1.5  # of "alpha_entmax"; "normal": pre_alpha from N(0, 1)
 
 

@@ -36,9 +36,11 @@ def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int, 
 
     image_size: shorter side of the images in training, so that objects are learned at the size they will have.
     """
+    with torch.device("meta"):
+        body, _ = build_body(settings.name, settings.dilation)
     key = {
         "data": hashlib.sha256(json.dumps(dataset.ground_truth, sort_keys=True).encode()).hexdigest(),
-        "backbone": [settings.name, settings.dilation],
+        "backbone": [settings.name, [list(weight.shape) for weight in body.state_dict().values()]],
         "recipe": [image_size, SIDE, MOST_CROPS, SAMPLES, BATCH, LEARNING_RATE, seed],
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]

@@ -156,7 +156,7 @@ def truncate_metrics(run_dir: Path, last_step: int) -> None:
 
 def environment() -> dict[str, Any]:
     """Commit, versions and hardware, so that a number can be traced to what made it."""
-    packages = ("torch", "torchvision", "entmax", "accelerate", "numpy", "faster-coco-eval")
+    packages = ("torch", "torchvision", "accelerate", "numpy", "faster-coco-eval")
     cuda = torch.cuda.is_available()
     return {
         "commit": _git("rev-parse", "HEAD"),

@@ -35,7 +35,7 @@ ROWS = [
 ]
 RANK = {name: -row for row, names in enumerate(ROWS) for name in names}
 FIGURES_MAY_IMPORT = {"metrics", "runs", "models.outputs", "boxes", "figures"}
-ATTENTION_MAY_IMPORT = {"torch", "entmax", "triton"} | set(sys.stdlib_module_names)
+ATTENTION_MAY_IMPORT = {"torch", "triton"} | set(sys.stdlib_module_names)
 
 
 def relative(path):

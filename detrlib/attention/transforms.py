@@ -10,8 +10,9 @@ with tau such that the weights sum to one: alpha = 1 is softmax, 1.5 entmax15, 2
 """
 
 import torch
-from entmax import entmax15, entmax_bisect, sparsemax
 from torch import Tensor, nn
+
+from detrlib.attention.solvers import entmax
 
 ALPHA_LOW, ALPHA_HIGH = 1.01, 2.0  # range of a learnable alpha, open at both ends
 
@@ -48,27 +49,27 @@ class Sparsemax(Transform):
     """Euclidean projection onto the simplex (Martins & Astudillo 2016, Eq. 2)."""
 
     def weights(self, scores: Tensor) -> Tensor:
-        return sparsemax(scores, dim=-1)
+        return entmax(scores, 2.0)
 
 
 class Entmax15(Transform):
-    """entmax with alpha = 1.5, exact (Peters et al. 2019, Sec. 3.2)."""
+    """entmax with alpha = 1.5 (Peters et al. 2019, Sec. 3.2)."""
 
     def weights(self, scores: Tensor) -> Tensor:
-        return entmax15(scores, dim=-1)
+        return entmax(scores, 1.5)
 
 
 class Entmax(Transform):
-    """entmax with one fixed `alpha` > 1, by bisection on the threshold."""
+    """entmax with one fixed `alpha` in (1, 2]."""
 
     def __init__(self, alpha: float):
         super().__init__()
+        if not 1 < alpha <= 2:
+            raise ValueError(f"alpha {alpha} must lie above 1 (softmax) and be at most 2 (sparsemax)")
         self.alpha = alpha
 
     def weights(self, scores: Tensor) -> Tensor:
-        # Above 2 the power 1 / (alpha - 1) magnifies rounding: in float32, even scores at alpha 4 can give NaN.
-        exact = scores.double() if self.alpha > 2 else scores
-        return entmax_bisect(exact, self.alpha, dim=-1, n_iter=_iterations(exact)).to(scores.dtype)
+        return entmax(scores, self.alpha)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
@@ -77,7 +78,7 @@ class Entmax(Transform):
 class AlphaEntmax(Transform):
     """entmax with one learnable alpha per head (Correia, Niculae & Martins 2019, "Adaptively Sparse Transformers").
 
-    alpha = 1.01 + 0.99 sigmoid(pre_alpha), so that the gradient vanishes nowhere inside the range; clamping
+    alpha = 1.01 + 0.99 sigmoid(pre_alpha), so that the gradient fades only at the ends of the range; clamping
     instead would freeze every head that drifts below the bound.
 
     `initial`: a value in (1.01, 2) for every head, or "normal" to draw pre_alpha from N(0, 1) for each.
@@ -100,14 +101,7 @@ class AlphaEntmax(Transform):
         return ALPHA_LOW + (ALPHA_HIGH - ALPHA_LOW) * self.pre_alpha.sigmoid()
 
     def weights(self, scores: Tensor) -> Tensor:
-        alpha = self.alpha.to(scores.dtype)[:, None, None]  # [H,1,1]
-        alpha = alpha.expand(*scores.shape[:-1], 1)
-        return entmax_bisect(scores, alpha, dim=-1, n_iter=_iterations(scores))
-
-
-def _iterations(scores: Tensor) -> int:
-    """The bracket of the threshold is at most 1 wide and halves each time: stop at the resolution of the dtype."""
-    return 52 if scores.dtype == torch.float64 else 26
+        return entmax(scores, self.alpha.to(scores.dtype)[:, None, None])  # [H,1,1]
 
 
 TRANSFORMS = {
