@@ -19,6 +19,7 @@ import torch
 from detrlib.config import PROJECT, Config, ConfigError, load_config
 from detrlib.data import DataError
 from detrlib.runs import RunError, load_results, open_run, run_path
+from detrlib.tracking import show_messages
 from detrlib.train import NonFiniteLoss, train
 
 TAIL = 30  # lines of a failed subprocess that are repeated in the error
@@ -81,6 +82,7 @@ def _torchrun(run_dir: Path, processes: int, gpus: int) -> None:
 
 def main() -> None:
     """The command line; `--help` explains it."""
+    show_messages()
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="The same run name again resumes an unfinished run."
     )

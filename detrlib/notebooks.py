@@ -122,6 +122,7 @@ def report_html(notebook: Path, output: Path, title: str) -> Path:
     """An executed notebook as one HTML file, pictures inside, code left out."""
     from nbconvert import HTMLExporter
 
+    logging.getLogger("traitlets").setLevel(logging.ERROR)  # it misses alternative texts of the pictures
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_filename(str(notebook), resources={"metadata": {"name": title}})
     write_atomic(output, lambda path: path.write_text(body))

@@ -22,6 +22,7 @@ from detrlib.config import PROJECT, Config, ConfigError, load_config, project_pa
 from detrlib.data import DataError, build_dataset
 from detrlib.notebooks import NotebookError, execute_notebook, is_executed, report_html
 from detrlib.pretrain import backbone_weights
+from detrlib.tracking import show_messages
 
 SECONDS_BETWEEN_REPORTS = 15
 
@@ -199,6 +200,7 @@ def _last_line(log: Path) -> str:
 
 def main() -> None:
     """The command line; `--help` explains it."""
+    show_messages()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path, help="sweep file, e.g. papermill_runs/configs/quickstart.yaml")
     parser.add_argument("--name", help="folder under papermill_runs/; default: the name of the file")

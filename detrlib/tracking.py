@@ -1,4 +1,4 @@
-"""Weights & Biases, when asked for; training never depends on it."""
+"""What a run tells the outside: messages, and metrics to Weights & Biases when asked for."""
 
 import logging
 from pathlib import Path
@@ -8,6 +8,12 @@ from detrlib.config import PROJECT, Config
 log = logging.getLogger(__name__)
 
 MAIN = ("loss", "loss_class", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
+
+
+def show_messages() -> None:
+    """Let the library's messages (data drawn, boxes dropped, backbone pretrained) appear on a command line."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("detrlib").setLevel(logging.INFO)
 
 
 class Tracker:

@@ -30,7 +30,7 @@ from detrlib.data import Batch, CocoDataset, build_dataset, collate
 from detrlib.evaluate import autocast, evaluate, save_results
 from detrlib.models import alpha_modules, build_model
 from detrlib.pretrain import backbone_weights
-from detrlib.tracking import Tracker
+from detrlib.tracking import Tracker, show_messages
 
 
 class NonFiniteLoss(RuntimeError):
@@ -360,6 +360,7 @@ def _keep_freed_memory() -> None:
 
 def main() -> None:
     """The door for torchrun: train in a folder that holds config.yaml."""
+    show_messages()
     parser = argparse.ArgumentParser(description="Train in a run folder that holds config.yaml; for torchrun.")
     parser.add_argument("run_dir", type=runs.run_path, help="run folder with a config.yaml")
     run_dir = parser.parse_args().run_dir
