@@ -1,9 +1,11 @@
 """One pass over a data set: detections, how sparse attention is, and whether it looks at the object.
 
+    python -m detrlib.evaluate my-run --split test2017
+
 Legend: B images, L layers, H heads, Q queries, K keys.
 """
 
-import json
+import argparse
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -16,31 +18,48 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
-from detrlib.config import Config, load_config
+from detrlib.config import Config, ConfigError, load_config, replace, save_config
 from detrlib.criterion import Criterion
-from detrlib.data import Batch, CocoDataset, build_dataset, collate
+from detrlib.data import Batch, CocoDataset, DataError, build_dataset, collate
 from detrlib.data.augment import denormalise
 from detrlib.matcher import Match, match
 from detrlib.metrics.detection import coco_ap, coco_detections
 from detrlib.metrics.localisation import object_size, paibb
 from detrlib.metrics.sparsity import entropy, gini, support_size, zeros_ratio
 from detrlib.models import AttentionMaps, Predictions, alpha_modules, build_model
-from detrlib.runs import Example, load_checkpoint, load_weights, save_example, write_json
+from detrlib.runs import (
+    Example,
+    RunError,
+    environment,
+    load_checkpoint,
+    load_weights,
+    run_path,
+    save_example,
+    write_atomic,
+    write_json,
+)
 
 DETECTIONS_PER_IMAGE = 100  # as COCO counts them
 EXAMPLE_SCORE = 0.3  # queries more confident than this are kept in an example, matched ones always
 
 
-def evaluate_run(run_dir: Path, checkpoint: str = "last") -> dict:
+def evaluate_run(run_dir: Path, checkpoint: str = "last", split: str | None = None) -> dict:
     """Evaluate a run's checkpoint on its validation split and write results.json, predictions.json, examples/.
 
-    Raises RunError when the run has no such checkpoint or it is of another architecture.
+    split: another split of the same data, such as "test2017"; its results go to a folder of that name inside the
+    run, which is itself a run folder to read from. Raises RunError when the run has no such checkpoint or it is of
+    another architecture.
     """
     cfg = load_config(run_dir / "config.yaml")
     model = load_model(run_dir, checkpoint)
-    accelerator = Accelerator()
-    results, detections = evaluate(model, build_dataset(cfg.data, "val"), cfg, accelerator, run_dir=run_dir)
-    return save_results(run_dir, results, detections)
+    folder = run_dir
+    if split:
+        cfg, folder = replace(cfg, {"data.val_split": split}), run_dir / split
+        write_atomic(folder / "config.yaml", lambda path: save_config(cfg, path))
+        write_json(folder / "environment.json", environment())
+    dataset = build_dataset(cfg.data, "val")
+    results, detections = evaluate(model, dataset, cfg, Accelerator(), run_dir=folder)
+    return save_results(folder, results, detections)
 
 
 def load_model(run_dir: Path, checkpoint: str = "last") -> nn.Module:
@@ -231,6 +250,20 @@ def _picture(image: Tensor) -> Tensor:
     return (denormalise(image.float()) * 255).round().to(torch.uint8).permute(1, 2, 0)
 
 
-def read_predictions(run_dir: Path) -> list[dict]:
-    """The COCO-format detections of a run."""
-    return json.loads((run_dir / "predictions.json").read_text())
+def main() -> None:
+    """The command line; `--help` explains it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_name", help="folder under papermill_runs/")
+    parser.add_argument("--checkpoint", default="last", help="last, best, or epoch-NNNN")
+    parser.add_argument("--split", help="another split of the same data, e.g. test2017")
+    arguments = parser.parse_args()
+    try:
+        results = evaluate_run(run_path(arguments.run_name), arguments.checkpoint, arguments.split)
+    except (ConfigError, DataError, RunError) as error:
+        raise SystemExit(f"error: {error}") from None
+    shown = {name: value for name, value in results["detection"].items() if name != "per_class"}
+    print("  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+
+
+if __name__ == "__main__":
+    main()
