@@ -49,6 +49,12 @@ class Criterion(nn.Module):
             terms |= {f"{name}_{number}": value for name, value in losses.items()}
         return total, terms
 
+    def counts(self, predictions: Predictions, targets: list[dict]) -> dict[str, float]:
+        """What each loss of `forward` was divided by, to put batches of different content together."""
+        boxes, class_weight = (value.item() for value in self._divisors(predictions, targets))
+        classes = class_weight if predictions.classification == "softmax" else boxes
+        return {"loss_class": classes, "loss_bbox": boxes, "loss_giou": boxes}
+
     def _divisors(self, predictions: Predictions, targets: list[dict]) -> tuple[Tensor, Tensor]:
         """Mean number of boxes, and mean sum of class weights, per process."""
         batch, queries, _ = predictions.logits.shape

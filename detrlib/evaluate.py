@@ -6,6 +6,7 @@ Legend: B images, L layers, H heads, Q queries, K keys.
 """
 
 import argparse
+import re
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -114,8 +115,13 @@ def evaluate(
             predictions = model(batch.images, batch.padding_mask, need_attention=attention)
         detections += _detections(predictions, batch.targets, dataset)
         if criterion is not None:
-            terms = criterion(predictions, batch.targets)[1]
-            losses.append({name: value.item() * len(batch.targets) for name, value in terms.items()})
+            terms, counts = criterion(predictions, batch.targets)[1], criterion.counts(predictions, batch.targets)
+            losses.append(
+                {
+                    name: (value.item(), counts.get(re.sub(r"_\d+$", "", name), len(batch.targets)))
+                    for name, value in terms.items()
+                }
+            )
         if attention:
             pairs = match(predictions, batch.targets, cfg.loss)
             looks.add(predictions.attention, batch, pairs)
@@ -132,7 +138,7 @@ def evaluate(
         "names": {str(label): name for label, name in dataset.names.items()},
     }
     if criterion is not None:
-        results["loss"] = {name: sum(row[name] for row in losses) / len(dataset) for name in losses[0]}
+        results["loss"] = {name: _weighted_mean([row[name] for row in losses]) for name in losses[0]}
     if attention:
         results |= looks.summary()
     results["seconds"] = round(time.perf_counter() - start, 2)
@@ -207,6 +213,10 @@ class _AttentionSummary:
         for size in ("small", "medium", "large"):
             located[size] = _mean([value for this, value in shares if this == size])
         return {"attention": attention, "paibb": located}
+
+
+def _weighted_mean(pairs: list[tuple[float, float]]) -> float:
+    return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
 
 
 def _mean(values: list[float]) -> float | None:

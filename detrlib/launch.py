@@ -18,6 +18,7 @@ import torch
 
 from detrlib.config import PROJECT, Config, ConfigError, load_config
 from detrlib.data import DataError
+from detrlib.models.backbone import WeightsError
 from detrlib.runs import RunError, load_results, open_run, run_path
 from detrlib.tracking import show_messages
 from detrlib.train import NonFiniteLoss, train
@@ -37,6 +38,8 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
     """
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = min(1, there) if gpus is None else gpus
+    if wanted < 0 or processes < 1:
+        raise LaunchError(f"{wanted} GPUs and {processes} processes asked for; GPUs start at 0, processes at 1")
     if wanted > there:
         raise LaunchError(f"{wanted} GPUs asked for, {there} found; use --gpus {there} (0 trains on the CPU)")
     if wanted and processes > 1:
@@ -99,7 +102,7 @@ def main() -> None:
         cfg = load_config(arguments.config, dict(item.split("=", 1) for item in arguments.set))
         run_dir = run_path(arguments.run_name)
         results = launch(cfg, run_dir, arguments.gpus, arguments.processes)
-    except (ConfigError, DataError, RunError, LaunchError, NonFiniteLoss) as error:
+    except (ConfigError, DataError, RunError, WeightsError, LaunchError, NonFiniteLoss) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

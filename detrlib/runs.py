@@ -8,7 +8,8 @@
         predictions.json   COCO-format detections           examples/*.npz     images with their attention maps
         *.ipynb            executed notebooks
 
-Everything is written to a temporary neighbour and renamed, so a reader or a resumed run never meets half a file.
+Files are written to a temporary neighbour and renamed, so a reader or a resumed run never meets half of one; lines of
+metrics.jsonl are appended, and a last line cut short is ignored.
 """
 
 import json
@@ -49,7 +50,7 @@ def open_run(cfg: Config, run_dir: Path) -> bool:
     if (run_dir / "results.json").exists():
         raise RunError(f"{run_dir} is finished and is not overwritten; choose another run name, or delete the folder")
     resume = (run_dir / "config.yaml").exists()
-    if resume:
+    if (run_dir / "checkpoints" / "last.pt").exists():  # before the first one, other settings lose nothing
         _refuse_other_settings(cfg, load_config(run_dir / "config.yaml"), run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
@@ -131,8 +132,12 @@ def load_weights(model: torch.nn.Module, state: dict, source: Path) -> None:
 def append_metrics(run_dir: Path, record: dict[str, float | int | None]) -> None:
     """Add one line to metrics.jsonl; a number that is not finite becomes null."""
     clean = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()}
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(clean) + "\n")
+    path = run_dir / "metrics.jsonl"
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(clean) + "\n")
+    except OSError as error:
+        raise RunError(f"could not write {path}: {error}; free some space, the same run name continues") from error
 
 
 def read_metrics(run_dir: Path) -> list[dict]:

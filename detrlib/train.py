@@ -165,11 +165,14 @@ class Trainer:
             predictions = self.model(batch.images, batch.padding_mask)
         loss, terms = self.criterion(predictions, batch.targets)
         if not torch.isfinite(loss):
-            self._fail(batch, loss)
+            self._fail(batch, loss, "loss")
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if self.cfg.train.clip_norm:
-            terms["grad_norm"] = self.accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.train.clip_norm)
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.train.clip_norm)
+            if not torch.isfinite(norm):
+                self._fail(batch, norm, "gradient norm")
+            terms["grad_norm"] = norm
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
@@ -177,15 +180,15 @@ class Trainer:
         self.global_step += 1
         return {"loss": loss.detach()} | {name: value.detach() for name, value in terms.items()}
 
-    def _fail(self, batch: Batch, loss: Tensor) -> None:
+    def _fail(self, batch: Batch, value: Tensor, what: str) -> None:
         ids = [target["image_id"] for target in batch.targets]
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         path = self.run_dir / f"failure-{self.accelerator.process_index}.pt"
         runs.save_checkpoint(path, {**self._state(), "batch": tuple(batch), "image_ids": ids, "learning_rates": rates})
         raise NonFiniteLoss(
-            f"loss is {loss.item()} at step {self.global_step} (epoch {self.epoch + 1}, learning rates {rates}, image "
-            f"ids {ids}). Weights and batch are in {path}; the last complete epoch is in checkpoints/last.pt. Try a "
-            "lower train.lr, train.clip_norm: 0.1, train.warmup_steps, or train.precision: float32."
+            f"{what} is {value.item()} at step {self.global_step} (epoch {self.epoch + 1}, learning rates {rates}, "
+            f"image ids {ids}). Weights and batch are in {path}; the last complete epoch is in checkpoints/last.pt. "
+            "Try a lower train.lr, train.clip_norm: 0.1, train.warmup_steps, or train.precision: float32."
         )
 
     def _validate(self) -> dict[str, float]:

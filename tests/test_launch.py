@@ -67,8 +67,8 @@ def test_two_processes_equal_one(tmp_path, capfd, classification, by):
         for name in ("epoch/loss", "epoch/loss_class", "epoch/loss_bbox", "epoch/loss_giou", "epoch/grad_norm"):
             assert second[name] == pytest.approx(first[name], rel=1e-5), name
         for name in ("val/loss_class", "val/loss_bbox", "val/loss_giou"):
-            # Means over batches, which are others when images are shared out.
-            assert second[name] == pytest.approx(first[name], rel=0.05), name
+            # Weighted so that it does not matter which images shared a batch.
+            assert second[name] == pytest.approx(first[name], rel=1e-4), name
     states = [load_checkpoint(run / "checkpoints" / "last.pt") for run in (one, two)]
     assert states[0]["global_step"] == states[1]["global_step"] == 2 * STEPS
     for name, weight in states[0]["model"].items():

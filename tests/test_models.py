@@ -13,7 +13,7 @@ from small import frozen, padded_batch, small, trainable
 from detrlib.attention import TRANSFORMS
 from detrlib.config import ConfigError, Model
 from detrlib.models import AttentionMaps, Predictions, build_model
-from detrlib.models.backbone import build_backbone, build_body
+from detrlib.models.backbone import WeightsError, build_backbone, build_body
 from detrlib.models.position import LearnedPosition, SinePosition, sine_of_boxes
 
 SITES = ("encoder_self", "decoder_self", "decoder_cross")
@@ -333,7 +333,7 @@ def test_imagenet_weights_offline(monkeypatch):
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
-    with pytest.raises(RuntimeError, match=r"resnet18.*no route to host.*model\.backbone\.weights"):
+    with pytest.raises(WeightsError, match=r"resnet18.*no route to host.*model\.backbone\.weights"):
         build_backbone("resnet18", "imagenet")
 
 
@@ -347,22 +347,22 @@ def test_imagenet_weights_are_loaded(monkeypatch):
 
 
 def test_there_are_no_imagenet_weights_of_the_tiny_backbone():
-    with pytest.raises(ValueError, match=r"tiny.*none or crops"):
+    with pytest.raises(WeightsError, match=r"tiny.*none or crops"):
         build_backbone("tiny", "imagenet")
 
 
 def test_weights_of_another_architecture_are_named(tmp_path):
     path = tmp_path / "resnet34.pt"
     torch.save(torchvision.models.resnet34(weights=None).state_dict(), path)
-    with pytest.raises(ValueError, match=r"resnet34\.pt: weights of another backbone: unexpected layer1\.2"):
+    with pytest.raises(WeightsError, match=r"resnet34\.pt: weights of another backbone: unexpected layer1\.2"):
         build_backbone("resnet18", path)
 
 
 def test_a_file_that_is_no_state_dict_is_named(tmp_path):
     torch.save({"model": {"conv1.weight": torch.zeros(1)}}, tmp_path / "run.pt")
-    with pytest.raises(ValueError, match=r"run\.pt: expected a state dict"):
+    with pytest.raises(WeightsError, match=r"run\.pt: expected a state dict"):
         build_backbone("resnet18", tmp_path / "run.pt")
-    with pytest.raises(FileNotFoundError, match=r"model\.backbone\.weights: no file .*absent\.pt"):
+    with pytest.raises(WeightsError, match=r"model\.backbone\.weights: no file .*absent\.pt"):
         build_backbone("resnet18", tmp_path / "absent.pt")
 
 

@@ -118,6 +118,9 @@ def test_opening_a_new_an_unfinished_and_a_finished_run(tmp_path):
     free = {"data.workers": 1, "data.cache": True, "train.log_every": 7, "evaluate.batch_size": 3}
     assert runs.open_run(tiny_config(free | {"train.tracking.wandb": "offline"}), run_dir) is True
     assert runs.open_run(tiny_config(free | {"model.num_classes": 7}), run_dir) is True
+    assert runs.open_run(tiny_config({"model.num_classes": 9}), run_dir) is True  # nothing is lost yet
+    assert runs.open_run(tiny_config({"model.num_classes": 7}), run_dir) is True
+    runs.save_checkpoint(run_dir / "checkpoints" / "last.pt", {})
     with pytest.raises(RunError, match=r"train\.ema was 0\.0, now 0\.5; train\.seed was 42, now 1"):
         runs.open_run(tiny_config({"train.seed": 1, "train.ema": 0.5}), run_dir)
     with pytest.raises(RunError, match=r"model\.num_classes was 7, now 9"):

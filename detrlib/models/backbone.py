@@ -17,6 +17,10 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
+class WeightsError(RuntimeError):
+    """Backbone weights are missing, unreachable or of another architecture; the message names the file."""
+
+
 @dataclass
 class FeatureMap:
     """One level of a backbone."""
@@ -140,25 +144,28 @@ def build_backbone(
 
 
 def imagenet_weights(name: str) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights of a ResNet, downloaded once. Raises RuntimeError with a remedy when offline."""
+    """torchvision's ImageNet weights of a ResNet, downloaded once. Raises WeightsError with a remedy when offline."""
     if name not in RESNETS:
-        raise ValueError(f"there are no ImageNet weights for '{name}'; set model.backbone.weights to none or crops")
+        raise WeightsError(f"there are no ImageNet weights for '{name}'; set model.backbone.weights to none or crops")
     try:
         return torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
-        raise RuntimeError(
+        raise WeightsError(
             f"could not download the ImageNet weights of {name} ({error}). Offline, set model.backbone.weights to the "
             "path of a downloaded state dict, to 'crops' (pretrained on the data at hand) or to 'none'."
         ) from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a local file; no code in it is run. Raises FileNotFoundError or ValueError naming the file."""
+    """A state dict from a local file; no code in it is run. Raises WeightsError naming the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"model.backbone.weights: no file {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+        raise WeightsError(f"model.backbone.weights: no file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its reader stumbled over
+        raise WeightsError(f"{path}: not readable as weights: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a state dict (names to tensors) of a backbone")
+        raise WeightsError(f"{path}: expected a state dict (names to tensors) of a backbone")
     return state
 
 
@@ -175,7 +182,7 @@ def load_weights(body: nn.Module, state: dict[str, Tensor], source: str | Path) 
         if own[name].shape != state[name].shape
     ]
     if faults:
-        raise ValueError(
+        raise WeightsError(
             f"{source}: weights of another backbone: {'; '.join(sorted(faults)[:4])} ({len(faults)} faults)"
         )
     body.load_state_dict(state)
