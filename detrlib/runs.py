@@ -226,6 +226,11 @@ def load_examples(run_dir: Path) -> list[Example]:
     return examples
 
 
+def richest(examples: list[Example]) -> int:
+    """The number of the example with the most annotated objects: the one that shows most."""
+    return int(np.argmax([len(example.true_boxes) for example in examples]))
+
+
 def load_results(run_dir: Path) -> dict:
     """results.json of a finished run. Raises RunError when it is not finished."""
     path = run_dir / "results.json"
@@ -251,12 +256,17 @@ def metrics_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
 
 
 def alpha_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
-    """Learnable alphas over training: columns run, epoch, site, layer, head, value; empty if there are none."""
+    """Learnable alphas over training: columns run, epoch, site, layer, head, value; empty if there are none.
+
+    One value per epoch, that at its end; epoch 0 is the first one logged.
+    """
     frame = metrics_frame(run_dirs)
     alpha = frame[frame.metric.str.startswith("alpha/")]
     parts = alpha.metric.str.extract(r"alpha/(?P<site>\w+)\.layer_(?P<layer>\d+)-head_(?P<head>\d+)")
     parts = parts.astype({"layer": int, "head": int})
-    return pd.concat([alpha[["run", "epoch", "value"]], parts], axis=1).reset_index(drop=True)
+    tidy = pd.concat([alpha[["run", "epoch", "value"]], parts], axis=1)
+    # A record of an epoch comes before those of the steps after it, which carry the same number.
+    return tidy.drop_duplicates(["run", "epoch", "site", "layer", "head"]).reset_index(drop=True)
 
 
 def attention_frame(run_dirs: Iterable[Path], site: str) -> pd.DataFrame:
