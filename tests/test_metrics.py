@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.metrics.detection import METRICS, coco_ap, coco_detections
-from detrlib.metrics.localisation import object_size, paibb, paibb_thesis
+from detrlib.metrics.localisation import object_size, paibb
 from detrlib.metrics.sparsity import entropy, gini, support_size, zeros_ratio
 
 CASES = Path(__file__).parents[2] / "shared" / "data" / "coco_eval_cases"
@@ -268,18 +268,6 @@ def test_paibb_of_degenerate_input():
     assert paibb(torch.zeros(0, 3, 3), torch.zeros(0, 4), (3, 3)).shape == (0,)
     with pytest.raises(ValueError, match="does not fit"):
         paibb(torch.ones(1, 3, 3), whole, (3, 3.5))
-
-
-def test_paibb_thesis_differs_only_by_pixels_and_stretching():
-    maps = random_maps(4, 4, 5)
-    corners = torch.tensor([[10, 20, 90, 70], [0, 0, 160, 128], [32, 32, 64, 96], [5, 100, 33, 120]])
-    on_pixels = xyxy_to_cxcywh(corners.double() / torch.tensor([160, 128, 160, 128]))
-    torch.testing.assert_close(
-        paibb_thesis(maps, on_pixels, (128, 160)), paibb(maps, on_pixels, (4, 5)), rtol=0.01, atol=0
-    )
-    thin = torch.tensor([[0.5, 0.5, 0.5 / 160, 0.5]]) + torch.tensor([[0.5 / 160, 0, 0, 0]])
-    assert paibb_thesis(maps[:1], thin, (128, 160)).item() == 0
-    assert paibb(maps[:1], thin, (4, 5)).item() > 0
 
 
 @pytest.mark.parametrize(

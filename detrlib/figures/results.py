@@ -265,16 +265,9 @@ def _label_lines(axes: Axes) -> None:
     axes.set_ylim(low, high)  # labels refer to the limits as they are now
     ends = np.array([(line.get_ydata()[-1] - low) / (high - low) for line in lines])
     height = axes.get_position().height * axes.figure.get_figheight()
-    for line, end, place in zip(lines, ends, _spread(ends, LABEL_HEIGHT / height), strict=True):
-        axes.annotate(
-            line.get_label(),
-            xy=(1.0, end),
-            xytext=(1.06, place),
-            xycoords="axes fraction",
-            va="center",
-            fontsize=7,
-            color=line.get_color(),
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5, "shrinkA": 0, "shrinkB": 0},
+    for line, place in zip(lines, _spread(ends, LABEL_HEIGHT / height), strict=True):
+        axes.text(
+            1.03, place, line.get_label(), transform=axes.transAxes, va="center", fontsize=7, color=line.get_color()
         )
 
 

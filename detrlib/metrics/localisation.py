@@ -44,23 +44,6 @@ def paibb(maps: Tensor, boxes_cxcywh: Tensor, extent: tuple[float, float]) -> Te
     return torch.where(total > 0, inside / total.where(total > 0, 1.0), 0.0).float()
 
 
-def paibb_thesis(maps: Tensor, boxes_cxcywh: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """PAIBB as in the published numbers: box corners cut to whole pixels, the map stretched over the image.
-
-    image_size is (height, width) in pixels; the rest as in `paibb`, which corrects both: boxes narrower than a
-    pixel count as empty here, and a last cell reaching past the image shifts the map by a few percent.
-    """
-    height, width = image_size
-    size = boxes_cxcywh.new_tensor([width, height, width, height], dtype=torch.float64)
-    corners = (cxcywh_to_xyxy(boxes_cxcywh.double()) * size).trunc().long().tolist()
-    image = torch.nn.functional.interpolate(maps.double()[None], (height, width), mode="bilinear")[0]
-    inside = [
-        page[top:bottom, left:right].sum() for page, (left, top, right, bottom) in zip(image, corners, strict=True)
-    ]
-    total = image.sum((-2, -1))
-    return torch.where(total > 0, torch.stack(inside) / total.where(total > 0, 1.0), 0.0).float()
-
-
 def object_size(area: float) -> str:
     """'small', 'medium' or 'large' for an area in square pixels; both limits belong to 'medium'."""
     if area < SMALL:
