@@ -1,0 +1,128 @@
+"""Pictures of single steps of DETR: a padded batch, maps over its grid, the matching, pairs of boxes, a loss.
+
+Legend: B images, n panels, h x w cells of the feature map, Q queries, T boxes of an image. Boxes are xyxy.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from detrlib.figures.attention import draw_box
+from detrlib.figures.style import MUTED, PALETTE, figure, styled
+
+
+@styled
+def padded_batch(images: np.ndarray, padding: np.ndarray, targets: Sequence[tuple], names: Mapping[int, str]) -> Figure:
+    """The images of a batch side by side, their padding hatched, their boxes named.
+
+    images [B,H,W,3] in 0..1, padding [B,H,W] True = padding; targets: (boxes [T,4] in pixels, labels [T]) of each.
+    """
+    drawn, panels = figure(0.7, 0.5, ncols=len(images), squeeze=False)
+    for axes, image, hidden, (boxes, labels) in zip(panels[0], images, padding, targets, strict=True):
+        axes.imshow(np.where(hidden[..., None], 1.0, image))
+        _hatch(axes, hidden)
+        for box, label in zip(boxes, labels, strict=True):
+            colour = PALETTE[int(label) % len(PALETTE)]
+            draw_box(axes, box, colour)
+            axes.text(
+                *box[:2], names[int(label)], color="white", fontsize=6, bbox={"facecolor": colour, "lw": 0, "pad": 1}
+            )
+        rows, columns = (~hidden).any(1).sum(), (~hidden).any(0).sum()
+        axes.set_title(f"{rows} x {columns} pixels, {len(labels)} object{'s' * (len(labels) != 1)}", loc="left")
+    return drawn
+
+
+@styled
+def grid_maps(
+    maps: np.ndarray, titles: Sequence[str], padding: np.ndarray, cells: Sequence[tuple[int, int]], label: str = ""
+) -> Figure:
+    """Maps [n,h,w] over the feature grid, padded cells [h,w] hatched; a cross marks each map's own (row, column)."""
+    width = min(1.0, 0.25 * len(maps))
+    drawn, panels = figure(width, 1.2 / len(maps), ncols=len(maps), squeeze=False)
+    high, low = maps.max(), min(0.0, maps.min())
+    for axes, values, title, (row, column) in zip(panels[0], maps, titles, cells, strict=True):
+        shown = axes.imshow(values, cmap="viridis", vmin=low, vmax=high)
+        _hatch(axes, padding)
+        axes.plot(column, row, "x", color="white", markersize=6, markeredgewidth=2.6)
+        axes.plot(column, row, "x", color=PALETTE[1], markersize=5, markeredgewidth=1.3)
+        axes.set_title(title, loc="left")
+        axes.set(xticks=[], yticks=[])
+    drawn.colorbar(shown, ax=panels.ravel().tolist(), shrink=0.8, label=label)
+    return drawn
+
+
+@styled
+def cost_matrix(cost: np.ndarray, queries: np.ndarray, targets: np.ndarray, objects: Sequence[str]) -> Figure:
+    """Matching cost [Q,T] with queries across and objects down; the chosen pairs are framed and numbered."""
+    drawn, axes = figure(1.0, 0.3)
+    shown = axes.imshow(cost.T, cmap="viridis_r", aspect="auto")
+    for query, target in zip(queries, targets, strict=True):
+        axes.add_patch(Rectangle((query - 0.5, target - 0.5), 1, 1, fill=False, edgecolor=PALETTE[1], linewidth=2))
+    axes.set(xlabel="query", xticks=range(len(cost)), yticks=range(len(objects)))
+    axes.set_yticklabels(objects)
+    axes.spines[:].set_visible(False)
+    drawn.colorbar(shown, ax=axes, label="cost")
+    return drawn
+
+
+@styled
+def box_pairs(pairs: np.ndarray, titles: Sequence[str]) -> Figure:
+    """Pairs of boxes [n,2,4]: both filled, their overlap darker, and dashed around them the smallest box C."""
+    drawn, panels = figure(1.0, 1.15 / len(pairs), ncols=len(pairs), squeeze=False)
+    for axes, pair, title in zip(panels[0], pairs, titles, strict=True):
+        hull = (*pair[:, :2].min(0), *pair[:, 2:].max(0))
+        _rectangle(axes, hull, fill=False, edgecolor=MUTED, linestyle="--")
+        for box, colour in zip(pair, PALETTE, strict=False):
+            _rectangle(axes, box, facecolor=colour, edgecolor=colour, alpha=0.5)
+        axes.set(xlim=(-0.5, 10.5), ylim=(10.5, -0.5), xticks=[], yticks=[], aspect="equal")
+        axes.spines[:].set_visible(False)
+        axes.set_title(title, loc="left")
+    return drawn
+
+
+@styled
+def loss_curve(losses: Sequence[float]) -> Figure:
+    """Total loss after every update, on a logarithmic axis."""
+    drawn, axes = figure(0.6, 0.5)
+    axes.plot(range(1, len(losses) + 1), losses, color=PALETTE[0])
+    axes.set(xlabel="step", ylabel="total loss", yscale="log")
+    axes.grid(True, which="both")
+    return drawn
+
+
+@styled
+def boxes_before_and_after(images: Sequence[np.ndarray], stages: Mapping[str, Sequence], truth: Sequence) -> Figure:
+    """A row per stage, a column per image [H,W,3]: solid boxes are predictions, dashed ones ground truth.
+
+    stages: title -> for each image (boxes [n,4], captions of length n); truth: for each image boxes [T,4].
+    """
+    drawn, panels = figure(0.7, 0.5 * len(stages), nrows=len(stages), ncols=len(images), squeeze=False)
+    for row, (title, found) in zip(panels, stages.items(), strict=True):
+        for axes, image, (boxes, captions), wanted in zip(row, images, found, truth, strict=True):
+            axes.imshow(image)
+            axes.axis("off")
+            for box in wanted:
+                draw_box(axes, box, "black", dashed=True)
+            for number, (box, caption) in enumerate(zip(boxes, captions, strict=True)):
+                colour = PALETTE[number % len(PALETTE)]
+                draw_box(axes, box, colour)
+                axes.text(*box[:2], caption, fontsize=5, color="white", bbox={"facecolor": colour, "lw": 0, "pad": 0.8})
+        row[0].set_title(title, loc="left", fontweight="bold")
+    return drawn
+
+
+def _hatch(axes: Axes, hidden: np.ndarray) -> None:
+    """Hatch the hidden part of a grid [h,w]: all right of and below the part that is not."""
+    rows, columns = (~hidden).any(1).sum(), (~hidden).any(0).sum()
+    height, width = hidden.shape
+    for x, y, w, h in ((columns, 0, width - columns, height), (0, rows, columns, height - rows)):
+        if w and h:
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, facecolor="#f2f2f2", edgecolor=MUTED, hatch="///", lw=0))
+
+
+def _rectangle(axes: Axes, box: Sequence[float], **look) -> None:
+    x0, y0, x1, y1 = box
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **look))

@@ -1,0 +1,133 @@
+"""Augmentation: sizes as in DETR, and boxes that stay on their pixels through every draw."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detrlib.data.augment import DetectionTransform, RandomSidesCrop, ResizeShorter, build_transform, denormalise
+
+RED = (250, 10, 10)
+
+
+def size_in_detr(image_size, size, max_size=None):
+    """`get_size_with_aspect_ratio` of facebookresearch/detr, in its order of operations: (w, h) -> (h, w)."""
+    w, h = image_size
+    if max_size is not None:
+        low, high = float(min((w, h))), float(max((w, h)))
+        if high / low * size > max_size:
+            size = round(max_size * low / high)
+    if (w <= h and w == size) or (h <= w and h == size):
+        return h, w
+    return (int(size * h / w), size) if w < h else (size, int(size * w / h))
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (500, 333), (333, 500), (1000, 120), (800, 800), (57, 91)])
+def test_validation_resizes_as_detr_does(size):
+    transform = build_transform(800)
+    image, _, _ = transform(Image.new("RGB", size), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert tuple(image.shape[-2:]) == size_in_detr(size, 800, 1333)
+
+
+def test_training_sizes_are_detrs():
+    any_size = build_transform(800, "detr", train=True).geometry.transforms[1].transforms[0]
+    torch.manual_seed(0)
+    drawn = [any_size.make_params([torch.zeros(3, 48, 64)])["size"] for _ in range(200)]
+    assert {tuple(size) for size in drawn} == {size_in_detr((64, 48), side, 1333) for side in range(480, 801, 32)}
+
+
+def with_rectangle(width=96, height=72, box=(30, 20, 60, 44)):
+    image = Image.new("RGB", (width, height), (40, 90, 40))
+    x0, y0, x1, y1 = box
+    image.paste(RED, (x0, y0, x1, y1))
+    return image, torch.tensor([box], dtype=torch.float32), torch.tensor([5])
+
+
+def reddish(image):
+    """Which pixels of a normalised image show the rectangle: bool [H, W]."""
+    red, green, _ = denormalise(image)
+    return red - green > 0.4
+
+
+def test_boxes_stay_on_their_pixels_through_every_draw():
+    transform = build_transform(96, "detr", train=True)
+    kept = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        image, boxes, labels = transform(*with_rectangle())
+        rows, columns = torch.nonzero(reddish(image), as_tuple=True)
+        if not len(boxes):
+            assert len(rows) <= 2 * max(image.shape)  # at most a blurred line at the edge
+            continue
+        kept += 1
+        seen = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert (boxes[0] - seen).abs().max() < 1.6, seed
+        assert labels.tolist() == [5] and (boxes >= 0).all()
+    assert kept > 40
+
+
+def test_crops_are_drawn_and_cut_boxes():
+    crop = DetectionTransform(RandomSidesCrop(30, 50))
+    areas = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        image, boxes, _ = crop(*with_rectangle())
+        assert all(30 <= side <= 50 for side in image.shape[-2:])
+        inside = int(reddish(image).sum())
+        assert inside == sum(((boxes[:, 2:] - boxes[:, :2]).prod(1)).tolist())  # exact: nothing is resized
+        areas.add(inside)
+    assert len(areas) > 5 and max(areas) <= 30 * 24
+
+
+def test_objects_outside_the_crop_go_with_their_labels():
+    crop = DetectionTransform(RandomSidesCrop(20, 20))
+    image, _, _ = with_rectangle(20, 400, (5, 5, 10, 10))
+    boxes, labels = torch.tensor([[5.0, 5, 10, 10], [5, 100, 10, 110], [0, 0, 20, 400]]), torch.tensor([1, 2, 3])
+    torch.manual_seed(0)
+    _, boxes, labels = crop(image, boxes, labels)
+    assert len(boxes) == len(labels) < 3 and labels[-1] == 3 and boxes[-1].tolist() == [0, 0, 20, 20]
+
+
+@pytest.mark.parametrize("size", [(1, 300), (300, 1), (3, 5), (1, 1)])
+def test_narrow_images_pass_every_recipe(size):
+    for recipe in ("detr", "flip", "none"):
+        for seed in range(8):
+            torch.manual_seed(seed)
+            transform = build_transform(64, recipe, train=True)
+            boxes = torch.tensor([[0.0, 0, *size]])
+            image, boxes, _ = transform(Image.new("RGB", size), boxes, torch.tensor([1]))
+            height, width = image.shape[-2:]
+            assert boxes.tolist() == [[0, 0, width, height]] and min(height, width) >= 1
+
+
+def test_a_flip_mirrors_boxes():
+    transform = build_transform(72, "flip", train=True)  # the shorter side as it is
+    seen = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        image, boxes, _ = transform(*with_rectangle(box=(10, 20, 30, 44)))
+        (x0, y0, x1, y1) = (int(value) for value in boxes[0])
+        assert reddish(image)[y0:y1, x0:x1].all() and reddish(image).sum() == 20 * 24
+        seen.add((x0, y0, x1, y1))
+    assert seen == {(10, 20, 30, 44), (66, 20, 86, 44)}
+
+
+def test_a_resize_to_the_same_size_touches_no_pixel():
+    image, boxes, labels = with_rectangle()
+    pixels, after, _ = build_transform(72)(image, boxes, labels)
+    assert torch.equal(after, boxes)
+    assert np.array_equal((denormalise(pixels) * 255).round().byte().permute(1, 2, 0).numpy(), np.asarray(image))
+    assert ResizeShorter([72]).make_params([torch.zeros(3, 72, 96)]) == {"size": None}
+
+
+def test_validation_and_recipe_none_draw_nothing_at_random():
+    results = [
+        build_transform(48, recipe, train)(*with_rectangle())[0]
+        for recipe, train in (("detr", False), ("flip", False), ("none", True))
+    ]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(ValueError, match="unknown recipe 'mosaic'"):
+        build_transform(64, "mosaic")
