@@ -49,13 +49,14 @@ def open_run(cfg: Config, run_dir: Path) -> bool:
     """
     if (run_dir / "results.json").exists():
         raise RunError(f"{run_dir} is finished and is not overwritten; choose another run name, or delete the folder")
-    resume = (run_dir / "config.yaml").exists()
-    if (run_dir / "checkpoints" / "last.pt").exists():  # before the first one, other settings lose nothing
+    begun = (run_dir / "config.yaml").exists()
+    checkpoint = (run_dir / "checkpoints" / "last.pt").exists()
+    if begun and checkpoint:  # before the first checkpoint, other settings lose nothing
         _refuse_other_settings(cfg, load_config(run_dir / "config.yaml"), run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
     write_json(run_dir / "environment.json", environment())
-    return resume
+    return begun or checkpoint
 
 
 def _refuse_other_settings(new: Config, old: Config, run_dir: Path) -> None:

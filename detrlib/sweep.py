@@ -104,7 +104,9 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
     execute_notebook("07_attention_maps", folder / "07_attention_maps.ipynb", {"run_names": names})
     results = {"run_names": names, "output": str(folder / "figures")}
     execute_notebook("08_thesis_figures", folder / "08_thesis_figures.ipynb", results)
-    print((folder / "figures" / "main_table.md").read_text())
+    table = folder / "figures" / "main_table.md"
+    if table.exists():  # an edited notebook need not write it
+        print(table.read_text())
     return report_html(folder / "08_thesis_figures.ipynb", report, f"{folder.name}: report")
 
 

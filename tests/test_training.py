@@ -313,10 +313,7 @@ def test_a_checkpoint_of_another_architecture_is_named(tmp_path, interrupt):
     interrupt(STEPS)
     with pytest.raises(KeyboardInterrupt):
         train(cfg, tmp_path)
-    (tmp_path / "config.yaml").unlink()
-    with pytest.raises(KeyboardInterrupt):
-        interrupt(0)
-        train(replace(cfg, {"model.hidden_dim": 16}), tmp_path)
+    (tmp_path / "config.yaml").unlink()  # otherwise the other setting itself is refused
     with pytest.raises(RunError, match=r"last\.pt holds weights of another architecture: .*the model has \("):
         train(replace(cfg, {"model.hidden_dim": 16}), tmp_path)
 
