@@ -90,7 +90,7 @@ def annotated_images(
         for box, label in zip(boxes[number], labels[number], strict=True):
             draw_box(axes, box, colour_of[int(label)])
             if not distinct:
-                _write_at(axes, box, names[int(label)], colour_of[int(label)])
+                _write_at(axes, box, names[int(label)])
         count = len(labels[number])
         size = f"{image.shape[0]} × {image.shape[1]}, {count} object{'s' * (count != 1)}"
         axes.set_title(titles[number] if titles else size, loc="left")
@@ -137,10 +137,12 @@ def _panels(images: Sequence[np.ndarray], extra_height: float = 0.2) -> tuple[Fi
     drawn, grid = figure(width, height / (width * TEXT_WIDTH), nrows=rows, ncols=columns, squeeze=False)
     for axes in grid.flat[len(images) :]:
         axes.remove()
+    for axes in grid.flat[: len(images)]:
+        axes.set_anchor("N")  # images of a row begin at the same height
     return drawn, list(grid.flat[: len(images)])
 
 
-def _write_at(axes: Axes, box: np.ndarray, name: str, colour: str) -> None:
+def _write_at(axes: Axes, box: np.ndarray, name: str) -> None:
     """A class name in the upper left corner of its box."""
-    frame = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
-    axes.text(box[0], box[1], name, color=colour, fontsize=5, va="top", bbox=frame, clip_on=True)
+    backing = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
+    axes.text(box[0], box[1], name, fontsize=5, va="top", bbox=backing, clip_on=True)

@@ -56,7 +56,7 @@ def grid_maps(
 
 @styled
 def cost_matrix(cost: np.ndarray, queries: np.ndarray, targets: np.ndarray, objects: Sequence[str]) -> Figure:
-    """Matching cost [Q,T] with queries across and objects down; the chosen pairs are framed and numbered."""
+    """Cost [Q,T] above the cheapest query of each object, queries across, objects down; chosen pairs are framed."""
     drawn, axes = figure(1.0, 0.3)
     shown = axes.imshow(cost.T, cmap="viridis_r", aspect="auto")
     for query, target in zip(queries, targets, strict=True):
@@ -64,7 +64,7 @@ def cost_matrix(cost: np.ndarray, queries: np.ndarray, targets: np.ndarray, obje
     axes.set(xlabel="query", xticks=range(len(cost)), yticks=range(len(objects)))
     axes.set_yticklabels(objects)
     axes.spines[:].set_visible(False)
-    drawn.colorbar(shown, ax=axes, label="cost")
+    drawn.colorbar(shown, ax=axes, label="cost above the cheapest")
     return drawn
 
 
@@ -85,11 +85,11 @@ def box_pairs(pairs: np.ndarray, titles: Sequence[str]) -> Figure:
 
 @styled
 def loss_curve(losses: Sequence[float]) -> Figure:
-    """Total loss after every update, on a logarithmic axis."""
+    """Total loss after every update."""
     drawn, axes = figure(0.6, 0.5)
     axes.plot(range(1, len(losses) + 1), losses, color=PALETTE[0])
-    axes.set(xlabel="step", ylabel="total loss", yscale="log")
-    axes.grid(True, which="both")
+    axes.set(xlabel="step", ylabel="total loss", ylim=(0, None))
+    axes.grid(True)
     return drawn
 
 
