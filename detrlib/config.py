@@ -56,6 +56,14 @@ class Data(Section):
     workers: int = Field(2, ge=0)
     shapes: Shapes = Shapes()
 
+    @model_validator(mode="after")
+    def _cache_is_in_one_process(self):
+        if self.cache and self.workers:
+            raise ValueError(
+                "data.cache works without workers only, which forget it every epoch: set data.workers to 0"
+            )
+        return self
+
 
 class Backbone(Section):
     name: Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"

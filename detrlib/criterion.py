@@ -53,7 +53,7 @@ class Criterion(nn.Module):
         """What each loss of `forward` was divided by, to put batches of different content together."""
         boxes, class_weight = (value.item() for value in self._divisors(predictions, targets))
         classes = class_weight if predictions.classification == "softmax" else boxes
-        return {"loss_class": classes, "loss_bbox": boxes, "loss_giou": boxes}
+        return {"loss_class": classes, "loss_bbox": boxes, "loss_giou": boxes, "class_error": boxes}
 
     def _divisors(self, predictions: Predictions, targets: list[dict]) -> tuple[Tensor, Tensor]:
         """Mean number of boxes, and mean sum of class weights, per process."""
@@ -63,7 +63,7 @@ class Criterion(nn.Module):
         class_weight = matched + self.settings.no_object * (batch * queries - matched)
         both = predictions.logits.new_tensor([float(boxes), class_weight], dtype=torch.float32)
         boxes, class_weight = self.mean_over_processes(both).unbind()
-        return boxes.clamp(min=1.0), class_weight
+        return torch.where(boxes > 0, boxes, 1.0), class_weight
 
     def _layer_losses(
         self, predictions: Predictions, targets: list[dict], divisors: tuple[Tensor, Tensor], log: bool

@@ -31,8 +31,10 @@ from detrlib.models import AttentionMaps, Predictions, alpha_modules, build_mode
 from detrlib.runs import (
     Example,
     RunError,
+    clear_examples,
     environment,
     load_checkpoint,
+    load_results,
     load_weights,
     run_path,
     save_example,
@@ -48,18 +50,22 @@ def evaluate_run(run_dir: Path, checkpoint: str = "last", split: str | None = No
     """Evaluate a run's checkpoint on its validation split and write results.json, predictions.json, examples/.
 
     split: another split of the same data, such as "test2017"; its results go to a folder of that name inside the
-    run, which is itself a run folder to read from. Raises RunError when the run has no such checkpoint or it is of
-    another architecture.
+    run, which is itself a run folder to read from. Raises RunError when the run is not finished (its results would
+    say that it is), has no such checkpoint, or that is of another architecture.
     """
+    load_results(run_dir)
     cfg = load_config(run_dir / "config.yaml")
     model = load_model(run_dir, checkpoint)
     folder = run_dir
     if split:
-        cfg, folder = replace(cfg, {"data.val_split": split}), run_dir / split
+        other = {"data.val_split": split, "data.val_images": None, "data.val_annotations": None, "data.val_limit": None}
+        cfg, folder = replace(cfg, other), run_dir / split
         write_atomic(folder / "config.yaml", lambda path: save_config(cfg, path))
         write_json(folder / "environment.json", environment())
     dataset = build_dataset(cfg.data, "val")
     results, detections = evaluate(model, dataset, cfg, Accelerator(), run_dir=folder)
+    known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt")
+    results |= {"checkpoint": checkpoint, "epoch": known["epoch"], "global_step": known["global_step"]}
     return save_results(folder, results, detections)
 
 
@@ -109,10 +115,12 @@ def evaluate(
     )
     detections, losses, looks = [], [], _AttentionSummary(cfg)
     keep = cfg.evaluate.examples if run_dir and accelerator.is_main_process else 0
+    if keep:
+        clear_examples(run_dir)
     for batch in tqdm(loader, desc="evaluating", leave=False, disable=None):
         batch = batch.to(accelerator.device)
         with autocast(cfg, accelerator.device):
-            predictions = model(batch.images, batch.padding_mask, need_attention=attention)
+            predictions = model(batch.images, batch.padding_mask, need_attention=looks.sites if attention else ())
         detections += _detections(predictions, batch.targets, dataset)
         if criterion is not None:
             terms, counts = criterion(predictions, batch.targets)[1], criterion.counts(predictions, batch.targets)
@@ -165,7 +173,7 @@ class _AttentionSummary:
 
     def __init__(self, cfg: Config):
         transforms = cfg.model.attention
-        # Maps of the encoder are large: they are measured where their sparsity is a question.
+        # Maps of the encoder are large: they are made and measured where their sparsity is a question.
         self.sites = [site for site in ("encoder_self", "decoder_self") if getattr(transforms, site) != "softmax"]
         self.sites.append("decoder_cross")
         self.threshold = cfg.evaluate.zero_threshold
@@ -185,8 +193,9 @@ class _AttentionSummary:
                     "support": support_size(weights, valid).float(),
                     "entropy": entropy(weights, valid),
                 }
-                for name, value in measures.items():
-                    for row, number in zip(per_image, value.mean((1, 2)).tolist(), strict=True):
+                for name, value in measures.items():  # [B,H,Q]
+                    means = value.mean((1, 2)) if site != "encoder_self" else _masked_mean(value, ~maps.key_padding)
+                    for row, number in zip(per_image, means.tolist(), strict=True):
                         row[f"{site}/{name}"].append(number)
         stride = batch.images.shape[-2] / maps.grid[0], batch.images.shape[-1] / maps.grid[1]
         last = maps.as_images("decoder_cross", -1).mean(1)  # [B,Q,h,w], mean over heads
@@ -213,6 +222,11 @@ class _AttentionSummary:
         for size in ("small", "medium", "large"):
             located[size] = _mean([value for this, value in shares if this == size])
         return {"attention": attention, "paibb": located}
+
+
+def _masked_mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Means [B] of values [B,H,K] over heads and valid keys; valid [B,K]."""
+    return (values.mean(1) * valid).sum(1) / valid.sum(1)
 
 
 def _weighted_mean(pairs: list[tuple[float, float]]) -> float:

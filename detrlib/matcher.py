@@ -48,7 +48,7 @@ def match(predictions: Predictions, targets: list[dict], costs: Loss) -> list[Ma
     the device of the predictions; with more boxes than queries, some boxes stay unmatched.
     """
     labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
-    # Padding is a whole image: a degenerate box would divide by zero.
+    # Padded with boxes of some size: empty ones would divide by zero.
     boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True, padding_value=0.5)
     # Where predictions are not numbers any assignment will do: the loss will not be a number either, and says more.
     cost = matching_cost(predictions, labels, boxes, costs).nan_to_num().cpu().numpy()

@@ -40,7 +40,7 @@ def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int, 
         body, _ = build_body(settings.name, settings.dilation)
     key = {
         "data": hashlib.sha256(json.dumps(dataset.ground_truth, sort_keys=True).encode()).hexdigest(),
-        "backbone": [settings.name, [list(weight.shape) for weight in body.state_dict().values()]],
+        "backbone": [settings.name, settings.dilation, [list(weight.shape) for weight in body.state_dict().values()]],
         "recipe": [image_size, SIDE, MOST_CROPS, SAMPLES, BATCH, LEARNING_RATE, seed],
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]

@@ -52,14 +52,16 @@ def open_run(cfg: Config, run_dir: Path) -> bool:
     begun = (run_dir / "config.yaml").exists()
     checkpoint = (run_dir / "checkpoints" / "last.pt").exists()
     if begun and checkpoint:  # before the first checkpoint, other settings lose nothing
-        _refuse_other_settings(cfg, load_config(run_dir / "config.yaml"), run_dir)
+        refuse_other_settings(cfg, run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
     write_json(run_dir / "environment.json", environment())
     return begun or checkpoint
 
 
-def _refuse_other_settings(new: Config, old: Config, run_dir: Path) -> None:
+def refuse_other_settings(new: Config, run_dir: Path) -> None:
+    """Raise RunError if the run in `run_dir` was begun with settings that give other results than `new`."""
+    old = load_config(run_dir / "config.yaml")
     before = flat_settings(old)
     # What training fills in from the data is no contradiction to a config that leaves it open.
     changed = [
@@ -114,16 +116,21 @@ def load_checkpoint(path: Path) -> dict:
         raise RunError(f"{path} is not a checkpoint of this project: {error}") from error
 
 
+def weight_faults(own: dict, given: dict) -> list[str]:
+    """In words, every way in which the names and shapes of two state dicts differ."""
+    faults = [f"missing {name}" for name in own if name not in given]
+    faults += [f"unexpected {name}" for name in given if name not in own]
+    faults += [
+        f"{name} is {tuple(given[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in given and own[name].shape != given[name].shape
+    ]
+    return faults
+
+
 def load_weights(model: torch.nn.Module, state: dict, source: Path) -> None:
     """Copy weights into `model`. Raises RunError naming the first differences if they are of another architecture."""
-    own = model.state_dict()
-    faults = [f"missing {name}" for name in own if name not in state]
-    faults += [f"unexpected {name}" for name in state if name not in own]
-    faults += [
-        f"{name} is {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
-        for name in own
-        if name in state and own[name].shape != state[name].shape
-    ]
+    faults = weight_faults(model.state_dict(), state)
     if faults:
         listed = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
         raise RunError(f"{source} holds weights of another architecture: {listed}")
@@ -227,9 +234,25 @@ def load_examples(run_dir: Path) -> list[Example]:
     return examples
 
 
-def richest(examples: list[Example]) -> int:
-    """The number of the example with the most annotated objects: the one that shows most."""
-    return int(np.argmax([len(example.true_boxes) for example in examples]))
+def clear_examples(run_dir: Path) -> None:
+    """Remove stored examples: those of an earlier evaluation may be of other images."""
+    for path in (run_dir / "examples").glob("*.npz"):
+        path.unlink()
+
+
+def same_image(examples: dict[str, list[Example]], number: int | None = None) -> dict[str, Example]:
+    """One image in every run: example `number` of the first run, or None for the one with most annotated objects.
+
+    Raises RunError naming the runs that did not store that image.
+    """
+    first = next(iter(examples.values()))
+    number = int(np.argmax([len(example.true_boxes) for example in first])) if number is None else number
+    wanted = first[number].image_id
+    chosen = {run: next((e for e in stored if e.image_id == wanted), None) for run, stored in examples.items()}
+    missing = [run for run, example in chosen.items() if example is None]
+    if missing:
+        raise RunError(f"image {wanted} is no stored example of {', '.join(missing)}; evaluate all runs alike")
+    return chosen
 
 
 def load_results(run_dir: Path) -> dict:
@@ -240,17 +263,21 @@ def load_results(run_dir: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def finished_runs(parent: Path) -> list[Path]:
-    """Folders of finished runs below `parent`, sorted by name."""
-    return sorted(path.parent for path in parent.glob("*/results.json"))
+def run_labels(run_dirs: Iterable[Path]) -> dict[Path, str]:
+    """A short name for each run: its folder's, with those above it where that is not enough to tell runs apart."""
+    run_dirs = list(run_dirs)
+    depth = 1
+    while len({run_dir.parts[-depth:] for run_dir in run_dirs}) < len(set(run_dirs)):
+        depth += 1
+    return {run_dir: "/".join(run_dir.parts[-depth:]) for run_dir in run_dirs}
 
 
 def metrics_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """All logged metrics, tidy: columns run, global_step, epoch, metric, value; one row per number."""
     rows = []
-    for run_dir in run_dirs:
+    for run_dir, label in run_labels(run_dirs).items():
         for record in read_metrics(run_dir):
-            where = {"run": run_dir.name, "global_step": record["global_step"], "epoch": record["epoch"]}
+            where = {"run": label, "global_step": record["global_step"], "epoch": record["epoch"]}
             numbers = {k: v for k, v in record.items() if k not in ("global_step", "epoch") and v is not None}
             rows += [where | {"metric": name, "value": value} for name, value in numbers.items()]
     return pd.DataFrame(rows, columns=["run", "global_step", "epoch", "metric", "value"])
@@ -273,8 +300,8 @@ def alpha_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
 def attention_frame(run_dirs: Iterable[Path], site: str) -> pd.DataFrame:
     """Sparsity of one site, tidy: columns run, metric, layer (from 0), value."""
     rows = [
-        {"run": run_dir.name, "metric": metric, "layer": layer, "value": value}
-        for run_dir in run_dirs
+        {"run": label, "metric": metric, "layer": layer, "value": value}
+        for run_dir, label in run_labels(run_dirs).items()
         for metric, values in load_results(run_dir)["attention"].get(site, {}).items()
         for layer, value in enumerate(values)
     ]
@@ -284,10 +311,10 @@ def attention_frame(run_dirs: Iterable[Path], site: str) -> pd.DataFrame:
 def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """The main table, one row per run: AP in six cuts, Gini and zeros of decoder cross-attention, PAIBB."""
     rows = {}
-    for run_dir in run_dirs:
+    for run_dir, label in run_labels(run_dirs).items():
         results = load_results(run_dir)
         cross = results["attention"]["decoder_cross"]
-        rows[run_dir.name] = {
+        rows[label] = {
             **{name: results["detection"][name] for name in _AP},
             "Gini": float(np.mean(cross["gini"])),
             "zeros": float(np.mean(cross["zeros"])),
@@ -298,7 +325,7 @@ def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
 
 def paibb_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """PAIBB by object size, one row per run; `pairs` is how many matched objects it is a mean over."""
-    rows = {run_dir.name: load_results(run_dir)["paibb"] for run_dir in run_dirs}
+    rows = {label: load_results(run_dir)["paibb"] for run_dir, label in run_labels(run_dirs).items()}
     order = ["all", "small", "medium", "large", "pairs"]
     return pd.DataFrame.from_dict(rows, orient="index")[order].rename_axis("run")
 
@@ -306,21 +333,21 @@ def paibb_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
 def final_alphas(run_dirs: Iterable[Path], site: str = "decoder_cross") -> dict[str, np.ndarray]:
     """Alphas [layers, heads] at the end of training, for the runs that have learnable ones at `site`."""
     found = {}
-    for run_dir in run_dirs:
+    for run_dir, label in run_labels(run_dirs).items():
         layers = {place: value for place, value in load_results(run_dir)["alpha"].items() if place.startswith(site)}
         if layers:
-            found[run_dir.name] = np.array([layers[f"{site}.{number}"] for number in range(len(layers))])
+            found[label] = np.array([layers[f"{site}.{number}"] for number in range(len(layers))])
     return found
 
 
 def provenance(run_dirs: Iterable[Path], made_by: str) -> str:
     """Where a figure comes from: what made it, and of each run the commit, the device and the resolved config."""
     lines = [f"made by {made_by}"]
-    for run_dir in run_dirs:
+    for run_dir, label in run_labels(run_dirs).items():
         known = json.loads((run_dir / "environment.json").read_text())
         changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
         device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
-        lines.append(f"{run_dir.name}: commit {known['commit']}{changed}; torch {known['packages']['torch']}; {device}")
+        lines.append(f"{label}: commit {known['commit']}{changed}; torch {known['packages']['torch']}; {device}")
     return "\n".join(lines)
 
 

@@ -39,6 +39,7 @@ class Job:
     cfg: Config
     process: subprocess.Popen | None = None
     failed: bool = False
+    num_images: int | None = None  # of the training split, once it is known
 
     @property
     def finished(self) -> bool:
@@ -58,11 +59,9 @@ class Job:
         return min(done, 0.99), f"{done:4.0%}" + (f" AP50 {found[-1]:.2f}" if found else "")
 
     def _steps(self) -> int:
-        steps = len(build_dataset(self.cfg.data, "train")) if self._known is None else self._known
-        self._known = steps
-        return self.cfg.train.epochs * max(1, steps // self.cfg.train.batch_size)
-
-    _known: int | None = None
+        if self.num_images is None:
+            self.num_images = len(build_dataset(self.cfg.data, "train"))
+        return self.cfg.train.epochs * max(1, self.num_images // self.cfg.train.batch_size)
 
 
 def read_sweep(path: Path) -> dict[str, Config]:
@@ -89,6 +88,9 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
     Raises SweepError when runs failed; the others are finished first.
     """
     jobs = [Job(folder / name, cfg) for name, cfg in read_sweep(path).items()]
+    for job in jobs:
+        if (job.folder / "results.json").exists():
+            runs.refuse_other_settings(job.cfg, job.folder)
     report = folder / "report.html"
     if report.exists() and all(job.finished for job in jobs):
         print(f"all {len(jobs)} runs are done: {report}")
@@ -159,7 +161,8 @@ def _start(job: Job, slot: int, slots: int) -> None:
     runs.write_atomic(job.folder / "sweep.yaml", lambda path: save_config(job.cfg, path))
     environment = dict(os.environ, PYTHONUNBUFFERED="1", WANDB_SILENT="true")
     if torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot)
+        inherited = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(inherited.split(",")[slot::slots])
     else:
         # Several runs with a thread each use the cores better than one run with several threads.
         environment["OMP_NUM_THREADS"] = str(max(1, _slots() // slots))
@@ -177,7 +180,7 @@ def run_one(folder: Path) -> None:
     """Train and evaluate one run of a sweep through its notebooks, skipping what is done."""
     name = _run_name(folder)
     if not (folder / "results.json").exists():
-        parameters = {"config": str(folder / "sweep.yaml"), "run_name": name}
+        parameters = {"config": str(folder / "sweep.yaml"), "run_name": name, "gpus": torch.cuda.device_count() or None}
         execute_notebook("05_train", folder / "05_train.ipynb", parameters)
     execute_notebook("06_evaluate", folder / "06_evaluate.ipynb", {"run_name": name})
 

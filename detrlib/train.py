@@ -129,7 +129,7 @@ class Trainer:
             self._report(record, time.perf_counter() - start)
         model = self._weights_to_judge()
         results, detections = evaluate(model, self.val_set, self.cfg, self.accelerator, run_dir=self.run_dir)
-        results |= {"epoch": self.epoch, "global_step": self.global_step}
+        results |= {"checkpoint": "last", "epoch": self.epoch, "global_step": self.global_step}
         if self.accelerator.is_main_process:
             save_results(self.run_dir, results, detections)
         self.accelerator.wait_for_everyone()
@@ -226,7 +226,8 @@ class Trainer:
         memory = {}
         if self.accelerator.device.type == "cuda":
             memory = {"extra/memory_mb": torch.cuda.max_memory_allocated() / 2**20}
-        self._log({f"train/{name}": value.item() for name, value in terms.items()} | times | memory | rates)
+        means = self.accelerator.reduce(torch.stack(list(terms.values())), "mean").tolist()
+        self._log({f"train/{name}": mean for name, mean in zip(terms, means, strict=True)} | times | memory | rates)
 
     def _log(self, values: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:

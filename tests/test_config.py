@@ -83,9 +83,9 @@ def test_every_spelling_of_a_small_number_is_a_float(write, text):
 
 
 def test_overrides_given_as_text_are_read_as_yaml():
-    overrides = {"train.epochs": "2", "data.cache": "true", "data.val_limit": "null", "train.tracking.group": "a b"}
+    overrides = {"train.epochs": "2", "data.strict": "true", "data.val_limit": "null", "train.tracking.group": "a b"}
     cfg = load_config(overrides=overrides)
-    assert (cfg.train.epochs, cfg.data.cache, cfg.data.val_limit, cfg.train.tracking.group) == (2, True, None, "a b")
+    assert (cfg.train.epochs, cfg.data.strict, cfg.data.val_limit, cfg.train.tracking.group) == (2, True, None, "a b")
 
 
 @pytest.mark.parametrize(

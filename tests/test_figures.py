@@ -312,6 +312,8 @@ def test_annotated_images_show_boxes_in_the_colour_of_their_class():
     assert boxes_in(drawn.axes[0], cat) == [tuple(BOXES[0])] and boxes_in(drawn.axes[0], dog) == [tuple(BOXES[1])]
     assert boxes_in(drawn.axes[2]) == [] and len(boxes_in(drawn.axes[3], dog)) == 2
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["cat", "dog"]
+    alone = dataset.annotated_images([IMAGE], [BOXES[:1]], [[2]], NAMES)
+    assert boxes_in(alone.axes[0], dog) == [tuple(BOXES[0])]  # the same colour without cats
 
 
 def test_annotated_images_write_the_names_of_many_classes_at_the_boxes():

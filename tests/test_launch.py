@@ -52,7 +52,8 @@ def through_torchrun(cfg, run_dir, capfd):
 def test_two_processes_equal_one(tmp_path, capfd, classification, by):
     """With nothing random but the order of images, two halves of a batch must give the gradient of the whole.
 
-    What differs is the order of sums: 1e-5 relative in the losses, 2e-6 in weights that moved by up to 8e-4.
+    What differs is the order of sums: 1e-5 relative in the losses, and 2e-5 at most, 2e-7 on average, in weights
+    that moved by up to 8e-4 (Adam divides by the size of a gradient, so rounding shows most where there is little).
     """
     overrides = {"data.augment": "none", "model.dropout": 0.0, "model.classification": classification}
     cfg = tiny_config(overrides | {"train.lr": 1e-4, "train.lr_backbone": 1e-4})
@@ -72,7 +73,8 @@ def test_two_processes_equal_one(tmp_path, capfd, classification, by):
     states = [load_checkpoint(run / "checkpoints" / "last.pt") for run in (one, two)]
     assert states[0]["global_step"] == states[1]["global_step"] == 2 * STEPS
     for name, weight in states[0]["model"].items():
-        torch.testing.assert_close(states[1]["model"][name], weight, rtol=1e-5, atol=2e-6, msg=name)
+        difference = (states[1]["model"][name] - weight).abs()
+        assert difference.max() < 2e-5 and difference.mean() < 2e-7, name
 
     # 13 images on two processes: none is counted twice, none is left out.
     found = [json.loads((run / "predictions.json").read_text()) for run in (one, two)]

@@ -328,7 +328,7 @@ def test_an_interrupted_notebook_does_not_count_as_executed(write, tmp_path, mon
 def test_one_run_of_a_sweep_skips_training_that_is_done(stand_ins, tmp_path):
     sweep.run_one(tmp_path)
     assert stand_ins == [
-        ("05_train", {"config": str(tmp_path / "sweep.yaml"), "run_name": str(tmp_path)}),
+        ("05_train", {"config": str(tmp_path / "sweep.yaml"), "run_name": str(tmp_path), "gpus": None}),
         ("06_evaluate", {"run_name": str(tmp_path)}),
     ]
     stand_ins.clear()

@@ -82,7 +82,9 @@ def annotated_images(
     titles: what to write above each image instead of its size and number of objects.
     """
     present = sorted({int(label) for of_image in labels for label in of_image})
-    colour_of = {label: PALETTE[place % len(PALETTE)] for place, label in enumerate(present)}
+    # Where the palette suffices for all classes, each keeps its colour from figure to figure.
+    coloured = sorted(names) if len(names) <= len(PALETTE) else present
+    colour_of = {label: PALETTE[place % len(PALETTE)] for place, label in enumerate(coloured)}
     distinct = len(present) <= len(PALETTE)
     drawn, panels = _panels(images, LEGEND_HEIGHT if distinct else 0)
     for number, (axes, image) in enumerate(zip(panels, images, strict=True)):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from detrlib.runs import weight_faults
+
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
@@ -173,16 +175,7 @@ def load_weights(body: nn.Module, state: dict[str, Tensor], source: str | Path) 
     """Copy a classifier's weights into `body`, leaving out its head and batch counters; anything else must fit."""
     needless = ("num_batches_tracked", "fc.weight", "fc.bias")
     state = {name: value for name, value in state.items() if not name.endswith(needless)}
-    own = body.state_dict()
-    faults = [f"missing {name}" for name in own.keys() - state.keys()]
-    faults += [f"unexpected {name}" for name in state.keys() - own.keys()]
-    faults += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
+    faults = weight_faults(body.state_dict(), state)
     if faults:
-        raise WeightsError(
-            f"{source}: weights of another backbone: {'; '.join(sorted(faults)[:4])} ({len(faults)} faults)"
-        )
+        raise WeightsError(f"{source}: weights of another backbone: {'; '.join(faults[:4])} ({len(faults)} faults)")
     body.load_state_dict(state)

@@ -4,12 +4,14 @@ Legend: B images, Q queries, K = h x w cells of the feature map, E channels, C c
 """
 
 import math
+from collections.abc import Collection
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from detrlib.models.backbone import Backbone
-from detrlib.models.outputs import AttentionMaps, Predictions
+from detrlib.models.outputs import AttentionMaps, Predictions, Site
 from detrlib.models.transformer import MLP, AnchorDecoder, Decoded, Decoder, Encoder, Memory
 
 
@@ -73,8 +75,14 @@ class DETR(nn.Module):
             self.bbox_embed.layers[-1].weight.zero_()
             self.bbox_embed.layers[-1].bias.zero_()
 
-    def forward(self, images: Tensor, padding_mask: Tensor, need_attention: bool = False) -> Predictions:
-        """images [B,3,H,W], padding_mask [B,H,W] (True = padding) -> predictions of every decoder layer."""
+    def forward(
+        self, images: Tensor, padding_mask: Tensor, need_attention: bool | Collection[Site] = False
+    ) -> Predictions:
+        """images [B,3,H,W], padding_mask [B,H,W] (True = padding) -> predictions of every decoder layer.
+
+        need_attention: return the attention maps, of all sites or of those named; encoder maps are K x K per head.
+        """
+        sites = get_args(Site) if need_attention is True else need_attention or ()
         level = self.backbone(images, padding_mask)
         grid = tuple(level.padding.shape[-2:])
         key_padding = level.padding.flatten(1)  # [B,K]
@@ -86,10 +94,11 @@ class DETR(nn.Module):
             position=position.flatten(2).transpose(1, 2),  # [B,K,E] or [1,K,E]
             padding=key_padding if padded else None,
         )
-        memory, encoder_maps = self.transformer.encoder(memory, need_attention)
-        found = self.transformer.decoder(self.query_embed.weight, memory, self.bbox_embed, need_attention)
+        memory, encoder_maps = self.transformer.encoder(memory, "encoder_self" in sites)
+        look = "decoder_self" in sites or "decoder_cross" in sites
+        found = self.transformer.decoder(self.query_embed.weight, memory, self.bbox_embed, look)
         predictions = self._predict(found)
-        if need_attention:
+        if sites:
             predictions.attention = AttentionMaps(encoder_maps, found.self_maps, found.cross_maps, grid, key_padding)
         return predictions
 

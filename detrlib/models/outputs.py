@@ -13,7 +13,7 @@ Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 
 @dataclass
 class AttentionMaps:
-    """Attention weights by site, one tensor per layer; rows sum to one over the valid keys."""
+    """Attention weights by site, one tensor per layer, None where not asked for; rows sum to one over valid keys."""
 
     encoder_self: list[Tensor]  # [B,H,K,K]
     decoder_self: list[Tensor]  # [B,H,Q,Q]

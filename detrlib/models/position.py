@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -42,7 +41,7 @@ class SinePosition(nn.Module):
 
 
 class LearnedPosition(nn.Module):
-    """One learned vector per row and per column; tables are stretched over grids larger than them."""
+    """One learned vector per row and per column; tables are stretched over images larger than them."""
 
     def __init__(self, channels: int, cells: int = 50):
         super().__init__()
@@ -53,17 +52,22 @@ class LearnedPosition(nn.Module):
 
     def forward(self, padding: Tensor) -> Tensor:
         """padding [B,h,w] -> [B,E,h,w]."""
-        batch, h, w = padding.shape
-        x = _stretch(self.col_embed.weight, w)[None].expand(h, w, -1)
-        y = _stretch(self.row_embed.weight, h)[:, None].expand(h, w, -1)
-        return torch.cat([x, y], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)
+        h, w = padding.shape[-2:]
+        x = _looked_up(self.col_embed.weight, ~padding[:, 0])[:, None].expand(-1, h, -1, -1)
+        y = _looked_up(self.row_embed.weight, ~padding[:, :, 0])[:, :, None].expand(-1, -1, w, -1)
+        return torch.cat([x, y], dim=-1).permute(0, 3, 1, 2)
 
 
-def _stretch(table: Tensor, cells: int) -> Tensor:
-    """The first `cells` rows of `table` [n,E], or all of it resampled when there are too few."""
-    if cells <= len(table):
-        return table[:cells]
-    return F.interpolate(table.T[None], size=cells, mode="linear", align_corners=True)[0].T
+def _looked_up(table: Tensor, valid: Tensor) -> Tensor:
+    """Rows of `table` [n,E] for cells of which `valid` [B,k] belong to the image -> [B,k,E].
+
+    Cell i takes row i; where an image has more than n cells, the table is stretched over them by interpolation.
+    """
+    cells = valid.sum(1, keepdim=True)
+    stretch = torch.where(cells > len(table), (len(table) - 1) / (cells - 1).clamp(min=1), 1.0)
+    place = (torch.arange(valid.shape[1], device=table.device) * stretch).clamp(max=len(table) - 1)  # [B,k]
+    lower, part = place.long(), (place - place.floor())[..., None]
+    return torch.lerp(table[lower], table[(lower + 1).clamp(max=len(table) - 1)], part.to(table.dtype))
 
 
 def sine_of_boxes(boxes: Tensor, channels: int, temperature: float) -> Tensor:

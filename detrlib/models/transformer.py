@@ -171,6 +171,7 @@ class ConditionalDecoderLayer(DecoderLayer):
     def look(
         self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool, spatial: Tensor
     ) -> tuple[Tensor, Tensor | None]:
+        """Cross-attention of query content `x` [B,Q,E]; `spatial` [B,Q,E] is compared with the places of the keys."""
         return self.multihead_attn(x, position, spatial, memory.tokens, memory.position, memory.padding, need_attention)
 
 
@@ -187,7 +188,7 @@ class AnchorDecoder(nn.Module):
         self.layers = nn.ModuleList(ConditionalDecoderLayer(settings, first=i == 0) for i in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.box_position = MLP(2 * dim, dim, dim, 2)
-        self.content_scale = MLP(dim, dim, dim, 2)
+        self.content_scale = MLP(dim, dim, dim, 2) if num_layers > 1 else None  # the first layer has no content yet
         self.expected_size = MLP(dim, dim, 2, 2)
         self.temperature = temperature
 
