@@ -116,6 +116,11 @@ def refused(paths, *words, **arguments):
         ('{"images": [{}], "annotations": {}, "categories": []}', "no list 'annotations'"),
         ('{"images": [], "annotations": [], "categories": []}', "'images' is empty"),
         ('{"images": [{"id": 1, "file_name": "1.png"}], "annotations": [], "categories": []}', "'categories' is empty"),
+        ('{"images": ["1.png"], "annotations": [], "categories": [{}]}', "image number 0 is '1.png'"),
+        (
+            '{"images": [{"id": 1, "file_name": "1.png"}], "annotations": ["box"], "categories": [{"id": 1, "name": "a"}]}',
+            "annotation number 0 is 'box'",
+        ),
     ],
 )
 def test_a_file_that_is_not_coco_is_refused(tmp_path, text, word):
@@ -128,6 +133,7 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path, text, word):
     [
         ({"image_id": 99}, ("annotation id 5", "image_id 99")),
         ({"category_id": 8}, ("annotation id 5", "category_id 8")),
+        ({"category_id": [8]}, ("annotation id 5", "category_id [8]")),
         ({"box": (1, 2, 3)}, ("annotation id 5", "[1, 2, 3]")),
         ({"box": (1, 2, 3, "x")}, ("annotation id 5",)),
     ],

@@ -247,6 +247,8 @@ def read_annotations(path: Path) -> dict:
 def _unique_ids(entries: list[dict], kind: str, needed: str, path: Path) -> set[int]:
     ids = set()
     for place, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise DataError(f"{path}: {kind} number {place} is {entry!r}; expected an object with 'id' and '{needed}'")
         id = entry.get("id")
         if not isinstance(id, int) or id < 0:
             raise DataError(f"{path}: {kind} number {place} has id {id!r}; ids must be integers from 0 up")
@@ -259,11 +261,13 @@ def _unique_ids(entries: list[dict], kind: str, needed: str, path: Path) -> set[
 
 
 def _check_annotation(annotation: dict, place: int, images: set[int], categories: set[int], path: Path) -> None:
+    if not isinstance(annotation, dict):
+        raise DataError(f"{path}: annotation number {place} is {annotation!r}; expected an object with 'bbox'")
     who = f"annotation id {annotation['id']}" if "id" in annotation else f"annotation number {place} (without an id)"
     for field, known in (("image_id", images), ("category_id", categories)):
-        if annotation.get(field) not in known:
+        value = annotation.get(field)
+        if not isinstance(value, int) or value not in known:
             part = "images" if field == "image_id" else "categories"
-            value = annotation.get(field)
             raise DataError(
                 f"{path}: {who} has {field} {value!r}, unknown to '{part}'; add it there or remove this one"
             )
