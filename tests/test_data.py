@@ -118,7 +118,7 @@ def refused(paths, *words, **arguments):
         ('{"images": [{"id": 1, "file_name": "1.png"}], "annotations": [], "categories": []}', "'categories' is empty"),
         ('{"images": ["1.png"], "annotations": [], "categories": [{}]}', "image number 0 is '1.png'"),
         (
-            '{"images": [{"id": 1, "file_name": "1.png"}], "annotations": ["box"], "categories": [{"id": 1, "name": "a"}]}',
+            '{"images": [{"id": 1, "file_name": "1"}], "annotations": ["box"], "categories": [{"id": 1, "name": "a"}]}',
             "annotation number 0 is 'box'",
         ),
     ],
