@@ -4,6 +4,7 @@ Boxes are xyxy in pixels of their image. `frame` has one row per object with col
 `CocoDataset.frame` gives it; crowd regions are not counted, because they are no targets.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,8 +16,12 @@ from matplotlib.ticker import ScalarFormatter
 
 from detrlib.figures.attention import draw_box
 from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, figure, styled
+from detrlib.metrics.localisation import LARGE, SMALL
 
-SIZE_LIMITS = (32, 96)  # side of a square with the area at which COCO's medium and large objects begin, pixels
+SIZE_LIMITS = (
+    math.isqrt(SMALL),
+    math.isqrt(LARGE),
+)  # side of a square with the area at which COCO's medium and large objects begin, pixels
 SIZE_NAMES = ("small", "medium", "large")
 CAPTION_HEIGHT = 0.22  # inches above an image
 LEGEND_HEIGHT = 0.25  # inches below the images
