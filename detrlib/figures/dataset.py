@@ -18,10 +18,8 @@ from detrlib.figures.attention import draw_box
 from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, figure, styled
 from detrlib.metrics.localisation import LARGE, SMALL
 
-SIZE_LIMITS = (
-    math.isqrt(SMALL),
-    math.isqrt(LARGE),
-)  # side of a square with the area at which COCO's medium and large objects begin, pixels
+# Sides of squares with the area at which COCO's medium and large objects begin, pixels.
+SIZE_LIMITS = (math.isqrt(SMALL), math.isqrt(LARGE))
 SIZE_NAMES = ("small", "medium", "large")
 CAPTION_HEIGHT = 0.22  # inches above an image
 LEGEND_HEIGHT = 0.25  # inches below the images
