@@ -1,10 +1,17 @@
 """Exact entmax of many rows at once, by Newton's method on the threshold, with gradients for scores and alpha.
 
-Legend: R rows, K keys. With z = (alpha - 1) (x - max x) and c = 1 / (alpha - 1), entmax is p = (z - tau)_+ ^ c where
-tau solves ||(z - tau)_+||_c = 1. For c >= 1, that is alpha <= 2, this norm is convex and decreasing in tau, so Newton's
-steps from tau = -1, where it is at least 1, approach the root from the left and never overshoot. Each step reads the
-rows once; sorting, or 26 bisections, would read them many times more.
+Legend: R rows, K keys. With z = (alpha - 1) (x - max x) and c = 1 / (alpha - 1), entmax is p = (1 + z - s)_+ ^ c where
+s >= 0 solves ||(1 + z - s)_+||_c = 1. As alpha -> 1 this becomes exp(x - max x - s / (alpha - 1)), a softmax.
+
+For c >= 1, that is alpha <= 2, the norm is convex and decreasing in s: Newton's steps from s = 0, where it is at least
+1, approach the root from the left and never overshoot. Two more facts make it fast on a CPU:
+- A norm shrinks as its power grows. Steps with the next whole power, which needs products only, stay left of the root.
+- A key with 1 + z <= s at any s left of the root has weight zero: before real powers are taken, such keys are left out.
 """
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +19,20 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 2**18  # scores worked on at a time on a CPU: what its cache holds
 MOST_STEPS = 60  # never reached in practice: convergence is quadratic, and finite for sparsemax
+COARSE_STEPS = 2  # with a whole power, before keys are left out
+MOST_PRODUCTS = 16  # a larger power is taken through logarithms, and few keys could be left out anyway
+LOG2_E = math.log2(math.e)
 
 
 def entmax(scores: Tensor, alpha: float | Tensor) -> Tensor:
     """Weights over the last axis (Peters et al. 2019, Eq. 10): [..., K] -> [..., K], rows sum to one.
 
     alpha in (1, 2]: a number, or a tensor that broadcasts to [..., 1] and then gets a gradient (Correia et al. 2019,
-    Prop. 1). Scores of -inf get weight zero; a row of nothing else is not allowed.
+    Prop. 1). On a CPU, rows of one alpha should follow each other. Scores of -inf get weight zero; a row of nothing
+    else is not allowed.
     """
     if not isinstance(alpha, Tensor):
-        return _Entmax.apply(scores, alpha)
+        return _Entmax.apply(scores, float(alpha))
     below_two = alpha.clamp(max=2 - 1e-6)  # at 2 itself keys without weight would count: 0 ** 0 is 1
     return _Entmax.apply(scores, below_two.expand(*scores.shape[:-1], 1))
 
@@ -29,18 +40,10 @@ def entmax(scores: Tensor, alpha: float | Tensor) -> Tensor:
 class _Entmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores: Tensor, alpha: float | Tensor) -> Tensor:
-        rows = scores.reshape(-1, scores.shape[-1])  # [R,K]
+        weights = torch.empty_like(scores, memory_format=torch.contiguous_format)
+        for number, x, p in _blocks(alpha, scores, weights):
+            _solve(x, number, p)
         learned = isinstance(alpha, Tensor)
-        alphas = alpha.reshape(-1, 1) if learned else alpha
-        if rows.is_cpu:
-            size = max(1, BLOCK // max(1, rows.shape[1]))
-            parts = alphas.split(size) if learned else [alphas] * (1 + len(rows) // size)
-            weights = torch.empty_like(rows)
-            for x, a, out in zip(rows.split(size), parts, weights.split(size), strict=False):
-                out.copy_(_solve(x, a))
-        else:
-            weights = _solve(rows, alphas)
-        weights = weights.view(scores.shape)
         ctx.save_for_backward(weights, alpha if learned else None)
         ctx.alpha = None if learned else alpha
         return weights
@@ -48,61 +51,167 @@ class _Entmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        p, alpha = ctx.saved_tensors
-        support = p > 0
-        if ctx.alpha == 2:
-            s = support.to(p.dtype)
-        elif ctx.alpha == 1.5:
-            s = p.sqrt()
-        else:
-            s = torch.where(support, p ** (2 - (ctx.alpha if alpha is None else alpha)), 0.0)
-        skewed = s / s.sum(-1, keepdim=True)  # "p tilde" of the paper
-        to_scores = gradient * s
-        to_scores -= skewed * to_scores.sum(-1, keepdim=True)
+        weights, alpha = ctx.saved_tensors
+        to_scores = torch.empty_like(weights)
         if alpha is None or not ctx.needs_input_grad[1]:
+            for number, p, g, out in _blocks(ctx.alpha if alpha is None else alpha, weights, gradient, to_scores):
+                _differentiate(p, g, number, out)
             return to_scores, None
-        h = -torch.xlogy(p, p)
-        beyond = alpha - 1
-        slope = (p - skewed) / beyond**2 + (h - skewed * h.sum(-1, keepdim=True)) / beyond
-        return to_scores, (gradient * slope).sum(-1, keepdim=True)
+        to_alpha = torch.empty_like(alpha, memory_format=torch.contiguous_format)
+        for number, p, g, out, slope in _blocks(alpha, weights, gradient, to_scores, to_alpha):
+            _differentiate(p, g, number, out, slope)
+        return to_scores, to_alpha
 
 
-def _solve(x: Tensor, alpha: float | Tensor) -> Tensor:
-    """entmax of rows x [R,K]; alpha a number or [R,1]."""
+def _blocks(alpha: float | Tensor, *tensors: Tensor) -> Iterator[tuple]:
+    """alpha as a number, and the rows of `tensors` that it applies to, in parts that fit a cache."""
+    rows = [x.reshape(-1, x.shape[-1]) for x in tensors]  # [R,K]; those written to are contiguous, so these are views
+    number, keys = rows[0].shape
+    values, counts = [alpha], [number]
+    if isinstance(alpha, Tensor):
+        runs, lengths = torch.unique_consecutive(alpha.reshape(-1), return_counts=True)
+        values, counts = runs.tolist(), lengths.tolist()
+    most = max(1, BLOCK // max(1, keys)) if rows[0].is_cpu else max(1, number)
+    start = 0
+    for value, count in zip(values, counts, strict=True):
+        size = math.ceil(count / max(1, math.ceil(count / most)))  # parts of about one size
+        for first in range(start, start + count, max(1, size)):
+            yield value, *(x[first : min(first + size, start + count)] for x in rows)
+        start += count
+
+
+def _solve(x: Tensor, alpha: float, out: Tensor) -> None:
+    """entmax of rows x [R,K] into out [R,K]."""
     c = 1 / (alpha - 1)
-    z = (x - x.amax(-1, keepdim=True)) * (alpha - 1)
-    tau = torch.full_like(z[:, :1], -1.0)
+    z = torch.sub(x, x.amax(-1, keepdim=True)).mul_(alpha - 1)
+    s = torch.zeros_like(z[:, :1])
+    if c in (1, 2):  # products are cheaper than leaving keys out
+        s = _newton(z, s, int(c), MOST_STEPS)
+        torch.sub(z, s - 1, out=out).clamp_(min=0)
+        if c == 2:
+            out.square_()
+        out.div_(out.sum(-1, keepdim=True))
+        return
+    if c <= MOST_PRODUCTS:
+        s = _newton(z, s, math.ceil(c), COARSE_STEPS)
+    packing = _pack(z > s - 1)
+    z = z if packing is None else packing.gather(z, -math.inf)
+    s = _newton(z, s, c, MOST_STEPS)
+    weights = _power(torch.sub(z, s, out=out if packing is None else z), c)
+    weights.div_(weights.sum(-1, keepdim=True))
+    if packing is not None:
+        packing.scatter(weights, out)
+
+
+def _newton(z: Tensor, s: Tensor, c: float | int, most: int) -> Tensor:
+    """The root s [R,1], approached from `s` on its left. A whole `c` is taken by products."""
     # The error of a quadratically convergent method is about the square of its last step; sparsemax ends exactly.
     resolution = torch.finfo(z.dtype).eps
-    tolerance = resolution if _is(c, 1) else 0.1 * resolution**0.5
-    for _ in range(MOST_STEPS):
-        above = (z - tau).clamp_(min=0)
-        slope, total = _powers(above, c)
+    tolerance = resolution if c == 1 else 0.1 * resolution**0.5
+    for _ in range(most):
+        above = torch.sub(z, s - 1).clamp_(min=0)
+        if c == 1:
+            slope, total = above.sign().sum(-1, keepdim=True), above.sum(-1, keepdim=True)
+        else:
+            lower = _product(above, c - 1) if isinstance(c, int) else _power(z - s, c - 1)
+            slope = lower.sum(-1, keepdim=True)
+            total = above.mul_(lower).sum(-1, keepdim=True)
         # Newton on S^(1/c) - 1, whose derivative is -W S^(1/c - 1): S is the sum of u^c (total), W of u^(c-1) (slope).
-        step = (total - total ** (1 - 1 / c)) / slope
-        tau += step
-        if not (step > tolerance).any():
+        step = -total * torch.expm1(-total.log() / c) / slope
+        s = s + step
+        if not (c * step > tolerance).any():
             break
-    weights = _raised((z - tau).clamp_(min=0), c)
-    return weights / weights.sum(-1, keepdim=True)
+    return s
 
 
-def _powers(above: Tensor, c: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Row sums of u^(c-1) and u^c, [R,1] each, with no more than one power."""
-    if _is(c, 1):
-        return above.sign().sum(-1, keepdim=True), above.sum(-1, keepdim=True)
-    if _is(c, 2):
-        return above.sum(-1, keepdim=True), above.square().sum(-1, keepdim=True)
-    lower = _raised(above, c - 1)
-    return lower.sum(-1, keepdim=True), lower.mul_(above).sum(-1, keepdim=True)
+def _power(v: Tensor, c: float) -> Tensor:
+    """(1 + v)_+ ^ c; v is overwritten. Exact for c of any size, and exp2 does not slow down where it underflows."""
+    return v.clamp_(min=-1).log1p_().mul_(c * LOG2_E).exp2_()
 
 
-def _raised(above: Tensor, exponent: float | Tensor) -> Tensor:
-    """above ** exponent, without a power where a product will do."""
-    if isinstance(exponent, float) and exponent in (1, 2):
-        return above if exponent == 1 else above.square()
-    return above**exponent
+def _product(u: Tensor, n: int) -> Tensor:
+    """u ^ n for whole n >= 1."""
+    if n == 1:
+        return u
+    half = _product(u, n // 2)
+    return half * half * u if n % 2 else half * half
 
 
-def _is(c: float | Tensor, value: float) -> bool:
-    return isinstance(c, float) and c == value
+def _differentiate(p: Tensor, g: Tensor, alpha: float, out: Tensor, to_alpha: Tensor | None = None) -> None:
+    """From weights p and their gradient g [R,K] to that of the scores, into out, and of alpha, into to_alpha [R,1]."""
+    packing = None if alpha in (1.5, 2) else _pack(p > 0)
+    if packing is None:
+        _differentiate_all(p, g, alpha, out, to_alpha)
+        return
+    p, g = packing.gather(p, 0.0), packing.gather(g, 0.0)
+    packed = torch.empty_like(p)
+    _differentiate_all(p, g, alpha, packed, to_alpha)
+    packing.scatter(packed, out)
+
+
+def _differentiate_all(p: Tensor, g: Tensor, alpha: float, out: Tensor, to_alpha: Tensor | None) -> None:
+    """As `_differentiate`, all keys alike.
+
+    Correia et al. 2019, Prop. 1, divides differences that vanish as alpha -> 1 by (alpha - 1)^2. Written in
+    E = (p^(1 - alpha) - 1) / (alpha - 1) and F = (E + log p) / (alpha - 1) the same derivative loses no digits:
+    dp / dalpha = p (<F> - F + (alpha - 1) (E <F> - <E> F)) / (1 + (alpha - 1) <E>), with < > the mean under p.
+    """
+    beyond, tiny = alpha - 1, torch.finfo(p.dtype).tiny
+    if to_alpha is None:
+        s = _support_power(p, alpha, tiny)
+    else:
+        log_p = p.clamp(min=tiny).log_()
+        growth = torch.mul(log_p, -beyond).expm1_()  # p^(1 - alpha) - 1
+        s = torch.addcmul(p, p, growth)  # p^(2 - alpha), zero where p is
+    torch.mul(g, s, out=out)
+    mean = out.sum(-1, keepdim=True) / s.sum(-1, keepdim=True)
+    torch.sub(g, mean, out=out).mul_(s)
+    if to_alpha is None:
+        return
+    pe = growth.mul(p).div_(beyond)
+    pf = growth.add_(log_p, alpha=beyond).mul_(p).div_(beyond**2)
+    centred = g - mean  # dp / dalpha sums to zero: a constant added to g does not matter
+    e, f = pe.sum(-1, keepdim=True), pf.sum(-1, keepdim=True)
+    gp, ge, gf = (torch.linalg.vecdot(centred, x).unsqueeze(-1) for x in (p, pe, pf))
+    torch.div(gp * f - gf + beyond * (ge * f - e * gf), 1 + beyond * e, out=to_alpha)
+
+
+def _support_power(p: Tensor, alpha: float, tiny: float) -> Tensor:
+    """p ^ (2 - alpha) where p is positive, else 0."""
+    if alpha == 2:
+        return p.sign()
+    if alpha == 1.5:
+        return p.clamp(min=tiny).rsqrt_().mul_(p)  # sqrt is slow at zero
+    return p.clamp(min=tiny).log_().mul_((2 - alpha) * LOG2_E).exp2_().mul_(p.sign())
+
+
+class _Packing(NamedTuple):
+    """Where the W keys of each row that matter stand: in the rows [R,K], and in packed rows [R,W]."""
+
+    index: Tensor  # [N] places in the flattened rows
+    slot: Tensor  # [N] places in the flattened packed rows
+    shape: tuple[int, int]  # (R, W)
+
+    def gather(self, rows: Tensor, fill: float) -> Tensor:
+        """[R,K] -> [R,W], `fill` where a row has fewer keys."""
+        packed = rows.new_full(self.shape, fill)
+        packed.view(-1).index_copy_(0, self.slot, rows.reshape(-1).index_select(0, self.index))
+        return packed
+
+    def scatter(self, packed: Tensor, rows: Tensor) -> None:
+        """[R,W] into rows [R,K], zero elsewhere."""
+        rows.zero_().view(-1).index_copy_(0, self.index, packed.view(-1).index_select(0, self.slot))
+
+
+def _pack(kept: Tensor) -> _Packing | None:
+    """Of keys kept [R,K]; None where packing would not pay, or where a row keeps nothing (not a number)."""
+    if not kept.is_cpu:
+        return None
+    counts = kept.view(torch.uint8).sum(-1, dtype=torch.int64)
+    width = int(counts.max())
+    if 2 * width > kept.shape[1] or not counts.all():
+        return None
+    index = kept.reshape(-1).nonzero().view(-1)
+    shift = torch.arange(len(counts)) * width - (counts.cumsum(0) - counts)
+    slot = torch.arange(len(index)) + shift.repeat_interleave(counts, output_size=len(index))
+    return _Packing(index, slot, (len(counts), width))
