@@ -1,4 +1,4 @@
-"""Exact entmax: values and gradients against slow and different computations, on long rows and at the ends of the range."""
+"""Exact entmax: values and gradients against slow computations of another kind, at the ends of its range too."""
 
 import pytest
 import torch
