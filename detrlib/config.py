@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 PROJECT = Path(__file__).resolve().parents[1]
 
-TransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax"]
+TransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"]
 
 
 class ConfigError(ValueError):
@@ -86,7 +86,22 @@ class Attention(Section):
     decoder_self: TransformName = "softmax"
     decoder_cross: TransformName = "softmax"
     alpha: float = Field(1.5, gt=1.0, le=2.0)  # of "entmax", fixed
-    alpha_init: float | Literal["normal"] = 1.5  # of "alpha_entmax"; "normal": pre_alpha from N(0, 1)
+    # of "alpha_entmax"; "normal": pre_alpha from N(0, 1); "cloned": so too, but one draw for all layers of a site
+    alpha_init: float | Literal["normal", "cloned"] = 1.5
+    tv_lambda: float = Field(0.1, ge=0.0)  # of "tvmax": price of a step between neighbouring cells
+    # For weights of the first published models with sparse cross-attention: alpha by clamping, padded keys of
+    # decoder_cross favoured instead of hidden.
+    alpha_clamped: bool = False
+    padding: Literal["hidden", "add_one"] = "hidden"
+
+    @model_validator(mode="after")
+    def _tvmax_has_a_grid(self):
+        if self.decoder_self == "tvmax":
+            raise ValueError(
+                "model.attention.decoder_self: tvmax needs keys that form a grid, and these are queries; "
+                "use it at encoder_self or decoder_cross"
+            )
+        return self
 
 
 class Model(Section):

@@ -109,6 +109,7 @@ class Trainer:
         self.criterion = Criterion(cfg.loss, lambda x: accelerator.reduce(x, "mean"))
         self.tracker = Tracker(cfg, run_dir, accelerator.is_main_process)
         self.epoch, self.global_step, self.best = 0, 0, -math.inf
+        self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
 
     def run(self, resume: bool) -> dict:
         """Train what is left, evaluate, write the results."""
@@ -168,6 +169,8 @@ class Trainer:
             self._fail(batch, loss, "loss")
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
+        if (self.global_step + 1) % self.cfg.train.log_every == 0:
+            self.alpha_gradients = self._alpha_gradients()
         if self.cfg.train.clip_norm:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.train.clip_norm)
             if not torch.isfinite(norm):
@@ -227,15 +230,24 @@ class Trainer:
         if self.accelerator.device.type == "cuda":
             memory = {"extra/memory_mb": torch.cuda.max_memory_allocated() / 2**20}
         means = self.accelerator.reduce(torch.stack(list(terms.values())), "mean").tolist()
-        self._log({f"train/{name}": mean for name, mean in zip(terms, means, strict=True)} | times | memory | rates)
+        losses = {f"train/{name}": mean for name, mean in zip(terms, means, strict=True)}
+        self._log(losses | times | memory | rates | self.alpha_gradients)
+
+    def _alpha_gradients(self) -> dict[str, float]:
+        """Gradients of pre_alpha per head and their norm per layer, before clipping: is alpha still learning?"""
+        values = {}
+        for place, module in alpha_modules(self.accelerator.unwrap_model(self.model)).items():
+            gradient = module.pre_alpha.grad
+            values |= _by_head("pre_alpha_gradient", place, gradient)
+            site, layer = place.split(".")
+            values[f"pre_alpha_gradient_norm/{site}.layer_{layer}"] = gradient.norm().item()
+        return values
 
     def _log(self, values: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
             return
         for place, module in alpha_modules(self.accelerator.unwrap_model(self.model)).items():
-            site, layer = place.split(".")
-            for head, alpha in enumerate(module.alpha.tolist()):
-                values[f"alpha/{site}.layer_{layer}-head_{head}"] = alpha
+            values |= _by_head("alpha", place, module.alpha) | _by_head("pre_alpha", place, module.pre_alpha)
         record = {"global_step": self.global_step, "epoch": self.epoch} | values
         runs.append_metrics(self.run_dir, record)
         self.tracker.log(record)
@@ -339,6 +351,12 @@ def parameter_groups(model: nn.Module, cfg: Train) -> list[dict]:
         "alpha": {"lr": 10 * cfg.lr if cfg.lr_alpha is None else cfg.lr_alpha, "weight_decay": 0.0},
     }
     return [{"name": name, "params": params, **settings[name]} for name, params in groups.items() if params]
+
+
+def _by_head(what: str, place: str, values: Tensor) -> dict[str, float]:
+    """Names for the log: ("alpha", "decoder_cross.0", [H]) -> {"alpha/decoder_cross.layer_0-head_0": ...}."""
+    site, layer = place.split(".")
+    return {f"{what}/{site}.layer_{layer}-head_{head}": value for head, value in enumerate(values.tolist())}
 
 
 def lr_factor(step: int, steps_per_epoch: int, cfg: Train) -> float:

@@ -31,7 +31,7 @@ ROWS = [
     {"models"},
     {"attention"},
     {"data", "runs", "tracking"},
-    {"config", "boxes"},
+    {"config", "boxes", "exercises"},
 ]
 RANK = {name: -row for row, names in enumerate(ROWS) for name in names}
 FIGURES_MAY_IMPORT = {"metrics", "runs", "models.outputs", "boxes", "figures"}

@@ -233,7 +233,7 @@ def test_layers_without_positions_are_those_of_torch(pre_norm):
     options = {"d_model": 24, "nhead": 3, "dim_feedforward": 40, "batch_first": True, "norm_first": pre_norm}
     tokens, queries = torch.randn(2, 7, 24), torch.randn(2, 5, 24)
     padding = torch.arange(7) >= torch.tensor([[7], [4]])
-    memory = Memory(tokens, torch.zeros_like(tokens), padding)
+    memory = Memory(tokens, torch.zeros_like(tokens), padding, (1, 7))
     encoder, decoder = EncoderLayer(layer_settings(pre_norm)).eval(), DecoderLayer(layer_settings(pre_norm)).eval()
     randomise(encoder), randomise(decoder)
     reference = nn.TransformerEncoderLayer(**options).eval()

@@ -1,14 +1,21 @@
 """Multi-head attention with any transform from scores to weights.
 
 Legend: B images, H heads, Q queries, K keys, E embedding, D = E / H channels per head. Batch first;
-padding [B,K] is True where a key is padding.
+padding [B,K] is True where a key is padding; grid (h, w) where keys are the cells of a feature map.
 """
+
+import functools
+import importlib.util
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from detrlib.attention.transforms import Softmax, Transform
+from detrlib.attention.transforms import AlphaEntmax, Entmax, Grid, Softmax, Transform
+
+MOST_SCORES = 2**27  # kept at a time when maps are not asked for: half a GiB of float32
+FUSED_KEYS = 2048  # from here on the scores of a row are worth not writing down
 
 
 def attend(
@@ -17,6 +24,7 @@ def attend(
     value: Tensor,
     transform: Transform,
     padding: Tensor | None = None,
+    grid: Grid | None = None,
     dropout: float = 0.0,
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -24,15 +32,55 @@ def attend(
 
     query [B,H,Q,D], key [B,H,K,D], value [B,H,K,V] -> mixed [B,H,Q,V] and, if asked for, weights [B,H,Q,K].
     The weights are those before dropout: what the layer looks at, not what a training step happened to keep.
+    Without maps, no more than `MOST_SCORES` scores exist at a time, and on a GPU none where kernels are at hand.
     """
-    mask = None if padding is None else padding[:, None, None, :]  # [B,1,1,K]
-    if isinstance(transform, Softmax) and not need_weights:
-        keep = None if mask is None else ~mask
+    if need_weights:
+        return _mix(query, key, value, transform, padding, grid, dropout)
+    if isinstance(transform, Softmax) and not transform.padding_adds_one:
+        keep = None if padding is None else ~padding[:, None, None, :]  # [B,1,1,K]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None
+    if key.shape[2] >= FUSED_KEYS and not dropout and _fused(query, key, value, transform):
+        alpha = transform.alpha  # a number, or [H]
+        return _flash().sparse_attention(query, key, value, alpha, padding), None
+    row = max(1, query.shape[0] * query.shape[1] * key.shape[2])  # scores of one query in every image and head
+    if row * query.shape[2] <= MOST_SCORES:
+        return _mix(query, key, value, transform, padding, grid, dropout)[0], None
+    parts = [  # the backward pass computes each part's scores again
+        checkpoint(_mix, part, key, value, transform, padding, grid, dropout, use_reentrant=False)[0]
+        for part in query.split(max(1, MOST_SCORES // row), 2)
+    ]
+    return torch.cat(parts, 2), None
+
+
+def _mix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    transform: Transform,
+    padding: Tensor | None,
+    grid: Grid | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """Values mixed and weights, every score written down."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B,H,Q,K]
-    weights = transform(scores, mask)
-    mixed = F.dropout(weights, dropout).to(value.dtype) @ value  # [B,H,Q,V]
-    return mixed, weights if need_weights else None
+    weights = transform(scores, None if padding is None else padding[:, None, None, :], grid)
+    return F.dropout(weights, dropout).to(value.dtype) @ value, weights
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, transform: Transform) -> bool:
+    """Whether scores, transform and mixing can be one kernel."""
+    entmax = isinstance(transform, Entmax | AlphaEntmax) and not transform.padding_adds_one
+    return entmax and query.is_cuda and _flash() is not None and _flash().attention_supported(query, key, value)
+
+
+@functools.cache
+def _flash():
+    """The kernels' module, or None on a machine without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from detrlib.attention import flash
+
+    return flash
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -65,14 +113,20 @@ class MultiheadAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None, need_weights: bool = False
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None = None,
+        grid: Grid | None = None,
+        need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """query [B,Q,E], key and value [B,K,E], padding [B,K] -> output [B,Q,E], weights [B,H,Q,K] or None."""
         weight, bias = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         projected = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weight, bias, strict=True))
         q, k, v = (split_heads(x, self.num_heads) for x in projected)
         dropout = self.dropout if self.training else 0.0
-        mixed, weights = attend(q, k, v, self.transform, padding, dropout, need_weights)
+        mixed, weights = attend(q, k, v, self.transform, padding, grid, dropout, need_weights)
         return self.out_proj(merge_heads(mixed)), weights
 
 
@@ -106,6 +160,7 @@ class ConditionalCrossAttention(nn.Module):
         memory: Tensor,
         memory_position: Tensor,
         padding: Tensor | None = None,
+        grid: Grid | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """content, position, spatial [B,Q,E]; memory [B,K,E], memory_position [B or 1,K,E]
@@ -120,5 +175,5 @@ class ConditionalCrossAttention(nn.Module):
         key = torch.cat([key, key_position.expand_as(key)], -1)  # [B,H,K,2D]
         query = torch.cat([query, spatial], -1)  # [B,H,Q,2D]
         dropout = self.dropout if self.training else 0.0
-        mixed, weights = attend(query, key, value, self.transform, padding, dropout, need_weights)
+        mixed, weights = attend(query, key, value, self.transform, padding, grid, dropout, need_weights)
         return self.out_proj(merge_heads(mixed)), weights

@@ -9,6 +9,7 @@ For c >= 1, that is alpha <= 2, the norm is convex and decreasing in s: Newton's
 - A key with 1 + z <= s at any s left of the root has weight zero: before real powers are taken, such keys are left out.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -40,10 +41,15 @@ def entmax(scores: Tensor, alpha: float | Tensor) -> Tensor:
 class _Entmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores: Tensor, alpha: float | Tensor) -> Tensor:
-        weights = torch.empty_like(scores, memory_format=torch.contiguous_format)
-        for number, x, p in _blocks(alpha, scores, weights):
-            _solve(x, number, p)
         learned = isinstance(alpha, Tensor)
+        kernels = _kernels(scores)
+        if kernels is not None:
+            rows = scores.reshape(-1, scores.shape[-1])
+            weights = kernels.entmax_rows(rows, alpha.reshape(-1) if learned else alpha).view(scores.shape)
+        else:
+            weights = torch.empty_like(scores, memory_format=torch.contiguous_format)
+            for number, x, p in _blocks(alpha, scores, weights):
+                _solve(x, number, p)
         ctx.save_for_backward(weights, alpha if learned else None)
         ctx.alpha = None if learned else alpha
         return weights
@@ -52,8 +58,15 @@ class _Entmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         weights, alpha = ctx.saved_tensors
+        need_alpha = ctx.needs_input_grad[1]
+        kernels = _kernels(weights)
+        if kernels is not None:
+            p, g = (x.reshape(-1, x.shape[-1]) for x in (weights, gradient))
+            alphas = ctx.alpha if alpha is None else alpha.reshape(-1)
+            to_scores, to_alpha = kernels.entmax_rows_backward(p, g, alphas, need_alpha)
+            return to_scores.view(weights.shape), to_alpha.view(alpha.shape) if need_alpha else None
         to_scores = torch.empty_like(weights)
-        if alpha is None or not ctx.needs_input_grad[1]:
+        if not need_alpha:
             for number, p, g, out in _blocks(ctx.alpha if alpha is None else alpha, weights, gradient, to_scores):
                 _differentiate(p, g, number, out)
             return to_scores, None
@@ -61,6 +74,15 @@ class _Entmax(torch.autograd.Function):
         for number, p, g, out, slope in _blocks(alpha, weights, gradient, to_scores, to_alpha):
             _differentiate(p, g, number, out, slope)
         return to_scores, to_alpha
+
+
+def _kernels(scores: Tensor):
+    """The Triton kernels where they take such scores, else None."""
+    if not scores.is_cuda or importlib.util.find_spec("triton") is None:
+        return None
+    from detrlib.attention import kernels
+
+    return kernels if kernels.supported(scores) else None
 
 
 def _blocks(alpha: float | Tensor, *tensors: Tensor) -> Iterator[tuple]:

@@ -9,54 +9,53 @@ Legend: B images, H heads, Q queries, K keys. Every transform maps scores [B,H,Q
 with tau such that the weights sum to one: alpha = 1 is softmax, 1.5 entmax15, 2 sparsemax.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from detrlib.attention.solvers import entmax
+from detrlib.attention.tvmax import tvmax
 
-ALPHA_LOW, ALPHA_HIGH = 1.01, 2.0  # range of a learnable alpha, open at both ends
+ALPHA_LOW, ALPHA_HIGH = 1.01, 2.0  # range of a learnable alpha
+Grid = tuple[int, int]  # (h, w) of a feature map whose cells are the keys
 
 
 class Transform(nn.Module):
     """Scores to weights over the last axis, in float32 or wider, exact under padding.
 
-    Subclasses define `weights(scores)`; this class takes care of precision and of padded keys, which get
+    Subclasses define `weights(scores, grid)`; this class takes care of precision and of padded keys, which get
     exactly zero weight and pass no gradient. A row whose keys are all padding becomes a row of zeros.
+
+    `padding_adds_one`: add 1 to the scores of padded keys instead, which favours them: what models trained with a
+    boolean mask added to the scores have learned to expect.
     """
 
-    def forward(self, scores: Tensor, padding: Tensor | None = None) -> Tensor:
-        """scores [B,H,Q,K]; padding bool, broadcastable to it, True = padding -> weights [B,H,Q,K]."""
+    padding_adds_one = False
+
+    def forward(self, scores: Tensor, padding: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """scores [B,H,Q,K]; padding bool, broadcastable to it, True = padding; grid (h, w), h * w == K, where keys
+        are cells of a feature map -> weights [B,H,Q,K].
+        """
         with torch.autocast(scores.device.type, enabled=False):
             scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
             if padding is None:
-                return self.weights(scores)
+                return self.weights(scores, grid)
+            if self.padding_adds_one:
+                return self.weights(scores + padding.to(scores.dtype), grid)
             # A row of nothing but -inf has no weights: leave it finite here and let the last line clear it.
             hidden = padding & ~padding.all(-1, keepdim=True)
-            return self.weights(scores.masked_fill(hidden, float("-inf"))).masked_fill(padding, 0.0)
+            return self.weights(scores.masked_fill(hidden, float("-inf")), grid).masked_fill(padding, 0.0)
 
-    def weights(self, scores: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
         raise NotImplementedError
 
 
 class Softmax(Transform):
     """exp(z) / sum exp(z): every valid key gets some weight."""
 
-    def weights(self, scores: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
         return scores.softmax(-1)
-
-
-class Sparsemax(Transform):
-    """Euclidean projection onto the simplex (Martins & Astudillo 2016, Eq. 2)."""
-
-    def weights(self, scores: Tensor) -> Tensor:
-        return entmax(scores, 2.0)
-
-
-class Entmax15(Transform):
-    """entmax with alpha = 1.5 (Peters et al. 2019, Sec. 3.2)."""
-
-    def weights(self, scores: Tensor) -> Tensor:
-        return entmax(scores, 1.5)
 
 
 class Entmax(Transform):
@@ -68,53 +67,110 @@ class Entmax(Transform):
             raise ValueError(f"alpha {alpha} must lie above 1 (softmax) and be at most 2 (sparsemax)")
         self.alpha = alpha
 
-    def weights(self, scores: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
         return entmax(scores, self.alpha)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
 
 
+class Sparsemax(Entmax):
+    """Euclidean projection onto the simplex (Martins & Astudillo 2016, Eq. 2)."""
+
+    def __init__(self):
+        super().__init__(2.0)
+
+
+class Entmax15(Entmax):
+    """entmax with alpha = 1.5 (Peters et al. 2019, Sec. 3.2)."""
+
+    def __init__(self):
+        super().__init__(1.5)
+
+
 class AlphaEntmax(Transform):
     """entmax with one learnable alpha per head (Correia, Niculae & Martins 2019, "Adaptively Sparse Transformers").
 
     alpha = 1.01 + 0.99 sigmoid(pre_alpha), so that the gradient fades only at the ends of the range; clamping
-    instead would freeze every head that drifts below the bound.
+    instead freezes every head that drifts below the bound.
 
-    `initial`: a value in (1.01, 2) for every head, or "normal" to draw pre_alpha from N(0, 1) for each.
+    `initial`: a value in (1.01, 2) for every head, "normal" to draw pre_alpha from N(0, 1), or pre_alpha itself [H].
+    `clamped`: alpha = clamp(1 + sigmoid(pre_alpha), 1.01, 2), for weights that were trained so.
     """
 
-    def __init__(self, num_heads: int, initial: float | str = 1.5):
+    def __init__(self, num_heads: int, initial: float | str | Tensor = 1.5, clamped: bool = False):
         super().__init__()
-        self.pre_alpha = nn.Parameter(torch.empty(num_heads))
-        if initial == "normal":
-            nn.init.normal_(self.pre_alpha)
-            return
-        if not ALPHA_LOW < initial < ALPHA_HIGH:
+        self.clamped = clamped
+        if isinstance(initial, Tensor):
+            self.pre_alpha = nn.Parameter(initial.detach().clone())
+        elif initial == "normal":
+            self.pre_alpha = nn.Parameter(torch.randn(num_heads))
+        elif ALPHA_LOW < initial < ALPHA_HIGH:
+            low = 1.0 if clamped else ALPHA_LOW
+            share = torch.full((num_heads,), (initial - low) / (ALPHA_HIGH - low))
+            self.pre_alpha = nn.Parameter(torch.logit(share))
+        else:
             raise ValueError(f"alpha_init {initial} must lie between {ALPHA_LOW} and {ALPHA_HIGH}, or be 'normal'")
-        share = torch.tensor((initial - ALPHA_LOW) / (ALPHA_HIGH - ALPHA_LOW))
-        nn.init.constant_(self.pre_alpha, torch.logit(share).item())
 
     @property
     def alpha(self) -> Tensor:
-        """[H], each in (1.01, 2)."""
-        return ALPHA_LOW + (ALPHA_HIGH - ALPHA_LOW) * self.pre_alpha.sigmoid()
+        """[H], each between 1.01 and 2."""
+        share = self.pre_alpha.sigmoid()
+        if self.clamped:
+            return (1 + share).clamp(ALPHA_LOW, ALPHA_HIGH)
+        return ALPHA_LOW + (ALPHA_HIGH - ALPHA_LOW) * share
 
-    def weights(self, scores: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
         return entmax(scores, self.alpha.to(scores.dtype)[:, None, None])  # [H,1,1]
+
+    def extra_repr(self) -> str:
+        return f"num_heads={len(self.pre_alpha)}, clamped={self.clamped}"
+
+
+class TVMax(Transform):
+    """Sparsemax of scores smoothed by total variation over the key grid: weights form patches (Martins et al. 2021).
+
+    `tv_lambda`: the price of a step between neighbouring cells; 0 is sparsemax.
+    """
+
+    def __init__(self, tv_lambda: float):
+        super().__init__()
+        self.tv_lambda = tv_lambda
+
+    def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
+        if grid is None:
+            raise ValueError("tvmax needs keys that form a grid: use it at encoder_self or decoder_cross")
+        return tvmax(scores, grid, self.tv_lambda)
+
+    def extra_repr(self) -> str:
+        return f"tv_lambda={self.tv_lambda}"
+
+
+class TransformSettings(NamedTuple):
+    """What transforms can be told; each takes what it needs."""
+
+    num_heads: int
+    alpha: float = 1.5  # of entmax
+    alpha_init: float | str | Tensor = 1.5  # of alpha_entmax, as its `initial`
+    alpha_clamped: bool = False  # of alpha_entmax
+    tv_lambda: float = 0.1  # of tvmax
 
 
 TRANSFORMS = {
-    "softmax": lambda num_heads, alpha, alpha_init: Softmax(),
-    "sparsemax": lambda num_heads, alpha, alpha_init: Sparsemax(),
-    "entmax15": lambda num_heads, alpha, alpha_init: Entmax15(),
-    "entmax": lambda num_heads, alpha, alpha_init: Entmax(alpha),
-    "alpha_entmax": lambda num_heads, alpha, alpha_init: AlphaEntmax(num_heads, alpha_init),
+    "softmax": lambda settings: Softmax(),
+    "sparsemax": lambda settings: Sparsemax(),
+    "entmax15": lambda settings: Entmax15(),
+    "entmax": lambda settings: Entmax(settings.alpha),
+    "alpha_entmax": lambda settings: AlphaEntmax(settings.num_heads, settings.alpha_init, settings.alpha_clamped),
+    "tvmax": lambda settings: TVMax(settings.tv_lambda),
 }
 
 
-def build_transform(name: str, num_heads: int, alpha: float = 1.5, alpha_init: float | str = 1.5) -> Transform:
-    """The transform called `name`, freshly initialised. Raises ValueError listing the names there are."""
+def build_transform(name: str, num_heads: int, **settings) -> Transform:
+    """The transform called `name`, freshly initialised; `settings` as in `TransformSettings`.
+
+    Raises ValueError listing the names there are.
+    """
     if name not in TRANSFORMS:
         raise ValueError(f"unknown attention transform '{name}'; there are {', '.join(TRANSFORMS)}")
-    return TRANSFORMS[name](num_heads, alpha, alpha_init)
+    return TRANSFORMS[name](TransformSettings(num_heads, **settings))

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from detrlib.attention import AlphaEntmax, build_transform
-from detrlib.config import ConfigError, Model, project_path
+from detrlib.attention import AlphaEntmax, Transform, build_transform
+from detrlib.config import Attention, ConfigError, Model, project_path
 from detrlib.models.backbone import build_backbone
 from detrlib.models.detr import DETR, Transformer
 from detrlib.models.position import LearnedPosition, SinePosition
-from detrlib.models.transformer import AnchorDecoder, Decoder, Encoder, LayerSettings
+from detrlib.models.transformer import AnchorDecoder, Decoder, Encoder, LayerSettings, MakeTransform
 
 
 def build_model(settings: Model, backbone_weights: str | Path | None = None) -> DETR:
@@ -19,18 +20,14 @@ def build_model(settings: Model, backbone_weights: str | Path | None = None) -> 
     """
     if settings.num_classes is None:
         raise ConfigError("model.num_classes is not known without a data set; set it, or train through a config")
-    attention, anchors = settings.attention, settings.queries == "anchor"
-
-    def transform(site: str) -> nn.Module:
-        return build_transform(getattr(attention, site), settings.num_heads, attention.alpha, attention.alpha_init)
-
+    anchors = settings.queries == "anchor"
     layer = LayerSettings(
         settings.hidden_dim,
         settings.num_heads,
         settings.feedforward_dim,
         settings.dropout,
         settings.norm == "pre",
-        transform,
+        _transform_maker(settings.attention, settings.num_heads),
     )
     if anchors:
         decoder = AnchorDecoder(settings.decoder_layers, layer, settings.position_temperature)
@@ -49,6 +46,28 @@ def build_model(settings: Model, backbone_weights: str | Path | None = None) -> 
         settings.num_classes,
         settings.classification,
     )
+
+
+def _transform_maker(settings: Attention, num_heads: int) -> MakeTransform:
+    """What layers ask for the transform of a site; every layer gets one of its own."""
+    drawn = {}  # pre_alpha by site, where layers start as clones of one draw
+
+    def make(site: str) -> Transform:
+        name, initial = getattr(settings, site), settings.alpha_init
+        if name == "alpha_entmax" and initial == "cloned":
+            initial = drawn.setdefault(site, torch.randn(num_heads))
+        transform = build_transform(
+            name,
+            num_heads,
+            alpha=settings.alpha,
+            alpha_init=initial,
+            alpha_clamped=settings.alpha_clamped,
+            tv_lambda=settings.tv_lambda,
+        )
+        transform.padding_adds_one = settings.padding == "add_one" and site == "decoder_cross"
+        return transform
+
+    return make
 
 
 def _backbone(settings: Model, weights: str | Path | None):

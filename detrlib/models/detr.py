@@ -93,6 +93,7 @@ class DETR(nn.Module):
             tokens=self.input_proj(level.features).flatten(2).transpose(1, 2),  # [B,K,E]
             position=position.flatten(2).transpose(1, 2),  # [B,K,E] or [1,K,E]
             padding=key_padding if padded else None,
+            grid=grid,
         )
         memory, encoder_maps = self.transformer.encoder(memory, "encoder_self" in sites)
         look = "decoder_self" in sites or "decoder_cross" in sites

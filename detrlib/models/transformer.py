@@ -35,6 +35,7 @@ class Memory(NamedTuple):
     tokens: Tensor  # [B,K,E]
     position: Tensor  # [B,K,E], or [1,K,E] for all images
     padding: Tensor | None  # [B,K], True = padding; None: there is none
+    grid: tuple[int, int]  # (h, w) of the feature map whose cells are the keys, h * w == K
 
 
 class Decoded(NamedTuple):
@@ -67,7 +68,7 @@ class EncoderLayer(nn.Module):
         x = memory.tokens
         y = self.norm1(x) if self.pre_norm else x
         place = y + memory.position
-        y, weights = self.self_attn(place, place, y, memory.padding, need_attention)
+        y, weights = self.self_attn(place, place, y, memory.padding, memory.grid, need_attention)
         x = x + self.dropout(y) if self.pre_norm else self.norm1(x + self.dropout(y))
         y = self.norm2(x) if self.pre_norm else x
         y = self.linear2(self.dropout(self.linear1(y).relu()))
@@ -116,7 +117,7 @@ class DecoderLayer(nn.Module):
     def look(self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool) -> tuple[Tensor, Tensor | None]:
         """Cross-attention of query content `x` [B,Q,E] at `position` [B,Q,E]."""
         key = memory.tokens + memory.position
-        return self.multihead_attn(x + position, key, memory.tokens, memory.padding, need_attention)
+        return self.multihead_attn(x + position, key, memory.tokens, memory.padding, memory.grid, need_attention)
 
     def forward(
         self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool = False, **where
@@ -124,7 +125,7 @@ class DecoderLayer(nn.Module):
         """Query content x and position [B,Q,E] -> content [B,Q,E], weights [B,H,Q,Q] and [B,H,Q,K] or None."""
         y = self.norm1(x) if self.pre_norm else x
         place = y + position
-        y, self_map = self.self_attn(place, place, y, None, need_attention)
+        y, self_map = self.self_attn(place, place, y, need_weights=need_attention)
         x = x + self.dropout(y) if self.pre_norm else self.norm1(x + self.dropout(y))
         y = self.norm2(x) if self.pre_norm else x
         y, cross_map = self.look(y, position, memory, need_attention, **where)
@@ -172,7 +173,8 @@ class ConditionalDecoderLayer(DecoderLayer):
         self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool, spatial: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Cross-attention of query content `x` [B,Q,E]; `spatial` [B,Q,E] is compared with the places of the keys."""
-        return self.multihead_attn(x, position, spatial, memory.tokens, memory.position, memory.padding, need_attention)
+        tokens, place, padding, grid = memory
+        return self.multihead_attn(x, position, spatial, tokens, place, padding, grid, need_attention)
 
 
 class AnchorDecoder(nn.Module):
