@@ -1,0 +1,31 @@
+"""Checks for the exercises of the notebooks: a reader's function against a reference."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+
+def check(attempt: Callable, reference: Callable, cases: Iterable[tuple]) -> str:
+    """Call both functions with the arguments of every case and say whether results agree, or where they first differ.
+
+    An attempt that returns None counts as not begun. Errors of the attempt are reported, never raised, so that an
+    unsolved exercise does not stop a notebook that runs headless.
+    """
+    cases = list(cases)
+    for case in cases:
+        wanted = torch.as_tensor(reference(*case))
+        arguments = ", ".join(str(argument) for argument in case)
+        try:
+            found = attempt(
+                *(argument.clone() if isinstance(argument, torch.Tensor) else argument for argument in case)
+            )
+            if found is None:
+                return "Not solved yet: the function returns None."
+            found = torch.as_tensor(found, dtype=wanted.dtype)
+        except Exception as error:
+            return f"Not yet: {type(error).__name__}: {error}\nfor {arguments}"
+        if found.shape != wanted.shape:
+            return f"Not yet: the shape is {list(found.shape)}, wanted {list(wanted.shape)}\nfor {arguments}"
+        if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-5):
+            return f"Not yet: {found}\nwanted {wanted}\nfor {arguments}"
+    return f"Correct, in all {len(cases)} cases."

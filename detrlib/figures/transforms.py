@@ -1,0 +1,224 @@
+"""Pictures of transforms, from scores to weights: bars, curves, the simplex, Jacobians, Newton's steps, maps.
+
+Legend: K keys, n points of a curve, h x w cells. A series whose name holds that of a transform has its colour.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from detrlib.figures.style import MUTED, PALETTE, figure, run_colours, styled
+
+# Scores of three keys @ PLANE are their place in the plane of scores that sum to zero, lengths and angles kept;
+# place @ PLANE.T are the scores again, less their mean. The corners of the simplex are at the rows of PLANE.
+PLANE = np.array([[-1, -1], [1, -1], [0, 2]]) / np.sqrt([2, 6])
+SUPPORT_COLOURS = ["#6baed6", "#bdd7e7", "#f1f5fc"]  # of one, two and three keys
+DASHES = ["-", "--", "-.", (0, (1, 1))]  # a later line over an earlier one leaves it visible
+
+
+@styled
+def weight_bars(scores: np.ndarray, weights: Mapping[str, np.ndarray]) -> Figure:
+    """Scores [K], and beside them the weights [K] of every transform; a hollow circle is a weight of exactly zero."""
+    drawn, panels = figure(1.0, 0.34, ncols=1 + len(weights))
+    keys, colours = np.arange(1, len(scores) + 1), run_colours(weights)
+    panels[0].bar(keys, scores, color=MUTED, width=0.7)
+    panels[0].axhline(0, color=MUTED, linewidth=0.6)
+    panels[0].set_title("scores", loc="left")
+    top = 1.15 * max(np.max(values) for values in weights.values())
+    for axes, (name, values) in zip(panels[1:], weights.items(), strict=True):
+        axes.bar(keys, values, color=colours[name], width=0.7)
+        zero = np.asarray(values) == 0
+        if zero.any():  # a line without points would confuse the layout
+            axes.plot(keys[zero], 0 * keys[zero], "o", color=colours[name], markerfacecolor="white", clip_on=False)
+        for key, value in zip(keys[~zero], values[~zero], strict=True):
+            text = f"{value:.2f}".removeprefix("0") if value >= 0.005 else "<.01"
+            axes.annotate(text, (key, value), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+        axes.set_title(f"{name}\n{np.sum(~zero)} of {len(keys)} keys", loc="left")
+        axes.set(ylim=(0, top), yticks=[])
+        axes.spines["left"].set_visible(False)
+    for axes in panels:
+        axes.set(xticks=keys, xlabel="key")
+    return drawn
+
+
+@styled
+def curves(
+    panels: Mapping[str, Mapping[str, tuple]],
+    labels: Sequence[tuple[str, str]],
+    marks: Mapping[str, Mapping[str, tuple]] | None = None,
+) -> Figure:
+    """A panel per title with a line per name, (x [n], y [n]); one legend for all.
+
+    labels: those of the x and y axis of each panel; marks: points to dot, by title and name, (x [n], y [n]).
+    """
+    shared = len({y_label for _, y_label in labels}) == 1
+    size = (0.75, 0.55) if len(panels) == 1 else (1.0, 0.4)
+    drawn, grid = figure(*size, ncols=len(panels), sharey=shared)
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    colours, lines = run_colours(names), {}
+    for axes, (title, series), (x_label, y_label) in zip(np.atleast_1d(grid), panels.items(), labels, strict=True):
+        for name, (x, y) in series.items():
+            dashes = DASHES[names.index(name) % len(DASHES)]
+            (lines[name],) = axes.plot(x, y, color=colours[name], linestyle=dashes, linewidth=1.8)
+        for name, (x, y) in (marks or {}).get(title, {}).items():
+            axes.plot(x, y, "o", color=colours[name], markersize=5, clip_on=False, zorder=3)
+        axes.set_title(title, loc="left")
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.grid(True)
+        if shared:
+            axes.label_outer()
+    drawn.legend(lines.values(), lines, loc="outside right center", handlelength=2.6)
+    return drawn
+
+
+@styled
+def simplex_regions(
+    supports: Mapping[str, np.ndarray], extent: float, moves: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> Figure:
+    """The plane of three scores, coloured by the number of keys with weight; the triangle is the simplex.
+
+    supports: name -> [n,n], on the square from -extent to extent; moves: name -> (scores [m,3], weights [m,3]), drawn
+    as arrows from where scores are to the weights they become.
+    """
+    drawn, panels = figure(1.0, 0.4, ncols=len(supports))
+    for axes, (name, support) in zip(panels, supports.items(), strict=True):
+        square = (-extent, extent, -extent, extent)
+        axes.imshow(support, extent=square, origin="lower", cmap=ListedColormap(SUPPORT_COLOURS), vmin=1, vmax=3)
+        _triangle(axes)
+        for start, end in zip(*(points @ PLANE for points in moves[name]), strict=True):
+            axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": PALETTE[1], "shrinkA": 0})
+        axes.set_title(name, loc="left")
+        axes.set(xlim=square[:2], ylim=square[2:], xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    counts = ["1 key: a corner", "2 keys: an edge", "3 keys: the interior"]
+    patches = [Patch(facecolor=c, edgecolor=MUTED, linewidth=0.5) for c in SUPPORT_COLOURS]
+    drawn.legend(patches, counts, loc="outside lower center", ncols=3)
+    return drawn
+
+
+@styled
+def simplex_paths(paths: Mapping[str, np.ndarray], title: str) -> Figure:
+    """Weights of three keys [n,3] as a path inside the simplex, a dot at every point of it."""
+    drawn, axes = figure(0.65, 0.82)
+    colours = run_colours(paths)
+    _triangle(axes)
+    for number, (name, points) in enumerate(paths.items()):
+        at = points @ PLANE
+        dashes = DASHES[number % len(DASHES)]
+        axes.plot(*at.T, linestyle=dashes, color=colours[name], label=name, linewidth=1.8, clip_on=False)
+        axes.plot(*at.T, "o", color=colours[name], clip_on=False)
+    for key, (x, y) in enumerate(1.12 * PLANE, 1):
+        axes.text(x, y, f"key {key}", ha="center", va="center")
+    axes.set(xlim=(-0.9, 0.9), ylim=(-0.5, 0.95), aspect="equal")
+    axes.axis("off")
+    axes.set_title(title, loc="left")
+    axes.legend(loc="upper right", handlelength=2.6)
+    return drawn
+
+
+@styled
+def alpha_family(alphas: np.ndarray, weights: np.ndarray) -> Figure:
+    """Weights [n,K] of every key against alpha [n], and the number of keys with weight."""
+    drawn, (left, right) = figure(1.0, 0.4, ncols=2)
+    for key, values in enumerate(np.transpose(weights), 1):
+        colour = PALETTE[(key - 1) % len(PALETTE)]
+        left.plot(alphas, values, color=colour, linewidth=1.8)
+        left.text(alphas[0] - 0.02, values[0], f"key {key}", color=colour, ha="right", va="center", fontsize=7)
+    left.set_title("weights: weak keys reach zero one by one", loc="left")
+    left.yaxis.tick_right()
+    left.spines["left"].set_visible(False)
+    right.step(alphas, (np.asarray(weights) > 0).sum(1), color="black", where="post", linewidth=1.8)
+    right.set_title("keys with weight", loc="left")
+    right.set_ylim(0, np.shape(weights)[1] + 0.5)
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (left, right):
+        axes.grid(True)
+        axes.set_xticks([1, 1.25, 1.5, 1.75, 2], ["1\nsoftmax", "1.25", "1.5\nentmax15", "1.75", "2\nsparsemax"])
+        axes.set_xlabel("alpha")
+    return drawn
+
+
+@styled
+def jacobians(matrices: Mapping[str, np.ndarray]) -> Figure:
+    """Jacobians [K,K], derivative of the weight of the row by the score of the column; white is exactly zero."""
+    drawn, panels = figure(1.0, 0.38, ncols=len(matrices))
+    most = max(np.abs(matrix).max() for matrix in matrices.values())
+    for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):
+        keys = np.arange(1, len(matrix) + 1)
+        shown = axes.imshow(np.where(matrix == 0, np.nan, matrix), cmap="PuOr_r", vmin=-most, vmax=most)
+        for row, column in np.argwhere(matrix == 0):
+            axes.text(column, row, "0", ha="center", va="center", fontsize=6, color=MUTED)
+        axes.set(xticks=keys - 1, yticks=keys - 1, xticklabels=keys, yticklabels=keys, xlabel="score of key")
+        axes.set_title(name, loc="left")
+    panels[0].set_ylabel("weight of key")
+    drawn.colorbar(shown, ax=panels.tolist(), shrink=0.7, label="derivative")
+    return drawn
+
+
+@styled
+def newton_steps(panels: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
+    """A function of the threshold, tau [n] and value [n], and Newton's iterates on it, tau [m] and value [m]."""
+    drawn, grid = figure(1.0, 0.42, ncols=len(panels))
+    for axes, (title, (tau, value, steps, heights)) in zip(grid, panels.items(), strict=True):
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.plot(tau, value, color=PALETTE[0], linewidth=1.8)
+        for number, (at, height) in enumerate(zip(steps, heights, strict=True)):
+            axes.plot([at, at], [0, height], ":", color=MUTED, linewidth=1)
+            if number + 1 < len(steps):
+                axes.plot([at, steps[number + 1]], [height, 0], color=PALETTE[1], linewidth=1.2)
+            axes.plot(at, height, "o", color=PALETTE[1], markersize=4, zorder=3)
+        room = 0.04 * (max(tau) - min(tau))
+        for number, at in enumerate(steps):
+            if number == 0 or at - steps[number - 1] > room:
+                axes.annotate(number, (at, 0), (0, -4), textcoords="offset points", ha="center", va="top")
+        axes.set_title(title, loc="left")
+        axes.set(xlabel="threshold tau", ylabel="norm - 1", ylim=(-0.22 * float(value.max()), None))
+        axes.grid(True)
+    return drawn
+
+
+@styled
+def grouped_bars(groups: Mapping[str, Mapping[str, float]], title: str, label: str) -> Figure:
+    """For every group a bar per name, its value written on it."""
+    drawn, axes = figure(0.8, 0.42)
+    names = list(next(iter(groups.values())))
+    colours, width = run_colours(names), 0.8 / len(names)
+    for number, name in enumerate(names):
+        places = np.arange(len(groups)) + (number - (len(names) - 1) / 2) * width
+        bars = axes.bar(
+            places, [group[name] for group in groups.values()], 0.9 * width, color=colours[name], label=name
+        )
+        axes.bar_label(bars, fmt=lambda value: f"{value:.2f}" if value else "0", fontsize=7, padding=1)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.margins(y=0.1)
+    axes.set_ylabel(label)
+    axes.set_title(title, loc="left")
+    drawn.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    return drawn
+
+
+@styled
+def weight_maps(maps: Mapping[str, np.ndarray], columns: int = 3) -> Figure:
+    """Maps [h,w] by title; colours run from zero, or a lower least value, to the largest; white is exactly zero."""
+    rows = -(-len(maps) // columns)
+    height, width = next(iter(maps.values())).shape
+    drawn, panels = figure(1.0, (height / width + 0.14) * rows / columns, nrows=rows, ncols=columns, squeeze=False)
+    for axes in panels.flat[len(maps) :]:
+        axes.axis("off")
+    for axes, (title, values) in zip(panels.flat, maps.items(), strict=False):
+        axes.imshow(
+            np.where(values == 0, np.nan, values), cmap="viridis_r", vmin=min(0, values.min()), vmax=values.max()
+        )
+        axes.set_title(title, loc="left")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(True)
+    return drawn
+
+
+def _triangle(axes: Axes) -> None:
+    axes.plot(*PLANE[[0, 1, 2, 0]].T, color="black", linewidth=1.2)
