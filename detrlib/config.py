@@ -14,19 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from detrlib.model_settings import Model, Section
 
 PROJECT = Path(__file__).resolve().parents[1]
-
-TransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"]
 
 
 class ConfigError(ValueError):
     """A setting is unknown, of the wrong type, or contradicts another; the message names it."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class Shapes(Section):
@@ -65,73 +61,6 @@ class Data(Section):
         return self
 
 
-class Backbone(Section):
-    name: Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
-    weights: str = "imagenet"  # "imagenet", "none", "crops" (see pretrain.py), or a path to a state dict
-    dilation: bool = False  # DC5: the last stage keeps its resolution
-    freeze_stem: bool | None = None  # stem and first stage, as DETR does; None: if there are weights to keep
-    mask_padding: bool = True  # False: features near padding depend on the batch, as in the official code
-
-    @model_validator(mode="after")
-    def _dilation_needs_bottlenecks(self):
-        if self.dilation and self.name not in ("resnet50", "resnet101"):
-            raise ValueError(
-                f"model.backbone.dilation needs bottleneck blocks, which {self.name} has not; use resnet50"
-            )
-        return self
-
-
-class Attention(Section):
-    encoder_self: TransformName = "softmax"
-    decoder_self: TransformName = "softmax"
-    decoder_cross: TransformName = "softmax"
-    alpha: float = Field(1.5, gt=1.0, le=2.0)  # of "entmax", fixed
-    # of "alpha_entmax"; "normal": pre_alpha from N(0, 1); "cloned": so too, but one draw for all layers of a site
-    alpha_init: float | Literal["normal", "cloned"] = 1.5
-    tv_lambda: float = Field(0.1, ge=0.0)  # of "tvmax": price of a step between neighbouring cells
-    # For weights of the first published models with sparse cross-attention: alpha by clamping, padded keys of
-    # decoder_cross favoured instead of hidden.
-    alpha_clamped: bool = False
-    padding: Literal["hidden", "add_one"] = "hidden"
-
-    @model_validator(mode="after")
-    def _tvmax_has_a_grid(self):
-        if self.decoder_self == "tvmax":
-            raise ValueError(
-                "model.attention.decoder_self: tvmax needs keys that form a grid, and these are queries; "
-                "use it at encoder_self or decoder_cross"
-            )
-        return self
-
-
-class Model(Section):
-    backbone: Backbone = Backbone()
-    attention: Attention = Attention()
-    hidden_dim: int = Field(256, ge=8)
-    num_heads: int = Field(8, ge=1)
-    encoder_layers: int = Field(6, ge=0)
-    decoder_layers: int = Field(6, ge=1)
-    feedforward_dim: int = Field(2048, ge=1)
-    dropout: float = Field(0.1, ge=0.0, lt=1.0)
-    norm: Literal["post", "pre"] = "post"
-    position: Literal["sine", "learned"] = "sine"
-    position_temperature: float = Field(10000.0, gt=0.0)
-    queries: Literal["learned", "anchor"] = "learned"  # "anchor": 4-d reference boxes, conditional cross-attention
-    num_queries: int = Field(100, ge=1)
-    classification: Literal["softmax", "sigmoid"] = "softmax"  # softmax adds a no-object class
-    num_classes: int | None = Field(None, ge=1)  # None: taken from the data
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(
-                f"model.hidden_dim {self.hidden_dim} is not a multiple of model.num_heads {self.num_heads}"
-            )
-        if self.hidden_dim % 4:
-            raise ValueError(f"model.hidden_dim {self.hidden_dim} must be a multiple of 4 (sine of x and y)")
-        return self
-
-
 class Loss(Section):
     cost_class: float = 1.0
     cost_bbox: float = 5.0
@@ -139,6 +68,7 @@ class Loss(Section):
     weight_class: float = 1.0
     weight_bbox: float = 5.0
     weight_giou: float = 2.0
+    weight_mask: float = 1.0  # of the scoring network of a sparse encoder
     no_object: float = Field(0.1, gt=0.0)  # weight of the no-object class in the cross-entropy
     focal_alpha: float = Field(0.25, gt=0.0, lt=1.0)
     auxiliary: bool = True  # a loss after every decoder layer
@@ -156,6 +86,7 @@ class Train(Section):
     lr: float = Field(1e-4, gt=0.0)
     lr_backbone: float = Field(1e-5, ge=0.0)  # 0 freezes the backbone
     lr_alpha: float | None = Field(None, ge=0.0)  # None: 10 x lr
+    lr_projections: float | None = Field(None, ge=0.0)  # sampling offsets, reference points; None: 0.1 x lr
     alpha_keeps_lr: bool = False  # the schedule leaves the alpha group alone
     weight_decay: float = Field(1e-4, ge=0.0)
     schedule: Literal["step", "cosine", "constant"] = "step"
@@ -183,6 +114,15 @@ class Config(Section):
     loss: Loss = Loss()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _every_head_has_a_loss(self):
+        if self.model.architecture == "deformable" and self.model.deformable.refine and not self.loss.auxiliary:
+            raise ValueError(
+                "loss.auxiliary: with model.deformable.refine every layer has heads of its own, "
+                "which learn from its own loss only; set it to true"
+            )
+        return self
 
 
 def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:

@@ -126,7 +126,7 @@ def evaluate(
             terms, counts = criterion(predictions, batch.targets)[1], criterion.counts(predictions, batch.targets)
             losses.append(
                 {
-                    name: (value.item(), counts.get(re.sub(r"_\d+$", "", name), len(batch.targets)))
+                    name: (value.item(), counts.get(re.sub(r"(_enc)?(_\d+)?$", "", name), len(batch.targets)))
                     for name, value in terms.items()
                 }
             )

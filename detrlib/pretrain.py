@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor, resized_crop
 from tqdm.auto import tqdm
 
-from detrlib.config import Backbone
 from detrlib.data import CocoDataset, cache_folder
 from detrlib.data.augment import MEAN, STD
-from detrlib.models.backbone import build_body
+from detrlib.model_settings import Backbone
+from detrlib.models.backbone import build_body, stage_channels
 from detrlib.runs import save_checkpoint
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int, 
     image_size: shorter side of the images in training, so that objects are learned at the size they will have.
     """
     with torch.device("meta"):
-        body, _ = build_body(settings.name, settings.dilation)
+        body = build_body(settings.name, settings.dilation)
     key = {
         "data": hashlib.sha256(json.dumps(dataset.ground_truth, sort_keys=True).encode()).hexdigest(),
         "backbone": [settings.name, settings.dilation, [list(weight.shape) for weight in body.state_dict().values()]],
@@ -57,9 +57,9 @@ def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int, 
 def train_classifier(settings: Backbone, dataset: CocoDataset, image_size: int) -> tuple[nn.Module, float]:
     """A backbone trained to tell the classes of crops apart, and its accuracy on crops kept back."""
     crops, labels = collect_crops(dataset, image_size)
-    body, channels = build_body(settings.name, settings.dilation, norm=nn.BatchNorm2d)
+    body = build_body(settings.name, settings.dilation, norm=nn.BatchNorm2d)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = nn.Sequential(_Trunk(body), _Middle(), nn.Linear(channels, dataset.num_classes + 1))
+    model = nn.Sequential(_Trunk(body), _Middle(), nn.Linear(stage_channels(body, 4), dataset.num_classes + 1))
     model.to(device, memory_format=torch.channels_last)
     held_out = torch.randperm(len(crops)) < max(1, len(crops) // 20)
     train_crops, train_labels = crops[~held_out], labels[~held_out]

@@ -28,7 +28,7 @@ from detrlib.config import Config, ConfigError, Train, load_config, replace
 from detrlib.criterion import Criterion
 from detrlib.data import Batch, CocoDataset, build_dataset, collate
 from detrlib.evaluate import autocast, evaluate, save_results
-from detrlib.models import alpha_modules, build_model
+from detrlib.models import alpha_modules, build_model, place_projections
 from detrlib.pretrain import backbone_weights
 from detrlib.tracking import Tracker, show_messages
 
@@ -336,18 +336,20 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 def parameter_groups(model: nn.Module, cfg: Train) -> list[dict]:
-    """Named optimiser groups: rest, backbone, and alpha (no weight decay), each only if it has parameters."""
-    alpha = {id(module.pre_alpha) for module in alpha_modules(model).values()}
-    groups = {"rest": [], "backbone": [], "alpha": []}
+    """Named optimiser groups: rest, backbone, projections (to places), alpha (no weight decay), if not empty."""
+    special = {id(module.pre_alpha): "alpha" for module in alpha_modules(model).values()}
+    special |= {id(parameter): "projections" for parameter in place_projections(model)}
+    groups = {"rest": [], "backbone": [], "projections": [], "alpha": []}
     for name, parameter in model.named_parameters():
         if name.startswith("backbone."):
             parameter.requires_grad_(parameter.requires_grad and cfg.lr_backbone > 0)
         if parameter.requires_grad:
-            group = "alpha" if id(parameter) in alpha else "backbone" if name.startswith("backbone.") else "rest"
+            group = "backbone" if name.startswith("backbone.") else special.get(id(parameter), "rest")
             groups[group].append(parameter)
     settings = {
         "rest": {"lr": cfg.lr},
         "backbone": {"lr": cfg.lr_backbone},
+        "projections": {"lr": 0.1 * cfg.lr if cfg.lr_projections is None else cfg.lr_projections},
         "alpha": {"lr": 10 * cfg.lr if cfg.lr_alpha is None else cfg.lr_alpha, "weight_decay": 0.0},
     }
     return [{"name": name, "params": params, **settings[name]} for name, params in groups.items() if params]

@@ -35,9 +35,9 @@ def randomise(model: nn.Module) -> None:
             value.mul_(0.5 + 0.7 * torch.rand_like(value))
         elif "in_proj_weight" in name:
             value.mul_(4.0)  # attention that looks somewhere, so that queries and images differ
-    for layer in getattr(model, "bbox_embed", model).modules():
+    for layer in model.modules():
         if isinstance(layer, nn.Linear) and not layer.weight.any():
-            nn.init.normal_(layer.weight, std=0.1)  # the corrections of anchors start at zero
+            nn.init.normal_(layer.weight, std=0.1)  # corrections of boxes and offsets of samples start at zero
 
 
 def padded_batch(*sizes: tuple[int, int], canvas: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

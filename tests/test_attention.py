@@ -10,7 +10,8 @@ from scores import HEADS, keys_padding, make, random_scores, weights_of
 from torch import nn
 
 from detrlib.attention import TRANSFORMS, AlphaEntmax, MultiheadAttention, Transform, build_transform
-from detrlib.config import Attention, Model
+from detrlib.config import Model
+from detrlib.model_settings import Attention
 from detrlib.models import alpha_modules, build_model
 
 SPARSE = [name for name in TRANSFORMS if name != "softmax"]

@@ -32,6 +32,7 @@ ROWS = [
     {"attention"},
     {"data", "runs", "tracking"},
     {"config", "boxes", "exercises"},
+    {"model_settings"},
 ]
 RANK = {name: -row for row, names in enumerate(ROWS) for name in names}
 FIGURES_MAY_IMPORT = {"metrics", "runs", "models.outputs", "boxes", "figures"}

@@ -78,7 +78,8 @@ def test_without_masking_features_depend_on_the_batch():
     backbone = small(backbone={"name": "resnet18", "weights": "none", "mask_padding": False}).backbone
     images, padding = padded_batch((70, 101), canvas=(128, 160))
     with torch.no_grad():
-        together, alone = backbone(images, padding), backbone(images[..., :70, :101], padding[..., :70, :101])
+        (together,) = backbone(images, padding)
+        (alone,) = backbone(images[..., :70, :101], padding[..., :70, :101])
     h, w = alone.features.shape[-2:]
     assert (together.features[..., :h, :w] - alone.features).abs().max() > 0.1
 
@@ -89,8 +90,8 @@ def test_features_outside_an_image_are_zero(backbone):
     body = small(backbone=choice | {"weights": "none"}).backbone
     images, padding = padded_batch((70, 101), (128, 64), canvas=(128, 160))
     with torch.no_grad():
-        level = body(images, padding)
-    assert level.features.shape == (2, body.num_channels, -(-128 // stride), -(-160 // stride))
+        (level,) = body(images, padding)
+    assert level.features.shape == (2, *body.num_channels, -(-128 // stride), -(-160 // stride))
     assert torch.equal(level.padding, padding[:, ::stride, ::stride])
     outside = level.padding[:, None].expand_as(level.features)
     assert (level.features[outside] == 0).all()
@@ -319,7 +320,7 @@ def test_detections_with_sigmoid():
 
 
 def test_stem_is_frozen_when_there_are_weights_to_keep(tmp_path):
-    body, _ = build_body("tiny", False)
+    body = build_body("tiny", False)
     torch.save(body.state_dict(), tmp_path / "tiny.pt")
     stem = trainable(body.conv1) + trainable(body.layer1)
     for weights, choice, expected in [

@@ -10,7 +10,7 @@ from torch import nn
 from detrlib.attention import TRANSFORMS, MultiheadAttention, attend, build_transform, multihead
 from detrlib.attention.multihead import ConditionalCrossAttention
 from detrlib.attention.transforms import Softmax
-from detrlib.config import Attention
+from detrlib.model_settings import Attention
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
 

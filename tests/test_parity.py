@@ -260,7 +260,7 @@ def test_backbone_is_that_of_torchvision(name, mask_padding):
     with torch.no_grad():
         for part in list(reference.children())[:-2]:
             expected = part(expected)
-        level = backbone(images, torch.zeros(1, 75, 106, dtype=torch.bool))
-    assert level.features.shape == (1, backbone.num_channels, 3, 4)
+        (level,) = backbone(images, torch.zeros(1, 75, 106, dtype=torch.bool))
+    assert level.features.shape == (1, *backbone.num_channels, 3, 4)
     assert level.padding.shape == (1, 3, 4)
     torch.testing.assert_close(level.features, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())

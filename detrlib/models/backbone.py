@@ -3,7 +3,7 @@
 Batch-norm statistics are frozen (buffers, not parameters): batches of detection are too small to estimate them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,19 +32,21 @@ class FeatureMap:
 
 
 class Backbone(nn.Module):
-    """Images [B,3,H,W] and their padding [B,H,W] -> the last feature map.
+    """Images [B,3,H,W] and their padding [B,H,W] -> the feature maps of `stages` (1 to 4), fine to coarse.
 
-    mask_padding: hold everything outside an image at zero after every normalisation, as the convolutions'
-    own zero padding would, so that an image gives the same features alone and in a padded batch.
+    num_channels: of each of these maps. mask_padding: hold everything outside an image at zero after every
+    normalisation, as the convolutions' own zero padding would, so that an image gives the same features alone and
+    in a padded batch.
     """
 
-    def __init__(self, body: nn.Module, num_channels: int, mask_padding: bool = True):
+    def __init__(self, body: nn.Module, stages: Sequence[int] = (4,), mask_padding: bool = True):
         super().__init__()
         self.body = body.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
-        self.num_channels = num_channels
+        self.stages = tuple(stages)
+        self.num_channels = [stage_channels(body, stage) for stage in self.stages]
         self.mask_padding = mask_padding
 
-    def forward(self, images: Tensor, padding: Tensor) -> FeatureMap:
+    def forward(self, images: Tensor, padding: Tensor) -> list[FeatureMap]:
         masks = {}  # grid size -> padding at that size; a cell belongs to the image if its first pixel does
         mask = padding
         while mask.shape[-2:] not in masks:
@@ -59,10 +61,19 @@ class Backbone(nn.Module):
         x = images.contiguous(memory_format=torch.channels_last)
         x = inside(body.relu(normalised(body.conv1, body.bn1, inside(x))))
         x = inside(body.maxpool(x))  # whose windows reach from just outside an image into it
-        for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
+        maps = []
+        for number, stage in enumerate((body.layer1, body.layer2, body.layer3, body.layer4), start=1):
             for block in stage:
                 x = residual(block, x, inside)
-        return FeatureMap(x, masks[x.shape[-2:]])
+            if number in self.stages:
+                maps.append(FeatureMap(x, masks[x.shape[-2:]]))
+        return maps
+
+
+def stage_channels(body: nn.Module, stage: int) -> int:
+    """Channels that stage number `stage` (1 to 4) of a ResNet-like body ends with."""
+    block = getattr(body, f"layer{stage}")[-1]
+    return (block.conv3 if isinstance(block, Bottleneck) else block.conv2).out_channels
 
 
 def residual(block: BasicBlock | Bottleneck, x: Tensor, inside: Callable[[Tensor], Tensor]) -> Tensor:
@@ -111,18 +122,17 @@ def _basic_block(before: int, after: int, stride: int, norm: type[nn.Module]) ->
     return BasicBlock(before, after, stride, shortcut, norm_layer=norm)
 
 
-def build_body(name: str, dilation: bool, norm: type[nn.Module] = FrozenBatchNorm2d) -> tuple[nn.Module, int]:
-    """The network called `name` without weights, and the number of channels it ends with."""
+def build_body(name: str, dilation: bool, norm: type[nn.Module] = FrozenBatchNorm2d) -> nn.Module:
+    """The network called `name` without weights."""
     if dilation and name in ("tiny", "resnet18", "resnet34"):
         raise ValueError(f"model.backbone.dilation needs bottleneck blocks, which {name} has not; use resnet50")
     if name == "tiny":
-        return TinyBody(norm), TinyBody.channels[-1]
+        return TinyBody(norm)
     body = getattr(torchvision.models, name)(
         weights=None, replace_stride_with_dilation=[False, False, dilation], norm_layer=norm
     )
-    channels = body.fc.in_features
     del body.fc, body.avgpool
-    return body, channels
+    return body
 
 
 def build_backbone(
@@ -131,18 +141,20 @@ def build_backbone(
     dilation: bool = False,
     freeze_stem: bool | None = None,
     mask_padding: bool = True,
+    stages: Sequence[int] = (4,),
 ) -> Backbone:
     """A backbone by name; `weights` is "none", "imagenet" (torchvision's) or the path of a state dict.
 
-    freeze_stem: stem and first stage are not trained, as in DETR; None: just when there are weights to keep.
+    stages: whose feature maps are returned. freeze_stem: stem and first stage are not trained, as in DETR; None: just
+    when there are weights to keep.
     """
-    body, channels = build_body(name, dilation)
+    body = build_body(name, dilation)
     if str(weights) != "none":
         load_weights(body, imagenet_weights(name) if weights == "imagenet" else read_weights(Path(weights)), weights)
     if freeze_stem or (freeze_stem is None and str(weights) != "none"):
         body.conv1.requires_grad_(False)
         body.layer1.requires_grad_(False)
-    return Backbone(body, channels, mask_padding)
+    return Backbone(body, stages, mask_padding)
 
 
 def imagenet_weights(name: str) -> dict[str, Tensor]:

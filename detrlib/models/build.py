@@ -1,26 +1,32 @@
 """From settings to a model: the one place where configuration and architecture meet."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from detrlib.attention import AlphaEntmax, Transform, build_transform
-from detrlib.config import Attention, ConfigError, Model, project_path
-from detrlib.models.backbone import build_backbone
+from detrlib.attention.deformable import DeformableAttention
+from detrlib.config import ConfigError, Model, project_path
+from detrlib.model_settings import Attention
+from detrlib.models.backbone import Backbone, build_backbone
+from detrlib.models.deformable import DeformableDETR
+from detrlib.models.deformable_transformer import DeformableDecoder, DeformableEncoder, DeformableTransformer
 from detrlib.models.detr import DETR, Transformer
 from detrlib.models.position import LearnedPosition, SinePosition
+from detrlib.models.pyramid import LevelProjections
+from detrlib.models.sparse import ScoringNetwork
 from detrlib.models.transformer import AnchorDecoder, Decoder, Encoder, LayerSettings, MakeTransform
 
 
-def build_model(settings: Model, backbone_weights: str | Path | None = None) -> DETR:
+def build_model(settings: Model, backbone_weights: str | Path | None = None) -> DETR | DeformableDETR:
     """The model that `settings` describe. `backbone_weights` stands in for the settings' own (see pretrain.py).
 
     Raises ConfigError for settings that cannot be built without data.
     """
     if settings.num_classes is None:
         raise ConfigError("model.num_classes is not known without a data set; set it, or train through a config")
-    anchors = settings.queries == "anchor"
     layer = LayerSettings(
         settings.hidden_dim,
         settings.num_heads,
@@ -29,23 +35,62 @@ def build_model(settings: Model, backbone_weights: str | Path | None = None) -> 
         settings.norm == "pre",
         _transform_maker(settings.attention, settings.num_heads),
     )
+    build = _deformable if settings.architecture == "deformable" else _detr
+    return build(settings, layer, backbone_weights)
+
+
+def _detr(settings: Model, layer: LayerSettings, weights: str | Path | None) -> DETR:
+    anchors = settings.queries == "anchor"
     if anchors:
         decoder = AnchorDecoder(settings.decoder_layers, layer, settings.position_temperature)
     else:
         decoder = Decoder(settings.decoder_layers, layer)
-    if settings.position == "sine":
-        position = SinePosition(settings.hidden_dim, settings.position_temperature, centred=anchors)
-    else:
-        position = LearnedPosition(settings.hidden_dim)
     return DETR(
-        _backbone(settings, backbone_weights),
-        position,
+        _backbone(settings, weights),
+        _position(settings, centred=anchors),
         Transformer(Encoder(settings.encoder_layers, layer), decoder),
         settings.hidden_dim,
         settings.num_queries,
         settings.num_classes,
         settings.classification,
     )
+
+
+def _deformable(settings: Model, layer: LayerSettings, weights: str | Path | None) -> DeformableDETR:
+    chosen, dim = settings.deformable, settings.hidden_dim
+    levels = chosen.levels
+    backbone = _backbone(settings, weights, chosen.backbone_stages())
+    scoring = ScoringNetwork(dim, chosen.token_scores == "official") if chosen.rho < 1 else None
+    transformer = DeformableTransformer(
+        DeformableEncoder(settings.encoder_layers, layer, levels, chosen.encoder_points),
+        DeformableDecoder(settings.decoder_layers, layer, levels, chosen.decoder_points, chosen.refine),
+        dim,
+        levels,
+        chosen.two_stage,
+        chosen.query_init == "memory",
+        scoring,
+        settings.position_temperature,
+    )
+    return DeformableDETR(
+        backbone,
+        _position(settings, centred=True),
+        LevelProjections(backbone.num_channels, levels, dim, settings.backbone.mask_padding),
+        transformer,
+        dim,
+        settings.num_queries,
+        settings.num_classes,
+        two_stage=chosen.two_stage,
+        class_specific=chosen.class_specific_proposals,
+        encoder_auxiliary=chosen.encoder_auxiliary,
+        keep_ratio=chosen.rho,
+        map_shift=0.5 if chosen.dam == "exact" else 0.0,
+    )
+
+
+def _position(settings: Model, centred: bool) -> nn.Module:
+    if settings.position == "sine":
+        return SinePosition(settings.hidden_dim, settings.position_temperature, centred)
+    return LearnedPosition(settings.hidden_dim)
 
 
 def _transform_maker(settings: Attention, num_heads: int) -> MakeTransform:
@@ -70,7 +115,7 @@ def _transform_maker(settings: Attention, num_heads: int) -> MakeTransform:
     return make
 
 
-def _backbone(settings: Model, weights: str | Path | None):
+def _backbone(settings: Model, weights: str | Path | None, stages: Sequence[int] = (4,)) -> Backbone:
     choice = settings.backbone
     weights = choice.weights if weights is None else weights
     if weights == "crops":
@@ -79,7 +124,7 @@ def _backbone(settings: Model, weights: str | Path | None):
         weights = project_path(weights)
     # Weights of a checkpoint are still to come when a run resumes: what is trained depends on the settings alone.
     freeze_stem = choice.weights != "none" if choice.freeze_stem is None else choice.freeze_stem
-    return build_backbone(choice.name, weights, choice.dilation, freeze_stem, choice.mask_padding)
+    return build_backbone(choice.name, weights, choice.dilation, freeze_stem, choice.mask_padding, stages)
 
 
 def alpha_modules(model: nn.Module) -> dict[str, AlphaEntmax]:
@@ -91,4 +136,15 @@ def alpha_modules(model: nn.Module) -> dict[str, AlphaEntmax]:
             site = next(site for part, site in places.items() if part in name)
             number = next(part for part in name.split(".") if part.isdigit())
             found[f"{site}.{number}"] = module
+    return found
+
+
+def place_projections(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that decide where deformable attention looks; they learn at a rate of their own."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, DeformableAttention):
+            found += module.sampling_offsets.parameters()
+        elif isinstance(module, DeformableTransformer) and module.reference_points is not None:
+            found += module.reference_points.parameters()
     return found

@@ -53,7 +53,7 @@ class DETR(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.position = position
-        self.input_proj = nn.Conv2d(backbone.num_channels, dim, kernel_size=1)
+        self.input_proj = nn.Conv2d(backbone.num_channels[-1], dim, kernel_size=1)
         self.transformer = transformer
         anchors = isinstance(transformer.decoder, AnchorDecoder)
         self.query_embed = nn.Embedding(num_queries, 4 if anchors else dim)
@@ -83,7 +83,7 @@ class DETR(nn.Module):
         need_attention: return the attention maps, of all sites or of those named; encoder maps are K x K per head.
         """
         sites = get_args(Site) if need_attention is True else need_attention or ()
-        level = self.backbone(images, padding_mask)
+        level = self.backbone(images, padding_mask)[-1]
         grid = tuple(level.padding.shape[-2:])
         key_padding = level.padding.flatten(1)  # [B,K]
         padded = bool(key_padding.any())

@@ -1,23 +1,58 @@
-"""What a model returns. Legend: B images, Q queries, C classes, H heads, K keys, h x w the key grid."""
+"""What a model returns.
 
+Legend: B images, Q queries, C classes, H heads, K keys, h x w the key grid; in models with deformable attention
+L levels, P points, S tokens of all levels.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from detrlib.attention.deformable import Samples, splat
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 
 
+class SampledMaps(Sequence):
+    """Deformable attention as maps over the cells of the finest level, one [B,H,Q,K] per layer, made when asked for.
+
+    Samples of all levels are spread over the four cells around them; what they find outside the image, nothing, is
+    left out, so that rows sum to one or less.
+    """
+
+    def __init__(self, samples: list[Samples | None], ratios: Tensor, grid: tuple[int, int]):
+        self.samples = samples  # of each layer; None where not asked for
+        self.ratios = ratios  # [B,L,2] shares of width and height of each level that are image
+        self.grid = grid
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, layer: int) -> Tensor:
+        weights = self.samples[layer].weights.flatten(3)[:, :, :, None]  # [B,Q,H,1,L*P]
+        places = (self.points(layer) * self.ratios[:, None, None, :1, None]).flatten(3, 4)[:, :, :, None]
+        finest = Samples(places, weights)
+        return splat(finest, [self.grid], keep_queries=True, keep_heads=True).transpose(1, 2)
+
+    def points(self, layer: int) -> Tensor:
+        """(x, y) of the samples of a layer in 0..1 of the image without its padding, [B,Q,H,L,P,2]."""
+        return self.samples[layer].locations / self.ratios[:, None, None, :, None]
+
+
 @dataclass
 class AttentionMaps:
-    """Attention weights by site, one tensor per layer, None where not asked for; rows sum to one over valid keys."""
+    """Attention weights by site, one tensor per layer, None where not asked for; rows sum to one over valid keys.
 
-    encoder_self: list[Tensor]  # [B,H,K,K]
-    decoder_self: list[Tensor]  # [B,H,Q,Q]
-    decoder_cross: list[Tensor]  # [B,H,Q,K]
+    Deformable sites hold `SampledMaps`, whose keys are the cells of the finest level.
+    """
+
+    encoder_self: Sequence[Tensor]  # [B,H,K,K]; of a sparse encoder [B,H,kept tokens,K]
+    decoder_self: Sequence[Tensor]  # [B,H,Q,Q]
+    decoder_cross: Sequence[Tensor]  # [B,H,Q,K]
     grid: tuple[int, int]  # (h, w), h * w == K
     key_padding: Tensor  # [B,K], True = padding
 
@@ -44,14 +79,40 @@ class Detections:
 
 
 @dataclass
+class Tokens:
+    """Which tokens a sparse encoder updates, and which the decoder then looks at (Roh et al. 2022, Sec. 3)."""
+
+    logits: Tensor  # [B,S] scores of the scoring network; those of padding mean nothing
+    kept: Tensor  # [B,S], True = updated by the encoder
+    padding: Tensor | None  # [B,S], True = padding
+    shapes: list[tuple[int, int]]  # (h, w) of each level
+    samples: list[Samples]  # of every decoder layer
+    shift: float = 0.5  # see `splat`
+
+    @torch.no_grad()
+    def decoder_map(self) -> Tensor:
+        """[B,S] decoder attention map (DAM, Sec. 3.2 there): what each token gives to queries, heads, layers in sum."""
+        received = sum(splat(samples, self.shapes, self.shift) for samples in self.samples)
+        return received if self.padding is None else received.masked_fill(self.padding, 0.0)
+
+
+@dataclass
 class Predictions:
-    """Logits and boxes of the last decoder layer; `auxiliary` holds those of the layers before it, first to last."""
+    """Logits and boxes of the last decoder layer; `auxiliary` holds those of the layers before it, first to last.
+
+    Models with two stages also predict from the tokens of the encoder: `proposals` after its last layer, of Q = S
+    tokens, and `encoder_auxiliary` after the layers before it, of Q kept tokens.
+    """
 
     logits: Tensor  # [B,Q,C], or [B,Q,C+1] with no-object last when classification is "softmax"
     boxes: Tensor  # [B,Q,4] cxcywh, 0..1 of the image without its padding
     classification: Literal["softmax", "sigmoid"] = "softmax"
     auxiliary: list["Predictions"] = field(default_factory=list)
     attention: AttentionMaps | None = None
+    any_object: bool = False  # class 0 stands for objects of all classes; the others mean nothing
+    proposals: "Predictions | None" = None
+    encoder_auxiliary: list["Predictions"] = field(default_factory=list)
+    tokens: Tokens | None = None
 
     def class_scores(self) -> Tensor:
         """[B,Q,C] probabilities of the classes, no-object left out."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from detrlib.attention import ConditionalCrossAttention, MultiheadAttention, Transform
+from detrlib.attention.deformable import Samples
 from detrlib.models.position import sine_of_boxes
 
 MakeTransform = Callable[[str], Transform]  # site -> a transform of its own, freshly initialised
@@ -44,7 +45,7 @@ class Decoded(NamedTuple):
     states: list[Tensor]  # [B,Q,E], normalised
     boxes: list[Tensor]  # [B,Q,4] cxcywh in 0..1
     self_maps: list[Tensor | None]  # [B,H,Q,Q]
-    cross_maps: list[Tensor | None]  # [B,H,Q,K]
+    cross_maps: list[Tensor | Samples | None]  # [B,H,Q,K], or the samples of deformable attention
 
 
 class EncoderLayer(nn.Module):

@@ -1,0 +1,162 @@
+"""Settings of a model: backbone, attention, and the two families of detection transformers.
+
+Which combinations make no sense is said here, with the reason and the remedy; `config` reads them from files.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Backbone(Section):
+    name: Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    weights: str = "imagenet"  # "imagenet", "none", "crops" (see pretrain.py), or a path to a state dict
+    dilation: bool = False  # DC5: the last stage keeps its resolution
+    freeze_stem: bool | None = None  # stem and first stage, as DETR does; None: if there are weights to keep
+    mask_padding: bool = True  # False: features near padding depend on the batch, as in the official code
+
+    @model_validator(mode="after")
+    def _dilation_needs_bottlenecks(self):
+        if self.dilation and self.name not in ("resnet50", "resnet101"):
+            raise ValueError(
+                f"model.backbone.dilation needs bottleneck blocks, which {self.name} has not; use resnet50"
+            )
+        return self
+
+
+class Attention(Section):
+    encoder_self: TransformName = "softmax"
+    decoder_self: TransformName = "softmax"
+    decoder_cross: TransformName = "softmax"
+    alpha: float = Field(1.5, gt=1.0, le=2.0)  # of "entmax", fixed
+    # of "alpha_entmax"; "normal": pre_alpha from N(0, 1); "cloned": so too, but one draw for all layers of a site
+    alpha_init: float | Literal["normal", "cloned"] = 1.5
+    tv_lambda: float = Field(0.1, ge=0.0)  # of "tvmax": price of a step between neighbouring cells
+    # For weights of the first published models with sparse cross-attention: alpha by clamping, padded keys of
+    # decoder_cross favoured instead of hidden.
+    alpha_clamped: bool = False
+    padding: Literal["hidden", "add_one"] = "hidden"
+
+    @model_validator(mode="after")
+    def _tvmax_has_a_grid(self):
+        if self.decoder_self == "tvmax":
+            raise ValueError(
+                "model.attention.decoder_self: tvmax needs keys that form a grid, and these are queries; "
+                "use it at encoder_self or decoder_cross"
+            )
+        return self
+
+
+class Deformable(Section):
+    """Deformable DETR, and on top of it the options of Efficient DETR and of Sparse DETR."""
+
+    levels: int = Field(4, ge=1)  # of the pyramid; those beyond the stages are made by convolutions of stride 2
+    stages: tuple[int, ...] | None = None  # of the backbone, 1 to 4; None: the last three, or for one level the last
+    encoder_points: int = Field(4, ge=1)  # per head and level
+    decoder_points: int = Field(4, ge=1)
+    refine: bool = False  # every decoder layer corrects the boxes of the one before
+    two_stage: bool = False  # queries are the encoder's best proposals
+    query_init: Literal["position", "memory"] = "position"  # content of queries: of the proposal's place, or its token
+    class_specific_proposals: bool = False  # proposals predict classes; otherwise only that there is an object
+    rho: float = Field(1.0, gt=0.0, le=1.0)  # share of the tokens that the encoder updates; 1: dense encoder
+    encoder_auxiliary: bool = False  # a loss after every encoder layer
+    # For published weights of Sparse DETR: scores that depend on padding, attention maps half a cell off.
+    token_scores: Literal["masked", "official"] = "masked"
+    dam: Literal["exact", "official"] = "exact"
+
+    def backbone_stages(self) -> tuple[int, ...]:
+        """The stages whose feature maps are used."""
+        return self.stages or ((4,) if self.levels == 1 else (2, 3, 4)[-self.levels :])
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        stages = self.backbone_stages()
+        if list(stages) != sorted(set(stages)) or not {4} <= set(stages) <= {1, 2, 3, 4}:
+            raise ValueError(
+                f"model.deformable.stages {list(stages)} must ascend within 1 to 4 and end with 4: no stage of the "
+                "backbone may be computed for nothing"
+            )
+        if len(stages) > self.levels:
+            raise ValueError(
+                f"model.deformable.stages {list(stages)} are more than the {self.levels} levels; "
+                f"set model.deformable.levels to {len(stages)} or name fewer"
+            )
+        if self.two_stage and not self.refine:
+            raise ValueError(
+                "model.deformable.two_stage needs a box head for every layer, which only model.deformable.refine has; "
+                "set it to true"
+            )
+        needs = {
+            "query_init: memory": self.query_init == "memory",
+            "class_specific_proposals": self.class_specific_proposals,
+            "encoder_auxiliary": self.encoder_auxiliary,
+            "rho below 1": self.rho < 1,
+        }
+        for name, chosen in needs.items():
+            if chosen and not self.two_stage:
+                raise ValueError(
+                    f"model.deformable, {name}: works on proposals, which a one-stage model has not; "
+                    "set model.deformable.two_stage (and refine) to true"
+                )
+        return self
+
+
+class Model(Section):
+    architecture: Literal["detr", "deformable"] = "detr"
+    backbone: Backbone = Backbone()
+    attention: Attention = Attention()
+    deformable: Deformable = Deformable()  # of architecture "deformable"
+    hidden_dim: int = Field(256, ge=8)
+    num_heads: int = Field(8, ge=1)
+    encoder_layers: int = Field(6, ge=0)
+    decoder_layers: int = Field(6, ge=1)
+    feedforward_dim: int = Field(2048, ge=1)
+    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    norm: Literal["post", "pre"] = "post"
+    position: Literal["sine", "learned"] = "sine"
+    position_temperature: float = Field(10000.0, gt=0.0)
+    queries: Literal["learned", "anchor"] = "learned"  # "anchor": 4-d reference boxes, conditional cross-attention
+    num_queries: int = Field(100, ge=1)
+    classification: Literal["softmax", "sigmoid"] = "softmax"  # softmax adds a no-object class
+    num_classes: int | None = Field(None, ge=1)  # None: taken from the data
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"model.hidden_dim {self.hidden_dim} is not a multiple of model.num_heads {self.num_heads}"
+            )
+        if self.hidden_dim % 4:
+            raise ValueError(f"model.hidden_dim {self.hidden_dim} must be a multiple of 4 (sine of x and y)")
+        return self
+
+    @model_validator(mode="after")
+    def _deformable_is_a_family_of_its_own(self):
+        if self.architecture == "detr":
+            if self.deformable != Deformable():
+                raise ValueError("model.deformable is of no use to model.architecture detr; set it to deformable")
+            return self
+        for name, needed, reason in (
+            ("classification", "sigmoid", "it is trained by focal losses, without a no-object class"),
+            ("queries", "learned", "its queries have references of their own"),
+            ("norm", "post", "its layers are those of the published weights"),
+        ):
+            if getattr(self, name) != needed:
+                raise ValueError(f"model.architecture deformable needs model.{name}: {needed}; {reason}")
+        for site in ("encoder_self", "decoder_cross"):
+            if getattr(self.attention, site) != "softmax":
+                raise ValueError(
+                    f"model.attention.{site}: deformable attention compares no query with a key and has weights of its "
+                    "own; leave it at softmax, or choose transforms at decoder_self"
+                )
+        if self.encoder_layers < 1 and (self.deformable.rho < 1 or self.deformable.encoder_auxiliary):
+            raise ValueError(
+                "model.deformable: rho below 1 and encoder_auxiliary need model.encoder_layers of 1 or more"
+            )
+        return self
