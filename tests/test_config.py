@@ -147,6 +147,56 @@ def test_settings_that_contradict_each_other_are_refused():
         load_config(overrides={"model.hidden_dim": 250})
 
 
+DEFORMABLE = {"model.architecture": "deformable", "model.classification": "sigmoid"}
+TWO_STAGE = DEFORMABLE | {"model.deformable.refine": True, "model.deformable.two_stage": True}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.deformable.refine": True}, "model.architecture detr"),
+        ({"model.architecture": "deformable"}, "model.classification: sigmoid"),
+        (DEFORMABLE | {"model.queries": "anchor"}, "model.queries: learned"),
+        (DEFORMABLE | {"model.norm": "pre"}, "model.norm: post"),
+        (DEFORMABLE | {"model.attention.encoder_self": "entmax15"}, "model.attention.encoder_self.*decoder_self"),
+        (DEFORMABLE | {"model.attention.decoder_cross": "tvmax"}, "model.attention.decoder_cross.*decoder_self"),
+        (DEFORMABLE | {"model.attention.decoder_self": "tvmax"}, "tvmax needs keys that form a grid"),
+        (DEFORMABLE | {"model.deformable.two_stage": True}, "two_stage needs.*model.deformable.refine.*set it to true"),
+        (DEFORMABLE | {"model.deformable.query_init": "memory"}, "query_init: memory.*two_stage"),
+        (DEFORMABLE | {"model.deformable.class_specific_proposals": True}, "class_specific_proposals.*two_stage"),
+        (DEFORMABLE | {"model.deformable.rho": 0.3}, "rho below 1.*two_stage"),
+        (DEFORMABLE | {"model.deformable.encoder_auxiliary": True}, "encoder_auxiliary.*two_stage"),
+        (TWO_STAGE | {"model.deformable.rho": 0.0}, "rho"),
+        (TWO_STAGE | {"model.deformable.rho": 0.3, "model.encoder_layers": 0}, "model.encoder_layers of 1 or more"),
+        (TWO_STAGE | {"loss.auxiliary": False}, "loss.auxiliary.*set it to true"),
+        (DEFORMABLE | {"model.deformable.stages": [2, 3]}, "end with 4"),
+        (DEFORMABLE | {"model.deformable.stages": [4, 3]}, "ascend"),
+        (DEFORMABLE | {"model.deformable.levels": 1, "model.deformable.stages": [3, 4]}, "levels to 2"),
+    ],
+)
+def test_deformable_settings_that_make_no_sense_are_refused_with_reason_and_remedy(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=overrides)
+
+
+@pytest.mark.parametrize(("levels", "stages"), [(1, (4,)), (2, (3, 4)), (3, (2, 3, 4)), (4, (2, 3, 4))])
+def test_stages_of_the_backbone_follow_from_the_levels(levels, stages):
+    deformable = load_config(overrides=DEFORMABLE | {"model.deformable.levels": levels}).model.deformable
+    assert deformable.backbone_stages() == stages
+
+
+def test_any_transform_but_tvmax_can_stand_between_the_queries_of_a_deformable_decoder():
+    model = load_config(overrides=DEFORMABLE | {"model.attention.decoder_self": "sparsemax"}).model
+    assert model.attention.decoder_self == "sparsemax"
+
+
+def test_stages_are_saved_and_loaded(tmp_path):
+    cfg = load_config(overrides=DEFORMABLE | {"model.deformable.stages": "[1, 4]"})
+    save_config(cfg, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == cfg
+    assert cfg.model.deformable.stages == (1, 4)
+
+
 @pytest.mark.parametrize("text", ["- 1\n- 2", "just words", "train: {epochs: 2"])
 def test_what_is_not_a_mapping_is_refused(write, text):
     with pytest.raises(ConfigError, match=r"wrong\.yaml"):

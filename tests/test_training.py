@@ -86,6 +86,22 @@ def test_the_rate_of_alpha_can_be_set_to_anything_even_zero():
     assert rates == [0.5, 0.0]
 
 
+def test_what_places_samples_has_a_group_of_its_own_at_a_tenth_of_the_rate():
+    overrides = {"model.architecture": "deformable", "model.classification": "sigmoid", "model.deformable.levels": 1}
+    model = model_of(overrides | {"model.attention.decoder_self": "alpha_entmax"})
+    groups = {group["name"]: group for group in parameter_groups(model, settings(lr=2e-3))}
+    assert list(groups) == ["rest", "backbone", "projections", "alpha"]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(parameter)] for parameter in groups["projections"]["params"]}
+    assert found == {n for n in names.values() if "sampling_offsets" in n or "transformer.reference_points" in n}
+    assert len(found) == 2 * (1 + 2) + 2
+    assert groups["projections"]["lr"] == pytest.approx(2e-4) and "weight_decay" not in groups["projections"]
+    trained = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(trained) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    rates = [{g["name"]: g["lr"] for g in parameter_groups(model, settings(lr_projections=r))} for r in (0.5, 0.0)]
+    assert [rate["projections"] for rate in rates] == [0.5, 0.0]
+
+
 def test_no_group_is_empty_and_a_rate_of_zero_freezes_the_backbone():
     model = model_of({})
     assert [group["name"] for group in parameter_groups(model, settings())] == ["rest", "backbone"]
