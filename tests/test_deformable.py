@@ -341,7 +341,7 @@ def test_every_parameter_learns(variant):
 @each_variant
 def test_boxes_keep_their_precision_inside_autocast(variant):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        predictions = deformable(variant)(*padded_batch((64, 64), canvas=(64, 64)))
+        predictions = deformable(variant)(*padded_batch((64, 64), (70, 101), canvas=(96, 128)))
     assert all(layer.boxes.dtype == torch.float32 for layer in (*predictions.auxiliary, predictions))
 
 

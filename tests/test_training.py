@@ -171,6 +171,15 @@ VARIANTS = {
         "train.alpha_keeps_lr": True,
     },
     "frozen stem": {"model.backbone": {"name": "tiny", "weights": "crops"}},
+    "sparse encoder": {
+        "model.architecture": "deformable",
+        "model.classification": "sigmoid",
+        "model.encoder_layers": 2,
+        "model.deformable": {"levels": 2, "stages": [4], "refine": True, "two_stage": True, "query_init": "memory"}
+        | {"rho": 0.3, "encoder_auxiliary": True},
+        "data.augment": "detr",  # images of several sizes, with padding
+        "train.precision": "bfloat16",
+    },
     "augmented by workers": {"data.workers": 1, "data.augment": "detr"},
 }
 

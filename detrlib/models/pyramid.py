@@ -103,7 +103,10 @@ class LevelProjections(nn.ModuleList):
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, padding: Tensor) -> Tensor:
-    """`norm` of x [B,E,h,w] with the statistics of what is no padding [B,h,w]; padding becomes zero."""
+    """`norm` of x [B,E,h,w] with the statistics of what is no padding [B,h,w]; padding becomes zero.
+
+    In float32 or wider, as torch's own inside autocast.
+    """
     grouped = wide(x).unflatten(1, (norm.num_groups, -1))  # [B,G,E/G,h,w]
     valid = (~padding)[:, None, None].to(grouped.dtype)  # [B,1,1,h,w]
     count = valid.sum((-2, -1), keepdim=True) * grouped.shape[2]
@@ -111,4 +114,4 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, padding: Tensor) -> Tensor:
     variance = ((grouped - mean).square() * valid).sum((2, 3, 4), keepdim=True) / count
     grouped = (grouped - mean) * (variance + norm.eps).rsqrt()
     scaled = grouped.flatten(1, 2) * norm.weight[:, None, None] + norm.bias[:, None, None]
-    return scaled.masked_fill(padding[:, None], 0.0).to(x.dtype)
+    return scaled.masked_fill(padding[:, None], 0.0)

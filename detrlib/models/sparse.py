@@ -22,6 +22,7 @@ class Kept(NamedTuple):
 
     def scatter(self, tokens: Tensor, updated: Tensor) -> Tensor:
         """Tokens [B,S,E] with the kept ones replaced by `updated` [B,k,E]."""
+        tokens = tokens.to(updated.dtype)  # projections inside autocast are less precise than norms
         updated = torch.where(self.surplus[..., None], self.gather(tokens), updated)
         return tokens.scatter(1, self.index[..., None].expand_as(updated), updated)
 
