@@ -155,6 +155,8 @@ class Model(Section):
                     f"model.attention.{site}: deformable attention compares no query with a key and has weights of its "
                     "own; leave it at softmax, or choose transforms at decoder_self"
                 )
+        if self.attention.padding != "hidden":
+            raise ValueError("model.attention.padding: deformable attention hides padding always; leave it at hidden")
         if self.encoder_layers < 1 and (self.deformable.rho < 1 or self.deformable.encoder_auxiliary):
             raise ValueError(
                 "model.deformable: rho below 1 and encoder_auxiliary need model.encoder_layers of 1 or more"

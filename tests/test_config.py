@@ -160,6 +160,7 @@ TWO_STAGE = DEFORMABLE | {"model.deformable.refine": True, "model.deformable.two
         (DEFORMABLE | {"model.norm": "pre"}, "model.norm: post"),
         (DEFORMABLE | {"model.attention.encoder_self": "entmax15"}, "model.attention.encoder_self.*decoder_self"),
         (DEFORMABLE | {"model.attention.decoder_cross": "tvmax"}, "model.attention.decoder_cross.*decoder_self"),
+        (DEFORMABLE | {"model.attention.padding": "add_one"}, "leave it at hidden"),
         (DEFORMABLE | {"model.attention.decoder_self": "tvmax"}, "tvmax needs keys that form a grid"),
         (DEFORMABLE | {"model.deformable.two_stage": True}, "two_stage needs.*model.deformable.refine.*set it to true"),
         (DEFORMABLE | {"model.deformable.query_init": "memory"}, "query_init: memory.*two_stage"),

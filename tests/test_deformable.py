@@ -60,6 +60,15 @@ def test_number_of_trainable_parameters(options, expected):
     assert trainable(full(**options)) == expected
 
 
+def test_dilation_adds_no_parameters():
+    options = {"deformable": {"levels": 1}, "num_queries": 300, "num_classes": 91, "feedforward_dim": 1024}
+    with torch.device("meta"):
+        settings = Model(
+            architecture="deformable", classification="sigmoid", backbone=R50 | {"dilation": True}, **options
+        )
+        assert trainable(build_model(settings)) == 33_844_193
+
+
 def official_names(variant: str) -> set[str]:
     """Entries of official checkpoints of ResNet-50 models, backbone aside and shared heads named once."""
 
