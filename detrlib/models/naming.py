@@ -31,7 +31,7 @@ def own_name(official: str) -> str:
     """The name in this library of an official entry."""
     for theirs, ours in PREFIXES:
         if official.startswith(theirs):
-            return _own_body(ours + official.removeprefix(theirs))
+            return ours + official.removeprefix(theirs)
     return re.sub(r"multihead_attn\.pre_alpha$", "multihead_attn.transform.pre_alpha", official)
 
 
@@ -39,7 +39,7 @@ def official_name(own: str) -> str:
     """The official name of an entry of this library."""
     for theirs, ours in PREFIXES:
         if own.startswith(ours):
-            return theirs + _official_body(own).removeprefix(ours)
+            return theirs + own.removeprefix(ours)
     return own.replace(".transform.pre_alpha", ".pre_alpha")
 
 
@@ -124,8 +124,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def backbone_entries(content: dict) -> dict:
     """Weights of a backbone under torchvision's names, from the files that people have of them.
 
-    Knows SCRL's (an encoder with numbered parts) and classifiers kept under "model" or "state_dict"; any other content
-    is returned as it is.
+    Knows SCRL's (an encoder with numbered parts), classifiers kept under "model" or "state_dict", and official Swin
+    Transformers; any other content is returned as it is.
     """
     if SCRL in content:
         parts = {name: re.match(r"(?:module\.)?encoder\.(\d+)\.", name) for name in content[SCRL]}
@@ -137,15 +137,26 @@ def backbone_entries(content: dict) -> dict:
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
-    return {_own_body(name): value for name, value in content.items()}
+    return _swin_entries(content) if "patch_embed.proj.weight" in content else content
 
 
-# Swin Transformers: torchvision numbers patch embedding, stages and what merges patches between them in one row.
+def swin_name(name: str) -> str:
+    """The name in torchvision of an entry of an official Swin Transformer, whose stages and mergers are apart."""
+    place = re.match(r"(?:patch_embed\.(proj|norm)|layers\.(\d+)\.(?:blocks|(downsample)))\.", name)
+    if not place:
+        return name  # the classifier's norm and head
+    part, stage, merges = place.groups()
+    if part:
+        beginning = {"proj": "features.0.0.", "norm": "features.0.2."}[part]
+    else:
+        beginning = f"features.{2 * int(stage) + (2 if merges else 1)}."
+    return beginning + name[place.end() :].replace("mlp.fc1.", "mlp.0.").replace("mlp.fc2.", "mlp.3.")
 
 
-def _own_body(name: str) -> str:
-    return name
-
-
-def _official_body(name: str) -> str:
-    return name
+def _swin_entries(state: State) -> State:
+    """Weights of an official Swin Transformer as torchvision has them; masks are made anew for every image size."""
+    return {
+        swin_name(name): value.flatten() if name.endswith("relative_position_index") else value
+        for name, value in state.items()
+        if not name.endswith("attn_mask")
+    }
