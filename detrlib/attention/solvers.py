@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 2**18  # scores worked on at a time on a CPU: what its cache holds
+BLOCK = 2**19  # scores worked on at a time on a CPU: what its cache holds, and enough to outweigh the calls
 SHORT = 2**15  # runs of rows of one alpha with fewer scores are brought together first
 MOST_STEPS = 60  # never reached in practice: convergence is quadratic, and finite for sparsemax
 COARSE_STEPS = 2  # with a whole power, before keys are left out
@@ -143,8 +143,9 @@ def _newton(z: Tensor, s: Tensor, c: float | int, most: int) -> Tensor:
     # The error of a quadratically convergent method is about the square of its last step; sparsemax ends exactly.
     resolution = torch.finfo(z.dtype).eps
     tolerance = resolution if c == 1 else 0.1 * resolution**0.5
-    for _ in range(most):
-        above = torch.sub(z, s - 1).clamp_(min=0)
+    above = torch.empty_like(z)
+    for done in range(1, most + 1):
+        torch.sub(z, s - 1, out=above).clamp_(min=0)
         if c == 1:
             slope, total = above.sign().sum(-1, keepdim=True), above.sum(-1, keepdim=True)
         else:
@@ -152,10 +153,16 @@ def _newton(z: Tensor, s: Tensor, c: float | int, most: int) -> Tensor:
             slope = lower.sum(-1, keepdim=True)
             total = above.mul_(lower).sum(-1, keepdim=True)
         # Newton on S^(1/c) - 1, whose derivative is -W S^(1/c - 1): S is the sum of u^c (total), W of u^(c-1) (slope).
-        step = -total * torch.expm1(-total.log() / c) / slope
+        step = (total - 1 if c == 1 else total.mul(torch.expm1(total.log() / -c)).neg_()) / slope
         s = s + step
-        if not (c * step > tolerance).any():
+        unfinished = c * step > tolerance
+        left = int(unfinished.sum())
+        if not left:
             break
+        if 4 * left <= len(z):  # the others need not wait
+            rows = unfinished.view(-1).nonzero().view(-1)
+            rest = _newton(z.index_select(0, rows), s.index_select(0, rows), c, most - done)
+            return s.index_copy_(0, rows, rest)
     return s
 
 
