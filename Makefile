@@ -37,7 +37,6 @@ notebooks: .venv/.ready  ## execute all notebooks into build/notebooks; make not
 
 bench: .venv/.ready  ## execute the benchmark notebook into build/notebooks
 	@mkdir -p build/notebooks
-	@[ -e notebooks/09_benchmarks.ipynb ] || { echo "notebooks/09_benchmarks.ipynb does not exist yet"; exit 1; }
 	$(PY) -m detrlib.notebooks 09_benchmarks build/notebooks/09_benchmarks.ipynb
 
 lab: .venv/.ready  ## open JupyterLab

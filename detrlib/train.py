@@ -43,7 +43,7 @@ def train(cfg: Config, run_dir: Path) -> dict:
     Raises ConfigError, DataError or RunError before any long work when something does not fit, and
     NonFiniteLoss, with everything needed to look into it saved in failure-<process>.pt.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     accelerator = Accelerator()
     if cfg.train.batch_size % accelerator.num_processes:
         raise ConfigError(
@@ -373,7 +373,7 @@ def lr_factor(step: int, steps_per_epoch: int, cfg: Train) -> float:
     return 1.0
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to keep large blocks: otherwise every step returns its activations and pages them in again."""
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h

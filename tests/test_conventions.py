@@ -22,13 +22,13 @@ CONFIGS = sorted((PROJECT / "papermill_runs" / "configs").rglob("*.yaml"))
 # Highest first. A file imports from lower rows, and freely within its own folder.
 ROWS = [
     {"sweep"},
-    {"launch", "notebooks"},
+    {"launch", "notebooks", "benchmark"},
     {"train"},
     {"evaluate"},
     {"criterion", "pretrain"},
     {"metrics"},
     {"matcher"},
-    {"models"},
+    {"models", "baselines"},
     {"attention"},
     {"data", "runs", "tracking"},
     {"config", "boxes", "exercises"},
@@ -238,10 +238,9 @@ def project_metadata():
 
 
 def declared():
-    """Every requirement of pyproject.toml, extras included."""
+    """Every requirement of pyproject.toml that `make` installs."""
     project = project_metadata()
-    extras = project["optional-dependencies"].values()
-    return [Requirement(text) for text in [*project["dependencies"], *(t for extra in extras for t in extra)]]
+    return [Requirement(text) for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
 
 
 def test_environment_yml_names_no_version_that_pyproject_does_not():

@@ -41,6 +41,20 @@ class TinyRun:
             "06_evaluate": run | {"num_examples": 1},
             "07_attention_maps": runs,
             "08_thesis_figures": runs | {"output": str(self.folder / "figures")},
+            "09_benchmarks": {
+                "device": "cpu",
+                "threads": 1,
+                "shapes": {"decoder_cross": [1, 4, 10, 5, 6], "encoder": [1, 4, 30, 5, 6]},
+                "repeats": 1,
+                "time_limit": 0.5,
+                "tvmax_maps": 4,
+                "step_transforms": ["sparsemax", "alpha_entmax"],
+                "step_backbone": "tiny",
+                "step_image_size": 64,
+                "step_batch": 1,
+                "step_repeats": 1,
+                "output_dir": str(self.folder / "benchmarks"),
+            },
         }
         assert notebook in small, f"add small parameters for {notebook} to TinyRun.parameters in {__file__}"
         values = small[notebook]

@@ -109,6 +109,18 @@ def test_blocks_change_nothing(monkeypatch, block, alpha):
         torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=0)
 
 
+def test_bringing_rows_of_one_alpha_together_changes_nothing(monkeypatch):
+    scores, upstream = (torch.randn(2, 3, 5, 40, dtype=torch.float64) for _ in range(2))
+    alphas = torch.tensor([1.1, 1.9, 1.4], dtype=torch.float64, requires_grad=True)
+    scores.requires_grad_()
+    found = []
+    for short in (0, 10**9):
+        monkeypatch.setattr(solvers, "SHORT", short)
+        weights = entmax(scores, alphas[:, None, None])
+        found.append([weights, *torch.autograd.grad(weights, [scores, alphas], upstream)])
+    torch.testing.assert_close(found[0], found[1], atol=1e-10, rtol=0)
+
+
 def test_alpha_may_differ_from_row_to_row():
     scores, alphas = rows(40, 2.0), torch.tensor([1.1, 1.1, 1.9, 1.5, 1.5, 1.2], dtype=torch.float64)
     together = entmax(scores, alphas[:, None])

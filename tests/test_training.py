@@ -376,13 +376,28 @@ def test_tracking_offline_needs_no_account_and_groups_metrics(tmp_path, wandb):
     groups = {name.split("/")[0] for record in wandb.logged for name in record if "/" in name}
     assert groups == {
         *("train-main-metrics", "train-metrics", "train-extra-metrics", "train-epoch-main-metrics"),
-        *("val-epoch-metrics", "val-AP", "lr", "alpha"),
+        *("val-epoch-metrics", "val-AP", "lr"),
+        *("alpha", "pre_alpha", "pre_alpha_gradient", "pre_alpha_gradient_norm"),
     }
     names = {name for record in wandb.logged for name in record}
     assert {"train-main-metrics/loss_giou", "train-metrics/loss_giou_0", "val-AP/AP50", "lr/alpha"} <= names
     assert "alpha/decoder_cross.layer_1-head_3" in names
     steps = [record["global_step"] for record in wandb.logged]
     assert steps == sorted(steps) and steps[-1] == 2 * STEPS
+
+
+def test_alpha_and_its_gradients_are_logged_by_layer_and_head(tmp_path):
+    train(tiny_config({"model.attention.decoder_cross": "alpha_entmax"}), tmp_path / "run")
+    records = [record for record in runs.read_metrics(tmp_path / "run") if "train/loss" in record]
+    for record in records:
+        for layer in range(2):
+            place = f"decoder_cross.layer_{layer}"
+            gradients = [record[f"pre_alpha_gradient/{place}-head_{head}"] for head in range(4)]
+            assert all(gradients)
+            assert record[f"pre_alpha_gradient_norm/{place}"] == pytest.approx(math.hypot(*gradients), rel=1e-5)
+            alpha, raw = (record[f"{name}/{place}-head_3"] for name in ("alpha", "pre_alpha"))
+            assert alpha == pytest.approx(1.01 + 0.99 / (1 + math.exp(-raw)), rel=1e-5)
+    assert len({record["pre_alpha_gradient/decoder_cross.layer_0-head_0"] for record in records}) == len(records)
 
 
 def test_a_service_that_cannot_be_reached_makes_the_run_an_offline_one(tmp_path, wandb, monkeypatch, caplog):

@@ -11,14 +11,15 @@ For c >= 1, that is alpha <= 2, the norm is convex and decreasing in s: Newton's
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 2**18  # scores worked on at a time on a CPU: what its cache holds
+BLOCK = 2**19  # scores worked on at a time on a CPU: what its cache holds, and enough to outweigh the calls
+SHORT = 2**15  # runs of rows of one alpha with fewer scores are brought together first
 MOST_STEPS = 60  # never reached in practice: convergence is quadratic, and finite for sparsemax
 COARSE_STEPS = 2  # with a whole power, before keys are left out
 MOST_PRODUCTS = 16  # a larger power is taken through logarithms, and few keys could be left out anyway
@@ -29,8 +30,8 @@ def entmax(scores: Tensor, alpha: float | Tensor) -> Tensor:
     """Weights over the last axis (Peters et al. 2019, Eq. 10): [..., K] -> [..., K], rows sum to one.
 
     alpha in (1, 2]: a number, or a tensor that broadcasts to [..., 1] and then gets a gradient (Correia et al. 2019,
-    Prop. 1). On a CPU, rows of one alpha should follow each other. Scores of -inf get weight zero; a row of nothing
-    else is not allowed.
+    Prop. 1); it is fast where many rows share an alpha, as those of a head do. Scores of -inf get weight zero; a row of
+    nothing else is not allowed.
     """
     if not isinstance(alpha, Tensor):
         return _Entmax.apply(scores, float(alpha))
@@ -48,8 +49,7 @@ class _Entmax(torch.autograd.Function):
             weights = kernels.entmax_rows(rows, alpha.reshape(-1) if learned else alpha).view(scores.shape)
         else:
             weights = torch.empty_like(scores, memory_format=torch.contiguous_format)
-            for number, x, p in _blocks(alpha, scores, weights):
-                _solve(x, number, p)
+            _in_blocks(_solve, alpha, [scores], [weights])
         ctx.save_for_backward(weights, alpha if learned else None)
         ctx.alpha = None if learned else alpha
         return weights
@@ -65,15 +65,11 @@ class _Entmax(torch.autograd.Function):
             alphas = ctx.alpha if alpha is None else alpha.reshape(-1)
             to_scores, to_alpha = kernels.entmax_rows_backward(p, g, alphas, need_alpha)
             return to_scores.view(weights.shape), to_alpha.view(alpha.shape) if need_alpha else None
-        to_scores = torch.empty_like(weights)
-        if not need_alpha:
-            for number, p, g, out in _blocks(ctx.alpha if alpha is None else alpha, weights, gradient, to_scores):
-                _differentiate(p, g, number, out)
-            return to_scores, None
-        to_alpha = torch.empty_like(alpha, memory_format=torch.contiguous_format)
-        for number, p, g, out, slope in _blocks(alpha, weights, gradient, to_scores, to_alpha):
-            _differentiate(p, g, number, out, slope)
-        return to_scores, to_alpha
+        outputs = [torch.empty_like(weights)]
+        if need_alpha:
+            outputs.append(torch.empty_like(alpha, memory_format=torch.contiguous_format))
+        _in_blocks(_differentiate, ctx.alpha if alpha is None else alpha, [weights, gradient], outputs)
+        return outputs[0], outputs[1] if need_alpha else None
 
 
 def _kernels(scores: Tensor):
@@ -85,24 +81,41 @@ def _kernels(scores: Tensor):
     return kernels if kernels.supported(scores) else None
 
 
-def _blocks(alpha: float | Tensor, *tensors: Tensor) -> Iterator[tuple]:
-    """alpha as a number, and the rows of `tensors` that it applies to, in parts that fit a cache."""
-    rows = [x.reshape(-1, x.shape[-1]) for x in tensors]  # [R,K]; those written to are contiguous, so these are views
-    number, keys = rows[0].shape
-    values, counts = [alpha], [number]
+def _in_blocks(work: Callable, alpha: float | Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    """Call `work(alpha as a number, *inputs, *outputs)` for rows [R,K] of one alpha, in parts that fit a cache.
+
+    Outputs are contiguous, and written to.
+    """
+    inputs, outputs = ([x.reshape(-1, x.shape[-1]) for x in tensors] for tensors in (inputs, outputs))  # [R,K]
+    rows, keys = inputs[0].shape
+    values, counts = [alpha], [rows]
     if isinstance(alpha, Tensor):
-        runs, lengths = torch.unique_consecutive(alpha.reshape(-1), return_counts=True)
-        values, counts = runs.tolist(), lengths.tolist()
-    most = max(1, BLOCK // max(1, keys)) if rows[0].is_cpu else max(1, number)
+        alpha = alpha.reshape(-1)
+        runs, counts = torch.unique_consecutive(alpha, return_counts=True)
+        values, counts = runs.tolist(), counts.tolist()
+        if rows * keys < SHORT * len(values) and len(runs.unique()) < len(values):
+            _sorted(work, alpha, inputs, outputs)
+            return
+    most = max(1, BLOCK // max(1, keys)) if inputs[0].is_cpu else max(1, rows)
     start = 0
     for value, count in zip(values, counts, strict=True):
         size = math.ceil(count / max(1, math.ceil(count / most)))  # parts of about one size
         for first in range(start, start + count, max(1, size)):
-            yield value, *(x[first : min(first + size, start + count)] for x in rows)
+            part = slice(first, min(first + size, start + count))
+            work(value, *(x[part] for x in inputs + outputs))
         start += count
 
 
-def _solve(x: Tensor, alpha: float, out: Tensor) -> None:
+def _sorted(work: Callable, alpha: Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    """As `_in_blocks`, with rows of the same alpha brought together: small calls cost more than a copy."""
+    order = alpha.argsort()
+    sorted_outputs = [torch.empty_like(x) for x in outputs]
+    _in_blocks(work, alpha[order], [x.index_select(0, order) for x in inputs], sorted_outputs)
+    for x, y in zip(outputs, sorted_outputs, strict=True):
+        x.index_copy_(0, order, y)
+
+
+def _solve(alpha: float, x: Tensor, out: Tensor) -> None:
     """entmax of rows x [R,K] into out [R,K]."""
     c = 1 / (alpha - 1)
     z = torch.sub(x, x.amax(-1, keepdim=True)).mul_(alpha - 1)
@@ -130,8 +143,9 @@ def _newton(z: Tensor, s: Tensor, c: float | int, most: int) -> Tensor:
     # The error of a quadratically convergent method is about the square of its last step; sparsemax ends exactly.
     resolution = torch.finfo(z.dtype).eps
     tolerance = resolution if c == 1 else 0.1 * resolution**0.5
-    for _ in range(most):
-        above = torch.sub(z, s - 1).clamp_(min=0)
+    above = torch.empty_like(z)
+    for done in range(1, most + 1):
+        torch.sub(z, s - 1, out=above).clamp_(min=0)
         if c == 1:
             slope, total = above.sign().sum(-1, keepdim=True), above.sum(-1, keepdim=True)
         else:
@@ -139,10 +153,16 @@ def _newton(z: Tensor, s: Tensor, c: float | int, most: int) -> Tensor:
             slope = lower.sum(-1, keepdim=True)
             total = above.mul_(lower).sum(-1, keepdim=True)
         # Newton on S^(1/c) - 1, whose derivative is -W S^(1/c - 1): S is the sum of u^c (total), W of u^(c-1) (slope).
-        step = -total * torch.expm1(-total.log() / c) / slope
+        step = (total - 1 if c == 1 else total.mul(torch.expm1(total.log() / -c)).neg_()) / slope
         s = s + step
-        if not (c * step > tolerance).any():
+        unfinished = c * step > tolerance
+        left = int(unfinished.sum())
+        if not left:
             break
+        if 4 * left <= len(z):  # the others need not wait
+            rows = unfinished.view(-1).nonzero().view(-1)
+            rest = _newton(z.index_select(0, rows), s.index_select(0, rows), c, most - done)
+            return s.index_copy_(0, rows, rest)
     return s
 
 
@@ -159,19 +179,20 @@ def _product(u: Tensor, n: int) -> Tensor:
     return half * half * u if n % 2 else half * half
 
 
-def _differentiate(p: Tensor, g: Tensor, alpha: float, out: Tensor, to_alpha: Tensor | None = None) -> None:
+def _differentiate(alpha: float, p: Tensor, g: Tensor, out: Tensor, to_alpha: Tensor | None = None) -> None:
     """From weights p and their gradient g [R,K] to that of the scores, into out, and of alpha, into to_alpha [R,1]."""
-    packing = None if alpha in (1.5, 2) else _pack(p > 0)
+    products = to_alpha is None and alpha in (1.5, 2)  # cheaper than leaving keys out
+    packing = None if products else _pack(p > 0)
     if packing is None:
-        _differentiate_all(p, g, alpha, out, to_alpha)
+        _differentiate_all(alpha, p, g, out, to_alpha)
         return
     p, g = packing.gather(p, 0.0), packing.gather(g, 0.0)
     packed = torch.empty_like(p)
-    _differentiate_all(p, g, alpha, packed, to_alpha)
+    _differentiate_all(alpha, p, g, packed, to_alpha)
     packing.scatter(packed, out)
 
 
-def _differentiate_all(p: Tensor, g: Tensor, alpha: float, out: Tensor, to_alpha: Tensor | None) -> None:
+def _differentiate_all(alpha: float, p: Tensor, g: Tensor, out: Tensor, to_alpha: Tensor | None) -> None:
     """As `_differentiate`, all keys alike.
 
     Correia et al. 2019, Prop. 1, divides differences that vanish as alpha -> 1 by (alpha - 1)^2. Written in

@@ -105,7 +105,7 @@ class AlphaEntmax(Transform):
             self.pre_alpha = nn.Parameter(initial.detach().clone())
         elif initial == "normal":
             self.pre_alpha = nn.Parameter(torch.randn(num_heads))
-        elif ALPHA_LOW < initial < ALPHA_HIGH:
+        elif not isinstance(initial, str) and ALPHA_LOW < initial < ALPHA_HIGH:
             low = 1.0 if clamped else ALPHA_LOW
             share = torch.full((num_heads,), (initial - low) / (ALPHA_HIGH - low))
             self.pre_alpha = nn.Parameter(torch.logit(share))
