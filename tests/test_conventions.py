@@ -25,7 +25,7 @@ ROWS = [
     {"launch", "notebooks"},
     {"train"},
     {"evaluate"},
-    {"criterion", "pretrain"},
+    {"criterion", "pretrain", "costs"},
     {"metrics"},
     {"matcher"},
     {"models"},
