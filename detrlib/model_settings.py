@@ -33,7 +33,8 @@ class Backbone(Section):
     def _crops_are_for_convolutions(self):
         if self.weights == "crops" and self.name == "swin_t":
             raise ValueError(
-                "model.backbone.weights: crops are too few to teach a Swin Transformer anything; use imagenet or a path"
+                "model.backbone.weights: crops of the data pretrain convolutional backbones, and swin_t is none; "
+                "use imagenet or a path"
             )
         return self
 
