@@ -15,7 +15,7 @@ class Section(BaseModel):
 
 
 class Backbone(Section):
-    name: Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    name: Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101", "swin_t"] = "resnet50"
     weights: str = "imagenet"  # "imagenet", "none", "crops" (see pretrain.py), or a path to a state dict
     dilation: bool = False  # DC5: the last stage keeps its resolution
     freeze_stem: bool | None = None  # stem and first stage, as DETR does; None: if there are weights to keep
@@ -26,6 +26,15 @@ class Backbone(Section):
         if self.dilation and self.name not in ("resnet50", "resnet101"):
             raise ValueError(
                 f"model.backbone.dilation needs bottleneck blocks, which {self.name} has not; use resnet50"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _crops_are_for_convolutions(self):
+        if self.weights == "crops" and self.name == "swin_t":
+            raise ValueError(
+                "model.backbone.weights: crops of the data pretrain convolutional backbones, and swin_t is none; "
+                "use imagenet or a path"
             )
         return self
 

@@ -6,16 +6,15 @@ import sys
 
 import pytest
 import torch
-import torchvision
 from small import randomise
-from test_checkpoints import TOLD, both, of_small, official_file
+from test_checkpoints import TOLD, of_small, official_file
 
 from detrlib.config import ConfigError, load_config
 from detrlib.evaluate import load_model
 from detrlib.models import checkpoints
 from detrlib.models.backbone import build_backbone, build_body
 from detrlib.models.checkpoints import CheckpointError, export_official, load_official, read_official, save_run
-from detrlib.models.naming import backbone_entries, swin_name
+from detrlib.models.naming import backbone_entries
 from detrlib.runs import RunError, load_checkpoint
 
 # Other files
@@ -127,9 +126,9 @@ def test_scrl_weights_start_a_backbone(prefix, tmp_path):
     for name, value in body.state_dict().items():
         part, rest = name.split(".", 1)
         network[f"{prefix}encoder.{numbers[part]}.{rest}"] = value
-    found = backbone_entries({"online_network_state_dict": network, "epoch": 200})
-    assert found.keys() == body.state_dict().keys()
-    torch.save(found, tmp_path / "resnet18.pt")
+    content = {"online_network_state_dict": network, "epoch": 200}
+    assert backbone_entries(content).keys() == body.state_dict().keys()
+    torch.save(content, tmp_path / "resnet18.pt")
     loaded = build_backbone("resnet18", tmp_path / "resnet18.pt").body.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in body.state_dict().items())
 
@@ -142,27 +141,6 @@ def test_backbone_files_of_other_forms():
         == backbone_entries(state)
         == state
     )
-
-
-def test_official_swin_weights_have_the_names_of_torchvision():
-    """Built from the list of official entries: 181 without those of the classifier; masks besides."""
-    expected = torchvision.models.swin_t(weights=None).state_dict()
-    blocks = ["norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
-    names = both("patch_embed.proj", "patch_embed.norm")
-    for stage, depth in enumerate((2, 2, 6, 2)):
-        for place in (f"layers.{stage}.blocks.{i}" for i in range(depth)):
-            names |= both(*(f"{place}.{part}" for part in blocks))
-            names |= {f"{place}.attn.relative_position_bias_table", f"{place}.attn.relative_position_index"}
-        if stage < 3:
-            place = f"layers.{stage}.downsample"
-            names |= both(f"{place}.norm") | {f"{place}.reduction.weight"}
-    assert len(names) == 181
-    names |= both("norm", "head")
-    official = {name: expected[swin_name(name)] for name in names}
-    official = {k: v.view(49, 49) if k.endswith("position_index") else v for k, v in official.items()}
-    found = backbone_entries({"model": official | {"layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}})
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 # Runs and the command line

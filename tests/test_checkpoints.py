@@ -43,6 +43,7 @@ SPARSE = EFFICIENT | {
     "model.deformable.token_scores": "official",
     "model.deformable.dam": "official",
 }
+SWIN = {"model.backbone.name": "swin_t"}
 THESIS = COCO | {"model.norm": "pre", "model.attention.padding": "add_one"}
 ALPHA = THESIS | {"model.attention.decoder_cross": "alpha_entmax", "model.attention.alpha_clamped": True}
 
@@ -61,6 +62,10 @@ MODELS = {
     "deformable-single-scale": (DEFORMABLE | {"model.deformable.levels": 1}, None, 33_844_193, {}),
     "efficient": (EFFICIENT, None, 40_827_289, {}),
     "sparse": (SPARSE, 760, 41_714_805, {"model.deformable.rho": 0.1}),
+    "detr-swin-t": (COCO | SWIN, None, 44_957_444, {}),
+    "deformable-swin-t": (DEFORMABLE | SWIN, None, 40_308_613, {}),
+    "deformable-swin-t-two-stage": (TWO_STAGE | SWIN, None, 41_420_477, {}),
+    "sparse-swin-t": (SPARSE | SWIN, 682, 42_176_153, {"model.deformable.rho": 0.1}),
 }
 
 

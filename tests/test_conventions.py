@@ -25,7 +25,7 @@ ROWS = [
     {"launch", "notebooks", "benchmark"},
     {"train"},
     {"evaluate"},
-    {"criterion", "pretrain"},
+    {"criterion", "pretrain", "costs"},
     {"metrics"},
     {"matcher"},
     {"models", "baselines"},

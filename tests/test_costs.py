@@ -133,6 +133,11 @@ def test_costs_of_sparse_detr_are_linear_in_kept_tokens():
         assert sum(count.values()) / 1e9 == pytest.approx(expected, rel=0.04)
 
 
+def test_costs_of_sparse_detr_with_swin():
+    name = "Sparse DETR Swin-T, rho 0.3"
+    assert gflops(name) == pytest.approx(PUBLISHED[name][2], rel=0.03)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameters(name):
     trained = sum(count for count, _ in count_parameters(published_model(name)).values())

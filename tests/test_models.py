@@ -365,7 +365,7 @@ def test_weights_of_another_architecture_are_named(tmp_path):
 
 
 def test_a_file_that_is_no_state_dict_is_named(tmp_path):
-    torch.save({"model": {"conv1.weight": torch.zeros(1)}}, tmp_path / "run.pt")
+    torch.save({"model": {"conv1.weight": torch.zeros(1), "epoch": 3}}, tmp_path / "run.pt")
     with pytest.raises(WeightsError, match=r"run\.pt: expected a state dict"):
         build_backbone("resnet18", tmp_path / "run.pt")
     with pytest.raises(WeightsError, match=r"model\.backbone\.weights: no file .*absent\.pt"):

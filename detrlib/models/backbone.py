@@ -1,9 +1,10 @@
-"""Convolutional backbones: torchvision's ResNets as DETR uses them, and a thin one for the embedded data.
+"""Backbones: torchvision's ResNets as DETR uses them, a thin one for the embedded data, and Swin-T (see swin.py).
 
 Batch-norm statistics are frozen (buffers, not parameters): batches of detection are too small to estimate them.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,15 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from detrlib.models.naming import backbone_entries
+from detrlib.models.swin import WIDTHS, swin_body, swin_stages
 from detrlib.runs import weight_faults
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+CLASSIFIER = {f"{part}.{kind}" for part in ("fc", "norm", "head") for kind in ("weight", "bias")}
 
 
 class WeightsError(RuntimeError):
@@ -57,23 +62,36 @@ class Backbone(nn.Module):
         def inside(x: Tensor) -> Tensor:
             return x.masked_fill(masks[x.shape[-2:]][:, None], 0.0) if masked else x
 
-        body = self.body
-        x = images.contiguous(memory_format=torch.channels_last)
-        x = inside(body.relu(normalised(body.conv1, body.bn1, inside(x))))
-        x = inside(body.maxpool(x))  # whose windows reach from just outside an image into it
-        maps = []
-        for number, stage in enumerate((body.layer1, body.layer2, body.layer3, body.layer4), start=1):
-            for block in stage:
-                x = residual(block, x, inside)
-            if number in self.stages:
-                maps.append(FeatureMap(x, masks[x.shape[-2:]]))
-        return maps
+        if isinstance(self.body, SwinTransformer):
+            maps = swin_stages(self.body, images, inside, image_sizes(padding) if masked else None)
+        else:
+            maps = residual_stages(self.body, images, inside)
+        return [FeatureMap(x, masks[x.shape[-2:]]) for number, x in enumerate(maps, start=1) if number in self.stages]
+
+
+def image_sizes(padding: Tensor) -> list[tuple[int, int]]:
+    """(height, width) of the images in the upper left corners of a padded batch [B,H,W]."""
+    valid = ~padding
+    return [tuple(size) for size in torch.stack([valid[:, :, 0].sum(1), valid[:, 0].sum(1)], 1).tolist()]
 
 
 def stage_channels(body: nn.Module, stage: int) -> int:
-    """Channels that stage number `stage` (1 to 4) of a ResNet-like body ends with."""
+    """Channels that stage number `stage` (1 to 4) of a body ends with."""
+    if isinstance(body, SwinTransformer):
+        return WIDTHS[stage - 1]
     block = getattr(body, f"layer{stage}")[-1]
     return (block.conv3 if isinstance(block, Bottleneck) else block.conv2).out_channels
+
+
+def residual_stages(body: nn.Module, images: Tensor, inside: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """Images [B,3,H,W] -> maps of the four stages of a ResNet-like body; `inside` makes zero what is padding."""
+    x = images.contiguous(memory_format=torch.channels_last)
+    x = inside(body.relu(normalised(body.conv1, body.bn1, inside(x))))
+    x = inside(body.maxpool(x))  # whose windows reach from just outside an image into it
+    for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
+        for block in stage:
+            x = residual(block, x, inside)
+        yield x
 
 
 def residual(block: BasicBlock | Bottleneck, x: Tensor, inside: Callable[[Tensor], Tensor]) -> Tensor:
@@ -122,12 +140,16 @@ def _basic_block(before: int, after: int, stride: int, norm: type[nn.Module]) ->
     return BasicBlock(before, after, stride, shortcut, norm_layer=norm)
 
 
-def build_body(name: str, dilation: bool, norm: type[nn.Module] = FrozenBatchNorm2d) -> nn.Module:
-    """The network called `name` without weights."""
-    if dilation and name in ("tiny", "resnet18", "resnet34"):
+def build_body(
+    name: str, dilation: bool, norm: type[nn.Module] = FrozenBatchNorm2d, stages: Sequence[int] = (4,)
+) -> nn.Module:
+    """The network called `name` without weights. stages: whose maps are used; those of Swin-T get a norm each."""
+    if dilation and name not in ("resnet50", "resnet101"):
         raise ValueError(f"model.backbone.dilation needs bottleneck blocks, which {name} has not; use resnet50")
     if name == "tiny":
         return TinyBody(norm)
+    if name == "swin_t":
+        return swin_body(stages)
     body = getattr(torchvision.models, name)(
         weights=None, replace_stride_with_dilation=[False, False, dilation], norm_layer=norm
     )
@@ -146,20 +168,21 @@ def build_backbone(
     """A backbone by name; `weights` is "none", "imagenet" (torchvision's) or the path of a state dict.
 
     stages: whose feature maps are returned. freeze_stem: stem and first stage are not trained, as in DETR; None: just
-    when there are weights to keep.
+    when there are weights to keep. Of Swin-T the merging of patches after the first stage belongs to them, as in Sparse
+    DETR.
     """
-    body = build_body(name, dilation)
+    body = build_body(name, dilation, stages=stages)
     if str(weights) != "none":
         load_weights(body, imagenet_weights(name) if weights == "imagenet" else read_weights(Path(weights)), weights)
     if freeze_stem or (freeze_stem is None and str(weights) != "none"):
-        body.conv1.requires_grad_(False)
-        body.layer1.requires_grad_(False)
+        for part in body.features[:3] if name == "swin_t" else (body.conv1, body.layer1):
+            part.requires_grad_(False)
     return Backbone(body, stages, mask_padding)
 
 
 def imagenet_weights(name: str) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights of a ResNet, downloaded once. Raises WeightsError with a remedy when offline."""
-    if name not in RESNETS:
+    """torchvision's ImageNet weights, downloaded once. Raises WeightsError with a remedy when there are none."""
+    if name not in (*RESNETS, "swin_t"):
         raise WeightsError(f"there are no ImageNet weights for '{name}'; set model.backbone.weights to none or crops")
     try:
         return torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
@@ -171,23 +194,32 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a local file; no code in it is run. Raises WeightsError naming the file."""
+    """A state dict from a local file, also an official one; no code in it is run. Raises WeightsError naming it."""
     if not path.is_file():
         raise WeightsError(f"model.backbone.weights: no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its reader stumbled over
         raise WeightsError(f"{path}: not readable as weights: {error}") from error
+    state = backbone_entries(state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path}: expected a state dict (names to tensors) of a backbone")
     return state
 
 
 def load_weights(body: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy a classifier's weights into `body`, leaving out its head and batch counters; anything else must fit."""
-    needless = ("num_batches_tracked", "fc.weight", "fc.bias")
-    state = {name: value for name, value in state.items() if not name.endswith(needless)}
-    faults = weight_faults(body.state_dict(), state)
+    """Copy a classifier's weights into `body`, leaving out its head and batch counters; anything else must fit.
+
+    Norms of stages, which classifiers have not, stay as they are.
+    """
+    state = {
+        name: value
+        for name, value in state.items()
+        if name not in CLASSIFIER and not name.endswith("num_batches_tracked")
+    }
+    own = body.state_dict()
+    state = {name: value for name, value in own.items() if re.match(r"norm\d", name)} | state
+    faults = weight_faults(own, state)
     if faults:
         raise WeightsError(f"{source}: weights of another backbone: {'; '.join(faults[:4])} ({len(faults)} faults)")
     body.load_state_dict(state)

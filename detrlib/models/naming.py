@@ -1,10 +1,13 @@
 """What official files call the entries of a model, and what this library calls them. Names and tensors only.
 
-Official names are kept but for three things: the backbone has no number (`backbone.0.body` is `backbone.body`,
-`backbone.1` is `position`), `pre_alpha` belongs to the transform of an attention, and a head that official files of the
-deformable family register in several places is registered once.
+Official names are kept but for four things: the backbone has no number (`backbone.0.body` is `backbone.body`,
+`backbone.1` is `position`), a Swin Transformer in it has the names of torchvision, `pre_alpha` belongs to the transform
+of an attention, and a head that official files of the deformable family register in several places is registered once.
+The numbers in both forms of a Swin Transformer mean the same: tables of position biases and the order in which patches
+are merged agree.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -19,6 +22,7 @@ PREFIXES = (("backbone.0.body.", "backbone.body."), ("backbone.1.", "position.")
 PROFILING = ("total_params", "total_ops", "num_batches_tracked")  # counters that tools left in official files
 HEAD = re.compile(r"(?P<place>(?:transformer\.(?:encoder|decoder)\.)?)(?P<kind>class|bbox)_embed\.(?P<number>\d+)\.")
 DECODER_BOXES = "transformer.decoder.bbox_embed."
+PAIRS = "relative_position_index"  # of the tokens of a window: a table in official files, in one row in torchvision
 SCRL = "online_network_state_dict"  # where SCRL's files keep the network that others take over
 SCRL_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
@@ -31,7 +35,7 @@ def own_name(official: str) -> str:
     """The name in this library of an official entry."""
     for theirs, ours in PREFIXES:
         if official.startswith(theirs):
-            return ours + official.removeprefix(theirs)
+            return ours + swin_name(official.removeprefix(theirs))
     return re.sub(r"multihead_attn\.pre_alpha$", "multihead_attn.transform.pre_alpha", official)
 
 
@@ -39,13 +43,17 @@ def official_name(own: str) -> str:
     """The official name of an entry of this library."""
     for theirs, ours in PREFIXES:
         if own.startswith(ours):
-            return theirs + own.removeprefix(ours)
+            return theirs + official_swin_name(own.removeprefix(ours))
     return own.replace(".transform.pre_alpha", ".pre_alpha")
 
 
 def own_state(official: Mapping[str, Tensor]) -> State:
     """Entries under the names of this library, every head once. Raises CheckpointError where copies of one differ."""
-    plain = {own_name(name): value for name, value in official.items() if not name.endswith(PROFILING)}
+    plain = {
+        own_name(name): value.flatten() if name.endswith(PAIRS) else value
+        for name, value in official.items()
+        if not name.endswith(PROFILING)
+    }
     state = _without_copies(plain)
     if refines(plain):
         return state
@@ -58,7 +66,10 @@ def official_state(own: Mapping[str, Tensor], refine: bool = False, layers: int 
     refine: each of `layers` decoder layers has heads of its own; otherwise all share one, and files repeat it.
     encoder_heads: the last of the heads are those of encoder layers.
     """
-    state = {official_name(name): value for name, value in own.items()}
+    state = {
+        official_name(name): value.unflatten(0, (math.isqrt(len(value)), -1)) if name.endswith(PAIRS) else value
+        for name, value in own.items()
+    }
     heads = _numbered_heads(state)
     if not heads:
         return state
@@ -153,10 +164,23 @@ def swin_name(name: str) -> str:
     return beginning + name[place.end() :].replace("mlp.fc1.", "mlp.0.").replace("mlp.fc2.", "mlp.3.")
 
 
+def official_swin_name(name: str) -> str:
+    """The inverse of `swin_name`."""
+    place = re.match(r"features\.(\d+)\.(?:(0|2)\.(?=weight|bias))?", name)
+    if not place:
+        return name
+    number, part = int(place[1]), place[2]
+    if number == 0:
+        beginning = {"0": "patch_embed.proj.", "2": "patch_embed.norm."}[part]
+    else:
+        beginning = f"layers.{(number - 1) // 2}." + ("blocks." if number % 2 else "downsample.")
+    return beginning + name[place.end() :].replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
+
+
 def _swin_entries(state: State) -> State:
     """Weights of an official Swin Transformer as torchvision has them; masks are made anew for every image size."""
     return {
-        swin_name(name): value.flatten() if name.endswith("relative_position_index") else value
+        swin_name(name): value.flatten() if name.endswith(PAIRS) else value
         for name, value in state.items()
         if not name.endswith("attn_mask")
     }

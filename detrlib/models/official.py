@@ -11,6 +11,7 @@ from torch import Tensor
 
 from detrlib.model_settings import Deformable
 from detrlib.models.naming import CheckpointError, refines
+from detrlib.models.swin import DEPTHS, WIDTHS
 
 BODY = "backbone.0.body."
 RESNETS = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
@@ -128,12 +129,25 @@ def _deformable_settings(
 
 def backbone_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Dotted settings of the backbone. Raises CheckpointError if it is none that this library has."""
-    bottleneck = f"{BODY}layer1.0.conv3.weight" in state
-    blocks = _count(state, re.escape(BODY) + r"layer3\.(\d+)\.")
-    if (bottleneck, blocks) not in RESNETS:
-        raise CheckpointError(f"its backbone is none of {', '.join(RESNETS.values())} (third stage of {blocks} blocks)")
+    body = re.escape(BODY)
+    if f"{BODY}patch_embed.proj.weight" in state:
+        depths = tuple(_count(state, rf"{body}layers\.{stage}\.blocks\.(\d+)\.") for stage in range(len(DEPTHS)))
+        width = _shape(state, f"{BODY}patch_embed.proj.weight")[0]
+        if (depths, width) != (DEPTHS, WIDTHS[0]):
+            raise CheckpointError(
+                f"its backbone is a Swin Transformer, but not Swin-T (blocks {depths}, {width} channels)"
+            )
+        name = "swin_t"
+    else:
+        bottleneck = f"{BODY}layer1.0.conv3.weight" in state
+        blocks = _count(state, rf"{body}layer3\.(\d+)\.")
+        if (bottleneck, blocks) not in RESNETS:
+            raise CheckpointError(
+                f"its backbone is none of {', '.join(RESNETS.values())}, swin_t (third stage of {blocks} blocks)"
+            )
+        name = RESNETS[bottleneck, blocks]
     return {
-        "model.backbone.name": RESNETS[bottleneck, blocks],
+        "model.backbone.name": name,
         "model.backbone.weights": "none",  # they are in the file
         "model.backbone.freeze_stem": True,
         "model.backbone.mask_padding": False,

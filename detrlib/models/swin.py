@@ -1,0 +1,138 @@
+"""Swin Transformer (Liu et al. 2021) as a backbone: torchvision's modules, and attention that knows where images end.
+
+Windows are laid from the upper left corner of an image, and what is missing to whole windows is filled with zeros, as
+in torchvision and in the official code. Here the zeros of an image are the same whatever the batch: tokens outside an
+image are zero when attention looks at them, and beyond the whole windows that the image would have alone no token is
+seen from inside. An axis that one window covers is not shifted; this, too, is decided by the image and not by the
+batch. (The official code for detection shifts there as well, in images of at most 224 pixels; torchvision does not.)
+
+Legend: B images, C channels, H heads, M side of a window, T = M * M tokens of a window, N windows; h x w tokens, in
+whole windows; R = B, or 1 if all images fill the batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
+
+PATCH = 4  # pixels, the side of a patch
+DEPTHS = (2, 2, 6, 2)  # blocks of the stages of Swin-T
+WIDTHS = (96, 192, 384, 768)
+
+Size = tuple[int, int]  # height, width
+
+
+def swin_body(stages: Sequence[int]) -> SwinTransformer:
+    """Swin-T without its classifier, with a norm for each of `stages` (1 to 4), named as in official detectors.
+
+    A residual branch of block i of 12 is left out in training with probability 0.2 * i / 11.
+    """
+    body = torchvision.models.swin_t(weights=None)
+    del body.norm, body.permute, body.avgpool, body.flatten, body.head
+    for stage in stages:
+        body.add_module(f"norm{stage - 1}", nn.LayerNorm(WIDTHS[stage - 1]))
+    return body
+
+
+def swin_stages(
+    body: SwinTransformer, images: Tensor, inside: Callable[[Tensor], Tensor], sizes: Sequence[Size] | None
+) -> Iterator[Tensor]:
+    """Images [B,3,H,W] -> maps of the four stages [B,C,h,w], strides 4 to 32, normalised where the body has a norm.
+
+    inside: makes zero what is outside the images. sizes: of the images, in pixels; None: all fill the batch.
+    """
+
+    def within(tokens: Tensor) -> Tensor:  # [B,h,w,C]
+        return inside(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    x = body.features[0](_whole(inside(images).permute(0, 2, 3, 1), PATCH).permute(0, 3, 1, 2))
+    grids = sizes and [(_parts(height, PATCH), _parts(width, PATCH)) for height, width in sizes]
+    for number in range(len(DEPTHS)):
+        for block in body.features[2 * number + 1]:
+            x = _block(block, x, within, grids)
+        norm = getattr(body, f"norm{number}", None)
+        yield inside((norm(x) if norm else x).permute(0, 3, 1, 2))
+        if number + 1 < len(DEPTHS):
+            x = body.features[2 * number + 2](within(x))
+            grids = grids and [(_parts(height, 2), _parts(width, 2)) for height, width in grids]
+
+
+def _block(
+    block: SwinTransformerBlock, x: Tensor, within: Callable[[Tensor], Tensor], grids: Sequence[Size] | None
+) -> Tensor:
+    x = x + block.stochastic_depth(window_attention(block.attn, within(block.norm1(x)), grids))
+    return x + block.stochastic_depth(block.mlp(block.norm2(x)))
+
+
+def window_attention(attention: ShiftedWindowAttention, x: Tensor, grids: Sequence[Size] | None = None) -> Tensor:
+    """Attention among the tokens [B,h,w,C] of every window, with the parameters of `attention`.
+
+    grids: rows and columns of tokens of every image, the rest of `x` being zero; None: all of it, as in torchvision.
+    """
+    height, width = x.shape[1:3]
+    side = attention.window_size[0]
+    x = _whole(x, side)
+    grids = grids or [(height, width)]
+    reaches = [(side * _parts(rows, side), side * _parts(columns, side)) for rows, columns in grids]
+    alike = {}  # images by their shift
+    for number, reach in enumerate(reaches):
+        shift = tuple(step if size > side else 0 for step, size in zip(attention.shift_size, reach, strict=True))
+        alike.setdefault(shift, []).append(number)
+    if len(alike) == 1:
+        (shift,) = alike
+        x = _attend(attention, x, shift, reaches)
+    else:
+        parts = [_attend(attention, x[rows], shift, [reaches[i] for i in rows]) for shift, rows in alike.items()]
+        order = [number for rows in alike.values() for number in rows]
+        x = torch.cat(parts)[torch.tensor(order, device=x.device).argsort()]
+    return x[:, :height, :width]
+
+
+def _attend(attention: ShiftedWindowAttention, x: Tensor, shift: Size, reaches: Sequence[Size]) -> Tensor:
+    """Attention within windows that begin at `shift`; those at the end take in, but keep apart, what is before it."""
+    side, heads = attention.window_size[0], attention.num_heads
+    grid = x.shape[1:3]
+    x = _windows(x.roll((-shift[0], -shift[1]), (1, 2)), side)  # [B,N,T,C]
+    query, key, value = attention.qkv(x).unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5)  # each [B,N,H,T,C/H]
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B,N,H,T,T]
+    scores = scores + attention.get_relative_position_bias()
+    if any(shift):  # other windows are never of two regions
+        regions = _regions(grid, shift, reaches, x.device).roll((-shift[0], -shift[1]), (1, 2))
+        regions = _windows(regions[..., None], side)  # [R,N,T,1]
+        apart = regions != regions.transpose(-2, -1)
+        scores = scores.masked_fill(apart[:, :, None], -torch.inf)
+    x = attention.proj((scores.softmax(-1) @ value).transpose(2, 3).flatten(3))  # [B,N,T,C]
+    rows, columns = grid[0] // side, grid[1] // side
+    x = x.unflatten(2, (side, side)).unflatten(1, (rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return x.roll(shift, (1, 2))
+
+
+def _windows(x: Tensor, side: int) -> Tensor:
+    """[B,h,w,C] -> [B,N,T,C]."""
+    x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # [B,h/M,M,w/M,M,C]
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _regions(grid: Size, shift: Size, reaches: Sequence[Size], device: torch.device) -> Tensor:
+    """Numbers [R,h,w]; tokens of a window see each other if they have the same.
+
+    Along each axis: 0 before the first window, 1 in windows of the image, 2 beyond them.
+    """
+    ends = torch.tensor(reaches, device=device)  # [R,2]
+    rows, columns = (torch.arange(size, device=device) for size in grid)
+    rows = (rows >= shift[0]).long() + (rows >= ends[:, :1])  # [R,h]
+    columns = (columns >= shift[1]).long() + (columns >= ends[:, 1:])  # [R,w]
+    return 3 * rows[:, :, None] + columns[:, None]
+
+
+def _parts(size: int, of: int) -> int:
+    """How many parts of the size `of` cover `size`."""
+    return -(-size // of)
+
+
+def _whole(x: Tensor, of: int) -> Tensor:
+    """Tokens [B,h,w,C] with zeros added below and to the right, up to multiples of `of`."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % of, 0, -x.shape[1] % of))

@@ -1,0 +1,118 @@
+"""Figures of deformable attention: every function draws small inputs without a warning and shows what it promises."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+
+from detrlib.figures import deformable, style
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+IMAGE = np.full((40, 60, 3), 120, np.uint8)
+EXTENTS = [np.array([5.0, 7.5]), np.array([2.5, 3.75])]  # the last cells reach beyond the image
+SHAPES = [(5, 8), (3, 4)]
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind():
+    before = dict(plt.rcParams)
+    yield
+    assert plt.get_fignums() == []
+    assert dict(plt.rcParams) == before
+
+
+def texts(drawn):
+    drawn.canvas.draw()
+    return [text.get_text() for text in drawn.findobj(Text) if text.get_text()]
+
+
+def test_growth_is_logarithmic_and_names_its_lines():
+    drawn = deformable.growth({"dense": ([1, 2, 4], [0.1, 1.6, 25.6])}, {"two": 2}, ("side", "cost"))
+    (axes,) = drawn.axes
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert {"dense", "two", "side", "cost"} <= set(texts(drawn))
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "4"]
+    assert "0.1" in [tick.get_text() for tick in axes.get_yticklabels()]
+
+
+def test_places_lie_over_the_cells_of_each_level():
+    places = np.full((3, 2, 2, 2), 0.5)
+    places[1] = 0.25
+    drawn = deformable.places_on_levels(places, np.array([0.5, 0.5]), SHAPES)
+    assert {"level 1: 5 x 8 cells", "level 2: 3 x 4 cells", "head 3"} <= set(texts(drawn))
+    second = drawn.axes[1].get_lines()[1]  # of head 2
+    assert (second.get_xdata() == 0.25 * 4).all() and (second.get_ydata() == 0.25 * 3).all()
+
+
+def test_cell_shares_write_what_is_not_zero():
+    shares = np.array([[0.25, 0.0], [0.75, 0.0]])
+    drawn = deformable.cell_shares({"a": shares, "b": 2 * shares}, (0.5, 1.2))
+    assert sorted(texts(drawn)) == [".25", ".50", ".75", "1.50", "a", "b"]
+
+
+def test_sampling_points_are_as_large_as_their_weights():
+    places = np.tile([30.0, 20.0], (2, 2, 3, 1))
+    weights = np.zeros((2, 2, 3))
+    weights[0, 1, 0], weights[1, 0, 2] = 0.8, 0.2
+    box = np.array([24.0, 14, 36, 26])
+    views = {title: deformable.View(places, weights, box, box + 1) for title in "abcde"}
+    drawn = deformable.sampling_points(IMAGE, views, columns=3)
+    assert {"a", "e", "level 1", "level 2"} <= set(texts(drawn))
+    assert [axes.get_visible() for axes in drawn.axes] == [True] * 5 + [False]
+    coarse, fine = drawn.axes[0].collections
+    assert to_hex(fine.get_facecolor()[0]).upper() == style.PALETTE[0]
+    assert coarse.get_sizes().max() == deformable.LARGEST_POINT == 4 * fine.get_sizes().max()
+
+
+@pytest.mark.parametrize("box", [[0, 0, 3, 3], [50, 30, 60, 40], [0, 0, 60, 40], [20, 10, 40, 20]])
+def test_surroundings_hold_the_box_and_stay_within_the_image(box):
+    _, axes = style.figure()
+    deformable._look_at(axes, np.array([box], float), np.array([60, 40]))
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert 0 <= left <= box[0] and box[2] <= right <= 60 + 1e-9
+    assert 0 <= top <= box[1] and box[3] <= bottom <= 40 + 1e-9
+    assert (right - left) / (bottom - top) == pytest.approx(60 / 40)
+
+
+def test_boxes_with_and_without_captions():
+    boxes = np.array([[1.0, 1, 9, 9], [5, 5, 30, 30]])
+    drawn = deformable.boxes_on_image(IMAGE, {"one": (boxes, ["star", ""]), "two": (boxes[:0], [])})
+    assert sorted(texts(drawn)) == ["one", "star", "two"]
+    assert len(drawn.axes[0].patches) == 4  # each with a rim
+
+
+def test_level_maps_cover_the_image_and_share_their_scale():
+    maps = [np.arange(h * w, dtype=float).reshape(h, w) for h, w in SHAPES]
+    marked = [np.zeros(shape, bool) for shape in SHAPES]
+    marked[0][1, 2] = True
+    drawn = deformable.level_maps(IMAGE, {"score": maps, "DAM": maps}, EXTENTS, marked)
+    assert {"score, level 1", "DAM, level 1", "level 2"} <= set(texts(drawn))
+    first, second = (axes.images[1] for axes in drawn.axes[:2])
+    assert first.get_array().max() == 1 and second.get_array().max() == pytest.approx(11 / 39)
+    assert first.get_extent() == [0, 64, 40, 0] and drawn.axes[0].get_xlim() == (0, 60)
+    (dots,) = drawn.axes[0].get_lines()
+    assert dots.get_xydata().tolist() == [[20.0, 12.0]]  # the centre of cell (1, 2), 8 pixels wide
+
+
+def test_maps_of_nothing_are_drawn():
+    deformable.level_maps(IMAGE, {"score": [np.zeros(shape) for shape in SHAPES]}, EXTENTS).canvas.draw()
+
+
+def test_only_kept_tokens_show_the_image():
+    masks = [np.zeros(shape, bool) for shape in SHAPES]
+    masks[1][0, 3] = True
+    drawn = deformable.kept_tokens(IMAGE, {"rho 0.1": masks}, EXTENTS)
+    assert {"rho 0.1, level 1", "level 2"} <= set(texts(drawn))
+    hidden = drawn.axes[1].images[1].get_alpha()
+    assert hidden[0, 3] == 0 and (np.delete(hidden.ravel(), 3) > 0.9).all()
+
+
+def test_costs_are_stacked_and_times_are_lines():
+    parts = {"backbone": [2.0, 2.0], "encoder": [1.0, 2.0]}
+    drawn = deformable.cost_against_ratio(parts, {"encoder": ([0.5, 1], [3, 6])}, {"encoder": 5})
+    left, right = drawn.axes
+    assert [bar.get_y() for bar in left.patches] == [0, 0, 2, 2]
+    assert {"0.5", "dense", "backbone", "milliseconds", "dense, without scores"} <= set(texts(drawn))
+    assert right.get_lines()[1].get_ydata() == [5]
