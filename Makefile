@@ -35,9 +35,9 @@ notebooks: .venv/.ready  ## execute all notebooks into build/notebooks; make not
 	@mkdir -p build/notebooks
 	@for f in $(NB); do echo "$$f"; $(PY) -m detrlib.notebooks "$$f" "build/$$f" || exit 1; done
 
-bench: .venv/.ready  ## execute the benchmark notebook into build/notebooks
+bench: .venv/.ready  ## execute the benchmark notebook into build/notebooks; make bench ARGS="-p threads 1"
 	@mkdir -p build/notebooks
-	$(PY) -m detrlib.notebooks 09_benchmarks build/notebooks/09_benchmarks.ipynb
+	$(PY) -m detrlib.notebooks 09_benchmarks build/notebooks/09_benchmarks.ipynb $(ARGS)
 
 lab: .venv/.ready  ## open JupyterLab
 	$(PY) -m jupyter lab $(ARGS)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -27,9 +27,10 @@ from detrlib.baselines import Candidate, bisection, others, package_version, pro
 from detrlib.config import Attention, Backbone, Loss, Model, Train
 from detrlib.criterion import Criterion
 from detrlib.models import build_model
+from detrlib.models.outputs import Site
 
 FORWARD, BOTH = "forward", "forward + backward"
-SITES = ("encoder_self", "decoder_self", "decoder_cross")
+SITES = get_args(Site)
 
 
 class Shape(NamedTuple):
@@ -93,7 +94,7 @@ def _seconds(run: Callable[[], object], device: str) -> float:
 
 def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
     """The most bytes that tensors held at a time while `run` ran, beyond those held before, by PyTorch's own count."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
@@ -166,7 +167,8 @@ def measure_transforms(
             passes = {i: make(candidate, scores, gradient) for i, candidate in enumerate(found)}
             times = compare(passes, settings.repeats, settings.limit, device)
             rows += _rows("transform", case, found, quantity, "s", times.to_dict("records"))
-        memory = [peak_memory(run, device) / (4 * scores.numel()) for run in passes.values()]
+        both = (_forward_and_backward(candidate, scores, gradient) for candidate in found)
+        memory = [peak_memory(run, device) / (4 * scores.numel()) for run in both]
         rows += _rows("transform", case, found, "memory", "maps", memory)
     return pd.DataFrame(rows)
 

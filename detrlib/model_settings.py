@@ -43,12 +43,12 @@ class Attention(Section):
     encoder_self: TransformName = "softmax"
     decoder_self: TransformName = "softmax"
     decoder_cross: TransformName = "softmax"
-    alpha: float = Field(1.5, gt=1.0, le=2.0)  # of "entmax", fixed
+    alpha: float = Field(1.5, ge=1.000001, le=2.0)  # of "entmax", fixed
     # of "alpha_entmax"; "normal": pre_alpha from N(0, 1); "cloned": so too, but one draw for all layers of a site
     alpha_init: float | Literal["normal", "cloned"] = 1.5
     tv_lambda: float = Field(0.1, ge=0.0)  # of "tvmax": price of a step between neighbouring cells
     # For weights of the first published models with sparse cross-attention: alpha by clamping, padded keys of
-    # decoder_cross favoured instead of hidden.
+    # decoder_cross favoured instead of hidden. Their backbones did not mask padding either: backbone.mask_padding.
     alpha_clamped: bool = False
     padding: Literal["hidden", "add_one"] = "hidden"
 

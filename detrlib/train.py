@@ -238,6 +238,8 @@ class Trainer:
         values = {}
         for place, module in alpha_modules(self.accelerator.unwrap_model(self.model)).items():
             gradient = module.pre_alpha.grad
+            if gradient is None:  # alpha is held fixed
+                continue
             values |= _by_head("pre_alpha_gradient", place, gradient)
             site, layer = place.split(".")
             values[f"pre_alpha_gradient_norm/{site}.layer_{layer}"] = gradient.norm().item()

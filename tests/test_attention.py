@@ -6,7 +6,7 @@ Gradients against finite differences, values against an algorithm of another kin
 import pytest
 import torch
 from entmax import entmax_bisect
-from scores import HEADS, keys_padding, make, random_scores, weights_of
+from scores import HEADS, by_bisection, keys_padding, make, random_scores, weights_of
 from torch import nn
 
 from detrlib.attention import TRANSFORMS, AlphaEntmax, MultiheadAttention, Transform, build_transform
@@ -16,18 +16,6 @@ from detrlib.models import alpha_modules, build_model
 
 SPARSE = [name for name in TRANSFORMS if name != "softmax"]
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
-
-
-def by_bisection(scores: torch.Tensor, alpha: float) -> torch.Tensor:
-    """[(alpha - 1) z - tau]_+ ^ (1 / (alpha - 1)) with tau found by halving an interval, in float64."""
-    scores = (alpha - 1) * scores.double()
-    high = scores.amax(-1, keepdim=True)
-    low = high - 1
-    for _ in range(100):
-        middle = (low + high) / 2
-        enough = ((scores - middle).clamp(min=0) ** (1 / (alpha - 1))).sum(-1, keepdim=True) >= 1
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return (scores - low).clamp(min=0) ** (1 / (alpha - 1))
 
 
 # Gradients
@@ -42,7 +30,7 @@ def test_gradient_is_that_of_finite_differences(name, padded):
     assert torch.autograd.gradcheck(lambda z: weights_of(transform, z, padding), scores)
 
 
-def test_gradient_above_alpha_two():
+def test_gradient_of_entmax_with_a_power_above_two():
     transform = build_transform("entmax", HEADS, alpha=1.25)
     assert torch.autograd.gradcheck(transform, random_scores(2, HEADS, 2, 7, seed=1).requires_grad_())
 
@@ -192,6 +180,20 @@ def test_a_fully_padded_image_gives_finite_outputs_and_gradients(name, need_weig
     assert torch.isfinite(query.grad).all()
 
 
+def test_padding_costs_no_copy_of_the_weights():
+    """Only rows of nothing but padding have to be cleared, and there are hardly ever any."""
+
+    class Kept(Transform):
+        def weights(self, scores, grid):
+            self.found = scores.softmax(-1)
+            return self.found
+
+    transform, scores, padding = Kept(), random_scores(2, HEADS, 4, 7), keys_padding()
+    assert transform(scores, padding) is transform.found
+    padding[0] = True
+    assert transform(scores, padding) is not transform.found
+
+
 # Precision
 
 
@@ -229,7 +231,7 @@ def test_weights_are_float32_inside_autocast(name):
 # Learnable alpha
 
 
-@pytest.mark.parametrize("pre_alpha", [-15.0, -5.0, 0.0, 5.0, 10.0])
+@pytest.mark.parametrize("pre_alpha", [-15.0, -5.0, 0.0, 5.0, 10.0, 14.0])
 def test_alpha_stays_in_its_range_and_never_loses_its_gradient(pre_alpha):
     transform = AlphaEntmax(HEADS)
     nn.init.constant_(transform.pre_alpha, pre_alpha)

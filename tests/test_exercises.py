@@ -1,4 +1,4 @@
-"""The exercises of notebook 02: their solutions pass the check, and the check finds what is wrong."""
+"""The exercises of the notebooks: their solutions pass the check, and the check finds what is wrong."""
 
 import json
 import re
@@ -30,12 +30,20 @@ def test_check_says_what_is_wrong(attempt, verdict):
     assert torch.equal(CASES[0][0], torch.tensor([1.0, 2.0]))
 
 
-def test_every_solution_passes(capsys):
-    cells = json.loads((PROJECT / "notebooks" / "02_attention_transforms.ipynb").read_text())["cells"]
+@pytest.mark.parametrize(
+    ("notebook", "needed", "exercises"),
+    [
+        ("02_attention_transforms", ["names = "], 4),
+        ("04_deformable_and_sparse", ["dim, heads, ", "grids = [(16, 24)"], 3),
+    ],
+)
+def test_every_solution_passes(notebook, needed, exercises, capsys):
+    cells = json.loads((PROJECT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells]
     names = {}
-    for source in (sources[1], sources[2], next(source for source in sources if source.startswith("names = "))):
-        exec(source, names)  # parameters, imports, the transforms
+    beginnings = [next(source for source in sources if source.startswith(words)) for words in needed]
+    for source in (sources[1], sources[2], *beginnings):  # parameters, imports, what the exercises build on
+        exec(source, names)
     solutions = [re.search(r"<details>.*?```python\n(.*?)```", source, re.DOTALL) for source in sources]
     for exercise, solution in zip(sources, solutions[1:], strict=False):
         if solution:
@@ -44,4 +52,5 @@ def test_every_solution_passes(capsys):
             exec(solution[1] + rest, names)
             assert stub in solution[1]
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in printed] == ["Not solved yet: the function returns None.", "Correct"] * 4
+    wanted = ["Not solved yet: the function returns None.", "Correct"] * exercises
+    assert [line.split(",")[0] for line in printed] == wanted

@@ -4,14 +4,12 @@ Legend: B images, H heads, Q queries, K keys, E embedding, D = E / H channels pe
 padding [B,K] is True where a key is padding; grid (h, w) where keys are the cells of a feature map.
 """
 
-import functools
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from detrlib.attention.solvers import has_triton
 from detrlib.attention.transforms import AlphaEntmax, Entmax, Grid, Softmax, Transform
 
 MOST_SCORES = 2**27  # kept at a time when maps are not asked for: half a GiB of float32
@@ -32,16 +30,17 @@ def attend(
 
     query [B,H,Q,D], key [B,H,K,D], value [B,H,K,V] -> mixed [B,H,Q,V] and, if asked for, weights [B,H,Q,K].
     The weights are those before dropout: what the layer looks at, not what a training step happened to keep.
-    Without maps, no more than `MOST_SCORES` scores exist at a time, and on a GPU none where kernels are at hand.
+    Without maps, no more than `MOST_SCORES` scores exist at a time, and none at all where one kernel does everything:
+    for softmax, and on a GPU for the entmax family from `FUSED_KEYS` keys on.
     """
     if need_weights:
         return _mix(query, key, value, transform, padding, grid, dropout)
     if isinstance(transform, Softmax) and not transform.padding_adds_one:
         keep = None if padding is None else ~padding[:, None, None, :]  # [B,1,1,K]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None
-    if key.shape[2] >= FUSED_KEYS and not dropout and _fused(query, key, value, transform):
+    if _fused(query, key, value, transform):
         alpha = transform.alpha  # a number, or [H]
-        return _flash().sparse_attention(query, key, value, alpha, padding), None
+        return _flash().sparse_attention(query, key, value, alpha, padding, dropout), None
     row = max(1, query.shape[0] * query.shape[1] * key.shape[2])  # scores of one query in every image and head
     if row * query.shape[2] <= MOST_SCORES:
         return _mix(query, key, value, transform, padding, grid, dropout)[0], None
@@ -68,16 +67,15 @@ def _mix(
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, transform: Transform) -> bool:
-    """Whether scores, transform and mixing can be one kernel."""
+    """Whether scores, transform and mixing can be one kernel, and are long enough for it to pay."""
     entmax = isinstance(transform, Entmax | AlphaEntmax) and not transform.padding_adds_one
-    return entmax and query.is_cuda and _flash() is not None and _flash().attention_supported(query, key, value)
+    if not (entmax and query.is_cuda and key.shape[2] >= FUSED_KEYS and has_triton()):
+        return False
+    return _flash().attention_supported(query, key, value)
 
 
-@functools.cache
 def _flash():
-    """The kernels' module, or None on a machine without Triton."""
-    if importlib.util.find_spec("triton") is None:
-        return None
+    """The module of the fused kernels, which imports Triton."""
     from detrlib.attention import flash
 
     return flash

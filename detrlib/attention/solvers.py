@@ -9,6 +9,7 @@ For c >= 1, that is alpha <= 2, the norm is convex and decreasing in s: Newton's
 - A key with 1 + z <= s at any s left of the root has weight zero: before real powers are taken, such keys are left out.
 """
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -19,23 +20,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 2**19  # scores worked on at a time on a CPU: what its cache holds, and enough to outweigh the calls
-SHORT = 2**15  # runs of rows of one alpha with fewer scores are brought together first
+SHORT = 2**15  # neighbouring rows of one alpha with fewer scores than this are first sorted by alpha
 MOST_STEPS = 60  # never reached in practice: convergence is quadratic, and finite for sparsemax
 COARSE_STEPS = 2  # with a whole power, before keys are left out
 MOST_PRODUCTS = 16  # a larger power is taken through logarithms, and few keys could be left out anyway
+LEAST_ALPHA = 1 + 1e-6  # nearer to 1, float32 cannot tell it from 1
 LOG2_E = math.log2(math.e)
 
 
 def entmax(scores: Tensor, alpha: float | Tensor) -> Tensor:
     """Weights over the last axis (Peters et al. 2019, Eq. 10): [..., K] -> [..., K], rows sum to one.
 
-    alpha in (1, 2]: a number, or a tensor that broadcasts to [..., 1] and then gets a gradient (Correia et al. 2019,
-    Prop. 1); it is fast where many rows share an alpha, as those of a head do. Scores of -inf get weight zero; a row of
-    nothing else is not allowed.
+    alpha from 1 + 1e-6 to 2: a number, or a tensor that broadcasts to [..., 1] and then gets a gradient (Correia et al.
+    2019, Prop. 1). Rows should share alphas, as those of a head do: one of its own for each of them is 25 times slower.
+    Scores of -inf get weight zero; a row of nothing else is not allowed. Raises ValueError for another number.
     """
+    if not scores.numel():
+        return scores.softmax(-1)
     if not isinstance(alpha, Tensor):
+        if not LEAST_ALPHA <= alpha <= 2:
+            raise ValueError(f"alpha {alpha} must lie between 1 + 1e-6 and 2; 1 itself is a softmax")
         return _Entmax.apply(scores, float(alpha))
-    below_two = alpha.clamp(max=2 - 1e-6)  # at 2 itself keys without weight would count: 0 ** 0 is 1
+    # At 2 itself keys without weight would count, since 0 ** 0 is 1. The bound must not stop the gradient.
+    below_two = alpha + (alpha.clamp(max=2 - 1e-6) - alpha).detach()
     return _Entmax.apply(scores, below_two.expand(*scores.shape[:-1], 1))
 
 
@@ -74,11 +81,16 @@ class _Entmax(torch.autograd.Function):
 
 def _kernels(scores: Tensor):
     """The Triton kernels where they take such scores, else None."""
-    if not scores.is_cuda or importlib.util.find_spec("triton") is None:
+    if not (scores.is_cuda and has_triton()):
         return None
     from detrlib.attention import kernels
 
     return kernels if kernels.supported(scores) else None
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _in_blocks(work: Callable, alpha: float | Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -107,7 +119,7 @@ def _in_blocks(work: Callable, alpha: float | Tensor, inputs: list[Tensor], outp
 
 
 def _sorted(work: Callable, alpha: Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-    """As `_in_blocks`, with rows of the same alpha brought together: small calls cost more than a copy."""
+    """As `_in_blocks`, with rows sorted by alpha, on copies: many small calls would cost more."""
     order = alpha.argsort()
     sorted_outputs = [torch.empty_like(x) for x in outputs]
     _in_blocks(work, alpha[order], [x.index_select(0, order) for x in inputs], sorted_outputs)
@@ -140,9 +152,10 @@ def _solve(alpha: float, x: Tensor, out: Tensor) -> None:
 
 def _newton(z: Tensor, s: Tensor, c: float | int, most: int) -> Tensor:
     """The root s [R,1], approached from `s` on its left. A whole `c` is taken by products."""
-    # The error of a quadratically convergent method is about the square of its last step; sparsemax ends exactly.
+    # The error of a quadratically convergent method is about the square of its last step. Below c = 2 the curvature has
+    # no bound, and steps shrink to rounding before it is safe to stop.
     resolution = torch.finfo(z.dtype).eps
-    tolerance = resolution if c == 1 else 0.1 * resolution**0.5
+    tolerance = 4 * resolution if c < 2 else 0.1 * resolution**0.5
     above = torch.empty_like(z)
     for done in range(1, most + 1):
         torch.sub(z, s - 1, out=above).clamp_(min=0)
@@ -196,7 +209,7 @@ def _differentiate_all(alpha: float, p: Tensor, g: Tensor, out: Tensor, to_alpha
     """As `_differentiate`, all keys alike.
 
     Correia et al. 2019, Prop. 1, divides differences that vanish as alpha -> 1 by (alpha - 1)^2. Written in
-    E = (p^(1 - alpha) - 1) / (alpha - 1) and F = (E + log p) / (alpha - 1) the same derivative loses no digits:
+    E = (p^(1 - alpha) - 1) / (alpha - 1) and F = (E + log p) / (alpha - 1) one division by (alpha - 1) is left:
     dp / dalpha = p (<F> - F + (alpha - 1) (E <F> - <E> F)) / (1 + (alpha - 1) <E>), with < > the mean under p.
     """
     beyond, tiny = alpha - 1, torch.finfo(p.dtype).tiny

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from detrlib.attention.solvers import entmax
+from detrlib.attention.solvers import LEAST_ALPHA, entmax
 from detrlib.attention.tvmax import tvmax
 
 ALPHA_LOW, ALPHA_HIGH = 1.01, 2.0  # range of a learnable alpha
@@ -43,9 +43,10 @@ class Transform(nn.Module):
                 return self.weights(scores, grid)
             if self.padding_adds_one:
                 return self.weights(scores + padding.to(scores.dtype), grid)
-            # A row of nothing but -inf has no weights: leave it finite here and let the last line clear it.
-            hidden = padding & ~padding.all(-1, keepdim=True)
-            return self.weights(scores.masked_fill(hidden, float("-inf")), grid).masked_fill(padding, 0.0)
+            # A row of nothing but -inf has no weights: leave it finite here, and clear it in the end.
+            empty = padding.all(-1, keepdim=True)
+            weights = self.weights(scores.masked_fill(padding & ~empty, float("-inf")), grid)
+            return weights.masked_fill(empty, 0.0) if empty.any() else weights
 
     def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
         raise NotImplementedError
@@ -59,12 +60,12 @@ class Softmax(Transform):
 
 
 class Entmax(Transform):
-    """entmax with one fixed `alpha` in (1, 2]."""
+    """entmax with one fixed `alpha`, above 1 and at most 2."""
 
     def __init__(self, alpha: float):
         super().__init__()
-        if not 1 < alpha <= 2:
-            raise ValueError(f"alpha {alpha} must lie above 1 (softmax) and be at most 2 (sparsemax)")
+        if not LEAST_ALPHA <= alpha <= 2:
+            raise ValueError(f"alpha {alpha} must lie above 1 (softmax), by 1e-6 or more, and be at most 2 (sparsemax)")
         self.alpha = alpha
 
     def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:

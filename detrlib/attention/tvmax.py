@@ -8,11 +8,12 @@ where the edges join horizontally and vertically neighbouring valid cells of the
 Legend: M maps, one per query; h, w the key grid; N = h w cells; E edges. D [E,N] takes differences along edges.
 
 The dual problem is to find a flow u along the edges, |u_e| <= lam, that makes x = y - D^T u as short as possible; then
-prox(y) = x. Edges that share no cell can be updated at once, each exactly, so four updates (upright and level, even
-and odd) make a sweep of Gauss-Seidel; Nesterov's momentum, left out of a map when it points uphill, makes the sweeps
-fast where patches are large. Cells joined by edges with |u_e| < lam are equal in the solution: their mean, which no
-flow between them changes, is exact as soon as the patches are right, long before u has converged. The duality gap
-of these means proves it: half the squared error is at most the gap. The patches are also all that the gradient needs.
+prox(y) = x. Edges that share no cell can be updated at once, each exactly, so four updates (upright and level, even and
+odd) make a sweep of Gauss-Seidel; Nesterov's momentum makes the sweeps fast where patches are large; a map starts it
+afresh whenever it would make u worse. Cells joined by edges with |u_e| < lam are equal in the solution: their mean,
+which no flow between them changes, is exact as soon as the patches are right, long before u has converged. The duality
+gap of these means proves it: half the squared error is at most the gap. The patches are also all that the gradient
+needs.
 """
 
 import torch

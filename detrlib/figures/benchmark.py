@@ -65,6 +65,8 @@ def check_targets(results: pd.DataFrame) -> pd.DataFrame:
     if "tvmax" in results.benchmark.values:
         loops = ratio_table(results, "tvmax", "detrlib")["time / detrlib"].droplevel(["case", "transform"])
         rows.append(("tvmax: loop as published / time", ">=", 50, loops["loop, as published"]))
+        errors = results[(results.benchmark == "tvmax") & (results.quantity == "error")].set_index("source").value
+        rows.append(("tvmax: largest error of a weight", "<", 1e-5, errors["detrlib"]))
     compare = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
     met = ["not measured" if np.isnan(x) else "yes" if compare[sign](x, bound) else "no" for _, sign, bound, x in rows]
     table = pd.DataFrame(rows, columns=["target", "sign", "bound", "measured"]).assign(met=met)
