@@ -90,6 +90,7 @@ def _kernels(scores: Tensor):
 
 @functools.cache
 def has_triton() -> bool:
+    """Whether kernels can be compiled here; not every build of PyTorch brings Triton."""
     return importlib.util.find_spec("triton") is not None
 
 
