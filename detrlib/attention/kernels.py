@@ -14,6 +14,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # all arithmetic is in float32
 MOST_STEPS = tl.constexpr(60)  # never reached in practice, as in `solvers`
+EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 # A row of 16384 keys over 16 warps is 32 numbers per thread, all that fits beside temporaries in the 128 registers that
 # each of so many threads may have. Longer rows are read again for every step, block by block, from the L2 cache.
 LONGEST, BLOCK = 16384, 4096
@@ -41,7 +42,7 @@ def entmax_rows(x: Tensor, alpha: float | Tensor, dtype: torch.dtype = torch.flo
     block, rows, warps = _layout(x.shape[1], LONGEST if held else BLOCK)
     with torch.cuda.device_of(x):
         grid = (triton.cdiv(len(x), rows),)
-        kernel[grid](x, weights, alphas, stride, *x.shape, tolerance(kind), kind, rows, block, num_warps=warps)
+        kernel[grid](x, weights, alphas, stride, *x.shape, kind, rows, block, num_warps=warps)
     return weights
 
 
@@ -84,13 +85,18 @@ def describe(alpha: float | Tensor, device: torch.device) -> tuple[str, Tensor, 
     return kind, torch.full((1,), alpha, dtype=torch.float32, device=device), 0
 
 
-def tolerance(kind: str) -> float:
-    """The step after which Newton's method may stop.
+@triton.jit
+def tolerance(beyond, KIND: tl.constexpr):
+    """The step after which Newton's method may stop, given alpha - 1.
 
-    Its error is about the square of its last step; sparsemax ends exactly.
+    As in `solvers`: times c, the error is about the square of the last step, and sparsemax ends exactly. Above alpha =
+    1.5 the curvature has no bound, and steps shrink to rounding before it is safe to stop; so do those near alpha = 1,
+    because tau, unlike the threshold of `solvers`, is a number near 1.
     """
-    resolution = torch.finfo(torch.float32).eps
-    return resolution if kind == "sparsemax" else 0.1 * resolution**0.5
+    if KIND == "sparsemax":
+        return EPS
+    else:
+        return tl.where(beyond > 0.5, 4 * EPS, tl.maximum(0.1 * EPS**0.5 * beyond, 4 * EPS))
 
 
 @triton.jit
@@ -129,8 +135,9 @@ def newton_step(total, slope, beyond, KIND: tl.constexpr):
 def bend(above):
     """u - 1 - u log u: times s (g - centre) / (alpha - 1)^2 and summed, the slope of a row's output in alpha.
 
-    That is the slope of `solvers` in other words. Its terms in "p tilde", a multiple of s, vanish against the centred
-    g, and so does the 1 here, which keeps digits: for alpha near 1, where all u are near 1, the rest is tiny.
+    From p = u^c and u = (alpha - 1) x - tau follows dp / dalpha = s (u - u log u + a) / (alpha - 1)^2. Here a depends
+    on tau, but it is one number for all keys of a row, and any number will do, since s (g - centre) sums to zero. With
+    -1 most digits are kept: for alpha near 1 the u of all keys that matter are near 1, and these terms near 0.
     """
     inside = tl.where(above > 0, above, 1.0)
     return (inside - 1) - inside * tl.log(inside)
@@ -166,7 +173,7 @@ def _finite(top):
 
 @triton.jit
 def _held_kernel(
-    x_ptr, p_ptr, alpha_ptr, alpha_stride, R, K, tolerance, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, p_ptr, alpha_ptr, alpha_stride, R, K, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Entmax of ROWS rows of at most BLOCK keys, held in registers."""
     first_row = tl.program_id(0) * ROWS
@@ -182,13 +189,13 @@ def _held_kernel(
     tau = tl.full([ROWS, 1], -1.0, tl.float32)
     largest = 1.0
     steps = 0
-    while (largest > tolerance) & (steps < MOST_STEPS):
+    while (largest > 0) & (steps < MOST_STEPS):
         above = _positive(z - tau)
         lower = lower_power(above, beyond, KIND)
         total = tl.sum(lower * above, 1, keep_dims=True)
         step = newton_step(total, tl.sum(lower, 1, keep_dims=True), beyond, KIND)
         tau += step
-        largest = tl.max(step)
+        largest = tl.max(step - tolerance(beyond, KIND))
         steps += 1
     above = _positive(z - tau)
     weights = lower_power(above, beyond, KIND) * above
@@ -198,7 +205,7 @@ def _held_kernel(
 
 @triton.jit
 def _streamed_kernel(
-    x_ptr, p_ptr, alpha_ptr, alpha_stride, R, K, tolerance, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, p_ptr, alpha_ptr, alpha_stride, R, K, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Entmax of one row of any length, read again block by block for every step; ROWS is 1."""
     row = tl.program_id(0).to(tl.int64)
@@ -212,7 +219,7 @@ def _streamed_kernel(
     tau = -1.0
     largest = 1.0
     steps = 0
-    while (largest > tolerance) & (steps < MOST_STEPS):
+    while (largest > 0) & (steps < MOST_STEPS):
         total = 0.0
         slope = 0.0
         for first in range(0, K, BLOCK):
@@ -220,8 +227,9 @@ def _streamed_kernel(
             lower = lower_power(above, beyond, KIND)
             total += tl.sum(lower * above)
             slope += tl.sum(lower)
-        largest = newton_step(total, slope, beyond, KIND)
-        tau += largest
+        step = newton_step(total, slope, beyond, KIND)
+        tau += step
+        largest = step - tolerance(beyond, KIND)
         steps += 1
     total = 0.0
     for first in range(0, K, BLOCK):
