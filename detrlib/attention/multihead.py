@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from detrlib.attention.solvers import has_triton
+from detrlib.attention.solvers import KERNEL_ALPHA, has_triton
 from detrlib.attention.transforms import AlphaEntmax, Entmax, Grid, Softmax, Transform
 
 MOST_SCORES = 2**27  # kept at a time when maps are not asked for: half a GiB of float32
@@ -70,6 +70,8 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, transform: Transform) -> b
     """Whether scores, transform and mixing can be one kernel, and are long enough for it to pay."""
     entmax = isinstance(transform, Entmax | AlphaEntmax) and not transform.padding_adds_one
     if not (entmax and query.is_cuda and key.shape[2] >= FUSED_KEYS and has_triton()):
+        return False
+    if isinstance(transform, Entmax) and transform.alpha < KERNEL_ALPHA:
         return False
     return _flash().attention_supported(query, key, value)
 

@@ -25,6 +25,7 @@ MOST_STEPS = 60  # never reached in practice: convergence is quadratic, and fini
 COARSE_STEPS = 2  # with a whole power, before keys are left out
 MOST_PRODUCTS = 16  # a larger power is taken through logarithms, and few keys could be left out anyway
 LEAST_ALPHA = 1 + 1e-6  # nearer to 1, float32 cannot tell it from 1
+KERNEL_ALPHA = 1.01  # below it, the kernels' errors of about 1e-7 / (alpha - 1) would show
 LOG2_E = math.log2(math.e)
 
 
@@ -50,7 +51,7 @@ class _Entmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores: Tensor, alpha: float | Tensor) -> Tensor:
         learned = isinstance(alpha, Tensor)
-        kernels = _kernels(scores)
+        kernels = _kernels(scores, alpha)
         if kernels is not None:
             rows = scores.reshape(-1, scores.shape[-1])
             weights = kernels.entmax_rows(rows, alpha.reshape(-1) if learned else alpha).view(scores.shape)
@@ -66,7 +67,7 @@ class _Entmax(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         weights, alpha = ctx.saved_tensors
         need_alpha = ctx.needs_input_grad[1]
-        kernels = _kernels(weights)
+        kernels = _kernels(weights, ctx.alpha if alpha is None else alpha)
         if kernels is not None:
             p, g = (x.reshape(-1, x.shape[-1]) for x in (weights, gradient))
             alphas = ctx.alpha if alpha is None else alpha.reshape(-1)
@@ -79,9 +80,9 @@ class _Entmax(torch.autograd.Function):
         return outputs[0], outputs[1] if need_alpha else None
 
 
-def _kernels(scores: Tensor):
-    """The Triton kernels where they take such scores, else None."""
-    if not (scores.is_cuda and has_triton()):
+def _kernels(scores: Tensor, alpha: float | Tensor):
+    """The Triton kernels where they take such scores and a fixed alpha, else None."""
+    if not (scores.is_cuda and has_triton()) or (not isinstance(alpha, Tensor) and alpha < KERNEL_ALPHA):
         return None
     from detrlib.attention import kernels
 
