@@ -24,8 +24,9 @@ from detrlib import runs, train
 from detrlib.attention import AlphaEntmax, build_transform
 from detrlib.attention.transforms import ALPHA_HIGH, ALPHA_LOW
 from detrlib.baselines import Candidate, bisection, others, package_version, prox, tvmax_by_map
-from detrlib.config import Attention, Backbone, Loss, Model, Train
+from detrlib.config import Loss, Train
 from detrlib.criterion import Criterion
+from detrlib.model_settings import Attention, Backbone, Model
 from detrlib.models import build_model
 from detrlib.models.outputs import Site
 
