@@ -280,7 +280,7 @@ def _training_step(
     targets = [{"labels": torch.arange(8, device=device), "boxes": per_image} for per_image in boxes]
     padding = torch.zeros(batch, image_size, image_size, dtype=torch.bool, device=device)
     with torch.no_grad():  # the features of a network without pretraining are huge: attention would see one key only
-        images /= model.backbone(images, padding).features.std()
+        images /= model.backbone(images, padding)[-1].features.std()
     criterion = Criterion(Loss())
     optimizer = torch.optim.AdamW(train.parameter_groups(model, cfg), weight_decay=cfg.weight_decay)
 
