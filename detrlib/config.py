@@ -201,6 +201,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     if path in seen:
         raise ConfigError(f"{path}: 'base' refers back to itself through {', '.join(p.name for p in seen)}")
     values = {key: value for key, value in read_yaml(path).items() if value is not None}  # a section left empty
+    if "runs" in values:
+        raise ConfigError(f"{path}: a sweep of several runs, no settings of one; use python -m detrlib.sweep {path}")
     base = values.pop("base", None)
     for key in _dotted(values):
         _check_known(key, str(path))

@@ -53,6 +53,14 @@ class Attention(Section):
     padding: Literal["hidden", "add_one"] = "hidden"
 
     @model_validator(mode="after")
+    def _alpha_starts_inside_its_range(self):
+        if not isinstance(self.alpha_init, str) and not 1.01 < self.alpha_init < 2.0:
+            raise ValueError(
+                f"model.attention.alpha_init {self.alpha_init} must lie between 1.01 and 2, or be 'normal' or 'cloned'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tvmax_has_a_grid(self):
         if self.decoder_self == "tvmax":
             raise ValueError(
@@ -143,6 +151,11 @@ class Model(Section):
             )
         if self.hidden_dim % 4:
             raise ValueError(f"model.hidden_dim {self.hidden_dim} must be a multiple of 4 (sine of x and y)")
+        if not self.encoder_layers and self.attention.encoder_self != "softmax":
+            raise ValueError(
+                f"model.attention.encoder_self {self.attention.encoder_self}: model.encoder_layers is 0, there is no "
+                "encoder to use it; set model.encoder_layers to 1 or more"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,10 +1,12 @@
 """Settings: what wins over what, what is refused, and what the message says."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
+from detrlib.attention import TRANSFORMS
 from detrlib.config import (
     PROJECT,
     Config,
@@ -15,6 +17,7 @@ from detrlib.config import (
     replace,
     save_config,
 )
+from detrlib.model_settings import TransformName
 
 
 @pytest.fixture
@@ -260,3 +263,25 @@ def test_every_known_setting_can_be_overridden_with_its_own_value():
             value = getattr(value, part)
         if not hasattr(value, "model_dump"):
             assert load_config(overrides={name: value}) == cfg, name
+
+
+def test_a_sweep_is_no_config():
+    with pytest.raises(ConfigError, match=r"detrlib\.sweep"):
+        load_config("papermill_runs/configs/quickstart.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"model.encoder_layers": 0, "model.attention.encoder_self": "sparsemax"}, "model.encoder_layers"),
+        ({"model.attention.alpha_init": 3}, "model.attention.alpha_init"),
+        ({"model.attention.alpha_init": 1.005}, "cloned"),
+    ],
+)
+def test_attention_that_cannot_be_is_refused(overrides, named):
+    with pytest.raises(ConfigError, match=named):
+        load_config(None, overrides)
+
+
+def test_configs_know_every_transform():
+    assert set(get_args(TransformName)) == set(TRANSFORMS)
