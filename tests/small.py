@@ -56,3 +56,17 @@ def trainable(module: nn.Module) -> int:
 
 def frozen(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if not p.requires_grad)
+
+
+def assert_alone_as_in_batch(model: nn.Module) -> None:
+    """Every layer's predictions of an image alone are those of the same image in a padded batch."""
+    sizes, canvas = [(70, 101), (128, 64), (97, 160)], (128, 160)
+    images, padding = padded_batch(*sizes, canvas=canvas)
+    with torch.no_grad():
+        together = model(images, padding)
+        for i, (height, width) in enumerate(sizes):
+            alone = model(images[i : i + 1, :, :height, :width], padding[i : i + 1, :height, :width])
+            for one, all_of_them in zip((*alone.auxiliary, alone), (*together.auxiliary, together), strict=True):
+                torch.testing.assert_close(one.logits[0], all_of_them.logits[i], rtol=0, atol=1e-4)
+                torch.testing.assert_close(one.boxes[0], all_of_them.boxes[i], rtol=0, atol=1e-4)
+    assert (together.logits[0] - together.logits[1]).abs().max() > 1e-2  # images matter

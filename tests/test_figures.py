@@ -1,9 +1,9 @@
 """Figures: every function draws small inputs without a warning and shows what it promises."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import leaves_nothing_behind, texts  # noqa: F401
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -14,21 +14,6 @@ from detrlib.runs import Example
 pytestmark = pytest.mark.filterwarnings("error")
 
 RUNS = ["seed1_softmax", "seed1_entmax15"]
-
-
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """No figure stays in pyplot's register, and no setting outlives the call that made it."""
-    before = dict(plt.rcParams)
-    yield
-    assert plt.get_fignums() == []
-    assert dict(plt.rcParams) == before
-
-
-def texts(drawn: Figure) -> list[str]:
-    """Every text of a figure once it is drawn, titles, labels and legends included."""
-    drawn.canvas.draw()
-    return [text.get_text() for text in drawn.findobj(lambda item: hasattr(item, "get_text")) if text.get_text()]
 
 
 def titles(drawn: Figure) -> list[str]:

@@ -1,10 +1,9 @@
 """Figures of deformable attention: every function draws small inputs without a warning and shows what it promises."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from drawn import leaves_nothing_behind, texts  # noqa: F401
 from matplotlib.colors import to_hex
-from matplotlib.text import Text
 
 from detrlib.figures import deformable, style
 
@@ -13,19 +12,6 @@ pytestmark = pytest.mark.filterwarnings("error")
 IMAGE = np.full((40, 60, 3), 120, np.uint8)
 EXTENTS = [np.array([5.0, 7.5]), np.array([2.5, 3.75])]  # the last cells reach beyond the image
 SHAPES = [(5, 8), (3, 4)]
-
-
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    before = dict(plt.rcParams)
-    yield
-    assert plt.get_fignums() == []
-    assert dict(plt.rcParams) == before
-
-
-def texts(drawn):
-    drawn.canvas.draw()
-    return [text.get_text() for text in drawn.findobj(Text) if text.get_text()]
 
 
 def test_growth_is_logarithmic_and_names_its_lines():

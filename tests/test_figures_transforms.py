@@ -1,27 +1,13 @@
 """Figures of the transforms: every function draws small inputs without a warning and shows what it promises."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from drawn import leaves_nothing_behind, texts  # noqa: F401
 from matplotlib.colors import to_hex
-from matplotlib.text import Text
 
 from detrlib.figures import style, transforms
 
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    before = dict(plt.rcParams)
-    yield
-    assert plt.get_fignums() == []
-    assert dict(plt.rcParams) == before
-
-
-def texts(drawn):
-    drawn.canvas.draw()
-    return [text.get_text() for text in drawn.findobj(Text) if text.get_text()]
 
 
 def test_the_plane_keeps_lengths_and_angles_of_scores_without_their_mean():

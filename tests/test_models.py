@@ -8,7 +8,7 @@ import urllib.error
 import pytest
 import torch
 import torchvision
-from small import frozen, padded_batch, small, trainable
+from small import assert_alone_as_in_batch, frozen, padded_batch, small, trainable
 
 from detrlib.attention import TRANSFORMS
 from detrlib.config import ConfigError, Model
@@ -32,19 +32,6 @@ BACKBONES = {
     "resnet18": ({"name": "resnet18"}, 32),
     "resnet50-dilated": ({"name": "resnet50", "dilation": True}, 16),
 }
-
-
-def assert_alone_as_in_batch(model: torch.nn.Module) -> None:
-    sizes, canvas = [(70, 101), (128, 64), (97, 160)], (128, 160)
-    images, padding = padded_batch(*sizes, canvas=canvas)
-    with torch.no_grad():
-        together = model(images, padding)
-        for i, (height, width) in enumerate(sizes):
-            alone = model(images[i : i + 1, :, :height, :width], padding[i : i + 1, :height, :width])
-            for one, all_of_them in zip((*alone.auxiliary, alone), (*together.auxiliary, together), strict=True):
-                torch.testing.assert_close(one.logits[0], all_of_them.logits[i], rtol=0, atol=1e-4)
-                torch.testing.assert_close(one.boxes[0], all_of_them.boxes[i], rtol=0, atol=1e-4)
-    assert (together.logits[0] - together.logits[1]).abs().max() > 1e-2  # images matter
 
 
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
