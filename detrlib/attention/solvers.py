@@ -65,18 +65,18 @@ class _Entmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        weights, alpha = ctx.saved_tensors
-        need_alpha = ctx.needs_input_grad[1]
-        kernels = _kernels(weights, ctx.alpha if alpha is None else alpha)
+        weights, learned = ctx.saved_tensors
+        alpha, need_alpha = ctx.alpha if learned is None else learned, ctx.needs_input_grad[1]
+        kernels = _kernels(weights, alpha)
         if kernels is not None:
             p, g = (x.reshape(-1, x.shape[-1]) for x in (weights, gradient))
-            alphas = ctx.alpha if alpha is None else alpha.reshape(-1)
+            alphas = alpha if learned is None else alpha.reshape(-1)
             to_scores, to_alpha = kernels.entmax_rows_backward(p, g, alphas, need_alpha)
             return to_scores.view(weights.shape), to_alpha.view(alpha.shape) if need_alpha else None
         outputs = [torch.empty_like(weights)]
         if need_alpha:
             outputs.append(torch.empty_like(alpha, memory_format=torch.contiguous_format))
-        _in_blocks(_differentiate, ctx.alpha if alpha is None else alpha, [weights, gradient], outputs)
+        _in_blocks(_differentiate, alpha, [weights, gradient], outputs)
         return outputs[0], outputs[1] if need_alpha else None
 
 

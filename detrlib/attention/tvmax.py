@@ -43,13 +43,8 @@ def tv_prox(scores: Tensor, lam: float, valid: Tensor | None = None) -> Tensor:
     return solve(scores, lam, valid)[0]
 
 
-def duality_gap(scores: Tensor, lam: float, valid: Tensor | None = None) -> Tensor:
-    """What `tv_prox` reaches, [...]: an upper bound on half the squared error of each map."""
-    return solve(scores, lam, valid)[1]
-
-
 def solve(scores: Tensor, lam: float, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The proximal step [..., h, w] and its duality gap [...]."""
+    """The proximal step [..., h, w] and the duality gap reached [...], an upper bound on half its squared error."""
     if not lam >= 0:
         raise ValueError(f"lam {lam} must not be negative")
     hidden = scores.isneginf() if valid is None else scores.isneginf() | ~valid
