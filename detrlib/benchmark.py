@@ -24,9 +24,8 @@ from detrlib import runs, train
 from detrlib.attention import AlphaEntmax, build_transform
 from detrlib.attention.transforms import ALPHA_HIGH, ALPHA_LOW
 from detrlib.baselines import Candidate, bisection, others, package_version, prox, tvmax_by_map
-from detrlib.config import Loss, Train
+from detrlib.config import Config, load_config
 from detrlib.criterion import Criterion
-from detrlib.model_settings import Attention, Backbone, Model
 from detrlib.models import build_model
 from detrlib.models.outputs import Site
 
@@ -252,13 +251,16 @@ def measure_steps(names: list[str], backbone: str, image_size: int, batch: int, 
     """Seconds of a training step of DETR, from images to updated weights, with each transform in the decoder's
     cross-attention alone and at all three sites, beside softmax everywhere. Images and boxes are random.
     """
-    places, steps = {"decoder_cross": SITES[-1:], "all sites": SITES}, {}
+    places, steps, size = {"decoder_cross": SITES[-1:], "all sites": SITES}, {}, (image_size, image_size)
+    # The stem stays frozen, as if there were weights to keep.
+    plain = {"model.backbone": {"name": backbone, "weights": "none", "freeze_stem": True}, "model.num_classes": 91}
     for case, sites in places.items():
         for name in names:
             # tvmax needs keys on a grid, and those of decoder_self are none.
             where = {site: name for site in sites if (site, name) != ("decoder_self", "tvmax")}
-            steps[case, name] = _training_step(backbone, where, image_size, batch, settings.device)
-    softmax = _training_step(backbone, {}, image_size, batch, settings.device)
+            cfg = load_config(None, plain | {"model.attention": where})
+            steps[case, name] = training_step(cfg, size, batch, settings.device)
+    softmax = training_step(load_config(None, plain), size, batch, settings.device)
     times = compare({"softmax": softmax} | steps, settings.repeats, settings.limit, settings.device)
     rows = []
     for case in places:
@@ -268,26 +270,26 @@ def measure_steps(names: list[str], backbone: str, image_size: int, batch: int, 
     return pd.DataFrame(rows)
 
 
-def _training_step(
-    backbone: str, attention: dict[str, str], image_size: int, batch: int, device: str
-) -> Callable[[], None]:
-    cfg, body = Train(), Backbone(name=backbone, weights="none", freeze_stem=True)  # as if there were weights to keep
+def training_step(cfg: Config, size: tuple[int, int], batch: int = 1, device: str = "cpu") -> Callable[[], None]:
+    """A step of training `cfg.model` with weights drawn at random, from `batch` random images of `size` (height, width)
+    with eight boxes each to updated weights; call it to take the step.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build_model(Model(num_classes=91, backbone=body, attention=Attention(**attention))).to(device).train()
-    images = _random((batch, 3, image_size, image_size), 1.0, device)
+        model = build_model(cfg.model).to(device).train()
+    images = _random((batch, 3, *size), 1.0, device)
     boxes = 0.5 + 0.05 * _random((batch, 8, 4), 1.0, device).clamp(-4, 4)
     targets = [{"labels": torch.arange(8, device=device), "boxes": per_image} for per_image in boxes]
-    padding = torch.zeros(batch, image_size, image_size, dtype=torch.bool, device=device)
+    padding = torch.zeros(batch, *size, dtype=torch.bool, device=device)
     with torch.no_grad():  # the features of a network without pretraining are huge: attention would see one key only
         images /= model.backbone(images, padding)[-1].features.std()
-    criterion = Criterion(Loss())
-    optimizer = torch.optim.AdamW(train.parameter_groups(model, cfg), weight_decay=cfg.weight_decay)
+    criterion = Criterion(cfg.loss)
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
 
     def step() -> None:
         loss, _ = criterion(model(images, padding), targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
 

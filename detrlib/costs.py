@@ -3,19 +3,21 @@
     cost_table({"mine": model}, (800, 1066))          one row per model and component
     published_costs()                                 our count beside the numbers of the papers
 
-One multiply-add is one FLOP, as in the tables of DETR and its successors: convolutions, linear layers and the two
-products of attention are counted, other transforms than softmax as if they were softmax. Normalisation, activations,
-sums, and the interpolation inside deformable attention are not counted: fvcore has the norms and a quarter of the
-interpolation besides, in all less than 0.5 %. Nothing is computed: sizes alone run through the model.
+One multiply-add is one FLOP, as in the tables of DETR and its successors: convolutions, linear layers, the two products
+of attention and the interpolation inside deformable attention are counted, other transforms than softmax as if they
+were softmax. Normalisation, activations and sums are not. Nothing is computed: sizes alone run through the model.
 
-Published numbers are means over the first 100 validation images of COCO, or those of one image of 850 x 1040 that
-stands in for them (`PUBLISHED_SIZE`, from the code of Sparse DETR). The tool of DETR's authors also counts elementwise
-operations, of which six for every score of a softmax (5 for it, 1 for its dropout) matter in DETR-DC5, which has 3510
-keys: `per_score=PUBLISHED_PER_SCORE` does so. DETR and Deformable DETR then come out within 1.4 % of what is published.
-Sparse DETR comes out 3 to 4 % above; the published rows do not fit together in this: by their slope of 7.55 G for 10 %
-of the tokens, keeping all would cost 173.4 G, less than the dense model's 177.3 G, though scoring alone costs 3.2 G.
-With Swin-T, dense models come out 1.3 % below and sparse ones 2.5 to 2.8 % above, for the same reason: there the slope
-leads to 181.6 G, and the dense model has 184.8 G.
+Published numbers can be derived term by term, since the tools behind them are public (`PUBLISHED` names tool and size):
+
+- DETR's tool also counts elementwise operations, of which those of a softmax matter (`DETR_TOOL`), over the first 100
+  validation images of COCO. One image of 850 x 1040 stands in for their mean in Sparse DETR's code; it gives 86 and
+  187 G within 1.4 %.
+- Sparse DETR's tool is fvcore, which counts 5 for every element of a norm (`FVCORE`) and nothing for a softmax. With
+  850 x 1040 it gives the four dense deformable models to 0.05 %. The code of that paper also runs the box heads of the
+  decoder twice when boxes are refined, 0.24 G that we do not spend (`again`).
+- The sparse models and DETR with Swin-T were counted on another image. By their slope, 7.55 G for 10 % of the tokens,
+  it has 4 % fewer tokens: 800 x 1066, the commonest shape of COCO, gives all eleven to 0.05 %. (On 850 x 1040 they
+  would cost 3 to 4 % more.) The tool prints the mean over 100 images but returns the count of the last one.
 """
 
 import copy
@@ -24,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -40,10 +42,13 @@ from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
 from detrlib.attention.transforms import Softmax, Transform
 from detrlib.config import Config, replace
 from detrlib.models import build_model
+from detrlib.models.deformable import DeformableDETR
 
 PUBLISHED_SIZE = (850, 1040)
-PUBLISHED_PER_SCORE = 6
-SOFTMAX = (torch.ops.aten._softmax, torch.ops.aten._safe_softmax)
+ATEN = torch.ops.aten
+# What the tools behind published tables count for every element of an operation's result.
+DETR_TOOL = {ATEN._softmax: 6, ATEN._safe_softmax: 6}  # 5, and 1 for the dropout after it
+FVCORE = {ATEN.native_layer_norm: 5, ATEN.native_group_norm: 5}
 REST = "rest"  # what is in no component: queries, level embeddings
 
 # Where a module belongs, by the beginning of its path, first match first: heads also work inside the decoder.
@@ -79,12 +84,15 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: tuple(count) for name, count in counts.items()}
 
 
-def count_flops(model: nn.Module, size: tuple[int, int] = PUBLISHED_SIZE, per_score: int = 0) -> dict[str, int]:
+def count_flops(
+    model: nn.Module, size: tuple[int, int] = PUBLISHED_SIZE, elementwise: Mapping[Any, int] | None = None
+) -> dict[str, int]:
     """Multiply-adds of every component for one image of `size` (height, width) without padding.
 
-    per_score: operations that are counted for every score of a softmax. Tokens that a sparse encoder leaves out are not
-    counted. Of torchvision's Faster R-CNN everything is counted that does not depend on what is in the image, with as
-    many proposals as it lets through at most.
+    elementwise: operations to count for every element of a result, besides multiply-adds: `DETR_TOOL`, `FVCORE` or
+    other operators of torch.ops.aten. Tokens that a sparse encoder leaves out are not counted. Of torchvision's Faster
+    R-CNN everything is counted that does not depend on what is in the image, with as many proposals as it lets through
+    at most.
     """
     fake = FakeTensorMode()
     twin = _without_weights(model, fake)
@@ -98,7 +106,7 @@ def count_flops(model: nn.Module, size: tuple[int, int] = PUBLISHED_SIZE, per_sc
         torch.no_grad(),
         sdpa_kernel(SDPBackend.MATH),
         ModuleTracker() as tracker,
-        _Counting(fake, tracker, per_score) as counting,
+        _Counting(fake, tracker, elementwise or {}) as counting,
     ):
         twin(images, padding)
     return {name: counting.counts[name] for name in ORDER}
@@ -137,9 +145,9 @@ class _Counting(TorchDispatchMode):
     What is computed from the padding alone, such as how many tokens are kept, has real values.
     """
 
-    def __init__(self, fake: FakeTensorMode, tracker: ModuleTracker, per_score: int):
+    def __init__(self, fake: FakeTensorMode, tracker: ModuleTracker, elementwise: Mapping[Any, int]):
         super().__init__()
-        self.fake, self.tracker, self.per_score = fake, tracker, per_score
+        self.fake, self.tracker, self.elementwise = fake, tracker, elementwise
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -148,12 +156,17 @@ class _Counting(TorchDispatchMode):
         if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
             args, kwargs = tree_map_only(Tensor, self._without_content, (args, kwargs))
         result = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            # Torch counts multiplications and additions apart.
-            self.counts[self._component()] += formula(*args, **kwargs, out_val=result) // 2
-        elif func._overloadpacket in SOFTMAX:
-            self.counts[self._component()] += self.per_score * result.numel()
+        operator = func._overloadpacket
+        count = 0
+        if operator in self.elementwise:
+            count = self.elementwise[operator] * tree_leaves(result)[0].numel()
+        elif operator in flop_registry:
+            count = flop_registry[operator](*args, **kwargs, out_val=result) // 2  # torch counts both operations
+        elif operator in (ATEN._embedding_bag, ATEN._embedding_bag_forward_only):
+            table, indices = args[:2]  # deformable attention adds up weighted rows of values
+            count = indices.numel() * table.shape[1]
+        if count:
+            self.counts[self._component()] += count
         return result
 
     def _without_content(self, tensor: Tensor) -> Tensor:
@@ -286,48 +299,80 @@ _DEFORMABLE = _R50 | {
 _TWO_STAGE = _DEFORMABLE | {"model.deformable.refine": True, "model.deformable.two_stage": True}
 _EFFICIENT = _TWO_STAGE | {"model.deformable.query_init": "memory", "model.deformable.class_specific_proposals": True}
 
-# Settings, and millions of parameters and GFLOPs as published: Carion et al. 2020, Tab. 1; Roh et al. 2022, Tab. 1.
-# Heads that serve a loss of the encoder alone are in neither number, so they are left out here.
+
+class Published(NamedTuple):
+    """A row of a published table, and how its GFLOPs came about."""
+
+    settings: dict | None  # None: torchvision's Faster R-CNN
+    parameters: float  # millions
+    gflops: float
+    tool: Mapping[Any, int]
+    size: tuple[int, int] = PUBLISHED_SIZE
+
+
+_FOUR_THIRDS = (800, 1066)
+# Carion et al. 2020, Tab. 1; Roh et al. 2022, Tab. 1. Heads that serve a loss of the encoder alone are not counted.
 PUBLISHED = {
-    "Faster R-CNN R50-FPN": (None, 42.0, 180.0),
-    "DETR R50": (_R50, 41.0, 86.0),
-    "DETR-DC5 R50": (_R50 | {"model.backbone.dilation": True}, 41.0, 187.0),
-    "Deformable DETR R50": (_DEFORMABLE, 39.8, 172.9),
-    "Deformable DETR R50, refine, two-stage": (_TWO_STAGE, 40.8, 177.3),
+    "Faster R-CNN R50-FPN": Published(None, 42.0, 180.0, DETR_TOOL),
+    "DETR R50": Published(_R50, 41.0, 86.0, DETR_TOOL),
+    "DETR-DC5 R50": Published(_R50 | {"model.backbone.dilation": True}, 41.0, 187.0, DETR_TOOL),
+    "Deformable DETR R50": Published(_DEFORMABLE, 39.8, 172.9, FVCORE),
+    "Deformable DETR R50, refine, two-stage": Published(_TWO_STAGE, 40.8, 177.3, FVCORE),
 } | {
-    f"Sparse DETR R50, rho {rho}": (_EFFICIENT | {"model.deformable.rho": rho}, 40.9, gflops)
+    f"Sparse DETR R50, rho {rho}": Published(
+        _EFFICIENT | {"model.deformable.rho": rho}, 40.9, gflops, FVCORE, _FOUR_THIRDS
+    )
     for rho, gflops in {0.1: 105.4, 0.2: 112.9, 0.3: 120.5, 0.4: 128.0, 0.5: 135.6}.items()
 }
 PUBLISHED |= {
-    "Deformable DETR Swin-T": (_DEFORMABLE | _SWIN, 40.3, 180.4),
-    "Deformable DETR Swin-T, refine, two-stage": (_TWO_STAGE | _SWIN, 41.3, 184.8),
+    "DETR Swin-T": Published(_R50 | _SWIN, 45.0, 91.6, FVCORE, _FOUR_THIRDS),
+    "Deformable DETR Swin-T": Published(_DEFORMABLE | _SWIN, 40.3, 180.4, FVCORE),
+    "Deformable DETR Swin-T, refine, two-stage": Published(_TWO_STAGE | _SWIN, 41.3, 184.8, FVCORE),
 } | {
-    f"Sparse DETR Swin-T, rho {rho}": (_EFFICIENT | _SWIN | {"model.deformable.rho": rho}, 41.4, gflops)
+    f"Sparse DETR Swin-T, rho {rho}": Published(
+        _EFFICIENT | _SWIN | {"model.deformable.rho": rho}, 41.4, gflops, FVCORE, _FOUR_THIRDS
+    )
     for rho, gflops in {0.1: 113.4, 0.2: 121.0, 0.3: 128.5, 0.4: 136.1, 0.5: 143.7}.items()
 }
 
 
 def published_model(name: str) -> nn.Module:
     """A model of `PUBLISHED` with sizes only, no weights (on "meta")."""
-    settings = PUBLISHED[name][0]
+    settings = PUBLISHED[name].settings
     with torch.device("meta"):
         if settings is None:
             return fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
         return build_model(replace(Config(), settings).model)
 
 
-def published_costs(size: tuple[int, int] = PUBLISHED_SIZE) -> pd.DataFrame:
-    """Our count beside published numbers, one row per model; `difference` of GFLOPs is in percent of the published."""
+def published_costs() -> pd.DataFrame:
+    """Our count beside published numbers, one row per model.
+
+    gflops: what our model spends on an image of `height` x `width`. as_published: the same, counted as the tool behind
+    the published number does, with what the published code computes twice; `difference` from `published_gflops` is in
+    percent.
+    """
     rows = {}
-    for name, (_, parameters, gflops) in PUBLISHED.items():
+    for name, (_, parameters, gflops, tool, size) in PUBLISHED.items():
         model = published_model(name)
-        ours = sum(count_flops(model, size, PUBLISHED_PER_SCORE).values()) / 1e9
-        trained = sum(count for count, _ in count_parameters(model).values()) / 1e6
+        as_published = (sum(count_flops(model, size, tool).values()) + _again(model)) / 1e9
         rows[name] = {
-            "parameters": trained,
+            "parameters": sum(count for count, _ in count_parameters(model).values()) / 1e6,
             "published_parameters": parameters,
-            "gflops": ours,
+            "height": size[0],
+            "width": size[1],
+            "gflops": sum(count_flops(model, size).values()) / 1e9,
+            "as_published": as_published,
             "published_gflops": gflops,
-            "difference": 100 * (ours / gflops - 1),
+            "difference": 100 * (as_published / gflops - 1),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+
+
+def _again(model: nn.Module) -> int:
+    """Multiply-adds of the decoder's box heads, which the code of Sparse DETR runs a second time when it refines."""
+    decoder = model.transformer.decoder if isinstance(model, DeformableDETR) else None
+    if decoder is None or not decoder.refine:
+        return 0
+    weights = [weight for weight in model.bbox_embed[: len(decoder.layers)].parameters() if weight.dim() == 2]
+    return model.num_queries * sum(weight.numel() for weight in weights)
