@@ -283,18 +283,22 @@ def metrics_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["run", "global_step", "epoch", "metric", "value"])
 
 
-def alpha_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
+def alpha_frame(run_dirs: Iterable[Path], quantity: str = "alpha") -> pd.DataFrame:
     """Learnable alphas over training: columns run, epoch, site, layer, head, value; empty if there are none.
 
-    One value per epoch, that at its end; epoch 0 is the first one logged.
+    One value per epoch, that at its end; epoch 0 is the first one logged. quantity: "alpha", or "pre_alpha_gradient"
+    for the gradient of the parameter behind it, which is logged with training steps: the mean over those of an epoch.
     """
     frame = metrics_frame(run_dirs)
-    alpha = frame[frame.metric.str.startswith("alpha/")]
-    parts = alpha.metric.str.extract(r"alpha/(?P<site>\w+)\.layer_(?P<layer>\d+)-head_(?P<head>\d+)")
+    alpha = frame[frame.metric.str.startswith(f"{quantity}/")]
+    parts = alpha.metric.str.extract(rf"{quantity}/(?P<site>\w+)\.layer_(?P<layer>\d+)-head_(?P<head>\d+)")
     parts = parts.astype({"layer": int, "head": int})
     tidy = pd.concat([alpha[["run", "epoch", "value"]], parts], axis=1)
+    place = ["run", "epoch", "site", "layer", "head"]
+    if quantity != "alpha":
+        return tidy.groupby(place, sort=False, as_index=False)["value"].mean()
     # A record of an epoch comes before those of the steps after it, which carry the same number.
-    return tidy.drop_duplicates(["run", "epoch", "site", "layer", "head"]).reset_index(drop=True)
+    return tidy.drop_duplicates(place).reset_index(drop=True)
 
 
 def attention_frame(run_dirs: Iterable[Path], site: str) -> pd.DataFrame:

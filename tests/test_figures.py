@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from detrlib.figures import attention, dataset, results, style
+from detrlib.figures import attention, dataset, results, style, tables
 from detrlib.runs import Example
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -79,7 +79,7 @@ def test_training_curves_have_a_panel_per_metric_and_a_line_per_run():
     drawn = results.training_curves(history(), ["AP", "loss"], {"AP": "average precision"})
     assert titles(drawn) == ["average precision", "loss"]
     for axes in drawn.axes:
-        assert [line.get_color() for line in axes.get_lines()] == [style.COLOURS["entmax15"], style.COLOURS["softmax"]]
+        assert [line.get_color() for line in axes.get_lines()] == [style.COLOURS["softmax"], style.COLOURS["entmax15"]]
         assert np.allclose(axes.get_lines()[0].get_ydata(), [0, 0.1, 0.2, 0.3])
     assert set(RUNS) <= set(texts(drawn))
     with pytest.raises(ValueError, match=r"no values of \['AR'\]"):
@@ -107,15 +107,31 @@ def test_bars_carry_their_values():
 
 
 def test_per_layer_counts_layers_from_one_and_bands_repeats():
-    rows = [(run, layer, layer + spread) for run in RUNS for layer in range(3) for spread in (-0.1, 0.1)]
-    drawn = results.per_layer(pd.DataFrame(rows, columns=["run", "layer", "value"]), "Gini")
-    (axes,) = drawn.axes
+    rows = [("gini", run, layer, layer + spread) for run in RUNS for layer in range(3) for spread in (-0.1, 0.1)]
+    frame = pd.DataFrame(rows, columns=["metric", "run", "layer", "value"])
+    (axes,) = results.per_layer(frame, {"gini": "Gini"}).axes
     line = axes.get_lines()[0]
     assert list(line.get_xdata()) == [1, 2, 3] and np.allclose(line.get_ydata(), [0, 1, 2])
-    assert axes.get_ylabel() == "Gini" and line.get_color() == style.COLOURS["softmax"]
+    assert axes.get_title(loc="left") == "Gini" and line.get_color() == style.COLOURS["softmax"]
     band = axes.collections[0].get_paths()[0].vertices
     assert band[:, 1].max() == pytest.approx(2 + np.std([-0.1, 0.1], ddof=1))
-    assert set(RUNS) <= set(texts(drawn))
+    assert set(RUNS) <= set(texts(axes.figure))
+
+
+def test_per_layer_sets_a_second_state_apart():
+    states = pd.concat(
+        pd.DataFrame({"metric": name, "run": RUNS[0], "layer": [0, 1], "value": [shift, 1 + shift], "state": state})
+        for name in ("gini", "paibb")
+        for state, shift in (("trained", 0.0), ("untrained", 0.5))
+    )
+    drawn = results.per_layer(states, {"gini": "Gini", "paibb": "PAIBB"})
+    assert titles(drawn) == ["Gini", "PAIBB"]
+    for axes in drawn.axes:
+        solid, dashed = axes.get_lines()
+        assert solid.get_linestyle() == "-" and list(solid.get_ydata()) == [0, 1]
+        assert dashed.get_linestyle() == "--" and list(dashed.get_ydata()) == [0.5, 1.5]
+        assert not axes.collections, "a single value has no band"
+    assert "solid: trained, dashed: untrained" in texts(drawn)
 
 
 def test_alpha_heatmap_writes_every_value():
@@ -133,7 +149,7 @@ def test_alpha_over_training_has_a_row_per_run_and_a_column_per_layer():
         for layer in range(2)
         for head in range(4)
     ]
-    drawn = results.alpha_over_training(pd.DataFrame(rows, columns=["run", "epoch", "layer", "head", "value"]))
+    drawn = results.heads_over_training(pd.DataFrame(rows, columns=["run", "epoch", "layer", "head", "value"]))
     assert len(drawn.axes) == 4 and all(len(axes.get_lines()) == 4 for axes in drawn.axes)
     assert {"layer 1", "layer 2", "head 1", "head 4", "epoch"} <= set(texts(drawn))
     assert [axes.get_ylabel() for axes in drawn.axes] == [f"{RUNS[0]}\nalpha", "", f"{RUNS[1]}\nalpha", ""]
@@ -148,7 +164,7 @@ ARGUMENTS = {"formats": {"AP": ".2f", "loss": ".1f"}, "lower_is_better": ["loss"
 
 
 def test_markdown_table_bolds_the_best():
-    assert results.markdown_table(table(), **ARGUMENTS).splitlines() == [
+    assert tables.markdown_table(table(), **ARGUMENTS).splitlines() == [
         "| run | AP | loss | epochs | kind |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| soft_max | **0.41** | 1.5 | 5 | x |",
@@ -158,7 +174,7 @@ def test_markdown_table_bolds_the_best():
 
 
 def test_latex_table_bolds_the_best_and_escapes_names():
-    lines = results.latex_table(table(), caption=r"\emph{AP}", label="tab:ap", **ARGUMENTS).splitlines()
+    lines = tables.latex_table(table(), caption=r"\emph{AP}", label="tab:ap", **ARGUMENTS).splitlines()
     assert r"\caption{\emph{AP}}" in lines and r"\label{tab:ap}" in lines and r"\begin{tabular}{lrrrr}" in lines
     start = lines.index(r"\midrule")
     assert lines[start + 1 : start + 4] == [
@@ -170,10 +186,10 @@ def test_latex_table_bolds_the_best_and_escapes_names():
 
 def test_tables_without_a_winner_have_no_bold_and_unknown_columns_are_refused():
     tie = pd.DataFrame({"AP": [0.5, 0.5]}, index=RUNS)
-    assert "**" not in results.markdown_table(tie, {})
+    assert "**" not in tables.markdown_table(tie, {})
     for wrong in ({"formats": {"ap": ".1f"}}, {"formats": {}, "lower_is_better": ["ap"]}):
         with pytest.raises(ValueError, match=r"no columns \['ap'\]"):
-            results.markdown_table(tie, **wrong)
+            tables.markdown_table(tie, **wrong)
 
 
 # --- attention -------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""Figures and tables of results. Every function takes a pandas table and returns a Figure, or text for tables.
+"""Figures of results. Every function takes a pandas table and returns a Figure.
 
 Runs keep their colour across figures (`style.run_colours`).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from detrlib.figures.style import figure, run_colours, styled
+from detrlib.figures.style import MUTED, figure, run_colours, styled
 
 UNDEFINED = -1  # COCO's value for a number that has no ground truth to be computed from
 LABEL_HEIGHT = 0.14  # inches taken by one line of a direct label
@@ -23,9 +23,9 @@ ALPHA_LIMITS = (1.0, 2.0)  # softmax and sparsemax, the ends of the entmax famil
 def training_curves(frame: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] | None = None) -> Figure:
     """One panel per metric, one line per run, over epochs.
 
-    frame: tidy, with columns run, epoch, metric, value; several values of a run and epoch are averaged.
-    labels: what to write above a panel instead of the name of the metric. Raises ValueError for a metric that
-    the frame lacks.
+    frame: tidy, with columns run, epoch, metric, value; several values of a run and epoch, such as those of several
+    seeds, are drawn as their mean and a band from the lowest to the highest. labels: what to write above a panel
+    instead of the name of the metric. Raises ValueError for a metric that the frame lacks.
     """
     missing = set(metrics) - set(frame["metric"])
     if missing:
@@ -33,10 +33,12 @@ def training_curves(frame: pd.DataFrame, metrics: Sequence[str], labels: Mapping
     colours = run_colours(frame["run"])
     drawn, panels = _panels(len(metrics), columns=3, panel_height=1.5)
     for axes, metric in zip(panels, metrics, strict=True):
-        values = frame[frame["metric"] == metric].pivot_table(index="epoch", columns="run", values="value")
-        for run in values.columns:
-            line = values[run].dropna()
-            axes.plot(line.index, line, color=colours[run], label=run, marker="o" if len(line) == 1 else None)
+        of_metric = frame[frame["metric"] == metric].dropna(subset="value")
+        for run, values in of_metric.groupby("run", sort=False):
+            line = values.groupby("epoch")["value"].agg(["mean", "min", "max"])
+            single = "o" if len(line) == 1 else None
+            axes.plot(line.index, line["mean"], color=colours[run], label=run, marker=single)
+            _band(axes, line.index, line["min"], line["max"], colours[run])
         axes.set_title((labels or {}).get(metric, metric), loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.grid(axis="y")
@@ -72,24 +74,36 @@ def bars(table: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] 
 
 
 @styled
-def per_layer(frame: pd.DataFrame, metric: str) -> Figure:
-    """`metric` per decoder layer, one line per run: columns run, layer (from 0), value.
+def per_layer(frame: pd.DataFrame, metrics: Mapping[str, str]) -> Figure:
+    """One panel per metric ({name in the frame: what to write above it}), one line per run, over decoder layers.
 
-    Several values of a run and layer (images, or seeds) are drawn as their mean and a band of one standard deviation.
+    frame: tidy, with columns run, metric, layer (from 0), value, and optionally `state`: values of the first state are
+    drawn solid, those of a second one, such as models before training, dashed. Several values of a run and layer
+    (seeds, or images) are drawn as their mean and a band of one standard deviation.
     """
     colours = run_colours(frame["run"])
-    drawn, axes = figure(width=0.6, aspect=0.7)
-    for run, values in frame.groupby("run", sort=False):
-        layers = values.groupby("layer")["value"].agg(["mean", "std"])
-        axes.plot(layers.index + 1, layers["mean"], color=colours[run], marker="o", label=run)
-        low, high = layers["mean"] - layers["std"], layers["mean"] + layers["std"]
-        axes.fill_between(
-            layers.index + 1, low, high, where=layers["std"].notna(), color=colours[run], alpha=0.15, lw=0
-        )
-    axes.set(xlabel="decoder layer", ylabel=metric)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y")
-    _label_lines(axes)
+    states = list(frame["state"].unique()) if "state" in frame else [None]
+    drawn, panels = _panels(len(metrics), columns=3, panel_height=1.8, width=min(1.0, 0.25 + 0.35 * len(metrics)))
+    for axes, (metric, title) in zip(panels, metrics.items(), strict=True):
+        of_metric = frame[frame["metric"] == metric].dropna(subset="value")
+        for state, style in zip(states, ("solid", (0, (2, 1.5))), strict=False):
+            of_state = of_metric if state is None else of_metric[of_metric["state"] == state]
+            for run, values in of_state.groupby("run", sort=False):
+                layers = values.groupby("layer")["value"].agg(["mean", "std"])
+                label = run if style == "solid" else None
+                filled = colours[run] if style == "solid" else "white"
+                line = {"color": colours[run], "linestyle": style, "marker": "o", "markerfacecolor": filled}
+                axes.plot(layers.index + 1, layers["mean"], label=label, **line)
+                spread = layers["std"].fillna(0)
+                _band(axes, layers.index + 1, layers["mean"] - spread, layers["mean"] + spread, colours[run])
+        axes.set_title(title, loc="left")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
+    for axes in _bottom_panels(panels, columns=3):
+        axes.set_xlabel("decoder layer")
+    if len(states) > 1:
+        drawn.supxlabel(f"solid: {states[0]}, dashed: {states[1]}", fontsize=7, color=MUTED)
+    _label_lines(panels[:3][-1])
     return drawn
 
 
@@ -122,10 +136,12 @@ def alpha_heatmap(alphas: Mapping[str, ArrayLike]) -> Figure:
 
 
 @styled
-def alpha_over_training(frame: pd.DataFrame) -> Figure:
-    """Alpha of every head over epochs: columns run, epoch, layer, head (both from 0), value.
+def heads_over_training(
+    frame: pd.DataFrame, quantity: str = "alpha", limits: tuple[float, float] | None = ALPHA_LIMITS
+) -> Figure:
+    """A quantity of every head over epochs: columns run, epoch, layer, head (both from 0), value.
 
-    A row of panels per run, a column per layer, a line per head.
+    A row of panels per run, a column per layer, a line per head. limits: of the quantity, None where it has none.
     """
     runs, layers, heads = (list(frame[column].unique()) for column in ("run", "layer", "head"))
     layers, heads = sorted(layers), sorted(heads)
@@ -145,85 +161,14 @@ def alpha_over_training(frame: pd.DataFrame) -> Figure:
                 axes.plot(line["epoch"], line["value"], color=colours[head], lw=1, label=f"head {head + 1}")
             axes.grid(axis="y")
             axes.xaxis.set_major_locator(MaxNLocator(2, integer=True))
-        row[0].set_ylabel(f"{run}\nalpha")
-    grid[0, 0].set(ylim=(ALPHA_LIMITS[0] - 0.04, ALPHA_LIMITS[1] + 0.04), yticks=[1, 1.5, 2])
+        row[0].set_ylabel(f"{run}\n{quantity}")
+    if limits:
+        grid[0, 0].set(ylim=(limits[0] - 0.04, limits[1] + 0.04), yticks=[limits[0], sum(limits) / 2, limits[1]])
     for axes, layer in zip(grid[0], layers, strict=True):
         axes.set_title(f"layer {layer + 1}")
     drawn.supxlabel("epoch", fontsize=8)
     drawn.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center", handlelength=1.2)
     return drawn
-
-
-def markdown_table(
-    table: pd.DataFrame,
-    formats: Mapping[str, str],
-    lower_is_better: Collection[str] = (),
-    unranked: Collection[str] = (),
-) -> str:
-    """`table` in Markdown, its index first. Arguments and bold values as in `latex_table`."""
-    cells = _cells(table, formats, lower_is_better, unranked, bold="**{}**")
-    rows = [[str(run), *row] for run, row in zip(table.index, cells, strict=True)]
-    header = [str(table.index.name or ""), *map(str, table.columns)]
-    alignment = ["---", *["---:"] * len(table.columns)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, alignment, *rows]) + "\n"
-
-
-def latex_table(
-    table: pd.DataFrame,
-    formats: Mapping[str, str],
-    caption: str,
-    label: str,
-    lower_is_better: Collection[str] = (),
-    unranked: Collection[str] = (),
-) -> str:
-    r"""`table` as a LaTeX table (needs \usepackage{booktabs}), its index first and the best of each column in bold.
-
-    formats: column -> format specification such as ".1f"; other columns are written as they are. The highest
-    number is best, but the lowest in `lower_is_better`; `unranked` columns and text have no best. Values that look
-    the same once rounded share the bold, unless all do. Missing values read as a dash. Names are escaped, `caption`
-    is LaTeX. Raises ValueError when an argument names a column that does not exist.
-    """
-    cells = _cells(table, formats, lower_is_better, unranked, bold=r"\textbf{{{}}}", escape=_escape_latex)
-    rows = [[_escape_latex(str(run)), *row] for run, row in zip(table.index, cells, strict=True)]
-    header = [_escape_latex(str(name)) for name in (table.index.name or "", *table.columns)]
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{caption}}}",
-        rf"\label{{{label}}}",
-        rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
-        r"\toprule",
-        " & ".join(header) + r" \\",
-        r"\midrule",
-        *(" & ".join(row) + r" \\" for row in rows),
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _cells(table, formats, lower_is_better, unranked, bold, escape=str) -> list[list[str]]:
-    """The formatted values, row by row."""
-    unknown = {*formats, *lower_is_better, *unranked} - set(table.columns)
-    if unknown:
-        raise ValueError(f"no columns {sorted(unknown)} in the table; there are {list(table.columns)}")
-    columns = []
-    for name in table.columns:
-        values = table[name]
-        texts = ["–" if pd.isna(value) else escape(format(value, formats.get(name, ""))) for value in values]
-        if pd.api.types.is_numeric_dtype(values) and name not in unranked and values.notna().any():
-            position = np.nanargmin(values) if name in lower_is_better else np.nanargmax(values)
-            best = texts[position]
-            if any(text not in (best, "–") for text in texts):
-                texts = [bold.format(text) if text == best else text for text in texts]
-        columns.append(texts)
-    return [list(row) for row in zip(*columns, strict=True)]
-
-
-def _escape_latex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
 
 
 def _short(value: float) -> str:
@@ -249,6 +194,12 @@ def _panels(
 def _bottom_panels(panels: Sequence[Axes], columns: int) -> Sequence[Axes]:
     """Panels with nothing below them: the last one of every column."""
     return panels[-columns:]
+
+
+def _band(axes: Axes, x: pd.Index, low: pd.Series, high: pd.Series, colour: str) -> None:
+    """A pale band where `low` and `high` differ; one that has no height would leave a trace in print."""
+    if (high > low).any():
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
 
 
 def _head_colours(count: int) -> list:
