@@ -8,7 +8,7 @@ ARGS ?=
 # Keeps the kernel's language and cell tags, which papermill needs; takes out what papermill leaves behind.
 STRIP := $(PY) -m nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill"
 
-.PHONY: help setup quickstart test lint format notebooks bench lab
+.PHONY: help setup quickstart study test lint format notebooks bench lab
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -17,6 +17,9 @@ setup: .venv/.ready  ## make .venv with the pinned packages
 
 quickstart: .venv/.ready  ## train, evaluate and compare a few small models on drawn shapes
 	$(PY) -m detrlib.sweep papermill_runs/configs/quickstart.yaml
+
+study: .venv/.ready  ## four transforms with three seeds each: train, measure, compare (two hours on two cores)
+	$(PY) -m detrlib.sweep papermill_runs/configs/study.yaml
 
 test: .venv/.ready  ## run the tests; make test ARGS="-k attention"
 	$(PY) -m pytest $(ARGS)

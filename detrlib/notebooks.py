@@ -49,6 +49,8 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
         if isinstance(error, KeyboardInterrupt):
             raise
         raise NotebookError(f"{source.name}: {error}; was memory short? (executed copy: {output})") from None
+    finally:
+        _forget_machine(output)
     return output
 
 
@@ -58,6 +60,16 @@ def _note_failure(output: Path) -> None:
         notebook = json.loads(output.read_text())
         notebook["metadata"].setdefault("papermill", {})["exception"] = True
         write_atomic(output, lambda path: path.write_text(json.dumps(notebook, indent=1) + "\n"))
+
+
+def _forget_machine(output: Path) -> None:
+    """Paths that papermill notes, from the project root: an executed copy is there to be shared."""
+    if output.exists():
+        notebook = json.loads(output.read_text())
+        noted = notebook["metadata"].get("papermill", {})
+        for name in {"input_path", "output_path"} & noted.keys():
+            noted[name] = noted[name].removeprefix(f"{PROJECT}/")
+        write_atomic(output, lambda path: path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"))
 
 
 def is_executed(path: Path) -> bool:

@@ -2,25 +2,36 @@
 
     python -m detrlib.sweep papermill_runs/configs/quickstart.yaml
 
-A sweep file names a `base` config, `overrides` for all runs, and `runs`: a name and the overrides of each.
+A sweep file names a `base` config, `overrides` for all runs, and `runs`: a name and the overrides of each. With
+`seeds`, every run is repeated for each of them under the name <run>-seed<N>. `measure` holds parameters of notebook
+06_evaluate, such as how many images to explain.
 Every run is notebook 05_train, then 06_evaluate, executed in papermill_runs/<sweep>/<run>/; then 07 and 08 are
 executed over all runs and the last becomes report.html. What is finished is skipped, what was interrupted goes on.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from detrlib import runs
 from detrlib.config import PROJECT, Config, ConfigError, load_config, project_path, read_yaml, save_config
 from detrlib.data import DataError, build_dataset
-from detrlib.notebooks import NotebookError, execute_notebook, is_executed, report_html
+from detrlib.notebooks import (
+    NotebookError,
+    checked_parameters,
+    execute_notebook,
+    find_notebook,
+    is_executed,
+    report_html,
+)
 from detrlib.pretrain import backbone_weights
 from detrlib.tracking import show_messages
 
@@ -37,6 +48,7 @@ class Job:
 
     folder: Path
     cfg: Config
+    measure: dict = field(default_factory=dict)  # parameters of notebook 06_evaluate
     process: subprocess.Popen | None = None
     failed: bool = False
     num_images: int | None = None  # of the training split, once it is known
@@ -64,21 +76,36 @@ class Job:
         return self.cfg.train.epochs * max(1, self.num_images // self.cfg.train.batch_size)
 
 
-def read_sweep(path: Path) -> dict[str, Config]:
-    """The configs of a sweep by run name, all of them checked. Raises ConfigError naming the file and the setting."""
+class Sweep(NamedTuple):
+    """What a sweep file asks for."""
+
+    configs: dict[str, Config]  # by run name
+    measure: dict[str, Any]  # parameters of notebook 06_evaluate
+
+
+def read_sweep(path: Path) -> Sweep:
+    """A sweep file, everything in it checked. Raises ConfigError naming the file and the setting."""
     path = project_path(path)
     values = read_yaml(path)
-    unknown = values.keys() - {"base", "overrides", "runs"}
+    unknown = values.keys() - {"base", "overrides", "runs", "seeds", "measure"}
     if unknown or not isinstance(values.get("runs"), dict) or "base" not in values:
         fault = f"unknown {', '.join(sorted(unknown))}" if unknown else "'base' or 'runs' is missing"
         raise ConfigError(
-            f"{path}: {fault}; a sweep has base, overrides (optional) and runs, a name and overrides each"
+            f"{path}: {fault}; a sweep has base, runs (a name and overrides each), and optionally overrides, seeds and "
+            "measure (parameters of notebook 06_evaluate)"
         )
-    shared = values.get("overrides") or {}
-    return {
-        name: load_config(path.parent / values["base"], {**shared, **(overrides or {})})
-        for name, overrides in values["runs"].items()
-    }
+    shared, seeds, measure = (values.get(name) or {} for name in ("overrides", "seeds", "measure"))
+    if seeds and not (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)):
+        raise ConfigError(f"{path}: seeds is {seeds!r}, expected whole numbers such as [1, 2, 3]")
+    try:
+        measure = checked_parameters(find_notebook("06_evaluate"), measure)
+    except NotebookError as error:
+        raise ConfigError(f"{path}: measure: {error}") from None
+    wanted = {name: {**shared, **(overrides or {})} for name, overrides in values["runs"].items()}
+    if seeds:  # seed by seed, so that every variant has a first result early
+        wanted = {f"{name}-seed{seed}": {**w, "train.seed": seed} for seed in seeds for name, w in wanted.items()}
+    base = path.parent / values["base"]
+    return Sweep({name: load_config(base, overrides) for name, overrides in wanted.items()}, measure)
 
 
 def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
@@ -87,7 +114,8 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
     parallel: runs side by side; None: one per GPU, or one per core of the CPU.
     Raises SweepError when runs failed; the others are finished first.
     """
-    jobs = [Job(folder / name, cfg) for name, cfg in read_sweep(path).items()]
+    configs, measure = read_sweep(path)
+    jobs = [Job(folder / name, cfg, measure) for name, cfg in configs.items()]
     for job in jobs:
         if (job.folder / "results.json").exists():
             runs.refuse_other_settings(job.cfg, job.folder)
@@ -104,7 +132,7 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
     names = [_run_name(job.folder) for job in jobs]
     print("drawing figures and tables", flush=True)
     execute_notebook("07_attention_maps", folder / "07_attention_maps.ipynb", {"run_names": names})
-    results = {"run_names": names, "output": str(folder / "figures")}
+    results = {"run_names": names, "output": _within_project(folder / "figures")}
     execute_notebook("08_thesis_figures", folder / "08_thesis_figures.ipynb", results)
     table = folder / "figures" / "main_table.md"
     if table.exists():  # an edited notebook need not write it
@@ -159,6 +187,7 @@ def _start(job: Job, slot: int, slots: int) -> None:
     """Begin or continue a run in a subprocess with its share of the machine."""
     job.folder.mkdir(parents=True, exist_ok=True)
     runs.write_atomic(job.folder / "sweep.yaml", lambda path: save_config(job.cfg, path))
+    runs.write_json(job.folder / "measure.json", job.measure)
     environment = dict(os.environ, PYTHONUNBUFFERED="1", WANDB_SILENT="true")
     if torch.cuda.is_available():
         inherited = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
@@ -182,11 +211,17 @@ def run_one(folder: Path) -> None:
     if not (folder / "results.json").exists():
         parameters = {"config": str(folder / "sweep.yaml"), "run_name": name, "gpus": torch.cuda.device_count() or None}
         execute_notebook("05_train", folder / "05_train.ipynb", parameters)
-    execute_notebook("06_evaluate", folder / "06_evaluate.ipynb", {"run_name": name})
+    measure = json.loads((folder / "measure.json").read_text())
+    execute_notebook("06_evaluate", folder / "06_evaluate.ipynb", measure | {"run_name": name})
 
 
 def _run_name(folder: Path) -> str:
     return str(folder.relative_to(runs.RUNS)) if folder.is_relative_to(runs.RUNS) else str(folder)
+
+
+def _within_project(path: Path) -> str:
+    """`path` from the project root where it lies in it: an executed notebook should not name the machine."""
+    return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
 
 
 def _status(jobs: list[Job], first: list[float], seconds: float) -> str:

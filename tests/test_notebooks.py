@@ -252,20 +252,30 @@ def sweep_file(tmp_path):
 
 
 def test_a_sweep_is_a_config_for_every_run(sweep_file):
-    configs = read_sweep(sweep_file())
-    assert set(configs) == {"one", "two", "three"}
+    configs, measure = read_sweep(sweep_file())
+    assert measure == {} and set(configs) == {"one", "two", "three"}
     assert [configs[name].train.epochs for name in ("one", "two", "three")] == [1, 3, 1]
     assert configs["three"].train.seed == 3 and configs["two"].train.lr == 5e-4
     assert configs["one"].model.hidden_dim == tiny.SETTINGS["model.hidden_dim"]
 
 
+def test_a_sweep_over_seeds_repeats_every_run(sweep_file):
+    configs, measure = read_sweep(sweep_file(seeds=[4, 5], measure={"num_examples": 2}))
+    assert list(configs) == ["one-seed4", "two-seed4", "three-seed4", "one-seed5", "two-seed5", "three-seed5"]
+    assert [cfg.train.seed for cfg in configs.values()] == [4, 4, 4, 5, 5, 5]
+    assert configs["two-seed5"].train.epochs == 3
+    assert measure == {"num_examples": 2}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"seeds": "3"}, r"many.yaml: seeds is '3', expected whole numbers"),
+        ({"measure": {"num_example": 2}}, r"many.yaml: measure: .*'num_example'; did you mean 'num_examples'"),
         ({"base": None}, "many.yaml: 'base' or 'runs' is missing; a sweep has base"),
         ({"runs": None}, "'base' or 'runs' is missing"),
         ({"runs": ["one"]}, "'base' or 'runs' is missing"),
-        ({"override": {}}, "many.yaml: unknown override; a sweep has base, overrides"),
+        ({"override": {}}, "many.yaml: unknown override; a sweep has base, runs"),
         ({"base": "bass.yaml"}, r"no such config file; did you mean base.yaml\?"),
         ({"runs": {"one": {"train.epoch": 3}}}, r"unknown setting 'train.epoch'; did you mean 'train.epochs'\?"),
     ],
@@ -322,7 +332,7 @@ def test_a_failing_run_is_reported_with_its_log_and_the_others_finish(sweep_file
     stand_ins.clear()
     (tmp_path / "broken").unlink()
     assert sweep.sweep(path, folder, parallel=2) == folder / "report.html"
-    names = [str(folder / name) for name in read_sweep(path)]
+    names = [str(folder / name) for name in read_sweep(path).configs]
     assert stand_ins == [
         "two",
         ("07_attention_maps", {"run_names": names}),
