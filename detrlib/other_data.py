@@ -37,7 +37,7 @@ def prepare(run_dir: Path, cfg: Config, other: OtherData) -> tuple[Config, Path,
     on, images = project_path(other.on), other.images and project_path(other.images)
     if on.suffix == ".json" and other.split:
         raise ConfigError(f"split {other.split} belongs to a folder; {on} is one annotation file")
-    images, annotations = locate(on, images, other.split or cfg.data.val_split)
+    images, annotations = locate(on, images, other.split, cfg.data.val_split)
     folder = _folder(run_dir, on, annotations, other)
     content = read_annotations(annotations)
     ours = {int(label): name for label, name in load_results(run_dir).get("names", {}).items()}

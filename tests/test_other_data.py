@@ -146,7 +146,7 @@ def scored_by_hand(annotations, detections, category_ids):
 def test_ap_is_that_of_the_same_detections_scored_by_hand_on_their_ids(run_dir, elsewhere):
     """The run's own detections of the same pictures, their ids turned into theirs, by the other evaluator."""
     names = {"disc": "circle", "plus sign": "cross", "dot": ""}  # one class each, so that ids can be turned back
-    results = evaluate_run(run_dir, on=elsewhere, split="test", names=names)
+    results = evaluate_run(run_dir, on=elsewhere, names=names)  # the only split
     back = {1: 11, 2: 3, 6: 7}
     own = json.loads((run_dir / "predictions.json").read_text())
     theirs = [found | {"category_id": back[found["category_id"]]} for found in own if found["category_id"] in back]
@@ -218,7 +218,8 @@ def test_faults_are_told_before_the_model_runs(run_dir, elsewhere, tmp_path, mon
     monkeypatch.setattr(module, "evaluate", None)
     file = elsewhere / "annotations/instances_test.json"
     for error, message, options in [
-        (DataError, r"no .*/val2017 .*holds annotations, test", {"on": elsewhere}),
+        (DataError, r"no annotations/instances_val.json, only test; choose one", {"on": elsewhere, "split": "val"}),
+        (DataError, r"no annotations/instances_val2017.json, nor any other", {"on": tmp_path}),
         (
             DataError,
             r"instances_test\.json: no class 'disk' in the annotation file",

@@ -103,15 +103,20 @@ def translate(content: Mapping, found: ClassMatch) -> dict:
     return {**content, "categories": categories, "annotations": annotations}
 
 
-def locate(data: Path, images: Path | None, split: str) -> tuple[Path, Path]:
+def locate(data: Path, images: Path | None, split: str | None, usual: str) -> tuple[Path, Path]:
     """Image folder and annotation file of other data: a COCO-format folder, or the annotation file itself.
 
+    Of a folder `split` is taken; if that is None, the `usual` one where it is there, otherwise the only one.
     Pictures of a file are in `images`; if that is None, in the COCO layout's folder of the same split, in a folder
     "images" beside the file, or beside the file itself, whichever holds the first one. Raises DataError.
     """
     if data.suffix != ".json":
-        named = Data(root=str(data), val_split=split, val_images=str(images) if images else None)
-        return split_paths(named, "val")
+        there = sorted(path.stem.removeprefix("instances_") for path in data.glob("annotations/instances_*.json"))
+        split = split or (usual if usual in there or len(there) != 1 else there[0])
+        if split not in there:
+            found = f"only {', '.join(there)}; choose one (split, --split)" if there else "nor any other"
+            raise DataError(f"{data}: no annotations/instances_{split}.json, {found}")
+        return split_paths(Data(root=str(data), val_split=split, val_images=images and str(images)), "val")
     first = read_annotations(data)["images"][0]["file_name"]
     layout = data.parent.parent / data.stem.removeprefix("instances_")
     tried = [images] if images else [layout, data.parent / "images", data.parent]
