@@ -249,7 +249,7 @@ def test_an_unmapped_object_may_excuse_detections_on_it(write):
 
 
 def test_the_numbering_of_the_thesis_is_kept_with_its_faults(write):
-    """B-S14: ids by first appearance, annotations from 0, Matlab's corner as it is, a pixel less in each direction."""
+    """Ids by first appearance, annotations from 0, Matlab's corner as it is, a pixel less in each direction."""
     boxes = [(name, (2 + k, 3, 12 + k, 33)) for k, name in enumerate(FIRST_SEEN)]
     content = converted(write([photograph(9, boxes[:3]), photograph(4, [boxes[1], *boxes[3:]])]), ids="thesis")
     assert [category["name"] for category in content["categories"]] == FIRST_SEEN
