@@ -1,6 +1,7 @@
 """One pass over a data set: detections, how sparse attention is, and whether it looks at the object.
 
     python -m detrlib.evaluate my-run --split test2017
+    python -m detrlib.evaluate my-run --on /data/voc --map motorbike=motorcycle aeroplane=airplane
 
 Legend: B images, L layers, H heads, Q queries, K keys.
 """
@@ -9,6 +10,7 @@ import argparse
 import re
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ from detrlib.metrics.detection import coco_ap, coco_detections
 from detrlib.metrics.localisation import object_size, paibb
 from detrlib.metrics.sparsity import entropy, gini, support_size, zeros_ratio
 from detrlib.models import AttentionMaps, Predictions, alpha_modules, build_model
+from detrlib.other_data import OtherData, prepare
 from detrlib.runs import (
     Example,
     RunError,
@@ -46,27 +49,51 @@ DETECTIONS_PER_IMAGE = 100  # as COCO counts them
 EXAMPLE_SCORE = 0.3  # queries more confident than this are kept in an example, matched ones always
 
 
-def evaluate_run(run_dir: Path, checkpoint: str = "last", split: str | None = None) -> dict:
+def evaluate_run(
+    run_dir: Path,
+    checkpoint: str = "last",
+    split: str | None = None,
+    *,
+    on: Path | None = None,
+    images: Path | None = None,
+    names: Mapping[str, str] | None = None,
+    by_id: bool = False,
+    save_as: str | None = None,
+) -> dict:
     """Evaluate a run's checkpoint on its validation split and write results.json, predictions.json, examples/.
 
     split: another split of the same data, such as "test2017"; its results go to a folder of that name inside the
     run, which is itself a run folder to read from. Raises RunError when the run is not finished (its results would
     say that it is), has no such checkpoint, or that is of another architecture.
+
+    on: other data, a COCO-format folder (whose `split` is taken) or an annotation file (with its pictures in the
+    folder `images`, by default near it); results go to the folder `save_as` inside the run, named after the data by
+    default. Classes are those of the run with the same name, after `names` ({their name: our name}, see
+    `match_classes`). Only classes that both know are scored: objects of theirs without partner (`unmapped` in the
+    results) are left out, and so are detections of the model's classes that the data does not annotate
+    (`unannotated`), since nobody has looked for those objects and they must not count as false. by_id: categories
+    are those of the run with the same id instead, whatever their names.
     """
     load_results(run_dir)
     cfg = load_config(run_dir / "config.yaml")
-    model = load_model(run_dir, checkpoint)
-    folder = run_dir
-    if split:
+    folder, described = run_dir, {}
+    if on:
+        other = OtherData(on, images, split, names or {}, by_id, save_as)
+        cfg, folder, described = prepare(run_dir, cfg, other)
+    elif images or names or by_id or save_as:
+        raise ConfigError("images, names, by_id and save_as belong to data given as `on`")
+    elif split:
         other = {"data.val_split": split, "data.val_images": None, "data.val_annotations": None, "data.val_limit": None}
         cfg, folder = replace(cfg, other), run_dir / split
+    model = load_model(run_dir, checkpoint)
+    if folder != run_dir:
         write_atomic(folder / "config.yaml", lambda path: save_config(cfg, path))
         write_json(folder / "environment.json", environment())
     dataset = build_dataset(cfg.data, "val")
     results, detections = evaluate(model, dataset, cfg, Accelerator(), run_dir=folder)
     known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt")
     results |= {"checkpoint": checkpoint, "epoch": known["epoch"], "global_step": known["global_step"]}
-    return save_results(folder, results, detections)
+    return save_results(folder, results | described, detections)
 
 
 def load_model(run_dir: Path, checkpoint: str = "last") -> nn.Module:
@@ -279,14 +306,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_name", help="folder under papermill_runs/")
     parser.add_argument("--checkpoint", default="last", help="last, best, or epoch-NNNN")
-    parser.add_argument("--split", help="another split of the same data, e.g. test2017")
+    parser.add_argument("--split", help="another split of the same data, or of that given as --on, e.g. test2017")
+    other = parser.add_argument_group("data with other classes")
+    other.add_argument("--on", type=Path, metavar="DATA", help="a COCO-format folder or an annotation file")
+    other.add_argument("--images", type=Path, help="folder of its pictures, if not near the annotation file")
+    other.add_argument(
+        "--map", nargs="+", action="extend", metavar="THEIRS=OURS", help="names of classes; an empty one leaves it out"
+    )
+    other.add_argument("--by-id", action="store_true", help="its category ids are the run's, whatever the names")
+    other.add_argument("--as", dest="save_as", metavar="NAME", help="folder of the results inside the run")
     arguments = parser.parse_args()
+    malformed = [pair for pair in arguments.map or [] if not pair.partition("=")[1]]
+    if malformed:
+        parser.error(f"--map {malformed[0]}: expected their name=our name, e.g. bike=bicycle")
+    options = {name: getattr(arguments, name) for name in ("on", "images", "by_id", "save_as")}
+    names = dict(pair.split("=", 1) for pair in arguments.map or [])
+    run_dir = run_path(arguments.run_name)
     try:
-        results = evaluate_run(run_path(arguments.run_name), arguments.checkpoint, arguments.split)
+        results = evaluate_run(run_dir, arguments.checkpoint, arguments.split, names=names, **options)
     except (ConfigError, DataError, RunError) as error:
         raise SystemExit(f"error: {error}") from None
     shown = {name: value for name, value in results["detection"].items() if name != "per_class"}
     print("  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+    if "on" in results:
+        _print_classes(results)
+
+
+def _print_classes(results: dict) -> None:
+    """What was scored on other data, and what was not."""
+    renamed = [f"{theirs} = {ours}" for theirs, ours in results["matched"].items() if theirs != ours]
+    print(f"{len(results['matched'])} classes scored" + (f", {', '.join(renamed)}" if renamed else ""))
+    lost = [f"{name} ({count} objects)" for name, count in results["unmapped"].items()]
+    print(f"not classes of the run, left out: {', '.join(lost) or 'none'}")
+    print(f"not annotated there, their detections left out: {', '.join(results['unannotated']) or 'none'}")
+    print(results["note"])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ ROWS = [
     {"launch", "notebooks", "benchmark"},
     {"train"},
     {"evaluate"},
-    {"criterion", "pretrain", "costs"},
+    {"criterion", "pretrain", "costs", "other_data"},
     {"metrics"},
     {"matcher"},
     {"models", "baselines"},
