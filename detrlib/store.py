@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 SMALLEST = np.float16(2.0**-24)
-ROW_GROUP_CELLS = 2**23  # maps of an image with more cells get a row group per layer: 16 MiB of dense float16
+ROW_GROUP_CELLS = 2**21  # an image with more gets a row group for each layer: 4 MiB of dense float16
 FOLDER, METADATA = "maps", "detrlib"
 Choice = int | slice | Sequence[int] | np.ndarray | None
 

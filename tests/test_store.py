@@ -109,7 +109,7 @@ def test_what_is_stored_comes_back(run_dir):
             assert np.array_equal(back, as_half(maps).astype(np.float32))
 
 
-@pytest.mark.parametrize("cells", [2**23, 0], ids=["row group per image", "row group per layer"])
+@pytest.mark.parametrize("cells", [2**21, 0], ids=["row group per image", "row group per layer"])
 @pytest.mark.parametrize(
     "choice, wanted",
     [
