@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -104,8 +104,16 @@ class Train(Section):
 
 class Evaluate(Section):
     batch_size: int = Field(8, ge=1)  # per process
-    examples: int = Field(8, ge=0)  # images whose detections and attention maps are stored for figures
+    examples: int = Field(8, ge=0)  # first images whose detections and attention maps are stored for figures
+    store_maps: Annotated[int, Field(ge=0)] | Literal["all"] = 0  # more first images whose maps are stored, or all
+    store_sites: tuple[Literal["decoder_cross", "decoder_self", "encoder_self"], ...] = ("decoder_cross",)
     zero_threshold: float = Field(1e-6, ge=0.0)  # below it a softmax weight counts as zero in zeros_thresholded
+
+    @model_validator(mode="after")
+    def _cross_attention_is_always_stored(self):
+        if "decoder_cross" not in self.store_sites:
+            raise ValueError("evaluate.store_sites: examples are drawn with their decoder_cross maps; name it too")
+        return self
 
 
 class Config(Section):
@@ -114,6 +122,14 @@ class Config(Section):
     loss: Loss = Loss()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _sites_to_store_exist(self):
+        if "encoder_self" in self.evaluate.store_sites and not self.model.encoder_layers:
+            raise ValueError(
+                "evaluate.store_sites: model.encoder_layers is 0, there is no encoder_self to store; leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _every_head_has_a_loss(self):

@@ -20,33 +20,28 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.config import Config, ConfigError, load_config, replace, save_config
 from detrlib.criterion import Criterion
 from detrlib.data import Batch, CocoDataset, DataError, build_dataset, collate
-from detrlib.data.augment import denormalise
 from detrlib.matcher import Match, match
 from detrlib.metrics.detection import coco_ap, coco_detections
 from detrlib.metrics.localisation import object_size, paibb
 from detrlib.metrics.sparsity import entropy, gini, support_size, zeros_ratio
 from detrlib.models import AttentionMaps, Predictions, alpha_modules, build_model
 from detrlib.other_data import OtherData, prepare
+from detrlib.record import Recorder, recorder
 from detrlib.runs import (
-    Example,
     RunError,
-    clear_examples,
     environment,
     load_checkpoint,
     load_results,
     load_weights,
     run_path,
-    save_example,
     write_atomic,
     write_json,
 )
 
 DETECTIONS_PER_IMAGE = 100  # as COCO counts them
-EXAMPLE_SCORE = 0.3  # queries more confident than this are kept in an example, matched ones always
 
 
 def evaluate_run(
@@ -60,7 +55,7 @@ def evaluate_run(
     by_id: bool = False,
     save_as: str | None = None,
 ) -> dict:
-    """Evaluate a run's checkpoint on its validation split and write results.json, predictions.json, examples/.
+    """Evaluate a run's checkpoint on its validation split; write results.json, predictions.json, examples/, maps/.
 
     split: another split of the same data, such as "test2017"; its results go to a folder of that name inside the
     run, which is itself a run folder to read from. Raises RunError when the run is not finished (its results would
@@ -131,9 +126,23 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Results and COCO-format detections of `model` on `dataset`, complete on every process.
 
-    attention: measure attention too. run_dir: where examples are stored, if given. Results hold
-    `detection` (12 COCO numbers and per class), `loss` (with a criterion), `attention`, `paibb`, `alpha`.
+    attention: measure attention too. run_dir: where examples and maps are stored, if given, in place of those of an
+    earlier evaluation. Results hold `detection` (12 COCO numbers and per class), `loss` (with a criterion),
+    `attention`, `paibb`, `alpha`.
     """
+    with recorder(cfg, len(dataset), accelerator, run_dir) as record:
+        return _evaluate(model, dataset, cfg, accelerator, criterion, attention, record)
+
+
+def _evaluate(
+    model: nn.Module,
+    dataset: CocoDataset,
+    cfg: Config,
+    accelerator: Accelerator,
+    criterion: Criterion | None,
+    attention: bool,
+    record: Recorder | None,
+) -> tuple[dict, list[dict]]:
     start = time.perf_counter()
     model = model.to(accelerator.device).eval()
     shard = range(accelerator.process_index, len(dataset), accelerator.num_processes)  # no image counted twice
@@ -141,13 +150,11 @@ def evaluate(
         Subset(dataset, shard), cfg.evaluate.batch_size, collate_fn=collate, num_workers=cfg.data.workers
     )
     detections, losses, looks = [], [], _AttentionSummary(cfg)
-    keep = cfg.evaluate.examples if run_dir and accelerator.is_main_process else 0
-    if keep:
-        clear_examples(run_dir)
     for batch in tqdm(loader, desc="evaluating", leave=False, disable=None):
         batch = batch.to(accelerator.device)
         with autocast(cfg, accelerator.device):
-            predictions = model(batch.images, batch.padding_mask, need_attention=looks.sites if attention else ())
+            sites = {*looks.sites, *(record.sites(batch) if record else ())} if attention else ()
+            predictions = model(batch.images, batch.padding_mask, need_attention=sites)
         detections += _detections(predictions, batch.targets, dataset)
         if criterion is not None:
             terms, counts = criterion(predictions, batch.targets)[1], criterion.counts(predictions, batch.targets)
@@ -160,9 +167,8 @@ def evaluate(
         if attention:
             pairs = match(predictions, batch.targets, cfg.loss)
             looks.add(predictions.attention, batch, pairs)
-            for index in range(min(keep, len(batch.targets))):
-                save_example(run_dir, make_example(batch, predictions, pairs, index))
-            keep = max(0, keep - len(batch.targets))
+            if record:
+                record.add(batch, predictions, pairs)
     if accelerator.num_processes > 1:
         detections, losses, looks.rows = (gather_object(x) for x in (detections, losses, looks.rows))
     results = {
@@ -262,43 +268,6 @@ def _weighted_mean(pairs: list[tuple[float, float]]) -> float:
 
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def make_example(batch: Batch, predictions: Predictions, pairs: list[Match], index: int) -> Example:
-    """Image number `index` of a batch with its confident and matched queries and their maps."""
-    target, attention = batch.targets[index], predictions.attention
-    size = target["size"]
-    height, width = size.tolist()
-    scores, labels = predictions.class_scores()[index].max(-1)  # [Q]
-    matched = torch.full_like(labels, -1)
-    query, box = pairs[index]
-    matched[query] = box
-    order = scores.argsort(descending=True)
-    order = order[(scores[order] > EXAMPLE_SCORE) | (matched[order] >= 0)]
-    rows, columns = attention.valid_grid(index)
-    maps = torch.stack([attention.as_images("decoder_cross", i)[index] for i in range(len(attention.decoder_cross))])
-    stride = torch.tensor([s / g for s, g in zip(batch.images.shape[-2:], attention.grid, strict=True)])
-
-    def pixels(boxes: Tensor) -> Tensor:
-        return to_pixels(cxcywh_to_xyxy(boxes.float()), size)
-
-    values = {
-        "image": _picture(batch.images[index, :, :height, :width]),
-        "true_boxes": pixels(target["boxes"]),
-        "true_labels": target["labels"],
-        "boxes": pixels(predictions.boxes[index, order]),
-        "labels": labels[order],
-        "scores": scores[order],
-        "matched": matched[order],
-        "maps": maps[:, :, order, :rows, :columns].half(),  # [L,H,n,h,w]
-        "extent": size.cpu() / stride,
-    }
-    return Example(target["image_id"], **{name: value.cpu().numpy() for name, value in values.items()})
-
-
-def _picture(image: Tensor) -> Tensor:
-    """Normalised [3,H,W] -> uint8 [H,W,3]."""
-    return (denormalise(image.float()) * 255).round().to(torch.uint8).permute(1, 2, 0)
 
 
 def main() -> None:

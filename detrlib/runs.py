@@ -5,8 +5,8 @@
         metrics.jsonl      one line per logged step or epoch, flat "group/name" keys
         checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
         results.json       final numbers; its presence means: finished
-        predictions.json   COCO-format detections           examples/*.npz     images with their attention maps
-        *.ipynb            executed notebooks
+        predictions.json   COCO-format detections           examples/*.npz     images with what was found in them
+        maps/*.parquet     attention maps, see `store`      *.ipynb            executed notebooks
 
 Files are written to a temporary neighbour and renamed, so a reader or a resumed run never meets half of one; lines of
 metrics.jsonl are appended, and a last line cut short is ignored.
@@ -18,7 +18,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,10 @@ import pandas as pd
 import torch
 
 from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
+from detrlib.store import AttentionStore, RunError, StoredMaps
 
 RUNS = PROJECT / "papermill_runs"
 FREE_TO_CHANGE = ("data.workers", "data.cache", "train.log_every", "train.keep_every", "train.tracking", "evaluate")
-
-
-class RunError(RuntimeError):
-    """A run folder cannot be used as asked; the message says what to do."""
 
 
 def run_path(name: str | Path) -> Path:
@@ -193,8 +190,8 @@ def _git(*arguments: str) -> str | None:
 
 
 @dataclass
-class Example:
-    """One image as the model saw it, with what the model found and where it looked.
+class Detected:
+    """One image as the model saw it, with what the model found.
 
     Boxes are xyxy in pixels of `image`; n confident or matched queries, best first.
     """
@@ -207,31 +204,61 @@ class Example:
     labels: np.ndarray  # [n]
     scores: np.ndarray  # [n]
     matched: np.ndarray  # [n] index of the true box the query was matched to, or -1
-    maps: np.ndarray  # [L,H,n,h,w] decoder cross-attention of every layer and head, float16
+    queries: np.ndarray  # [n] their numbers in the model, and in the attention store
     extent: np.ndarray  # [2] height and width of the image in cells of the map, <= (h, w)
 
 
-def save_example(run_dir: Path, example: Example) -> None:
-    """One example as examples/<image id>.npz."""
+@dataclass
+class Example(Detected):
+    """What a model found in one image, and where it looked for it: maps are read from disk when they are indexed."""
+
+    maps: np.ndarray | StoredMaps  # [L,H,n,h,w] decoder cross-attention of every layer and head
+    other_maps: dict[str, np.ndarray | StoredMaps] = field(default_factory=dict)  # by site, where they are stored
+
+    def attention(self, site: str = "decoder_cross") -> np.ndarray | StoredMaps:
+        """Maps of a site: decoder_cross [L,H,n,h,w], decoder_self [L,H,n,Q], encoder_self [L,H,h*w,h,w].
+
+        The queries of encoder_self are the cells of the grid, row by row; of encoders with several levels, or that
+        drop or pool tokens, all their tokens. Raises RunError for a site that is not stored.
+        """
+        if site == "decoder_cross":
+            return self.maps
+        if site not in self.other_maps:
+            raise RunError(
+                f"maps of {site} are not stored of image {self.image_id}, only of "
+                f"{', '.join(['decoder_cross', *self.other_maps])}; add it to evaluate.store_sites and evaluate again"
+            )
+        return self.other_maps[site]
+
+
+def save_example(run_dir: Path, found: Detected) -> None:
+    """The picture and detections of one example as examples/<image id>.npz; its maps are for the attention store."""
 
     def write(path: Path) -> None:
         with path.open("wb") as file:
-            np.savez_compressed(file, **asdict(example))
+            np.savez_compressed(file, **asdict(found))
 
-    write_atomic(run_dir / "examples" / f"{example.image_id:012d}.npz", write)
+    write_atomic(run_dir / "examples" / f"{found.image_id:012d}.npz", write)
 
 
 def load_examples(run_dir: Path) -> list[Example]:
-    """The stored examples of a run, by image id. Raises RunError when there are none."""
+    """The stored examples of a run, by image id. Raises RunError when there are none, or their maps are missing."""
     paths = sorted((run_dir / "examples").glob("*.npz"))
     if not paths:
         raise RunError(f"{run_dir} holds no examples; evaluate it first (notebook 06_evaluate)")
-    examples = []
-    for path in paths:
-        with np.load(path) as file:
-            values = {name: file[name] for name in file.files}
-        examples.append(Example(**values | {"image_id": int(values["image_id"])}))
-    return examples
+    store = AttentionStore(run_dir)
+    return [_load_example(path, store) for path in paths]
+
+
+def _load_example(path: Path, store: AttentionStore) -> Example:
+    with np.load(path) as file:
+        values = {name: file[name] for name in file.files}
+    if "queries" not in values:
+        raise RunError(f"{path} was written before maps had a store of their own; evaluate the run again")
+    image_id, queries = int(values.pop("image_id")), values["queries"]
+    rows = {"decoder_cross": queries, "decoder_self": queries, "encoder_self": None}
+    maps = {site: StoredMaps(store, image_id, site, rows[site]) for site in store.sites(image_id)}
+    return Example(image_id, **values, maps=maps.pop("decoder_cross"), other_maps=maps)
 
 
 def clear_examples(run_dir: Path) -> None:

@@ -25,17 +25,18 @@ ROWS = [
     {"launch", "notebooks", "benchmark"},
     {"train"},
     {"evaluate"},
-    {"criterion", "pretrain", "costs", "other_data"},
+    {"criterion", "pretrain", "costs", "other_data", "record"},
     {"metrics"},
     {"matcher"},
     {"models", "baselines"},
     {"attention"},
     {"data", "runs", "tracking"},
+    {"store"},
     {"config", "boxes", "exercises"},
     {"model_settings"},
 ]
 RANK = {name: -row for row, names in enumerate(ROWS) for name in names}
-FIGURES_MAY_IMPORT = {"metrics", "runs", "models.outputs", "boxes", "figures"}
+FIGURES_MAY_IMPORT = {"metrics", "runs", "store", "models.outputs", "boxes", "figures"}
 ATTENTION_MAY_IMPORT = {"torch", "triton"} | set(sys.stdlib_module_names)
 
 

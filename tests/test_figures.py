@@ -241,6 +241,7 @@ def example(matched):
         scores=np.array([0.9, 0.8, 0.1]),
         matched=np.array(matched),
         maps=maps(2, 4, 3),
+        queries=np.arange(3),
         extent=np.array([3.0, 4.0]),
     )
 
