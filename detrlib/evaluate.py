@@ -104,7 +104,7 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Results and COCO-format detections of `model` on `dataset`, complete on every process.
 
-    attention: measure attention too. run_dir: where examples are stored, if given. Results hold
+    attention: measure attention too, of models that have it. run_dir: where examples are stored, if given. Results hold
     `detection` (12 COCO numbers and per class), `loss` (with a criterion), `attention`, `paibb`, `alpha`.
     """
     start = time.perf_counter()
@@ -130,7 +130,7 @@ def evaluate(
                     for name, value in terms.items()
                 }
             )
-        if attention:
+        if predictions.attention is not None:
             pairs = match(predictions, batch.targets, cfg.loss)
             looks.add(predictions.attention, batch, pairs)
             for index in range(min(keep, len(batch.targets))):
@@ -147,7 +147,7 @@ def evaluate(
     }
     if criterion is not None:
         results["loss"] = {name: _weighted_mean([row[name] for row in losses]) for name in losses[0]}
-    if attention:
+    if looks.rows:
         results |= looks.summary()
     results["seconds"] = round(time.perf_counter() - start, 2)
     return results, detections

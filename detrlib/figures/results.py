@@ -76,7 +76,10 @@ def per_layer(frame: pd.DataFrame, metric: str) -> Figure:
     """`metric` per decoder layer, one line per run: columns run, layer (from 0), value.
 
     Several values of a run and layer (images, or seeds) are drawn as their mean and a band of one standard deviation.
+    Raises ValueError when there are no values: no run has attention.
     """
+    if frame.empty:
+        raise ValueError(f"no values of {metric} to draw: none of the runs has attention")
     colours = run_colours(frame["run"])
     drawn, axes = figure(width=0.6, aspect=0.7)
     for run, values in frame.groupby("run", sort=False):
