@@ -140,6 +140,22 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _faster_rcnn_takes_data_as_it_was_made_for(self):
+        if not self.model.architecture.startswith("faster_rcnn"):
+            return self
+        if self.data.contiguous:
+            raise ValueError(
+                f"data.contiguous: class 0 of model.architecture {self.model.architecture} is its background, "
+                "which no category can be; set it to false"
+            )
+        if self.train.precision != "float32":
+            raise ValueError(
+                f"train.precision: model.architecture {self.model.architecture} computes boxes in pixels, which "
+                f"{self.train.precision} rounds; set it to float32"
+            )
+        return self
+
 
 def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
     """Settings from a YAML file (or the defaults) with dotted `overrides` such as {"train.epochs": 2}.

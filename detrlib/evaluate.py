@@ -126,9 +126,9 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Results and COCO-format detections of `model` on `dataset`, complete on every process.
 
-    attention: measure attention too. run_dir: where examples and maps are stored, if given, in place of those of an
-    earlier evaluation. Results hold `detection` (12 COCO numbers and per class), `loss` (with a criterion),
-    `attention`, `paibb`, `alpha`.
+    attention: measure attention too, of models that have it. run_dir: where examples and maps are stored, if given, in
+    place of those of an earlier evaluation. Results hold `detection` (12 COCO numbers and per class), `loss` (with a
+    criterion), `attention`, `paibb`, `alpha`.
     """
     with recorder(cfg, len(dataset), accelerator, run_dir) as record:
         return _evaluate(model, dataset, cfg, accelerator, criterion, attention, record)
@@ -164,7 +164,7 @@ def _evaluate(
                     for name, value in terms.items()
                 }
             )
-        if attention:
+        if predictions.attention is not None:
             pairs = match(predictions, batch.targets, cfg.loss)
             looks.add(predictions.attention, batch, pairs)
             if record:
@@ -180,7 +180,7 @@ def _evaluate(
     }
     if criterion is not None:
         results["loss"] = {name: _weighted_mean([row[name] for row in losses]) for name in losses[0]}
-    if attention:
+    if looks.rows:
         results |= looks.summary()
     results["seconds"] = round(time.perf_counter() - start, 2)
     return results, detections

@@ -21,7 +21,7 @@ from detrlib.data import DataError
 from detrlib.models.backbone import WeightsError
 from detrlib.runs import RunError, load_results, open_run, run_path
 from detrlib.tracking import show_messages
-from detrlib.train import NonFiniteLoss, train
+from detrlib.train import NonFiniteLoss, refuse_untrainable, train
 
 TAIL = 30  # lines of a failed subprocess that are repeated in the error
 
@@ -46,6 +46,7 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
         raise LaunchError("processes are for training on the CPU; with GPUs there is one process for each")
     if (wanted, processes) == (min(1, there), 1):
         return train(cfg, run_dir)
+    refuse_untrainable(cfg)
     open_run(cfg, run_dir)  # says what is wrong here rather than in a subprocess
     _torchrun(run_dir, max(wanted, processes), wanted)
     return load_results(run_dir)

@@ -125,7 +125,8 @@ class Deformable(Section):
 
 
 class Model(Section):
-    architecture: Literal["detr", "deformable"] = "detr"
+    # The last two are torchvision's, to be compared with; they take none of the settings below but numbers.
+    architecture: Literal["detr", "deformable", "faster_rcnn", "faster_rcnn_v2"] = "detr"
     backbone: Backbone = Backbone()
     attention: Attention = Attention()
     deformable: Deformable = Deformable()  # of architecture "deformable"
@@ -139,7 +140,7 @@ class Model(Section):
     position: Literal["sine", "learned"] = "sine"
     position_temperature: float = Field(10000.0, gt=0.0)
     queries: Literal["learned", "anchor"] = "learned"  # "anchor": 4-d reference boxes, conditional cross-attention
-    num_queries: int = Field(100, ge=1)
+    num_queries: int = Field(100, ge=1)  # of Faster R-CNN: detections of an image at most
     classification: Literal["softmax", "sigmoid"] = "softmax"  # softmax adds a no-object class
     num_classes: int | None = Field(None, ge=1)  # None: taken from the data
 
@@ -160,9 +161,11 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _deformable_is_a_family_of_its_own(self):
-        if self.architecture == "detr":
+        if self.architecture != "deformable":
             if self.deformable != Deformable():
-                raise ValueError("model.deformable is of no use to model.architecture detr; set it to deformable")
+                raise ValueError(
+                    f"model.deformable is of no use to model.architecture {self.architecture}; set it to deformable"
+                )
             return self
         for name, needed, reason in (
             ("classification", "sigmoid", "it is trained by focal losses, without a no-object class"),
@@ -183,4 +186,22 @@ class Model(Section):
             raise ValueError(
                 "model.deformable: rho below 1 and encoder_auxiliary need model.encoder_layers of 1 or more"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _faster_rcnn_is_what_torchvision_made_it(self):
+        if not self.architecture.startswith("faster_rcnn"):
+            return self
+        if self.backbone != Backbone(weights="none"):
+            raise ValueError(
+                f"model.backbone: that of model.architecture {self.architecture} is torchvision's resnet50, whose "
+                "weights are in the file of the whole model; set model.backbone.weights to none and nothing else"
+            )
+        free = ("architecture", "backbone", "num_queries", "num_classes")
+        for name, field in type(self).model_fields.items():
+            if name not in free and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"model.{name} is of no use to model.architecture {self.architecture}, which is no transformer; "
+                    "leave it at its default"
+                )
         return self

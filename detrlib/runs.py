@@ -242,11 +242,14 @@ def save_example(run_dir: Path, found: Detected) -> None:
 
 
 def load_examples(run_dir: Path) -> list[Example]:
-    """The stored examples of a run, by image id. Raises RunError when there are none, or their maps are missing."""
+    """The stored examples of a run, by image id; none where the model has no attention to show.
+
+    Raises RunError when there should be some, or their maps are missing.
+    """
     paths = sorted((run_dir / "examples").glob("*.npz"))
-    if not paths:
+    if not paths and not _lacks_attention(run_dir):
         raise RunError(f"{run_dir} holds no examples; evaluate it first (notebook 06_evaluate)")
-    store = AttentionStore(run_dir)
+    store = AttentionStore(run_dir) if paths else None
     return [_load_example(path, store) for path in paths]
 
 
@@ -261,6 +264,12 @@ def _load_example(path: Path, store: AttentionStore) -> Example:
     return Example(image_id, **values, maps=maps.pop("decoder_cross"), other_maps=maps)
 
 
+def _lacks_attention(run_dir: Path) -> bool:
+    """Whether a run is evaluated, and its model has no attention."""
+    results = load_results(run_dir) if (run_dir / "results.json").exists() else {}
+    return "detection" in results and "attention" not in results
+
+
 def clear_examples(run_dir: Path) -> None:
     """Remove stored examples: those of an earlier evaluation may be of other images."""
     for path in (run_dir / "examples").glob("*.npz"):
@@ -270,8 +279,12 @@ def clear_examples(run_dir: Path) -> None:
 def same_image(examples: dict[str, list[Example]], number: int | None = None) -> dict[str, Example]:
     """One image in every run: example `number` of the first run, or None for the one with most annotated objects.
 
-    Raises RunError naming the runs that did not store that image.
+    Runs without examples, whose models have no attention, are left out. Raises RunError naming the runs that did not
+    store that image, or when no run is left.
     """
+    examples = {run: stored for run, stored in examples.items() if stored}
+    if not examples:
+        raise RunError("no run has examples with attention maps; name one whose model has attention")
     first = next(iter(examples.values()))
     number = int(np.argmax([len(example.true_boxes) for example in first])) if number is None else number
     wanted = first[number].image_id
@@ -333,32 +346,38 @@ def attention_frame(run_dirs: Iterable[Path], site: str) -> pd.DataFrame:
     rows = [
         {"run": label, "metric": metric, "layer": layer, "value": value}
         for run_dir, label in run_labels(run_dirs).items()
-        for metric, values in load_results(run_dir)["attention"].get(site, {}).items()
+        for metric, values in load_results(run_dir).get("attention", {}).get(site, {}).items()
         for layer, value in enumerate(values)
     ]
     return pd.DataFrame(rows, columns=["run", "metric", "layer", "value"])
 
 
 def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
-    """The main table, one row per run: AP in six cuts, Gini and zeros of decoder cross-attention, PAIBB."""
+    """The main table, one row per run: AP in six cuts, Gini and zeros of decoder cross-attention, PAIBB.
+
+    The last three are missing (NaN) for models without attention.
+    """
     rows = {}
     for run_dir, label in run_labels(run_dirs).items():
         results = load_results(run_dir)
-        cross = results["attention"]["decoder_cross"]
+        cross = results.get("attention", {}).get("decoder_cross", {"gini": np.nan, "zeros": np.nan})
         rows[label] = {
             **{name: results["detection"][name] for name in _AP},
             "Gini": float(np.mean(cross["gini"])),
             "zeros": float(np.mean(cross["zeros"])),
-            "PAIBB": results["paibb"]["all"],
+            "PAIBB": results.get("paibb", {}).get("all", np.nan),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
 
 
 def paibb_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
-    """PAIBB by object size, one row per run; `pairs` is how many matched objects it is a mean over."""
-    rows = {label: load_results(run_dir)["paibb"] for run_dir, label in run_labels(run_dirs).items()}
+    """PAIBB by object size, one row per run; `pairs` is how many matched objects it is a mean over.
+
+    Models without attention have 0 pairs and no values.
+    """
+    rows = {label: load_results(run_dir).get("paibb", {"pairs": 0}) for run_dir, label in run_labels(run_dirs).items()}
     order = ["all", "small", "medium", "large", "pairs"]
-    return pd.DataFrame.from_dict(rows, orient="index")[order].rename_axis("run")
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=order).rename_axis("run")
 
 
 def final_alphas(run_dirs: Iterable[Path], site: str = "decoder_cross") -> dict[str, np.ndarray]:

@@ -79,8 +79,11 @@ def per_layer(frame: pd.DataFrame, metrics: Mapping[str, str]) -> Figure:
 
     frame: tidy, with columns run, metric, layer (from 0), value, and optionally `state`: values of the first state are
     drawn solid, those of a second one, such as models before training, dashed. Several values of a run and layer
-    (seeds, or images) are drawn as their mean and a band of one standard deviation.
+    (seeds, or images) are drawn as their mean and a band of one standard deviation. Raises ValueError when there are
+    no values: no run has attention.
     """
+    if frame.empty:
+        raise ValueError(f"no values of {', '.join(metrics)} to draw: none of the runs has attention")
     colours = run_colours(frame["run"])
     states = list(frame["state"].unique()) if "state" in frame else [None]
     drawn, panels = _panels(len(metrics), columns=3, panel_height=1.8, width=min(1.0, 0.25 + 0.35 * len(metrics)))

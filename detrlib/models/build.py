@@ -14,19 +14,22 @@ from detrlib.models.backbone import Backbone, build_backbone
 from detrlib.models.deformable import DeformableDETR
 from detrlib.models.deformable_transformer import DeformableDecoder, DeformableEncoder, DeformableTransformer
 from detrlib.models.detr import DETR, Transformer
+from detrlib.models.faster_rcnn import FasterRCNN
 from detrlib.models.position import LearnedPosition, SinePosition
 from detrlib.models.pyramid import LevelProjections
 from detrlib.models.sparse import ScoringNetwork
 from detrlib.models.transformer import AnchorDecoder, Decoder, Encoder, LayerSettings, MakeTransform
 
 
-def build_model(settings: Model, backbone_weights: str | Path | None = None) -> DETR | DeformableDETR:
+def build_model(settings: Model, backbone_weights: str | Path | None = None) -> DETR | DeformableDETR | FasterRCNN:
     """The model that `settings` describe. `backbone_weights` stands in for the settings' own (see pretrain.py).
 
     Raises ConfigError for settings that cannot be built without data.
     """
     if settings.num_classes is None:
         raise ConfigError("model.num_classes is not known without a data set; set it, or train through a config")
+    if settings.architecture.startswith("faster_rcnn"):
+        return FasterRCNN(settings.architecture, settings.num_classes, settings.num_queries)
     layer = LayerSettings(
         settings.hidden_dim,
         settings.num_heads,

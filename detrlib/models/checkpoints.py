@@ -4,9 +4,11 @@
     python -m detrlib.models.checkpoints detr-r50-e632da11.pth --save-run official-r50
     python -m detrlib.evaluate official-r50                                       its AP on COCO
 
-Files of DETR, of its variants with sparse cross-attention, of Deformable DETR and of Sparse DETR are known. No code in
-a file is run. Models in them were trained with features next to padding as they come, so they are built with
-`model.backbone.mask_padding: false`; with true, images in padded batches give other detections than published.
+Files of DETR, of its variants with sparse cross-attention, of Deformable DETR and of Sparse DETR are known, and those
+of torchvision's Faster R-CNN (fasterrcnn_resnet50_fpn_coco-258fb6c6.pth, its v2, and what was fine-tuned from them). No
+code in a file is run. Detection transformers in them were trained with features next to padding as they come, so they
+are built with `model.backbone.mask_padding: false`; with true, images in padded batches give other detections than
+published.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from detrlib.attention import AlphaEntmax
 from detrlib.config import Config, ConfigError, changed_settings, load_config, parse_value, replace, save_config
 from detrlib.models.build import build_model
 from detrlib.models.deformable import DeformableDETR
+from detrlib.models.faster_rcnn import FasterRCNN
 from detrlib.models.naming import (
     PROFILING,
     SCRL,
@@ -66,7 +69,7 @@ class OfficialCheckpoint:
 
     @property
     def family(self) -> str:
-        """ "detr", "deformable" or "sparse"."""
+        """ "detr", "deformable", "sparse", "faster_rcnn" or "faster_rcnn_v2"."""
         return family_of(self.state)
 
 
@@ -142,7 +145,7 @@ def official_config(checkpoint: OfficialCheckpoint, overrides: Mapping[str, Any]
         settings = settings_of(checkpoint.state, told)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
-    if checkpoint.family != "detr":
+    if checkpoint.family in ("deformable", "sparse"):
         settings |= {"loss.cost_class": 2.0, "loss.weight_class": 2.0}
     return replace(load_config(overrides={"data.root": "data/coco"}), settings | overrides)
 
@@ -186,6 +189,8 @@ def export_official(model: nn.Module) -> State:
     for name, module in model.named_modules():
         if isinstance(module, AlphaEntmax) and not module.clamped:
             own[f"{name}.pre_alpha"] = torch.logit(module.alpha.detach() - 1)
+    if isinstance(model, FasterRCNN):
+        return own
     if not isinstance(model, DeformableDETR):
         state = official_state(own)
     else:

@@ -4,7 +4,8 @@ Official names are kept but for four things: the backbone has no number (`backbo
 `backbone.1` is `position`), a Swin Transformer in it has the names of torchvision, `pre_alpha` belongs to the transform
 of an attention, and a head that official files of the deformable family register in several places is registered once.
 The numbers in both forms of a Swin Transformer mean the same: tables of position biases and the order in which patches
-are merged agree.
+are merged agree. Entries of torchvision's Faster R-CNN have its names of today, which older files (that of version 1 is
+one) spell without the places of convolutions within blocks.
 """
 
 import math
@@ -19,6 +20,8 @@ from detrlib.runs import RunError
 State = dict[str, Tensor]
 
 PREFIXES = (("backbone.0.body.", "backbone.body."), ("backbone.1.", "position."))
+OLD_PYRAMID = re.compile(r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$")
+OLD_PROPOSALS = re.compile(r"rpn\.head\.conv\.(weight|bias)$")
 PROFILING = ("total_params", "total_ops", "num_batches_tracked")  # counters that tools left in official files
 HEAD = re.compile(r"(?P<place>(?:transformer\.(?:encoder|decoder)\.)?)(?P<kind>class|bbox)_embed\.(?P<number>\d+)\.")
 DECODER_BOXES = "transformer.decoder.bbox_embed."
@@ -36,7 +39,8 @@ def own_name(official: str) -> str:
     for theirs, ours in PREFIXES:
         if official.startswith(theirs):
             return ours + swin_name(official.removeprefix(theirs))
-    return re.sub(r"multihead_attn\.pre_alpha$", "multihead_attn.transform.pre_alpha", official)
+    modern = OLD_PROPOSALS.sub(r"rpn.head.conv.0.0.\1", OLD_PYRAMID.sub(r"\1.0.\2", official))
+    return re.sub(r"multihead_attn\.pre_alpha$", "multihead_attn.transform.pre_alpha", modern)
 
 
 def official_name(own: str) -> str:

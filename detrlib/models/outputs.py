@@ -120,7 +120,7 @@ class Predictions:
         return logits.softmax(-1)[..., :-1] if self.classification == "softmax" else logits.sigmoid()
 
     def detections(self, original_sizes: Tensor, limit: int = 100) -> list[Detections]:
-        """At most `limit` detections per image; original_sizes [B,2] (height, width) in pixels.
+        """At most `limit` detections per image, none of score 0; original_sizes [B,2] (height, width) in pixels.
 
         With a softmax a query has one class, its best (DETR); with sigmoids the best pairs of query and
         class are taken, so that a query may appear twice (Deformable DETR).
@@ -135,4 +135,8 @@ class Predictions:
             top, index = scores.flatten(1).topk(min(limit, scores[0].numel()))
             query = torch.div(index, scores.shape[-1], rounding_mode="floor")
             label = index % scores.shape[-1]
-        return [Detections(s, c, b[q], q) for s, c, b, q in zip(top, label, boxes, query, strict=True)]
+        found = (top > 0).sum(1).tolist()  # they come first
+        return [
+            Detections(s[:n], c[:n], b[q[:n]], q[:n])
+            for s, c, b, q, n in zip(top, label, boxes, query, found, strict=True)
+        ]
