@@ -24,7 +24,7 @@ ROWS = [
     {"sweep"},
     {"launch", "notebooks", "benchmark"},
     {"train"},
-    {"evaluate"},
+    {"evaluate", "published"},
     {"criterion", "pretrain", "costs", "other_data", "record"},
     {"metrics"},
     {"matcher"},

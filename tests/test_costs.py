@@ -8,18 +8,14 @@ from torch.nn import functional as F
 
 from detrlib.attention import MultiheadAttention, build_transform
 from detrlib.costs import (
-    DETR_TOOL,
-    FVCORE,
     ORDER,
-    PUBLISHED,
     component_of,
     cost_table,
     count_flops,
     count_parameters,
     measure_latency,
-    published_costs,
-    published_model,
 )
+from detrlib.published import DETR_TOOL, FVCORE, PUBLISHED, published_costs, published_model
 
 
 class ByHand(nn.Module):
