@@ -124,11 +124,31 @@ class Deformable(Section):
         return self
 
 
+class Polling(Section):
+    """PnP-DETR: encoder and decoder see the best cells, and a few tokens pooled from all others."""
+
+    ratio: float | None = Field(None, gt=0.0, le=1.0)  # share of an image's cells that are kept; None: no polling
+    pooled: int = Field(30, ge=0)  # tokens; published: 30, and 100 for DC5
+    # Bounds of the ratio that every training step draws, so that one model serves all; published: 1/3 and 0.8
+    train_ratios: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.ratio is None and (self.pooled, self.train_ratios) != (30, None):
+            raise ValueError("model.polling is of no use without model.polling.ratio; set it, to 0.33 for example")
+        if self.train_ratios is not None and not 0 < self.train_ratios[0] <= self.train_ratios[1] <= 1:
+            raise ValueError(
+                f"model.polling.train_ratios {list(self.train_ratios)} must ascend within 0 to 1, as [0.333, 0.8]"
+            )
+        return self
+
+
 class Model(Section):
     architecture: Literal["detr", "deformable"] = "detr"
     backbone: Backbone = Backbone()
     attention: Attention = Attention()
     deformable: Deformable = Deformable()  # of architecture "deformable"
+    polling: Polling = Polling()  # of architecture "detr"
     hidden_dim: int = Field(256, ge=8)
     num_heads: int = Field(8, ge=1)
     encoder_layers: int = Field(6, ge=0)
@@ -155,6 +175,27 @@ class Model(Section):
             raise ValueError(
                 f"model.attention.encoder_self {self.attention.encoder_self}: model.encoder_layers is 0, there is no "
                 "encoder to use it; set model.encoder_layers to 1 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _polled_tokens_are_no_grid(self):
+        if self.polling.ratio is None:
+            return self
+        if self.architecture != "detr":
+            raise ValueError(
+                "model.polling is an encoder option of model.architecture detr; deformable attention keeps fewer "
+                "tokens by model.deformable.rho"
+            )
+        for site in ("encoder_self", "decoder_cross"):
+            if getattr(self.attention, site) == "tvmax":
+                raise ValueError(
+                    f"model.attention.{site}: tvmax needs keys that form a grid, and those that model.polling keeps "
+                    "form none; choose another transform, or leave model.polling.ratio out"
+                )
+        if self.attention.padding != "hidden":
+            raise ValueError(
+                "model.attention.padding add_one is for published weights of models without polling; leave it at hidden"
             )
         return self
 

@@ -99,8 +99,12 @@ class DETR(nn.Module):
         look = "decoder_self" in sites or "decoder_cross" in sites
         found = self.transformer.decoder(self.query_embed.weight, memory, self.bbox_embed, look)
         predictions = self._predict(found)
+        predictions.polled = polled = memory.polled
         if sites:
-            predictions.attention = AttentionMaps(encoder_maps, found.self_maps, found.cross_maps, grid, key_padding)
+            if polled is not None:
+                key_padding = polled.key_padding()
+            maps = encoder_maps, found.self_maps, found.cross_maps
+            predictions.attention = AttentionMaps(*maps, grid, key_padding, polled)
         return predictions
 
     def _predict(self, found: Decoded) -> Predictions:
