@@ -3,11 +3,12 @@
 Which combinations make no sense is said here, with the reason and the remedy; `config` reads them from files.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"]
+Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class Section(BaseModel):
@@ -127,20 +128,10 @@ class Deformable(Section):
 class Polling(Section):
     """PnP-DETR: encoder and decoder see the best cells, and a few tokens pooled from all others."""
 
-    ratio: float | None = Field(None, gt=0.0, le=1.0)  # share of an image's cells that are kept; None: no polling
+    ratio: Ratio | None = None  # share of an image's cells that are kept; None: no polling
     pooled: int = Field(30, ge=0)  # tokens; published: 30, and 100 for DC5
-    # Bounds of the ratio that every training step draws, so that one model serves all; published: 1/3 and 0.8
-    train_ratios: tuple[float, float] | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.ratio is None and (self.pooled, self.train_ratios) != (30, None):
-            raise ValueError("model.polling is of no use without model.polling.ratio; set it, to 0.33 for example")
-        if self.train_ratios is not None and not 0 < self.train_ratios[0] <= self.train_ratios[1] <= 1:
-            raise ValueError(
-                f"model.polling.train_ratios {list(self.train_ratios)} must ascend within 0 to 1, as [0.333, 0.8]"
-            )
-        return self
+    # Every training step draws a ratio between these, so that one model serves them all; published: 1/3 and 0.8
+    train_ratios: tuple[Ratio, Ratio] | None = None
 
 
 class Model(Section):
@@ -180,23 +171,23 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _polled_tokens_are_no_grid(self):
-        if self.polling.ratio is None:
-            return self
-        if self.architecture != "detr":
-            raise ValueError(
-                "model.polling is an encoder option of model.architecture detr; deformable attention keeps fewer "
-                "tokens by model.deformable.rho"
-            )
-        for site in ("encoder_self", "decoder_cross"):
-            if getattr(self.attention, site) == "tvmax":
-                raise ValueError(
-                    f"model.attention.{site}: tvmax needs keys that form a grid, and those that model.polling keeps "
-                    "form none; choose another transform, or leave model.polling.ratio out"
-                )
-        if self.attention.padding != "hidden":
-            raise ValueError(
-                "model.attention.padding add_one is for published weights of models without polling; leave it at hidden"
-            )
+        chosen = self.attention
+        refused = (
+            (self.polling.ratio is None, "is of no use without model.polling.ratio; set it, to 0.333 for example"),
+            (
+                self.architecture != "detr",
+                "needs model.architecture detr; deformable keeps fewer by model.deformable.rho",
+            ),
+            (
+                "tvmax" in (chosen.encoder_self, chosen.decoder_cross),
+                "keeps cells that form no grid, which tvmax needs; choose another transform at "
+                "model.attention.encoder_self and model.attention.decoder_cross",
+            ),
+            (chosen.padding != "hidden", "hides padding always; leave model.attention.padding at hidden"),
+        )
+        for wrong, reason in refused:
+            if wrong and self.polling != Polling():
+                raise ValueError(f"model.polling {reason}")
         return self
 
     @model_validator(mode="after")

@@ -101,10 +101,9 @@ class DETR(nn.Module):
         predictions = self._predict(found)
         predictions.polled = polled = memory.polled
         if sites:
-            if polled is not None:
-                key_padding = polled.key_padding()
+            hidden = key_padding if polled is None else polled.key_padding()
             maps = encoder_maps, found.self_maps, found.cross_maps
-            predictions.attention = AttentionMaps(*maps, grid, key_padding, polled)
+            predictions.attention = AttentionMaps(*maps, grid, hidden, polled)
         return predictions
 
     def _predict(self, found: Decoded) -> Predictions:

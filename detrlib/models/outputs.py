@@ -49,27 +49,18 @@ class Polled:
     """What the tokens of a model that polls and pools stand for: n kept cells, then M mixtures of all others."""
 
     kept: Kept  # index and surplus [B,n]
-    share: Tensor | None  # [B,M,K] of every cell in every pooled token: rows sum to one; None: nothing is pooled
+    share: Tensor  # [B,M,K] of every cell in every pooled token: rows sum to one, or are zero where no cell is left
     scores: Tensor  # [B,K], 0..1; those of padding mean nothing
     cell_padding: Tensor  # [B,K], True = padding
 
     def key_padding(self) -> Tensor:
         """[B,n+M], True = no token: surplus, and pooled ones of an image whose cells are all kept."""
-        if self.share is None:
-            return self.kept.surplus
         return torch.cat([self.kept.surplus, ~self.share.any(-1)], 1)
 
     def on_cells(self, weights: Tensor) -> Tensor:
-        """Attention to tokens [B,H,Q,n+M] -> to cells [B,H,Q,K], exactly: what a mixture gets is shared as it is mixed.
-
-        Sums of rows stay.
-        """
-        cells, number = self.scores.shape[1], self.kept.index.shape[1]
-        fine, coarse = weights[..., :number], weights[..., number:]
-        if self.share is None:
-            spread = weights.new_zeros(*weights.shape[:-1], cells)
-        else:
-            spread = (coarse @ self.share[:, None].to(weights.dtype)).to(weights.dtype)  # autocast would change it
+        """Attention to tokens [B,H,Q,n+M] -> to cells [B,H,Q,K], exactly: a mixture's part is shared as it is mixed."""
+        fine, coarse = weights.tensor_split([self.kept.index.shape[1]], -1)
+        spread = (coarse @ self.share[:, None].to(coarse.dtype)).to(fine.dtype)  # autocast would change it
         return spread.scatter_add(-1, self.kept.index[:, None, None].expand_as(fine), fine)
 
     def mean_score(self) -> Tensor:

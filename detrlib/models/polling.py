@@ -24,8 +24,9 @@ class PollAndPool(nn.Module):
         super().__init__()
         self.ratio, self.train_ratios = ratio, train_ratios
         self.score = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
-        self.share = nn.Linear(dim, pooled, bias=False) if pooled else None  # softmax takes biases away
-        self.value = nn.Linear(dim, dim) if pooled else None
+        # Biases would change no share: softmax takes them away.
+        self.share = nn.Linear(dim, pooled, bias=False) if pooled else None
+        self.value = nn.Linear(dim, dim) if pooled else nn.Identity()
 
     def forward(self, memory: Memory) -> Memory:
         """A kept cell is its normalised features times its score, which learns by that; its position stays."""
@@ -33,17 +34,13 @@ class PollAndPool(nn.Module):
         logits = self.score(memory.tokens).squeeze(-1)  # [B,K]
         kept = keep_best(logits.detach(), padding, self._ratio())
         features, scores = F.layer_norm(memory.tokens, memory.tokens.shape[-1:]), logits.sigmoid()
-        tokens, position = kept.gather(features * scores[..., None]), kept.gather(memory.position)
-        share = None
-        if self.share is not None:
-            left = ~kept.mask(cells) if padding is None else ~(kept.mask(cells) | padding)
-            share = self._shares(features, left)
-            # Rows of shares sum to one, so projecting the M mixtures is the same as mixing K projections.
-            tokens = torch.cat([tokens, self.value(share @ features)], 1)
-            position = torch.cat([position, share @ memory.position], 1)
         hidden = torch.zeros_like(scores, dtype=torch.bool) if padding is None else padding
+        share = self._shares(features, kept.mask(cells) | hidden)
+        # Rows of shares sum to one, so projecting the M mixtures is the same as mixing K projections.
+        tokens = torch.cat([kept.gather(features * scores[..., None]), self.value(share @ features)], 1)
+        position = torch.cat([kept.gather(memory.position), share @ memory.position], 1)
         polled = Polled(kept, share, scores, hidden)
-        full = padding is None and (share is None or kept.index.shape[1] < cells)
+        full = padding is None and kept.index.shape[1] < cells  # then every token is one, in every image
         return Memory(tokens, position, None if full else polled.key_padding(), None, polled)
 
     def _ratio(self) -> float:
@@ -52,9 +49,10 @@ class PollAndPool(nn.Module):
         low, high = self.train_ratios
         return low + (high - low) * torch.rand(()).item()
 
-    def _shares(self, features: Tensor, left: Tensor) -> Tensor:
-        """Shares [B,M,K] of the cells that are `left` [B,K] in every pooled token; zero where none is left."""
-        logits = self.share(features).transpose(1, 2)
-        lowest = torch.finfo(logits.dtype).min  # -inf would leave NaN in the gradient where no cell is left
-        hidden = ~left[:, None]
+    def _shares(self, features: Tensor, hidden: Tensor) -> Tensor:
+        """Shares [B,M,K] in every pooled token of the cells that are not `hidden` [B,K]; zero where all are."""
+        if self.share is None:
+            return features.new_zeros(len(features), 0, features.shape[1])
+        logits, hidden = self.share(features).transpose(1, 2), hidden[:, None]
+        lowest = torch.finfo(logits.dtype).min  # -inf would leave NaN in the gradient where all are hidden
         return logits.masked_fill(hidden, lowest).softmax(-1).masked_fill(hidden, 0.0)
