@@ -69,6 +69,7 @@ class Loss(Section):
     weight_bbox: float = 5.0
     weight_giou: float = 2.0
     weight_mask: float = 1.0  # of the scoring network of a sparse encoder
+    weight_poll: float = 1e-4  # of the mean score of kept cells, where model.polling keeps some
     no_object: float = Field(0.1, gt=0.0)  # weight of the no-object class in the cross-entropy
     focal_alpha: float = Field(0.25, gt=0.0, lt=1.0)
     auxiliary: bool = True  # a loss after every decoder layer

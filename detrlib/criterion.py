@@ -52,6 +52,9 @@ class Criterion(nn.Module):
         if predictions.tokens is not None:
             terms |= token_losses(predictions.tokens)
             total = total + self.settings.weight_mask * terms["loss_mask"]
+        if predictions.polled is not None:  # keeps scores low but of cells that need one (Wang et al. 2021)
+            terms["loss_poll"] = predictions.polled.mean_score().mean()
+            total = total + self.settings.weight_poll * terms["loss_poll"]
         return total, terms
 
     def _other_layers(self, predictions: Predictions) -> Iterator[tuple[str, Predictions]]:

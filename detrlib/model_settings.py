@@ -3,11 +3,12 @@
 Which combinations make no sense is said here, with the reason and the remedy; `config` reads them from files.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"]
+Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class Section(BaseModel):
@@ -124,12 +125,22 @@ class Deformable(Section):
         return self
 
 
+class Polling(Section):
+    """PnP-DETR: encoder and decoder see the best cells, and a few tokens pooled from all others."""
+
+    ratio: Ratio | None = None  # share of an image's cells that are kept; None: no polling
+    pooled: int = Field(30, ge=0)  # tokens; published: 30, and 100 for DC5
+    # Every training step draws a ratio between these, so that one model serves them all; published: 1/3 and 0.8
+    train_ratios: tuple[Ratio, Ratio] | None = None
+
+
 class Model(Section):
     # The last two are torchvision's, to be compared with; they take none of the settings below but numbers.
     architecture: Literal["detr", "deformable", "faster_rcnn", "faster_rcnn_v2"] = "detr"
     backbone: Backbone = Backbone()
     attention: Attention = Attention()
     deformable: Deformable = Deformable()  # of architecture "deformable"
+    polling: Polling = Polling()  # of architecture "detr"
     hidden_dim: int = Field(256, ge=8)
     num_heads: int = Field(8, ge=1)
     encoder_layers: int = Field(6, ge=0)
@@ -157,6 +168,27 @@ class Model(Section):
                 f"model.attention.encoder_self {self.attention.encoder_self}: model.encoder_layers is 0, there is no "
                 "encoder to use it; set model.encoder_layers to 1 or more"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _polled_tokens_are_no_grid(self):
+        chosen = self.attention
+        refused = (
+            (self.polling.ratio is None, "is of no use without model.polling.ratio; set it, to 0.333 for example"),
+            (
+                self.architecture != "detr",
+                "needs model.architecture detr; deformable keeps fewer by model.deformable.rho",
+            ),
+            (
+                "tvmax" in (chosen.encoder_self, chosen.decoder_cross),
+                "keeps cells that form no grid, which tvmax needs; choose another transform at "
+                "model.attention.encoder_self and model.attention.decoder_cross",
+            ),
+            (chosen.padding != "hidden", "hides padding always; leave model.attention.padding at hidden"),
+        )
+        for wrong, reason in refused:
+            if wrong and self.polling != Polling():
+                raise ValueError(f"model.polling {reason}")
         return self
 
     @model_validator(mode="after")

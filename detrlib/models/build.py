@@ -15,6 +15,7 @@ from detrlib.models.deformable import DeformableDETR
 from detrlib.models.deformable_transformer import DeformableDecoder, DeformableEncoder, DeformableTransformer
 from detrlib.models.detr import DETR, Transformer
 from detrlib.models.faster_rcnn import FasterRCNN
+from detrlib.models.polling import PollAndPool
 from detrlib.models.position import LearnedPosition, SinePosition
 from detrlib.models.pyramid import LevelProjections
 from detrlib.models.sparse import ScoringNetwork
@@ -48,10 +49,13 @@ def _detr(settings: Model, layer: LayerSettings, weights: str | Path | None) -> 
         decoder = AnchorDecoder(settings.decoder_layers, layer, settings.position_temperature)
     else:
         decoder = Decoder(settings.decoder_layers, layer)
+    poll, polling = None, settings.polling
+    if polling.ratio is not None:
+        poll = PollAndPool(settings.hidden_dim, polling.ratio, polling.pooled, polling.train_ratios)
     return DETR(
         _backbone(settings, weights),
         _position(settings, centred=anchors),
-        Transformer(Encoder(settings.encoder_layers, layer), decoder),
+        Transformer(Encoder(settings.encoder_layers, layer, poll), decoder),
         settings.hidden_dim,
         settings.num_queries,
         settings.num_classes,

@@ -99,8 +99,11 @@ class DETR(nn.Module):
         look = "decoder_self" in sites or "decoder_cross" in sites
         found = self.transformer.decoder(self.query_embed.weight, memory, self.bbox_embed, look)
         predictions = self._predict(found)
+        predictions.polled = polled = memory.polled
         if sites:
-            predictions.attention = AttentionMaps(encoder_maps, found.self_maps, found.cross_maps, grid, key_padding)
+            hidden = key_padding if polled is None else polled.key_padding()
+            maps = encoder_maps, found.self_maps, found.cross_maps
+            predictions.attention = AttentionMaps(*maps, grid, hidden, polled)
         return predictions
 
     def _predict(self, found: Decoded) -> Predictions:

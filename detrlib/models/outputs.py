@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detrlib.attention.deformable import Samples, splat
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
+from detrlib.models.sparse import Kept
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 
@@ -44,27 +45,57 @@ class SampledMaps(Sequence):
 
 
 @dataclass
+class Polled:
+    """What the tokens of a model that polls and pools stand for: n kept cells, then M mixtures of all others."""
+
+    kept: Kept  # index and surplus [B,n]
+    share: Tensor  # [B,M,K] of every cell in every pooled token: rows sum to one, or are zero where no cell is left
+    scores: Tensor  # [B,K], 0..1; those of padding mean nothing
+    cell_padding: Tensor  # [B,K], True = padding
+
+    def key_padding(self) -> Tensor:
+        """[B,n+M], True = no token: surplus, and pooled ones of an image whose cells are all kept."""
+        return torch.cat([self.kept.surplus, ~self.share.any(-1)], 1)
+
+    def on_cells(self, weights: Tensor) -> Tensor:
+        """Attention to tokens [B,H,Q,n+M] -> to cells [B,H,Q,K], exactly: a mixture's part is shared as it is mixed."""
+        fine, coarse = weights.tensor_split([self.kept.index.shape[1]], -1)
+        spread = (coarse @ self.share[:, None].to(coarse.dtype)).to(fine.dtype)  # autocast would change it
+        return spread.scatter_add(-1, self.kept.index[:, None, None].expand_as(fine), fine)
+
+    def mean_score(self) -> Tensor:
+        """[B], mean score of the kept cells."""
+        kept = self.kept.mask(self.scores.shape[1])
+        return (self.scores.float() * kept).sum(1) / kept.sum(1)
+
+
+@dataclass
 class AttentionMaps:
     """Attention weights by site, one tensor per layer, None where not asked for; rows sum to one over valid keys.
 
-    Deformable sites hold `SampledMaps`, whose keys are the cells of the finest level.
+    Deformable sites hold `SampledMaps`, whose keys are the cells of the finest level. In models that poll and pool,
+    the K keys, and the queries of the encoder, are kept cells and pooled tokens: `as_images` spreads them over the
+    grid, while measures of sparsity are about the keys that there were to choose from.
     """
 
     encoder_self: Sequence[Tensor]  # [B,H,K,K]; of a sparse encoder [B,H,kept tokens,K]
     decoder_self: Sequence[Tensor]  # [B,H,Q,Q]
     decoder_cross: Sequence[Tensor]  # [B,H,Q,K]
-    grid: tuple[int, int]  # (h, w), h * w == K
+    grid: tuple[int, int]  # (h, w), h * w == K but for models that poll and pool
     key_padding: Tensor  # [B,K], True = padding
+    polled: Polled | None = None  # what the keys stand for, where they are not cells
 
     def as_images(self, site: Site, layer: int) -> Tensor:
         """[B,H,queries,h,w]: keys laid out as the feature map. Raises ValueError where keys are no grid."""
         if site == "decoder_self":
             raise ValueError("the keys of decoder_self are queries, not cells of a feature map")
-        return getattr(self, site)[layer].unflatten(-1, self.grid)
+        weights = getattr(self, site)[layer]
+        return (weights if self.polled is None else self.polled.on_cells(weights)).unflatten(-1, self.grid)
 
     def valid_grid(self, image: int) -> tuple[int, int]:
         """(rows, columns) of the grid that belong to image number `image`, the rest being padding."""
-        valid = ~self.key_padding[image].unflatten(-1, self.grid)
+        padding = self.key_padding if self.polled is None else self.polled.cell_padding
+        valid = ~padding[image].unflatten(-1, self.grid)
         return int(valid[:, 0].sum()), int(valid[0].sum())
 
 
@@ -113,6 +144,7 @@ class Predictions:
     proposals: "Predictions | None" = None
     encoder_auxiliary: list["Predictions"] = field(default_factory=list)
     tokens: Tokens | None = None
+    polled: Polled | None = None
 
     def class_scores(self) -> Tensor:
         """[B,Q,C] probabilities of the classes, no-object left out."""

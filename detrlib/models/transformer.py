@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from detrlib.attention import ConditionalCrossAttention, MultiheadAttention, Transform
 from detrlib.attention.deformable import Samples
+from detrlib.models.outputs import Polled
 from detrlib.models.position import sine_of_boxes
 
 MakeTransform = Callable[[str], Transform]  # site -> a transform of its own, freshly initialised
@@ -36,7 +37,8 @@ class Memory(NamedTuple):
     tokens: Tensor  # [B,K,E]
     position: Tensor  # [B,K,E], or [1,K,E] for all images
     padding: Tensor | None  # [B,K], True = padding; None: there is none
-    grid: tuple[int, int]  # (h, w) of the feature map whose cells are the keys, h * w == K
+    grid: tuple[int, int] | None  # (h, w) of the feature map whose cells are the keys, h * w == K; None: they are none
+    polled: Polled | None = None  # what the tokens stand for, where they are not cells
 
 
 class Decoded(NamedTuple):
@@ -77,16 +79,17 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of encoder layers; pre-norm stacks end with a norm of their own."""
+    """A stack of encoder layers; pre-norm stacks end with a norm of their own. `poll` makes the tokens fewer first."""
 
-    def __init__(self, num_layers: int, settings: LayerSettings):
+    def __init__(self, num_layers: int, settings: LayerSettings, poll: nn.Module | None = None):
         super().__init__()
+        self.poll = poll
         self.layers = nn.ModuleList(EncoderLayer(settings) for _ in range(num_layers))
         self.norm = nn.LayerNorm(settings.dim) if settings.pre_norm and num_layers else None
 
     def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Memory, list[Tensor | None]]:
         """Memory with tokens [B,K,E] -> the same with encoded tokens, weights [B,H,K,K] of every layer."""
-        maps = []
+        memory, maps = memory if self.poll is None else self.poll(memory), []
         for layer in self.layers:
             tokens, weights = layer(memory, need_attention)
             memory = memory._replace(tokens=tokens)
@@ -174,7 +177,7 @@ class ConditionalDecoderLayer(DecoderLayer):
         self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool, spatial: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Cross-attention of query content `x` [B,Q,E]; `spatial` [B,Q,E] is compared with the places of the keys."""
-        tokens, place, padding, grid = memory
+        tokens, place, padding, grid, _ = memory
         return self.multihead_attn(x, position, spatial, tokens, place, padding, grid, need_attention)
 
 
