@@ -87,7 +87,8 @@ def _valid(weights: Tensor, image: int, site: Site, predictions: Predictions) ->
         return weights
     grid = predictions.attention.grid
     rows, columns = predictions.attention.valid_grid(image)
-    if site == "encoder_self" and predictions.tokens is None and predictions.polled is None:
+    cells_ask = predictions.tokens is None and predictions.polled is None and weights.shape[1] == grid[0] * grid[1]
+    if site == "encoder_self" and cells_ask:
         weights = weights.unflatten(1, grid)[:, :rows, :columns].flatten(1, 2)
     return weights[..., :rows, :columns]
 
