@@ -106,6 +106,10 @@ class Evaluate(Section):
     batch_size: int = Field(8, ge=1)  # per process
     examples: int = Field(8, ge=0)  # images whose detections and attention maps are stored for figures
     zero_threshold: float = Field(1e-6, ge=0.0)  # below it a softmax weight counts as zero in zeros_thresholded
+    zero_share: float = Field(1e-3, ge=0.0)  # of the mean weight 1/K: below it a weight counts in zeros_relative
+    confident_score: float = Field(0.5, ge=0.0, le=1.0)  # queries above it are measured as "confident"
+    count_padding: bool = False  # padded keys count in K, as in published Gini indices and zeros; false: left out
+    paibb: Literal["exact", "thesis"] = "exact"  # "thesis": enlarged maps, whole pixels, as in published PAIBB
 
 
 class Config(Section):

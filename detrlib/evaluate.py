@@ -1,6 +1,8 @@
 """One pass over a data set: detections, how sparse attention is, and whether it looks at the object.
 
     python -m detrlib.evaluate my-run --split test2017
+    python -m detrlib.evaluate my-run --checkpoint untrained          what was there before training
+    python -m detrlib.evaluate my-run --set evaluate.paibb=thesis     as published PAIBB was computed
 
 Legend: B images, L layers, H heads, Q queries, K keys.
 """
@@ -8,7 +10,6 @@ Legend: B images, L layers, H heads, Q queries, K keys.
 import argparse
 import re
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -24,10 +25,10 @@ from detrlib.criterion import Criterion
 from detrlib.data import Batch, CocoDataset, DataError, build_dataset, collate
 from detrlib.data.augment import denormalise
 from detrlib.matcher import Match, match
+from detrlib.metrics.attention import AttentionMeasures
 from detrlib.metrics.detection import coco_ap, coco_detections
-from detrlib.metrics.localisation import object_size, paibb
-from detrlib.metrics.sparsity import entropy, gini, support_size, zeros_ratio
-from detrlib.models import AttentionMaps, Predictions, alpha_modules, build_model
+from detrlib.models import Predictions, alpha_modules, build_model
+from detrlib.pretrain import backbone_weights
 from detrlib.runs import (
     Example,
     RunError,
@@ -43,40 +44,67 @@ from detrlib.runs import (
 )
 
 DETECTIONS_PER_IMAGE = 100  # as COCO counts them
+UNTRAINED = "untrained"  # in place of a checkpoint's name: the model as it was before training
 EXAMPLE_SCORE = 0.3  # queries more confident than this are kept in an example, matched ones always
 
 
-def evaluate_run(run_dir: Path, checkpoint: str = "last", split: str | None = None) -> dict:
-    """Evaluate a run's checkpoint on its validation split and write results.json, predictions.json, examples/.
+def evaluate_run(
+    run_dir: Path, checkpoint: str = "last", split: str | None = None, overrides: dict | None = None
+) -> dict:
+    """Evaluate a run's checkpoint on its validation split; write results.json, predictions.json, examples/, measures/.
 
-    split: another split of the same data, such as "test2017"; its results go to a folder of that name inside the
-    run, which is itself a run folder to read from. Raises RunError when the run is not finished (its results would
-    say that it is), has no such checkpoint, or that is of another architecture.
+    checkpoint: "last", "best", "epoch-0010" and so on, or "untrained" for the model as it was before training, whose
+    results go to the folder untrained inside the run. split: another split of the same data, such as "test2017"; its
+    results go to a folder of that name. Both folders are themselves run folders to read from. overrides: dotted
+    settings of `evaluate` in place of the run's own, such as {"evaluate.paibb": "thesis"}.
+    Raises RunError when the run is not finished (its results would say that it is), has no such checkpoint, or that is
+    of another architecture; ConfigError for an override of anything but `evaluate`.
     """
     load_results(run_dir)
-    cfg = load_config(run_dir / "config.yaml")
-    model = load_model(run_dir, checkpoint)
-    folder = run_dir
+    overrides = overrides or {}
+    if wrong := [key for key in overrides if not key.startswith("evaluate.")]:
+        raise ConfigError(f"{wrong[0]} cannot change in an evaluation: overrides are settings of evaluate.*")
+    cfg = replace(load_config(run_dir / "config.yaml"), overrides)
+    model, folder = load_model(run_dir, checkpoint), run_dir
+    if checkpoint == UNTRAINED:
+        folder, known = folder / UNTRAINED, {"epoch": 0, "global_step": 0}
+    else:
+        known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt")
     if split:
         other = {"data.val_split": split, "data.val_images": None, "data.val_annotations": None, "data.val_limit": None}
-        cfg, folder = replace(cfg, other), run_dir / split
+        cfg, folder = replace(cfg, other), folder / split
+    dataset = build_dataset(cfg.data, "val")
+    if folder != run_dir:
         write_atomic(folder / "config.yaml", lambda path: save_config(cfg, path))
         write_json(folder / "environment.json", environment())
-    dataset = build_dataset(cfg.data, "val")
     results, detections = evaluate(model, dataset, cfg, Accelerator(), run_dir=folder)
-    known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt")
     results |= {"checkpoint": checkpoint, "epoch": known["epoch"], "global_step": known["global_step"]}
     return save_results(folder, results, detections)
 
 
 def load_model(run_dir: Path, checkpoint: str = "last") -> nn.Module:
-    """The trained model of a run, on the CPU, in evaluation mode; averaged weights where the run keeps them."""
+    """The model of a run, on the CPU, in evaluation mode; averaged weights where the run keeps them.
+
+    checkpoint "untrained": the model as it was before training, its pretrained backbone included.
+    """
     cfg = load_config(run_dir / "config.yaml")
+    if checkpoint == UNTRAINED:
+        weights = None
+        if cfg.model.backbone.weights == "crops":
+            weights = backbone_weights(cfg.model.backbone, build_dataset(cfg.data, "train"), cfg.data.image_size)
+        return initial_model(cfg, weights).eval()
     path = run_dir / "checkpoints" / f"{checkpoint}.pt"
     state = load_checkpoint(path)
     model = build_model(cfg.model, backbone_weights="none")
     load_weights(model, state.get("average") or state["model"], path)
     return model.eval()
+
+
+def initial_model(cfg: Config, weights: str | Path | None = None) -> nn.Module:
+    """The model that training starts from: weights follow from cfg.train.seed alone, those of the backbone given."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.train.seed)
+        return build_model(cfg.model, weights)
 
 
 def autocast(cfg: Config, device: torch.device) -> torch.autocast:
@@ -104,8 +132,9 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Results and COCO-format detections of `model` on `dataset`, complete on every process.
 
-    attention: measure attention too. run_dir: where examples are stored, if given. Results hold
-    `detection` (12 COCO numbers and per class), `loss` (with a criterion), `attention`, `paibb`, `alpha`.
+    attention: measure attention too. run_dir: where examples are stored, and measures of single images and objects, if
+    given. Results hold `detection` (12 COCO numbers and per class), `loss` (with a criterion), `alpha`, the settings
+    `evaluate`, and what `AttentionMeasures.summary` says: `attention`, `sparsity`, `paibb`, `localisation`.
     """
     start = time.perf_counter()
     model = model.to(accelerator.device).eval()
@@ -113,7 +142,9 @@ def evaluate(
     loader = DataLoader(
         Subset(dataset, shard), cfg.evaluate.batch_size, collate_fn=collate, num_workers=cfg.data.workers
     )
-    detections, losses, looks = [], [], _AttentionSummary(cfg)
+    detections, losses = [], []
+    folder = run_dir / "measures" if run_dir and attention else None
+    looks = AttentionMeasures(cfg, folder, accelerator.process_index)
     keep = cfg.evaluate.examples if run_dir and accelerator.is_main_process else 0
     if keep:
         clear_examples(run_dir)
@@ -132,23 +163,27 @@ def evaluate(
             )
         if attention:
             pairs = match(predictions, batch.targets, cfg.loss)
-            looks.add(predictions.attention, batch, pairs)
+            looks.add(predictions, batch, pairs)
             for index in range(min(keep, len(batch.targets))):
                 save_example(run_dir, make_example(batch, predictions, pairs, index))
             keep = max(0, keep - len(batch.targets))
-    if accelerator.num_processes > 1:
-        detections, losses, looks.rows = (gather_object(x) for x in (detections, losses, looks.rows))
+    looks.close()
+    sums = [looks.sums()]
+    if accelerator.num_processes > 1:  # comes back once all processes have closed their tables
+        detections, losses, sums = (gather_object(x) for x in (detections, losses, sums))
     results = {
         "detection": coco_ap(dataset.ground_truth, detections),
         "images": len(dataset),
         "annotations": str(dataset.annotations_path.name),
+        "evaluate": cfg.evaluate.model_dump(mode="json"),
         "alpha": {place: module.alpha.tolist() for place, module in alpha_modules(model).items()},
         "names": {str(label): name for label, name in dataset.names.items()},
     }
     if criterion is not None:
         results["loss"] = {name: _weighted_mean([row[name] for row in losses]) for name in losses[0]}
     if attention:
-        results |= looks.summary()
+        looks.merge(sums, tables=accelerator.is_main_process)
+        results |= looks.summary(results["alpha"])
     results["seconds"] = round(time.perf_counter() - start, 2)
     return results, detections
 
@@ -165,76 +200,8 @@ def _detections(predictions: Predictions, targets: list[dict], dataset: CocoData
     return rows
 
 
-MEASURES = ("gini", "zeros", "zeros_thresholded", "support", "entropy")
-
-
-class _AttentionSummary:
-    """Per-image attention metrics, gathered in rows so that processes can be put together."""
-
-    def __init__(self, cfg: Config):
-        transforms = cfg.model.attention
-        # Maps of the encoder are large: they are made and measured where their sparsity is a question.
-        self.sites = [site for site in ("encoder_self", "decoder_self") if getattr(transforms, site) != "softmax"]
-        self.sites.append("decoder_cross")
-        self.threshold = cfg.evaluate.zero_threshold
-        self.rows = []
-
-    def add(self, maps: AttentionMaps, batch: Batch, pairs: list[Match]) -> None:
-        """Measure one batch: means over heads and queries for every image and layer, PAIBB for every matched pair."""
-        sizes = torch.stack([target["size"] for target in batch.targets])
-        per_image = [defaultdict(list) for _ in pairs]
-        for site in self.sites:
-            valid = None if site == "decoder_self" else ~maps.key_padding[:, None, None]
-            for weights in getattr(maps, site):  # [B,H,Q,K]
-                measures = {
-                    "gini": gini(weights, valid),
-                    "zeros": zeros_ratio(weights, valid),
-                    "zeros_thresholded": zeros_ratio(weights, valid, self.threshold),
-                    "support": support_size(weights, valid).float(),
-                    "entropy": entropy(weights, valid),
-                }
-                for name, value in measures.items():  # [B,H,Q]
-                    means = value.mean((1, 2)) if site != "encoder_self" else _masked_mean(value, ~maps.key_padding)
-                    for row, number in zip(per_image, means.tolist(), strict=True):
-                        row[f"{site}/{name}"].append(number)
-        stride = batch.images.shape[-2] / maps.grid[0], batch.images.shape[-1] / maps.grid[1]
-        last = maps.as_images("decoder_cross", -1).mean(1)  # [B,Q,h,w], mean over heads
-        for image, (query, index) in enumerate(pairs):
-            target = batch.targets[image]
-            extent = (sizes[image, 0].item() / stride[0], sizes[image, 1].item() / stride[1])
-            boxes = target["boxes"][index]
-            share = paibb(last[image, query], boxes, extent).tolist()
-            height, width = target["original_size"].tolist()
-            areas = (boxes[:, 2] * width * boxes[:, 3] * height).tolist()
-            per_image[image]["paibb"] = [(object_size(area), value) for area, value in zip(areas, share, strict=True)]
-        self.rows += [dict(row) for row in per_image]
-
-    def summary(self) -> dict:
-        """Means over images (sparsity) and over matched pairs (PAIBB)."""
-        attention = {
-            site: {
-                name: torch.tensor([row[f"{site}/{name}"] for row in self.rows]).mean(0).tolist() for name in MEASURES
-            }
-            for site in self.sites
-        }
-        shares = [pair for row in self.rows for pair in row["paibb"]]
-        located = {"all": _mean([value for _, value in shares]), "pairs": len(shares)}
-        for size in ("small", "medium", "large"):
-            located[size] = _mean([value for this, value in shares if this == size])
-        return {"attention": attention, "paibb": located}
-
-
-def _masked_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Means [B] of values [B,H,K] over heads and valid keys; valid [B,K]."""
-    return (values.mean(1) * valid).sum(1) / valid.sum(1)
-
-
 def _weighted_mean(pairs: list[tuple[float, float]]) -> float:
     return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def make_example(batch: Batch, predictions: Predictions, pairs: list[Match], index: int) -> Example:
@@ -278,11 +245,15 @@ def main() -> None:
     """The command line; `--help` explains it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_name", help="folder under papermill_runs/")
-    parser.add_argument("--checkpoint", default="last", help="last, best, or epoch-NNNN")
+    parser.add_argument("--checkpoint", default="last", help="last, best, epoch-NNNN, or untrained")
     parser.add_argument("--split", help="another split of the same data, e.g. test2017")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="e.g. evaluate.paibb=thesis")
     arguments = parser.parse_args()
+    if malformed := [item for item in arguments.set if "=" not in item]:
+        parser.error(f"--set {malformed[0]}: expected name=value, e.g. evaluate.paibb=thesis")
+    overrides = dict(item.split("=", 1) for item in arguments.set)
     try:
-        results = evaluate_run(run_path(arguments.run_name), arguments.checkpoint, arguments.split)
+        results = evaluate_run(run_path(arguments.run_name), arguments.checkpoint, arguments.split, overrides)
     except (ConfigError, DataError, RunError) as error:
         raise SystemExit(f"error: {error}") from None
     shown = {name: value for name, value in results["detection"].items() if name != "per_class"}
