@@ -16,6 +16,7 @@ from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 
 SMALL, LARGE = 32**2, 96**2  # COCO's limits between object sizes, square pixels
 SIZES = ("small", "medium", "large")
+ROUNDING = 1e-5  # of a cell: how far boxes in float32 may miss a centre on their edge
 MEASURES = ("paibb", "paibb_normalised", "pointing", "distance")
 
 Mode = Literal["exact", "thesis"]
@@ -141,7 +142,8 @@ def _pointing(maps: Tensor, corners: Tensor, extent: Tensor) -> Tensor:
     for axis, cells in enumerate(maps.shape[-2:]):
         end = extent[:, axis, None]
         centre = (torch.arange(cells, dtype=end.dtype, device=end.device) + 0.5).minimum(end)
-        in_box.append((centre >= corners[:, 0, axis, None]) & (centre <= corners[:, 1, axis, None]))
+        first, last = corners[:, 0, axis, None] - ROUNDING, corners[:, 1, axis, None] + ROUNDING
+        in_box.append((centre >= first) & (centre <= last))
         in_image.append(torch.arange(cells, device=end.device) < end.ceil())
     box, image = (_like(y[:, :, None] & x[:, None], maps) for y, x in (in_box, in_image))  # [n, 1..., h, w]
     values = maps.masked_fill(~image, 0.0)
