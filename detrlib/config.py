@@ -109,6 +109,10 @@ class Evaluate(Section):
     store_maps: Annotated[int, Field(ge=0)] | Literal["all"] = 0  # more first images whose maps are stored, or all
     store_sites: tuple[Literal["decoder_cross", "decoder_self", "encoder_self"], ...] = ("decoder_cross",)
     zero_threshold: float = Field(1e-6, ge=0.0)  # below it a softmax weight counts as zero in zeros_thresholded
+    zero_share: float = Field(1e-3, ge=0.0)  # of the mean weight 1/K: below it a weight counts in zeros_relative
+    confident_score: float = Field(0.5, ge=0.0, le=1.0)  # queries above it are measured as "confident"
+    count_padding: bool = False  # padded keys count in K, as in published Gini indices and zeros; false: left out
+    paibb: Literal["exact", "thesis"] = "exact"  # "thesis": enlarged maps, whole pixels, as in published PAIBB
 
     @model_validator(mode="after")
     def _cross_attention_is_always_stored(self):

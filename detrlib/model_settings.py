@@ -220,9 +220,14 @@ class Model(Section):
             )
         return self
 
+    @property
+    def attends(self) -> bool:
+        """Whether there is attention to look at: Faster R-CNN has none."""
+        return not self.architecture.startswith("faster_rcnn")
+
     @model_validator(mode="after")
     def _faster_rcnn_is_what_torchvision_made_it(self):
-        if not self.architecture.startswith("faster_rcnn"):
+        if self.attends:
             return self
         if self.backbone != Backbone(weights="none"):
             raise ValueError(

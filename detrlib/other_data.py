@@ -10,6 +10,7 @@ from detrlib.data.coco import read_annotations
 from detrlib.data.mapping import ClassMatch, locate, match_classes, match_ids, translate
 from detrlib.runs import RunError, load_results, write_json
 
+RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders of a run
 LOWER_BOUND = (
     "Only the classes in 'matched' are scored. Where the data does not annotate every object of them, right detections "
     "of the others count as false, and AP is a lower bound."
@@ -26,6 +27,7 @@ class OtherData:
     names: Mapping[str, str] = field(default_factory=dict)  # their name -> our name
     by_id: bool = False
     save_as: str | None = None
+    untrained: bool = False  # results of the model before training are kept apart
 
 
 def prepare(run_dir: Path, cfg: Config, other: OtherData) -> tuple[Config, Path, dict]:
@@ -61,9 +63,10 @@ def prepare(run_dir: Path, cfg: Config, other: OtherData) -> tuple[Config, Path,
 
 
 def _folder(run_dir: Path, on: Path, annotations: Path, other: OtherData) -> Path:
+    run_dir = run_dir / "untrained" if other.untrained else run_dir
     named = on.stem.removeprefix("instances_") if on == annotations else "-".join(filter(None, (on.name, other.split)))
     folder = run_dir / (other.save_as or named)
-    if folder.parent != run_dir or folder.name in ("..", "checkpoints", "examples"):
+    if folder.parent != run_dir or folder.name in ("..", *RESERVED):
         raise RunError(f"{folder.name!r} cannot name a folder of results in {run_dir}; choose another (save_as, --as)")
     if (folder / "results.json").exists() and load_results(folder).get("on") != str(annotations):
         raise RunError(f"{folder} holds results on other data; choose another name (save_as, --as)")

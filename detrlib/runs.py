@@ -6,7 +6,9 @@
         checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
         results.json       final numbers; its presence means: finished
         predictions.json   COCO-format detections           examples/*.npz     images with what was found in them
-        maps/*.parquet     attention maps, see `store`      *.ipynb            executed notebooks
+        maps/*.parquet     attention maps, see `store`
+        measures/*.parquet sparsity and localisation of attention, of single images and objects
+        *.ipynb            executed notebooks
 
 Files are written to a temporary neighbour and renamed, so a reader or a resumed run never meets half of one; lines of
 metrics.jsonl are appended, and a last line cut short is ignored.
@@ -378,6 +380,35 @@ def paibb_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
     rows = {label: load_results(run_dir).get("paibb", {"pairs": 0}) for run_dir, label in run_labels(run_dirs).items()}
     order = ["all", "small", "medium", "large", "pairs"]
     return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=order).rename_axis("run")
+
+
+def sparsity_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """Sparsity of single images: columns run, image_id, site, layer, head, queries (all, matched, confident) and the
+    measures, means over the queries. Images without such queries have no row. Raises RunError where there is none.
+    """
+    return _measures(run_dirs, "sparsity")
+
+
+def located_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """Where attention of the matched query lies for every object: columns run, image_id, object (its number in the
+    image), label, area (of its box, square pixels of the file), size, score (of the query), layer, head (-1: the mean
+    over heads) and the measures. Raises RunError where there is none.
+    """
+    return _measures(run_dirs, "located")
+
+
+def _measures(run_dirs: Iterable[Path], name: str) -> pd.DataFrame:
+    frames = []
+    for run_dir, label in run_labels(run_dirs).items():
+        path = run_dir / "measures" / f"{name}.parquet"
+        if not path.exists():
+            raise RunError(f"no {path}: evaluate the run (again): python -m detrlib.evaluate {run_dir}")
+        frame = pd.read_parquet(path)
+        frame.insert(0, "run", label)
+        frames.append(frame)
+    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["run"])
+    # Runs may have measured other sites: words of several lists come back as text.
+    return table.astype({column: "category" for column in ("run", "site", "queries", "size") if column in table})
 
 
 def final_alphas(run_dirs: Iterable[Path], site: str = "decoder_cross") -> dict[str, np.ndarray]:

@@ -27,8 +27,8 @@ from detrlib import runs
 from detrlib.config import Config, ConfigError, Train, load_config, replace
 from detrlib.criterion import Criterion
 from detrlib.data import Batch, CocoDataset, build_dataset, collate
-from detrlib.evaluate import autocast, evaluate, save_results
-from detrlib.models import alpha_modules, build_model, place_projections
+from detrlib.evaluate import autocast, evaluate, initial_model, save_results
+from detrlib.models import alpha_modules, place_projections
 from detrlib.pretrain import backbone_weights
 from detrlib.tracking import Tracker, show_messages
 
@@ -104,7 +104,7 @@ class Trainer:
     ):
         self.cfg, self.run_dir, self.accelerator, self.val_set = cfg, run_dir, accelerator, val_set
         set_seed(cfg.train.seed)
-        model = build_model(cfg.model, weights)
+        model = initial_model(cfg, weights)
         self.sampler = EpochSampler(
             len(train_set), cfg.train.batch_size, accelerator.process_index, accelerator.num_processes, cfg.train.seed
         )
