@@ -24,7 +24,7 @@ from detrlib.criterion import Criterion
 from detrlib.data import Batch, CocoDataset, DataError, build_dataset, collate
 from detrlib.data.augment import denormalise
 from detrlib.matcher import Match, match
-from detrlib.metrics.detection import coco_ap, coco_detections
+from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
 from detrlib.metrics.localisation import object_size, paibb
 from detrlib.metrics.sparsity import entropy, gini, support_size, zeros_ratio
 from detrlib.models import AttentionMaps, Predictions, alpha_modules, build_model
@@ -38,6 +38,7 @@ from detrlib.runs import (
     load_weights,
     run_path,
     save_example,
+    save_tables,
     write_atomic,
     write_json,
 )
@@ -66,7 +67,7 @@ def evaluate_run(run_dir: Path, checkpoint: str = "last", split: str | None = No
     results, detections = evaluate(model, dataset, cfg, Accelerator(), run_dir=folder)
     known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt")
     results |= {"checkpoint": checkpoint, "epoch": known["epoch"], "global_step": known["global_step"]}
-    return save_results(folder, results, detections)
+    return save_results(folder, results, detections, dataset.ground_truth)
 
 
 def load_model(run_dir: Path, checkpoint: str = "last") -> nn.Module:
@@ -84,9 +85,11 @@ def autocast(cfg: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.precision == "bfloat16")
 
 
-def save_results(run_dir: Path, results: dict, detections: list[dict]) -> dict:
-    """Write predictions.json, then results.json, whose presence says that the run is finished."""
+def save_results(run_dir: Path, results: dict, detections: list[dict], ground_truth: dict) -> dict:
+    """Write predictions.json and matches, then results.json, whose presence says that the run is finished."""
     write_json(run_dir / "predictions.json", detections)
+    matches = match_detections(ground_truth, detections)
+    save_tables(run_dir, {"matches": matches.detections, "annotations": matches.annotations})
     write_json(run_dir / "results.json", results)
     return results
 
