@@ -27,7 +27,7 @@ from detrlib.criterion import Criterion
 from detrlib.data import CocoDataset, DataError, build_dataset, collate
 from detrlib.matcher import match
 from detrlib.metrics.attention import AttentionMeasures
-from detrlib.metrics.detection import coco_ap, coco_detections
+from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
 from detrlib.models import Predictions, alpha_modules, build_model
 from detrlib.other_data import OtherData, prepare
 from detrlib.pretrain import backbone_weights
@@ -39,6 +39,7 @@ from detrlib.runs import (
     load_results,
     load_weights,
     run_path,
+    save_tables,
     write_atomic,
     write_json,
 )
@@ -103,7 +104,7 @@ def evaluate_run(
         write_json(folder / "environment.json", environment())
     results, detections = evaluate(model, dataset, cfg, Accelerator(), run_dir=folder)
     results |= {"checkpoint": checkpoint, "epoch": known["epoch"], "global_step": known["global_step"]}
-    return save_results(folder, results | described, detections)
+    return save_results(folder, results | described, detections, dataset.ground_truth)
 
 
 def load_model(run_dir: Path, checkpoint: str = "last") -> nn.Module:
@@ -136,9 +137,11 @@ def autocast(cfg: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.precision == "bfloat16")
 
 
-def save_results(run_dir: Path, results: dict, detections: list[dict]) -> dict:
-    """Write predictions.json, then results.json, whose presence says that the run is finished."""
+def save_results(run_dir: Path, results: dict, detections: list[dict], ground_truth: dict) -> dict:
+    """Write predictions.json and matches, then results.json, whose presence says that the run is finished."""
     write_json(run_dir / "predictions.json", detections)
+    matches = match_detections(ground_truth, detections)
+    save_tables(run_dir, {"matches": matches.detections, "annotations": matches.annotations})
     write_json(run_dir / "results.json", results)
     return results
 

@@ -7,7 +7,7 @@
         results.json       final numbers; its presence means: finished
         predictions.json   COCO-format detections           examples/*.npz     images with what was found in them
         maps/*.parquet     attention maps, see `store`
-        measures/*.parquet sparsity and localisation of attention, of single images and objects
+        measures/*.parquet of single images and objects: sparsity, localisation, matches that AP is computed from
         *.ipynb            executed notebooks
 
 Files are written to a temporary neighbour and renamed, so a reader or a resumed run never meets half of one; lines of
@@ -17,10 +17,12 @@ metrics.jsonl are appended, and a last line cut short is ignored.
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -354,6 +356,47 @@ def attention_frame(run_dirs: Iterable[Path], site: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["run", "metric", "layer", "value"])
 
 
+def group_of(label: str) -> str:
+    """The name that runs of several seeds share: `label` without a last "-seed3" or "_seed3"."""
+    return re.sub(r"[-_]seed\d+$", "", label)
+
+
+def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """All headline numbers, one row per run: run, group, seed, architecture, the transform at each site, the twelve of
+    COCO, `<site>/<measure>` (means over layers), PAIBB by size, images, epoch, seconds; missing where a run has none.
+    """
+    rows = []
+    for run_dir, label in run_labels(run_dirs).items():
+        results, cfg = load_results(run_dir), load_config(run_dir / "config.yaml")
+        transforms = {
+            site: getattr(cfg.model.attention, site) for site in ("encoder_self", "decoder_self", "decoder_cross")
+        }
+        row = {"run": label, "group": group_of(label), "seed": cfg.train.seed, "architecture": cfg.model.architecture}
+        row |= transforms | {name: value for name, value in results["detection"].items() if name != "per_class"}
+        for site, measures in results.get("attention", {}).items():
+            row |= {f"{site}/{name}": float(np.mean(values)) for name, values in measures.items()}
+        row |= {f"paibb/{size}": value for size, value in results.get("paibb", {}).items()}
+        rows.append(row | {name: results.get(name) for name in ("images", "epoch", "seconds")})
+    return pd.DataFrame(rows)
+
+
+def save_tables(run_dir: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Each table as measures/<name>.parquet, written atomically."""
+    for name, table in tables.items():
+        write_atomic(run_dir / "measures" / f"{name}.parquet", partial(table.to_parquet, index=False))
+
+
+def load_table(run_dir: Path, name: str) -> pd.DataFrame:
+    """measures/<name>.parquet of a run. Raises RunError naming the file when there is none, or it is none."""
+    path = run_dir / "measures" / f"{name}.parquet"
+    if not path.exists():
+        raise RunError(f"no {path}; evaluate the run again: python -m detrlib.evaluate {run_dir}")
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
+        raise RunError(f"{path} is not readable ({error}); evaluate the run again") from error
+
+
 def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """The main table, one row per run: AP in six cuts, Gini and zeros of decoder cross-attention, PAIBB.
 
@@ -400,10 +443,7 @@ def located_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
 def _measures(run_dirs: Iterable[Path], name: str) -> pd.DataFrame:
     frames = []
     for run_dir, label in run_labels(run_dirs).items():
-        path = run_dir / "measures" / f"{name}.parquet"
-        if not path.exists():
-            raise RunError(f"no {path}: evaluate the run (again): python -m detrlib.evaluate {run_dir}")
-        frame = pd.read_parquet(path)
+        frame = load_table(run_dir, name)
         frame.insert(0, "run", label)
         frames.append(frame)
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["run"])

@@ -145,7 +145,7 @@ class Trainer:
         results, detections = evaluate(model, self.val_set, self.cfg, self.accelerator, run_dir=self.run_dir)
         results |= {"checkpoint": "last", "epoch": self.epoch, "global_step": self.global_step}
         if self.accelerator.is_main_process:
-            save_results(self.run_dir, results, detections)
+            save_results(self.run_dir, results, detections, self.val_set.ground_truth)
         self.accelerator.wait_for_everyone()
         return results
 

@@ -3,14 +3,19 @@
 AP is precision averaged over 101 recall levels, the IoU thresholds 0.50, 0.55, ..., 0.95 and all classes, with
 at most 100 detections per image and class. As in COCO, a number that is undefined because there is no ground
 truth of that class or size is -1, while ground truth without any detection gives 0.
+
+`match_detections` keeps what AP is made of, image by image, for statistics over images (`metrics.statistics`).
+Legend: D detections, G annotations, A area ranges (all, small, medium, large), T IoU thresholds.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import ArrayLike
@@ -19,6 +24,12 @@ METRICS = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"),
 )
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+# Square pixels of the annotation; both ends belong to a range, as in COCO.
+AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+DETECTIONS_PER_CLASS = 100  # of an image and class, the best of which count
+NO_CATEGORY = -1  # stands for "no annotations" in the row of an image that has none
+PAIRS_AT_ONCE = 2**21  # detections and annotations whose IoU is held in memory together
 
 
 def coco_detections(image_id: int, boxes: ArrayLike, scores: ArrayLike, category_ids: ArrayLike) -> list[dict]:
@@ -48,10 +59,8 @@ def coco_ap(ground_truth: Mapping | str | PathLike, detections: Sequence[Mapping
     An annotation takes no part in the score, neither found nor missed, when its `iscrowd` is set.
     Raises ValueError when a detection belongs to an image that the ground truth does not list.
     """
-    if isinstance(ground_truth, str | PathLike):
-        ground_truth = json.loads(Path(ground_truth).read_text())
     truth = COCO(_boxes_only(ground_truth))
-    _check_images(truth, detections)
+    _check_images(truth.getImgIds(), detections)
     # loadRes writes into the entries it is given
     results = truth.loadRes([dict(detection) for detection in detections])
     evaluation = COCOeval_faster(truth, results, iouType="bbox", print_function=_silent)
@@ -60,9 +69,11 @@ def coco_ap(ground_truth: Mapping | str | PathLike, detections: Sequence[Mapping
     return numbers | {"per_class": _per_class(evaluation, truth)}
 
 
-def _boxes_only(ground_truth: Mapping) -> dict:
+def _boxes_only(ground_truth: Mapping | str | PathLike) -> dict:
     """A fresh dictionary with what box evaluation needs. Annotations are renumbered from 1, because 0 would read
     as "unmatched", and files in the wild start at 0 or repeat an id."""
+    if isinstance(ground_truth, str | PathLike):
+        ground_truth = json.loads(Path(ground_truth).read_text())
     annotations = [
         {
             "id": number,
@@ -81,8 +92,8 @@ def _boxes_only(ground_truth: Mapping) -> dict:
     }
 
 
-def _check_images(truth: COCO, detections: Sequence[Mapping]) -> None:
-    unknown = {detection["image_id"] for detection in detections} - set(truth.getImgIds())
+def _check_images(image_ids: Iterable[int], detections: Sequence[Mapping]) -> None:
+    unknown = {detection["image_id"] for detection in detections} - set(image_ids)
     if unknown:
         raise ValueError(
             f"detections for {len(unknown)} images that are not in the ground truth, such as {min(unknown)}"
@@ -109,3 +120,131 @@ def _mean_where_defined(values: np.ndarray) -> float:
 
 def _silent(message: str) -> None:
     """faster-coco-eval reports its progress through a callable; results here are return values."""
+
+
+# Matches, image by image
+
+
+class Matches(NamedTuple):
+    """What the AP of any selection of images is computed from, without their ground truth.
+
+    detections: a row per detection that counts, by image, class and falling score: image_id, category_id, score, and
+    for each area range `true_<range>` and `ignored_<range>`, whose bit t is set where the detection is a true positive
+    (takes no part) at IOU_THRESHOLDS[t]; where neither is set it is a false positive.
+    annotations: a row per image and class: image_id, category_id, and `<range>`, the number of annotations to be
+    found; an image without annotations has one row with NO_CATEGORY and zeros, so that every image is listed.
+    """
+
+    detections: pd.DataFrame
+    annotations: pd.DataFrame
+
+
+def match_detections(ground_truth: Mapping | str | PathLike, detections: Sequence[Mapping]) -> Matches:
+    """Which detections are true, false or ignored, by COCO's rules; arguments and ValueError as of `coco_ap`.
+
+    From the best detection of an image and class to the worst, each takes the annotation of highest IoU among those
+    that nobody took. Annotations that do not count (crowds, which any number of detections may take, and those
+    outside the area range) are taken only where no other fits, and their detections are ignored; so are detections
+    outside the area range that took nothing.
+    """
+    truth = _boxes_only(ground_truth)
+    image_ids = np.unique([image["id"] for image in truth["images"]])
+    category_ids = np.unique([category["id"] for category in truth["categories"]])
+    _check_images(image_ids, detections)
+    annotated = _table(truth["annotations"], ("area", "iscrowd"))
+    annotated = annotated[annotated["category_id"].isin(category_ids)]
+    annotated = annotated.sort_values(["image_id", "category_id"], kind="stable", ignore_index=True)
+    found = _table(detections, ("score",))
+    found = found[found["category_id"].isin(category_ids)].assign(area=lambda table: table["w"] * table["h"])
+    order = np.lexsort((-found["score"], found["category_id"], found["image_id"]))  # keeps the order of equal scores
+    found = found.iloc[order]
+    found = found[found.groupby(["image_id", "category_id"]).cumcount() < DETECTIONS_PER_CLASS].reset_index(drop=True)
+
+    skipped = _outside(annotated["area"]) | (annotated["iscrowd"] != 0).to_numpy()[:, None]  # [G,A]
+    flags = _match(found, annotated, skipped)
+    columns = {f"{kind}_{area}": flags[kind][:, a] for kind in flags for a, area in enumerate(AREAS)}
+    table = found[["image_id", "category_id", "score"]].assign(**columns)
+    counts = annotated[["image_id", "category_id"]].assign(
+        **{area: (~skipped[:, a]).astype(np.int32) for a, area in enumerate(AREAS)}
+    )
+    bare = np.setdiff1d(image_ids, annotated["image_id"])
+    empty = pd.DataFrame({"image_id": bare, "category_id": NO_CATEGORY, **dict.fromkeys(AREAS, np.int32(0))})
+    counts = pd.concat([counts.groupby(["image_id", "category_id"], as_index=False).sum(), empty])
+    counts = counts.sort_values(["image_id", "category_id"], ignore_index=True)
+    compact = {"image_id": np.int64, "category_id": np.int32}
+    return Matches(table.astype(compact), counts.astype(compact | dict.fromkeys(AREAS, np.int32)))
+
+
+def _table(entries: Sequence[Mapping], numbers: Sequence[str]) -> pd.DataFrame:
+    """Boxes as columns x, y, w, h beside ids and the `numbers` asked for."""
+    boxes = np.array([entry["bbox"] for entry in entries], dtype=float).reshape(-1, 4)
+    ids = {name: np.array([entry[name] for entry in entries], dtype=np.int64) for name in ("image_id", "category_id")}
+    rest = {name: np.array([entry[name] for entry in entries], dtype=float) for name in numbers}
+    return pd.DataFrame(ids | dict(zip("xywh", boxes.T, strict=True)) | rest)
+
+
+def _outside(areas: pd.Series) -> np.ndarray:
+    """[n,A] whether an area is outside each range."""
+    low, high = np.array(list(AREAS.values())).T
+    return (areas.to_numpy()[:, None] < low) | (areas.to_numpy()[:, None] > high)
+
+
+def _match(found: pd.DataFrame, annotated: pd.DataFrame, skipped: np.ndarray) -> dict[str, np.ndarray]:
+    """ "true" and "ignored" [D,A] of sorted tables, bits over IoU thresholds; skipped [G,A].
+
+    All images and classes advance together: first their best detections choose, then their second best.
+    """
+    every = np.uint16(2 ** len(IOU_THRESHOLDS) - 1)
+    outside = _outside(found["area"])
+    flags = {"true": np.zeros_like(outside, np.uint16), "ignored": np.where(outside, every, np.uint16(0))}
+    detection, annotation, iou = _overlapping(found, annotated)
+    # In falling order of preference, last first: of equal IoU the later annotation is taken.
+    order = np.lexsort((annotation, iou, detection))
+    detection, annotation, iou = detection[order], annotation[order], iou[order]
+    able, which = np.unique(detection, return_inverse=True)  # detections that overlap with anything
+    turn = found.iloc[able].groupby(["image_id", "category_id"]).cumcount().to_numpy()[which]
+    order = np.argsort(turn, kind="stable")
+    free = np.ones((*skipped.shape, len(IOU_THRESHOLDS)), bool)  # [G,A,T]
+    crowd = (annotated["iscrowd"] != 0).to_numpy()
+    bits = 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)
+    for now in np.split(order, np.flatnonzero(np.diff(turn[order])) + 1) if len(order) else ():
+        taker, offered = detection[now], annotation[now]
+        fits = free[offered] & (iou[now, None, None] >= IOU_THRESHOLDS)  # [pairs,A,T]
+        preference = 1 + np.arange(len(now))[:, None] + len(now) * ~skipped[offered]  # [pairs,A]
+        first = np.flatnonzero(np.diff(taker, prepend=-1))
+        best = np.maximum.reduceat(np.where(fits, preference[:, :, None], 0), first)  # [takers,A,T], 0 = nothing fits
+        taken, took = offered[(best - 1) % len(now)], best > 0
+        _, area, threshold = np.nonzero(took)
+        free[taken[took], area, threshold] = crowd[taken[took]]
+        unused = took & skipped[taken, np.arange(len(AREAS))[:, None]]
+        flags["true"][taker[first]] = ((took & ~unused) * bits).sum(-1)
+        flags["ignored"][taker[first]] = ((unused | ~took & outside[taker[first], :, None]) * bits).sum(-1)
+    return flags
+
+
+def _overlapping(found: pd.DataFrame, annotated: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row numbers of detections and annotations of one image and class with an IoU of at least 0.5, and that IoU.
+
+    The IoU with a crowd is the share of the detection that lies inside it.
+    """
+    names = ["image_id", "category_id"]
+    groups = pd.concat([found[names], annotated[names]]).groupby(names).ngroup().to_numpy()
+    group, groups = groups[: len(found)], groups[len(found) :]
+    begin = np.searchsorted(groups, group)
+    count = np.searchsorted(groups, group, side="right") - begin
+    ends = np.cumsum(count)
+    theirs, ours = (table[list("xywh")].to_numpy() for table in (annotated, found))
+    crowd, parts = (annotated["iscrowd"] != 0).to_numpy(), []
+    cuts = np.searchsorted(ends, np.arange(PAIRS_AT_ONCE, ends[-1] if len(ends) else 0, PAIRS_AT_ONCE))
+    for rows in np.split(np.arange(len(found)), np.unique(cuts)):
+        d = np.repeat(rows, count[rows])
+        g = np.arange(len(d)) - np.repeat(np.cumsum(count[rows]) - count[rows], count[rows]) + begin[d]
+        a, b = ours[d], theirs[g]
+        sides = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+        inside = np.where((sides > 0).all(1), sides[:, 0] * sides[:, 1], 0.0)
+        area, other = a[:, 2] * a[:, 3], b[:, 2] * b[:, 3]
+        union = np.where(crowd[g], area, area + other - inside)
+        iou = np.divide(inside, union, out=np.zeros_like(inside), where=inside > 0)
+        keep = iou >= IOU_THRESHOLDS[0]
+        parts.append((d[keep], g[keep], iou[keep]))
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))

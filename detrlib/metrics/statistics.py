@@ -1,0 +1,320 @@
+"""How sure a difference is: bootstrap over images, paired comparison of two runs, and the spread over seeds.
+
+Two questions are told apart. Whether this trained model is better than that one on images like these is answered by
+resampling images (`bootstrap_ap`, `compare`). Whether this way of training is better than that one needs several runs
+each, because initialisation and the order of data alone move AP (Bouthillier et al. 2021, "Accounting for variance in
+machine learning benchmarks"), and is answered by `compare_groups`.
+Legend: R resamples, N images.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from detrlib.metrics.average_precision import AP_METRICS, Curves, average_precision
+from detrlib.metrics.detection import Matches
+from detrlib.runs import load_table
+
+LEVEL = 0.05  # a difference is established when its adjusted p value is not above; intervals cover the rest
+MEAN_SAMPLING = {"n_resamples": 10_000, "batch": 500}  # means are cheap
+IMAGES_AT_ONCE = 2**22  # weights of images in memory together
+
+
+def load_matches(run_dir: Path) -> Matches:
+    """The matches that the evaluation of a run has stored. Raises RunError when it was evaluated without."""
+    return Matches(load_table(run_dir, "matches"), load_table(run_dir, "annotations"))
+
+
+# One run, many samples of images
+
+
+def bootstrap_ap(
+    matches: Matches, resamples: int = 1000, seed: int = 0, metrics: Sequence[str] = AP_METRICS
+) -> pd.DataFrame:
+    """AP of `resamples` samples of the images, drawn with replacement: a row per sample, a column per metric.
+
+    NaN where a sample has nothing to be found. The same seed draws the same images for every run on them.
+    Assumes that the images are independent draws from those of interest, and says nothing about training anew.
+    Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapters 6 and 13.
+    """
+    curves = Curves(matches)
+    parts = [pd.DataFrame(curves.ap(weights, metrics)) for weights in _multiplicities(curves, resamples, seed)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _multiplicities(curves: Curves, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """[R,N] how often each image is drawn, a batch at a time."""
+    images, random = len(curves.image_ids), np.random.default_rng(seed)
+    for count in _batches(resamples, images):
+        yield random.multinomial(images, np.full(images, 1 / images), size=count).astype(np.int32)
+
+
+def _batches(resamples: int, images: int) -> list[int]:
+    most = max(1, IMAGES_AT_ONCE // images)
+    return [min(most, resamples - start) for start in range(0, resamples, most)]
+
+
+def interval(estimate: ArrayLike, samples: pd.DataFrame | pd.Series) -> pd.DataFrame | pd.Series:
+    """The basic 95 % bootstrap interval (rows low, high) around `estimate`, of each column of bootstrap `samples`.
+
+    It reflects percentiles at the estimate: AP of few annotations per class is too high, that of samples with repeated
+    images once more so, and percentiles themselves would add that error where these take it off. What is left of it
+    with few annotations per class makes intervals of AP itself, less so those of differences, too narrow.
+    Source: Davison & Hinkley 1997, "Bootstrap Methods and their Application", section 5.2.
+    """
+    ends = samples.quantile([1 - LEVEL / 2, LEVEL / 2])
+    return (2 * estimate - ends).set_axis(["low", "high"], axis=0)
+
+
+def ap_table(matches: Matches, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """The six AP of a run with their 95 % intervals: columns value, low, high; all missing where AP is undefined."""
+    values = pd.Series(average_precision(matches)).replace(-1, np.nan)
+    return interval(values, bootstrap_ap(matches, resamples, seed)).T.assign(value=values)[["value", "low", "high"]]
+
+
+# Two runs on the same images
+
+
+def compare(
+    first: Matches | pd.DataFrame | pd.Series,
+    second: Matches | pd.DataFrame | pd.Series,
+    metric: str = "AP",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict:
+    """first - second on the same images: difference, low, high (95 %), p, and how many images.
+
+    Matches are compared by AP, tables by the mean of column `metric` over images (the index, or column image_id; rows
+    of one image are averaged first, undefined ones left out). For AP `resamples` are drawn, for means 10,000.
+
+    The interval is that of the paired bootstrap, which draws the same images for both (see `bootstrap_ap`, `interval`).
+    p is that of a permutation test, two-sided: under the null hypothesis the results of an image could as well be
+    exchanged between the runs, which is done at random for each image, independently of the others; for means this is
+    flipping signs of differences. It assumes that exchangeability and nothing about distributions. Both speak of two
+    trained models, not of two ways of training. Raises ValueError when the images differ.
+    Source: Efron & Tibshirani 1993, chapters 8, 13 and 15.
+    """
+    if isinstance(first, Matches):
+        return _compare_ap(first, second, metric, resamples, seed)
+    a, b = (_per_image(table, metric) for table in (first, second))
+    _same_images(a.index, b.index)
+    if len(a) < 2:
+        raise ValueError(f"{metric} is defined for {len(a)} images; a comparison over images needs two at least")
+    gaps = (a - b).to_numpy()
+    test = stats.permutation_test(
+        (gaps,), np.mean, permutation_type="samples", rng=np.random.default_rng(seed), **MEAN_SAMPLING
+    )
+    drawn = stats.bootstrap(
+        (gaps,), np.mean, method="basic", confidence_level=1 - LEVEL, rng=np.random.default_rng(seed), **MEAN_SAMPLING
+    )
+    low, high = map(float, drawn.confidence_interval)
+    return {"difference": float(gaps.mean()), "low": low, "high": high, "p": float(test.pvalue), "images": len(gaps)}
+
+
+def _per_image(table: pd.DataFrame | pd.Series, metric: str) -> pd.Series:
+    if isinstance(table, pd.DataFrame):
+        if metric not in table:
+            raise ValueError(f"no column {metric!r}; there are {list(table.columns)}")
+        table = (table.set_index("image_id") if "image_id" in table else table)[metric]
+    return table.dropna().groupby(level=0).mean()
+
+
+def _same_images(first: Iterable[int], second: Iterable[int]) -> None:
+    others = set(first) ^ set(second)
+    if others:
+        raise ValueError(
+            f"{len(others)} images are in one run only, such as {min(others)}; evaluate both runs on the same images"
+        )
+
+
+def _compare_ap(first: Matches, second: Matches, metric: str, resamples: int, seed: int) -> dict:
+    a, b = (one.annotations.sort_values(["image_id", "category_id"], ignore_index=True) for one in (first, second))
+    _same_images(a["image_id"], b["image_id"])
+    if not a.equals(b):
+        raise ValueError("the annotations of the runs differ; evaluate both again on the same annotation file")
+    before, after = (average_precision(one)[metric] for one in (first, second))
+    result = {"difference": before - after, "images": a["image_id"].nunique()}
+    if before == -1:
+        return result | {"difference": np.nan, "low": np.nan, "high": np.nan, "p": np.nan}
+    drawn = [bootstrap_ap(one, resamples, seed, (metric,))[metric] for one in (first, second)]
+    low, high = interval(before - after, drawn[0] - drawn[1])
+    exchanged = _exchanged(first, second, metric, resamples, seed)
+    # The difference itself is one of the exchanges (nothing exchanged), so p is never 0. Rounding makes no exception.
+    extreme = np.count_nonzero(np.abs(exchanged) >= abs(before - after) - 1e-12)
+    return result | {"low": float(low), "high": float(high), "p": (1 + extreme) / (1 + resamples)}
+
+
+def _exchanged(first: Matches, second: Matches, metric: str, resamples: int, seed: int) -> np.ndarray:
+    """[R] differences of AP after each image has been exchanged between the runs with probability 1/2."""
+    curves, random = Curves(first, second), np.random.default_rng(seed)
+    images, parts = len(curves.image_ids), []
+    for count in _batches(resamples, images):
+        kept = random.integers(0, 2, (count, images), dtype=np.int32)
+        once = np.ones_like(kept)
+        one, other = (
+            curves.ap(np.hstack([chosen, 1 - chosen]), (metric,), once)[metric] for chosen in (kept, 1 - kept)
+        )
+        parts.append(one - other)
+    return np.concatenate(parts)
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p values adjusted for their number: comparing them with a level bounds the probability of any false finding.
+
+    Holds under any dependence between the tests. NaN stays and does not count. Source: Holm 1979, "A simple
+    sequentially rejective multiple test procedure".
+    """
+    given = np.asarray(p_values, dtype=float)
+    known = np.flatnonzero(~np.isnan(given))
+    order = known[np.argsort(given[known], kind="stable")]
+    steps = given[order] * np.arange(len(order), 0, -1)
+    adjusted = given.copy()
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1) if len(order) else steps
+    return adjusted
+
+
+def compare_runs(
+    runs: Mapping[str, Matches | pd.DataFrame | pd.Series],
+    metric: str = "AP",
+    pairs: Sequence[tuple[str, str]] | None = None,
+    **arguments,
+) -> pd.DataFrame:
+    """`compare` for all pairs of runs, or those given, a row each: first, second, metric, difference, low, high, p,
+    images, p_adjusted (Holm) and verdict, "established" or "not established" at 5 %."""
+    rows = [
+        {"first": a, "second": b, "metric": metric, **compare(runs[a], runs[b], metric, **arguments)}
+        for a, b in pairs or combinations(runs, 2)
+    ]
+    return with_verdicts(pd.DataFrame(rows))
+
+
+def with_verdicts(comparisons: pd.DataFrame) -> pd.DataFrame:
+    """`comparisons` with p_adjusted, by Holm over all rows, and verdict."""
+    adjusted = holm(comparisons["p"])
+    words = np.where(adjusted <= LEVEL, "established", "not established")
+    return comparisons.assign(p_adjusted=adjusted, verdict=words)
+
+
+# Several seeds
+
+
+def seed_table(results: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Spread over seeds: a row per group and metric with mean, std (of the sample, n - 1), min, max and n.
+
+    results: a row per run with columns group, seed and the metrics (`runs.results_frame`); missing numbers and COCO's
+    -1 are left out. Raises ValueError when a group has the same seed twice.
+    """
+    values = _by_seed(results, metrics).melt(["group", "seed"], list(metrics), "metric")
+    table = values.groupby(["group", "metric"], sort=False)["value"].agg(
+        mean="mean", std="std", min="min", max="max", n="count"
+    )
+    return table.reset_index()
+
+
+def compare_groups(
+    results: pd.DataFrame, metrics: Sequence[str], pairs: Sequence[tuple[str, str]] | None = None
+) -> pd.DataFrame:
+    """Differences of group means over seeds, for all pairs of groups or those given, a row per metric and pair.
+
+    Columns: first, second, metric, difference (first - second), low, high (95 %), p, p_adjusted (Holm over the pairs
+    of a metric), verdict, seeds_first, seeds_second; and paired_difference, paired_low, paired_high, paired_p over
+    the seeds that both have (paired_seeds), where these are two or more.
+    The verdict is that of Welch's t test, which assumes independent runs with normally distributed results of any two
+    variances. The paired t test assumes normal differences, and gains only where a seed does the same to both groups
+    (the same images in the same order): it is shown, not judged by. One seed, or no spread at all, establishes
+    nothing, whatever the images of one run say. results: as of `seed_table`.
+    Source: Welch 1947; Bouthillier et al. 2021, section 4; Holm 1979.
+    """
+    results = _by_seed(results, metrics)
+    groups = list(dict.fromkeys(results["group"]))
+    unknown = {name for pair in pairs or () for name in pair} - set(groups)
+    if unknown:
+        raise ValueError(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
+    found = []
+    for metric in metrics:
+        numbers = {group: part.set_index("seed")[metric].dropna() for group, part in results.groupby("group")}
+        rows = [
+            {"first": a, "second": b, "metric": metric, **_compare_seeds(numbers[a], numbers[b])}
+            for a, b in pairs or combinations(groups, 2)
+        ]
+        found.append(with_verdicts(pd.DataFrame(rows)))
+    return pd.concat(found, ignore_index=True)
+
+
+def _by_seed(results: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    missing = {"group", "seed", *metrics} - set(results.columns)
+    if missing:
+        raise ValueError(f"no columns {sorted(missing)} in the results; there are {list(results.columns)}")
+    twice = results[results.duplicated(["group", "seed"])]
+    if len(twice):
+        group, seed = twice[["group", "seed"]].iloc[0]
+        raise ValueError(f"group {group} has several runs of seed {seed}; leave all but one out, or name them apart")
+    undefined = {name: results[name].where(results[name] != -1) for name in metrics}
+    return results.assign(**undefined)
+
+
+def _compare_seeds(first: pd.Series, second: pd.Series) -> dict:
+    """One row of `compare_groups`; indexed by seed."""
+    row = {"difference": first.mean() - second.mean(), "low": np.nan, "high": np.nan, "p": np.nan}
+    if min(len(first), len(second)) > 1 and max(np.ptp(first), np.ptp(second)) > 0:
+        test = stats.ttest_ind(first, second, equal_var=False)
+        row |= {"p": float(test.pvalue), **_ends(test)}
+    shared = first.index.intersection(second.index)
+    gaps = first[shared] - second[shared]
+    row |= {"seeds_first": len(first), "seeds_second": len(second), "paired_seeds": len(shared)}
+    row |= dict.fromkeys(("paired_difference", "paired_low", "paired_high", "paired_p"), np.nan)
+    if len(shared) > 1:
+        row["paired_difference"] = gaps.mean()
+        if np.ptp(gaps) > 0:
+            test = stats.ttest_1samp(gaps, 0)
+            row |= {"paired_p": float(test.pvalue), **{f"paired_{end}": value for end, value in _ends(test).items()}}
+    return row
+
+
+def _ends(test) -> dict[str, float]:
+    low, high = test.confidence_interval(1 - LEVEL)
+    return {"low": float(low), "high": float(high)}
+
+
+def comparison_table(comparisons: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:
+    """Rows of `compare_runs` or `compare_groups` in words, ready for `figures.results.markdown_table`.
+
+    The index names the pair; columns metric, difference, 95 % interval, p (Holm), verdict, "not established (3 seeds)",
+    with the lower number of seeds of the two, or the number of images; for seeds also the paired interval.
+    """
+    table = pd.DataFrame(index=(comparisons["first"] + " − " + comparisons["second"]).rename("pair"))
+    table["metric"] = comparisons["metric"].to_numpy()
+    table["difference"] = [_signed(value, decimals) for value in comparisons["difference"]]
+    table["95 % interval"] = _intervals(comparisons, "low", "high", decimals)
+    if "paired_low" in comparisons:
+        table["paired by seed"] = _intervals(comparisons, "paired_low", "paired_high", decimals)
+    table["p (Holm)"] = [_p_value(p) for p in comparisons["p_adjusted"]]
+    table["verdict"] = comparisons["verdict"].to_numpy() + _evidence(comparisons)
+    return table
+
+
+def _evidence(comparisons: pd.DataFrame) -> np.ndarray:
+    """ " (3 seeds)" or " (500 images)" for each row."""
+    seeds = "seeds_first" in comparisons
+    counts = comparisons[["seeds_first", "seeds_second"]].min(axis=1) if seeds else comparisons["images"]
+    word = "seed" if seeds else "image"
+    return np.array([f" ({count} {word}{'' if count == 1 else 's'})" for count in counts], dtype=object)
+
+
+def _intervals(comparisons: pd.DataFrame, low: str, high: str, decimals: int) -> list[str]:
+    ends = zip(comparisons[low], comparisons[high], strict=True)
+    return ["–" if np.isnan(a) else f"{_signed(a, decimals)} to {_signed(b, decimals)}" for a, b in ends]
+
+
+def _signed(value: float, decimals: int) -> str:
+    """With a sign, a true minus; missing values read as a dash."""
+    return "–" if np.isnan(value) else f"{value:+.{decimals}f}".replace("-", "−")
+
+
+def _p_value(p: float) -> str:
+    return "–" if np.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
