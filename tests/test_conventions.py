@@ -24,6 +24,7 @@ ROWS = [
     {"sweep"},
     {"launch", "notebooks", "benchmark"},
     {"train"},
+    {"explain"},
     {"evaluate"},
     {"criterion", "pretrain", "costs"},
     {"metrics"},
