@@ -16,7 +16,6 @@ from typing import Literal
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy.stats import sem
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -166,8 +165,14 @@ def mean_curves(per_image: Tensor, methods: Sequence[str], fractions: Tensor) ->
     """
     names = [("deletion", "insertion"), methods, fractions.tolist(), MEASURES]
     index = pd.MultiIndex.from_product(names, names=["direction", "method", "fraction", "measure"])
-    images = per_image.flatten(1).numpy()
-    columns = {"mean": images.mean(0), "standard_error": sem(images), "images": len(images)}
-    frame = pd.DataFrame(columns, index).reset_index()
+    images = pd.DataFrame(per_image.flatten(1).numpy(), columns=index)
+    columns = {"mean": images.mean(), "standard_error": images.sem(), "images": len(images)}
+    frame = pd.DataFrame(columns).reset_index()
     order = ["method", "direction", "measure", "fraction", "mean", "standard_error", "images"]
     return frame[order].sort_values(order[:4], kind="stable", ignore_index=True)
+
+
+def image_means(frame: pd.DataFrame, measure: str = "similarity") -> pd.DataFrame:
+    """Areas under the curves of `measure`, columns deletion and insertion: means of each image_id's rows of `frame`."""
+    columns = {f"{direction}_{measure}": direction for direction in ("deletion", "insertion")}
+    return frame.groupby("image_id")[list(columns)].mean().rename(columns=columns)
