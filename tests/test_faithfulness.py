@@ -336,5 +336,5 @@ def test_the_grid_has_a_row_per_detection_and_a_column_per_method():
     boxes = np.array([[2.0, 3, 20, 30], [5, 5, 9, 9]])
     drawn = explanations.explanations_grid(images, boxes, ["star 0.90", "ring 0.50"], maps)
     assert len(drawn.axes) == 6
-    assert {"raw", "gradient × attention", "star 0.90", "ring 0.50"} <= set(texts(drawn))
+    assert {"raw", "grad × attention", "star 0.90", "ring 0.50"} <= set(texts(drawn))
     assert all(len(axes.patches) == 2 for axes in drawn.axes)  # a box and its rim

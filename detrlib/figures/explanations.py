@@ -15,7 +15,7 @@ from detrlib.figures.attention import CAPTION_HEIGHT, WIDEST_PANEL, draw_box, dr
 from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, figure, run_colours, styled
 from detrlib.metrics.faithfulness import image_means
 
-TITLES = {"grad_attention": "gradient × attention"}
+TITLES = {"grad_attention": "grad × attention"}
 METHOD_COLOURS = dict(zip(("raw", "rollout", "relevance", "grad_attention"), PALETTE, strict=False))
 METHOD_COLOURS |= {"box": "#000000", "random": MUTED}
 BAND = norm.ppf(0.975)  # standard errors either side of a mean that hold 95 % of a normal distribution
@@ -50,11 +50,11 @@ def explanations_grid(
     for number, (row, image) in enumerate(zip(panels, images, strict=True)):
         row[0].imshow(image)
         row[0].axis("off")
-        row[0].set_title(titles[number], loc="left")
+        row[0].set_title(titles[number], loc="left", fontsize=7)
         for axes, (method, own) in zip(row[1:], maps.items(), strict=True):
             draw_map(axes, image, own[number], extents[number])
             if number == 0:
-                axes.set_title(TITLES.get(method, method), loc="left")
+                axes.set_title(TITLES.get(method, method), loc="left", fontsize=7)
         for axes in row:
             draw_box(axes, boxes[number], PALETTE[0])
     return drawn

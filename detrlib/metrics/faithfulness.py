@@ -67,7 +67,7 @@ def pixel_ranks(maps: Tensor, padding: Tensor, unit: Unit = "cell", seed: int = 
     order = noise.argsort(dim=-1, stable=True)
     # In float32 what interpolation between equal weights has rounded differently is equal again.
     order = order.gather(1, weights.float().gather(1, order).argsort(dim=-1, descending=True, stable=True))
-    ranks = torch.full((len(maps), height, width), order.shape[1], device=maps.device)
+    ranks = torch.full((len(maps), height, width), order.shape[1], dtype=torch.int32, device=maps.device)
     places = torch.arange(order.shape[1], device=maps.device).expand_as(order)
     ranks[:, : size[0], : size[1]] = torch.empty_like(order).scatter_(1, order, places).unflatten(1, size)
     return ranks
@@ -136,7 +136,7 @@ def faithfulness_curves(
     ends = model(torch.stack([image, other]), padding.expand(2, -1, -1))
     full, empty = (best_match(_repeated(ends, i, count), boxes, labels) for i in (0, 1))  # [n,3]
     fractions = torch.linspace(0, 1, steps + 1, device=image.device) ** 2
-    between = (fractions[1:-1] * total).round()
+    between = (fractions[1:-1] * total).round().int()
     jobs = torch.cartesian_prod(*(torch.arange(size) for size in (count, steps - 1, 2))).to(image.device)
     measured = [full.new_empty(0, 3)]
     for part in jobs.split(batch_size):
