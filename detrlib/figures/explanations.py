@@ -75,6 +75,7 @@ def deletion_insertion_curves(frame: pd.DataFrame, by: str = "method", measure: 
         raise ValueError(f"no curves of {measure!r}; there are {', '.join(frame['measure'].unique())}")
     names = list(lines[by].unique())
     colours = METHOD_COLOURS if by == "method" else run_colours(names)
+    names.sort(key=list(colours).index)
     drawn, panels = figure(1.0, 0.38, ncols=2, sharey=True)
     for axes, direction in zip(panels, ("deletion", "insertion"), strict=True):
         for name in names:
