@@ -24,6 +24,7 @@ ROWS = [
     {"sweep"},
     {"launch", "notebooks", "benchmark"},
     {"train"},
+    {"explain", "interventions"},
     {"evaluate", "published"},
     {"criterion", "pretrain", "costs", "other_data", "record"},
     {"metrics"},

@@ -1,0 +1,82 @@
+"""Attention of many layers put together: what in the image each query of an encoder and decoder goes back to.
+
+Legend: B images, H heads, K keys (cells of the image), Q queries. Everything is written in R_ii [K,K], the sources in
+the image of each of its own cells, R_qq [Q,Q] and R_qi [Q,K], those of each query among queries and in the image:
+
+    R_ii = I        R_qq = I        R_qi = 0        before the first layer.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layers(NamedTuple):
+    """One matrix per layer and site, heads put together; layers first to last."""
+
+    encoder_self: list[Tensor]  # [B,K,K]
+    decoder_self: list[Tensor]  # [B,Q,Q]
+    decoder_cross: list[Tensor]  # [B,Q,K]
+
+
+def rollout(maps: Layers) -> Tensor:
+    """Attention rollout (Abnar & Zuidema 2020, Sec. 3) carried over to an encoder and a decoder: R_qi [B,Q,K].
+
+    A layer passes on half through its residual connection and half through its attention A, the mean over heads:
+
+        encoder, self     R_ii <- (I + A) R_ii / 2
+        decoder, self     R_qq <- (I + A) R_qq / 2      R_qi <- (I + A) R_qi / 2
+        decoder, cross    R_qq <- R_qq / 2              R_qi <- (R_qi + A R_ii) / 2
+
+    This is rollout over one sequence of cells and queries, and rows of (R_qq, R_qi) sum to one. It is computed from
+    the last layer back to the first, which multiplies matrices of Q rows instead of K.
+    """
+    first = maps.decoder_cross[0]
+    to_queries, to_image = _identity(first, first.shape[1]), torch.zeros_like(first)
+    for self_map, cross_map in zip(reversed(maps.decoder_self), reversed(maps.decoder_cross), strict=True):
+        to_image = to_image + to_queries @ cross_map / 2
+        to_queries = to_queries / 2
+        to_queries = (to_queries + to_queries @ self_map) / 2
+    for self_map in reversed(maps.encoder_self):
+        to_image = (to_image + to_image @ self_map) / 2
+    return to_image
+
+
+def relevance(weighted: Layers) -> Tensor:
+    """Relevance of every cell to every query (Chefer, Gur & Wolf 2021, Sec. 3): R_qi [B,Q,K].
+
+    `weighted` holds A' = mean over heads of (gradient * A)^+ (Eq. 5). With the gradient of what one query says, only
+    the row of that query means something.
+
+        encoder, self     R_ii <- R_ii + A' R_ii                                         (Eq. 6)
+        decoder, self     R_qq <- R_qq + A' R_qq        R_qi <- R_qi + A' R_qi           (Eq. 6, 7)
+        decoder, cross    R_qi <- R_qi + N(R_qq)^T A' N(R_ii)                            (Eq. 10)
+
+    N(R) = (R - I) / S + I, S the row sums of R - I, gives what was added the weight of the residual (Eq. 8, 9).
+    A row to which nothing was added stays a row of I: always so in an encoder without layers.
+    """
+    first = weighted.decoder_cross[0]
+    images = _identity(first, first.shape[2])
+    for self_map in weighted.encoder_self:
+        images = images + self_map @ images
+    images = _normalised(images)
+    queries, found = _identity(first, first.shape[1]), torch.zeros_like(first)
+    for self_map, cross_map in zip(weighted.decoder_self, weighted.decoder_cross, strict=True):
+        queries, found = queries + self_map @ queries, found + self_map @ found
+        found = found + _normalised(queries).mT @ cross_map @ images
+    return found
+
+
+def _identity(like: Tensor, size: int) -> Tensor:
+    """I [B,size,size] of the kind of `like` [B,...]."""
+    return torch.eye(size, device=like.device, dtype=like.dtype).expand(len(like), -1, -1)
+
+
+def _normalised(relevance: Tensor) -> Tensor:
+    """N(R) of R [B,M,M]."""
+    identity = _identity(relevance, relevance.shape[-1])
+    added = relevance - identity
+    total = added.sum(-1, keepdim=True)
+    # Everywhere divided, then chosen: the sum of nothing is replaced before it divides.
+    return added / total.where(total > 0, 1.0) + identity

@@ -1,0 +1,124 @@
+"""Explanations of detections as pictures, and how faithful they are as curves and as a table.
+
+Legend: n detections, h x w cells of an explanation. Boxes are xyxy in pixels of the image given.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import norm
+
+from detrlib.figures.attention import CAPTION_HEIGHT, WIDEST_PANEL, draw_box, draw_map
+from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, figure, run_colours, styled
+from detrlib.metrics.faithfulness import image_means
+
+TITLES = {"grad_attention": "grad × attention"}
+METHOD_COLOURS = dict(zip(("raw", "rollout", "relevance", "grad_attention"), PALETTE, strict=False))
+METHOD_COLOURS |= {"box": "#000000", "random": MUTED}
+BAND = norm.ppf(0.975)  # standard errors either side of a mean that hold 95 % of a normal distribution
+
+
+@styled
+def explanations_grid(
+    images: Sequence[np.ndarray],
+    boxes: np.ndarray,
+    titles: Sequence[str],
+    maps: Mapping[str, Sequence[np.ndarray]],
+    extents: Sequence[np.ndarray] | None = None,
+) -> Figure:
+    """A row per detection: its image with the box, then the map of every method over the image.
+
+    images: n of uint8 [H,W,3], one for each detection; boxes [n,4]; titles: what each detection is; maps: method ->
+    n of [h,w]; extents: height and width of each image in cells where the last cells reach beyond it, None: h and w.
+    """
+    count, columns = len(images), 1 + len(maps)
+    extents = [None] * count if extents is None else extents
+    width = min(1.0, columns * WIDEST_PANEL / TEXT_WIDTH)
+    panel = width * TEXT_WIDTH / columns
+    heights = [panel * image.shape[0] / image.shape[1] + CAPTION_HEIGHT for image in images]
+    drawn, panels = figure(
+        width,
+        sum(heights) / (width * TEXT_WIDTH),
+        nrows=count,
+        ncols=columns,
+        squeeze=False,
+        height_ratios=heights,
+    )
+    for number, (row, image) in enumerate(zip(panels, images, strict=True)):
+        row[0].imshow(image)
+        row[0].axis("off")
+        row[0].set_title(titles[number], loc="left", fontsize=7)
+        for axes, (method, own) in zip(row[1:], maps.items(), strict=True):
+            draw_map(axes, image, own[number], extents[number])
+            if number == 0:
+                axes.set_title(TITLES.get(method, method), loc="left", fontsize=7)
+        for axes in row:
+            draw_box(axes, boxes[number], PALETTE[0])
+    return drawn
+
+
+@styled
+def deletion_insertion_curves(frame: pd.DataFrame, by: str = "method", measure: str = "similarity") -> Figure:
+    """Mean curves of deletion and of insertion, a line for each value of the column `by`, with 95 % bands over images.
+
+    frame: as `measures/faithfulness_curves.parquet` has it, of one run; or, for by="run", those of several runs with
+    a column run, restricted to one method. Shares of pixels are drawn as square roots, as they were taken, so that
+    the first per cent have room. Raises ValueError where a line would be several.
+    """
+    lines = frame[frame["measure"] == measure]
+    if lines.duplicated([by, "direction", "fraction"]).any():
+        raise ValueError(f"several curves for one {by}; choose one run for by='method', one method for by='run'")
+    if lines.empty:
+        raise ValueError(f"no curves of {measure!r}; there are {', '.join(frame['measure'].unique())}")
+    names = list(lines[by].unique())
+    colours = METHOD_COLOURS if by == "method" else run_colours(names)
+    names.sort(key=list(colours).index)
+    drawn, panels = figure(1.0, 0.38, ncols=2, sharey=True)
+    for axes, direction in zip(panels, ("deletion", "insertion"), strict=True):
+        for name in names:
+            _draw_curve(axes, lines[(lines[by] == name) & (lines["direction"] == direction)], name, colours[name])
+        done = "deleted" if direction == "deletion" else "inserted"
+        axes.set_xscale("function", functions=(np.sqrt, np.square))
+        axes.set(xlabel=f"share of the pixels {done}", xlim=(0, 1), ylim=(0, None))
+        axes.set_xticks([0, 0.01, 0.05, 0.2, 0.5, 1], ["0", "1 %", "5 %", "20 %", "50 %", "100 %"])
+        axes.set_title(f"{direction}: {'lower' if direction == 'deletion' else 'higher'} is better", loc="left")
+        axes.grid(axis="y")
+    panels[0].set_ylabel({"iou": "IoU"}.get(measure, measure))
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", handlelength=1.4)
+    return drawn
+
+
+def _draw_curve(axes: Axes, line: pd.DataFrame, name: str, colour: str) -> None:
+    """One mean curve with its band; without a band where there is one image only."""
+    line = line.sort_values("fraction")
+    style = "dashed" if name in ("box", "random") else "solid"
+    axes.plot(line["fraction"], line["mean"], color=colour, label=TITLES.get(name, name), linestyle=style)
+    spread = BAND * line["standard_error"]
+    low, high = line["mean"] - spread, line["mean"] + spread
+    axes.fill_between(line["fraction"], low, high, where=spread.notna(), color=colour, alpha=0.15, lw=0)
+
+
+def faithfulness_table(
+    frames: Mapping[str, pd.DataFrame], measure: str = "similarity", reference: str = "box"
+) -> pd.DataFrame:
+    """Areas of deletion and insertion with their standard errors over images, one row per run and method.
+
+    frames: run -> what `faithfulness_run` returned. Columns run, method, images, deletion, insertion (means of the
+    images' means), deletion gain and insertion gain (how much better than `reference` on the same images: positive is
+    better), and of each its standard error, "... SE". Raises ValueError for a frame that lacks `reference`.
+    """
+    rows = []
+    for run, frame in frames.items():
+        means = {method: image_means(part, measure) for method, part in frame.groupby("method", sort=False)}
+        if reference not in means:
+            raise ValueError(f"{run} was not measured with {reference!r}; there are {', '.join(means)}")
+        for method, own in means.items():
+            gain = (own - means[reference]) * [-1, 1]
+            columns = own.join(gain.add_suffix(" gain"))
+            numbers = pd.concat([columns.mean(), columns.sem().add_suffix(" SE")])
+            rows.append({"run": run, "method": method, "images": len(own)} | numbers.to_dict())
+    numbers = [f"{direction}{kind}" for kind in ("", " gain") for direction in ("deletion", "insertion")]
+    return pd.DataFrame(rows)[["run", "method", "images", *(name + end for name in numbers for end in ("", " SE"))]]
