@@ -23,7 +23,7 @@ CONFIGS = sorted((PROJECT / "papermill_runs" / "configs").rglob("*.yaml"))
 ROWS = [
     {"sweep"},
     {"launch", "notebooks", "benchmark"},
-    {"train"},
+    {"train", "interventions"},
     {"evaluate"},
     {"criterion", "pretrain", "costs"},
     {"metrics"},
