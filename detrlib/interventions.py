@@ -231,7 +231,7 @@ def interventions_frame(run_dirs: Iterable[Path], images: int | None = None) -> 
         tables.append(table.assign(run=label, trained=names, trained_alpha=alphas))
     frame = pd.concat(tables, ignore_index=True)
     if frame["images"].nunique() > 1:
-        raise RunError(f"measured on {sorted(frame['images'].unique())} images; name one of them as `images`")
+        raise RunError(f"measured on {sorted(frame['images'].unique().tolist())} images; name one of them as `images`")
     return frame
 
 
