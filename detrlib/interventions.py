@@ -216,16 +216,22 @@ def _read(path: Path) -> pd.DataFrame:
         raise RunError(f"{path} is no table of interventions: {error}; delete it and measure again") from error
 
 
-def interventions_frame(run_dirs: Iterable[Path], images: int | None = None) -> pd.DataFrame:
+def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, checkpoint: str = "last") -> pd.DataFrame:
     """Stored results of runs, tidy: as of `intervene_run`, with columns run, trained (the transform that the run was
     trained with at the site) and trained_alpha (mean of learned ones; NaN for tvmax).
 
-    images: only rows measured on so many. Raises RunError where rows of different numbers of images would meet.
+    images: only rows measured on so many. Raises RunError where rows of different numbers of images would meet, and
+    for a run without rows of these images and this checkpoint.
     """
     tables = []
     for run_dir, label in run_labels(run_dirs).items():
         table = _read(run_dir / RESULTS)
-        table = table if images is None else table[table["images"] == images]
+        table = table[(table["checkpoint"] == checkpoint) & (table["images"] == (images or table["images"]))]
+        if table.empty:
+            asked = f"checkpoint {checkpoint}" + (f" on {images} images" if images else "")
+            raise RunError(
+                f"{run_dir / RESULTS} has no rows of {asked}; measure it with python -m detrlib.interventions"
+            )
         trained = {site: _trained(run_dir, site) for site in table["site"].unique()}
         names, alphas = ([trained[site][part] for site in table["site"]] for part in (0, 1))
         tables.append(table.assign(run=label, trained=names, trained_alpha=alphas))

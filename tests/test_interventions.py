@@ -346,6 +346,8 @@ def test_rows_are_kept_and_replaced_by_key(fresh):
     with pytest.raises(RunError, match=r"measured on \[4, 5\] images"):
         interventions_frame([fresh])
     assert list(interventions_frame([fresh], images=4)["kind"]) == ["none"]
+    with pytest.raises(RunError, match="has no rows of checkpoint best on 4 images"):
+        interventions_frame([fresh], images=4, checkpoint="best")
 
 
 def test_rows_measure_what_they_say(fresh):
