@@ -137,14 +137,14 @@ def intervene_run(
     experiments = [*(Intervention("none", site, nullcontext) for site in sites), *experiments]
     dataset, accelerator = build_dataset(cfg.data, "val"), Accelerator()
     where = {"images": len(dataset), "checkpoint": checkpoint}
-    earlier = _earlier(run_dir / RESULTS, _frame([_key(experiment) | where for experiment in experiments]))
-    rows = []
+    path, rows = run_dir / RESULTS, []
+    earlier = _read(path) if path.exists() else None
     for experiment in tqdm(experiments, desc="interventions", disable=None):
         with experiment.enter(model):
             results = _measure(model, dataset, cfg, accelerator, experiment.site)
         rows.append(_key(experiment) | where | results)
-        table = pd.concat([earlier, _frame(rows)], ignore_index=True) if len(earlier) else _frame(rows)
-        write_atomic(run_dir / RESULTS, partial(table.to_parquet, index=False))
+        table = _together(earlier, _frame(rows))
+        write_atomic(path, partial(table.to_parquet, index=False))
     return _frame(rows)
 
 
@@ -187,17 +187,16 @@ def _key(experiment: Intervention) -> dict:
 
 
 def _frame(rows: list[dict]) -> pd.DataFrame:
-    columns = [*KEY, *(name for name in MEASURES if name in rows[0])]
-    frame = pd.DataFrame(rows, columns=columns)
-    return frame.astype({"layer": "Int64", "head": "Int64"} | {n: float for n in columns if n in MEASURES})
+    frame = pd.DataFrame(rows, columns=[*KEY, *MEASURES])
+    return frame.astype({"layer": "Int64", "head": "Int64"} | dict.fromkeys(MEASURES, float))
 
 
-def _earlier(path: Path, planned: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the file that none of the planned ones replaces."""
-    if not path.exists():
-        return planned.head(0)
-    known = _read(path)
-    return known[~_names(known).isin(set(_names(planned)))]
+def _together(earlier: pd.DataFrame | None, new: pd.DataFrame) -> pd.DataFrame:
+    """New rows after those of the earlier ones that they do not replace; a run cut short loses nothing."""
+    if earlier is None:
+        return new
+    kept = earlier[~_names(earlier).isin(set(_names(new)))]
+    return pd.concat([kept, new], ignore_index=True) if len(kept) else new
 
 
 def _names(frame: pd.DataFrame) -> pd.Series:
