@@ -120,9 +120,11 @@ def intervene_run(
 
     limit: the first images only. Returns a row per intervention, those without one (kind "none") first: columns as in
     `KEY`, the detection numbers, the loss of the last decoder layer, and at the site the mean over layers of Gini and
-    zeros (a pruned head counts as all zeros), PAIBB of decoder_cross. Rows are kept in measures/interventions.parquet
-    of the run as they come, in place of earlier ones of the same key; those of gradual pruning replace each other
-    altogether. Raises RunError when the run is not finished, InterventionError before the first is measured.
+    zeros, PAIBB of decoder_cross. A pruned head counts as all zeros; PAIBB is 0 where its layer has no head left.
+
+    Rows are kept in measures/interventions.parquet of the run as they come, in place of earlier ones of the same key;
+    those of gradual pruning replace each other altogether. One process at a time may write there. Raises RunError when
+    the run is not finished, InterventionError before the first is measured.
     """
     load_results(run_dir)
     cfg = load_config(run_dir / "config.yaml")

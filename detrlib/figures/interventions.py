@@ -137,7 +137,7 @@ def _cells(axes: Axes, values: np.ndarray, colours: str, limits: tuple[float, fl
     for (row, column), value in np.ndenumerate(values):
         red, green, blue, _ = image.cmap(image.norm(value)) if np.isfinite(value) else (1, 1, 1, 1)
         shade = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-        words = text.format(value) if np.isfinite(value) else "–"
+        words = text.format(round(value, 1) + 0.0) if np.isfinite(value) else "–"
         axes.text(column, row, words, ha="center", va="center", color=shade, fontsize=7)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
