@@ -37,7 +37,7 @@ from detrlib.attention.propagation import Layers, relevance, rollout
 from detrlib.boxes import cxcywh_to_xyxy
 from detrlib.config import Config, ConfigError, load_config
 from detrlib.data import Batch, DataError, build_dataset, collate
-from detrlib.evaluate import EXAMPLE_SCORE, load_model
+from detrlib.evaluate import load_model
 from detrlib.matcher import match
 from detrlib.metrics.faithfulness import (
     MEASURES,
@@ -52,6 +52,7 @@ from detrlib.metrics.localisation import object_size
 from detrlib.models import AttentionMaps, Predictions
 from detrlib.models.backbone import image_sizes
 from detrlib.models.deformable import DeformableDETR
+from detrlib.record import EXAMPLE_SCORE
 from detrlib.runs import RunError, load_results, run_path, write_atomic, write_json
 
 METHODS = ("raw", "rollout", "grad_attention", "relevance", "box", "random")

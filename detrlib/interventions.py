@@ -1,0 +1,296 @@
+"""What a trained model finds with another attention: AP and sparsity with its transform swapped, its alpha fixed, heads
+pruned.
+
+    python -m detrlib.interventions my-run --alphas 1 1.5 2 --transforms softmax sparsemax --prune-heads --limit 200
+
+How a model is changed, and for how long, is said in `detrlib.models.interventions`. An `Intervention` is such a change
+with the names under which its results are kept; one of your own needs no more than a context.
+
+Legend: L layers of a site, H heads, both numbered from 0.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from detrlib.attention import TRANSFORMS
+from detrlib.config import Config, ConfigError, load_config, replace
+from detrlib.criterion import Criterion
+from detrlib.data import CocoDataset, DataError, build_dataset
+from detrlib.evaluate import evaluate, load_model
+from detrlib.models.interventions import (
+    PLACES,
+    InterventionError,
+    attention_modules,
+    fixed_alpha,
+    learned_alphas,
+    pruned,
+    swapped,
+)
+from detrlib.models.outputs import Site
+from detrlib.runs import RunError, load_results, run_labels, run_path, write_atomic
+
+RESULTS = "measures/interventions.parquet"
+KEY = ["kind", "site", "layer", "head", "value", "images", "checkpoint"]
+MEASURES = ["AP", "AP50", "loss", "gini", "zeros", "paibb"]
+ORDER_IMAGES = 100  # of the training split, from which the order of gradual pruning is found
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One row of results. `enter(model)` is a context in which the model is different."""
+
+    kind: str  # none, transform, alpha, learned_alpha, head (a single one pruned), heads (that one and those before)
+    site: Site
+    enter: Callable[[nn.Module], AbstractContextManager]
+    value: str = ""  # name of the transform, alpha, "mean" or "shuffled", number of heads pruned
+    layer: int | None = None  # None: all
+    head: int | None = None  # None: all
+
+
+def swaps(site: Site, names: Iterable[str], layer: int | None = None, **settings) -> list[Intervention]:
+    """Each transform of `names` in turn, in all layers or in one; `settings` as of `TransformSettings`."""
+    layers = None if layer is None else [layer]
+    return [
+        Intervention(
+            "transform", site, partial(swapped, site=site, transform=name, layers=layers, **settings), name, layer
+        )
+        for name in names
+    ]
+
+
+def sweep(site: Site, alphas: Iterable[float], layer: int | None = None) -> list[Intervention]:
+    """entmax with each alpha in turn, the same for all heads, in all layers or in one."""
+    layers = None if layer is None else [layer]
+    return [
+        Intervention("alpha", site, partial(fixed_alpha, site=site, alpha=alpha, layers=layers), f"{alpha:g}", layer)
+        for alpha in alphas
+    ]
+
+
+def rearranged_alphas(model: nn.Module, site: Site, seed: int = 0) -> list[Intervention]:
+    """Learned alphas replaced by their mean, and shuffled among the heads of each layer."""
+    alphas = learned_alphas(model, site)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.stack([row[torch.randperm(len(row), generator=generator)] for row in alphas])
+    choices = {"mean": alphas.mean().item(), "shuffled": shuffled}
+    return [
+        Intervention("learned_alpha", site, partial(fixed_alpha, site=site, alpha=alpha), name)
+        for name, alpha in choices.items()
+    ]
+
+
+def single_heads(model: nn.Module, site: Site) -> list[Intervention]:
+    """Every head pruned alone (Michel et al. 2019, "Are Sixteen Heads Really Better than One?", Sec. 3.2)."""
+    places = [(layer, head) for layer, m in enumerate(attention_modules(model, site)) for head in range(m.num_heads)]
+    return [
+        Intervention("head", site, partial(pruned, site=site, heads={layer: [head]}), "pruned", layer, head)
+        for layer, head in places
+    ]
+
+
+def gradual(site: Site, order: Sequence[tuple[int, int]]) -> list[Intervention]:
+    """Heads (layer, head) pruned one after the other in the given order (Sec. 4 there)."""
+    found = []
+    for count, (layer, head) in enumerate(order, start=1):
+        gone: dict[int, list[int]] = {}
+        for this_layer, this_head in order[:count]:
+            gone.setdefault(this_layer, []).append(this_head)
+        found.append(Intervention("heads", site, partial(pruned, site=site, heads=gone), str(count), layer, head))
+    return found
+
+
+# Measuring
+
+
+def intervene_run(
+    run_dir: Path, experiments: Sequence[Intervention], limit: int | None = None, checkpoint: str = "last"
+) -> pd.DataFrame:
+    """Evaluate a finished run under every intervention, and without any, on its validation split.
+
+    limit: the first images only. Returns a row per intervention, those without one (kind "none") first: columns as in
+    `KEY`, the detection numbers, the loss of the last decoder layer, and at the site the mean over layers of Gini and
+    zeros, PAIBB of decoder_cross. A pruned head counts as all zeros; PAIBB is 0 where its layer has no head left.
+
+    Rows are kept in measures/interventions.parquet of the run as they come, in place of earlier ones of the same key;
+    those of gradual pruning replace each other altogether. One process at a time may write there. Raises RunError when
+    the run is not finished, InterventionError before the first is measured.
+    """
+    load_results(run_dir)
+    cfg = load_config(run_dir / "config.yaml")
+    cfg = cfg if limit is None else replace(cfg, {"data.val_limit": limit})
+    model = load_model(run_dir, checkpoint)
+    sites = list(dict.fromkeys(experiment.site for experiment in experiments)) or ["decoder_cross"]
+    for site in sites:
+        attention_modules(model, site)
+    for experiment in experiments:  # mistakes show before long work
+        with experiment.enter(model):
+            pass
+    experiments = [*(Intervention("none", site, nullcontext) for site in sites), *experiments]
+    dataset, accelerator = build_dataset(cfg.data, "val"), Accelerator()
+    where = {"images": len(dataset), "checkpoint": checkpoint}
+    path, rows = run_dir / RESULTS, []
+    earlier = _read(path) if path.exists() else None
+    for experiment in tqdm(experiments, desc="interventions", disable=None):
+        with experiment.enter(model):
+            results = _measure(model, dataset, cfg, accelerator, experiment.site)
+        rows.append(_key(experiment) | where | results)
+        table = _together(earlier, _frame(rows))
+        write_atomic(path, partial(table.to_parquet, index=False))
+    return _frame(rows)
+
+
+def _measure(
+    model: nn.Module, dataset: CocoDataset, cfg: Config, accelerator: Accelerator, site: Site
+) -> dict[str, float | None]:
+    """The measures of a row."""
+    # Maps of a site are measured where its setting is not softmax; models are built from settings no more.
+    cfg = replace(cfg, {f"model.attention.{site}": "entmax"})
+    criterion = Criterion(cfg.loss)
+    results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion)
+    looks = {name: float(np.mean(results["attention"][site][name])) for name in ("gini", "zeros")}
+    detection = {name: results["detection"][name] for name in ("AP", "AP50")}
+    return detection | {"loss": _last_loss(results, criterion)} | looks | {"paibb": results["paibb"]["all"]}
+
+
+def _last_loss(results: dict, criterion: Criterion) -> float:
+    """The weighted loss of the last decoder layer, which is the one that detects."""
+    return sum(weight * results["loss"][name] for name, weight in criterion.weights.items())
+
+
+def prune_order(run_dir: Path, site: Site, images: int = ORDER_IMAGES, checkpoint: str = "last") -> list:
+    """All heads (layer, head), that whose pruning alone leaves the lowest loss first.
+
+    The loss is that of the first `images` training images, without augmentation: images on which the effect of pruning
+    is measured have no say in the order.
+    """
+    cfg = replace(load_config(run_dir / "config.yaml"), {"data.train_limit": images})
+    model, dataset = load_model(run_dir, checkpoint), build_dataset(cfg.data, "train", augment=False)
+    criterion, accelerator, losses = Criterion(cfg.loss), Accelerator(), {}
+    for one in tqdm(single_heads(model, site), desc="importance of heads", disable=None):
+        with one.enter(model):
+            results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, attention=False)
+        losses[one.layer, one.head] = _last_loss(results, criterion)
+    return sorted(losses, key=losses.get)
+
+
+def _key(experiment: Intervention) -> dict:
+    return {name: getattr(experiment, name) for name in ("kind", "site", "layer", "head", "value")}
+
+
+def _frame(rows: list[dict]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=[*KEY, *MEASURES])
+    return frame.astype({"layer": "Int64", "head": "Int64"} | dict.fromkeys(MEASURES, float))
+
+
+def _together(earlier: pd.DataFrame | None, new: pd.DataFrame) -> pd.DataFrame:
+    """New rows after those of the earlier ones that they do not replace; a run cut short loses nothing."""
+    if earlier is None:
+        return new
+    kept = earlier[~_names(earlier).isin(set(_names(new)))]
+    return pd.concat([kept, new], ignore_index=True) if len(kept) else new
+
+
+def _names(frame: pd.DataFrame) -> pd.Series:
+    """One text per row that tells rows apart; rows of one gradual pruning share theirs."""
+    parts = frame[KEY].astype("string").fillna("")
+    parts.loc[frame["kind"] == "heads", ["layer", "head", "value"]] = ""
+    return parts.agg("|".join, axis=1)
+
+
+def _read(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except FileNotFoundError:
+        raise RunError(f"no {path}; measure it with python -m detrlib.interventions") from None
+    except Exception as error:
+        raise RunError(f"{path} is no table of interventions: {error}; delete it and measure again") from error
+
+
+def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, checkpoint: str = "last") -> pd.DataFrame:
+    """Stored results of runs, tidy: as of `intervene_run`, with columns run, trained (the transform that the run was
+    trained with at the site) and trained_alpha (mean of learned ones; NaN for tvmax).
+
+    images: only rows measured on so many. Raises RunError where rows of different numbers of images would meet, and
+    for a run without rows of these images and this checkpoint.
+    """
+    tables = []
+    for run_dir, label in run_labels(run_dirs).items():
+        table = _read(run_dir / RESULTS)
+        table = table[(table["checkpoint"] == checkpoint) & (table["images"] == (images or table["images"]))]
+        if table.empty:
+            asked = f"checkpoint {checkpoint}" + (f" on {images} images" if images else "")
+            raise RunError(
+                f"{run_dir / RESULTS} has no rows of {asked}; measure it with python -m detrlib.interventions"
+            )
+        trained = {site: _trained(run_dir, site) for site in table["site"].unique()}
+        names, alphas = ([trained[site][part] for site in table["site"]] for part in (0, 1))
+        tables.append(table.assign(run=label, trained=names, trained_alpha=alphas))
+    frame = pd.concat(tables, ignore_index=True)
+    if frame["images"].nunique() > 1:
+        raise RunError(f"measured on {sorted(frame['images'].unique().tolist())} images; name one of them as `images`")
+    return frame
+
+
+def _trained(run_dir: Path, site: Site) -> tuple[str, float]:
+    """The transform a run was trained with at a site, and its alpha."""
+    attention = load_config(run_dir / "config.yaml").model.attention
+    name = getattr(attention, site)
+    learned = [a for place, row in load_results(run_dir)["alpha"].items() if place.startswith(f"{site}.") for a in row]
+    known = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": attention.alpha, "tvmax": float("nan")}
+    return name, float(np.mean(learned)) if learned else known[name]
+
+
+def main() -> None:
+    """The command line; `--help` explains it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_name", help="folder under papermill_runs/")
+    parser.add_argument("--site", choices=PLACES, default="decoder_cross")
+    parser.add_argument("--alphas", type=float, nargs="+", default=[], help="1 (softmax) to 2 (sparsemax)")
+    names = [name for name in TRANSFORMS if name != "alpha_entmax"]  # its alphas would have to be learned first
+    parser.add_argument("--transforms", nargs="+", choices=names, default=[])
+    parser.add_argument("--layer", type=int, help="alphas and transforms in this layer only, from 0")
+    parser.add_argument("--learned-alphas", action="store_true", help="learned ones: their mean, and shuffled")
+    parser.add_argument("--prune-heads", action="store_true", help="every head alone, then one after the other")
+    parser.add_argument("--order-images", type=int, default=ORDER_IMAGES, help="training images that give the order")
+    parser.add_argument("--limit", type=int, help="the first validation images only")
+    parser.add_argument("--checkpoint", default="last", help="last, best, or epoch-NNNN")
+    arguments = parser.parse_args()
+    try:
+        table = intervene_run(*_plan(arguments), arguments.limit, arguments.checkpoint)
+    except (ConfigError, DataError, RunError, InterventionError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(table.drop(columns=["site", "checkpoint"]).round(4).to_string(index=False, na_rep=""))
+
+
+def _plan(arguments: argparse.Namespace) -> tuple[Path, list[Intervention]]:
+    """The run and the interventions that the command line asks for."""
+    run_dir, site, layer = run_path(arguments.run_name), arguments.site, arguments.layer
+    load_results(run_dir)
+    settings = load_config(run_dir / "config.yaml").model.attention
+    model = load_model(run_dir, arguments.checkpoint)
+    found = sweep(site, arguments.alphas, layer)
+    found += swaps(site, arguments.transforms, layer, alpha=settings.alpha, tv_lambda=settings.tv_lambda)
+    if arguments.learned_alphas:
+        found += rearranged_alphas(model, site)
+    if arguments.prune_heads:
+        for experiment in found:  # before heads are put in order
+            with experiment.enter(model):
+                pass
+        order = prune_order(run_dir, site, arguments.order_images, arguments.checkpoint)
+        found += single_heads(model, site) + gradual(site, order)
+    return run_dir, found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Figures of interventions: every function draws small tables without a warning and shows what it promises."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from drawn import leaves_nothing_behind, texts  # noqa: F401
+
+from detrlib.figures import interventions as figures
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def table(run, trained, alpha, ap):
+    """Rows as measured, with AP `ap` as trained and less of it the further from that."""
+    rows = [{"kind": "none", "value": "", "AP": ap}]
+    rows += [{"kind": "alpha", "value": f"{a:g}", "AP": ap - 0.1 * abs(a - alpha)} for a in (2, 1, 1.5)]
+    rows += [{"kind": "transform", "value": name, "AP": ap - 0.01 * len(name)} for name in ("softmax", "sparsemax")]
+    rows += [
+        {"kind": "head", "value": "pruned", "layer": i, "head": h, "AP": ap - 0.01 * (h - i)}
+        for h in range(3)
+        for i in (0, 1)
+    ]
+    rows += [{"kind": "heads", "value": str(n), "AP": ap - 0.02 * n} for n in (2, 1, 10)]
+    rows += [{"kind": "alpha", "value": "1.5", "layer": 1, "AP": 0.9}]  # of one layer: not in figures of all
+    frame = pd.DataFrame(rows).astype({"layer": "Int64", "head": "Int64"})
+    return frame.assign(run=run, site="decoder_cross", zeros=0.5, trained=trained, trained_alpha=alpha)
+
+
+FRAME = pd.concat(
+    [table("softmax-a", "softmax", 1.0, 0.5), table("alpha_entmax-a", "alpha_entmax", 1.4, 0.6)], ignore_index=True
+)
+
+
+def test_alpha_sweep_marks_what_a_run_was_trained_with():
+    above, below = figures.alpha_sweep(FRAME).axes
+    lines = above.get_lines()
+    assert [list(line.get_xdata()) for line in lines] == [[1, 1.5, 2], [1.0], [1, 1.5, 2], [1.4]]
+    assert list(lines[0].get_ydata()) == pytest.approx([50, 45, 40]) and list(lines[3].get_ydata()) == [60]
+    assert len(below.get_lines()) == 4
+
+
+def test_transform_swap_writes_trained_by_evaluated():
+    drawn = figures.transform_swap(FRAME)
+    axes = drawn.axes[0]
+    image = axes.images[0].get_array()
+    assert np.ma.filled(image, np.nan).tolist()[0][:2] == pytest.approx([50, 41])
+    assert image[1][:3].tolist() == pytest.approx([53, 51, 60])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["softmax", "sparsemax", "alpha_entmax"]
+    assert {"50.0", "–", "60.0"} <= set(texts(drawn))
+    assert [patch.get_x() + 0.46 for patch in axes.patches] == pytest.approx([0, 2])
+
+
+def test_head_pruning_counts_and_head_importance_is_what_is_lost():
+    line = figures.head_pruning(FRAME).axes[0].get_lines()[0]
+    assert list(line.get_xdata()) == [0, 1, 2, 10] and list(line.get_ydata()) == pytest.approx([50, 48, 46, 30])
+    drops = figures.head_drops(FRAME)
+    assert np.allclose(drops["alpha_entmax-a"], [[0, 0.01, 0.02], [-0.01, 0, 0.01]])
+    assert {"+2.0", "-1.0", "softmax-a", "AP points lost"} <= set(texts(figures.head_importance(FRAME)))
+
+
+def test_figures_say_what_a_table_lacks():
+    with pytest.raises(ValueError, match="no rows of kind 'heads' in the table; there are none, alpha"):
+        figures.head_pruning(FRAME[FRAME["kind"].isin(["none", "alpha"])])
+    with pytest.raises(ValueError, match="several sites, decoder_cross, encoder_self"):
+        figures.alpha_sweep(pd.concat([FRAME, FRAME.assign(site="encoder_self")]))
