@@ -31,13 +31,13 @@ ROWS = [
     {"matcher"},
     {"models", "baselines"},
     {"attention"},
-    {"data", "runs", "tracking"},
+    {"data", "runs", "tracking", "frames"},
     {"store"},
     {"config", "boxes", "exercises"},
     {"model_settings"},
 ]
 RANK = {name: -row for row, names in enumerate(ROWS) for name in names}
-FIGURES_MAY_IMPORT = {"metrics", "runs", "store", "models.outputs", "boxes", "figures"}
+FIGURES_MAY_IMPORT = {"metrics", "runs", "frames", "store", "models.outputs", "boxes", "figures"}
 ATTENTION_MAY_IMPORT = {"torch", "triton"} | set(sys.stdlib_module_names)
 
 

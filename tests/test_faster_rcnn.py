@@ -20,7 +20,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from detrlib import evaluate as evaluation
-from detrlib import runs
+from detrlib import frames, runs
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.config import ConfigError, load_config, replace
 from detrlib.data import build_dataset
@@ -267,17 +267,17 @@ def tables_of(run_dir, other):
         other / "results.json", {"detection": detection, "attention": attention, "paibb": located, "alpha": {}}
     )
     for folders in ([run_dir], [run_dir, other]):
-        table = runs.results_table(folders)
+        table = frames.results_table(folders)
         assert table.loc["faster-rcnn", ["Gini", "zeros", "PAIBB"]].isna().all()
         row = markdown_table(table, dict.fromkeys(table.columns, ".3f")).splitlines()[2]
         assert row.startswith("| faster-rcnn | ") and row.endswith(" | – | – | – |")
-        located = runs.paibb_table(folders)
+        located = frames.paibb_table(folders)
         assert located.loc["faster-rcnn", "pairs"] == 0 and located.loc["faster-rcnn"].isna().sum() == 4
-        assert set(runs.attention_frame(folders, "decoder_cross").run) == {folder.name for folder in folders[1:]}
-        assert runs.final_alphas(folders) == {}
+        assert set(frames.attention_frame(folders, "decoder_cross").run) == {folder.name for folder in folders[1:]}
+        assert frames.final_alphas(folders) == {}
     assert table.loc["other", "Gini"] == pytest.approx(0.6)
     with pytest.raises(ValueError, match=r"no values of Gini.*none of the runs has attention"):
-        per_layer(runs.attention_frame([run_dir], "decoder_cross"), "Gini")
+        per_layer(frames.attention_frame([run_dir], "decoder_cross"), "Gini")
 
 
 def test_runs_without_attention_are_left_out_of_its_pictures(tmp_path):

@@ -15,10 +15,11 @@ import detrlib.train as training
 from detrlib.config import ConfigError, replace
 from detrlib.data import Batch
 from detrlib.evaluate import evaluate_run, load_model
+from detrlib.frames import attention_frame, located_table, paibb_table, sparsity_table
 from detrlib.matcher import match
 from detrlib.metrics import localisation, sparsity
 from detrlib.metrics.attention import SELECTIONS, AttentionMeasures, Moments, alphas_in_effect
-from detrlib.runs import RunError, attention_frame, located_table, paibb_table, sparsity_table
+from detrlib.runs import RunError
 
 SIZES = [(70, 101), (128, 64), (97, 160)]
 MODELS = {

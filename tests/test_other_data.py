@@ -16,7 +16,8 @@ from detrlib.config import ConfigError, load_config
 from detrlib.data import DataError, build_dataset
 from detrlib.data.mapping import match_classes, match_ids, translate
 from detrlib.evaluate import evaluate_run
-from detrlib.runs import RunError, load_examples, results_table, write_json
+from detrlib.frames import results_table
+from detrlib.runs import RunError, load_examples, write_json
 from detrlib.train import train
 
 OURS = {1: "circle", 2: "square", 3: "triangle", 4: "star", 5: "ring", 6: "cross"}

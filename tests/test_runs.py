@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from detrlib import runs
+from detrlib import frames, runs
 from detrlib.config import load_config
 from detrlib.runs import Detected, RunError
 from detrlib.store import MapWriter, as_half, clear_maps, pack
@@ -167,13 +167,13 @@ def test_metrics_and_alphas_as_tidy_tables(tmp_path):
     alphas = {"alpha/decoder_cross.layer_0-head_3": 1.25, "alpha/encoder_self.layer_11-head_0": 1.5}
     runs.append_metrics(a, record(4, 1, **{"train/loss": 2.0}, **alphas))
     runs.append_metrics(b, record(8, 2, **{"train/loss": float("nan"), "val/AP": 0.25}))
-    frame = runs.metrics_frame([a, b])
+    frame = frames.metrics_frame([a, b])
     assert list(frame.columns) == ["run", "global_step", "epoch", "metric", "value"]
     assert frame[frame.metric == "train/loss"].values.tolist() == [["a", 4, 1, "train/loss", 2.0]]
     assert frame[frame.run == "b"].values.tolist() == [["b", 8, 2, "val/AP", 0.25]]
-    rows = runs.alpha_frame([a, b])[["run", "epoch", "site", "layer", "head", "value"]].values.tolist()
+    rows = frames.alpha_frame([a, b])[["run", "epoch", "site", "layer", "head", "value"]].values.tolist()
     assert rows == [["a", 1, "decoder_cross", 0, 3, 1.25], ["a", 1, "encoder_self", 11, 0, 1.5]]
-    assert len(runs.alpha_frame([b])) == 0 and len(runs.metrics_frame([])) == 0
+    assert len(frames.alpha_frame([b])) == 0 and len(frames.metrics_frame([])) == 0
 
 
 # --- results and examples --------------------------------------------------------------------------------------
@@ -190,16 +190,16 @@ def test_tables_of_finished_runs(tmp_path):
         runs.write_json(tmp_path / name / "results.json", results(ap))
     (tmp_path / "unfinished").mkdir()
     found = [tmp_path / "a", tmp_path / "b"]
-    table = runs.results_table(found)
+    table = frames.results_table(found)
     assert list(table.index) == ["a", "b"] and table.index.name == "run"
     assert table.loc["a"].to_dict() == pytest.approx(
         results(0.25)["detection"] | {"Gini": 0.3, "zeros": 0.25, "PAIBB": 0.75}
     )
-    layers = runs.attention_frame(found[:1], "decoder_cross").values.tolist()
+    layers = frames.attention_frame(found[:1], "decoder_cross").values.tolist()
     assert layers == [["a", "gini", 0, 0.2], ["a", "gini", 1, 0.4], ["a", "zeros", 0, 0.0], ["a", "zeros", 1, 0.5]]
-    assert len(runs.attention_frame(found, "encoder_self")) == 0
+    assert len(frames.attention_frame(found, "encoder_self")) == 0
     with pytest.raises(RunError, match=r"has no results\.json: not a run, or not finished"):
-        runs.results_table([tmp_path / "unfinished"])
+        frames.results_table([tmp_path / "unfinished"])
 
 
 @pytest.fixture

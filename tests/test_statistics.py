@@ -12,7 +12,7 @@ from scipy import stats
 from test_detection import CASES, PUBLISHED, random_detection_task
 from tiny import tiny_config
 
-from detrlib import runs
+from detrlib import frames, runs
 from detrlib.config import save_config
 from detrlib.evaluate import save_results
 from detrlib.figures.statistics import differences, spread
@@ -376,7 +376,7 @@ def test_evaluation_stores_matches(tmp_path):
 
 def test_groups_are_names_without_the_seed():
     names = ["study/softmax-seed1", "softmax_seed12", "seed3", "softmax-seed1-long", "softmax-seeds"]
-    assert [runs.group_of(name) for name in names] == ["study/softmax", "softmax", *names[2:]]
+    assert [frames.group_of(name) for name in names] == ["study/softmax", "softmax", *names[2:]]
 
 
 def test_results_frame(tmp_path):
@@ -388,7 +388,7 @@ def test_results_frame(tmp_path):
         )
         results = {"detection": {"AP": 0.1 * number, "per_class": {}}, "paibb": {"all": 0.5}, "images": 13}
         runs.write_json(folder / "results.json", results | {"attention": {"decoder_cross": {"gini": [0.2, 0.4]}}})
-    frame = runs.results_frame(sorted(tmp_path.iterdir()))
+    frame = frames.results_frame(sorted(tmp_path.iterdir()))
     assert frame["group"].tolist() == ["sparse", "sparse"] and frame["seed"].tolist() == [1, 2]
     row = frame.iloc[1].to_dict()
     expected = {"run": "sparse-seed2", "AP": 0.2, "decoder_cross": "sparsemax", "decoder_self": "softmax", "images": 13}

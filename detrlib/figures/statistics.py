@@ -51,7 +51,7 @@ def differences(comparisons: pd.DataFrame, labels: Mapping[str, str] | None = No
 def spread(results: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] | None = None) -> Figure:
     """A panel per metric and a row per group: one dot per seed, and a bar at their mean.
 
-    results: a row per run with columns group, seed and the metrics (`runs.results_frame`). Missing values and COCO's
+    results: a row per run with columns group, seed and the metrics (`frames.results_frame`). Missing values and COCO's
     -1 for "undefined" are left out. Raises ValueError for a metric that the table lacks.
     """
     missing = {"group", *metrics} - set(results.columns)

@@ -206,7 +206,7 @@ def with_verdicts(comparisons: pd.DataFrame) -> pd.DataFrame:
 def seed_table(results: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """Spread over seeds: a row per group and metric with mean, std (of the sample, n - 1), min, max and n.
 
-    results: a row per run with columns group, seed and the metrics (`runs.results_frame`); missing numbers and COCO's
+    results: a row per run with columns group, seed and the metrics (`frames.results_frame`); missing numbers and COCO's
     -1 are left out. Raises ValueError when a group has the same seed twice.
     """
     values = _by_seed(results, metrics).melt(["group", "seed"], list(metrics), "metric")
