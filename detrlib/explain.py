@@ -95,7 +95,10 @@ def explain(
         found |= _explained_by_gradient(predictions, rows, pad_sequence(list(labels), batch_first=True), queries)
     maps = {}
     for name, values in found.items():
-        values = values.masked_fill(attention.key_padding[:, None], 0.0).unflatten(-1, attention.grid)
+        values = values.masked_fill(attention.key_padding[:, None], 0.0)
+        if attention.polled is not None:
+            values = attention.polled.on_cells(values[:, None])[:, 0]
+        values = values.unflatten(-1, attention.grid)
         maps[name] = [own[: len(q)] for own, q in zip(values, queries, strict=True)]
     if "box" in methods:
         boxes = [own[q] for own, q in zip(predictions.boxes.detach(), queries, strict=True)]

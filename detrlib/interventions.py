@@ -28,6 +28,7 @@ from detrlib.config import Config, ConfigError, load_config, replace
 from detrlib.criterion import Criterion
 from detrlib.data import CocoDataset, DataError, build_dataset
 from detrlib.evaluate import evaluate, load_model
+from detrlib.frames import MADE_BY
 from detrlib.models.interventions import (
     PLACES,
     InterventionError,
@@ -38,9 +39,9 @@ from detrlib.models.interventions import (
     swapped,
 )
 from detrlib.models.outputs import Site
-from detrlib.runs import RunError, load_results, run_labels, run_path, write_atomic
+from detrlib.runs import RunError, load_results, load_table, run_path, write_atomic
 
-RESULTS = "measures/interventions.parquet"
+RESULTS = "measures/interventions.parquet"  # read by `frames.interventions_frame`
 KEY = ["kind", "site", "layer", "head", "value", "images", "checkpoint"]
 MEASURES = ["AP", "AP50", "loss", "gini", "zeros", "paibb"]
 ORDER_IMAGES = 100  # of the training split, from which the order of gradual pruning is found
@@ -140,7 +141,7 @@ def intervene_run(
     dataset, accelerator = build_dataset(cfg.data, "val"), Accelerator()
     where = {"images": len(dataset), "checkpoint": checkpoint}
     path, rows = run_dir / RESULTS, []
-    earlier = _read(path) if path.exists() else None
+    earlier = load_table(run_dir, "interventions", MADE_BY) if path.exists() else None
     for experiment in tqdm(experiments, desc="interventions", disable=None):
         with experiment.enter(model):
             results = _measure(model, dataset, cfg, accelerator, experiment.site)
@@ -206,49 +207,6 @@ def _names(frame: pd.DataFrame) -> pd.Series:
     parts = frame[KEY].astype("string").fillna("")
     parts.loc[frame["kind"] == "heads", ["layer", "head", "value"]] = ""
     return parts.agg("|".join, axis=1)
-
-
-def _read(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path)
-    except FileNotFoundError:
-        raise RunError(f"no {path}; measure it with python -m detrlib.interventions") from None
-    except Exception as error:
-        raise RunError(f"{path} is no table of interventions: {error}; delete it and measure again") from error
-
-
-def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, checkpoint: str = "last") -> pd.DataFrame:
-    """Stored results of runs, tidy: as of `intervene_run`, with columns run, trained (the transform that the run was
-    trained with at the site) and trained_alpha (mean of learned ones; NaN for tvmax).
-
-    images: only rows measured on so many. Raises RunError where rows of different numbers of images would meet, and
-    for a run without rows of these images and this checkpoint.
-    """
-    tables = []
-    for run_dir, label in run_labels(run_dirs).items():
-        table = _read(run_dir / RESULTS)
-        table = table[(table["checkpoint"] == checkpoint) & (table["images"] == (images or table["images"]))]
-        if table.empty:
-            asked = f"checkpoint {checkpoint}" + (f" on {images} images" if images else "")
-            raise RunError(
-                f"{run_dir / RESULTS} has no rows of {asked}; measure it with python -m detrlib.interventions"
-            )
-        trained = {site: _trained(run_dir, site) for site in table["site"].unique()}
-        names, alphas = ([trained[site][part] for site in table["site"]] for part in (0, 1))
-        tables.append(table.assign(run=label, trained=names, trained_alpha=alphas))
-    frame = pd.concat(tables, ignore_index=True)
-    if frame["images"].nunique() > 1:
-        raise RunError(f"measured on {sorted(frame['images'].unique().tolist())} images; name one of them as `images`")
-    return frame
-
-
-def _trained(run_dir: Path, site: Site) -> tuple[str, float]:
-    """The transform a run was trained with at a site, and its alpha."""
-    attention = load_config(run_dir / "config.yaml").model.attention
-    name = getattr(attention, site)
-    learned = [a for place, row in load_results(run_dir)["alpha"].items() if place.startswith(f"{site}.") for a in row]
-    known = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": attention.alpha, "tvmax": float("nan")}
-    return name, float(np.mean(learned)) if learned else known[name]
 
 
 def main() -> None:

@@ -321,12 +321,14 @@ def save_tables(run_dir: Path, tables: Mapping[str, pd.DataFrame]) -> None:
         write_atomic(run_dir / "measures" / f"{name}.parquet", partial(table.to_parquet, index=False))
 
 
-def load_table(run_dir: Path, name: str) -> pd.DataFrame:
-    """measures/<name>.parquet of a run. Raises RunError naming the file when there is none, or it is none."""
+def load_table(run_dir: Path, name: str, made_by: str = "detrlib.evaluate") -> pd.DataFrame:
+    """measures/<name>.parquet of a run. Raises RunError naming the file when there is none, or it is none, and the
+    module that makes it.
+    """
     path = run_dir / "measures" / f"{name}.parquet"
     if not path.exists():
-        raise RunError(f"no {path}; evaluate the run again: python -m detrlib.evaluate {run_dir}")
+        raise RunError(f"no {path}; measure the run (again): python -m {made_by} {run_dir}")
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are among these
-        raise RunError(f"{path} is not readable ({error}); evaluate the run again") from error
+        raise RunError(f"{path} is not readable ({error}); delete it, then: python -m {made_by} {run_dir}") from error

@@ -26,7 +26,8 @@ from detrlib.config import ConfigError, load_config, replace
 from detrlib.data import build_dataset
 from detrlib.data.augment import MEAN, STD
 from detrlib.evaluate import evaluate, evaluate_run, load_model
-from detrlib.figures.results import markdown_table, per_layer
+from detrlib.figures.results import per_layer
+from detrlib.figures.tables import markdown_table
 from detrlib.launch import launch
 from detrlib.metrics.detection import coco_ap
 from detrlib.models import Predictions, checkpoints
@@ -276,8 +277,8 @@ def tables_of(run_dir, other):
         assert set(frames.attention_frame(folders, "decoder_cross").run) == {folder.name for folder in folders[1:]}
         assert frames.final_alphas(folders) == {}
     assert table.loc["other", "Gini"] == pytest.approx(0.6)
-    with pytest.raises(ValueError, match=r"no values of Gini.*none of the runs has attention"):
-        per_layer(frames.attention_frame([run_dir], "decoder_cross"), "Gini")
+    with pytest.raises(ValueError, match=r"no values of gini.*none of the runs has attention"):
+        per_layer(frames.attention_frame([run_dir], "decoder_cross"), {"gini": "Gini"})
 
 
 def test_runs_without_attention_are_left_out_of_its_pictures(tmp_path):

@@ -11,10 +11,10 @@ from tiny import tiny_config
 
 from detrlib import interventions
 from detrlib.data import collate
+from detrlib.frames import interventions_frame
 from detrlib.interventions import (
     gradual,
     intervene_run,
-    interventions_frame,
     prune_order,
     rearranged_alphas,
     single_heads,

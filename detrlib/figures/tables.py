@@ -1,6 +1,7 @@
 """Tables of results as text, for a page (Markdown) and for a thesis (LaTeX)."""
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -76,3 +77,31 @@ def _cells(table, formats, lower_is_better, unranked, bold, escape=str) -> list[
 def _escape_latex(text: str) -> str:
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
+
+
+def save_table(table: pd.DataFrame, folder: Path, name: str, caption: str, note: str, **ranking) -> None:
+    """Write <name>.md, <name>.tex (labelled tab:<name>) and <name>.txt, the `note` of where it comes from.
+
+    Numbers get three decimals; ranking: `lower_is_better` and `unranked` as of `latex_table`.
+    """
+    formats = {column: ".3f" for column in table if pd.api.types.is_float_dtype(table[column])}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(markdown_table(table, formats, **ranking))
+    (folder / f"{name}.tex").write_text(latex_table(table, formats, caption, f"tab:{name}", **ranking))
+    (folder / f"{name}.txt").write_text(note.rstrip("\n") + "\n")
+
+
+def with_spread(spread: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:
+    """Means over seeds with their standard deviations in words, "0.674 ± 0.006": a row per group, a column per metric.
+
+    spread: as of `metrics.statistics.seed_table`. Groups of one seed have no deviation.
+    """
+    words = [
+        "–" if pd.isna(mean) else f"{mean:.{decimals}f}" + ("" if pd.isna(std) else f" ± {std:.{decimals}f}")
+        for mean, std in zip(spread["mean"], spread["std"], strict=True)
+    ]
+    table = spread.assign(words=words).pivot_table(
+        index="group", columns="metric", values="words", aggfunc="first", sort=False
+    )
+    counts = spread.groupby("group", sort=False)["n"].max()
+    return table.assign(seeds=counts).rename_axis(columns=None)
