@@ -91,7 +91,7 @@ def one_row(weights: np.ndarray, threshold: float, share: float) -> list[float]:
 
 @pytest.mark.parametrize("chunk", [1, 100, 2**22], ids=["row by row", "some rows", "all at once"])
 def test_all_measures_are_those_of_each_row(chunk, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "CPU_CHUNK", chunk)
     weights = sparse_weights(2, 3, 5, 37)
     valid = torch.ones(2, 1, 1, 37, dtype=torch.bool)
     valid[0, ..., 30:] = False
@@ -108,7 +108,10 @@ def test_all_measures_are_those_of_each_row(chunk, monkeypatch):
 
 def test_all_measures_are_those_of_the_single_functions():
     weights, valid = sparse_weights(4, 6, 50), torch.arange(50) < 41
+    given = weights.clone()
     found = sparsity(weights, valid, threshold=1e-2)
+    sparsity(weights)
+    assert torch.equal(weights, given)  # sorted elsewhere
     alone = [gini(weights, valid), zeros_ratio(weights, valid), zeros_ratio(weights, valid, 1e-2)]
     for name, expected in zip(("gini", "zeros", "zeros_thresholded"), alone, strict=True):
         assert torch.equal(found[name], expected)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 MEASURES = ("gini", "zeros", "zeros_thresholded", "zeros_relative", "support", "entropy")
 CHUNK = 2**22  # weights that are sorted at a time: what bounds the memory for maps of an encoder
+CPU_CHUNK = 2**19  # on a CPU: what stays in its cache
 
 
 class Rows(NamedTuple):
@@ -81,25 +82,27 @@ def entropy(weights: Tensor, valid: Tensor | None = None) -> Tensor:
 def _by_rows(measure: Callable[[Rows], Tensor], weights: Tensor, valid: Tensor | None) -> Tensor:
     """measure: R rows -> [..., R]; applied to all rows of weights [..., K], chunk by chunk."""
     keys, shape = weights.shape[-1], weights.shape[:-1]
-    weights = weights.float()
-    count = torch.tensor(float(keys), device=weights.device)
-    if valid is not None:
+    size = max(1, (CPU_CHUNK if weights.device.type == "cpu" else CHUNK) // max(1, keys))
+    parts = weights.reshape(-1, keys).split(size)
+    # Where nothing is padded there is nothing to hide; to ask a GPU would take longer than hiding.
+    if valid is None or (not valid.is_cuda and valid.all()):
+        masks, counts = [None] * len(parts), [torch.full((), float(keys), device=weights.device)] * len(parts)
+    else:
         count = valid.expand(*valid.shape[:-1], keys).sum(-1).float()
-        # Without padding no copy is needed; to ask a GPU for that would take longer than the copy.
-        if valid.is_cuda or not valid.all():
-            weights = weights.masked_fill(~valid, 0.0)
-    size = max(1, CHUNK // max(1, keys))
-    parts = zip(weights.reshape(-1, keys).split(size), count.expand(shape).reshape(-1).split(size), strict=True)
-    measured = torch.cat([measure(_sorted(part, number)) for part, number in parts], -1)
+        masks = valid.expand(weights.shape).reshape(-1, keys).split(size)
+        counts = count.expand(shape).reshape(-1).split(size)
+    measured = torch.cat([measure(_sorted(*part)) for part in zip(parts, masks, counts, strict=True)], -1)
     return measured.reshape((*measured.shape[:-1], *shape))
 
 
-def _sorted(weights: Tensor, count: Tensor) -> Rows:
-    if weights.device.type == "cpu":  # numpy sorts with the processor's vector instructions: ten times as fast
-        ascending = torch.from_numpy(np.sort(weights.detach().numpy(), axis=-1))
-    else:
+def _sorted(weights: Tensor, mask: Tensor | None, count: Tensor) -> Rows:
+    weights = weights.float() if mask is None else torch.where(mask, weights.float(), 0.0)
+    if weights.device.type != "cpu":
         ascending = weights.sort(dim=-1).values
-    return Rows(ascending, ascending.sum(-1), count)
+    else:  # numpy sorts with the processor's vector instructions: ten times as fast
+        ascending = weights.detach().clone() if mask is None else weights.detach()
+        ascending.numpy().sort(axis=-1)
+    return Rows(ascending, ascending.sum(-1), count.expand(len(ascending)))
 
 
 def _gini(rows: Rows) -> Tensor:
@@ -119,7 +122,12 @@ def _at_most(rows: Rows, limits: Tensor) -> Tensor:
 
 def _entropy(rows: Rows) -> Tensor:
     # With p = c / |c|_1:  -sum p log p = log |c|_1 - sum c log c / |c|_1
-    spread = torch.special.entr(rows.ascending).sum(-1)
+    positive = rows.ascending.clamp_min(torch.finfo(torch.float32).tiny)  # faster than to spare zeros the logarithm
+    if positive.device.type == "cpu":
+        np.log(positive.numpy(), out=positive.numpy())  # twice as fast as torch here
+    else:
+        positive.log_()
+    spread = -positive.mul_(rows.ascending).sum(-1)
     return torch.where(rows.total > 0, rows.total.log() + _ratio(spread, rows.total), 0.0).clamp(min=0)
 
 
