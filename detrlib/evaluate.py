@@ -156,18 +156,19 @@ def evaluate(
     criterion: Criterion | None = None,
     attention: bool = True,
     run_dir: Path | None = None,
+    progress: bool = True,
 ) -> tuple[dict, list[dict]]:
     """Results and COCO-format detections of `model` on `dataset`, complete on every process.
 
     attention: measure attention too, of models that have it. run_dir: where examples, maps and measures of single
     images and objects are stored, if given, in place of those of an earlier evaluation. Results hold `detection` (12
     COCO numbers and per class), `loss` (with a criterion), `alpha`, the settings `evaluate`, and what
-    `AttentionMeasures.summary` says: `attention`, `sparsity`, `paibb`, `localisation`.
+    `AttentionMeasures.summary` says: `attention`, `sparsity`, `paibb`, `localisation`. progress: show a bar.
     """
     with recorder(cfg, len(dataset), accelerator, run_dir) as record:
         folder = run_dir / "measures" if run_dir else None
         looks = AttentionMeasures(cfg, folder, accelerator.process_index) if attention and cfg.model.attends else None
-        return _evaluate(model, dataset, cfg, accelerator, criterion, looks, record)
+        return _evaluate(model, dataset, cfg, accelerator, criterion, looks, record, progress)
 
 
 def _evaluate(
@@ -178,6 +179,7 @@ def _evaluate(
     criterion: Criterion | None,
     looks: AttentionMeasures | None,
     record: Recorder | None,
+    progress: bool,
 ) -> tuple[dict, list[dict]]:
     start = time.perf_counter()
     model = model.to(accelerator.device).eval()
@@ -186,7 +188,7 @@ def _evaluate(
         Subset(dataset, shard), cfg.evaluate.batch_size, collate_fn=collate, num_workers=cfg.data.workers
     )
     detections, losses = [], []
-    for batch in tqdm(loader, desc="evaluating", leave=False, disable=None):
+    for batch in tqdm(loader, desc="evaluating", leave=False, disable=None if progress else True):
         batch = batch.to(accelerator.device)
         with autocast(cfg, accelerator.device):
             sites = {*looks.sites, *(record.sites(batch) if record else ())} if looks else ()

@@ -110,8 +110,8 @@ def first_of_groups(run_dirs: Iterable[Path]) -> list[Path]:
 
 
 def group_of(label: str) -> str:
-    """The name that runs of several seeds share: `label` without a last "-seed3" or "_seed3"."""
-    return re.sub(r"[-_]seed\d+$", "", label)
+    """The name that runs of several seeds share: `label` without "-seed3" or "_seed3" at the end of a folder's name."""
+    return re.sub(r"[-_]seed\d+(?=/|$)", "", label)
 
 
 def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:

@@ -158,7 +158,7 @@ def _measure(
     # Maps of a site are measured where its setting is not softmax; models are built from settings no more.
     cfg = replace(cfg, {f"model.attention.{site}": "entmax"})
     criterion = Criterion(cfg.loss)
-    results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion)
+    results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, progress=False)
     looks = {name: float(np.mean(results["attention"][site][name])) for name in ("gini", "zeros")}
     detection = {name: results["detection"][name] for name in ("AP", "AP50")}
     return detection | {"loss": _last_loss(results, criterion)} | looks | {"paibb": results["paibb"]["all"]}
@@ -180,7 +180,9 @@ def prune_order(run_dir: Path, site: Site, images: int = ORDER_IMAGES, checkpoin
     criterion, accelerator, losses = Criterion(cfg.loss), Accelerator(), {}
     for one in tqdm(single_heads(model, site), desc="importance of heads", disable=None):
         with one.enter(model):
-            results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, attention=False)
+            results, _ = evaluate(
+                model, dataset, cfg, accelerator, criterion=criterion, attention=False, progress=False
+            )
         losses[one.layer, one.head] = _last_loss(results, criterion)
     return sorted(losses, key=losses.get)
 

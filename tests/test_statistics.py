@@ -375,8 +375,16 @@ def test_evaluation_stores_matches(tmp_path):
 
 
 def test_groups_are_names_without_the_seed():
-    names = ["study/softmax-seed1", "softmax_seed12", "seed3", "softmax-seed1-long", "softmax-seeds"]
-    assert [frames.group_of(name) for name in names] == ["study/softmax", "softmax", *names[2:]]
+    labels = [
+        "study/softmax-seed1",
+        "softmax_seed12",
+        "softmax-seed1/test2017",
+        "seed3",
+        "softmax-seed1-long",
+        "softmax-seeds",
+    ]
+    groups = ["study/softmax", "softmax", "softmax/test2017", "seed3", "softmax-seed1-long", "softmax-seeds"]
+    assert [frames.group_of(label) for label in labels] == groups
 
 
 def test_results_frame(tmp_path):

@@ -214,7 +214,7 @@ def _head_colours(count: int) -> list:
 
 def _label_lines(axes: Axes) -> None:
     """Write each line's label to the right of its end, in its colour, moved apart where ends lie close together."""
-    lines = axes.get_lines()
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]  # others have no label
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)  # labels refer to the limits as they are now
     ends = np.array([(line.get_ydata()[-1] - low) / (high - low) for line in lines])
