@@ -98,7 +98,7 @@ def read_sweep(path: Path) -> Sweep:
     if seeds and not (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)):
         raise ConfigError(f"{path}: seeds is {seeds!r}, expected whole numbers such as [1, 2, 3]")
     try:
-        measure = checked_parameters(find_notebook("06_evaluate"), measure)
+        measure = checked_parameters(find_notebook("06_evaluate"), measure) if measure else {}
     except NotebookError as error:
         raise ConfigError(f"{path}: measure: {error}") from None
     wanted = {name: {**shared, **(overrides or {})} for name, overrides in values["runs"].items()}
@@ -211,7 +211,8 @@ def run_one(folder: Path) -> None:
     if not (folder / "results.json").exists():
         parameters = {"config": str(folder / "sweep.yaml"), "run_name": name, "gpus": torch.cuda.device_count() or None}
         execute_notebook("05_train", folder / "05_train.ipynb", parameters)
-    measure = json.loads((folder / "measure.json").read_text())
+    asked = folder / "measure.json"
+    measure = json.loads(asked.read_text()) if asked.exists() else {}
     execute_notebook("06_evaluate", folder / "06_evaluate.ipynb", measure | {"run_name": name})
 
 

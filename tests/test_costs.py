@@ -155,7 +155,7 @@ def test_costs_of_sparse_detr_are_linear_in_kept_tokens():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameters(name):
     trained = sum(count for count, _ in count_parameters(published_model(name)).values())
-    assert trained / 1e6 == pytest.approx(PUBLISHED[name].parameters, rel=0.01)
+    assert trained / 1e6 == pytest.approx(PUBLISHED[name].parameters, rel=0.015)
 
 
 # Tables and times

@@ -317,7 +317,7 @@ def test_settings_of_an_evaluation_can_be_overridden(run, tmp_path):
 
 
 def test_runs_without_tables_say_what_to_do(tmp_path):
-    with pytest.raises(RunError, match=r"evaluate the run \(again\)"):
+    with pytest.raises(RunError, match=r"measure the run \(again\)"):
         sparsity_table([tmp_path])
     with pytest.raises(RunError, match=r"located\.parquet"):
         located_table([tmp_path])

@@ -44,7 +44,7 @@ class TinyRun:
                 "timed_size": [160, 160],
                 "timed_ratios": [0.1, 1.0],
                 "repeats": 1,
-                "published": False,
+                "count_published": False,
             },
             "05_train": run | {"config": str(self.config), "overrides": {"train.epochs": 1}, "gpus": 0},
             "06_evaluate": run | {"num_examples": 1},
@@ -261,7 +261,7 @@ def test_a_sweep_is_a_config_for_every_run(sweep_file):
 
 def test_a_sweep_over_seeds_repeats_every_run(sweep_file):
     configs, measure = read_sweep(sweep_file(seeds=[4, 5], measure={"num_examples": 2}))
-    assert list(configs) == ["one-seed4", "two-seed4", "three-seed4", "one-seed5", "two-seed5", "three-seed5"]
+    assert set(configs) == {f"{name}-seed{seed}" for name in ("one", "two", "three") for seed in (4, 5)}
     assert [cfg.train.seed for cfg in configs.values()] == [4, 4, 4, 5, 5, 5]
     assert configs["two-seed5"].train.epochs == 3
     assert measure == {"num_examples": 2}

@@ -394,7 +394,8 @@ def test_results_frame(tmp_path):
         save_config(
             tiny_config({"train.seed": number, "model.attention.decoder_cross": "sparsemax"}), folder / "config.yaml"
         )
-        results = {"detection": {"AP": 0.1 * number, "per_class": {}}, "paibb": {"all": 0.5}, "images": 13}
+        located = {"all": {"pairs": 4, "paibb": {"mean": [0.1, 0.5]}}}
+        results = {"detection": {"AP": 0.1 * number, "per_class": {}}, "images": 13, "localisation": located}
         runs.write_json(folder / "results.json", results | {"attention": {"decoder_cross": {"gini": [0.2, 0.4]}}})
     frame = frames.results_frame(sorted(tmp_path.iterdir()))
     assert frame["group"].tolist() == ["sparse", "sparse"] and frame["seed"].tolist() == [1, 2]

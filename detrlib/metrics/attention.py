@@ -192,7 +192,8 @@ class AttentionMeasures:
 
 
 def alphas_in_effect(settings: Model, site: str, learned: dict[str, list[float]]) -> list[list[float]] | None:
-    """The alpha of entmax that every layer and head of a site works with, [L][H]; None for tvmax, which is no entmax.
+    """The alpha of entmax that every layer and head of a site works with, [L][H]; None for tvmax, which is no entmax, and
+    for learned ones that an intervention has replaced.
 
     learned: values [H] by place, such as "decoder_cross.0", of the transforms that learn theirs.
     """
@@ -201,7 +202,8 @@ def alphas_in_effect(settings: Model, site: str, learned: dict[str, list[float]]
         return None
     layers = range(_layers(settings, site))
     if name == "alpha_entmax":
-        return [learned[f"{site}.{layer}"] for layer in layers]
+        places = [f"{site}.{layer}" for layer in layers]
+        return [learned[place] for place in places] if set(places) <= set(learned) else None
     alpha = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": settings.attention.alpha}[name]
     return [[alpha] * settings.num_heads for _ in layers]
 
