@@ -192,8 +192,9 @@ class AttentionMeasures:
 
 
 def alphas_in_effect(settings: Model, site: str, learned: dict[str, list[float]]) -> list[list[float]] | None:
-    """The alpha of entmax that every layer and head of a site works with, [L][H]; None for tvmax, which is no entmax, and
-    for learned ones that an intervention has replaced.
+    """The alpha of entmax that every layer and head of a site works with, [L][H].
+
+    None for tvmax, which is no entmax, and for learned ones that an intervention has replaced.
 
     learned: values [H] by place, such as "decoder_cross.0", of the transforms that learn theirs.
     """
