@@ -3,13 +3,14 @@
 Legend: n queries, L layers, H heads, h x w cells of the feature map. Boxes are xyxy in pixels of the image given.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from detrlib.figures.choices import ByClass, cell_at, cell_box
 from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, figure, styled
 from detrlib.runs import Example
 
@@ -55,11 +56,13 @@ def draw_box(axes: Axes, box: np.ndarray, colour: str, dashed: bool = False) -> 
         )
 
 
-def _grid(rows: int, columns: int, image: np.ndarray, width: float = 1.0) -> tuple[Figure, np.ndarray]:
-    """Panels in the proportions of the image; row by row, [rows, columns]."""
+def _grid(
+    rows: int, columns: int, image: np.ndarray, width: float = 1.0, header: float = 0.0
+) -> tuple[Figure, np.ndarray]:
+    """Panels in the proportions of the image, row by row, [rows, columns]; `header` inches more above them."""
     width = min(width, columns * WIDEST_PANEL / TEXT_WIDTH)
     panel = width * TEXT_WIDTH / columns
-    height = rows * (panel * image.shape[0] / image.shape[1] + CAPTION_HEIGHT)
+    height = rows * (panel * image.shape[0] / image.shape[1] + CAPTION_HEIGHT) + header
     return figure(
         width=width,
         aspect=height / (width * TEXT_WIDTH),
@@ -146,6 +149,90 @@ def _draw_matched(axes: Axes, example: Example, index: int, names: Mapping[int, 
     draw_box(axes, example.boxes[query], colour)
     label = int(example.labels[query])
     axes.set_title(f"{names.get(label, label)} {example.scores[query]:.2f}", loc="left", color=colour)
+
+
+@styled
+def queries_by_layer(example: Example, names: Mapping[int, str], max_queries: int = 4) -> Figure:
+    """A row per detection, best first: its box on the image, then its map (mean over heads) in every decoder layer."""
+    layers = example.maps.shape[0]
+    drawn, panels = _grid(min(max_queries, len(example.boxes)), layers + 1, example.image)
+    maps = [example.maps[layer].mean(0, dtype=np.float32) for layer in range(layers)]
+    for query, (first, *rest) in enumerate(panels):
+        colour = PALETTE[query % len(PALETTE)]
+        first.imshow(example.image)
+        first.axis("off")
+        first.set_title(_found(example, query, names), loc="left", color=colour)
+        for layer, axes in enumerate(rest):
+            draw_map(axes, example.image, maps[layer][query], example.extent)
+            axes.set_title(f"layer {layer + 1}" if query == 0 else "", loc="left")
+        for axes in (first, *rest):
+            draw_box(axes, example.boxes[query], colour)
+    return drawn
+
+
+@styled
+def chosen_classes(rows: Sequence[ByClass], names: Mapping[int, str], layer: int = -1) -> Figure:
+    """A row per class: the image with its best detection, then the map (mean over heads) in every run.
+
+    rows: as of `best_of_class`. Each run's panel has the box and the class of its own query.
+    """
+    runs = list(rows[0].found)
+    pictures = [row.found[row.best][0].image for row in rows]
+    tallest = max(pictures, key=lambda picture: picture.shape[0] / picture.shape[1])
+    drawn, panels = _grid(len(rows), len(runs) + 1, tallest, header=0.15)
+    for number, (row, picture, (first, *rest)) in enumerate(zip(rows, pictures, panels, strict=True)):
+        example, query = row.found[row.best]
+        first.imshow(picture)
+        first.axis("off")
+        first.set_title(names.get(row.label, str(row.label)), loc="left", fontweight="bold")
+        draw_box(first, example.boxes[query], PALETTE[0])
+        for axes, run in zip(rest, runs, strict=True):
+            example, query = row.found[run]
+            if query is None:
+                _draw_nothing(axes, example.image)
+            else:
+                maps = example.maps[layer][:, query].mean(0, dtype=np.float32)
+                draw_map(axes, example.image, maps, example.extent)
+                draw_box(axes, example.boxes[query], PALETTE[0])
+            found = "nothing found" if query is None else _found(example, query, names)
+            axes.set_title(f"{run}\n{found}" if number == 0 else found, loc="left")
+    return drawn
+
+
+def _found(example: Example, query: int, names: Mapping[int, str]) -> str:
+    label = int(example.labels[query])
+    return f"{names.get(label, label)} {example.scores[query]:.2f}"
+
+
+def _draw_nothing(axes: Axes, image: np.ndarray) -> None:
+    axes.imshow(image, alpha=0.3)
+    axes.axis("off")
+
+
+@styled
+def cells_grid(example: Example, max_objects: int = 4) -> Figure:
+    """Encoder self-attention: where the cell in the middle of an object looks, mean over heads.
+
+    A column per object, largest first, a row per encoder layer; the cell that asks is outlined. For examples of which
+    `cells_ask`.
+    """
+    maps = example.attention("encoder_self")
+    sides = example.true_boxes[:, 2:] - example.true_boxes[:, :2]
+    objects = np.argsort(-sides.prod(1))[:max_objects]
+    centres = example.true_boxes[objects].reshape(-1, 2, 2).mean(1)
+    cells = [cell_at(example, x, y) for x, y in centres]
+    drawn, panels = _grid(maps.shape[0], len(cells) + 1, example.image)
+    for layer, (first, *rest) in enumerate(panels):
+        first.imshow(example.image)
+        first.axis("off")
+        first.set_title(f"encoder layer {layer + 1}", loc="left")
+        weights = maps[layer]
+        for number, (cell, axes) in enumerate(zip(cells, rest, strict=True)):
+            colour = PALETTE[number % len(PALETTE)]
+            draw_map(axes, example.image, weights[:, cell].mean(0, dtype=np.float32), example.extent)
+            for panel in (first, axes):
+                draw_box(panel, cell_box(example, cell), colour)
+    return drawn
 
 
 @styled

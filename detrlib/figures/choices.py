@@ -1,0 +1,126 @@
+"""What is meant by a click, a class, or the same object in another run: choices among examples, without drawing.
+
+Legend: n queries of an example, best first; h x w cells of the feature map. Boxes are xyxy in pixels of the image.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchvision.ops import box_iou
+
+from detrlib.runs import Example
+
+
+def clicked_query(boxes: np.ndarray, x: float, y: float, reach: float) -> int | None:
+    """Which of boxes [n,4] a click at (x, y) means: the nearest, of several that contain it the smallest.
+
+    Clicks outside all boxes count for one at most `reach` pixels away, since small ones are hard to hit; None: no box.
+    """
+    if not len(boxes):
+        return None
+    point, low, high = np.array([x, y]), boxes[:, :2], boxes[:, 2:]
+    distance = np.linalg.norm(np.maximum(0, np.maximum(low - point, point - high)), axis=1)
+    area = (high - low).prod(1)
+    best = int(np.lexsort((area, distance))[0])
+    return best if distance[best] <= reach else None
+
+
+def corresponding_query(example: Example, query: int, other: Example) -> int | None:
+    """The query of `other`, the same image in another run, that stands for the same object as `query` of `example`.
+
+    It is the one matched to the same object; where `query` is matched to none, the one with the highest IoU, and None
+    if nothing overlaps. Images may be of different sizes.
+    """
+    found = example.matched[query]
+    same = np.flatnonzero(other.matched == found)
+    if found >= 0 and len(same):
+        return int(same[0])
+    overlap = box_iou(_shares(example)[query, None], _shares(other))[0]
+    return int(overlap.argmax()) if len(overlap) and overlap.max() > 0 else None
+
+
+def _shares(example: Example) -> torch.Tensor:
+    """The boxes [n,4] in 0..1 of the image."""
+    height, width = example.image.shape[:2]
+    return torch.from_numpy(example.boxes / np.array([width, height, width, height], dtype=np.float32))
+
+
+# --- cells that ask in the encoder -----------------------------------------------------------------------------
+
+
+def cells_ask(example: Example) -> bool:
+    """Whether encoder_self is stored and its queries are the cells of the grid, not tokens of several levels."""
+    maps = example.other_maps.get("encoder_self")
+    return maps is not None and maps.shape[2] == maps.shape[3] * maps.shape[4]
+
+
+def cell_at(example: Example, x: float, y: float) -> int:
+    """The number, row by row, of the cell that covers the point (x, y); outside the image the nearest one."""
+    rows, columns = example.maps.shape[-2:]
+    width, height = _cell_size(example)
+    row, column = int((y + 0.5) // height), int((x + 0.5) // width)  # pixel 0 reaches from -0.5 to 0.5
+    return min(max(row, 0), rows - 1) * columns + min(max(column, 0), columns - 1)
+
+
+def cell_box(example: Example, cell: int) -> np.ndarray:
+    """[4], the area of a cell as a box, cut at the border of the image."""
+    row, column = divmod(cell, example.maps.shape[-1])
+    size = _cell_size(example)
+    corners = np.array([[column, row], [column + 1, row + 1]]) * size - 0.5
+    height, width = example.image.shape[:2]
+    return np.minimum(corners, [width - 0.5, height - 0.5]).ravel()
+
+
+def _cell_size(example: Example) -> np.ndarray:
+    """[2], width and height of a cell in pixels."""
+    return np.array(example.image.shape[1::-1]) / example.extent[::-1]
+
+
+# --- classes ---------------------------------------------------------------------------------------------------
+
+
+class ByClass(NamedTuple):
+    """The best detection of a class, and in every run the query that stands for it."""
+
+    label: int
+    found: Mapping[str, tuple[Example, int | None]]  # by run: the image, the query in it, None where it found nothing
+    best: str  # the run with the best detection
+
+
+def chosen_labels(classes: Sequence[str], names: Mapping[int, str]) -> list[int]:
+    """Labels of classes by their names. Raises ValueError for a class that does not exist, with the nearest name."""
+    labels = {name: label for label, name in names.items()}
+    unknown = [name for name in classes if name not in labels]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), labels, 1, 0.4)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(labels)}"
+        raise ValueError(f"no class '{unknown[0]}'; {hint}")
+    return [labels[name] for name in classes]
+
+
+def best_of_class(examples: Mapping[str, Sequence[Example]], label: int) -> ByClass | None:
+    """The most confident detection of a class over the images stored in every run; None if no run found any."""
+    by_image = {run: {example.image_id: example for example in stored} for run, stored in examples.items()}
+    shared = set.intersection(*(set(stored) for stored in by_image.values()))
+    _, best, image_id, query = max(
+        (
+            (example.scores[query], run, image_id, query)
+            for run, stored in by_image.items()
+            for image_id, example in stored.items()
+            if image_id in shared
+            for query in np.flatnonzero(example.labels == label)
+        ),
+        default=(0.0, None, None, None),
+        key=lambda found: found[0],
+    )
+    if best is None:
+        return None
+    origin = by_image[best][image_id]
+    found = {
+        run: (stored[image_id], corresponding_query(origin, query, stored[image_id]))
+        for run, stored in by_image.items()
+    }
+    return ByClass(label, found | {best: (origin, int(query))}, best)

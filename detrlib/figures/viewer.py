@@ -1,0 +1,319 @@
+"""The interactive viewer of notebook 07: click a detection and see where its query looked, in one run or two.
+
+What is shown is a `View`; `consistent`, `clicked` and `described` are plain functions of it, the widget only connects
+them to controls and to the mouse. Layers are counted from 0 here, from 1 where a reader sees them.
+"""
+
+import io
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from typing import Literal
+
+import ipywidgets
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backend_bases import MouseEvent
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from detrlib.figures.attention import draw_box, draw_map
+from detrlib.figures.choices import cell_at, cell_box, cells_ask, clicked_query, corresponding_query
+from detrlib.figures.style import MUTED, PALETTE, STYLE, styled
+from detrlib.runs import Example
+
+Stored = Mapping[str, Mapping[int, Example]]  # by run and image id
+PANEL, TALLEST, TITLE = 3.9, 4.6, 0.55  # inches: width of an image, its largest height, the lines above it
+REACH = 0.02  # of the longer side of the image: how far from a box a click still means it
+
+
+@dataclass(frozen=True)
+class View:
+    """What the viewer shows."""
+
+    run: str
+    image_id: int
+    beside: str = ""  # another run, or none
+    site: str = "decoder_cross"
+    layer: int = 0
+    head: int | Literal["mean"] = "mean"  # the mean over heads
+    origin: str = ""  # the run in which `query` was clicked
+    query: int | None = None  # None: there is none in this image
+    place: tuple[float, float] = (0.5, 0.5)  # (x, y) of the cell that asks in the encoder, in shares of the image
+    truth: bool = True
+    predictions: bool = True
+    attention: bool = True
+
+
+# --- what a view means -----------------------------------------------------------------------------------------
+
+
+def sites(example: Example) -> list[str]:
+    """The sites of which maps can be shown: what is stored, the encoder's only where cells of one level ask."""
+    return ["decoder_cross", *(s for s in example.other_maps if s != "encoder_self" or cells_ask(example))]
+
+
+def consistent(view: View, stored: Stored) -> View:
+    """The view nearest to `view` that exists: runs differ in images, sites, layers, heads and queries."""
+    images = stored[view.run]
+    image_id = view.image_id if view.image_id in images else next(iter(images))
+    example = images[image_id]
+    beside = "" if view.beside == view.run else view.beside
+    site = view.site if view.site in sites(example) else "decoder_cross"
+    layers, heads = example.attention(site).shape[:2]
+    shown = {view.run, beside} - {""}
+    origin = view.origin if view.origin in shown and image_id in stored[view.origin] else view.run
+    before = stored.get(view.origin, {}).get(image_id)
+    query = view.query
+    if before is not None and query is not None and origin != view.origin:  # the same object in the new run
+        query = corresponding_query(before, query, stored[origin][image_id])
+    count = len(stored[origin][image_id].boxes)
+    if query is None or image_id != view.image_id or query >= count:
+        query = 0 if count else None
+    return changed(
+        view,
+        image_id=image_id,
+        beside=beside,
+        site=site,
+        layer=min(view.layer, layers - 1),
+        head=_head(view, heads),
+        origin=origin,
+        query=query,
+    )
+
+
+def clicked(view: View, stored: Stored, run: str, x: float, y: float) -> View:
+    """The view after a click at pixel (x, y) of the image in the panel of `run`: another query, or another cell."""
+    example = stored[run][view.image_id]
+    height, width = example.image.shape[:2]
+    if view.site == "encoder_self":
+        return changed(view, place=((x + 0.5) / width, (y + 0.5) / height))
+    query = clicked_query(example.boxes, x, y, REACH * max(height, width))
+    return view if query is None else changed(view, origin=run, query=query)
+
+
+def query_in(view: View, stored: Stored, run: str) -> int | None:
+    """The query shown of `run`: the one clicked, or that of the same object where another run was clicked."""
+    origin = stored[view.origin][view.image_id]
+    if view.query is None or run == view.origin:
+        return view.query
+    return corresponding_query(origin, view.query, stored[run][view.image_id])
+
+
+def weights_in(view: View, example: Example, query: int | None) -> np.ndarray | None:
+    """The map [h,w] of a view, or the weights [n] that go to the queries of the example; None without a query.
+
+    Runs may have fewer layers and heads than the view asks for: then the last layer, and the mean over heads.
+    """
+    maps = example.attention(view.site)
+    layers, heads = maps.shape[:2]
+    asking = _cell(view, example) if view.site == "encoder_self" else query
+    if asking is None:
+        return None
+    weights = maps[min(view.layer, layers - 1)][:, asking]
+    head = _head(view, heads)
+    weights = weights.mean(0, dtype=np.float32) if head == "mean" else weights[head]
+    return weights[example.queries] if view.site == "decoder_self" else weights
+
+
+def _head(view: View, heads: int) -> int | Literal["mean"]:
+    return "mean" if view.head == "mean" or view.head >= heads else view.head
+
+
+def _cell(view: View, example: Example) -> int:
+    height, width = example.image.shape[:2]
+    return cell_at(example, view.place[0] * width - 0.5, view.place[1] * height - 0.5)
+
+
+def described(
+    view: View, example: Example, query: int | None, weights: np.ndarray | None, names: Mapping[int, str]
+) -> list[str]:
+    """Two lines about a panel: what was found, and which map is shown."""
+    layers, heads = example.attention(view.site).shape[:2]
+    head = _head(view, heads)
+    by = "mean over heads" if head == "mean" else f"head {head + 1}"
+    if view.site == "encoder_self":
+        first = f"cell {_cell(view, example)}"
+    elif query is None:
+        return ["nothing found here", ""]
+    else:
+        label = int(example.labels[query])
+        first = f"{names.get(label, label)} {example.scores[query]:.2f}"
+        first += ", matched to an object" if example.matched[query] >= 0 else ", matched to no object"
+    if view.site == "decoder_self":
+        amount = f"{100 * (1 - weights.sum()):.0f}% of the weight goes to queries not shown"
+    else:
+        amount = f"{np.count_nonzero(weights)} of {weights.size} cells have weight"
+    return [first, f"layer {min(view.layer, layers - 1) + 1}, {by}: {amount}"]
+
+
+# --- the picture -----------------------------------------------------------------------------------------------
+
+
+@styled
+def draw_view(figure: Figure, view: View, stored: Stored, names: Mapping[int, str]) -> dict[str, Axes]:
+    """Draw a view into an empty figure of its own size; the panels by run."""
+    figure.clear()
+    runs = [run for run in (view.run, view.beside) if run]
+    height, width = stored[view.run][view.image_id].image.shape[:2]
+    panel = min(PANEL, TALLEST * width / height)
+    # Titles need their room, however narrow the image is.
+    figure.set_size_inches(len(runs) * max(panel, 0.85 * PANEL) + 0.1, panel * height / width + TITLE)
+    panels = dict(zip(runs, np.atleast_1d(figure.subplots(1, len(runs))), strict=True))
+    for run, axes in panels.items():
+        axes.axis("off")
+        example = stored[run].get(view.image_id)
+        if example is None:
+            axes.set_title(f"{run}\nimage {view.image_id} is not stored of this run", loc="left", color=MUTED)
+        elif view.site not in sites(example):
+            axes.set_title(f"{run}\n{view.site} is not stored of this run", loc="left", color=MUTED)
+        else:
+            query = query_in(view, stored, run)
+            weights = weights_in(view, example, query)
+            _draw_panel(axes, view, example, query, weights)
+            lines = [run, *described(view, example, query, weights, names)]
+            axes.set_title("\n".join(lines), loc="left")
+    return panels
+
+
+def _draw_panel(axes: Axes, view: View, example: Example, query: int | None, weights: np.ndarray | None) -> None:
+    """The image or the map over it, and the boxes that are wanted; the one clicked is blue, in front of the others."""
+    if view.attention and weights is not None and view.site != "decoder_self":
+        draw_map(axes, example.image, weights, example.extent)
+    else:
+        axes.imshow(example.image)
+    if view.attention and weights is not None and view.site == "decoder_self":
+        _draw_shares(axes, example.boxes, weights)
+    if view.predictions:
+        for number in range(len(example.boxes)):
+            if number != query:
+                draw_box(axes, example.boxes[number], MUTED)
+    if view.truth:
+        for box in example.true_boxes:
+            draw_box(axes, box, "black", dashed=True)
+    if view.site == "encoder_self":
+        draw_box(axes, cell_box(example, _cell(view, example)), PALETTE[0])
+    elif query is not None and view.predictions:
+        draw_box(axes, example.boxes[query], PALETTE[0])
+
+
+def _draw_shares(axes: Axes, boxes: np.ndarray, weights: np.ndarray) -> None:
+    """Fill the boxes of queries, the more of the weight they get the denser."""
+    for (x0, y0, x1, y1), share in zip(boxes, weights / max(weights.max(), 1e-12), strict=True):
+        face = to_rgba(PALETTE[1], 0.75 * float(share))
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=face, edgecolor="none"))
+
+
+# --- the widget ------------------------------------------------------------------------------------------------
+
+
+class AttentionViewer(ipywidgets.VBox):
+    """Controls above a picture that answers to clicks.
+
+    examples: as of `load_examples`, by the name of the run; names: label -> class; image_id: shown first, None for
+    the first one stored; layer: the decoder layer shown first, negative ones from the end.
+
+    Where no browser shows widgets (an executed notebook on a web page, as HTML or in a report) it is a picture.
+    """
+
+    def __init__(
+        self,
+        examples: Mapping[str, Sequence[Example]],
+        names: Mapping[int, str],
+        image_id: int | None = None,
+        layer: int = -1,
+    ):
+        super().__init__()
+        self.stored = {run: {example.image_id: example for example in found} for run, found in examples.items()}
+        self.names = names
+        first, *others = self.stored
+        image_id = next(iter(self.stored[first])) if image_id is None else image_id
+        layers = self.stored[first][image_id].maps.shape[0]
+        self.view = View(first, image_id, beside=next(iter(others), ""), layer=range(layers)[layer], origin=first)
+        self.figure, self.canvas = _clickable_figure(self._click)
+        self.controls = self._controls()
+        rows = [("run", "beside", "image_id"), ("site", "layer", "head"), ("truth", "predictions", "attention")]
+        hint = ipywidgets.HTML("Click a detection, in either picture, to see where its query looked.")
+        boxes = [ipywidgets.HBox([self.controls[name] for name in row]) for row in rows]
+        self.children = (*boxes, hint, self.canvas)
+        self.show(self.view)
+
+    def _controls(self) -> dict[str, ipywidgets.Widget]:
+        """A control for each part of a view that is not clicked, under its name."""
+        wide = {"layout": {"width": "300px"}, "style": {"description_width": "60px"}}
+        runs = list(self.stored)
+        controls = {
+            "run": ipywidgets.Dropdown(options=runs, description="run", **wide),
+            "beside": ipywidgets.Dropdown(options=[("no other run", "")], description="beside", **wide),
+            "image_id": ipywidgets.Dropdown(description="image", **wide),
+            "site": ipywidgets.Dropdown(description="site", **wide),
+            "layer": ipywidgets.SelectionSlider(options=[("1", 0)], description="layer", **wide),
+            "head": ipywidgets.SelectionSlider(options=[("mean", "mean")], description="head", **wide),
+            "truth": ipywidgets.Checkbox(description="ground truth (dashed)", indent=False),
+            "predictions": ipywidgets.Checkbox(description="predictions", indent=False),
+            "attention": ipywidgets.Checkbox(description="attention", indent=False),
+        }
+        for name, control in controls.items():
+            control.observe(lambda change, name=name: self._changed(name, change["new"]), "value")
+        return controls
+
+    def _options(self) -> dict[str, list]:
+        """What can be chosen beside the present view, by control."""
+        images = self.stored[self.view.run]
+        example = images[self.view.image_id]
+        layers, heads = example.attention(self.view.site).shape[:2]
+        return {
+            "beside": [("no other run", ""), *((run, run) for run in self.stored if run != self.view.run)],
+            "image_id": [(f"{number}: id {image_id}", image_id) for number, image_id in enumerate(images)],
+            "site": sites(example),
+            "layer": [(str(layer + 1), layer) for layer in range(layers)],
+            "head": [("mean", "mean"), *((str(head + 1), head) for head in range(heads))],
+        }
+
+    def show(self, view: View) -> None:
+        """Show `view`, or the nearest one that exists: in the picture and in the controls."""
+        self.view = consistent(view, self.stored)
+        self._writing = True  # what is written into controls here was not chosen by the user
+        for name, options in self._options().items():
+            if list(self.controls[name].options) != options:
+                self.controls[name].options = options
+        for name, control in self.controls.items():
+            control.value = getattr(self.view, name)
+        self._writing = False
+        self.panels = draw_view(self.figure, self.view, self.stored, self.names)
+        self.canvas.manager.toolbar.update()  # "home" is the whole of this picture, not of the one before
+        self.canvas.draw_idle()
+
+    def _changed(self, name: str, value) -> None:
+        if not self._writing:
+            self.show(changed(self.view, **{name: value}))
+
+    def _click(self, event: MouseEvent) -> None:
+        if self.canvas.manager.toolbar.mode:  # the click belongs to zooming or moving the picture
+            return
+        for run, axes in self.panels.items():
+            if event.inaxes is axes and self.view.image_id in self.stored[run]:
+                self.show(clicked(self.view, self.stored, run, event.xdata, event.ydata))
+
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        picture = io.BytesIO()
+        self.figure.savefig(picture, format="png", dpi="figure")
+        bundle = super()._repr_mimebundle_(**kwargs)
+        return bundle | {"text/plain": "AttentionViewer", "image/png": b64encode(picture.getvalue()).decode()}
+
+
+def _clickable_figure(click):
+    """An empty figure and its canvas for the browser; `click` is called with every press of a mouse button."""
+    backend = matplotlib.get_backend()
+    from ipympl.backend_nbagg import Canvas, FigureManager
+
+    matplotlib.use(backend)  # importing ipympl makes it the backend of all figures
+    figure = Figure(dpi=STYLE["figure.dpi"], layout="constrained")
+    canvas = Canvas(figure)
+    canvas.header_visible = canvas.footer_visible = canvas.resizable = False
+    FigureManager(canvas, 0)
+    canvas.mpl_connect("button_press_event", click)
+    return figure, canvas
