@@ -126,7 +126,7 @@ def head_importance(frame: pd.DataFrame) -> Figure:
         axes.set(xlabel="head", ylabel="layer")
     for axes in grid.flat[len(drops) :]:
         axes.remove()
-    scale = drawn.colorbar(image, ax=grid, shrink=0.9, pad=0.02, label="AP points lost")
+    scale = drawn.colorbar(image, ax=list(grid.flat[: len(drops)]), shrink=0.9, pad=0.02, label="AP points lost")
     scale.outline.set_visible(False)
     return drawn
 
