@@ -13,6 +13,7 @@ from typing import Literal
 
 import ipywidgets
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import MouseEvent
@@ -308,9 +309,10 @@ class AttentionViewer(ipywidgets.VBox):
 def _clickable_figure(click):
     """An empty figure and its canvas for the browser; `click` is called with every press of a mouse button."""
     backend = matplotlib.get_backend()
+    plt.switch_backend(backend)  # loaded as the current one, a notebook's backend sees to it that figures are shown
     from ipympl.backend_nbagg import Canvas, FigureManager
 
-    matplotlib.use(backend)  # importing ipympl makes it the backend of all figures
+    plt.switch_backend(backend)  # importing ipympl makes it the backend of all figures
     figure = Figure(dpi=STYLE["figure.dpi"], layout="constrained")
     canvas = Canvas(figure)
     canvas.header_visible = canvas.footer_visible = canvas.resizable = False
