@@ -27,7 +27,7 @@ from detrlib.figures.style import MUTED, PALETTE, STYLE, styled
 from detrlib.runs import Example
 
 Stored = Mapping[str, Mapping[int, Example]]  # by run and image id
-PANEL, TALLEST, TITLE = 3.9, 4.6, 0.55  # inches: width of an image, its largest height, the lines above it
+PANEL, TALLEST, TITLE = 3.9, 4.6, 0.7  # inches: width of an image, its largest height, the lines above it
 REACH = 0.02  # of the longer side of the image: how far from a box a click still means it
 
 
