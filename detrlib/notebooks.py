@@ -9,14 +9,17 @@ Here parameters are checked against the notebook's `parameters` cell, by name an
 import argparse
 import ast
 import difflib
+import io
 import json
 import logging
+from base64 import b64decode, b64encode
 from pathlib import Path
 from typing import Any
 
 import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from PIL import Image
 
 from detrlib.config import PROJECT, ConfigError, parse_value
 from detrlib.runs import write_atomic
@@ -128,6 +131,20 @@ def _as_declared(value: Any, default: Any, where: str) -> Any:
     if default is not None and value is not None and type(value) is not type(default):
         raise NotebookError(f"{where} is {value!r}, expected {type(default).__name__} such as {default!r}")
     return value
+
+
+def shrink_pictures(path: Path) -> None:
+    """Give the pictures of an executed notebook 256 colours each: a third of the size, and hard to tell apart."""
+    notebook = json.loads(path.read_text())
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = Image.open(io.BytesIO(b64decode(data["image/png"]))).convert("RGB").quantize(256)
+                smaller = io.BytesIO()
+                picture.save(smaller, "PNG", optimize=True)
+                data["image/png"] = b64encode(smaller.getvalue()).decode()
+    write_atomic(path, lambda target: target.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"))
 
 
 def report_html(notebook: Path, output: Path, title: str) -> Path:

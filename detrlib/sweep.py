@@ -31,6 +31,7 @@ from detrlib.notebooks import (
     find_notebook,
     is_executed,
     report_html,
+    shrink_pictures,
 )
 from detrlib.pretrain import backbone_weights
 from detrlib.tracking import show_messages
@@ -134,6 +135,7 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
     execute_notebook("07_attention_maps", folder / "07_attention_maps.ipynb", {"run_names": names})
     results = {"run_names": names, "output": _within_project(folder / "figures")}
     execute_notebook("08_thesis_figures", folder / "08_thesis_figures.ipynb", results)
+    shrink_pictures(folder / "08_thesis_figures.ipynb")
     table = folder / "figures" / "main_table.md"
     if table.exists():  # an edited notebook need not write it
         print(table.read_text())

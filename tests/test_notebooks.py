@@ -1,5 +1,7 @@
 """Every notebook from its first to its last cell, the checks on parameters, and sweeps of runs."""
 
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import nbformat
 import pytest
 import tiny
 import yaml
+from PIL import Image
 from tiny import tiny_config
 
 from detrlib import notebooks, sweep
@@ -233,6 +236,21 @@ def test_notebooks_run_from_the_project_root_and_from_the_terminal(write, tmp_pa
         notebooks.main()
 
 
+def test_pictures_shrink_and_stay_pictures(write, tmp_path):
+    code = "import numpy as np\nfrom PIL import Image\n"
+    write("book", "n = 1", code + "Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8))")
+    path = execute_notebook("book", tmp_path / "book.ipynb", {})
+
+    def picture():
+        outputs = json.loads(path.read_text())["cells"][-1]["outputs"]
+        return base64.b64decode(outputs[0]["data"]["image/png"])
+
+    before = picture()
+    notebooks.shrink_pictures(path)
+    assert len(picture()) < len(before) / 2 and is_executed(path)
+    assert Image.open(io.BytesIO(picture())).size == (80, 80)
+
+
 # --- sweeps ----------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +327,7 @@ shutil.copy(place / "done.ipynb", folder / "06_evaluate.ipynb")
 
     def draw(name, output, parameters):
         executed.append((name, parameters))
-        output.write_text("{}")
+        output.write_text('{"cells": []}')
 
     monkeypatch.setattr(sweep.subprocess, "Popen", popen)
     monkeypatch.setattr(sweep, "execute_notebook", draw)

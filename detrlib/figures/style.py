@@ -27,7 +27,7 @@ COLOURS = {
 
 STYLE = {
     "figure.dpi": 110,
-    "savefig.dpi": 300,
+    "savefig.dpi": 150,  # of PNG files, which are for pages; print has the PDF
     "pdf.fonttype": 42,  # TrueType outlines: text in the PDF can be selected and searched
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so every machine draws the same figure
