@@ -29,7 +29,7 @@ from detrlib.matcher import match
 from detrlib.metrics.attention import AttentionMeasures
 from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
 from detrlib.models import Predictions, alpha_modules, build_model
-from detrlib.other_data import OtherData, prepare
+from detrlib.other_data import OtherData, prepare, split_folder
 from detrlib.pretrain import backbone_weights
 from detrlib.record import Recorder, recorder
 from detrlib.runs import (
@@ -66,8 +66,8 @@ def evaluate_run(
     measures/.
 
     checkpoint: "last", "best", "epoch-0010" and so on, or "untrained" for the model as it was before training, whose
-    results go to the folder untrained inside the run. split: another split of the same data, such as "test2017"; its
-    results go to a folder of that name. Both folders are themselves run folders to read from. overrides: dotted
+    results go to the folder untrained inside that of the others. split: another split of the same data, such as
+    "test2017"; its results go to a folder of that name. Both are themselves run folders to read from. overrides: dotted
     settings of `evaluate` in place of the run's own, such as {"evaluate.paibb": "thesis"}.
     Raises RunError when the run is not finished (its results would say that it is), has no such checkpoint, or that is
     of another architecture; ConfigError for an override of anything but `evaluate`.
@@ -86,15 +86,14 @@ def evaluate_run(
     cfg = replace(load_config(run_dir / "config.yaml"), overrides or {})
     folder, described = run_dir, {}
     if on:
-        other = OtherData(on, images, split, names or {}, by_id, save_as, untrained=checkpoint == UNTRAINED)
+        other = OtherData(on, images, split, names or {}, by_id, save_as)
         cfg, folder, described = prepare(run_dir, cfg, other)
     elif images or names or by_id or save_as:
         raise ConfigError("images, names, by_id and save_as belong to data given as `on`")
-    else:
-        folder = folder / UNTRAINED if checkpoint == UNTRAINED else folder
-        if split:
-            whole = {"data.val_images": None, "data.val_annotations": None, "data.val_limit": None}
-            cfg, folder = replace(cfg, {"data.val_split": split, **whole}), folder / split
+    elif split:
+        whole = {"data.val_images": None, "data.val_annotations": None, "data.val_limit": None}
+        cfg, folder = replace(cfg, {"data.val_split": split, **whole}), split_folder(run_dir, split)
+    folder = folder / UNTRAINED if checkpoint == UNTRAINED else folder
     model, known = load_model(run_dir, checkpoint), {"epoch": 0, "global_step": 0}
     if checkpoint != UNTRAINED:
         known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt")

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
@@ -34,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from detrlib.attention.propagation import Layers, relevance, rollout
-from detrlib.boxes import cxcywh_to_xyxy
+from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.config import Config, ConfigError, load_config
 from detrlib.data import Batch, DataError, build_dataset, collate
 from detrlib.evaluate import load_model
@@ -52,7 +53,8 @@ from detrlib.metrics.localisation import object_size
 from detrlib.models import AttentionMaps, Predictions
 from detrlib.models.backbone import image_sizes
 from detrlib.models.deformable import DeformableDETR
-from detrlib.record import EXAMPLE_SCORE
+from detrlib.models.faster_rcnn import FasterRCNN
+from detrlib.record import EXAMPLE_SCORE, picture
 from detrlib.runs import RunError, load_results, run_path, write_atomic, write_json
 
 METHODS = ("raw", "rollout", "grad_attention", "relevance", "box", "random")
@@ -112,8 +114,11 @@ def explain(
 def allowed_methods(model: nn.Module, methods: Iterable[str] | None = None) -> tuple[str, ...]:
     """`methods`, or all that there are for `model`.
 
-    Raises ExplanationError for unknown ones, and for those that need weights deformable attention does not have.
+    Raises ExplanationError for a model without attention, for unknown methods, and for those that need weights
+    deformable attention does not have.
     """
+    if isinstance(model, FasterRCNN):
+        raise ExplanationError("Faster R-CNN has no attention to explain its detections by")
     deformable = isinstance(model, DeformableDETR)
     if methods is None:
         return OF_ALL_MODELS if deformable else METHODS
@@ -288,6 +293,37 @@ def faithfulness_run(
     cost["seconds"] = round(time.perf_counter() - start, 1)
     write_json(folder / "faithfulness.json", settings | cost)
     return frame
+
+
+def explained_detections(
+    run_dir: Path, image: int = 0, most: int = 3, checkpoint: str = "last"
+) -> tuple[list[np.ndarray], np.ndarray, list[str], dict[str, list[np.ndarray]], list[np.ndarray]]:
+    """The best detections of the first validation image from number `image` on that has any, with every explanation.
+
+    Returns what `figures.explanations.explanations_grid` draws: images, boxes [n,4], titles, maps by method, extents.
+    """
+    cfg, model = load_config(run_dir / "config.yaml"), load_model(run_dir, checkpoint)
+    dataset = build_dataset(cfg.data, "val")
+    for index in range(image, len(dataset)):
+        batch = collate([dataset[index]])
+        with torch.no_grad():
+            predictions = model(batch.images, batch.padding_mask, need_attention=("decoder_cross",))
+        queries, labels, _ = detections_to_explain(predictions, batch, cfg, EXAMPLE_SCORE, True)
+        if len(queries):
+            break
+    else:
+        raise RunError(f"{run_dir}: no detection with a score of {EXAMPLE_SCORE} from image {image} on")
+    scores = predictions.class_scores()[0, queries, labels]
+    best = scores.argsort(descending=True)[:most]
+    queries, labels, scores = queries[best], labels[best], scores[best]
+    found = explain(model, batch.images, batch.padding_mask, [queries], [labels])
+    size = batch.targets[0]["size"]
+    stride = torch.tensor([s / g for s, g in zip(batch.images.shape[-2:], predictions.attention.grid, strict=True)])
+    titles = [f"{dataset.names[label]} {score:.2f}" for label, score in zip(labels.tolist(), scores, strict=True)]
+    maps = {name: list(own.cpu().numpy()) for name, (own,) in found.items()}
+    boxes = to_pixels(cxcywh_to_xyxy(predictions.boxes[0, queries]), size).numpy()
+    count = len(queries)
+    return [picture(batch.images[0]).numpy()] * count, boxes, titles, maps, [(size / stride).numpy()] * count
 
 
 def _with_areas(detections: pd.DataFrame, methods: Sequence[str], found: Curves) -> pd.DataFrame:

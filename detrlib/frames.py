@@ -240,8 +240,8 @@ def _trained(run_dir: Path, site: str) -> tuple[str, float]:
     attention = load_config(run_dir / "config.yaml").model.attention
     name = getattr(attention, site)
     learned = [a for place, row in load_results(run_dir)["alpha"].items() if place.startswith(f"{site}.") for a in row]
-    known = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": attention.alpha, "tvmax": float("nan")}
-    return name, float(np.mean(learned)) if learned else known[name]
+    known = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": attention.alpha}
+    return name, float(np.mean(learned)) if learned else known.get(name, float("nan"))
 
 
 def provenance(run_dirs: Iterable[Path], made_by: str) -> str:

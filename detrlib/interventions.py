@@ -111,6 +111,37 @@ def gradual(site: Site, order: Sequence[tuple[int, int]]) -> list[Intervention]:
     return found
 
 
+def plan(
+    run_dir: Path,
+    site: Site = "decoder_cross",
+    *,
+    alphas: Iterable[float] = (),
+    transforms: Iterable[str] = (),
+    layer: int | None = None,
+    learned: bool = False,
+    prune_heads: bool = False,
+    order_images: int = ORDER_IMAGES,
+    checkpoint: str = "last",
+) -> list[Intervention]:
+    """The interventions asked for, transforms with the run's own settings: alphas and transforms in all layers or in
+    one, learned alphas rearranged, heads pruned alone and then one after the other. All of them are possible.
+    """
+    load_results(run_dir)
+    settings = load_config(run_dir / "config.yaml").model.attention
+    model = load_model(run_dir, checkpoint)
+    found = sweep(site, alphas, layer)
+    found += swaps(site, transforms, layer, alpha=settings.alpha, tv_lambda=settings.tv_lambda)
+    if learned:
+        found += rearranged_alphas(model, site)
+    for experiment in found:  # before heads are put in order, which takes a while
+        with experiment.enter(model):
+            pass
+    if prune_heads:
+        order = prune_order(run_dir, site, order_images, checkpoint)
+        found += single_heads(model, site) + gradual(site, order)
+    return found
+
+
 # Measuring
 
 
@@ -146,7 +177,9 @@ def intervene_run(
         with experiment.enter(model):
             results = _measure(model, dataset, cfg, accelerator, experiment.site)
         rows.append(_key(experiment) | where | results)
-        table = _together(earlier, _frame(rows))
+        # Half a series of pruned heads would take the place of a whole one measured before.
+        whole = rows if len(rows) == len(experiments) else [row for row in rows if row["kind"] != "heads"]
+        table = _together(earlier, _frame(whole))
         write_atomic(path, partial(table.to_parquet, index=False))
     return _frame(rows)
 
@@ -227,29 +260,22 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="last", help="last, best, or epoch-NNNN")
     arguments = parser.parse_args()
     try:
-        table = intervene_run(*_plan(arguments), arguments.limit, arguments.checkpoint)
+        run_dir = run_path(arguments.run_name)
+        experiments = plan(
+            run_dir,
+            arguments.site,
+            alphas=arguments.alphas,
+            transforms=arguments.transforms,
+            layer=arguments.layer,
+            learned=arguments.learned_alphas,
+            prune_heads=arguments.prune_heads,
+            order_images=arguments.order_images,
+            checkpoint=arguments.checkpoint,
+        )
+        table = intervene_run(run_dir, experiments, arguments.limit, arguments.checkpoint)
     except (ConfigError, DataError, RunError, InterventionError) as error:
         raise SystemExit(f"error: {error}") from None
     print(table.drop(columns=["site", "checkpoint"]).round(4).to_string(index=False, na_rep=""))
-
-
-def _plan(arguments: argparse.Namespace) -> tuple[Path, list[Intervention]]:
-    """The run and the interventions that the command line asks for."""
-    run_dir, site, layer = run_path(arguments.run_name), arguments.site, arguments.layer
-    load_results(run_dir)
-    settings = load_config(run_dir / "config.yaml").model.attention
-    model = load_model(run_dir, arguments.checkpoint)
-    found = sweep(site, arguments.alphas, layer)
-    found += swaps(site, arguments.transforms, layer, alpha=settings.alpha, tv_lambda=settings.tv_lambda)
-    if arguments.learned_alphas:
-        found += rearranged_alphas(model, site)
-    if arguments.prune_heads:
-        for experiment in found:  # before heads are put in order
-            with experiment.enter(model):
-                pass
-        order = prune_order(run_dir, site, arguments.order_images, arguments.checkpoint)
-        found += single_heads(model, site) + gradual(site, order)
-    return run_dir, found
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ class OtherData:
     names: Mapping[str, str] = field(default_factory=dict)  # their name -> our name
     by_id: bool = False
     save_as: str | None = None
-    untrained: bool = False  # results of the model before training are kept apart
 
 
 def prepare(run_dir: Path, cfg: Config, other: OtherData) -> tuple[Config, Path, dict]:
@@ -62,8 +61,17 @@ def prepare(run_dir: Path, cfg: Config, other: OtherData) -> tuple[Config, Path,
     return replace(cfg, settings), folder, described
 
 
+def split_folder(run_dir: Path, split: str) -> Path:
+    """Where results of another split of the run's own data go. Raises RunError where that is taken."""
+    folder = run_dir / split
+    if folder.parent != run_dir or folder.name in ("..", *RESERVED):
+        raise RunError(f"{split!r} cannot name a folder of results in {run_dir}; name a split of the run's data")
+    if (folder / "results.json").exists() and "on" in load_results(folder):
+        raise RunError(f"{folder} holds results on other data; move that folder away first")
+    return folder
+
+
 def _folder(run_dir: Path, on: Path, annotations: Path, other: OtherData) -> Path:
-    run_dir = run_dir / "untrained" if other.untrained else run_dir
     named = on.stem.removeprefix("instances_") if on == annotations else "-".join(filter(None, (on.name, other.split)))
     folder = run_dir / (other.save_as or named)
     if folder.parent != run_dir or folder.name in ("..", *RESERVED):

@@ -6,7 +6,7 @@ Published numbers can be derived term by term, since the tools behind them are p
 
 - DETR's tool also counts elementwise operations, of which those of a softmax matter (`DETR_TOOL`), over the first 100
   validation images of COCO. One image of 850 x 1040 stands in for their mean in Sparse DETR's code; it gives 86 and
-  187 G within 1.4 %.
+  187 G within 1.1 %.
 - Sparse DETR's tool is fvcore, which counts 5 for every element of a norm (`FVCORE`) and nothing for a softmax. With
   850 x 1040 it gives the four dense deformable models to 0.05 %. The code of that paper also runs the box heads of the
   decoder twice when boxes are refined, 0.24 G that we do not spend (`again`).

@@ -109,7 +109,7 @@ def make_detected(batch: Batch, predictions: Predictions, pairs: list[Match], in
         return to_pixels(cxcywh_to_xyxy(boxes.float()), size)
 
     values = {
-        "image": _picture(batch.images[index, :, :height, :width]),
+        "image": picture(batch.images[index, :, :height, :width]),
         "true_boxes": pixels(target["boxes"]),
         "true_labels": target["labels"],
         "boxes": pixels(predictions.boxes[index, order]),
@@ -128,6 +128,6 @@ def _extent(batch: Batch, maps: AttentionMaps, index: int) -> Tensor:
     return batch.targets[index]["size"].cpu() / stride
 
 
-def _picture(image: Tensor) -> Tensor:
+def picture(image: Tensor) -> Tensor:
     """Normalised [3,H,W] -> uint8 [H,W,3]."""
     return (denormalise(image.float()) * 255).round().to(torch.uint8).permute(1, 2, 0)

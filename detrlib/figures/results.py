@@ -145,7 +145,10 @@ def heads_over_training(
     """A quantity of every head over epochs: columns run, epoch, layer, head (both from 0), value.
 
     A row of panels per run, a column per layer, a line per head. limits: of the quantity, None where it has none.
+    Raises ValueError where a column site holds several.
     """
+    if "site" in frame and frame["site"].nunique() > 1:
+        raise ValueError(f"heads of several sites, {', '.join(frame['site'].unique())}; choose one")
     runs, layers, heads = (list(frame[column].unique()) for column in ("run", "layer", "head"))
     layers, heads = sorted(layers), sorted(heads)
     colours = dict(zip(heads, _head_colours(len(heads)), strict=True))

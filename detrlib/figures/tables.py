@@ -1,6 +1,6 @@
 """Tables of results as text, for a page (Markdown) and for a thesis (LaTeX)."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +89,11 @@ def save_table(table: pd.DataFrame, folder: Path, name: str, caption: str, note:
     (folder / f"{name}.md").write_text(markdown_table(table, formats, **ranking))
     (folder / f"{name}.tex").write_text(latex_table(table, formats, caption, f"tab:{name}", **ranking))
     (folder / f"{name}.txt").write_text(note.rstrip("\n") + "\n")
+
+
+def stacked(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of the same columns below each other; an empty one for none."""
+    return pd.concat(tables) if tables else pd.DataFrame()
 
 
 def with_spread(spread: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:

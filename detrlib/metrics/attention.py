@@ -194,19 +194,17 @@ class AttentionMeasures:
 def alphas_in_effect(settings: Model, site: str, learned: dict[str, list[float]]) -> list[list[float]] | None:
     """The alpha of entmax that every layer and head of a site works with, [L][H].
 
-    None for tvmax, which is no entmax, and for learned ones that an intervention has replaced.
+    None for other transforms, such as tvmax, and for learned ones that an intervention has replaced.
 
     learned: values [H] by place, such as "decoder_cross.0", of the transforms that learn theirs.
     """
     name = getattr(settings.attention, site)
-    if name == "tvmax":
-        return None
     layers = range(_layers(settings, site))
     if name == "alpha_entmax":
         places = [f"{site}.{layer}" for layer in layers]
         return [learned[place] for place in places] if set(places) <= set(learned) else None
-    alpha = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": settings.attention.alpha}[name]
-    return [[alpha] * settings.num_heads for _ in layers]
+    known = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": settings.attention.alpha}
+    return [[known[name]] * settings.num_heads for _ in layers] if name in known else None
 
 
 def _open_tables(folder: Path, sites: list[str], process: int) -> tuple[Table, Table]:

@@ -282,7 +282,7 @@ def _ends(test) -> dict[str, float]:
 
 
 def comparison_table(comparisons: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:
-    """Rows of `compare_runs` or `compare_groups` in words, ready for `figures.results.markdown_table`.
+    """Rows of `compare_runs` or `compare_groups` in words, ready for `figures.tables.markdown_table`.
 
     The index names the pair; columns metric, difference, 95 % interval, p (Holm), verdict, "not established (3 seeds)",
     with the lower number of seeds of the two, or the number of images; for seeds also the paired interval.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from detrlib.attention import AlphaEntmax, ConditionalCrossAttention, MultiheadAttention, Transform, build_transform
 from detrlib.attention.solvers import LEAST_ALPHA
 from detrlib.attention.transforms import Entmax, Grid, Softmax, TVMax
+from detrlib.models.faster_rcnn import FasterRCNN
 from detrlib.models.outputs import Site
 
 PLACES = {  # of attention modules, in encoder or decoder layers
@@ -64,6 +65,8 @@ def attention_modules(model: nn.Module, site: Site) -> list[MultiheadAttention |
     """The attention modules of a site, first layer to last. Raises InterventionError where no keys are scored."""
     if site not in PLACES:
         raise InterventionError(f"unknown site '{site}'; there are {', '.join(PLACES)}")
+    if isinstance(model, FasterRCNN):
+        raise InterventionError("Faster R-CNN has no attention to change")
     part, name = PLACES[site]
     layers = getattr(model.transformer, part).layers
     if not layers:
@@ -100,6 +103,8 @@ def swapped(
             new = copy.copy(transform)  # parameters are shared, the treatment of padding is not
         if isinstance(new, TVMax) and site == "decoder_self":
             raise InterventionError("tvmax needs keys that form a grid: use it at encoder_self or decoder_cross")
+        if isinstance(new, TVMax) and getattr(model.transformer.encoder, "poll", None) is not None:
+            raise InterventionError("tvmax needs keys that form a grid: those of a model that polls do not")
         return _with_heads(module, module.transform, new, heads)
 
     with _changed(model, site, change, layers):
