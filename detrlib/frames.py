@@ -252,4 +252,5 @@ def provenance(run_dirs: Iterable[Path], made_by: str) -> str:
         changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
         device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
         lines.append(f"{label}: commit {known['commit']}{changed}; torch {known['packages']['torch']}; {device}")
+    lines.append("each run: python -m detrlib.launch <its folder>/config.yaml --run-name <a new name>")
     return "\n".join(lines)
