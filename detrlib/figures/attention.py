@@ -127,7 +127,7 @@ def compare_runs(
     for row, (run, example) in zip(panels, examples.items(), strict=True):
         row[0].imshow(example.image)
         row[0].axis("off")
-        row[0].set_title(run, loc="left", fontweight="bold")
+        row[0].set_title(run, loc="left", fontweight="bold", fontsize=6)  # names of runs are long
         for number, (axes, index) in enumerate(zip(row[1:], objects, strict=True)):
             colour = PALETTE[number % len(PALETTE)]
             draw_box(row[0], example.true_boxes[index], colour, dashed=True)
