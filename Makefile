@@ -18,7 +18,7 @@ setup: .venv/.ready  ## make .venv with the pinned packages
 quickstart: .venv/.ready  ## train, evaluate and compare a few small models on drawn shapes
 	$(PY) -m detrlib.sweep papermill_runs/configs/quickstart.yaml
 
-study: .venv/.ready  ## four transforms with three seeds each: train, measure, compare (two hours on two cores)
+study: .venv/.ready  ## four transforms with three seeds each: train, measure, compare (one to two hours on two cores)
 	$(PY) -m detrlib.sweep papermill_runs/configs/study.yaml
 
 test: .venv/.ready  ## run the tests; make test ARGS="-k attention"
