@@ -368,9 +368,9 @@ def test_evaluation_stores_matches(tmp_path):
         pd.testing.assert_frame_equal(back, before)
     assert average_precision(stored) == pytest.approx(six(runs.load_results(tmp_path)["detection"]))
     (tmp_path / "measures" / "matches.parquet").write_bytes(b"cut short")
-    with pytest.raises(runs.RunError, match=r"matches\.parquet is not readable .* evaluate the run again"):
+    with pytest.raises(runs.RunError, match=r"matches\.parquet is not readable .* delete it, then: python -m detrlib"):
         load_matches(tmp_path)
-    with pytest.raises(runs.RunError, match=r"no .*/matches\.parquet; evaluate the run again: python -m detrlib"):
+    with pytest.raises(runs.RunError, match=r"no .*/matches\.parquet; measure the run \(again\): python -m detrlib"):
         load_matches(tmp_path / "other")
 
 
