@@ -50,7 +50,9 @@ class TinyRun:
                 "count_published": False,
             },
             "05_train": run | {"config": str(self.config), "overrides": {"train.epochs": 1}, "gpus": 0},
-            "06_evaluate": run | {"num_examples": 1},
+            "06_evaluate": run
+            | {"num_examples": 1, "untrained": True}
+            | {"alphas": [1, 2], "swaps": ["softmax"], "prune_heads": True, "intervention_images": 2},
             "07_attention_maps": runs,
             "08_thesis_figures": runs | {"output": str(self.folder / "figures")},
             "09_benchmarks": {
