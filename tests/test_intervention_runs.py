@@ -71,7 +71,7 @@ def test_rows_are_kept_and_replaced_by_key(fresh):
     with pytest.raises(RunError, match=r"measured on \[4, 5\] images"):
         interventions_frame([fresh])
     assert list(interventions_frame([fresh], images=4)["kind"]) == ["none"]
-    with pytest.raises(RunError, match="has no rows of checkpoint best on 4 images"):
+    with pytest.raises(RunError, match="no interventions of checkpoint best on 4 images are stored"):
         interventions_frame([fresh], images=4, checkpoint="best")
 
 
@@ -150,11 +150,13 @@ def test_mistakes_show_before_anything_is_measured(fresh, monkeypatch):
         intervene_run(fresh, sweep("decoder_cross", [1]) + sweep("decoder_cross", [1], layer=9))
     with pytest.raises(RunError, match="not finished"):
         intervene_run(fresh / "nothing", [])
-    with pytest.raises(RunError, match="measure it with python -m"):
+    with pytest.raises(RunError, match=r"measure the run .*: python -m detrlib.interventions"):
         interventions_frame([fresh])
     (fresh / interventions.RESULTS).parent.mkdir(exist_ok=True)
     (fresh / interventions.RESULTS).write_text("half a table")
-    with pytest.raises(RunError, match="is no table of interventions"):
+    with pytest.raises(
+        RunError, match="interventions.parquet is not readable .* delete it, then: python -m detrlib.interventions"
+    ):
         interventions_frame([fresh])
 
 
