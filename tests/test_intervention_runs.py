@@ -155,7 +155,7 @@ def test_mistakes_show_before_anything_is_measured(fresh, monkeypatch):
     (fresh / interventions.RESULTS).parent.mkdir(exist_ok=True)
     (fresh / interventions.RESULTS).write_text("half a table")
     with pytest.raises(
-        RunError, match="interventions.parquet is not readable .* delete it, then: python -m detrlib.interventions"
+        RunError, match=r"interventions.parquet is not readable .* delete it, then: python -m detrlib.interventions"
     ):
         interventions_frame([fresh])
 
