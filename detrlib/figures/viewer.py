@@ -316,6 +316,7 @@ def _clickable_figure(click):
     figure = Figure(dpi=STYLE["figure.dpi"], layout="constrained")
     canvas = Canvas(figure)
     canvas.header_visible = canvas.footer_visible = canvas.resizable = False
+    canvas.toolbar_position = "right"  # on the left it would cover what a panel says
     FigureManager(canvas, 0)
     canvas.mpl_connect("button_press_event", click)
     return figure, canvas
