@@ -16,10 +16,10 @@ help:  ## list the targets
 setup: .venv/.ready  ## make .venv with the pinned packages
 
 quickstart: .venv/.ready  ## train, evaluate and compare a few small models on drawn shapes
-	$(PY) -m detrlib.sweep papermill_runs/configs/quickstart.yaml
+	$(PY) -m detrlib sweep papermill_runs/configs/quickstart.yaml
 
 study: .venv/.ready  ## four transforms with three seeds each: train, measure, compare (one to two hours on two cores)
-	$(PY) -m detrlib.sweep papermill_runs/configs/study.yaml
+	$(PY) -m detrlib sweep papermill_runs/configs/study.yaml
 
 test: .venv/.ready  ## run the tests; make test ARGS="-k attention"
 	$(PY) -m pytest $(ARGS)
@@ -36,11 +36,11 @@ format: .venv/.ready  ## mend style, strip notebooks
 
 notebooks: .venv/.ready  ## execute all notebooks into build/notebooks; make notebooks NB=notebooks/02_*.ipynb
 	@mkdir -p build/notebooks
-	@for f in $(NB); do echo "$$f"; $(PY) -m detrlib.notebooks "$$f" "build/$$f" || exit 1; done
+	@for f in $(NB); do echo "$$f"; $(PY) -m detrlib notebook "$$f" "build/$$f" || exit 1; done
 
 bench: .venv/.ready  ## execute the benchmark notebook into build/notebooks; make bench ARGS="-p threads 1"
 	@mkdir -p build/notebooks
-	$(PY) -m detrlib.notebooks 09_benchmarks build/notebooks/09_benchmarks.ipynb $(ARGS)
+	$(PY) -m detrlib notebook 10_benchmarks build/notebooks/10_benchmarks.ipynb $(ARGS)
 
 lab: .venv/.ready  ## open JupyterLab
 	$(PY) -m jupyter lab $(ARGS)

@@ -1,8 +1,10 @@
 """Sparse attention in detection transformers: where does a detector look, and how little of it is enough?
 
-Read the package from the top of the import order downwards (`launch`, `train`, `criterion`, `models`,
-`attention`) or from the bottom up (`attention`, `models`, `criterion`, `train`); a file imports only
-from the rows below it.
+An image's way is `data`, `models` (with `attention` inside), `losses`, `engine`; that of an attention map is
+`models.outputs`, `metrics`, `runs`, `figures`. A file imports only from folders to its left:
+
+    errors, files, boxes, config < data, attention < models < losses, checkpoints < metrics < runs < engine
+        < experiments < figures < teaching, benchmarks, __main__
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -41,7 +41,7 @@ gpus=${SLURM_GPUS_ON_NODE:-1}
 trap 'echo "time limit near, requeueing"; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
 
 if [ "${SLURM_NNODES:-1}" -eq 1 ]; then
-    "$python" -m detrlib.launch "$config" --run-name "$name" --gpus "$gpus" ${overrides[@]+"${overrides[@]}"} &
+    "$python" -m detrlib train "$config" --name "$name" --gpus "$gpus" ${overrides[@]+"${overrides[@]}"} &
 else
     # One torchrun per node; they meet on the first. The run folder is made once, before any of them starts.
     "$python" - "$config" "$name" "$@" <<'EOF'
@@ -57,6 +57,6 @@ EOF
     srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$python" -m torch.distributed.run \
         --nnodes "$SLURM_NNODES" --nproc-per-node "$gpus" \
         --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:$((20000 + SLURM_JOB_ID % 20000))" \
-        -m detrlib.train "papermill_runs/$name" &
+        -m detrlib.engine.loop "papermill_runs/$name" &
 fi
 wait $!

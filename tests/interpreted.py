@@ -27,7 +27,9 @@ def import_kernels():
             for name, function in (vars(importlib.reload(standard)) | vars(importlib.reload(random))).items():
                 if hasattr(triton.language, name):
                     setattr(triton.language, name, function)
-        return importlib.import_module("detrlib.attention.kernels"), importlib.import_module("detrlib.attention.flash")
+        return importlib.import_module("detrlib.attention.kernels.rows"), importlib.import_module(
+            "detrlib.attention.kernels.flash"
+        )
 
 
 def interpret(monkeypatch):

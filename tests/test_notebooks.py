@@ -13,10 +13,12 @@ import yaml
 from PIL import Image
 from tiny import tiny_config
 
-from detrlib import notebooks, sweep
-from detrlib.config import PROJECT, ConfigError, load_config, save_config
-from detrlib.notebooks import NotebookError, checked_parameters, execute_notebook, find_notebook, is_executed
-from detrlib.sweep import SweepError, read_sweep
+from detrlib.config import PROJECT, load_config, save_config
+from detrlib.engine import notebooks
+from detrlib.engine.notebooks import checked_parameters, execute_notebook, find_notebook, is_executed
+from detrlib.errors import ConfigError, RunError
+from detrlib.experiments import sweep
+from detrlib.experiments.sweep import read_sweep
 
 NOTEBOOKS = sorted(path.stem for path in notebooks.NOTEBOOKS.glob("*.ipynb"))
 
@@ -37,8 +39,8 @@ class TinyRun:
         run, runs = {"run_name": self.name}, {"run_names": [self.name]}
         small = {
             "01_data_exploration": {},
-            "02_attention_transforms": {},
-            "03_detr_walkthrough": {},
+            "03_attention_transforms": {},
+            "02_detr_walkthrough": {},
             "04_deformable_and_sparse": {
                 "run_name": "",
                 "config": "papermill_runs/configs/shapes-sparse.yaml",
@@ -49,13 +51,13 @@ class TinyRun:
                 "repeats": 1,
                 "count_published": False,
             },
-            "05_train": run | {"config": str(self.config), "overrides": {"train.epochs": 1}, "gpus": 0},
-            "06_evaluate": run
+            "06_train": run | {"config": str(self.config), "overrides": {"train.epochs": 1}, "gpus": 0},
+            "07_evaluate": run
             | {"num_examples": 1, "untrained": True}
             | {"alphas": [1, 2], "swaps": ["softmax"], "prune_heads": True, "intervention_images": 2},
-            "07_attention_maps": runs,
-            "08_thesis_figures": runs | {"output": str(self.folder / "figures")},
-            "09_benchmarks": {
+            "08_attention_maps": runs,
+            "09_thesis_figures": runs | {"output": str(self.folder / "figures")},
+            "10_benchmarks": {
                 "device": "cpu",
                 "threads": 1,
                 "shapes": {"decoder_cross": [1, 4, 10, 5, 6], "encoder": [1, 4, 30, 5, 6]},
@@ -82,7 +84,7 @@ class TinyRun:
         """Execute a notebook once, and those that it needs before it."""
         output = self.folder / f"{notebook}.ipynb"
         if not is_executed(output):
-            for needed in {"06": ["05_train"], "07": ["06_evaluate"], "08": ["06_evaluate"]}.get(notebook[:2], []):
+            for needed in {"06": ["06_train"], "07": ["07_evaluate"], "08": ["07_evaluate"]}.get(notebook[:2], []):
                 self.execute(needed)
             execute_notebook(notebook, output, self.parameters(notebook))
         return output
@@ -114,12 +116,12 @@ def test_notebook_runs_from_top_to_bottom(notebook, tiny_run):
 
 def test_the_shared_run_was_trained_and_evaluated(tiny_run):
     """What the notebooks write, and that the second does not depend on where it is started."""
-    tiny_run.execute("06_evaluate")
+    tiny_run.execute("07_evaluate")
     run_dir = tiny_run.folder / "run"
     assert load_config(run_dir / "config.yaml").train.epochs == 1
     results = json.loads((run_dir / "results.json").read_text())
     assert results["images"] == 13 and len(list((run_dir / "examples").glob("*.npz"))) == 2
-    assert is_executed(tiny_run.folder / "06_evaluate.ipynb")
+    assert is_executed(tiny_run.folder / "07_evaluate.ipynb")
 
 
 # --- parameters, failing cells ---------------------------------------------------------------------------------
@@ -192,22 +194,22 @@ def test_text_becomes_the_declared_type(write, name, given, wanted):
 )
 def test_a_wrong_parameter_is_refused_before_anything_runs(write, tmp_path, name, given, message):
     write("book", DECLARED)
-    with pytest.raises(NotebookError, match=message):
+    with pytest.raises(RunError, match=message):
         execute_notebook("book", tmp_path / "out" / "book.ipynb", {name: given})
     assert not (tmp_path / "out").exists()
 
 
 def test_a_notebook_that_is_not_there():
-    with pytest.raises(NotebookError, match=r"no notebook .*05_trian.ipynb; did you mean 05_train\?"):
+    with pytest.raises(RunError, match=r"no notebook .*05_trian.ipynb; did you mean 06_train\?"):
         find_notebook("05_trian")
-    assert find_notebook("06_evaluate.ipynb") == PROJECT / "notebooks" / "06_evaluate.ipynb"
+    assert find_notebook("07_evaluate.ipynb") == PROJECT / "notebooks" / "07_evaluate.ipynb"
 
 
 def test_a_failing_cell_is_named_and_the_executed_copy_kept(write, tmp_path):
     write("book", "n = 1", "n + 1", "1 / (n - 3)", "'never'")
     output = tmp_path / "out" / "book.ipynb"
     assert not is_executed(output)
-    with pytest.raises(NotebookError) as caught:
+    with pytest.raises(RunError) as caught:
         execute_notebook("book", output, {"n": 3})
     # The cell's number is that of the executed copy, injected parameters included.
     assert str(caught.value) == (
@@ -222,7 +224,7 @@ def test_a_failing_cell_is_named_and_the_executed_copy_kept(write, tmp_path):
 
 def test_a_kernel_that_dies_is_an_error(write, tmp_path):
     write("book", "n = 1", "import os; os._exit(1)")
-    with pytest.raises(NotebookError, match=r"book\.ipynb: Kernel died"):
+    with pytest.raises(RunError, match=r"book\.ipynb: Kernel died"):
         execute_notebook("book", tmp_path / "out.ipynb", {})
     assert not is_executed(tmp_path / "out.ipynb")
 
@@ -316,14 +318,14 @@ import pathlib, shutil, sys
 folder, place = map(pathlib.Path, sys.argv[1:])
 print("training", folder.name, flush=True)
 if folder.name == "two" and (place / "broken").exists():
-    (folder / "06_evaluate.ipynb").write_text('{"metadata": {}, "cells": [{"metadata": {}, "source": "1"}]}')
-    raise SystemExit("error: 06_evaluate.ipynb: cell 2 failed")
-shutil.copy(place / "done.ipynb", folder / "06_evaluate.ipynb")
+    (folder / "07_evaluate.ipynb").write_text('{"metadata": {}, "cells": [{"metadata": {}, "source": "1"}]}')
+    raise SystemExit("error: 07_evaluate.ipynb: cell 2 failed")
+shutil.copy(place / "done.ipynb", folder / "07_evaluate.ipynb")
 """
     real = subprocess.Popen
 
     def popen(command, **options):
-        assert command[1:4] == ["-m", "detrlib.sweep", "--one"]
+        assert command[1:4] == ["-m", "detrlib.experiments.sweep", "--one"]
         executed.append(command[4].rsplit("/", 1)[1])
         return real([sys.executable, "-c", code, command[4], str(tmp_path)], **options)
 
@@ -340,13 +342,13 @@ shutil.copy(place / "done.ipynb", folder / "06_evaluate.ipynb")
 def test_a_failing_run_is_reported_with_its_log_and_the_others_finish(sweep_file, stand_ins, tmp_path, capsys):
     path, folder = sweep_file(), tmp_path / "many"
     (tmp_path / "broken").touch()
-    with pytest.raises(SweepError) as caught:
+    with pytest.raises(RunError) as caught:
         sweep.sweep(path, folder, parallel=2)
     assert str(caught.value) == (
-        f"1 of 3 runs failed: {folder}/two/log.txt: error: 06_evaluate.ipynb: cell 2 failed. Call again to retry them."
+        f"1 of 3 runs failed: {folder}/two/log.txt: error: 07_evaluate.ipynb: cell 2 failed. Call again to retry them."
     )
     assert sorted(stand_ins) == ["one", "three", "two"]
-    assert [is_executed(folder / name / "06_evaluate.ipynb") for name in ("one", "two", "three")] == [True, False, True]
+    assert [is_executed(folder / name / "07_evaluate.ipynb") for name in ("one", "two", "three")] == [True, False, True]
     assert load_config(folder / "two" / "sweep.yaml").train.epochs == 3
 
     stand_ins.clear()
@@ -355,8 +357,8 @@ def test_a_failing_run_is_reported_with_its_log_and_the_others_finish(sweep_file
     names = [str(folder / name) for name in read_sweep(path).configs]
     assert stand_ins == [
         "two",
-        ("07_attention_maps", {"run_names": names}),
-        ("08_thesis_figures", {"run_names": names, "output": str(folder / "figures")}),
+        ("08_attention_maps", {"run_names": names}),
+        ("09_thesis_figures", {"run_names": names, "output": str(folder / "figures")}),
     ]
 
     stand_ins.clear()
@@ -381,13 +383,13 @@ def test_an_interrupted_notebook_does_not_count_as_executed(write, tmp_path, mon
 def test_one_run_of_a_sweep_skips_training_that_is_done(stand_ins, tmp_path):
     sweep.run_one(tmp_path)
     assert stand_ins == [
-        ("05_train", {"config": str(tmp_path / "sweep.yaml"), "run_name": str(tmp_path), "gpus": None}),
-        ("06_evaluate", {"run_name": str(tmp_path)}),
+        ("06_train", {"config": str(tmp_path / "sweep.yaml"), "run_name": str(tmp_path), "gpus": None}),
+        ("07_evaluate", {"run_name": str(tmp_path)}),
     ]
     stand_ins.clear()
     (tmp_path / "results.json").write_text("{}")
     sweep.run_one(tmp_path)
-    assert [name for name, _ in stand_ins] == ["06_evaluate"]
+    assert [name for name, _ in stand_ins] == ["07_evaluate"]
 
 
 def test_runs_below_papermill_runs_go_by_their_names():

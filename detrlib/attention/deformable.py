@@ -171,7 +171,7 @@ def _kernels(values: Tensor):
     """The Triton kernels where they take such values, else None."""
     if not values.is_cuda or importlib.util.find_spec("triton") is None:
         return None
-    from detrlib.attention import deformable_kernels
+    from detrlib.attention.kernels import deformable as deformable_kernels
 
     return deformable_kernels if deformable_kernels.supported(values) else None
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from detrlib.attention.solvers import KERNEL_ALPHA, has_triton
+from detrlib.attention.entmax import KERNEL_ALPHA, has_triton
 from detrlib.attention.transforms import AlphaEntmax, Entmax, Grid, Softmax, Transform
 
 MOST_SCORES = 2**27  # kept at a time when maps are not asked for: half a GiB of float32
@@ -78,7 +78,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, transform: Transform) -> b
 
 def _flash():
     """The module of the fused kernels, which imports Triton."""
-    from detrlib.attention import flash
+    from detrlib.attention.kernels import flash
 
     return flash
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from detrlib.attention.solvers import LEAST_ALPHA, entmax
+from detrlib.attention.entmax import LEAST_ALPHA, entmax
 from detrlib.attention.tvmax import tvmax
 
 ALPHA_LOW, ALPHA_HIGH = 1.01, 2.0  # range of a learnable alpha

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from detrlib.attention.solvers import entmax
+from detrlib.attention.entmax import entmax
 
 BLOCK, GPU_BLOCK = 2**17, 2**23  # cells worked on at a time: what a CPU's cache holds; about a gigabyte
 # Sweeps between looks at the gap. Maps that fall short of the tolerance go on; those that still do after the last

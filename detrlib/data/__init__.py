@@ -6,8 +6,9 @@ from typing import Literal
 from detrlib.config import Data, project_path
 from detrlib.data.augment import build_transform
 from detrlib.data.batch import Batch, collate
-from detrlib.data.coco import CocoDataset, DataError
+from detrlib.data.coco import CocoDataset
 from detrlib.data.shapes import cache_folder, shapes_folder
+from detrlib.errors import DataError
 
 __all__ = ["Batch", "CocoDataset", "DataError", "build_dataset", "cache_folder", "collate", "split_paths"]
 

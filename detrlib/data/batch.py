@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from detrlib.errors import ConfigError
+
 
 class Batch(NamedTuple):
     """images [B, 3, H, W]; padding_mask [B, H, W], True = padding; targets: one dict per image."""
@@ -42,3 +44,25 @@ def collate(samples: list[tuple[Tensor, dict]], multiple: int = 32) -> Batch:
 
 def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Batches of indices for one process: a shuffle that depends on seed and epoch, incomplete batches dropped.
+
+    Every process takes its slice of the same global batch. A set smaller than one batch is one batch.
+    """
+
+    def __init__(self, length: int, batch_size: int, process: int, processes: int, seed: int):
+        self.length, self.batch_size = length, min(batch_size, length - length % processes)
+        self.process, self.processes, self.seed, self.epoch = process, processes, seed, 0
+        if not self.batch_size:
+            raise ConfigError(f"{length} training images cannot be shared by {processes} processes; use fewer")
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator)[: len(self) * self.batch_size]
+        for batch in order.view(-1, self.batch_size):
+            yield batch[self.process :: self.processes].tolist()

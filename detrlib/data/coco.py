@@ -18,15 +18,12 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
 from detrlib.boxes import xyxy_to_cxcywh
+from detrlib.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 # What Pillow raises, by file type and fault, for a picture it cannot decode.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-class DataError(ValueError):
-    """Images or annotations are missing or contradict each other; the message names the file and the entry."""
 
 
 class CocoDataset(Dataset):

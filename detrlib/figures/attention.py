@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from detrlib.figures.choices import ByClass, cell_at, cell_box
 from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, figure, styled
-from detrlib.runs import Example
+from detrlib.runs.examples import Example
 
 MAP_COLOURS = "YlOrRd"
 MAP_OPACITY = 0.85  # where a map is highest; a cell without weight leaves the image as it is

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-from detrlib.runs import Example
+from detrlib.runs.examples import Example
 
 
 def clicked_query(boxes: np.ndarray, x: float, y: float, reach: float) -> int | None:

@@ -1,5 +1,5 @@
 """Figures of what trained models find with another attention. Every function takes the tidy table of
-`detrlib.frames.interventions_frame`: columns run, kind, site, layer, head, value, AP, zeros, trained,
+`detrlib.runs.results.interventions_frame`: columns run, kind, site, layer, head, value, AP, zeros, trained,
 trained_alpha; of one site.
 """
 

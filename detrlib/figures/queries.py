@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 
 from detrlib.figures.attention import draw_box
 from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, figure, styled
-from detrlib.runs import Example
+from detrlib.runs.examples import Example
 
 ON_WHITE = PALETTE[:6]  # black is ground truth elsewhere, and yellow is too pale for a line
 LINE_HEIGHT = 0.19  # inches of a line in the list beside the picture

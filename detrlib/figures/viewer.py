@@ -1,4 +1,4 @@
-"""The interactive viewer of notebook 07: click a detection and see where its query looked, in one run or two.
+"""The interactive viewer of notebook 08: click a detection and see where its query looked, in one run or two.
 
 What is shown is a `View`; `consistent`, `clicked` and `described` are plain functions of it, the widget only connects
 them to controls and to the mouse. Layers are counted from 0 here, from 1 where a reader sees them.
@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 from detrlib.figures.attention import draw_box, draw_map
 from detrlib.figures.choices import cell_at, cell_box, cells_ask, clicked_query, corresponding_query
 from detrlib.figures.style import MUTED, PALETTE, STYLE, styled
-from detrlib.runs import Example
+from detrlib.runs.examples import Example
 
 Stored = Mapping[str, Mapping[int, Example]]  # by run and image id
 PANEL, TALLEST, TITLE = 3.9, 4.6, 0.7  # inches: width of an image, its largest height, the lines above it

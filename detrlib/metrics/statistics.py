@@ -7,74 +7,20 @@ machine learning benchmarks"), and is answered by `compare_groups`.
 Legend: R resamples, N images.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
 from scipy import stats
 
-from detrlib.metrics.average_precision import AP_METRICS, Curves, average_precision
+from detrlib.metrics.bootstrap import LEVEL, Curves, _batches, average_precision, bootstrap_ap, interval
 from detrlib.metrics.detection import Matches
-from detrlib.runs import load_table
 
-LEVEL = 0.05  # a difference is established when its adjusted p value is not above; intervals cover the rest
 MEAN_SAMPLING = {"n_resamples": 10_000, "batch": 500}  # means are cheap
-IMAGES_AT_ONCE = 2**22  # weights of images in memory together
-
-
-def load_matches(run_dir: Path) -> Matches:
-    """The matches that the evaluation of a run has stored. Raises RunError when it was evaluated without."""
-    return Matches(load_table(run_dir, "matches"), load_table(run_dir, "annotations"))
 
 
 # One run, many samples of images
-
-
-def bootstrap_ap(
-    matches: Matches, resamples: int = 1000, seed: int = 0, metrics: Sequence[str] = AP_METRICS
-) -> pd.DataFrame:
-    """AP of `resamples` samples of the images, drawn with replacement: a row per sample, a column per metric.
-
-    NaN where a sample has nothing to be found. The same seed draws the same images for every run on them.
-    Assumes that the images are independent draws from those of interest, and says nothing about training anew.
-    Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapters 6 and 13.
-    """
-    curves = Curves(matches)
-    parts = [pd.DataFrame(curves.ap(weights, metrics)) for weights in _multiplicities(curves, resamples, seed)]
-    return pd.concat(parts, ignore_index=True)
-
-
-def _multiplicities(curves: Curves, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """[R,N] how often each image is drawn, a batch at a time."""
-    images, random = len(curves.image_ids), np.random.default_rng(seed)
-    for count in _batches(resamples, images):
-        yield random.multinomial(images, np.full(images, 1 / images), size=count).astype(np.int32)
-
-
-def _batches(resamples: int, images: int) -> list[int]:
-    most = max(1, IMAGES_AT_ONCE // images)
-    return [min(most, resamples - start) for start in range(0, resamples, most)]
-
-
-def interval(estimate: ArrayLike, samples: pd.DataFrame | pd.Series) -> pd.DataFrame | pd.Series:
-    """The basic 95 % bootstrap interval (rows low, high) around `estimate`, of each column of bootstrap `samples`.
-
-    It reflects percentiles at the estimate: AP of few annotations per class is too high, that of samples with repeated
-    images once more so, and percentiles themselves would add that error where these take it off. What is left of it
-    with few annotations per class makes intervals of AP itself, less so those of differences, too narrow.
-    Source: Davison & Hinkley 1997, "Bootstrap Methods and their Application", section 5.2.
-    """
-    ends = samples.quantile([1 - LEVEL / 2, LEVEL / 2])
-    return (2 * estimate - ends).set_axis(["low", "high"], axis=0)
-
-
-def ap_table(matches: Matches, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """The six AP of a run with their 95 % intervals: columns value, low, high; all missing where AP is undefined."""
-    values = pd.Series(average_precision(matches)).replace(-1, np.nan)
-    return interval(values, bootstrap_ap(matches, resamples, seed)).T.assign(value=values)[["value", "low", "high"]]
 
 
 # Two runs on the same images

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from detrlib.runs import RunError, write_atomic
+from detrlib.errors import RunError
+from detrlib.files import write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 Batch-norm statistics are frozen (buffers, not parameters): batches of detection are too small to estimate them.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +15,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from detrlib.models.naming import backbone_entries
+from detrlib.models.pretrained import imagenet_weights, load_weights, read_weights
 from detrlib.models.swin import WIDTHS, swin_body, swin_stages
-from detrlib.runs import weight_faults
-
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-CLASSIFIER = {f"{part}.{kind}" for part in ("fc", "norm", "head") for kind in ("weight", "bias")}
-
-
-class WeightsError(RuntimeError):
-    """Backbone weights are missing, unreachable or of another architecture; the message names the file."""
 
 
 @dataclass
@@ -178,48 +169,3 @@ def build_backbone(
         for part in body.features[:3] if name == "swin_t" else (body.conv1, body.layer1):
             part.requires_grad_(False)
     return Backbone(body, stages, mask_padding)
-
-
-def imagenet_weights(name: str) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights, downloaded once. Raises WeightsError with a remedy when there are none."""
-    if name not in (*RESNETS, "swin_t"):
-        raise WeightsError(f"there are no ImageNet weights for '{name}'; set model.backbone.weights to none or crops")
-    try:
-        return torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-    except OSError as error:
-        raise WeightsError(
-            f"could not download the ImageNet weights of {name} ({error}). Offline, set model.backbone.weights to the "
-            "path of a downloaded state dict, to 'crops' (pretrained on the data at hand) or to 'none'."
-        ) from error
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a local file, also an official one; no code in it is run. Raises WeightsError naming it."""
-    if not path.is_file():
-        raise WeightsError(f"model.backbone.weights: no file {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its reader stumbled over
-        raise WeightsError(f"{path}: not readable as weights: {error}") from error
-    state = backbone_entries(state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path}: expected a state dict (names to tensors) of a backbone")
-    return state
-
-
-def load_weights(body: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy a classifier's weights into `body`, leaving out its head and batch counters; anything else must fit.
-
-    Norms of stages, which classifiers have not, stay as they are.
-    """
-    state = {
-        name: value
-        for name, value in state.items()
-        if name not in CLASSIFIER and not name.endswith("num_batches_tracked")
-    }
-    own = body.state_dict()
-    state = {name: value for name, value in own.items() if re.match(r"norm\d", name)} | state
-    faults = weight_faults(own, state)
-    if faults:
-        raise WeightsError(f"{source}: weights of another backbone: {'; '.join(faults[:4])} ({len(faults)} faults)")
-    body.load_state_dict(state)

@@ -8,14 +8,15 @@ from torch import nn
 
 from detrlib.attention import AlphaEntmax, Transform, build_transform
 from detrlib.attention.deformable import DeformableAttention
-from detrlib.config import ConfigError, Model, project_path
-from detrlib.model_settings import Attention
+from detrlib.config import Model, project_path
+from detrlib.config.settings import Attention
+from detrlib.errors import ConfigError
 from detrlib.models.backbone import Backbone, build_backbone
 from detrlib.models.deformable import DeformableDETR
-from detrlib.models.deformable_transformer import DeformableDecoder, DeformableEncoder, DeformableTransformer
+from detrlib.models.deformable_layers import DeformableDecoder, DeformableEncoder, DeformableTransformer
 from detrlib.models.detr import DETR, Transformer
 from detrlib.models.faster_rcnn import FasterRCNN
-from detrlib.models.polling import PollAndPool
+from detrlib.models.pnp import PollAndPool
 from detrlib.models.position import LearnedPosition, SinePosition
 from detrlib.models.pyramid import LevelProjections
 from detrlib.models.sparse import ScoringNetwork

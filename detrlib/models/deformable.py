@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from detrlib.attention.deformable import Samples
 from detrlib.models.backbone import Backbone, FeatureMap
-from detrlib.models.deformable_transformer import DeformableTransformer, Queries
+from detrlib.models.deformable_layers import DeformableTransformer, Queries
 from detrlib.models.outputs import AttentionMaps, Predictions, SampledMaps, Site, Tokens
 from detrlib.models.pyramid import LevelProjections, Pyramid, cell_centres, flattened
 from detrlib.models.sparse import Kept, keep_best

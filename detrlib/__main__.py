@@ -1,0 +1,274 @@
+"""The command line: `detrlib COMMAND`, or `python -m detrlib COMMAND`.
+
+Every command is a function of the library with its arguments; heavy imports wait until a command is run, so that help
+is fast. A fault that can be foreseen is one line on standard error and exit code 1, an interruption is 130.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
+
+from detrlib.errors import ConfigError, DetrlibError
+
+Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
+
+
+class Commands(typer.core.TyperGroup):
+    """Commands whose foreseeable faults are one line."""
+
+    def invoke(self, ctx):
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except DetrlibError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted; the same command continues where it can", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Sparse attention in detection transformers: train, measure, explain and change detectors.",
+)
+
+RunName = Annotated[str, Argument(metavar="RUN", help="folder under papermill_runs/")]
+Settings = Annotated[list[str], Option("--set", metavar="A.B=C", help="a setting, e.g. train.epochs=2; repeatable")]
+Checkpoint = Annotated[str, Option(help="last, best, epoch-NNNN, or untrained")]
+
+
+def pairs(items: list[str], option: str, example: str) -> dict[str, str]:
+    """["a=1", ...] as a dictionary. Raises ConfigError naming the option."""
+    if malformed := [item for item in items if not item.partition("=")[1]]:
+        raise ConfigError(f"{option} {malformed[0]}: expected name=value, e.g. {example}")
+    return dict(item.split("=", 1) for item in items)
+
+
+def listed(text: str | None, option: str, kind: type = str) -> list[Any]:
+    """ "1,1.5,2" as a list. Raises ConfigError naming the option."""
+    try:
+        return [kind(part.strip()) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"{option} {text}: expected values between commas, e.g. 1,1.5,2") from None
+
+
+@app.callback()
+def messages() -> None:
+    """Sparse attention in detection transformers: train, measure, explain and change detectors."""
+    from detrlib.engine.tracking import show_messages
+
+    show_messages()
+
+
+@app.command()
+def train(
+    config: Annotated[Path, Argument(help="YAML file, e.g. papermill_runs/configs/shapes.yaml")],
+    name: Annotated[str, Option(help="folder under papermill_runs/; the same name resumes an unfinished run")],
+    settings: Settings = [],  # noqa: B006, never changed
+    gpus: Annotated[int | None, Option(help="how many; default: one if there is one")] = None,
+    processes: Annotated[int, Option(help="on the CPU, how many")] = 1,
+) -> None:
+    """Train a model, here or in several processes."""
+    from detrlib.config import load_config
+    from detrlib.engine.launch import launch
+    from detrlib.runs.folder import run_path
+
+    cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
+    found = launch(cfg, run_path(name), gpus, processes)["detection"]
+    typer.echo(f"AP {found['AP']:.3f}  AP50 {found['AP50']:.3f}  {run_path(name)}")
+
+
+@app.command()
+def evaluate(
+    run: RunName,
+    checkpoint: Checkpoint = "last",
+    split: Annotated[str | None, Option(help="another split of the same data, or of that given as --on")] = None,
+    settings: Settings = [],  # noqa: B006
+    on: Annotated[Path | None, Option(help="other data: a COCO-format folder or an annotation file")] = None,
+    images: Annotated[Path | None, Option(help="folder of its pictures, if not near the annotation file")] = None,
+    renamed: Annotated[list[str], Option("--map", metavar="THEIRS=OURS", help="names of its classes")] = [],  # noqa: B006
+    by_id: Annotated[bool, Option("--by-id", help="its category ids are the run's, whatever the names")] = False,
+    save_as: Annotated[str | None, Option("--as", help="folder of the results inside the run")] = None,
+) -> None:
+    """Measure a run: AP, sparsity of attention, and where it looks; on its own data or on other data."""
+    from detrlib.engine.evaluate import evaluate_run
+    from detrlib.experiments.transfer import evaluate_on, scored_classes
+    from detrlib.runs.folder import run_path
+
+    overrides = pairs(settings, "--set", "evaluate.paibb=thesis")
+    names = pairs(renamed, "--map", "bike=bicycle")
+    if on is None:
+        if images or names or by_id or save_as:
+            raise ConfigError("--images, --map, --by-id and --as belong to data given as --on")
+        results = evaluate_run(run_path(run), checkpoint, split, overrides=overrides)
+    else:
+        chosen = {"images": images, "names": names, "by_id": by_id, "save_as": save_as}
+        results = evaluate_on(run_path(run), on, checkpoint, split, overrides=overrides, **chosen)
+    numbers = {name: value for name, value in results["detection"].items() if name != "per_class"}
+    typer.echo("  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+    if on:
+        typer.echo(scored_classes(results))
+
+
+@app.command()
+def explain(
+    run: RunName,
+    images: Annotated[int, Option(help="the first images of the validation split")] = 50,
+    methods: Annotated[str | None, Option(metavar="A,B", help="default: all that the model allows")] = None,
+    steps: Annotated[int, Option(help="of deletion and of insertion")] = 16,
+    checkpoint: Checkpoint = "last",
+    unit: Annotated[Literal["cell", "pixel"], Option(help="what is deleted at a time")] = "cell",
+    replacement: Annotated[Literal["mean", "blur"], Option(help="of deleted pixels")] = "mean",
+    min_score: Annotated[float, Option(help="of the detections that are explained")] = 0.3,
+    all_queries: Annotated[bool, Option("--all-queries", help="also those that no object is matched to")] = False,
+    batch_size: Annotated[int, Option(help="pictures the model sees at a time")] = 64,
+) -> None:
+    """Deletion and insertion curves of attention maps and relevance, beside the predicted box."""
+    from detrlib.experiments.explain import faithfulness_run
+    from detrlib.runs.folder import run_path
+
+    frame = faithfulness_run(
+        run_path(run),
+        images,
+        listed(methods, "--methods") or None,
+        steps,
+        checkpoint=checkpoint,
+        unit=unit,
+        replacement=replacement,
+        min_score=min_score,
+        matched=not all_queries,
+        batch_size=batch_size,
+    )
+    columns = ["deletion_similarity", "insertion_similarity"]
+    typer.echo(frame.groupby("method", sort=False)[columns].mean().round(3).to_string())
+
+
+@app.command()
+def intervene(
+    run: RunName,
+    site: Annotated[Site, Option(help="where")] = "decoder_cross",
+    alphas: Annotated[str | None, Option(metavar="A,B", help="1 (softmax) to 2 (sparsemax)")] = None,
+    transforms: Annotated[str | None, Option(metavar="A,B", help="names of transforms")] = None,
+    layer: Annotated[int | None, Option(help="alphas and transforms in this layer only, from 0")] = None,
+    learned_alphas: Annotated[bool, Option("--learned-alphas", help="learned ones: their mean, and shuffled")] = False,
+    prune_heads: Annotated[bool, Option("--prune-heads", help="every head alone, then one after the other")] = False,
+    order_images: Annotated[int, Option(help="training images that give the order of heads")] = 200,
+    limit: Annotated[int | None, Option(help="the first validation images only")] = None,
+    checkpoint: Checkpoint = "last",
+) -> None:
+    """AP and PAIBB of a trained model with another transform, alpha, or fewer heads."""
+    from detrlib.experiments.intervene import intervene_run, plan
+    from detrlib.runs.folder import run_path
+
+    experiments = plan(
+        run_path(run),
+        site,
+        alphas=listed(alphas, "--alphas", float),
+        transforms=listed(transforms, "--transforms"),
+        layer=layer,
+        learned=learned_alphas,
+        prune_heads=prune_heads,
+        order_images=order_images,
+        checkpoint=checkpoint,
+    )
+    table = intervene_run(run_path(run), experiments, limit, checkpoint)
+    typer.echo(table.drop(columns=["site", "checkpoint"]).round(4).to_string(index=False, na_rep=""))
+
+
+@app.command()
+def sweep(
+    path: Annotated[Path, Argument(help="sweep file, e.g. papermill_runs/configs/quickstart.yaml")],
+    name: Annotated[str | None, Option(help="folder under papermill_runs/; default: the name of the file")] = None,
+    parallel: Annotated[int | None, Option(help="runs side by side; default: one per GPU or core")] = None,
+) -> None:
+    """Train and measure several variants of one experiment, and draw what they show together."""
+    from detrlib.experiments.sweep import sweep as run_sweep
+    from detrlib.runs.folder import run_path
+
+    typer.echo(run_sweep(path, run_path(name or path.stem), parallel))
+
+
+@app.command(hidden=True)
+def sweep_run(folder: Path) -> None:
+    """One run of a sweep in a process of its own."""
+    from detrlib.experiments.sweep import run_one
+
+    run_one(folder)
+
+
+@app.command()
+def notebook(
+    name: Annotated[str, Argument(help="such as 07_evaluate")],
+    output: Annotated[Path, Argument(help="where the executed copy goes")],
+    parameters: Annotated[list[str], Option("-p", metavar="NAME=VALUE", help="a parameter; repeatable")] = [],  # noqa: B006
+) -> None:
+    """Execute a notebook headless; its parameters are checked before anything runs."""
+    from detrlib.engine.notebooks import execute_notebook
+
+    typer.echo(execute_notebook(name, output, pairs(parameters, "-p", "run_name=first"), progress=True))
+
+
+@app.command("import")
+def import_weights(
+    path: Annotated[Path, Argument(help="an official checkpoint, e.g. detr-r50-e632da11.pth")],
+    save_as: Annotated[str | None, Option("--as", metavar="RUN", help="make a run of it, to be evaluated")] = None,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Say what a file of weights is, and make a run of it."""
+    from detrlib.checkpoints.files import describe
+    from detrlib.runs.folder import run_path
+    from detrlib.runs.imported import save_run
+
+    overrides = pairs(settings, "--set", "model.backbone.dilation=true")
+    typer.echo(describe(path, overrides))
+    if save_as:
+        save_run(path, run_path(save_as), overrides)
+
+
+@app.command()
+def unrel(
+    mat: Annotated[Path, Argument(help="UnRel's annotations.mat")],
+    images: Annotated[Path, Argument(help="UnRel's folder of images")],
+    out: Annotated[Path, Argument(help="the COCO-format file to write, e.g. beside the folder of images")],
+    ids: Annotated[Literal["coco", "thesis"], Option(help="thesis: as published, faults included")] = "coco",
+    unmapped: Annotated[Literal["drop", "ignore"], Option(help="names that COCO does not have")] = "drop",
+) -> None:
+    """UnRel's annotations in COCO format."""
+    from detrlib.experiments.unrel import convert_unrel, summary
+
+    typer.echo(summary(out, convert_unrel(mat, images, out, ids, unmapped)))
+
+
+@app.command()
+def costs(
+    config: Annotated[Path, Argument(help="YAML file of a run")],
+    settings: Settings = [],  # noqa: B006
+    size: Annotated[str, Option(metavar="H,W", help="pixels of the image")] = "800,1066",
+    latency: Annotated[bool, Option("--latency", help="also measure milliseconds")] = False,
+) -> None:
+    """Parameters, GFLOPs and time of a model, by component."""
+    from detrlib.config import load_config
+    from detrlib.experiments.costs import cost_table
+    from detrlib.models import build_model
+
+    overrides = {"model.num_classes": 91, "model.backbone.weights": "none"} | pairs(settings, "--set", "model.norm=pre")
+    model = build_model(load_config(config, overrides).model)
+    height, width = listed(size, "--size", int)
+    table = cost_table({config.stem: model}, (height, width), latency=latency)
+    typer.echo(table.drop(columns="model").round(2).to_string(index=False))
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Triton kernels: rows, the whole of attention at once (flash), and deformable sampling."""

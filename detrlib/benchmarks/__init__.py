@@ -1,0 +1,1 @@
+"""Speed, memory and accuracy beside other implementations. Nothing else imports it."""

@@ -1,0 +1,297 @@
+"""Time, memory and accuracy of the transforms, side by side with other implementations.
+
+Results are tidy, a row per number. Columns: benchmark, case (a shape, or sites of a model), transform, source (whose
+implementation), quantity, unit, value, low and high (quartiles), repeats. Legend: B images, H heads, Q queries, K keys.
+"""
+
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from detrlib import runs
+from detrlib.attention import AlphaEntmax, build_transform
+from detrlib.attention.transforms import ALPHA_HIGH, ALPHA_LOW
+from detrlib.benchmarks.rivals import Candidate, bisection, others, package_version, prox, tvmax_by_map
+from detrlib.config import Config, load_config
+from detrlib.engine import loop as train
+from detrlib.losses.criterion import Criterion
+from detrlib.models import build_model
+from detrlib.models.outputs import Site
+
+FORWARD, BOTH = "forward", "forward + backward"
+SITES = get_args(Site)
+
+
+class Shape(NamedTuple):
+    """Of attention scores [B,H,Q,K], K = height * width."""
+
+    images: int
+    heads: int
+    queries: int
+    height: int
+    width: int
+
+    @property
+    def scores(self) -> tuple[int, int, int, int]:
+        """(B, H, Q, K)."""
+        return self.images, self.heads, self.queries, self.height * self.width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w)."""
+        return self.height, self.width
+
+
+class Settings(NamedTuple):
+    """Of a measurement; `repeats` and `limit` are those of `compare`."""
+
+    device: str = "cpu"
+    repeats: int = 5
+    limit: float = 10.0
+    score_scale: float = 2.0  # scores are drawn from N(0, score_scale^2)
+    alpha: float = 1.25  # of "entmax"; heads of alpha_entmax have alphas from 1.1 to 1.9
+    tv_lambda: float = 0.1  # of "tvmax"
+
+
+def compare(
+    candidates: Mapping[str, Callable[[], object]], repeats: int, limit: float = math.inf, device: str = "cpu"
+) -> pd.DataFrame:
+    """Seconds that each candidate takes: columns value (the median), low and high (quartiles), repeats.
+
+    Candidates take turns, so that whatever else the machine does hits all of them alike. The first turn only warms up;
+    a candidate that has taken more than `limit` seconds in those after it takes no more turns.
+    """
+    seconds = {name: [] for name in candidates}
+    for turn in range(repeats + 1):
+        for name, run in candidates.items():
+            if sum(seconds[name]) <= limit:
+                took = _seconds(run, device)
+                seconds[name] += [took] if turn else []
+    quartiles = {name: [*np.quantile(taken, (0.5, 0.25, 0.75)), len(taken)] for name, taken in seconds.items()}
+    table = pd.DataFrame.from_dict(quartiles, orient="index", columns=["value", "low", "high", "repeats"])
+    return table.astype({"repeats": "Int64"}).rename_axis("candidate")
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
+def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
+    """The most bytes that tensors held at a time while `run` ran, beyond those held before, by PyTorch's own count."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would complain of a missing GPU
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    return int(np.cumsum([0, *(size for _, size in sorted(changes, key=lambda change: change[0]))]).max())
+
+
+def environment(device: str) -> dict:
+    """What `runs.environment` tells, and processor, device and the packages that are measured against."""
+    known = runs.environment()
+    compared = {name: package_version(name) for name in ("entmax", "numba", "triton", "adasplash")}
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    processor = models[0] if models else platform.processor()
+    return known | {"packages": known["packages"] | compared, "processor": processor, "device": device}
+
+
+def _rows(benchmark: str, case: str, found: list[Candidate], quantity: str, unit: str, values: list) -> list[dict]:
+    rows = [{"benchmark": benchmark, "case": case, "transform": c.transform, "source": c.source} for c in found]
+    numbers = [value if isinstance(value, dict) else {"value": value} for value in values]
+    return [row | {"quantity": quantity, "unit": unit} | n for row, n in zip(rows, numbers, strict=True)]
+
+
+def _random(shape: tuple[int, ...], scale: float, device: str, seed: int = 0) -> Tensor:
+    """From N(0, scale^2), the same on every device."""
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+# Transforms
+
+
+def implementations(names: list[str], shape: Shape, settings: Settings, compared: bool = True) -> list[Candidate]:
+    """The transforms `names`, each followed by the other implementations at hand if they are to be `compared`.
+
+    Others take one map at a time for tvmax: see `measure_tvmax`.
+    """
+    alphas, found = torch.linspace(1.1, 1.9, shape.heads, device=settings.device), []
+    pre_alpha = torch.logit((alphas - ALPHA_LOW) / (ALPHA_HIGH - ALPHA_LOW))
+    told = {"alpha": settings.alpha, "alpha_init": pre_alpha, "tv_lambda": settings.tv_lambda}
+    for name in names:
+        own = build_transform(name, shape.heads, **told).to(settings.device)
+        learned = own.pre_alpha if isinstance(own, AlphaEntmax) else None
+        found.append(Candidate(name, "detrlib", partial(own, grid=shape.grid), learned))
+        if compared or name == "softmax":
+            found += others(name, settings.alpha, alphas)
+    return found
+
+
+def measure_transforms(
+    names: list[str], shapes: Mapping[str, Shape], settings: Settings, compared: bool = True
+) -> pd.DataFrame:
+    """Seconds of both passes, and peak memory of the two together in maps [B,H,Q,K] of float32, at every shape.
+
+    Gradients are those of the scores, and of alpha where it is learned.
+    """
+    rows, device = [], settings.device
+    for case, shape in shapes.items():
+        scores = _random(shape.scores, settings.score_scale, device).requires_grad_()
+        gradient = _random(shape.scores, 1.0, device, 1)
+        found = implementations(names, shape, settings, compared)
+        for quantity, make in ((FORWARD, _forward), (BOTH, _forward_and_backward)):
+            passes = {i: make(candidate, scores, gradient) for i, candidate in enumerate(found)}
+            times = compare(passes, settings.repeats, settings.limit, device)
+            rows += _rows("transform", case, found, quantity, "s", times.to_dict("records"))
+        both = (_forward_and_backward(candidate, scores, gradient) for candidate in found)
+        memory = [peak_memory(run, device) / (4 * scores.numel()) for run in both]
+        rows += _rows("transform", case, found, "memory", "maps", memory)
+    return pd.DataFrame(rows)
+
+
+def _forward(candidate: Candidate, scores: Tensor, gradient: Tensor) -> Callable[[], object]:
+    return partial(torch.no_grad()(candidate.apply), scores)
+
+
+def _forward_and_backward(candidate: Candidate, scores: Tensor, gradient: Tensor) -> Callable[[], object]:
+    inputs = [scores] if candidate.alpha is None else [scores, candidate.alpha]
+    return lambda: torch.autograd.grad(candidate.apply(scores), inputs, gradient)
+
+
+def measure_accuracy(names: list[str], shape: Shape, settings: Settings) -> pd.DataFrame:
+    """The largest error of a weight against bisection in float64 (softmax: against itself in float64), and the error of
+    the gradients of alpha against differences of bisection, relative to all of them (2-norms). Without tvmax, whose
+    errors are in `measure_tvmax`.
+    """
+    rows, device = [], settings.device
+    scores, gradient = _random(shape.scores, settings.score_scale, device), _random(shape.scores, 1.0, device, 1)
+    alphas = torch.linspace(1.1, 1.9, shape.heads, device=device, dtype=torch.float64)[:, None, None]  # [H,1,1]
+    powers = {"sparsemax": 2.0, "entmax15": 1.5, "entmax": settings.alpha, "alpha_entmax": alphas}
+    for name in (name for name in names if name != "tvmax"):
+        found = implementations([name], shape, settings)
+        expected = scores.double().softmax(-1) if name == "softmax" else bisection(scores, powers[name])
+        errors = [(_forward(candidate, scores, gradient)() - expected).abs().max().item() for candidate in found]
+        rows += _rows("accuracy", "weights", found, "error", "", errors)
+        if name == "alpha_entmax":
+            difference = bisection(scores, alphas + 1e-5) - bisection(scores, alphas - 1e-5)
+            expected = (difference / 2e-5 * gradient).sum((0, 2, 3))  # [H]
+            slopes = [_alpha_gradient(candidate, scores, gradient) for candidate in found]
+            errors = [((slope - expected).norm() / expected.norm()).item() for slope in slopes]
+            rows += _rows("accuracy", "alpha gradient", found, "relative error", "", errors)
+    return pd.DataFrame(rows)
+
+
+def _alpha_gradient(candidate: Candidate, scores: Tensor, gradient: Tensor) -> Tensor:
+    """[H]. detrlib learns pre_alpha, with alpha = low + (high - low) sigmoid(pre_alpha)."""
+    (slope,) = torch.autograd.grad(candidate.apply(scores), candidate.alpha, gradient)
+    if candidate.source != "detrlib":
+        return slope.flatten()
+    share = candidate.alpha.detach().double().sigmoid()
+    return slope / ((ALPHA_HIGH - ALPHA_LOW) * share * (1 - share))
+
+
+def measure_tvmax(shape: Shape, maps: int, settings: Settings) -> pd.DataFrame:
+    """Seconds of tvmax, forward and backward, of all maps at once, and of loops over them on the CPU, which are
+    measured on `maps` of them and scaled up. Also the largest error of a weight, on four maps with scores from
+    N(0, (2 tv_lambda)^2), which leave weight to many cells. Needs numba.
+    """
+    by_map = partial(tvmax_by_map, grid=shape.grid, lam=settings.tv_lambda)
+    accurate = partial(by_map, search=False, iterations=1000, tolerance=1e-5, digits=4)
+    found = [
+        *implementations(["tvmax"], shape, settings),
+        Candidate("tvmax", "loop, as published", by_map),
+        Candidate("tvmax", "loop, linear gradient", partial(by_map, search=False)),
+        Candidate("tvmax", "loop, linear gradient, accurate", accurate),
+    ]
+    whole = _random(shape.scores, settings.score_scale, settings.device).flatten(0, 2)  # [B*H*Q,K]
+    part, passes = whole[:maps].cpu(), {}
+    for candidate in found:
+        scores = (whole if candidate.source == "detrlib" else part).detach().requires_grad_()
+        gradient = _random(scores.shape, 1.0, scores.device.type, 1)
+        passes[candidate.source] = _forward_and_backward(candidate, scores, gradient)
+    times = compare(passes, settings.repeats, settings.limit, settings.device)
+    times.loc[times.index != "detrlib", ["value", "low", "high"]] *= len(whole) / len(part)
+
+    few = whole[:4] * (2 * settings.tv_lambda / settings.score_scale)
+    smooth = [prox(y, settings.tv_lambda, 20000, 1e-9) for y in few.cpu().double().unflatten(1, shape.grid).numpy()]
+    expected = bisection(torch.from_numpy(np.stack(smooth)).flatten(1), 2.0)
+    errors = [(candidate.apply(few).cpu() - expected).abs().max().item() for candidate in found]
+    rows = _rows("tvmax", "decoder_cross", found, BOTH, "s", times.to_dict("records"))
+    return pd.DataFrame(rows + _rows("tvmax", "decoder_cross", found, "error", "", errors))
+
+
+# Training steps
+
+
+def measure_steps(names: list[str], backbone: str, image_size: int, batch: int, settings: Settings) -> pd.DataFrame:
+    """Seconds of a training step of DETR, from images to updated weights, with each transform in the decoder's
+    cross-attention alone and at all three sites, beside softmax everywhere. Images and boxes are random.
+    """
+    places, steps, size = {"decoder_cross": SITES[-1:], "all sites": SITES}, {}, (image_size, image_size)
+    # The stem stays frozen, as if there were weights to keep.
+    plain = {"model.backbone": {"name": backbone, "weights": "none", "freeze_stem": True}, "model.num_classes": 91}
+    for case, sites in places.items():
+        for name in names:
+            # tvmax needs keys on a grid, and those of decoder_self are none.
+            where = {site: name for site in sites if (site, name) != ("decoder_self", "tvmax")}
+            cfg = load_config(None, plain | {"model.attention": where})
+            steps[case, name] = training_step(cfg, size, batch, settings.device)
+    softmax = training_step(load_config(None, plain), size, batch, settings.device)
+    times = compare({"softmax": softmax} | steps, settings.repeats, settings.limit, settings.device)
+    rows = []
+    for case in places:
+        found = [Candidate(name, "detrlib", None) for name in ("softmax", *names)]
+        values = times.loc[["softmax", *((case, name) for name in names)]].to_dict("records")
+        rows += _rows("step", case, found, "step", "s", values)
+    return pd.DataFrame(rows)
+
+
+def training_step(cfg: Config, size: tuple[int, int], batch: int = 1, device: str = "cpu") -> Callable[[], None]:
+    """A step of training `cfg.model` with weights drawn at random, from `batch` random images of `size` (height, width)
+    with eight boxes each to updated weights; call it to take the step.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_model(cfg.model).to(device).train()
+    images = _random((batch, 3, *size), 1.0, device)
+    boxes = 0.5 + 0.05 * _random((batch, 8, 4), 1.0, device).clamp(-4, 4)
+    targets = [{"labels": torch.arange(8, device=device), "boxes": per_image} for per_image in boxes]
+    padding = torch.zeros(batch, *size, dtype=torch.bool, device=device)
+    with torch.no_grad():  # the features of a network without pretraining are huge: attention would see one key only
+        images /= model.backbone(images, padding)[-1].features.std()
+    criterion = Criterion(cfg.loss)
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
+
+    def step() -> None:
+        loss, _ = criterion(model(images, padding), targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

@@ -1,0 +1,223 @@
+"""What the transforms are measured against: other implementations, a slow reference, and TVMax one map at a time.
+
+TVMax in a loop follows the implementation published with Martins et al. 2021. The proximal step of a map h x w takes
+turns between exact steps along its columns and its rows (Condat 2013, "A Direct Algorithm for 1-D Total Variation
+Denoising") with Dykstra's corrections (Barbero & Sra 2018, "Modular Proximal Optimization for Multidimensional
+Total-Variation Regularization", Sec. 4) until both agree. Its gradient is a mean over each patch of equal neighbouring
+values; patches are collected one after another, each growing from cell to cell. numba compiles the inner loops; without
+it they run as Python, right but hundreds of times slower.
+"""
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from detrlib.attention.entmax import entmax as own_entmax
+
+try:
+    from numba import njit
+except ImportError:
+
+    def njit(function):
+        """The function itself."""
+        return function
+
+
+class Candidate(NamedTuple):
+    """One implementation of a transform."""
+
+    transform: str
+    source: str  # whose
+    apply: Callable[[Tensor], Tensor]  # scores [B,H,Q,K] to weights
+    alpha: Tensor | None = None  # has a gradient beside the scores
+
+
+def package_version(name: str) -> str | None:
+    """None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def left_out(device: str) -> dict[str, str]:
+    """The packages that cannot be measured against here, with the reason."""
+    reasons = {name: "not installed" for name in ("entmax", "numba", "adasplash") if package_version(name) is None}
+    return reasons | ({} if device == "cuda" else {"adasplash": "needs a GPU"})
+
+
+def others(name: str, alpha: float, alphas: Tensor) -> list[Candidate]:
+    """Other implementations of transform `name`. `alpha` is that of "entmax", `alphas` [H] those of alpha_entmax."""
+    if name == "softmax":
+        return [Candidate(name, "torch", lambda scores: torch.softmax(scores, -1))]
+    missing, found = left_out(alphas.device.type), []
+    number = {"sparsemax": 2.0, "entmax15": 1.5, "entmax": alpha}.get(name)
+    if name != "tvmax" and "entmax" not in missing:
+        found.append(_of_entmax_library(name, alpha, alphas))
+    if number and "adasplash" not in missing:
+        import adasplash
+
+        found.append(Candidate(name, "adasplash", lambda scores: adasplash.triton_entmax(scores, alpha=number)))
+    return found
+
+
+def _of_entmax_library(name: str, alpha: float, alphas: Tensor) -> Candidate:
+    import entmax
+
+    if name == "alpha_entmax":
+        learned = alphas[:, None, None].clone().requires_grad_()  # [H,1,1]
+        return Candidate(name, "entmax", lambda scores: entmax.entmax_bisect(scores, learned, dim=-1), learned)
+    functions = {
+        "sparsemax": lambda scores: entmax.sparsemax(scores, dim=-1),
+        "entmax15": lambda scores: entmax.entmax15(scores, dim=-1),
+        "entmax": lambda scores: entmax.entmax_bisect(scores, alpha, dim=-1),
+    }
+    return Candidate(name, "entmax", functions[name])
+
+
+def bisection(scores: Tensor, alpha: float | Tensor, steps: int = 60) -> Tensor:
+    """entmax over the last axis in float64, by halving the interval of its threshold. `alpha` may broadcast."""
+    z = (scores.double() - scores.double().amax(-1, keepdim=True)) * (alpha - 1)
+    low = torch.full_like(z[..., :1], -1)  # here the largest weight alone is one, at zero there is none
+    for step in range(1, steps + 1):
+        middle = low + 0.5**step
+        total = (z - middle).clamp_(min=0).pow_(1 / (alpha - 1)).sum(-1, keepdim=True)
+        low = torch.where(total >= 1, middle, low)
+    return (z - low).clamp_(min=0).pow_(1 / (alpha - 1))
+
+
+def tvmax_by_map(
+    scores: Tensor,
+    grid: tuple[int, int],
+    lam: float,
+    iterations: int = 35,
+    tolerance: float = 1e-2,
+    digits: int = 1,
+    search: bool = True,
+) -> Tensor:
+    """TVMax of [..., K], K = h w, in a loop over maps; its defaults are those of the published implementation.
+
+    iterations, tolerance: of the proximal step, until rows and columns agree. digits: values that agree when rounded
+    to them are equal in the gradient. search: find out by searching a list whether a patch has a cell already, and
+    look for the next patch from the first cell on, which takes a time quadratic in the number of cells for every
+    patch, as published; otherwise keep a mark for every cell, which takes a time linear in their number.
+    Sparsemax, which makes no difference here, is taken of all maps at once.
+    """
+    maps = scores.reshape(-1, *grid)
+    smooth = torch.stack([_Prox.apply(y, lam, iterations, tolerance, digits, search) for y in maps])
+    return own_entmax(smooth.view(scores.shape), 2.0)
+
+
+class _Prox(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, lam: float, iterations: int, tolerance: float, digits: int, search: bool) -> Tensor:
+        x = prox(y.detach().cpu().double().numpy(), lam, iterations, tolerance)
+        ctx.rounded, ctx.search = x.round(digits), search
+        return torch.as_tensor(x, dtype=y.dtype, device=y.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple:
+        means = _patch_means(ctx.rounded, gradient.cpu().double().numpy(), ctx.search)
+        return torch.as_tensor(means, dtype=gradient.dtype, device=gradient.device), *[None] * 5
+
+
+def prox(y: np.ndarray, lam: float, iterations: int, tolerance: float) -> np.ndarray:
+    """argmin_x 1/2 ||x - y||^2 + lam TV(x) of one map [h,w], float64."""
+    x, p, q = y.copy(), np.zeros_like(y), np.zeros_like(y)
+    for _ in range(iterations):
+        by_column = _prox_rows((x + p).T.copy(), lam).T
+        p += x - by_column
+        x = _prox_rows(by_column + q, lam)
+        q += by_column - x
+        if np.abs(by_column - x).max() < tolerance:
+            break
+    return x
+
+
+@njit
+def _prox_rows(y, lam):
+    x = np.empty_like(y)
+    for i in range(y.shape[0]):
+        _prox_line(y[i], lam, x[i])
+    return x
+
+
+@njit
+def _prox_line(y, lam, x):
+    """Condat's algorithm, from y [n] to x [n]. From `start` on x is constant, between `low` and `high`; `slack_low` and
+    `slack_high` are the dual variable that these would give, `end_low` and `end_high` where it last met its bound."""
+    last = len(y) - 1
+    k = start = end_low = end_high = 0
+    low, high, slack_low, slack_high = y[0] - lam, y[0] + lam, lam, -lam
+    while True:
+        at_end = k == last
+        if (at_end and slack_low < 0) or (not at_end and y[k + 1] + slack_low < low - lam):  # x steps down
+            x[start : end_low + 1] = low
+            start = k = end_low = end_low + 1
+            slack_high = y[k] + lam - high if at_end else -lam
+            low, slack_low = y[k], lam
+            if not at_end:
+                high, end_high = y[k] + 2 * lam, k
+        elif (at_end and slack_high > 0) or (not at_end and y[k + 1] + slack_high > high + lam):  # x steps up
+            x[start : end_high + 1] = high
+            start = k = end_high = end_high + 1
+            slack_low = y[k] - lam - low if at_end else lam
+            high, slack_high = y[k], -lam
+            if not at_end:
+                low, end_low = y[k] - 2 * lam, k
+        elif at_end:
+            x[start:] = low + slack_low / (k - start + 1)
+            return
+        else:
+            k += 1
+            slack_low += y[k] - low
+            slack_high += y[k] - high
+            if slack_low >= lam:
+                low += (slack_low - lam) / (k - start + 1)
+                slack_low, end_low = lam, k
+            if slack_high <= -lam:
+                high += (slack_high + lam) / (k - start + 1)
+                slack_high, end_high = -lam, k
+
+
+@njit
+def _is_taken(cell, taken, count, marks, search):
+    if not search:
+        return marks[cell]
+    for k in range(count):  # noqa: SIM110, numba has no generators
+        if taken[k] == cell:
+            return True
+    return False
+
+
+@njit
+def _patch_means(values, gradient, search):
+    """Means of `gradient` [h,w] over patches of equal neighbouring `values` [h,w]."""
+    h, w = values.shape
+    taken, marks, count = np.empty(h * w, np.int64), np.zeros(h * w, np.bool_), 0
+    means, seed = np.empty_like(gradient), 0
+    while count < h * w:
+        seed = 0 if search else seed
+        while _is_taken(seed, taken, count, marks, search):
+            seed += 1
+        first, total = count, 0.0
+        taken[count], marks[seed] = seed, True
+        count, done = count + 1, count
+        while done < count:
+            i, j = taken[done] // w, taken[done] % w
+            done += 1
+            total += gradient[i, j]
+            for a, b in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+                same = 0 <= a < h and 0 <= b < w and values[a, b] == values[i, j]
+                if same and not _is_taken(a * w + b, taken, count, marks, search):
+                    taken[count], marks[a * w + b] = a * w + b, True
+                    count += 1
+        for k in range(first, count):
+            means[taken[k] // w, taken[k] % w] = total / (count - first)
+    return means

@@ -1,0 +1,197 @@
+"""Official checkpoints: from a file to a model, settings included, and from a model to official names.
+
+    detrlib import detr-r50-e632da11.pth                    what is it?
+    detrlib import detr-r50-e632da11.pth --as official-r50
+    detrlib evaluate official-r50                                       its AP on COCO
+
+Files of DETR, of its variants with sparse cross-attention, of Deformable DETR and of Sparse DETR are known, and those
+of torchvision's Faster R-CNN (fasterrcnn_resnet50_fpn_coco-258fb6c6.pth, its v2, and what was fine-tuned from them). No
+code in a file is run. Detection transformers in them were trained with features next to padding as they come, so they
+are built with `model.backbone.mask_padding: false`; with true, images in padded batches give other detections than
+published.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detrlib.attention import AlphaEntmax
+from detrlib.checkpoints.names import PROFILING, State, official_state, own_state
+from detrlib.checkpoints.official import backbone_settings, family_of, settings_of
+from detrlib.config import Config, changed_settings, load_config, parse_value, replace
+from detrlib.errors import WeightsError
+from detrlib.files import load_weights, weight_faults
+from detrlib.models.build import build_model
+from detrlib.models.deformable import DeformableDETR
+from detrlib.models.faster_rcnn import FasterRCNN
+from detrlib.models.pretrained import SCRL
+
+# What the training scripts were told and wrote into their files, and which settings it decides here.
+TOLD = {
+    "nheads": "model.num_heads",
+    "num_queries": "model.num_queries",
+    "dilation": "model.backbone.dilation",
+    "rho": "model.deformable.rho",
+    "eff_specific_head": "model.deformable.class_specific_proposals",
+    "decoder_act": "model.attention.decoder_cross",
+}
+OF_PROPOSALS = ("model.deformable.rho", "model.deformable.class_specific_proposals")
+
+
+@dataclass
+class OfficialCheckpoint:
+    """What an official file holds."""
+
+    path: Path
+    state: State  # under official names
+    told: dict[str, Any] = field(default_factory=dict)  # dotted settings that the training script wrote down
+    epoch: int | None = None
+
+    @property
+    def family(self) -> str:
+        """ "detr", "deformable", "sparse", "faster_rcnn" or "faster_rcnn_v2"."""
+        return family_of(self.state)
+
+
+def read_official(path: str | Path) -> OfficialCheckpoint:
+    """An official file, on the CPU. Raises WeightsError saying what the file is instead, with a remedy."""
+    path = Path(path).expanduser()
+    content = _read(path)
+    if SCRL in content:
+        raise WeightsError(f"{path}: SCRL weights of a backbone; give the file as model.backbone.weights")
+    state = content.get("model", content)
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path}: holds no state dict (names to tensors), neither itself nor under 'model'")
+    state = {name: value for name, value in state.items() if not name.endswith(PROFILING)}
+    try:
+        family = family_of(state)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    arguments = content.get("args", content.get("hyperparams", {})) if state is not content else {}
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    return OfficialCheckpoint(path, state, _told(arguments, family), content.get("epoch"))
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        raise WeightsError(f"no file {path}")
+    try:
+        # Official files carry the arguments of the training script, which torch would not read without being told.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its reader stumbled over
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            raise WeightsError(
+                f"{path}: refused, as reading it would run code: it asks for {foreign[1]}, which weights do not need. "
+                "If you trust it, save its state dict anew where it came from"
+            ) from error
+        kind = "text, perhaps a web page or a Git LFS pointer" if _is_text(path) else "damaged, or cut short"
+        raise WeightsError(
+            f"{path}: not readable as a checkpoint: {kind} ({path.stat().st_size} bytes); download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, not a checkpoint; expected names to tensors")
+    return content
+
+
+def _is_text(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(64)
+    return start.lstrip().startswith((b"<", b"version https")) or (
+        bool(start) and start.isascii() and b"\0" not in start
+    )
+
+
+def _told(arguments: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Dotted settings from the arguments of an official training script."""
+    told = {
+        setting: arguments[name]
+        for name, setting in TOLD.items()
+        if arguments.get(name) is not None and (setting not in OF_PROPOSALS or family != "detr")
+    }
+    if not told.get("model.deformable.rho", 1.0):
+        del told["model.deformable.rho"]  # 0 was their word for a dense encoder
+    if "decoder_act" in arguments and family == "detr":
+        told["model.attention.padding"] = "add_one"
+    return told
+
+
+def official_config(checkpoint: OfficialCheckpoint, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The settings of an official model; `overrides` (dotted) win over what the file shows or says."""
+    overrides = {name: parse_value(value) for name, value in (overrides or {}).items()}
+    told = checkpoint.told | {name: value for name, value in overrides.items() if name.startswith("model.")}
+    try:
+        settings = settings_of(checkpoint.state, told)
+    except WeightsError as error:
+        raise WeightsError(f"{checkpoint.path}: {error}") from None
+    if checkpoint.family in ("deformable", "sparse"):
+        settings |= {"loss.cost_class": 2.0, "loss.weight_class": 2.0}
+    return replace(load_config(overrides={"data.root": "data/coco"}), settings | overrides)
+
+
+def load_official(path: str | Path, overrides: Mapping[str, Any] | None = None) -> nn.Module:
+    """The model of an official file with its weights, on the CPU, in evaluation mode.
+
+        model = load_official("detr-r50-dc5.pth", {"model.backbone.dilation": True})
+
+    Raises WeightsError if the file is no official checkpoint or does not fit its settings, ConfigError for
+    `overrides` that make no sense.
+    """
+    checkpoint = read_official(path)
+    return fill(checkpoint, official_config(checkpoint, overrides))
+
+
+def fill(checkpoint: OfficialCheckpoint, cfg: Config) -> nn.Module:
+    """The model of an official file and the settings it has. Raises WeightsError if they do not fit."""
+    with torch.device("meta"):  # random weights would only be overwritten
+        model = build_model(cfg.model)
+    state = own_state(checkpoint.state)
+    faults = weight_faults(model.state_dict(), state)
+    if faults:
+        shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+        raise WeightsError(f"{checkpoint.path}: does not fit a {checkpoint.family} model of its sizes: {shown}")
+    load_weights(model.to_empty(device="cpu"), state, checkpoint.path)
+    return model.eval()
+
+
+def export_official(model: nn.Module) -> State:
+    """The weights of a model under official names, heads of the deformable family repeated as official files have them.
+
+    Raises WeightsError for models that the official code has not: anchor queries, other backbones, learnable alpha
+    elsewhere than in cross-attention. Alphas of a model that does not clamp them are expressed as clamped ones.
+    """
+    own = {name: value.detach() for name, value in model.state_dict().items()}
+    strange = [name for name in own if "expected_size" in name or "self_attn.transform" in name]
+    if strange:
+        raise WeightsError(f"the official code has no part like {strange[0]}; only models without it can be exported")
+    for name, module in model.named_modules():
+        if isinstance(module, AlphaEntmax) and not module.clamped:
+            own[f"{name}.pre_alpha"] = torch.logit(module.alpha.detach() - 1)
+    if isinstance(model, FasterRCNN):
+        return own
+    if not isinstance(model, DeformableDETR):
+        state = official_state(own)
+    else:
+        decoder = model.transformer.decoder
+        heads = len(model.transformer.encoder.layers) - 1 if model.encoder_auxiliary else 0
+        state = official_state(own, decoder.refine, len(decoder.layers), heads)
+    backbone_settings(state)
+    return state
+
+
+def describe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> str:
+    """In words, what an official file is, and the settings of its model. Raises as `load_official`."""
+    checkpoint = read_official(path)
+    cfg = official_config(checkpoint, overrides)
+    model = fill(checkpoint, cfg)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    found = f"{checkpoint.family}, {len(checkpoint.state)} entries, {trained:,} parameters, all but a frozen stem's"
+    changed = changed_settings(cfg, Config()).items()
+    return "\n".join([found, *(f"{name}: {value}" for name, value in changed)])

@@ -1,0 +1,1 @@
+"""The loops: training, evaluation, pretraining, and the doors that start them."""

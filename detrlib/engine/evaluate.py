@@ -1,0 +1,243 @@
+"""One pass over a data set: detections, how sparse attention is, and whether it looks at the object.
+
+    detrlib evaluate my-run --split test2017
+    detrlib evaluate my-run --on /data/voc --map motorbike=motorcycle aeroplane=airplane
+    detrlib evaluate my-run --checkpoint untrained          what was there before training
+    detrlib evaluate my-run --set evaluate.paibb=thesis     as published PAIBB was computed
+
+Legend: B images, L layers, H heads, Q queries, K keys.
+"""
+
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from detrlib.config import Config, load_config, replace, save_config
+from detrlib.data import CocoDataset, build_dataset, collate
+from detrlib.engine.pretrain import backbone_weights
+from detrlib.errors import ConfigError, RunError
+from detrlib.files import load_checkpoint, load_weights, write_atomic, write_json
+from detrlib.losses.criterion import Criterion
+from detrlib.losses.matcher import match
+from detrlib.metrics.accumulate import AttentionMeasures
+from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
+from detrlib.models import Predictions, alpha_modules, build_model
+from detrlib.runs.examples import Recorder, recorder
+from detrlib.runs.folder import RESERVED, environment, load_results, save_tables
+
+DETECTIONS_PER_IMAGE = 100  # as COCO counts them
+
+
+UNTRAINED = "untrained"  # in place of a checkpoint's name: the model as it was before training
+
+
+def evaluate_run(
+    run_dir: Path, checkpoint: str = "last", split: str | None = None, *, overrides: Mapping[str, Any] | None = None
+) -> dict:
+    """Evaluate a run's checkpoint on its validation split; write results.json, predictions.json, examples/, maps/,
+    measures/.
+
+    Args:
+        run_dir: folder of a finished run.
+        checkpoint: "last", "best", "epoch-0010" and so on, or "untrained" for the model as it was before training,
+            whose results go to the folder untrained inside that of the others.
+        split: another split of the same data, such as "test2017"; its results go to a folder of that name. Both are
+            themselves run folders to read from.
+        overrides: dotted settings of `evaluate` in place of the run's own, such as {"evaluate.paibb": "thesis"}.
+
+    Returns:
+        What results.json holds, see `evaluate`.
+
+    Raises:
+        RunError: the run is not finished (its results would say that it is), has no such checkpoint, or that is of
+            another architecture.
+        ConfigError: an override is of anything but `evaluate`.
+    """
+    cfg, folder = evaluation_config(run_dir, overrides), run_dir
+    if split:
+        whole = {"data.val_images": None, "data.val_annotations": None, "data.val_limit": None}
+        cfg, folder = replace(cfg, {"data.val_split": split, **whole}), split_folder(run_dir, split)
+    return evaluate_into(folder, run_dir, cfg, checkpoint)
+
+
+def evaluation_config(run_dir: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The settings of a finished run with other settings of `evaluate`. Raises as `evaluate_run`."""
+    load_results(run_dir)
+    if wrong := [key for key in overrides or {} if not key.startswith("evaluate.")]:
+        raise ConfigError(f"{wrong[0]} cannot change in an evaluation: overrides are settings of evaluate.*")
+    return replace(load_config(run_dir / "config.yaml"), overrides or {})
+
+
+def evaluate_into(
+    folder: Path, run_dir: Path, cfg: Config, checkpoint: str = "last", described: Mapping[str, Any] | None = None
+) -> dict:
+    """Evaluate a checkpoint of `run_dir` on the validation data of `cfg`, with results in `folder`.
+
+    described: what the results are to say besides. Raises as `evaluate_run`.
+    """
+    folder = folder / UNTRAINED if checkpoint == UNTRAINED else folder
+    model, known = load_model(run_dir, checkpoint), {"epoch": 0, "global_step": 0}
+    if checkpoint != UNTRAINED:
+        known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt")
+    dataset = build_dataset(cfg.data, "val")
+    if folder != run_dir:
+        write_atomic(folder / "config.yaml", lambda path: save_config(cfg, path))
+        write_json(folder / "environment.json", environment())
+    results, detections = evaluate(model, dataset, cfg, Accelerator(), run_dir=folder)
+    results |= {"checkpoint": checkpoint, "epoch": known["epoch"], "global_step": known["global_step"]}
+    return save_results(folder, results | dict(described or {}), detections, dataset.ground_truth)
+
+
+def split_folder(run_dir: Path, split: str) -> Path:
+    """Where results of another split of the run's own data go. Raises RunError where that is taken."""
+    folder = run_dir / split
+    if folder.parent != run_dir or folder.name in ("..", *RESERVED):
+        raise RunError(f"{split!r} cannot name a folder of results in {run_dir}; name a split of the run's data")
+    if (folder / "results.json").exists() and "on" in load_results(folder):
+        raise RunError(f"{folder} holds results on other data; move that folder away first")
+    return folder
+
+
+def load_model(run_dir: Path, checkpoint: str = "last") -> nn.Module:
+    """The model of a run, on the CPU, in evaluation mode; averaged weights where the run keeps them.
+
+    checkpoint "untrained": the model as it was before training, its pretrained backbone included.
+    """
+    cfg = load_config(run_dir / "config.yaml")
+    if checkpoint == UNTRAINED:
+        weights = None
+        if cfg.model.backbone.weights == "crops":
+            weights = backbone_weights(cfg.model.backbone, build_dataset(cfg.data, "train"), cfg.data.image_size)
+        return initial_model(cfg, weights).eval()
+    path = run_dir / "checkpoints" / f"{checkpoint}.pt"
+    state = load_checkpoint(path)
+    model = build_model(cfg.model, backbone_weights="none")
+    load_weights(model, state.get("average") or state["model"], path)
+    return model.eval()
+
+
+def initial_model(cfg: Config, weights: str | Path | None = None) -> nn.Module:
+    """The model that training starts from: weights follow from cfg.train.seed alone, those of the backbone given."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.train.seed)
+        return build_model(cfg.model, weights)
+
+
+def autocast(cfg: Config, device: torch.device) -> torch.autocast:
+    """The precision in which the model of `cfg` is run, as a context."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.precision == "bfloat16")
+
+
+def save_results(run_dir: Path, results: dict, detections: list[dict], ground_truth: dict) -> dict:
+    """Write predictions.json and matches, then results.json, whose presence says that the run is finished."""
+    write_json(run_dir / "predictions.json", detections)
+    matches = match_detections(ground_truth, detections)
+    save_tables(run_dir, {"matches": matches.detections, "annotations": matches.annotations})
+    write_json(run_dir / "results.json", results)
+    return results
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: CocoDataset,
+    cfg: Config,
+    accelerator: Accelerator,
+    *,
+    criterion: Criterion | None = None,
+    attention: bool = True,
+    run_dir: Path | None = None,
+    progress: bool = True,
+) -> tuple[dict, list[dict]]:
+    """Results and COCO-format detections of `model` on `dataset`, complete on every process.
+
+    attention: measure attention too, of models that have it. run_dir: where examples, maps and measures of single
+    images and objects are stored, if given, in place of those of an earlier evaluation. Results hold `detection` (12
+    COCO numbers and per class), `loss` (with a criterion), `alpha`, the settings `evaluate`, and what
+    `AttentionMeasures.summary` says: `attention`, `sparsity`, `paibb`, `localisation`. progress: show a bar.
+    """
+    with recorder(cfg, len(dataset), accelerator, run_dir) as record:
+        folder = run_dir / "measures" if run_dir else None
+        looks = AttentionMeasures(cfg, folder, accelerator.process_index) if attention and cfg.model.attends else None
+        return _evaluate(model, dataset, cfg, accelerator, criterion, looks, record, progress)
+
+
+def _evaluate(
+    model: nn.Module,
+    dataset: CocoDataset,
+    cfg: Config,
+    accelerator: Accelerator,
+    criterion: Criterion | None,
+    looks: AttentionMeasures | None,
+    record: Recorder | None,
+    progress: bool,
+) -> tuple[dict, list[dict]]:
+    start = time.perf_counter()
+    model = model.to(accelerator.device).eval()
+    shard = range(accelerator.process_index, len(dataset), accelerator.num_processes)  # no image counted twice
+    loader = DataLoader(
+        Subset(dataset, shard), cfg.evaluate.batch_size, collate_fn=collate, num_workers=cfg.data.workers
+    )
+    detections, losses = [], []
+    for batch in tqdm(loader, desc="evaluating", leave=False, disable=None if progress else True):
+        batch = batch.to(accelerator.device)
+        with autocast(cfg, accelerator.device):
+            sites = {*looks.sites, *(record.sites(batch) if record else ())} if looks else ()
+            predictions = model(batch.images, batch.padding_mask, need_attention=sites)
+        detections += _detections(predictions, batch.targets, dataset)
+        if criterion is not None:
+            terms, counts = criterion(predictions, batch.targets)[1], criterion.counts(predictions, batch.targets)
+            losses.append(
+                {
+                    name: (value.item(), counts.get(re.sub(r"(_enc)?(_\d+)?$", "", name), len(batch.targets)))
+                    for name, value in terms.items()
+                }
+            )
+        if looks:
+            pairs = match(predictions, batch.targets, cfg.loss)
+            looks.add(predictions, batch, pairs)
+            if record:
+                record.add(batch, predictions, pairs)
+    sums = [looks.close()] if looks else []
+    if accelerator.num_processes > 1:  # comes back once all processes have closed their tables
+        detections, losses, sums = (gather_object(x) for x in (detections, losses, sums))
+    results = {
+        "detection": coco_ap(dataset.ground_truth, detections),
+        "images": len(dataset),
+        "annotations": str(dataset.annotations_path.name),
+        "evaluate": cfg.evaluate.model_dump(mode="json"),
+        "alpha": {place: module.alpha.tolist() for place, module in alpha_modules(model).items()},
+        "names": {str(label): name for label, name in dataset.names.items()},
+    }
+    if criterion is not None:
+        results["loss"] = {name: _weighted_mean([row[name] for row in losses]) for name in losses[0]}
+    if looks:
+        looks.merge(sums, tables=accelerator.is_main_process)
+        results |= looks.summary(results["alpha"])
+    results["seconds"] = round(time.perf_counter() - start, 2)
+    return results, detections
+
+
+def _detections(predictions: Predictions, targets: list[dict], dataset: CocoDataset) -> list[dict]:
+    sizes = torch.stack([target["original_size"] for target in targets])
+    rows = []
+    for target, found in zip(targets, predictions.detections(sizes, DETECTIONS_PER_IMAGE), strict=True):
+        # Labels between two category ids can be predicted, but name no category.
+        known = torch.tensor([label in dataset.category_ids for label in found.labels.tolist()], dtype=torch.bool)
+        boxes, scores, labels = (x.cpu()[known] for x in (found.boxes, found.scores, found.labels))
+        ids = [dataset.category_ids[label] for label in labels.tolist()]
+        rows += coco_detections(target["image_id"], boxes, scores, ids)
+    return rows
+
+
+def _weighted_mean(pairs: list[tuple[float, float]]) -> float:
+    return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)

@@ -1,0 +1,154 @@
+"""Execute a notebook headless, with papermill, refusing what papermill lets pass.
+
+    detrlib notebook 07_evaluate papermill_runs/my-run/07_evaluate.ipynb -p run_name my-run
+
+papermill only warns of a misspelt parameter and runs on with the default, and it injects `1e-3` as text.
+Here parameters are checked against the notebook's `parameters` cell, by name and type, before anything runs.
+"""
+
+import ast
+import difflib
+import io
+import json
+import logging
+from base64 import b64decode, b64encode
+from pathlib import Path
+from typing import Any
+
+import papermill
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+from PIL import Image
+
+from detrlib.config import PROJECT, parse_value
+from detrlib.errors import ConfigError, RunError
+from detrlib.files import write_atomic
+
+NOTEBOOKS = PROJECT / "notebooks"
+
+
+def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progress: bool = False) -> Path:
+    """Run notebooks/<name>.ipynb with `parameters`; the executed copy is `output`, also when a cell fails.
+
+    Raises RunError naming the parameter, or the failing cell and its error.
+    """
+    source = find_notebook(name)
+    values = checked_parameters(source, parameters)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            source, output, values, cwd=str(PROJECT), progress_bar=progress, log_output=False, kernel_name="python3"
+        )
+    except PapermillExecutionError as error:
+        raise RunError(
+            f"{source.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue} (executed copy: {output})"
+        ) from None
+    except (DeadKernelError, KeyboardInterrupt) as error:
+        _note_failure(output)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise RunError(f"{source.name}: {error}; was memory short? (executed copy: {output})") from None
+    finally:
+        _forget_machine(output)
+    return output
+
+
+def _note_failure(output: Path) -> None:
+    # papermill notes a cell that failed, but takes one that was cut off for completed.
+    if output.exists():
+        notebook = json.loads(output.read_text())
+        notebook["metadata"].setdefault("papermill", {})["exception"] = True
+        write_atomic(output, lambda path: path.write_text(json.dumps(notebook, indent=1) + "\n"))
+
+
+def _forget_machine(output: Path) -> None:
+    """Paths that papermill notes, from the project root: an executed copy is there to be shared."""
+    if output.exists():
+        notebook = json.loads(output.read_text())
+        noted = notebook["metadata"].get("papermill", {})
+        for name in {"input_path", "output_path"} & noted.keys():
+            noted[name] = noted[name].removeprefix(f"{PROJECT}/")
+        write_atomic(output, lambda path: path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"))
+
+
+def is_executed(path: Path) -> bool:
+    """Whether `path` is an executed copy that ran to its end: papermill saves it after every cell."""
+    if not path.exists():
+        return False
+    notebook = json.loads(path.read_text())
+    records = [part["metadata"].get("papermill", {}) for part in (notebook, *notebook["cells"])]
+    return not records[0].get("exception") and all(record.get("status") == "completed" for record in records[1:])
+
+
+def find_notebook(name: str) -> Path:
+    """notebooks/<name>.ipynb. Raises RunError with the nearest name."""
+    path = NOTEBOOKS / f"{Path(name).stem}.ipynb"
+    if not path.exists():
+        there = [found.stem for found in sorted(NOTEBOOKS.glob("*.ipynb"))]
+        near = difflib.get_close_matches(path.stem, there, 1, 0.3)
+        raise RunError(f"no notebook {path}" + (f"; did you mean {near[0]}?" if near else f"; there are {there}"))
+    return path
+
+
+def checked_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, Any]:
+    """`parameters` with text read as YAML where the notebook declares another type.
+
+    Raises RunError for a name that the notebook does not declare or a value of the wrong type.
+    """
+    declared = {name: ast.literal_eval(entry["default"]) for name, entry in _inspect(notebook).items()}
+    checked = {}
+    for name, value in parameters.items():
+        if name not in declared:
+            near = difflib.get_close_matches(name, declared, 1, 0.4)
+            hint = f"did you mean '{near[0]}'?" if near else f"it declares {', '.join(declared)}"
+            raise RunError(f"{notebook.name}: unknown parameter '{name}'; {hint}")
+        checked[name] = _as_declared(value, declared[name], f"{notebook.name}: parameter '{name}'")
+    return checked
+
+
+def _inspect(notebook: Path) -> dict:
+    # papermill reports each parameter it cannot infer a type for; we infer types from the values ourselves.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    return papermill.inspect_notebook(str(notebook))
+
+
+def _as_declared(value: Any, default: Any, where: str) -> Any:
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            value = parse_value(value)
+        except ConfigError as error:
+            raise RunError(f"{where}: {error}") from None
+    if isinstance(value, tuple):
+        value = list(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if default is not None and value is not None and type(value) is not type(default):
+        raise RunError(f"{where} is {value!r}, expected {type(default).__name__} such as {default!r}")
+    return value
+
+
+def shrink_pictures(path: Path) -> None:
+    """Give the pictures of an executed notebook 256 colours each: a third of the size, and hard to tell apart."""
+    notebook = json.loads(path.read_text())
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = Image.open(io.BytesIO(b64decode(data["image/png"]))).convert("RGB").quantize(256)
+                smaller = io.BytesIO()
+                picture.save(smaller, "PNG", optimize=True)
+                data["image/png"] = b64encode(smaller.getvalue()).decode()
+    write_atomic(path, lambda target: target.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"))
+
+
+def report_html(notebook: Path, output: Path, title: str) -> Path:
+    """An executed notebook as one HTML file, pictures inside, code left out."""
+    from nbconvert import HTMLExporter
+
+    logging.getLogger("traitlets").setLevel(logging.ERROR)  # it misses alternative texts of the pictures
+    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    body, _ = exporter.from_filename(str(notebook), resources={"metadata": {"name": title}})
+    write_atomic(output, lambda path: path.write_text(body))
+    return output

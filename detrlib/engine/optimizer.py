@@ -1,0 +1,51 @@
+"""What each parameter learns at: named groups with rates of their own, and the schedule that all follow."""
+
+import ctypes
+import math
+import platform
+
+from torch import nn
+
+from detrlib.config import Train
+from detrlib.models import alpha_modules, place_projections
+
+
+def parameter_groups(model: nn.Module, cfg: Train) -> list[dict]:
+    """Named optimiser groups: rest, backbone, projections (to places), alpha (no weight decay), if not empty."""
+    special = {id(module.pre_alpha): "alpha" for module in alpha_modules(model).values()}
+    special |= {id(parameter): "projections" for parameter in place_projections(model)}
+    groups = {"rest": [], "backbone": [], "projections": [], "alpha": []}
+    for name, parameter in model.named_parameters():
+        if name.startswith("backbone."):
+            parameter.requires_grad_(parameter.requires_grad and cfg.lr_backbone > 0)
+        if parameter.requires_grad:
+            group = "backbone" if name.startswith("backbone.") else special.get(id(parameter), "rest")
+            groups[group].append(parameter)
+    settings = {
+        "rest": {"lr": cfg.lr},
+        "backbone": {"lr": cfg.lr_backbone},
+        "projections": {"lr": 0.1 * cfg.lr if cfg.lr_projections is None else cfg.lr_projections},
+        "alpha": {"lr": 10 * cfg.lr if cfg.lr_alpha is None else cfg.lr_alpha, "weight_decay": 0.0},
+    }
+    return [{"name": name, "params": params, **settings[name]} for name, params in groups.items() if params]
+
+
+def lr_factor(step: int, steps_per_epoch: int, cfg: Train) -> float:
+    """What the learning rates are multiplied by before update number `step`, counted from 0."""
+    if step < cfg.warmup_steps:
+        return (step + 1) / (cfg.warmup_steps + 1)
+    if cfg.schedule == "step":
+        return 0.1 if step >= cfg.lr_drop * steps_per_epoch else 1.0
+    if cfg.schedule == "cosine":
+        total = max(1, cfg.epochs * steps_per_epoch - cfg.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - cfg.warmup_steps) / total)))
+    return 1.0
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large blocks: otherwise every step returns its activations and pages them in again."""
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)

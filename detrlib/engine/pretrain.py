@@ -1,0 +1,161 @@
+"""Backbone weights from the training data itself: a classifier of object crops.
+
+The miniature of ImageNet weights, for data and backbones that have none: without it a detection transformer
+spends most of a short training on finding out what an edge is. Done once and cached; every run that shares
+the data and the backbone shares the weights.
+"""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import normalize, pil_to_tensor, resized_crop
+from tqdm.auto import tqdm
+
+from detrlib.config.settings import Backbone
+from detrlib.data import CocoDataset, cache_folder
+from detrlib.data.augment import MEAN, STD
+from detrlib.files import save_checkpoint
+from detrlib.models.backbone import build_body, stage_channels
+
+log = logging.getLogger(__name__)
+
+SIDE = 64  # of a crop, pixels of the image as the detector sees it; larger objects are shrunk to fit
+MOST_CROPS = 20000
+SAMPLES = 60_000  # crops seen in all, whatever their number
+BATCH = 64
+LEARNING_RATE = 3e-3
+
+
+def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int, seed: int = 0) -> Path:
+    """Path of a state dict for `settings.name`, trained now if the cache does not hold it yet.
+
+    image_size: shorter side of the images in training, so that objects are learned at the size they will have.
+    """
+    with torch.device("meta"):
+        body = build_body(settings.name, settings.dilation)
+    key = {
+        "data": hashlib.sha256(json.dumps(dataset.ground_truth, sort_keys=True).encode()).hexdigest(),
+        "backbone": [settings.name, settings.dilation, [list(weight.shape) for weight in body.state_dict().values()]],
+        "recipe": [image_size, SIDE, MOST_CROPS, SAMPLES, BATCH, LEARNING_RATE, seed],
+    }
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    path = cache_folder() / "backbones" / f"{settings.name}-{digest}.pt"
+    if not path.exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            body, accuracy = train_classifier(settings, dataset, image_size)
+        log.info("backbone pretrained on crops: accuracy %.3f on held-out crops, kept in %s", accuracy, path)
+        save_checkpoint(path, body.state_dict())
+    return path
+
+
+def train_classifier(settings: Backbone, dataset: CocoDataset, image_size: int) -> tuple[nn.Module, float]:
+    """A backbone trained to tell the classes of crops apart, and its accuracy on crops kept back."""
+    crops, labels = collect_crops(dataset, image_size)
+    body = build_body(settings.name, settings.dilation, norm=nn.BatchNorm2d)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = nn.Sequential(_Trunk(body), _Middle(), nn.Linear(stage_channels(body, 4), dataset.num_classes + 1))
+    model.to(device, memory_format=torch.channels_last)
+    held_out = torch.randperm(len(crops)) < max(1, len(crops) // 20)
+    train_crops, train_labels = crops[~held_out], labels[~held_out]
+    steps = SAMPLES // BATCH
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    model.train()
+    for _ in tqdm(range(steps), desc="pretraining the backbone on crops", disable=None):
+        index = torch.randint(len(train_crops), (BATCH,))
+        images = _augment(train_crops[index].to(device)).contiguous(memory_format=torch.channels_last)
+        logits = model(images)
+        loss = F.cross_entropy(logits, train_labels[index].to(device), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return body.cpu(), _accuracy(model.eval().to(device), crops[held_out], labels[held_out])
+
+
+class _Trunk(nn.Module):
+    """The convolutional part of a ResNet-like body."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        body = self.body
+        x = body.maxpool(body.relu(body.bn1(body.conv1(x))))
+        return body.layer4(body.layer3(body.layer2(body.layer1(x))))
+
+
+class _Middle(nn.Module):
+    """Mean of the middle quarter of a map, where the object is: [B,C,h,w] -> [B,C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        return x[..., h // 4 : h - h // 4, w // 4 : w - w // 4].mean((-2, -1))
+
+
+def collect_crops(dataset: CocoDataset, image_size: int) -> tuple[Tensor, Tensor]:
+    """Square crops uint8 [N,3,S,S] around boxes and, one per image, of background; labels [N], background last."""
+    generator = torch.Generator().manual_seed(0)
+    crops, labels = [], []
+    for index in torch.randperm(len(dataset), generator=generator).tolist():
+        image = pil_to_tensor(dataset.image(index))
+        window = SIDE * min(image.shape[-2:]) / image_size  # pixels of the file
+        boxes, classes = dataset.objects(index)  # xyxy pixels, labels
+        for box, label in zip(boxes, classes.tolist(), strict=True):
+            crops.append(_square_crop(image, box, window, generator))
+            labels.append(label)
+        background = _background_box(image.shape[-2:], boxes, window / 4, generator)
+        if background is not None:
+            crops.append(_square_crop(image, background, window, generator))
+            labels.append(dataset.num_classes)
+        if len(crops) >= MOST_CROPS:
+            break
+    return torch.stack(crops), torch.tensor(labels)
+
+
+def _square_crop(image: Tensor, box: Tensor, window: float, generator: torch.Generator) -> Tensor:
+    """uint8 [3,H,W] and xyxy box -> uint8 [3,S,S] with the box near its middle, black outside the image."""
+    x0, y0, x1, y1 = box.tolist()
+    side = max(1.2 * max(x1 - x0, y1 - y0), window)
+    shift_x, shift_y = ((torch.rand(2, generator=generator) - 0.5) * 0.2 * side).tolist()
+    top, left = (y0 + y1 - side) / 2 + shift_y, (x0 + x1 - side) / 2 + shift_x
+    return resized_crop(image, round(top), round(left), round(side), round(side), [SIDE, SIDE], antialias=True)
+
+
+def _background_box(size: tuple[int, int], boxes: Tensor, side: float, generator: torch.Generator) -> Tensor | None:
+    """A box of the given side that touches no object, or None where ten throws find no room."""
+    height, width = size
+    for _ in range(10):
+        corner = torch.rand(2, generator=generator) * torch.tensor([width - side, height - side])
+        box = torch.cat([corner, corner + side])
+        if not len(boxes) or not ((box[:2] < boxes[:, 2:]) & (box[2:] > boxes[:, :2])).all(1).any():
+            return box
+    return None
+
+
+def _augment(crops: Tensor) -> Tensor:
+    """uint8 [B,3,S,S] -> normalised float32, half the batch flipped."""
+    images = _normalised(crops)
+    half = len(images) // 2
+    return torch.cat([images[:half], images[half:].flip(-1)])
+
+
+def _normalised(crops: Tensor) -> Tensor:
+    return normalize(crops.float() / 255, MEAN, STD)
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, crops: Tensor, labels: Tensor) -> float:
+    device = next(model.parameters()).device
+    correct = [
+        (model(_normalised(part.to(device))).argmax(1).cpu() == wanted).float().sum()
+        for part, wanted in zip(crops.split(256), labels.split(256), strict=True)
+    ]
+    return float(sum(correct) / len(labels))

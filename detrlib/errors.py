@@ -1,0 +1,32 @@
+"""What can go wrong through no fault of the library. Every message is one line: what is wrong, where, and the remedy.
+
+The command line prints it and ends with a code that is not zero; notebooks show it as the last line of a cell.
+"""
+
+
+class DetrlibError(Exception):
+    """A fault that can be foreseen; catch this one to catch them all."""
+
+
+class ConfigError(DetrlibError, ValueError):
+    """A setting or an argument is unknown, of the wrong type, or contradicts another; the message names it."""
+
+
+class DataError(DetrlibError, ValueError):
+    """Images or annotations are missing or contradict each other; the message names the file and the entry."""
+
+
+class WeightsError(DetrlibError):
+    """A file of weights is missing, unreachable, or of another model; the message names it and says what it is."""
+
+
+class RunError(DetrlibError):
+    """A run cannot be read, started or finished as asked; the message names the folder or file."""
+
+
+class ModelError(DetrlibError, ValueError):
+    """A model lacks the attention, layer, head or detection that is asked for; the message says which it has."""
+
+
+class NonFiniteLoss(DetrlibError):
+    """Training met a loss that is not a number; the message names step, learning rate and images."""

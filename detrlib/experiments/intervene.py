@@ -1,0 +1,235 @@
+"""What a trained model finds with another attention: AP and sparsity with its transform swapped, its alpha fixed, heads
+pruned.
+
+    detrlib intervene my-run --alphas 1 1.5 2 --transforms softmax sparsemax --prune-heads --limit 200
+
+How a model is changed, and for how long, is said in `detrlib.models.interventions`. An `Intervention` is such a change
+with the names under which its results are kept; one of your own needs no more than a context.
+
+Legend: L layers of a site, H heads, both numbered from 0.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from detrlib.config import Config, load_config, replace
+from detrlib.data import CocoDataset, build_dataset
+from detrlib.engine.evaluate import evaluate, load_model
+from detrlib.experiments.interventions import attention_modules, fixed_alpha, learned_alphas, pruned, swapped
+from detrlib.files import write_atomic
+from detrlib.losses.criterion import Criterion
+from detrlib.models.outputs import Site
+from detrlib.runs.folder import load_results, load_table
+from detrlib.runs.results import MADE_BY
+
+RESULTS = "measures/interventions.parquet"  # read by `frames.interventions_frame`
+KEY = ["kind", "site", "layer", "head", "value", "images", "checkpoint"]
+MEASURES = ["AP", "AP50", "loss", "gini", "zeros", "paibb"]
+ORDER_IMAGES = 100  # of the training split, from which the order of gradual pruning is found
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One row of results. `enter(model)` is a context in which the model is different."""
+
+    kind: str  # none, transform, alpha, learned_alpha, head (a single one pruned), heads (that one and those before)
+    site: Site
+    enter: Callable[[nn.Module], AbstractContextManager]
+    value: str = ""  # name of the transform, alpha, "mean" or "shuffled", number of heads pruned
+    layer: int | None = None  # None: all
+    head: int | None = None  # None: all
+
+
+def swaps(site: Site, names: Iterable[str], layer: int | None = None, **settings) -> list[Intervention]:
+    """Each transform of `names` in turn, in all layers or in one; `settings` as of `TransformSettings`."""
+    layers = None if layer is None else [layer]
+    return [
+        Intervention(
+            "transform", site, partial(swapped, site=site, transform=name, layers=layers, **settings), name, layer
+        )
+        for name in names
+    ]
+
+
+def sweep(site: Site, alphas: Iterable[float], layer: int | None = None) -> list[Intervention]:
+    """entmax with each alpha in turn, the same for all heads, in all layers or in one."""
+    layers = None if layer is None else [layer]
+    return [
+        Intervention("alpha", site, partial(fixed_alpha, site=site, alpha=alpha, layers=layers), f"{alpha:g}", layer)
+        for alpha in alphas
+    ]
+
+
+def rearranged_alphas(model: nn.Module, site: Site, seed: int = 0) -> list[Intervention]:
+    """Learned alphas replaced by their mean, and shuffled among the heads of each layer."""
+    alphas = learned_alphas(model, site)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.stack([row[torch.randperm(len(row), generator=generator)] for row in alphas])
+    choices = {"mean": alphas.mean().item(), "shuffled": shuffled}
+    return [
+        Intervention("learned_alpha", site, partial(fixed_alpha, site=site, alpha=alpha), name)
+        for name, alpha in choices.items()
+    ]
+
+
+def single_heads(model: nn.Module, site: Site) -> list[Intervention]:
+    """Every head pruned alone (Michel et al. 2019, "Are Sixteen Heads Really Better than One?", Sec. 3.2)."""
+    places = [(layer, head) for layer, m in enumerate(attention_modules(model, site)) for head in range(m.num_heads)]
+    return [
+        Intervention("head", site, partial(pruned, site=site, heads={layer: [head]}), "pruned", layer, head)
+        for layer, head in places
+    ]
+
+
+def gradual(site: Site, order: Sequence[tuple[int, int]]) -> list[Intervention]:
+    """Heads (layer, head) pruned one after the other in the given order (Sec. 4 there)."""
+    found = []
+    for count, (layer, head) in enumerate(order, start=1):
+        gone: dict[int, list[int]] = {}
+        for this_layer, this_head in order[:count]:
+            gone.setdefault(this_layer, []).append(this_head)
+        found.append(Intervention("heads", site, partial(pruned, site=site, heads=gone), str(count), layer, head))
+    return found
+
+
+def plan(
+    run_dir: Path,
+    site: Site = "decoder_cross",
+    *,
+    alphas: Iterable[float] = (),
+    transforms: Iterable[str] = (),
+    layer: int | None = None,
+    learned: bool = False,
+    prune_heads: bool = False,
+    order_images: int = ORDER_IMAGES,
+    checkpoint: str = "last",
+) -> list[Intervention]:
+    """The interventions asked for, transforms with the run's own settings: alphas and transforms in all layers or in
+    one, learned alphas rearranged, heads pruned alone and then one after the other. All of them are possible.
+    """
+    load_results(run_dir)
+    settings = load_config(run_dir / "config.yaml").model.attention
+    model = load_model(run_dir, checkpoint)
+    found = sweep(site, alphas, layer)
+    found += swaps(site, transforms, layer, alpha=settings.alpha, tv_lambda=settings.tv_lambda)
+    if learned:
+        found += rearranged_alphas(model, site)
+    for experiment in found:  # before heads are put in order, which takes a while
+        with experiment.enter(model):
+            pass
+    if prune_heads:
+        order = prune_order(run_dir, site, order_images, checkpoint)
+        found += single_heads(model, site) + gradual(site, order)
+    return found
+
+
+# Measuring
+
+
+def intervene_run(
+    run_dir: Path, experiments: Sequence[Intervention], limit: int | None = None, checkpoint: str = "last"
+) -> pd.DataFrame:
+    """Evaluate a finished run under every intervention, and without any, on its validation split.
+
+    limit: the first images only. Returns a row per intervention, those without one (kind "none") first: columns as in
+    `KEY`, the detection numbers, the loss of the last decoder layer, and at the site the mean over layers of Gini and
+    zeros, PAIBB of decoder_cross. A pruned head counts as all zeros; PAIBB is 0 where its layer has no head left.
+
+    Rows are kept in measures/interventions.parquet of the run as they come, in place of earlier ones of the same key;
+    those of gradual pruning replace each other altogether. One process at a time may write there. Raises RunError when
+    the run is not finished, ModelError before the first is measured.
+    """
+    load_results(run_dir)
+    cfg = load_config(run_dir / "config.yaml")
+    cfg = cfg if limit is None else replace(cfg, {"data.val_limit": limit})
+    model = load_model(run_dir, checkpoint)
+    sites = list(dict.fromkeys(experiment.site for experiment in experiments)) or ["decoder_cross"]
+    for site in sites:
+        attention_modules(model, site)
+    for experiment in experiments:  # mistakes show before long work
+        with experiment.enter(model):
+            pass
+    experiments = [*(Intervention("none", site, nullcontext) for site in sites), *experiments]
+    dataset, accelerator = build_dataset(cfg.data, "val"), Accelerator()
+    where = {"images": len(dataset), "checkpoint": checkpoint}
+    path, rows = run_dir / RESULTS, []
+    earlier = load_table(run_dir, "interventions", MADE_BY) if path.exists() else None
+    for experiment in tqdm(experiments, desc="interventions", disable=None):
+        with experiment.enter(model):
+            results = _measure(model, dataset, cfg, accelerator, experiment.site)
+        rows.append(_key(experiment) | where | results)
+        # Half a series of pruned heads would take the place of a whole one measured before.
+        whole = rows if len(rows) == len(experiments) else [row for row in rows if row["kind"] != "heads"]
+        table = _together(earlier, _frame(whole))
+        write_atomic(path, partial(table.to_parquet, index=False))
+    return _frame(rows)
+
+
+def _measure(
+    model: nn.Module, dataset: CocoDataset, cfg: Config, accelerator: Accelerator, site: Site
+) -> dict[str, float | None]:
+    """The measures of a row."""
+    # Maps of a site are measured where its setting is not softmax; models are built from settings no more.
+    cfg = replace(cfg, {f"model.attention.{site}": "entmax"})
+    criterion = Criterion(cfg.loss)
+    results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, progress=False)
+    looks = {name: float(np.mean(results["attention"][site][name])) for name in ("gini", "zeros")}
+    detection = {name: results["detection"][name] for name in ("AP", "AP50")}
+    return detection | {"loss": _last_loss(results, criterion)} | looks | {"paibb": results["paibb"]["all"]}
+
+
+def _last_loss(results: dict, criterion: Criterion) -> float:
+    """The weighted loss of the last decoder layer, which is the one that detects."""
+    return sum(weight * results["loss"][name] for name, weight in criterion.weights.items())
+
+
+def prune_order(run_dir: Path, site: Site, images: int = ORDER_IMAGES, checkpoint: str = "last") -> list:
+    """All heads (layer, head), that whose pruning alone leaves the lowest loss first.
+
+    The loss is that of the first `images` training images, without augmentation: images on which the effect of pruning
+    is measured have no say in the order.
+    """
+    cfg = replace(load_config(run_dir / "config.yaml"), {"data.train_limit": images})
+    model, dataset = load_model(run_dir, checkpoint), build_dataset(cfg.data, "train", augment=False)
+    criterion, accelerator, losses = Criterion(cfg.loss), Accelerator(), {}
+    for one in tqdm(single_heads(model, site), desc="importance of heads", disable=None):
+        with one.enter(model):
+            results, _ = evaluate(
+                model, dataset, cfg, accelerator, criterion=criterion, attention=False, progress=False
+            )
+        losses[one.layer, one.head] = _last_loss(results, criterion)
+    return sorted(losses, key=losses.get)
+
+
+def _key(experiment: Intervention) -> dict:
+    return {name: getattr(experiment, name) for name in ("kind", "site", "layer", "head", "value")}
+
+
+def _frame(rows: list[dict]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=[*KEY, *MEASURES])
+    return frame.astype({"layer": "Int64", "head": "Int64"} | dict.fromkeys(MEASURES, float))
+
+
+def _together(earlier: pd.DataFrame | None, new: pd.DataFrame) -> pd.DataFrame:
+    """New rows after those of the earlier ones that they do not replace; a run cut short loses nothing."""
+    if earlier is None:
+        return new
+    kept = earlier[~_names(earlier).isin(set(_names(new)))]
+    return pd.concat([kept, new], ignore_index=True) if len(kept) else new
+
+
+def _names(frame: pd.DataFrame) -> pd.Series:
+    """One text per row that tells rows apart; rows of one gradual pruning share theirs."""
+    parts = frame[KEY].astype("string").fillna("")
+    parts.loc[frame["kind"] == "heads", ["layer", "head", "value"]] = ""
+    return parts.agg("|".join, axis=1)

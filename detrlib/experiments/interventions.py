@@ -1,0 +1,214 @@
+"""A trained model with another attention: transforms swapped, alphas fixed, heads pruned, its weights as they were.
+
+A site (encoder_self, decoder_self, decoder_cross) is different within a context, and exactly what it was after it, also
+when an exception ends it. Contexts nest in any order (`contextlib.ExitStack`): heads that are pruned stay so when a
+transform is swapped.
+
+    with pruned(model, "decoder_cross", {0: [1, 3]}), fixed_alpha(model, "decoder_cross", 1.25):
+        predictions = model(images, padding_mask, need_attention=True)
+
+Legend: B images, L layers of a site, H heads, Q queries, K keys. Layers and heads are numbered from 0.
+"""
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from detrlib.attention import AlphaEntmax, ConditionalCrossAttention, MultiheadAttention, Transform, build_transform
+from detrlib.attention.entmax import LEAST_ALPHA
+from detrlib.attention.transforms import Entmax, Grid, Softmax, TVMax
+from detrlib.errors import ModelError
+from detrlib.models.faster_rcnn import FasterRCNN
+from detrlib.models.outputs import Site
+
+PLACES = {  # of attention modules, in encoder or decoder layers
+    "encoder_self": ("encoder", "self_attn"),
+    "decoder_self": ("decoder", "self_attn"),
+    "decoder_cross": ("decoder", "multihead_attn"),
+}
+
+
+class ByHead(Transform):
+    """Heads of one layer with transforms of their own. Heads that no group names have no weights: they are pruned."""
+
+    def __init__(self, groups: Sequence[tuple[Transform, Collection[int]]], padding_adds_one: bool):
+        super().__init__()
+        self.transforms = nn.ModuleList(transform for transform, _ in groups)
+        self.heads = [sorted(heads) for _, heads in groups]
+        self.padding_adds_one = padding_adds_one  # of those that may take the place of the pruned ones
+
+    def groups(self) -> list[tuple[Transform, set[int]]]:
+        """Each transform and the heads it serves."""
+        return [(transform, set(heads)) for transform, heads in zip(self.transforms, self.heads, strict=True)]
+
+    def forward(self, scores: Tensor, padding: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """As `Transform.forward`; padding is that of the keys, [B,1,1,K]."""
+        weights = torch.zeros_like(scores, dtype=torch.promote_types(scores.dtype, torch.float32))
+        for transform, heads in zip(self.transforms, self.heads, strict=True):
+            if any(True for _ in transform.parameters()):  # one for each head, perhaps: it must see them all
+                weights[:, heads] = transform(scores, padding, grid)[:, heads]
+            else:
+                weights[:, heads] = transform(scores[:, heads], padding, grid)
+        return weights
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
+
+def attention_modules(model: nn.Module, site: Site) -> list[MultiheadAttention | ConditionalCrossAttention]:
+    """The attention modules of a site, first layer to last. Raises ModelError where no keys are scored."""
+    if site not in PLACES:
+        raise ModelError(f"unknown site '{site}'; there are {', '.join(PLACES)}")
+    if isinstance(model, FasterRCNN):
+        raise ModelError("Faster R-CNN has no attention to change")
+    part, name = PLACES[site]
+    layers = getattr(model.transformer, part).layers
+    if not layers:
+        raise ModelError(f"the model has no {part} layers, so there is nothing to change at {site}")
+    modules = [getattr(layer, name, None) for layer in layers]
+    if not all(isinstance(module, MultiheadAttention | ConditionalCrossAttention) for module in modules):
+        raise ModelError(
+            f"{site} of this model is deformable attention: it samples points and has no scores to transform; "
+            "use decoder_self"
+        )
+    return modules
+
+
+@contextmanager
+def swapped(
+    model: nn.Module,
+    site: Site,
+    transform: str | Transform,
+    layers: Collection[int] | None = None,
+    heads: Collection[int] | None = None,
+    **settings,
+) -> Iterator[nn.Module]:
+    """A context in which `site` uses another transform, in all layers and heads or in those given.
+
+    transform: a name, with `settings` as of `TransformSettings`, or an instance, which all layers then share. Padded
+    keys are treated as the model was trained. Raises ModelError for layers or heads that the model lacks and for
+    tvmax at decoder_self, ValueError for an unknown name.
+    """
+
+    def change(layer: int, module: nn.Module) -> Transform:
+        if isinstance(transform, str):
+            new = build_transform(transform, module.num_heads, **settings)
+        else:
+            new = copy.copy(transform)  # parameters are shared, the treatment of padding is not
+        if isinstance(new, TVMax) and site == "decoder_self":
+            raise ModelError("tvmax needs keys that form a grid: use it at encoder_self or decoder_cross")
+        if isinstance(new, TVMax) and getattr(model.transformer.encoder, "poll", None) is not None:
+            raise ModelError("tvmax needs keys that form a grid: those of a model that polls do not")
+        return _with_heads(module, module.transform, new, heads)
+
+    with _changed(model, site, change, layers):
+        yield model
+
+
+@contextmanager
+def fixed_alpha(
+    model: nn.Module,
+    site: Site,
+    alpha: float | Sequence | Tensor,
+    layers: Collection[int] | None = None,
+    heads: Collection[int] | None = None,
+) -> Iterator[nn.Module]:
+    """A context in which `site` is entmax with `alpha`, in all layers and heads or in those given.
+
+    alpha: from 1, exactly softmax, to 2, exactly sparsemax; one number, [H], or [L,H]. Raises ModelError for
+    another shape or value, and as `swapped`.
+    """
+    modules = attention_modules(model, site)
+    shape = len(modules), modules[0].num_heads
+    values = torch.as_tensor(alpha, dtype=torch.float64).detach().cpu()
+    if values.shape not in ((), shape[1:], shape):
+        raise ModelError(
+            f"alpha has shape {list(values.shape)}; give one number, one per head [{shape[1]}], or {list(shape)}"
+        )
+    for value in values.flatten().tolist():
+        if not (value == 1 or LEAST_ALPHA <= value <= 2):
+            raise ModelError(f"alpha {value} must lie between 1 (softmax) and 2 (sparsemax)")
+    values = values.expand(shape)
+
+    def change(layer: int, module: nn.Module) -> Transform:
+        new = module.transform
+        for value in values[layer].unique().tolist():
+            chosen = set((values[layer] == value).nonzero()[:, 0].tolist()) & _known_heads(module, heads)
+            new = _with_heads(module, new, Softmax() if value == 1 else Entmax(value), chosen)
+        return new
+
+    with _changed(model, site, change, layers):
+        yield model
+
+
+@contextmanager
+def pruned(model: nn.Module, site: Site, heads: Mapping[int, Collection[int]]) -> Iterator[nn.Module]:
+    """A context without the `heads` of each layer, {layer: heads}: their weights are zero, so they add nothing to the
+    output, as if their columns of `out_proj.weight` were zero (Michel et al. 2019, Eq. 2). Raises as `swapped`.
+    """
+
+    def change(layer: int, module: nn.Module) -> Transform:
+        return _with_heads(module, module.transform, None, heads[layer])
+
+    with _changed(model, site, change, heads):
+        yield model
+
+
+@contextmanager
+def _changed(
+    model: nn.Module, site: Site, change: Callable[[int, nn.Module], Transform], layers: Collection[int] | None
+) -> Iterator[None]:
+    """A context in which `change(layer, module)` is the transform of the attention modules of the layers."""
+    modules = attention_modules(model, site)
+    layers = range(len(modules)) if layers is None else sorted(set(layers))
+    if set(layers) - set(range(len(modules))):
+        raise ModelError(f"layers {list(layers)} at {site}: the model has {len(modules)}, numbered from 0")
+    new = {layer: change(layer, modules[layer]) for layer in layers}  # all of them made before one takes effect
+    old = {layer: modules[layer].transform for layer in layers}
+    try:
+        for layer, transform in new.items():
+            _place(modules[layer], transform)
+        yield
+    finally:
+        for layer, transform in old.items():
+            _place(modules[layer], transform)
+
+
+def _place(module: nn.Module, transform: Transform) -> None:
+    """Let a module use a transform. It may have moved to another device while it used another one."""
+    module.transform = transform.to(module.out_proj.weight.device).train(module.training)
+
+
+def _with_heads(module: nn.Module, now: Transform, new: Transform | None, heads: Collection[int] | None) -> Transform:
+    """The transform `now` of a module with `new` in its place for `heads` that are not pruned; None prunes them."""
+    everything = set(range(module.num_heads))
+    groups = now.groups() if isinstance(now, ByHead) else [(now, everything)]
+    chosen = _known_heads(module, heads) & {head for _, served in groups for head in served}
+    groups = [(transform, served - chosen) for transform, served in groups]
+    if new is not None:
+        new.padding_adds_one = now.padding_adds_one
+        groups.append((new, chosen))
+    groups = [(transform, served) for transform, served in groups if served]
+    if len(groups) == 1 and groups[0][1] == everything:
+        return groups[0][0]
+    return ByHead(groups, now.padding_adds_one)
+
+
+def _known_heads(module: nn.Module, heads: Collection[int] | None) -> set[int]:
+    """All heads for None. Raises ModelError for those that the module lacks."""
+    everything = set(range(module.num_heads))
+    chosen = everything if heads is None else set(heads)
+    if chosen - everything:
+        raise ModelError(f"heads {sorted(chosen)}: a layer has {module.num_heads}, numbered from 0")
+    return chosen
+
+
+def learned_alphas(model: nn.Module, site: Site) -> Tensor:
+    """[L,H] alphas that the model has learned at a site. Raises ModelError where it has not."""
+    transforms = [module.transform for module in attention_modules(model, site)]
+    if not all(isinstance(transform, AlphaEntmax) for transform in transforms):
+        raise ModelError(f"the model has learned no alphas at {site}; that needs alpha_entmax in training")
+    return torch.stack([transform.alpha.detach() for transform in transforms])

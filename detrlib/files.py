@@ -1,0 +1,73 @@
+"""Whole files, written so that a reader never meets half of one, and read so that no code in them runs."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detrlib.errors import RunError
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary neighbour of `path`, then put it in place; on failure `path` stays as it was.
+
+    Raises RunError naming the file when the disk is full or not writable.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)  # mkstemp makes files for the owner alone; results are there to be shared
+        os.replace(temporary, path)
+    # torch.save turns a full disk into a RuntimeError of its own.
+    except (OSError, RuntimeError) as error:
+        raise RunError(f"could not write {path}: {error}. What was there before is intact; free some space.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """`values` as indented JSON, written atomically."""
+    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(values, indent=1) + "\n"))
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """`state` as torch saves it, written atomically."""
+    write_atomic(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint on the CPU; no code in the file is run. Raises RunError naming the file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RunError(f"no checkpoint {path}; has the run finished its first epoch?") from None
+    except Exception as error:
+        raise RunError(f"{path} is not a checkpoint of this project: {error}") from error
+
+
+def weight_faults(own: dict, given: dict) -> list[str]:
+    """In words, every way in which the names and shapes of two state dicts differ."""
+    faults = [f"missing {name}" for name in own if name not in given]
+    faults += [f"unexpected {name}" for name in given if name not in own]
+    faults += [
+        f"{name} is {tuple(given[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in given and own[name].shape != given[name].shape
+    ]
+    return faults
+
+
+def load_weights(model: torch.nn.Module, state: dict, source: Path) -> None:
+    """Copy weights into `model`. Raises RunError naming the first differences if they are of another architecture."""
+    faults = weight_faults(model.state_dict(), state)
+    if faults:
+        listed = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+        raise RunError(f"{source} holds weights of another architecture: {listed}")
+    model.load_state_dict(state)

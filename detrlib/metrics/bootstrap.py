@@ -1,0 +1,173 @@
+"""Average precision of weighted images, from matches alone: what resampling needs, thousands of times.
+
+A weight is how many times an image is there, so that a sample drawn with replacement needs no copies; detections are
+matched and sorted once. Detections of equal score keep the order of their image ids, as in COCO.
+Legend: R rows of weights, N images, C classes, A area ranges (all, small, medium, large).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from scipy import sparse
+
+from detrlib.metrics.detection import AREAS, IOU_THRESHOLDS, METRICS, NO_CATEGORY, Matches
+
+AP_METRICS = METRICS[:6]
+RECALLS = np.linspace(0, 1, 101)
+NUMBERS_AT_ONCE = 2**19  # of a class, worked on together: about what a processor's cache holds
+
+
+def average_precision(matches: Matches) -> dict[str, float]:
+    """The six AP of `coco_ap` from matches alone; -1 where there is nothing to be found."""
+    curves = Curves(matches)
+    numbers = curves.ap(np.ones((1, len(curves.image_ids)), np.int32), AP_METRICS)
+    return {name: float(np.nan_to_num(values[0], nan=-1)) for name, values in numbers.items()}
+
+
+class Curves:
+    """Detections sorted once, best first in each class, to compute AP under any weights of the images.
+
+    A weight is how many times an image is there. Detections are those of one or several lists; image n of list l has
+    the weight in column l * N + n.
+    """
+
+    def __init__(self, *lists: Matches):
+        annotations = lists[0].annotations
+        self.image_ids = np.unique(annotations["image_id"])
+        counted = annotations[annotations["category_id"] != NO_CATEGORY]
+        self.category_ids = np.unique(counted["category_id"])
+        image = np.searchsorted(self.image_ids, counted["image_id"])
+        category = np.searchsorted(self.category_ids, counted["category_id"])
+        shape = len(self.image_ids), len(self.category_ids)
+        self.counts = [sparse.csr_array((counted[area], (image, category)), shape) for area in AREAS]  # A times [N,C]
+        tables = [self._numbered(one.detections, number) for number, one in enumerate(lists)]
+        table = pd.concat(tables).sort_values(["category_id", "image_id"], kind="stable")
+        table = table.iloc[np.lexsort((-table["score"], table["category_id"]))]
+        self.classes = dict(iter(table.groupby("category_id")))
+
+    def _numbered(self, detections: pd.DataFrame, number: int) -> pd.DataFrame:
+        column = np.searchsorted(self.image_ids, detections["image_id"]) + number * len(self.image_ids)
+        return detections.assign(column=column)
+
+    def ap(self, weights: np.ndarray, metrics: Sequence[str], images: np.ndarray | None = None) -> dict:
+        """{metric: [R]}, NaN where nothing is to be found; weights [R,columns] of detections, images [R,N] of the
+        annotations if these differ."""
+        images = weights if images is None else images
+        wanted = {name: _cut(name) for name in metrics}
+        sums = {name: np.zeros(len(weights)) for name in wanted}
+        defined = {name: np.zeros(len(weights), int) for name in wanted}
+        totals = [(count.T @ images.T).T for count in self.counts]  # A times [R,C]
+        for position, category in enumerate(self.category_ids):
+            values = {}
+            if category in self.classes:
+                values = _class_ap(self.classes[category], weights, [t[:, position] for t in totals], wanted.values())
+            for name, (area, thresholds) in wanted.items():
+                found = [values.get((area, t), 0.0) for t in thresholds]
+                there = totals[area][:, position] > 0
+                sums[name] += np.where(there, sum(found) / len(thresholds), 0.0)
+                defined[name] += there
+        with np.errstate(invalid="ignore"):
+            return {name: sums[name] / defined[name] for name in wanted}
+
+
+def _cut(metric: str) -> tuple[int, tuple[int, ...]]:
+    """The area range and the IoU thresholds, by position, that a metric is a mean over."""
+    if metric not in AP_METRICS:
+        raise ValueError(f"{metric!r} is none of {', '.join(AP_METRICS)}")
+    thresholds = {"AP50": (0,), "AP75": (5,)}.get(metric, tuple(range(len(IOU_THRESHOLDS))))
+    return list(AREAS).index(metric.partition("_")[2] or "all"), thresholds
+
+
+def _class_ap(table: pd.DataFrame, weights: np.ndarray, totals: list[np.ndarray], wanted: Iterable[tuple]) -> dict:
+    """{(area, threshold): [R]} of one class, whose detections `table` holds best first; totals A times [R].
+
+    Most detections are false positives at every threshold. They are counted once per area range, and only those that
+    are something else at some threshold are looked at threshold by threshold.
+    """
+    cells = sorted({(area, threshold) for area, thresholds in wanted for threshold in thresholds})
+    true, ignored = (table[[f"{kind}_{area}" for area in AREAS]].to_numpy() for kind in ("true", "ignored"))
+    every = 2 ** len(IOU_THRESHOLDS) - 1
+    special = np.flatnonzero(((true > 0) | ((ignored > 0) & (ignored < every))).any(1))
+    plain = np.setdiff1d(np.arange(len(table)), special)
+    column, result = table["column"].to_numpy(), {cell: np.zeros(len(weights)) for cell in cells}
+    step = max(1, NUMBERS_AT_ONCE // len(table))
+    for rows in (slice(start, start + step) for start in range(0, len(weights), step)):
+        theirs = weights[rows]
+        own, before = theirs[:, column[special]], {}
+        for area, threshold in cells:
+            if area not in before:
+                false = plain[ignored[plain, area] == 0]
+                passed = np.cumsum(theirs[:, column[false]], axis=1, dtype=np.int32)
+                passed = np.pad(passed, ((0, 0), (1, 0)))
+                before[area] = passed[:, np.searchsorted(false, special)]
+            used = np.flatnonzero((ignored[special, area] >> threshold & 1) == 0)
+            hits = np.flatnonzero(true[special[used], area] >> threshold & 1)
+            listed = np.cumsum(own[:, used], axis=1, dtype=np.int32)[:, hits] + before[area][:, used[hits]]
+            found = np.cumsum(own[:, used[hits]], axis=1, dtype=np.int32)
+            result[area, threshold][rows] = _area_under_curve(found, listed, totals[area][rows])
+    return result
+
+
+def _area_under_curve(found: np.ndarray, listed: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """[R] COCO's interpolated precision, a mean over 101 recall levels, from counts at the true positives.
+
+    found [R,n] true positives and listed [R,n] all detections so far; total [R] annotations. Each true positive
+    stands for the levels that recall passes there, with the highest precision from there on.
+    """
+    precision = found / (listed + np.spacing(1))
+    highest = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    recall = found / np.maximum(total, 1)[:, None]
+    passed = np.searchsorted(RECALLS, recall.ravel(), side="right").reshape(recall.shape)
+    return (np.diff(passed, axis=1, prepend=0) * highest).sum(1) / len(RECALLS)
+
+
+# Resampling
+
+LEVEL = 0.05  # a difference is established when its adjusted p value is not above; intervals cover the rest
+IMAGES_AT_ONCE = 2**22  # weights of images in memory together
+
+
+def bootstrap_ap(
+    matches: Matches, resamples: int = 1000, seed: int = 0, metrics: Sequence[str] = AP_METRICS
+) -> pd.DataFrame:
+    """AP of `resamples` samples of the images, drawn with replacement: a row per sample, a column per metric.
+
+    NaN where a sample has nothing to be found. The same seed draws the same images for every run on them.
+    Assumes that the images are independent draws from those of interest, and says nothing about training anew.
+    Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapters 6 and 13.
+    """
+    curves = Curves(matches)
+    parts = [pd.DataFrame(curves.ap(weights, metrics)) for weights in _multiplicities(curves, resamples, seed)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _multiplicities(curves: Curves, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """[R,N] how often each image is drawn, a batch at a time."""
+    images, random = len(curves.image_ids), np.random.default_rng(seed)
+    for count in _batches(resamples, images):
+        yield random.multinomial(images, np.full(images, 1 / images), size=count).astype(np.int32)
+
+
+def _batches(resamples: int, images: int) -> list[int]:
+    most = max(1, IMAGES_AT_ONCE // images)
+    return [min(most, resamples - start) for start in range(0, resamples, most)]
+
+
+def interval(estimate: ArrayLike, samples: pd.DataFrame | pd.Series) -> pd.DataFrame | pd.Series:
+    """The basic 95 % bootstrap interval (rows low, high) around `estimate`, of each column of bootstrap `samples`.
+
+    It reflects percentiles at the estimate: AP of few annotations per class is too high, that of samples with repeated
+    images once more so, and percentiles themselves would add that error where these take it off. What is left of it
+    with few annotations per class makes intervals of AP itself, less so those of differences, too narrow.
+    Source: Davison & Hinkley 1997, "Bootstrap Methods and their Application", section 5.2.
+    """
+    ends = samples.quantile([1 - LEVEL / 2, LEVEL / 2])
+    return (2 * estimate - ends).set_axis(["low", "high"], axis=0)
+
+
+def ap_table(matches: Matches, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """The six AP of a run with their 95 % intervals: columns value, low, high; all missing where AP is undefined."""
+    values = pd.Series(average_precision(matches)).replace(-1, np.nan)
+    return interval(values, bootstrap_ap(matches, resamples, seed)).T.assign(value=values)[["value", "low", "high"]]

@@ -1,0 +1,124 @@
+"""Weights of a backbone, from torchvision or from the files that people have of them, under torchvision's names.
+
+The numbers in both forms of a Swin Transformer mean the same: tables of position biases and the order in which patches
+are merged agree.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from detrlib.errors import WeightsError
+from detrlib.files import weight_faults
+
+State = dict[str, Tensor]
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+CLASSIFIER = {f"{part}.{kind}" for part in ("fc", "norm", "head") for kind in ("weight", "bias")}
+
+
+def imagenet_weights(name: str) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights, downloaded once. Raises WeightsError with a remedy when there are none."""
+    if name not in (*RESNETS, "swin_t"):
+        raise WeightsError(f"there are no ImageNet weights for '{name}'; set model.backbone.weights to none or crops")
+    try:
+        return torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise WeightsError(
+            f"could not download the ImageNet weights of {name} ({error}). Offline, set model.backbone.weights to the "
+            "path of a downloaded state dict, to 'crops' (pretrained on the data at hand) or to 'none'."
+        ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from a local file, also an official one; no code in it is run. Raises WeightsError naming it."""
+    if not path.is_file():
+        raise WeightsError(f"model.backbone.weights: no file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its reader stumbled over
+        raise WeightsError(f"{path}: not readable as weights: {error}") from error
+    state = backbone_entries(state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path}: expected a state dict (names to tensors) of a backbone")
+    return state
+
+
+def load_weights(body: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copy a classifier's weights into `body`, leaving out its head and batch counters; anything else must fit.
+
+    Norms of stages, which classifiers have not, stay as they are.
+    """
+    state = {
+        name: value
+        for name, value in state.items()
+        if name not in CLASSIFIER and not name.endswith("num_batches_tracked")
+    }
+    own = body.state_dict()
+    state = {name: value for name, value in own.items() if re.match(r"norm\d", name)} | state
+    faults = weight_faults(own, state)
+    if faults:
+        raise WeightsError(f"{source}: weights of another backbone: {'; '.join(faults[:4])} ({len(faults)} faults)")
+    body.load_state_dict(state)
+
+
+PAIRS = "relative_position_index"  # of the tokens of a window: a table in official files, in one row in torchvision
+SCRL = "online_network_state_dict"  # where SCRL's files keep the network that others take over
+SCRL_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+def backbone_entries(content: dict) -> dict:
+    """Weights of a backbone under torchvision's names, from the files that people have of them.
+
+    Knows SCRL's (an encoder with numbered parts), classifiers kept under "model" or "state_dict", and official Swin
+    Transformers; any other content is returned as it is.
+    """
+    if SCRL in content:
+        parts = {name: re.match(r"(?:module\.)?encoder\.(\d+)\.", name) for name in content[SCRL]}
+        return {
+            f"{SCRL_PARTS[match[1]]}.{name[match.end() :]}": content[SCRL][name]
+            for name, match in parts.items()
+            if match and match[1] in SCRL_PARTS
+        }
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    return _swin_entries(content) if "patch_embed.proj.weight" in content else content
+
+
+def swin_name(name: str) -> str:
+    """The name in torchvision of an entry of an official Swin Transformer, whose stages and mergers are apart."""
+    place = re.match(r"(?:patch_embed\.(proj|norm)|layers\.(\d+)\.(?:blocks|(downsample)))\.", name)
+    if not place:
+        return name  # the classifier's norm and head
+    part, stage, merges = place.groups()
+    if part:
+        beginning = {"proj": "features.0.0.", "norm": "features.0.2."}[part]
+    else:
+        beginning = f"features.{2 * int(stage) + (2 if merges else 1)}."
+    return beginning + name[place.end() :].replace("mlp.fc1.", "mlp.0.").replace("mlp.fc2.", "mlp.3.")
+
+
+def official_swin_name(name: str) -> str:
+    """The inverse of `swin_name`."""
+    place = re.match(r"features\.(\d+)\.(?:(0|2)\.(?=weight|bias))?", name)
+    if not place:
+        return name
+    number, part = int(place[1]), place[2]
+    if number == 0:
+        beginning = {"0": "patch_embed.proj.", "2": "patch_embed.norm."}[part]
+    else:
+        beginning = f"layers.{(number - 1) // 2}." + ("blocks." if number % 2 else "downsample.")
+    return beginning + name[place.end() :].replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
+
+
+def _swin_entries(state: State) -> State:
+    """Weights of an official Swin Transformer as torchvision has them; masks are made anew for every image size."""
+    return {
+        swin_name(name): value.flatten() if name.endswith(PAIRS) else value
+        for name, value in state.items()
+        if not name.endswith("attn_mask")
+    }

@@ -1,0 +1,37 @@
+"""The run folder, the contract between training and all that reads results: `folder`, `examples`, `maps`, `results`."""
+
+from detrlib.runs.examples import Example, load_examples, same_image
+from detrlib.runs.folder import (
+    RUNS,
+    append_metrics,
+    environment,
+    load_results,
+    load_table,
+    open_run,
+    read_metrics,
+    refuse_other_settings,
+    run_labels,
+    run_path,
+    save_tables,
+    truncate_metrics,
+)
+from detrlib.runs.maps import AttentionStore
+
+__all__ = [
+    "RUNS",
+    "AttentionStore",
+    "Example",
+    "append_metrics",
+    "environment",
+    "load_examples",
+    "load_results",
+    "load_table",
+    "open_run",
+    "read_metrics",
+    "refuse_other_settings",
+    "run_labels",
+    "run_path",
+    "same_image",
+    "save_tables",
+    "truncate_metrics",
+]

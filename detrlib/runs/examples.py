@@ -1,0 +1,243 @@
+"""What single images leave in the run folder while an evaluation streams by: examples, and their attention maps.
+
+Legend: B images, H heads, Q queries, n maps of a head, h x w the key grid.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from detrlib.boxes import cxcywh_to_xyxy, to_pixels
+from detrlib.config import Config
+from detrlib.data import Batch
+from detrlib.data.augment import denormalise
+from detrlib.errors import RunError
+from detrlib.files import write_atomic
+from detrlib.losses.matcher import Match
+from detrlib.models import AttentionMaps, Predictions
+from detrlib.models.outputs import Site
+from detrlib.runs.folder import load_results
+from detrlib.runs.maps import AttentionStore, MapWriter, Packed, StoredMaps, clear_maps, pack
+
+EXAMPLE_SCORE = 0.3  # queries more confident than this are kept in an example, matched ones always
+
+
+@dataclass
+class Detected:
+    """One image as the model saw it, with what the model found.
+
+    Boxes are xyxy in pixels of `image`; n confident or matched queries, best first.
+    """
+
+    image_id: int
+    image: np.ndarray  # [H,W,3] uint8
+    true_boxes: np.ndarray  # [T,4]
+    true_labels: np.ndarray  # [T]
+    boxes: np.ndarray  # [n,4]
+    labels: np.ndarray  # [n]
+    scores: np.ndarray  # [n]
+    matched: np.ndarray  # [n] index of the true box the query was matched to, or -1
+    queries: np.ndarray  # [n] their numbers in the model, and in the attention store
+    extent: np.ndarray  # [2] height and width of the image in cells of the map, <= (h, w)
+
+
+@dataclass
+class Example(Detected):
+    """What a model found in one image, and where it looked for it: maps are read from disk when they are indexed."""
+
+    maps: np.ndarray | StoredMaps  # [L,H,n,h,w] decoder cross-attention of every layer and head
+    other_maps: dict[str, np.ndarray | StoredMaps] = field(default_factory=dict)  # by site, where they are stored
+
+    def attention(self, site: str = "decoder_cross") -> np.ndarray | StoredMaps:
+        """Maps of a site: decoder_cross [L,H,n,h,w], decoder_self [L,H,n,Q], encoder_self [L,H,h*w,h,w].
+
+        The queries of encoder_self are the cells of the grid, row by row; of encoders with several levels, or that
+        drop or pool tokens, all their tokens. Raises RunError for a site that is not stored.
+        """
+        if site == "decoder_cross":
+            return self.maps
+        if site not in self.other_maps:
+            raise RunError(
+                f"maps of {site} are not stored of image {self.image_id}, only of "
+                f"{', '.join(['decoder_cross', *self.other_maps])}; add it to evaluate.store_sites and evaluate again"
+            )
+        return self.other_maps[site]
+
+
+class Recorder:
+    """What the first images of a data set leave in the run folder while they stream by: examples and attention maps."""
+
+    def __init__(self, cfg: Config, total: int, accelerator: Accelerator, run_dir: Path, maps: MapWriter):
+        settings = cfg.evaluate
+        self.examples = settings.examples
+        self.images = total if settings.store_maps == "all" else max(settings.store_maps, settings.examples)
+        self.wanted = settings.store_sites
+        self.run_dir, self.maps = run_dir, maps
+        self.next, self.step = accelerator.process_index, accelerator.num_processes  # numbers in the data set
+
+    def _numbers(self, batch: Batch) -> range:
+        """The numbers in the data set of those images of the next batch that are stored."""
+        end = self.next + self.step * len(batch.targets)
+        return range(self.next, min(end, self.images), self.step)
+
+    def sites(self, batch: Batch) -> tuple[str, ...]:
+        """The sites whose maps are needed of the next batch."""
+        return self.wanted if self._numbers(batch) else ()
+
+    def add(self, batch: Batch, predictions: Predictions, pairs: list[Match]) -> None:
+        """Store what is wanted of the next batch."""
+        numbers = self._numbers(batch)
+        self.next += self.step * len(batch.targets)
+        packed = {site: _packed(predictions, site, len(numbers)) for site in self.wanted if numbers}
+        for index, number in enumerate(numbers):
+            sites = {site: [layer[index] for layer in layers] for site, layers in packed.items()}
+            extent = _extent(batch, predictions.attention, index).tolist()
+            self.maps.add(batch.targets[index]["image_id"], extent, sites)
+            if number < self.examples:
+                save_example(self.run_dir, make_detected(batch, predictions, pairs, index))
+
+
+@contextmanager
+def recorder(cfg: Config, total: int, accelerator: Accelerator, run_dir: Path | None) -> Iterator[Recorder | None]:
+    """A recorder into `run_dir`, None without one; what an earlier evaluation has left, of other images, is removed."""
+    if run_dir is None:
+        yield None
+        return
+    if accelerator.is_main_process:
+        clear_examples(run_dir)
+        clear_maps(run_dir)
+    accelerator.wait_for_everyone()
+    with MapWriter(run_dir, accelerator.process_index, accelerator.num_processes) as maps:
+        yield Recorder(cfg, total, accelerator, run_dir, maps)
+
+
+def _packed(predictions: Predictions, site: Site, images: int) -> list[list[Packed]]:
+    """Maps of the first images of a batch for the store, layer by layer: one dense layer at a time is in memory."""
+    maps = predictions.attention
+    layers = []
+    for layer in range(len(getattr(maps, site))):
+        weights = getattr(maps, site)[layer] if site == "decoder_self" else maps.as_images(site, layer)
+        layers.append([pack(_valid(weights[i], i, site, predictions).float().cpu().numpy()) for i in range(images)])
+    return layers
+
+
+def _valid(weights: Tensor, image: int, site: Site, predictions: Predictions) -> Tensor:
+    """Maps [H,n,h,w] of one image without padding: neither as keys nor, where cells ask in the encoder, as queries."""
+    if site == "decoder_self":
+        return weights
+    grid = predictions.attention.grid
+    rows, columns = predictions.attention.valid_grid(image)
+    cells_ask = predictions.tokens is None and predictions.polled is None and weights.shape[1] == grid[0] * grid[1]
+    if site == "encoder_self" and cells_ask:
+        weights = weights.unflatten(1, grid)[:, :rows, :columns].flatten(1, 2)
+    return weights[..., :rows, :columns]
+
+
+def make_detected(batch: Batch, predictions: Predictions, pairs: list[Match], index: int) -> Detected:
+    """Image number `index` of a batch with its confident and matched queries."""
+    target = batch.targets[index]
+    size = target["size"]
+    height, width = size.tolist()
+    scores, labels = predictions.class_scores()[index].max(-1)  # [Q]
+    matched = torch.full_like(labels, -1)
+    query, box = pairs[index]
+    matched[query] = box
+    order = scores.argsort(descending=True)
+    order = order[(scores[order] > EXAMPLE_SCORE) | (matched[order] >= 0)]
+
+    def pixels(boxes: Tensor) -> Tensor:
+        return to_pixels(cxcywh_to_xyxy(boxes.float()), size)
+
+    values = {
+        "image": picture(batch.images[index, :, :height, :width]),
+        "true_boxes": pixels(target["boxes"]),
+        "true_labels": target["labels"],
+        "boxes": pixels(predictions.boxes[index, order]),
+        "labels": labels[order],
+        "scores": scores[order],
+        "matched": matched[order],
+        "extent": _extent(batch, predictions.attention, index),
+        "queries": order,
+    }
+    return Detected(target["image_id"], **{name: value.cpu().numpy() for name, value in values.items()})
+
+
+def _extent(batch: Batch, maps: AttentionMaps, index: int) -> Tensor:
+    """[2], height and width of an image in cells of the key grid."""
+    stride = torch.tensor([s / g for s, g in zip(batch.images.shape[-2:], maps.grid, strict=True)])
+    return batch.targets[index]["size"].cpu() / stride
+
+
+def picture(image: Tensor) -> Tensor:
+    """Normalised [3,H,W] -> uint8 [H,W,3]."""
+    return (denormalise(image.float()) * 255).round().to(torch.uint8).permute(1, 2, 0)
+
+
+def save_example(run_dir: Path, found: Detected) -> None:
+    """The picture and detections of one example as examples/<image id>.npz; its maps are for the attention store."""
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez_compressed(file, **asdict(found))
+
+    write_atomic(run_dir / "examples" / f"{found.image_id:012d}.npz", write)
+
+
+def load_examples(run_dir: Path) -> list[Example]:
+    """The stored examples of a run, by image id; none where the model has no attention to show.
+
+    Raises RunError when there should be some, or their maps are missing.
+    """
+    paths = sorted((run_dir / "examples").glob("*.npz"))
+    if not paths and not _lacks_attention(run_dir):
+        raise RunError(f"{run_dir} holds no examples; evaluate it first (notebook 07_evaluate)")
+    store = AttentionStore(run_dir) if paths else None
+    return [_load_example(path, store) for path in paths]
+
+
+def _load_example(path: Path, store: AttentionStore) -> Example:
+    with np.load(path) as file:
+        values = {name: file[name] for name in file.files}
+    if "queries" not in values:
+        raise RunError(f"{path} was written before maps had a store of their own; evaluate the run again")
+    image_id, queries = int(values.pop("image_id")), values["queries"]
+    rows = {"decoder_cross": queries, "decoder_self": queries, "encoder_self": None}
+    maps = {site: StoredMaps(store, image_id, site, rows[site]) for site in store.sites(image_id)}
+    return Example(image_id, **values, maps=maps.pop("decoder_cross"), other_maps=maps)
+
+
+def _lacks_attention(run_dir: Path) -> bool:
+    """Whether a run is evaluated, and its model has no attention."""
+    results = load_results(run_dir) if (run_dir / "results.json").exists() else {}
+    return "detection" in results and "attention" not in results
+
+
+def clear_examples(run_dir: Path) -> None:
+    """Remove stored examples: those of an earlier evaluation may be of other images."""
+    for path in (run_dir / "examples").glob("*.npz"):
+        path.unlink()
+
+
+def same_image(examples: dict[str, list[Example]], number: int | None = None) -> dict[str, Example]:
+    """One image in every run: example `number` of the first run, or None for the one with most annotated objects.
+
+    Runs without examples, whose models have no attention, are left out. Raises RunError naming the runs that did not
+    store that image, or when no run is left.
+    """
+    examples = {run: stored for run, stored in examples.items() if stored}
+    if not examples:
+        raise RunError("no run has examples with attention maps; name one whose model has attention")
+    first = next(iter(examples.values()))
+    number = int(np.argmax([len(example.true_boxes) for example in first])) if number is None else number
+    wanted = first[number].image_id
+    chosen = {run: next((e for e in stored if e.image_id == wanted), None) for run, stored in examples.items()}
+    missing = [run for run, example in chosen.items() if example is None]
+    if missing:
+        raise RunError(f"image {wanted} is no stored example of {', '.join(missing)}; evaluate all runs alike")
+    return chosen

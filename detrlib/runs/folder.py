@@ -1,0 +1,167 @@
+"""The run folder: the contract between training and everything that reads its results.
+
+    papermill_runs/<run_name>/
+        config.yaml        every setting, resolved          environment.json   commit, versions, hardware
+        metrics.jsonl      one line per logged step or epoch, flat "group/name" keys
+        checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
+        results.json       final numbers; its presence means: finished
+        predictions.json   COCO-format detections           examples/*.npz     images with what was found in them
+        maps/*.parquet     attention maps, see `store`
+        measures/*.parquet of single images and objects: sparsity, localisation, matches that AP is computed from
+        *.ipynb            executed notebooks
+
+Files are written to a temporary neighbour and renamed, so a reader or a resumed run never meets half of one; lines of
+metrics.jsonl are appended, and a last line cut short is ignored.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
+from detrlib.errors import RunError
+from detrlib.files import write_atomic, write_json
+
+RUNS = PROJECT / "papermill_runs"
+RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders that are no results of a split
+FREE_TO_CHANGE = ("data.workers", "data.cache", "train.log_every", "train.keep_every", "train.tracking", "evaluate")
+
+
+def run_path(name: str | Path) -> Path:
+    """The folder of a run: a bare or nested name lies under papermill_runs/, an absolute path is itself."""
+    return PROJECT / name if Path(name).parts[:1] == (RUNS.name,) else RUNS / name
+
+
+def open_run(cfg: Config, run_dir: Path) -> bool:
+    """Make `run_dir` ready for training with `cfg`; True if it holds an unfinished run to resume.
+
+    Raises RunError if the run is finished, or was begun with other settings.
+    """
+    if (run_dir / "results.json").exists():
+        raise RunError(f"{run_dir} is finished and is not overwritten; choose another run name, or delete the folder")
+    begun = (run_dir / "config.yaml").exists()
+    checkpoint = (run_dir / "checkpoints" / "last.pt").exists()
+    if begun and checkpoint:  # before the first checkpoint, other settings lose nothing
+        refuse_other_settings(cfg, run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
+    write_json(run_dir / "environment.json", environment())
+    return begun or checkpoint
+
+
+def refuse_other_settings(new: Config, run_dir: Path) -> None:
+    """Raise RunError if the run in `run_dir` was begun with settings that give other results than `new`."""
+    old = load_config(run_dir / "config.yaml")
+    before = flat_settings(old)
+    # What training fills in from the data is no contradiction to a config that leaves it open.
+    changed = [
+        f"{key} was {before[key]}, now {value}"
+        for key, value in changed_settings(new, old).items()
+        if not key.startswith(FREE_TO_CHANGE) and not (key == "model.num_classes" and None in (value, before[key]))
+    ]
+    if changed:
+        raise RunError(
+            f"{run_dir} was begun with other settings ({'; '.join(changed[:5])}); choose another run name, "
+            "delete the folder, or go back to its settings to resume"
+        )
+
+
+def append_metrics(run_dir: Path, record: dict[str, float | int | None]) -> None:
+    """Add one line to metrics.jsonl; a number that is not finite becomes null."""
+    clean = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()}
+    path = run_dir / "metrics.jsonl"
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(clean) + "\n")
+    except OSError as error:
+        raise RunError(f"could not write {path}: {error}; free some space, the same run name continues") from error
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The records of metrics.jsonl; a last line cut short by a crash is left out."""
+    path = run_dir / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def truncate_metrics(run_dir: Path, last_step: int) -> None:
+    """Forget what was logged after the checkpoint that a run resumes from."""
+    kept = [record for record in read_metrics(run_dir) if record["global_step"] <= last_step]
+    lines = "".join(json.dumps(record) + "\n" for record in kept)
+    write_atomic(run_dir / "metrics.jsonl", lambda path: path.write_text(lines))
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and hardware, so that a number can be traced to what made it."""
+    packages = ("torch", "torchvision", "accelerate", "numpy", "faster-coco-eval")
+    cuda = torch.cuda.is_available()
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in the project, or None outside a checkout."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def load_results(run_dir: Path) -> dict:
+    """results.json of a finished run. Raises RunError when it is not finished."""
+    path = run_dir / "results.json"
+    if not path.exists():
+        raise RunError(f"{run_dir} has no results.json: not a run, or not finished; start it again to continue")
+    return json.loads(path.read_text())
+
+
+def run_labels(run_dirs: Iterable[Path]) -> dict[Path, str]:
+    """A short name for each run: its folder's, with those above it where that is not enough to tell runs apart."""
+    run_dirs = list(run_dirs)
+    depth = 1
+    while len({run_dir.parts[-depth:] for run_dir in run_dirs}) < len(set(run_dirs)):
+        depth += 1
+    return {run_dir: "/".join(run_dir.parts[-depth:]) for run_dir in run_dirs}
+
+
+def save_tables(run_dir: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Each table as measures/<name>.parquet, written atomically."""
+    for name, table in tables.items():
+        write_atomic(run_dir / "measures" / f"{name}.parquet", partial(table.to_parquet, index=False))
+
+
+def load_table(run_dir: Path, name: str, made_by: str = "detrlib evaluate") -> pd.DataFrame:
+    """measures/<name>.parquet of a run. Raises RunError naming the file when there is none, or it is none, and the
+    module that makes it.
+    """
+    path = run_dir / "measures" / f"{name}.parquet"
+    if not path.exists():
+        raise RunError(f"no {path}; measure the run (again): {made_by} {run_dir}")
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
+        raise RunError(f"{path} is not readable ({error}); delete it, then: {made_by} {run_dir}") from error

@@ -1,0 +1,369 @@
+"""Attention maps on disk, sparse and image by image: <run>/maps/part-*.parquet, one part per process.
+
+One row per map, that is per (image_id, site, layer, head, query), with its cells that are not zero:
+
+    indices   where, ascending: row * w + column of the image's key grid (h, w); null: all cells in order, stored
+              densely because that is smaller
+    weights   float16, one for each index
+
+Keys and extents of the images stand under `detrlib` in the metadata of the file. Only the valid part of a grid is
+stored, no padding. Rows of one image and site lie together, in order, in a row group of their own (of large maps: one
+for each layer), which is all that is read for them. Any reader of parquet can use the files:
+
+    SELECT layer, avg(len(weights)) FROM 'maps/*.parquet' GROUP BY layer        -- mean support, of sparse maps
+
+Rounding to float16 moves a weight by 2^-11 of itself, or by 2^-25 when it is below 2^-14, so that rows no longer sum
+to exactly one. A weight that would become zero is stored as 2^-24, the smallest number above it: the support is exact.
+
+Legend: L layers, H heads, n queries, K keys; keys are the h x w cells of a grid, or the Q queries (decoder_self).
+"""
+
+import json
+import math
+import operator
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from detrlib.errors import RunError
+
+SMALLEST = np.float16(2.0**-24)
+ROW_GROUP_CELLS = 2**21  # an image with more gets a row group for each layer: 4 MiB of dense float16
+FOLDER, METADATA = "maps", "detrlib"
+Choice = int | slice | Sequence[int] | np.ndarray | None
+
+
+def _list_of(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", kind, nullable=False))
+
+
+SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("site", pa.string(), nullable=False),
+        pa.field("layer", pa.uint16(), nullable=False),
+        pa.field("head", pa.uint16(), nullable=False),
+        pa.field("query", pa.uint32(), nullable=False),
+        pa.field("indices", _list_of(pa.uint32())),  # parquet packs integers by value: 16 bits would save nothing
+        pa.field("weights", _list_of(pa.float16()), nullable=False),
+    ]
+)
+POSITION = ["image_id", "site", "layer", "head", "query"]
+ENCODING = {"indices.list.element": "DELTA_BINARY_PACKED", "weights.list.element": "BYTE_STREAM_SPLIT"}
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """The maps of one layer as rows of the store, heads by heads."""
+
+    indices: pa.ListArray
+    weights: pa.ListArray
+    shape: tuple[int, ...]  # (H, n, h, w), or (H, n, Q)
+
+
+def pack(maps: np.ndarray) -> Packed:
+    """Maps of one layer [H,n,h,w] or [H,n,Q], in any precision, as rows of the store."""
+    half = as_half(maps).reshape(math.prod(maps.shape[:2]), -1)  # [R,K]
+    nonzero = half != 0
+    dense = 2 * nonzero.sum(1) > half.shape[1]  # an index costs about as much as a weight
+    sparse = nonzero & ~dense[:, None]
+    columns = np.nonzero(sparse)[1].astype(np.uint32)
+    indices = pa.ListArray.from_arrays(
+        _offsets(sparse), pa.array(columns), type=SCHEMA.field("indices").type, mask=pa.array(dense)
+    )
+    kept = sparse | dense[:, None]
+    weights = pa.ListArray.from_arrays(_offsets(kept), pa.array(half[kept]), type=SCHEMA.field("weights").type)
+    return Packed(indices, weights, maps.shape)
+
+
+def as_half(weights: np.ndarray) -> np.ndarray:
+    """Weights in float16, with the same zeros: what is too small for it becomes its smallest number, not zero."""
+    half = weights.astype(np.float16)
+    lost = (half == 0) & (weights != 0)
+    half[lost] = np.copysign(SMALLEST, weights[lost])
+    return half
+
+
+def _offsets(kept: np.ndarray) -> pa.Array:
+    return pa.array(np.concatenate([[0], kept.sum(1).cumsum()]).astype(np.int32))
+
+
+class MapWriter:
+    """Writes one part of a store, image by image, in constant memory; to be used in a `with` statement.
+
+    The part appears under its name when the block ends without an error, whole; a store of no images is none.
+    """
+
+    def __init__(self, run_dir: Path, part: int = 0, parts: int = 1):
+        self.path = run_dir / FOLDER / f"part-{part:05d}-of-{parts:05d}.parquet"
+        self._parts = parts
+        self._images: dict[int, dict] = {}
+        self._groups = 0
+
+    def __enter__(self) -> "MapWriter":
+        with self._full_disk_named():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+            os.close(handle)
+            self._temporary = Path(name)
+            self._writer = pq.ParquetWriter(
+                name,
+                SCHEMA,
+                compression="zstd",
+                use_dictionary=POSITION,
+                column_encoding=ENCODING,
+                write_statistics=["image_id", "site", "layer"],
+            )
+        return self
+
+    def add(self, image_id: int, extent: Iterable[float], sites: Mapping[str, Sequence[Packed]]) -> None:
+        """The maps of one image: for each site its layers, first to last.
+
+        extent: height and width of the image in cells of the grid, at most (h, w).
+        Raises ValueError for an image that is stored already, or layers of different shapes, RunError on a full disk.
+        """
+        if image_id in self._images:
+            raise ValueError(f"image {image_id} is stored already")
+        entry = {"image_id": image_id, "extent": [float(cells) for cells in extent], "sites": {}}
+        for site, layers in sites.items():
+            shapes = {layer.shape for layer in layers}
+            if len(shapes) != 1:
+                raise ValueError(f"the layers of {site} have the shapes {sorted(shapes)}, not one")
+            shape = (len(layers), *shapes.pop())
+            together = len(layers) if math.prod(shape) <= ROW_GROUP_CELLS else 1
+            entry["sites"][site] = {"shape": shape, "first_row_group": self._groups, "layers_per_row_group": together}
+            for first in range(0, len(layers), together):
+                rows = _rows(image_id, site, first, layers[first : first + together])
+                with self._full_disk_named():
+                    self._writer.write_table(rows, row_group_size=max(len(rows), 1))
+                self._groups += 1
+        self._images[image_id] = entry
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            with self._full_disk_named():
+                if kind is None:
+                    described = {"images": list(self._images.values())}
+                    self._writer.add_key_value_metadata({METADATA: json.dumps(described)})
+                self._writer.close()
+                if kind is None and (self._images or self._parts > 1):
+                    self._temporary.chmod(0o644)  # mkstemp makes files for the owner alone
+                    os.replace(self._temporary, self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _full_disk_named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"could not write {self.path}: {error}; free some space and evaluate again") from error
+
+
+def _rows(image_id: int, site: str, first: int, layers: Sequence[Packed]) -> pa.Table:
+    """Rows of layers `first`, first + 1, ... of one site of an image."""
+    layer, head, query = np.indices((len(layers), *layers[0].shape[:2])).reshape(3, -1)
+    columns = {
+        "image_id": np.full(len(layer), image_id),
+        "site": pa.repeat(site, len(layer)),
+        "layer": layer + first,
+        "head": head,
+        "query": query,
+        "indices": pa.concat_arrays([packed.indices for packed in layers]),
+        "weights": pa.concat_arrays([packed.weights for packed in layers]),
+    }
+    return pa.table(columns).cast(SCHEMA)
+
+
+def clear_maps(run_dir: Path) -> None:
+    """Remove stored maps, and what an evaluation that was killed has left of its own."""
+    for pattern in ("part-*.parquet", ".part-*.parquet.*"):
+        for path in (run_dir / FOLDER).glob(pattern):
+            path.unlink()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+class _Site(NamedTuple):
+    file: pq.ParquetFile
+    shape: tuple[int, ...]  # (L, H, n, h, w), or (L, H, n, Q)
+    first_row_group: int
+    layers_per_row_group: int
+
+
+class AttentionStore:
+    """The stored attention maps of an evaluated run, read image by image.
+
+    Opening it reads what is stored of which image, no map. Raises RunError where there is none, or a part is missing.
+    """
+
+    def __init__(self, run_dir: str | Path):
+        self.run_dir, self._folder = Path(run_dir), Path(run_dir) / FOLDER
+        self._sites: dict[int, dict[str, _Site]] = {}
+        self._extents: dict[int, list[float]] = {}
+        for path in self._parts():
+            self._open(path)
+
+    def _parts(self) -> list[Path]:
+        paths = sorted(self._folder.glob("part-*.parquet"))
+        if not paths:
+            raise RunError(
+                f"{self.run_dir} holds no attention maps; evaluate it again (notebook 07_evaluate) with "
+                "evaluate.examples or evaluate.store_maps above 0"
+            )
+        expected = int(re.search(r"-of-(\d+)", paths[0].name).group(1))
+        if len(paths) != expected:
+            raise RunError(
+                f"{self._folder} holds {len(paths)} of {expected} parts: the evaluation was interrupted; evaluate again"
+            )
+        return paths
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = pq.ParquetFile(path, memory_map=True)
+            images = json.loads(file.metadata.metadata[METADATA.encode()])["images"]
+        except (pa.ArrowInvalid, KeyError, TypeError) as error:
+            raise RunError(f"{path} is no part of an attention store ({error}); evaluate the run again") from error
+        for image in images:
+            self._extents[image["image_id"]] = image["extent"]
+            self._sites[image["image_id"]] = {
+                name: _Site(file, tuple(site["shape"]), site["first_row_group"], site["layers_per_row_group"])
+                for name, site in image["sites"].items()
+            }
+
+    @property
+    def images(self) -> list[int]:
+        """Ids of the stored images, ascending."""
+        return sorted(self._sites)
+
+    def sites(self, image_id: int) -> list[str]:
+        """The sites whose maps are stored of an image. Raises RunError for an image that is not stored."""
+        return list(self._of(image_id))
+
+    def shape(self, image_id: int, site: str = "decoder_cross") -> tuple[int, ...]:
+        """(L, H, n, h, w), or (L, H, Q, Q) of decoder_self. Raises RunError for what is not stored."""
+        return self._site(image_id, site).shape
+
+    def grid(self, image_id: int) -> tuple[int, int]:
+        """(h, w) of the key grid of an image, without padding. Raises RunError for an image that is not stored."""
+        return self.shape(image_id)[3:]
+
+    def extent(self, image_id: int) -> np.ndarray:
+        """[2], height and width of an image in cells, at most (h, w): the last cells may reach beyond it."""
+        self._of(image_id)
+        return np.array(self._extents[image_id], dtype=np.float32)
+
+    def maps(
+        self,
+        image_id: int,
+        site: str = "decoder_cross",
+        layers: Choice = None,
+        heads: Choice = None,
+        queries: Choice = None,
+    ) -> np.ndarray:
+        """Maps of one image, float32 [L,H,n,h,w], of decoder_self [L,H,n,Q].
+
+        layers, heads, queries: a number, several, or a slice, negative ones from the end; None: all. A number keeps
+        its axis. Raises RunError for an image or a site that is not stored, and for numbers that do not exist.
+        """
+        stored = self._site(image_id, site)
+        where = f"{site} of image {image_id} in {self.run_dir}"
+        asked = zip(("layer", "head", "query"), (layers, heads, queries), stored.shape, strict=False)
+        layers, heads, queries = (
+            _chosen(choice, size, f"no {name} {choice} at {where}") for name, choice, size in asked
+        )
+        maps = np.empty((len(layers), len(heads), len(queries), *stored.shape[3:]), dtype=np.float32)
+        group, inside = np.divmod(layers, stored.layers_per_row_group)
+        for number in np.unique(group):
+            mine = group == number
+            rows = (inside[mine, None, None] * stored.shape[1] + heads[:, None]) * stored.shape[2] + queries
+            table = stored.file.read_row_group(stored.first_row_group + number, columns=["indices", "weights"])
+            maps[mine] = _unpacked(table, rows.ravel(), math.prod(maps.shape[3:])).reshape(maps[mine].shape)
+        return maps
+
+    def _of(self, image_id: int) -> dict[str, _Site]:
+        if image_id not in self._sites:
+            some = ", ".join(map(str, self.images[:5])) + (", ..." if len(self._sites) > 5 else "")
+            raise RunError(
+                f"maps of image {image_id} are not stored in {self.run_dir}, but of {len(self._sites)} others "
+                f"({some}); set evaluate.store_maps to more images, or all, and evaluate again"
+            )
+        return self._sites[image_id]
+
+    def _site(self, image_id: int, site: str) -> _Site:
+        stored = self._of(image_id)
+        if site not in stored:
+            raise RunError(
+                f"maps of {site} are not stored of image {image_id} in {self.run_dir}, only of {', '.join(stored)}; "
+                "add it to evaluate.store_sites and evaluate again"
+            )
+        return stored[site]
+
+
+def _chosen(choice: Choice, size: int, fault: str) -> np.ndarray:
+    """The numbers out of 0..size-1 that a choice means. Raises RunError that opens with `fault`."""
+    numbers = np.arange(size)
+    if choice is None or isinstance(choice, slice):
+        return numbers[choice or slice(None)]
+    wanted = np.atleast_1d(np.asarray(choice))
+    try:
+        return numbers[wanted if wanted.size else wanted.astype(int)]
+    except IndexError:
+        raise RunError(f"{fault}: there are {size}, 0 to {size - 1}") from None
+
+
+def _unpacked(table: pa.Table, rows: np.ndarray, cells: int) -> np.ndarray:
+    """The chosen rows of a table as maps [R,K], float32."""
+    if len(rows) != len(table) or (rows != np.arange(len(rows))).any():
+        table = table.take(rows)
+    indices, weights = (table.column(name).combine_chunks() for name in ("indices", "weights"))
+    count = np.diff(weights.offsets.to_numpy())
+    dense = np.repeat(indices.is_null().to_numpy(zero_copy_only=False), count)  # of each weight
+    column = np.empty(len(dense), dtype=np.int64)
+    column[~dense] = indices.flatten().to_numpy()
+    column[dense] = np.tile(np.arange(cells), dense.sum() // cells)
+    maps = np.zeros((len(rows), cells), dtype=np.float32)
+    maps[np.repeat(np.arange(len(rows)), count), column] = weights.flatten().to_numpy()
+    return maps
+
+
+class StoredMaps:
+    """Maps [L,H,n,h,w] of an image, read when they are indexed as an array is; of `maps[layer]`, that layer only."""
+
+    def __init__(self, store: AttentionStore, image_id: int, site: str, queries: np.ndarray | None = None):
+        layers, heads, every, *keys = store.shape(image_id, site)
+        self._read = (store, image_id, site, queries)
+        self.shape = (layers, heads, every if queries is None else len(queries), *keys)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key) -> np.ndarray:
+        first, *rest = key if isinstance(key, tuple) and key else (key,)
+        if isinstance(first, slice):
+            return self._layers(first)[(slice(None), *rest)]
+        try:
+            layer = operator.index(first)
+        except TypeError:  # Ellipsis, None, arrays
+            return self._layers(None)[key]
+        return self._layers(range(len(self))[layer])[(0, *rest)]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("maps on disk cannot become an array without a copy")
+        return self._layers(None).astype(dtype or np.float32, copy=False)
+
+    def _layers(self, layers: Choice) -> np.ndarray:
+        store, image_id, site, queries = self._read
+        return store.maps(image_id, site, layers, queries=queries)

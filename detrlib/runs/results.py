@@ -1,0 +1,263 @@
+"""Saved results of runs as tidy pandas tables, for figures, statistics and the main table.
+
+Every function takes run folders and reads nothing else; runs carry the names that `run_labels` gives them.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from detrlib.config import load_config
+from detrlib.errors import RunError
+from detrlib.metrics.detection import Matches
+from detrlib.runs.folder import load_results, load_table, read_metrics, run_labels
+
+MADE_BY = "detrlib intervene"
+AP_CUTS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+
+
+def metrics_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """All logged metrics, tidy: columns run, global_step, epoch, metric, value; one row per number."""
+    rows = []
+    for run_dir, label in run_labels(run_dirs).items():
+        for record in read_metrics(run_dir):
+            where = {"run": label, "global_step": record["global_step"], "epoch": record["epoch"]}
+            numbers = {k: v for k, v in record.items() if k not in ("global_step", "epoch") and v is not None}
+            rows += [where | {"metric": name, "value": value} for name, value in numbers.items()]
+    return pd.DataFrame(rows, columns=["run", "global_step", "epoch", "metric", "value"])
+
+
+def published_curves(path: Path) -> pd.DataFrame:
+    """Curves of other trainings, as of `metrics_frame`: columns run, epoch, metric, value.
+
+    path: CSV with columns metric, model, epoch, value. Raises RunError naming the file and what it lacks.
+    """
+    try:
+        table = pd.read_csv(path).rename(columns={"model": "run"})
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is no table of curves: {error}") from error
+    columns = ["run", "epoch", "metric", "value"]
+    if missing := set(columns) - set(table):
+        raise RunError(f"{path} lacks {', '.join(sorted(missing))}; expected columns metric, model, epoch and value")
+    return table[columns]
+
+
+def alpha_frame(run_dirs: Iterable[Path], quantity: str = "alpha") -> pd.DataFrame:
+    """Learnable alphas over training: columns run, epoch, site, layer, head, value; empty if there are none.
+
+    One value per epoch, that at its end; epoch 0 is the first one logged. quantity: "alpha", or "pre_alpha_gradient"
+    for the gradient of the parameter behind it, which is logged with training steps: the mean over those of an epoch.
+    """
+    frame = metrics_frame(run_dirs)
+    alpha = frame[frame.metric.str.startswith(f"{quantity}/")]
+    parts = alpha.metric.str.extract(rf"{quantity}/(?P<site>\w+)\.layer_(?P<layer>\d+)-head_(?P<head>\d+)")
+    parts = parts.astype({"layer": int, "head": int})
+    tidy = pd.concat([alpha[["run", "epoch", "value"]], parts], axis=1)
+    place = ["run", "epoch", "site", "layer", "head"]
+    if quantity != "alpha":
+        return tidy.groupby(place, sort=False, as_index=False)["value"].mean()
+    # A record of an epoch comes before those of the steps after it, which carry the same number.
+    return tidy.drop_duplicates(place).reset_index(drop=True)
+
+
+def attention_frame(run_dirs: Iterable[Path], site: str) -> pd.DataFrame:
+    """Sparsity of one site, tidy: columns run, metric, layer (from 0), value."""
+    rows = [
+        {"run": label, "metric": metric, "layer": layer, "value": value}
+        for run_dir, label in run_labels(run_dirs).items()
+        for metric, values in load_results(run_dir).get("attention", {}).get(site, {}).items()
+        for layer, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows, columns=["run", "metric", "layer", "value"])
+
+
+def layer_frame(run_dirs: Iterable[Path], site: str = "decoder_cross") -> pd.DataFrame:
+    """Measures of every layer, tidy: columns run, group, state, metric, layer (from 0), value.
+
+    state is "trained", and "untrained" for runs that were also evaluated as they were before training; metrics are
+    those of sparsity (means over images, heads and queries) and, at decoder_cross, of localisation (over objects).
+    """
+    rows = []
+    for run_dir, label in run_labels(run_dirs).items():
+        for state, folder in (("trained", run_dir), ("untrained", run_dir / "untrained")):
+            results = load_results(folder) if state == "trained" or (folder / "results.json").exists() else {}
+            values = dict(results.get("attention", {}).get(site, {}))
+            if site == "decoder_cross":
+                located = results.get("localisation", {}).get("all", {})
+                values |= {name: found["mean"] for name, found in located.items() if name != "pairs"}
+            where = {"run": label, "group": group_of(label), "state": state}
+            rows += [
+                where | {"metric": name, "layer": layer, "value": value}
+                for name, layers in values.items()
+                for layer, value in enumerate(layers)
+            ]
+    return pd.DataFrame(rows, columns=["run", "group", "state", "metric", "layer", "value"])
+
+
+def having(run_dirs: Iterable[Path], table: str) -> list[Path]:
+    """The runs for which measures/<table>.parquet was written."""
+    return [run_dir for run_dir in run_dirs if (run_dir / "measures" / f"{table}.parquet").exists()]
+
+
+def first_of_groups(run_dirs: Iterable[Path]) -> list[Path]:
+    """One run of each group, the first: for figures of single models."""
+    first = {}
+    for run_dir, label in run_labels(run_dirs).items():
+        first.setdefault(group_of(label), run_dir)
+    return list(first.values())
+
+
+def group_of(label: str) -> str:
+    """The name that runs of several seeds share: `label` without "-seed3" or "_seed3" at the end of a folder's name."""
+    return re.sub(r"[-_]seed\d+(?=/|$)", "", label)
+
+
+def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """All headline numbers, one row per run: run, group, seed, architecture, the transform at each site, the twelve of
+    COCO, `<site>/<measure>` (means over layers), `<measure>/<size>` of the last layer for what is measured of matched
+    queries (paibb, paibb_normalised, pointing, distance), images, epoch, seconds; missing where a run has none.
+    """
+    rows = []
+    for run_dir, label in run_labels(run_dirs).items():
+        results, cfg = load_results(run_dir), load_config(run_dir / "config.yaml")
+        transforms = {
+            site: getattr(cfg.model.attention, site) for site in ("encoder_self", "decoder_self", "decoder_cross")
+        }
+        row = {"run": label, "group": group_of(label), "seed": cfg.train.seed, "architecture": cfg.model.architecture}
+        row |= transforms | {name: value for name, value in results["detection"].items() if name != "per_class"}
+        for site, measures in results.get("attention", {}).items():
+            row |= {f"{site}/{name}": float(np.mean(values)) for name, values in measures.items()}
+        for size, measures in results.get("localisation", {}).items():
+            numbers = {name: value for name, value in measures.items() if name != "pairs"}
+            row |= {f"{name}/{size}": value["mean"][-1] for name, value in numbers.items()}
+        rows.append(row | {name: results.get(name) for name in ("images", "epoch", "seconds")})
+    return pd.DataFrame(rows)
+
+
+def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """The main table, one row per run: AP in six cuts, Gini and zeros of decoder cross-attention, PAIBB.
+
+    The last three are missing (NaN) for models without attention.
+    """
+    rows = {}
+    for run_dir, label in run_labels(run_dirs).items():
+        results = load_results(run_dir)
+        cross = results.get("attention", {}).get("decoder_cross", {"gini": np.nan, "zeros": np.nan})
+        rows[label] = {
+            **{name: results["detection"][name] for name in AP_CUTS},
+            "Gini": float(np.mean(cross["gini"])),
+            "zeros": float(np.mean(cross["zeros"])),
+            "PAIBB": results.get("paibb", {}).get("all", np.nan),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+
+
+def paibb_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """PAIBB by object size, one row per run; `pairs` is how many matched objects it is a mean over.
+
+    Models without attention have 0 pairs and no values.
+    """
+    rows = {label: load_results(run_dir).get("paibb", {"pairs": 0}) for run_dir, label in run_labels(run_dirs).items()}
+    order = ["all", "small", "medium", "large", "pairs"]
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=order).rename_axis("run")
+
+
+def sparsity_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """Sparsity of single images: columns run, image_id, site, layer, head, queries (all, matched, confident) and the
+    measures, means over the queries. Images without such queries have no row. Raises RunError where there is none.
+    """
+    return measures(run_dirs, "sparsity")
+
+
+def located_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """Where attention of the matched query lies for every object: columns run, image_id, object (its number in the
+    image), label, area (of its box, square pixels of the file), size, score (of the query), layer, head (-1: the mean
+    over heads) and the measures. Raises RunError where there is none.
+    """
+    return measures(run_dirs, "located")
+
+
+def objects_frame(run_dir: Path) -> pd.DataFrame:
+    """The objects that a run was evaluated on: columns image_id, category, area (of the box), crowd (never).
+
+    Objects of an image beyond the number of queries are matched to none, and missing.
+    """
+    names = load_results(run_dir)["names"]
+    located = load_table(run_dir, "located")
+    once = located[(located["layer"] == 0) & (located["head"] == -1)]
+    return once[["image_id", "area"]].assign(category=[names[str(label)] for label in once["label"]], crowd=False)
+
+
+def measures(run_dirs: Iterable[Path], name: str) -> pd.DataFrame:
+    """measures/<name>.parquet of several runs in one table, with a column run. Raises RunError where there is none."""
+    frames = []
+    for run_dir, label in run_labels(run_dirs).items():
+        frame = load_table(run_dir, name)
+        frame.insert(0, "run", label)
+        frames.append(frame)
+    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["run"])
+    # Runs may have measured other sites: words of several lists come back as text.
+    return table.astype({column: "category" for column in ("run", "site", "queries", "size") if column in table})
+
+
+def final_alphas(run_dirs: Iterable[Path], site: str = "decoder_cross") -> dict[str, np.ndarray]:
+    """Alphas [layers, heads] at the end of training, for the runs that have learnable ones at `site`."""
+    found = {}
+    for run_dir, label in run_labels(run_dirs).items():
+        layers = {place: value for place, value in load_results(run_dir)["alpha"].items() if place.startswith(site)}
+        if layers:
+            found[label] = np.array([layers[f"{site}.{number}"] for number in range(len(layers))])
+    return found
+
+
+def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, checkpoint: str = "last") -> pd.DataFrame:
+    """Stored interventions on runs, tidy: as of `detrlib.experiments.intervene.intervene_run`, with columns run, trained (the
+    transform that the run was trained with at the site) and trained_alpha (mean of learned ones; NaN for tvmax).
+
+    images: only rows measured on so many. Raises RunError where rows of different numbers of images would meet, and
+    for a run without rows of these images and this checkpoint.
+    """
+    tables = []
+    for run_dir, label in run_labels(run_dirs).items():
+        table = load_table(run_dir, "interventions", MADE_BY)
+        table = table[(table["checkpoint"] == checkpoint) & (table["images"] == (images or table["images"]))]
+        if table.empty:
+            asked = f"checkpoint {checkpoint}" + (f" on {images} images" if images else "")
+            raise RunError(f"{run_dir}: no interventions of {asked} are stored; measure them: {MADE_BY}")
+        trained = {site: _trained(run_dir, site) for site in table["site"].unique()}
+        names, alphas = ([trained[site][part] for site in table["site"]] for part in (0, 1))
+        tables.append(table.assign(run=label, trained=names, trained_alpha=alphas))
+    frame = pd.concat(tables, ignore_index=True)
+    if frame["images"].nunique() > 1:
+        raise RunError(f"measured on {sorted(frame['images'].unique().tolist())} images; name one of them as `images`")
+    return frame
+
+
+def _trained(run_dir: Path, site: str) -> tuple[str, float]:
+    """The transform a run was trained with at a site, and its alpha."""
+    attention = load_config(run_dir / "config.yaml").model.attention
+    name = getattr(attention, site)
+    learned = [a for place, row in load_results(run_dir)["alpha"].items() if place.startswith(f"{site}.") for a in row]
+    known = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": attention.alpha}
+    return name, float(np.mean(learned)) if learned else known.get(name, float("nan"))
+
+
+def provenance(run_dirs: Iterable[Path], made_by: str) -> str:
+    """Where a figure comes from: what made it, and of each run the commit, the device and the resolved config."""
+    lines = [f"made by {made_by}"]
+    for run_dir, label in run_labels(run_dirs).items():
+        known = json.loads((run_dir / "environment.json").read_text())
+        changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
+        device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
+        lines.append(f"{label}: commit {known['commit']}{changed}; torch {known['packages']['torch']}; {device}")
+    lines.append("each run: detrlib train <its folder>/config.yaml --name <a new name>")
+    return "\n".join(lines)
+
+
+def load_matches(run_dir: Path) -> Matches:
+    """The matches that the evaluation of a run has stored. Raises RunError when it was evaluated without."""
+    return Matches(load_table(run_dir, "matches"), load_table(run_dir, "annotations"))

@@ -1,0 +1,1 @@
+"""Pictures and exercises of the walkthroughs. Nothing else imports it."""

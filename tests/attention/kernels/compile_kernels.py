@@ -1,0 +1,35 @@
+"""Compile the Triton kernels, which takes no GPU: a program of its own, since `test_kernels` interprets them."""
+
+import torch
+import triton
+
+from detrlib.attention.kernels import flash
+from detrlib.attention.kernels import rows as kernels
+
+
+def compile_for_hopper() -> None:
+    """Compile every kernel, in its richest form, down to machine code for an H100 or H200."""
+    numbers = {"alpha_stride", "H", "Q", "R", "K"}
+    halves = {f"{name}_ptr" for name in ("q", "k", "v", "mixed", "gradient", "to_q", "to_k", "to_v")}
+    kinds = dict.fromkeys(numbers, "i32") | {"scale": "fp32", "seed": "i64", "dropout": "fp32", "mask_ptr": "*u8"}
+    kinds |= {"live_ptr": "*i8"} | dict.fromkeys(halves, "*bf16")
+    tile = flash._settings(*torch.empty(2, 1, 1, 1, 32, dtype=torch.bfloat16), "general", padded=True, dropped=True)
+    options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+    row = {"KIND": "general", "ROWS": 1, "BLOCK": 1024}
+    work = [
+        (kernels._held_kernel, row),
+        (kernels._streamed_kernel, row),
+        (kernels._backward_kernel, row | {"NEED_ALPHA": True}),
+        (flash._forward_kernel, tile),
+        (flash._backward_query_kernel, tile | {"NEED_ALPHA": True}),
+        (flash._backward_key_kernel, tile),
+    ]
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    for kernel, constants in work:
+        signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in kernel.arg_names}
+        source = triton.compiler.ASTSource(kernel, signature, constants)
+        assert triton.compile(source, target=target, options=options).asm["cubin"]
+
+
+if __name__ == "__main__":
+    compile_for_hopper()

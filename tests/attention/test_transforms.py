@@ -1,0 +1,296 @@
+"""Attention transforms.
+
+Gradients against finite differences, values against an algorithm of another kind, padding against leaving the keys out.
+"""
+
+import pytest
+import torch
+from entmax import entmax_bisect
+from scores import HEADS, by_bisection, keys_padding, make, random_scores, weights_of
+from torch import nn
+
+from detrlib.attention import TRANSFORMS, AlphaEntmax, MultiheadAttention, Transform, build_transform
+from detrlib.config import Model
+from detrlib.config.settings import Attention
+from detrlib.models import alpha_modules, build_model
+
+SPARSE = [name for name in TRANSFORMS if name != "softmax"]
+every_transform = pytest.mark.parametrize("name", TRANSFORMS)
+
+
+# Gradients
+
+
+@every_transform
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradient_is_that_of_finite_differences(name, padded):
+    transform = make(name).double()
+    scores = random_scores(2, HEADS, 2, 7).requires_grad_()
+    padding = keys_padding() if padded else None
+    assert torch.autograd.gradcheck(lambda z: weights_of(transform, z, padding), scores)
+
+
+def test_gradient_of_entmax_with_a_power_above_two():
+    transform = build_transform("entmax", HEADS, alpha=1.25)
+    assert torch.autograd.gradcheck(transform, random_scores(2, HEADS, 2, 7, seed=1).requires_grad_())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradient_of_alpha_is_that_of_finite_differences(padded):
+    transform = make("alpha_entmax").double()
+    scores, weighting = random_scores(2, HEADS, 4, 7), random_scores(2, HEADS, 4, 7, seed=1)
+    padding = keys_padding() if padded else None
+
+    def value(pre_alpha: torch.Tensor) -> torch.Tensor:
+        return (torch.func.functional_call(transform, {"pre_alpha": pre_alpha}, (scores, padding)) * weighting).sum()
+
+    pre_alpha = transform.pre_alpha.detach()
+    found = torch.autograd.grad(value(pre_alpha.requires_grad_()), pre_alpha)[0]
+    with torch.no_grad():
+        steps = 1e-5 * torch.eye(HEADS, dtype=torch.float64)
+        expected = torch.stack([value(pre_alpha + step) - value(pre_alpha - step) for step in steps]) / 2e-5
+    assert found.abs().min() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+# Values: two independent algorithms
+
+
+@pytest.mark.parametrize(("name", "alpha"), [("sparsemax", 2.0), ("entmax15", 1.5), ("entmax", 1.3), ("entmax", 1.8)])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_agree_with_bisection(name, alpha, scale, dtype):
+    scores = random_scores(2, HEADS, 5, 60, scale=scale).to(dtype)
+    weights = make(name, alpha)(scores)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    assert weights.dtype == dtype
+    torch.testing.assert_close(weights.double(), by_bisection(scores, alpha), rtol=0, atol=tolerance)
+
+
+def test_softmax_is_normalised_exponentials():
+    scores = random_scores(2, HEADS, 5, 60)
+    expected = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    torch.testing.assert_close(make("softmax")(scores), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_learnable_alpha_agrees_with_long_bisection_head_by_head(dtype):
+    transform = make("alpha_entmax").to(dtype)
+    scores = random_scores(2, HEADS, 5, 60).to(dtype)
+    weights = transform(scores)
+    assert transform.alpha.unique().numel() == HEADS
+    for head, alpha in enumerate(transform.alpha.double()):
+        expected = entmax_bisect(scores[:, head].double(), alpha, dim=-1, n_iter=200)
+        tolerance = 1e-10 if dtype == torch.float64 else 2e-6
+        torch.testing.assert_close(weights[:, head].double(), expected, rtol=0, atol=tolerance)
+
+
+def test_the_family_meets_at_its_named_members():
+    scores = random_scores(2, HEADS, 5, 60)
+    for alpha, name in [(1.5, "entmax15"), (2.0, "sparsemax")]:
+        exact = make(name)(scores)
+        torch.testing.assert_close(make("entmax", alpha)(scores), exact, rtol=0, atol=1e-10)
+    learnable = build_transform("alpha_entmax", HEADS, alpha_init=1.5).double()
+    torch.testing.assert_close(learnable(scores), make("entmax15")(scores), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_only_sparse_transforms_give_exact_zeros(name):
+    scores = random_scores(2, HEADS, 5, 60)
+    assert (make("softmax")(scores) > 0).all()
+    zeros = (weights_of(make(name), scores) == 0).double().mean()
+    assert 0.1 < zeros < 1.0
+
+
+@every_transform
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_weights_are_a_distribution_at_every_scale(name, scale):
+    scores = random_scores(2, HEADS, 5, 950, scale=scale).float()
+    weights = weights_of(make(name), scores)
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 5), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.01, 1.05, 1.5, 1.9, 2.0])
+def test_equal_scores_share_equally(alpha):
+    scores = torch.linspace(-3, 3, 500)[:, None].expand(1, 1, 500, 1000)
+    weights = build_transform("entmax", 1, alpha=alpha)(scores)
+    torch.testing.assert_close(weights, torch.full_like(weights, 1e-3), rtol=1e-4, atol=0)
+
+
+# Padding
+
+
+@every_transform
+def test_masking_is_leaving_the_keys_out(name):
+    transform = make(name).double()
+    scores, weighting = random_scores(2, HEADS, 4, 7), random_scores(2, HEADS, 4, 7, seed=1)
+    padding = keys_padding()
+    if name == "tvmax":  # left out in the middle, a key would leave its neighbours side by side
+        padding[0] = torch.arange(7) > 3
+    masked = scores.clone().requires_grad_()
+    weights = weights_of(transform, masked, padding)
+    gradient = torch.autograd.grad((weights * weighting).sum(), [masked, *transform.parameters()])
+    alpha_gradients = torch.zeros(HEADS, dtype=torch.float64)
+    for image in range(2):
+        valid = ~padding[image, 0, 0]
+        short = scores[image, ..., valid][None].requires_grad_()
+        expected = weights_of(transform, short)
+        wanted = torch.autograd.grad((expected * weighting[image, ..., valid]).sum(), [short, *transform.parameters()])
+        torch.testing.assert_close(weights[image, ..., valid], expected[0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(gradient[0][image, ..., valid], wanted[0][0], rtol=0, atol=1e-9)
+        alpha_gradients += sum(wanted[1:])
+    assert (weights.masked_select(padding) == 0).all()
+    assert (gradient[0].masked_select(padding) == 0).all()
+    for found in gradient[1:]:
+        torch.testing.assert_close(found, alpha_gradients, rtol=0, atol=1e-9)
+
+
+@every_transform
+def test_scores_of_padded_keys_do_not_matter(name):
+    transform, scores, padding = make(name), random_scores(2, HEADS, 4, 7).float(), keys_padding()
+    loud = scores.masked_fill(padding, 1e6)
+    assert torch.equal(weights_of(transform, scores, padding), weights_of(transform, loud, padding))
+
+
+@every_transform
+def test_a_fully_padded_row_is_zero_and_has_no_gradient(name):
+    transform = make(name)
+    scores = random_scores(2, HEADS, 4, 7).float().requires_grad_()
+    padding = keys_padding()
+    padding[0] = True
+    weights = weights_of(transform, scores, padding)
+    (weights * random_scores(2, HEADS, 4, 7, seed=1)).sum().backward()
+    assert (weights[0] == 0).all()
+    assert (scores.grad[0] == 0).all()
+    assert torch.isfinite(scores.grad).all()
+    assert scores.grad[1].abs().sum() > 0
+    assert all(torch.isfinite(parameter.grad).all() for parameter in transform.parameters())
+
+
+@every_transform
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_fully_padded_image_gives_finite_outputs_and_gradients(name, need_weights):
+    layer = MultiheadAttention(12, HEADS, make(name))
+    query = random_scores(2, 4, 12).float().requires_grad_()
+    padding = torch.tensor([[True] * 5, [False] * 5])
+    output, _ = layer(query, *[random_scores(2, 5, 12, seed=1).float()] * 2, padding, (1, 5), need_weights)
+    output.sum().backward()
+    torch.testing.assert_close(output[0], layer.out_proj.bias.expand(4, 12))
+    assert torch.isfinite(query.grad).all()
+
+
+def test_padding_costs_no_copy_of_the_weights():
+    """Only rows of nothing but padding have to be cleared, and there are hardly ever any."""
+
+    class Kept(Transform):
+        def weights(self, scores, grid):
+            self.found = scores.softmax(-1)
+            return self.found
+
+    transform, scores, padding = Kept(), random_scores(2, HEADS, 4, 7), keys_padding()
+    assert transform(scores, padding) is transform.found
+    padding[0] = True
+    assert transform(scores, padding) is not transform.found
+
+
+# Precision
+
+
+class Recording(Transform):
+    """Uniform weights; remembers what it was computed with."""
+
+    def weights(self, scores, grid):
+        self.dtype, self.autocast = scores.dtype, torch.is_autocast_enabled(scores.device.type)
+        return torch.full_like(scores, 1 / scores.shape[-1])
+
+
+def test_transforms_are_computed_outside_autocast():
+    transform = Recording()
+    with torch.autocast("cpu", torch.bfloat16):
+        transform(torch.zeros(1, 1, 2, 3, dtype=torch.bfloat16))
+        assert transform.dtype == torch.float32
+        assert not transform.autocast
+        assert torch.is_autocast_enabled("cpu")
+
+
+@every_transform
+def test_weights_are_float32_inside_autocast(name):
+    layer = MultiheadAttention(12, HEADS, make(name))
+    x = random_scores(2, 50, 12).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, weights = layer(x, x, x, grid=(5, 10), need_weights=True)
+        scores = random_scores(2, HEADS, 4, 50).bfloat16()
+        direct = weights_of(layer.transform, scores)
+    assert output.dtype == torch.bfloat16
+    assert weights.dtype == direct.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 50), rtol=0, atol=1e-6)
+    assert torch.equal(direct, weights_of(layer.transform, scores.float()))
+
+
+# Learnable alpha
+
+
+@pytest.mark.parametrize("pre_alpha", [-15.0, -5.0, 0.0, 5.0, 10.0, 14.0])
+def test_alpha_stays_in_its_range_and_never_loses_its_gradient(pre_alpha):
+    transform = AlphaEntmax(HEADS)
+    nn.init.constant_(transform.pre_alpha, pre_alpha)
+    assert (transform.alpha >= torch.tensor(1.01)).all()
+    assert (transform.alpha < 2.0).all()
+    weights = transform(random_scores(1, HEADS, 4, 20).float())
+    (weights * random_scores(1, HEADS, 4, 20, seed=1)).sum().backward()
+    assert torch.isfinite(transform.pre_alpha.grad).all()
+    assert (transform.pre_alpha.grad != 0).all()
+
+
+@pytest.mark.parametrize("initial", [1.02, 1.5, 1.99])
+def test_alpha_starts_where_asked(initial):
+    torch.testing.assert_close(AlphaEntmax(HEADS, initial).alpha, torch.full((HEADS,), initial), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("initial", [1.0, 1.01, 2.0, 2.5])
+def test_alpha_cannot_start_outside_its_range(initial):
+    with pytest.raises(ValueError, match=f"{initial}.*between 1.01 and 2.0.*'normal'"):
+        AlphaEntmax(HEADS, initial)
+
+
+@pytest.mark.parametrize("pre_alpha", [-6.0, -1.0, 0.5, 9.0])
+def test_clamped_alpha_is_the_published_one(pre_alpha):
+    transform = AlphaEntmax(HEADS, clamped=True)
+    nn.init.constant_(transform.pre_alpha, pre_alpha)
+    torch.testing.assert_close(
+        transform.alpha, torch.clamp(1 + torch.sigmoid(torch.full((HEADS,), pre_alpha)), 1.01, 2)
+    )
+    assert AlphaEntmax(HEADS, 1.3, clamped=True).alpha.tolist() == pytest.approx([1.3] * HEADS)
+
+
+def test_every_layer_starts_on_its_own():
+    sites = dict.fromkeys(("encoder_self", "decoder_self", "decoder_cross"), "alpha_entmax")
+    settings = Model(
+        backbone={"name": "tiny", "weights": "none"},
+        attention=Attention(**sites, alpha_init="normal"),
+        hidden_dim=16,
+        num_heads=4,
+        encoder_layers=2,
+        decoder_layers=3,
+        feedforward_dim=8,
+        num_classes=2,
+    )
+    model = build_model(settings)
+    places = alpha_modules(model)
+    assert set(places) == {
+        *(f"encoder_self.{i}" for i in range(2)),
+        *(f"decoder_self.{i}" for i in range(3)),
+        *(f"decoder_cross.{i}" for i in range(3)),
+    }
+    assert places["decoder_cross.2"] is model.transformer.decoder.layers[2].multihead_attn.transform
+    assert torch.cat([place.pre_alpha for place in places.values()]).unique().numel() == 8 * 4
+    for layers in (model.transformer.encoder.layers, model.transformer.decoder.layers):
+        first, second = (layer.self_attn.in_proj_weight for layer in layers[:2])
+        assert not torch.equal(first, second)
+
+
+def test_unknown_transform_names_those_there_are():
+    with pytest.raises(ValueError, match="'sparsmax'") as error:
+        build_transform("sparsmax", HEADS)
+    assert all(name in str(error.value) for name in TRANSFORMS)

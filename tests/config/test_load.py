@@ -1,0 +1,279 @@
+"""Settings: what wins over what, what is refused, and what the message says."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import ValidationError
+
+from detrlib.attention import TRANSFORMS
+from detrlib.config import PROJECT, Config, known_settings, load_config, project_path, replace, save_config
+from detrlib.config.settings import TransformName
+from detrlib.errors import ConfigError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_no_file_gives_the_defaults():
+    assert load_config() == Config()
+
+
+def test_an_empty_file_gives_the_defaults(write):
+    assert load_config(write("empty.yaml", "# nothing yet\n")) == Config()
+
+
+def test_precedence_is_defaults_base_file_overrides(write):
+    write("base.yaml", "train: {epochs: 10, batch_size: 2, lr_drop: 7, seed: 1}")
+    path = write("file.yaml", "base: base.yaml\ntrain: {epochs: 20, batch_size: 4}")
+    train = load_config(path, {"train.epochs": 30}).train
+    assert (train.epochs, train.batch_size, train.lr_drop) == (30, 4, 7)
+    assert train.lr == Config().train.lr
+
+
+def test_a_file_changes_only_what_it_names_in_a_nested_section(write):
+    write("base.yaml", "model: {backbone: {name: tiny, weights: none}, num_heads: 4}")
+    model = load_config(write("file.yaml", "base: base.yaml\nmodel: {backbone: {weights: crops}}")).model
+    assert (model.backbone.name, model.backbone.weights, model.num_heads) == ("tiny", "crops", 4)
+
+
+def test_bases_chain_and_are_found_from_the_file_that_names_them(write):
+    write("a/root.yaml", "train: {epochs: 1, seed: 1}\ndata: {augment: none}")
+    write("a/middle.yaml", "base: root.yaml\ntrain: {epochs: 2}")
+    cfg = load_config(write("b/leaf.yaml", "base: ../a/middle.yaml\ntrain: {seed: 3}"))
+    assert (cfg.train.epochs, cfg.train.seed, cfg.data.augment) == (2, 3, "none")
+
+
+def test_a_base_is_no_setting_of_the_result(write):
+    write("base.yaml", "train: {epochs: 1}")
+    assert "base" not in load_config(write("file.yaml", "base: base.yaml")).model_dump()
+
+
+@pytest.mark.parametrize("bases", [{"a.yaml": "a.yaml"}, {"a.yaml": "b.yaml", "b.yaml": "a.yaml"}])
+def test_a_cycle_of_bases_is_named_not_followed(write, bases):
+    paths = [write(name, f"base: {base}") for name, base in bases.items()]
+    with pytest.raises(ConfigError, match=r"a\.yaml.*'base' refers back to itself"):
+        load_config(paths[0])
+
+
+def test_a_missing_file_suggests_a_near_one(write):
+    path = write("entmax15.yaml", "")
+    with pytest.raises(ConfigError, match=r"entmax51\.yaml: no such config file; did you mean entmax15\.yaml"):
+        load_config(path.with_name("entmax51.yaml"))
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", "1.0e-4", ".1e-3", "0.0001"])
+def test_every_spelling_of_a_small_number_is_a_float(write, text):
+    from_file = load_config(write("lr.yaml", f"train: {{lr: {text}}}")).train.lr
+    from_override = load_config(overrides={"train.lr": text}).train.lr
+    assert isinstance(from_file, float) and from_file == from_override == 1e-4
+
+
+def test_overrides_given_as_text_are_read_as_yaml():
+    overrides = {"train.epochs": "2", "data.strict": "true", "data.val_limit": "null", "train.tracking.group": "a b"}
+    cfg = load_config(overrides=overrides)
+    assert (cfg.train.epochs, cfg.data.strict, cfg.data.val_limit, cfg.train.tracking.group) == (2, True, None, "a b")
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "suggestion"),
+    [
+        ("train: {epoch: 2}", "train.epoch", "train.epochs"),
+        ("model: {attention: {decoder_cros: entmax15}}", "model.attention.decoder_cros", "decoder_cross"),
+        ("trian: {epochs: 2}", "trian.epochs", "train.epochs"),
+        ("lr: 1e-3", "lr", "train.lr"),
+    ],
+)
+def test_an_unknown_key_in_a_file_names_file_key_and_nearest_setting(write, text, unknown, suggestion):
+    with pytest.raises(ConfigError) as error:
+        load_config(write("wrong.yaml", text))
+    for part in ("wrong.yaml", f"'{unknown}'", "did you mean", suggestion):
+        assert part in str(error.value)
+
+
+def test_an_unknown_key_in_a_base_names_the_base(write):
+    write("base.yaml", "train: {epoch: 2}")
+    with pytest.raises(ConfigError, match=r"base\.yaml: unknown setting 'train\.epoch'"):
+        load_config(write("file.yaml", "base: base.yaml"))
+
+
+def test_an_unknown_override_names_the_nearest_setting():
+    with pytest.raises(ConfigError, match=r"override: unknown setting 'train\.epoch'; did you mean 'train\.epochs'"):
+        load_config(overrides={"train.epoch": 2})
+    with pytest.raises(ConfigError, match=r"did you mean 'model\.num_heads'"):
+        replace(Config(), {"model.num_head": 2})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("train.epochs", "many"),
+        ("train.epochs", 0),
+        ("train.epochs", 1.5),
+        ("train.lr", -1.0),
+        ("data.strict", "perhaps"),
+        ("model.norm", "middle"),
+        ("model.attention.encoder_self", "entmax51"),
+        ("model.backbone", "resnet50"),
+        ("model.dropout", 1.0),
+    ],
+)
+def test_a_wrong_value_is_refused_and_the_message_names_the_setting(setting, value):
+    with pytest.raises(ConfigError) as error:
+        load_config(overrides={setting: value})
+    assert setting in str(error.value)
+
+
+def test_a_wrong_choice_suggests_the_nearest_one():
+    with pytest.raises(ConfigError, match="did you mean 'entmax15'"):
+        load_config(overrides={"model.attention.encoder_self": "entmax51"})
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ConfigError, match=r"hidden_dim 250 is not a multiple of model\.num_heads 8"):
+        load_config(overrides={"model.hidden_dim": 250})
+
+
+DEFORMABLE = {"model.architecture": "deformable", "model.classification": "sigmoid"}
+TWO_STAGE = DEFORMABLE | {"model.deformable.refine": True, "model.deformable.two_stage": True}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.deformable.refine": True}, "model.architecture detr"),
+        ({"model.architecture": "deformable"}, "model.classification: sigmoid"),
+        (DEFORMABLE | {"model.queries": "anchor"}, "model.queries: learned"),
+        (DEFORMABLE | {"model.norm": "pre"}, "model.norm: post"),
+        (DEFORMABLE | {"model.attention.encoder_self": "entmax15"}, "model.attention.encoder_self.*decoder_self"),
+        (DEFORMABLE | {"model.attention.decoder_cross": "tvmax"}, "model.attention.decoder_cross.*decoder_self"),
+        (DEFORMABLE | {"model.attention.padding": "add_one"}, "leave it at hidden"),
+        (DEFORMABLE | {"model.attention.decoder_self": "tvmax"}, "tvmax needs keys that form a grid"),
+        (DEFORMABLE | {"model.deformable.two_stage": True}, "two_stage needs.*model.deformable.refine.*set it to true"),
+        (DEFORMABLE | {"model.deformable.query_init": "memory"}, "query_init: memory.*two_stage"),
+        (DEFORMABLE | {"model.deformable.class_specific_proposals": True}, "class_specific_proposals.*two_stage"),
+        (DEFORMABLE | {"model.deformable.rho": 0.3}, "rho below 1.*two_stage"),
+        (DEFORMABLE | {"model.deformable.encoder_auxiliary": True}, "encoder_auxiliary.*two_stage"),
+        (TWO_STAGE | {"model.deformable.rho": 0.0}, "rho"),
+        (TWO_STAGE | {"model.deformable.rho": 0.3, "model.encoder_layers": 0}, "model.encoder_layers of 1 or more"),
+        (TWO_STAGE | {"loss.auxiliary": False}, "loss.auxiliary.*set it to true"),
+        (DEFORMABLE | {"model.deformable.stages": [2, 3]}, "end with 4"),
+        (DEFORMABLE | {"model.deformable.stages": [4, 3]}, "ascend"),
+        (DEFORMABLE | {"model.deformable.levels": 1, "model.deformable.stages": [3, 4]}, "levels to 2"),
+    ],
+)
+def test_deformable_settings_that_make_no_sense_are_refused_with_reason_and_remedy(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=overrides)
+
+
+@pytest.mark.parametrize(("levels", "stages"), [(1, (4,)), (2, (3, 4)), (3, (2, 3, 4)), (4, (2, 3, 4))])
+def test_stages_of_the_backbone_follow_from_the_levels(levels, stages):
+    deformable = load_config(overrides=DEFORMABLE | {"model.deformable.levels": levels}).model.deformable
+    assert deformable.backbone_stages() == stages
+
+
+def test_any_transform_but_tvmax_can_stand_between_the_queries_of_a_deformable_decoder():
+    model = load_config(overrides=DEFORMABLE | {"model.attention.decoder_self": "sparsemax"}).model
+    assert model.attention.decoder_self == "sparsemax"
+
+
+def test_stages_are_saved_and_loaded(tmp_path):
+    cfg = load_config(overrides=DEFORMABLE | {"model.deformable.stages": "[1, 4]"})
+    save_config(cfg, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == cfg
+    assert cfg.model.deformable.stages == (1, 4)
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2", "just words", "train: {epochs: 2"])
+def test_what_is_not_a_mapping_is_refused(write, text):
+    with pytest.raises(ConfigError, match=r"wrong\.yaml"):
+        load_config(write("wrong.yaml", text))
+
+
+def test_a_section_given_as_a_plain_value_is_refused(write):
+    with pytest.raises(ConfigError, match="train"):
+        load_config(write("wrong.yaml", "train: 3"))
+
+
+def test_an_override_below_a_plain_value_is_refused():
+    with pytest.raises(ConfigError):
+        load_config(overrides={"train.epochs.more": 1})
+
+
+def test_settings_are_frozen_at_every_depth():
+    cfg = Config()
+    for section, name in ((cfg, "train"), (cfg.train, "epochs"), (cfg.train.tracking, "group")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, None)
+
+
+def test_replace_gives_a_checked_copy_and_leaves_the_original():
+    cfg = Config()
+    assert replace(cfg, {"train.epochs": 2}).train.epochs == 2
+    assert cfg == Config()
+    with pytest.raises(ConfigError, match=r"train\.epochs"):
+        replace(cfg, {"train.epochs": -2})
+
+
+def test_saved_settings_load_to_the_same_settings(tmp_path):
+    overrides = {"train.lr": 3e-7, "train.lr_alpha": 0.0, "data.train_limit": 5, "model.attention.alpha_init": "normal"}
+    cfg = load_config(overrides=overrides)
+    save_config(cfg, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == cfg
+    assert "lr_backbone" in (tmp_path / "config.yaml").read_text()  # defaults included
+
+
+def test_relative_paths_start_at_the_project_root_whatever_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert project_path("papermill_runs/configs") == PROJECT / "papermill_runs" / "configs"
+    assert project_path(tmp_path) == tmp_path
+    assert (PROJECT / "pyproject.toml").is_file()
+
+
+def test_a_relative_config_path_is_found_from_any_working_directory(write, tmp_path, monkeypatch):
+    write("project/configs/short.yaml", "train: {epochs: 3}")
+    monkeypatch.setattr("detrlib.config.PROJECT", tmp_path / "project")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_config("configs/short.yaml").train.epochs == 3
+
+
+def test_every_known_setting_can_be_overridden_with_its_own_value():
+    cfg = Config()
+    for name in known_settings():
+        value = cfg
+        for part in name.split("."):
+            value = getattr(value, part)
+        if not hasattr(value, "model_dump"):
+            assert load_config(overrides={name: value}) == cfg, name
+
+
+def test_a_sweep_is_no_config():
+    with pytest.raises(ConfigError, match=r"detrlib\.sweep"):
+        load_config("papermill_runs/configs/quickstart.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"model.encoder_layers": 0, "model.attention.encoder_self": "sparsemax"}, "model.encoder_layers"),
+        ({"model.attention.alpha_init": 3}, "model.attention.alpha_init"),
+        ({"model.attention.alpha_init": 1.005}, "cloned"),
+    ],
+)
+def test_attention_that_cannot_be_is_refused(overrides, named):
+    with pytest.raises(ConfigError, match=named):
+        load_config(None, overrides)
+
+
+def test_configs_know_every_transform():
+    assert set(get_args(TransformName)) == set(TRANSFORMS)

@@ -1,0 +1,343 @@
+"""Optimiser groups, schedules, stopping and resuming, failures that must be named, and tracking."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from tiny import STEPS, metrics_without_times, tiny_config
+
+from detrlib.config import replace
+from detrlib.data.batch import EpochSampler
+from detrlib.engine import loop as training
+from detrlib.engine import pretrain
+from detrlib.engine.evaluate import evaluate_run
+from detrlib.engine.loop import train
+from detrlib.engine.optimizer import lr_factor, parameter_groups
+from detrlib.errors import ConfigError, NonFiniteLoss, RunError
+from detrlib.files import load_checkpoint, save_checkpoint
+from detrlib.models import alpha_modules, build_model
+
+
+def settings(**values):
+    return tiny_config({f"train.{name}": value for name, value in values.items()}).train
+
+
+def model_of(overrides):
+    return build_model(tiny_config({"model.num_classes": 7} | overrides).model)
+
+
+def same(a, b):
+    """Whether two nested structures of tensors are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Makes the next training stop, as Ctrl-C does, before update number `step` (from 0)."""
+
+    def arm(step):
+        real = training.Trainer._step
+
+        def stopping(trainer, batch):
+            if trainer.global_step == step:
+                monkeypatch.setattr(training.Trainer, "_step", real)
+                raise KeyboardInterrupt
+            return real(trainer, batch)
+
+        monkeypatch.setattr(training.Trainer, "_step", stopping)
+
+    return arm
+
+
+@pytest.fixture
+def quick_crops(monkeypatch):
+    monkeypatch.setattr(pretrain, "SAMPLES", 3 * pretrain.BATCH)
+
+
+# --- optimiser and learning rate -------------------------------------------------------------------------------
+
+
+def test_alpha_has_a_group_of_its_own_found_by_the_type_of_its_module():
+    model = model_of({"model.attention.decoder_cross": "alpha_entmax", "model.attention.encoder_self": "alpha_entmax"})
+    groups = {group["name"]: group for group in parameter_groups(model, settings(lr=2e-3, lr_backbone=3e-4))}
+    alphas = {id(module.pre_alpha) for module in alpha_modules(model).values()}
+    assert len(alphas) == 3
+    assert {id(p) for p in groups["alpha"]["params"]} == alphas
+    assert groups["alpha"]["weight_decay"] == 0.0
+    assert groups["alpha"]["lr"] == pytest.approx(2e-2)
+    assert groups["rest"]["lr"] == 2e-3 and groups["backbone"]["lr"] == 3e-4
+    assert "weight_decay" not in groups["rest"] and "weight_decay" not in groups["backbone"]
+    trained = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(trained) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert {id(p) for p in groups["backbone"]["params"]} == {id(p) for p in model.backbone.parameters()}
+
+
+def test_the_rate_of_alpha_can_be_set_to_anything_even_zero():
+    model = model_of({"model.attention.decoder_cross": "alpha_entmax"})
+    rates = [parameter_groups(model, settings(lr_alpha=rate))[-1]["lr"] for rate in (0.5, 0.0)]
+    assert rates == [0.5, 0.0]
+
+
+def test_what_places_samples_has_a_group_of_its_own_at_a_tenth_of_the_rate():
+    overrides = {"model.architecture": "deformable", "model.classification": "sigmoid", "model.deformable.levels": 1}
+    model = model_of(overrides | {"model.attention.decoder_self": "alpha_entmax"})
+    groups = {group["name"]: group for group in parameter_groups(model, settings(lr=2e-3))}
+    assert list(groups) == ["rest", "backbone", "projections", "alpha"]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(parameter)] for parameter in groups["projections"]["params"]}
+    assert found == {n for n in names.values() if "sampling_offsets" in n or "transformer.reference_points" in n}
+    assert len(found) == 2 * (1 + 2) + 2
+    assert groups["projections"]["lr"] == pytest.approx(2e-4) and "weight_decay" not in groups["projections"]
+    trained = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(trained) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    rates = [{g["name"]: g["lr"] for g in parameter_groups(model, settings(lr_projections=r))} for r in (0.5, 0.0)]
+    assert [rate["projections"] for rate in rates] == [0.5, 0.0]
+
+
+def test_no_group_is_empty_and_a_rate_of_zero_freezes_the_backbone():
+    model = model_of({})
+    assert [group["name"] for group in parameter_groups(model, settings())] == ["rest", "backbone"]
+    groups = parameter_groups(model, settings(lr_backbone=0))
+    assert [group["name"] for group in groups] == ["rest"]
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("backbone."))
+
+
+def test_step_schedule_drops_once_after_lr_drop_epochs():
+    cfg = settings(schedule="step", lr_drop=3)
+    assert [lr_factor(step, 10, cfg) for step in (0, 29, 30, 500)] == [1.0, 1.0, 0.1, 0.1]
+
+
+def test_cosine_schedule_falls_from_one_to_zero_over_all_epochs():
+    cfg = settings(schedule="cosine", epochs=5)
+    factors = [lr_factor(step, 10, cfg) for step in range(51)]
+    assert factors[0] == 1.0 and factors[25] == pytest.approx(0.5) and factors[50] == pytest.approx(0.0)
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors))
+    assert lr_factor(60, 10, cfg) == pytest.approx(0.0)
+
+
+def test_constant_schedule_and_warm_up():
+    assert {lr_factor(step, 10, settings(schedule="constant")) for step in range(100)} == {1.0}
+    cfg = settings(schedule="cosine", epochs=2, warmup_steps=4)
+    factors = [lr_factor(step, 10, cfg) for step in range(20)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[12] == pytest.approx(0.5)  # half of the 16 steps that the warm-up leaves
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_alpha_may_be_exempt_from_the_drop(tmp_path, keeps):
+    overrides = {"model.attention.decoder_cross": "alpha_entmax", "train.lr_drop": 1, "train.alpha_keeps_lr": keeps}
+    train(tiny_config(overrides | {"train.warmup_steps": 2}), tmp_path)
+    steps = [record for record in metrics_without_times(tmp_path) if "train/loss" in record]
+    assert len(steps) == 2 * STEPS
+    # A logged rate is that of the next step.
+    rest = [2 / 3, 1.0, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1]
+    assert [record["lr/rest"] for record in steps] == pytest.approx([1e-3 * factor for factor in rest])
+    alpha = [1.0] * 2 * STEPS if keeps else rest
+    if keeps:
+        assert {round(record["lr/alpha"], 9) for record in steps[1:]} == {1e-2}
+    else:
+        assert [record["lr/alpha"] for record in steps] == pytest.approx([1e-2 * factor for factor in alpha])
+
+
+# --- learning, stopping, resuming ------------------------------------------------------------------------------
+
+
+def test_loss_falls_when_a_few_images_are_learned_by_heart(tmp_path):
+    overrides = {"data.train_limit": 4, "data.val_limit": 4, "data.augment": "none", "train.epochs": 60}
+    train(tiny_config(overrides | {"train.eval_every": 60, "model.dropout": 0.0}), tmp_path)
+    losses = [record["train/loss"] for record in metrics_without_times(tmp_path) if "train/loss" in record]
+    assert len(losses) == 60
+    assert losses[-1] < 0.5 * losses[0]
+
+
+VARIANTS = {
+    "plain": {},
+    "average": {"train.ema": 0.9},
+    "bfloat16": {"train.precision": "bfloat16"},
+    "average of bfloat16": {"train.precision": "bfloat16", "train.ema": 0.9},
+    "alpha and cosine": {
+        "model.attention.decoder_cross": "alpha_entmax",
+        "train.schedule": "cosine",
+        "train.warmup_steps": 5,
+        "train.alpha_keeps_lr": True,
+    },
+    "frozen stem": {"model.backbone": {"name": "tiny", "weights": "crops"}},
+    "sparse encoder": {
+        "model.architecture": "deformable",
+        "model.classification": "sigmoid",
+        "model.encoder_layers": 2,
+        "model.deformable": {"levels": 2, "stages": [4], "refine": True, "two_stage": True, "query_init": "memory"}
+        | {"rho": 0.3, "encoder_auxiliary": True},
+        "data.augment": "detr",  # images of several sizes, with padding
+        "train.precision": "bfloat16",
+    },
+    "augmented by workers": {"data.workers": 1, "data.augment": "detr"},
+}
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_stop_and_resume_equals_an_uninterrupted_run(tmp_path, interrupt, quick_crops, overrides):
+    cfg = tiny_config(overrides)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = train(cfg, whole)
+    interrupt(STEPS + 2)  # within the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, parts)
+    assert load_checkpoint(parts / "checkpoints" / "last.pt")["epoch"] == 1
+    assert not (parts / "results.json").exists()
+    results = train(cfg, parts)
+    assert same(*(load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, parts)))
+    assert metrics_without_times(parts) == metrics_without_times(whole)
+    assert {**results, "seconds": 0} == {**expected, "seconds": 0}
+    assert json.loads((parts / "results.json").read_text())["epoch"] == 2
+
+
+def test_a_run_stopped_in_its_first_epoch_starts_over(tmp_path, interrupt):
+    cfg = tiny_config()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(cfg, whole)
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, parts)
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"global_step": 3, "tra')  # cut short by a crash
+    train(cfg, parts)
+    assert metrics_without_times(parts) == metrics_without_times(whole)
+
+
+def test_the_average_is_judged_rather_than_the_weights(tmp_path):
+    """Also in bfloat16, where a copy of the model must not go on calling the original."""
+    results = train(tiny_config({"train.ema": 0.999999, "train.precision": "bfloat16"}), tmp_path)
+    state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
+    assert state["averaged_steps"] == 2 * STEPS
+    assert not same(state["average"], state["model"])
+    assert evaluate_run(tmp_path)["attention"] == results["attention"]
+    save_checkpoint(tmp_path / "checkpoints" / "raw.pt", state | {"average": None})
+    assert evaluate_run(tmp_path, "raw")["attention"] != results["attention"]
+
+
+def test_precision_may_change_from_run_to_run_in_one_process(tmp_path):
+    logits = {}
+    for precision in ("float32", "bfloat16", "float32"):
+        cfg = tiny_config({"train.precision": precision, "train.epochs": 1})
+        run_dir = tmp_path / f"{precision}-{len(logits)}"
+        train(cfg, run_dir)
+        logits[run_dir.name] = metrics_without_times(run_dir)[0]["train/loss"]
+    first, low, second = logits.values()
+    assert first == second != low
+    assert low == pytest.approx(first, rel=0.05)
+
+
+def test_best_is_the_epoch_with_the_best_ap(tmp_path, monkeypatch):
+    scores = iter([0.2, 0.5, 0.3, 0.5])
+    monkeypatch.setattr(training.Trainer, "_validate", lambda self: {"detection/AP": next(scores), "detection/AP50": 0})
+    train(tiny_config({"train.epochs": 4, "train.keep_every": 2}), tmp_path)
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "epoch-0002.pt", "epoch-0004.pt", "last.pt"]
+    best, second, last = (load_checkpoint(folder / f"{name}.pt") for name in ("best", "epoch-0002", "last"))
+    assert best["epoch"] == 2 and same(best["model"], second["model"])
+    assert last["epoch"] == 4 and last["best"] == 0.5
+
+
+def test_validation_every_few_epochs_and_always_at_the_end(tmp_path):
+    train(tiny_config({"train.epochs": 3, "train.eval_every": 2}), tmp_path)
+    judged = [r["epoch"] for r in metrics_without_times(tmp_path) if "detection/AP" in r]
+    assert judged == [2, 3]
+
+
+@pytest.mark.parametrize("length, batch, processes", [(33, 8, 1), (33, 8, 2), (33, 12, 3), (5, 8, 2)])
+def test_shards_partition_every_batch(length, batch, processes):
+    def epoch(number, process, processes):
+        sampler = EpochSampler(length, batch, process, processes, seed=3)
+        sampler.epoch = number
+        assert len(list(sampler)) == len(sampler)
+        return list(sampler)
+
+    size = min(batch, length - length % processes)
+    for number in (0, 1):
+        shards = [epoch(number, process, processes) for process in range(processes)]
+        batches = [sorted(itertools.chain(*parts)) for parts in zip(*shards, strict=True)]
+        assert {len(part) for shard in shards for part in shard} == {size // processes}
+        assert len(batches) == length // size
+        if size == batch:
+            assert batches == [sorted(part) for part in epoch(number, 0, 1)]
+        seen = list(itertools.chain(*batches))
+        assert len(set(seen)) == len(seen) and set(seen) <= set(range(length))
+    assert epoch(0, 0, 1) != epoch(1, 0, 1)
+    assert epoch(1, 0, 1) == epoch(1, 0, 1)
+
+
+def test_fewer_images_than_processes_is_refused():
+    with pytest.raises(ConfigError, match="1 training images cannot be shared by 2 processes"):
+        EpochSampler(1, 8, 0, 2, 0)
+
+
+# --- what must be refused, or named ----------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_is_named_and_kept(tmp_path, monkeypatch):
+    real = training.Trainer._step
+
+    def poisoned(trainer, batch):
+        if trainer.global_step == STEPS + 1:
+            torch.nn.init.constant_(next(trainer.model.parameters()), math.nan)
+        return real(trainer, batch)
+
+    monkeypatch.setattr(training.Trainer, "_step", poisoned)
+    with pytest.raises(NonFiniteLoss, match=rf"loss is nan at step {STEPS + 1} \(epoch 2.*'rest': 0.001") as caught:
+        train(tiny_config(), tmp_path)
+    state = load_checkpoint(tmp_path / "failure-0.pt")
+    assert len(set(state["image_ids"])) == 8 and str(state["image_ids"]) in str(caught.value)
+    assert str(tmp_path / "failure-0.pt") in str(caught.value)
+    images, _, targets = state["batch"]
+    assert images.shape == (8, 3, 64, 64) and [t["image_id"] for t in targets] == state["image_ids"]
+    assert state["learning_rates"] == {"rest": 1e-3, "backbone": 1e-3}
+    monkeypatch.setattr(training.Trainer, "_step", real)
+    assert train(tiny_config(), tmp_path)["epoch"] == 2  # resumes from the last complete epoch
+
+
+def test_a_finished_run_and_other_settings_are_refused(tmp_path, interrupt):
+    interrupt(STEPS)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(), tmp_path)
+    with pytest.raises(RunError, match=r"train.lr was 0.001, now 0.0005"):
+        train(tiny_config({"train.lr": 5e-4}), tmp_path)
+    train(tiny_config({"train.log_every": 3, "data.cache": True}), tmp_path)  # of no consequence for the result
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(RunError, match="is finished and is not overwritten"):
+        train(tiny_config(), tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_too_few_classes_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ConfigError, match=r"num_classes 6 is too small: .*instances_train2017.json needs 7 \(largest"):
+        train(tiny_config({"model.num_classes": 6}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    cfg = tiny_config({"model.num_classes": 5, "data.contiguous": True})
+    with pytest.raises(ConfigError, match=r"model.num_classes 5 is too small.*needs 6$"):
+        train(cfg, tmp_path / "run")
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.Accelerator, "num_processes", 3)
+    with pytest.raises(ConfigError, match=r"train.batch_size 8 is not a multiple of the 3 processes"):
+        train(tiny_config(), tmp_path)
+
+
+def test_a_checkpoint_of_another_architecture_is_named(tmp_path, interrupt):
+    cfg = tiny_config()
+    interrupt(STEPS)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, tmp_path)
+    (tmp_path / "config.yaml").unlink()  # otherwise the other setting itself is refused
+    with pytest.raises(RunError, match=r"last\.pt holds weights of another architecture: .*the model has \("):
+        train(replace(cfg, {"model.hidden_dim": 16}), tmp_path)

@@ -1,0 +1,119 @@
+"""What a run logs, and Weights & Biases with and without an account or a network."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import STEPS, tiny_config
+
+from detrlib import runs
+from detrlib.config import PROJECT
+from detrlib.engine.loop import train
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    """The real library, without an account, and with everything it is given recorded."""
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.logged, real = [], wandb.init
+
+    def init(**arguments):
+        run = real(**arguments)
+        log = run.log
+        run.log = lambda values: (wandb.logged.append(values), log(values))
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    yield wandb
+    wandb.teardown()
+
+
+def test_tracking_offline_needs_no_account_and_groups_metrics(tmp_path, wandb):
+    cfg = tiny_config({"train.tracking.wandb": "offline", "model.attention.decoder_cross": "alpha_entmax"})
+    train(cfg, tmp_path / "run")
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    groups = {name.split("/")[0] for record in wandb.logged for name in record if "/" in name}
+    assert groups == {
+        *("train-main-metrics", "train-metrics", "train-extra-metrics", "train-epoch-main-metrics"),
+        *("val-epoch-metrics", "val-AP", "lr"),
+        *("alpha", "pre_alpha", "pre_alpha_gradient", "pre_alpha_gradient_norm"),
+    }
+    names = {name for record in wandb.logged for name in record}
+    assert {"train-main-metrics/loss_giou", "train-metrics/loss_giou_0", "val-AP/AP50", "lr/alpha"} <= names
+    assert "alpha/decoder_cross.layer_1-head_3" in names
+    steps = [record["global_step"] for record in wandb.logged]
+    assert steps == sorted(steps) and steps[-1] == 2 * STEPS
+
+
+def test_alpha_and_its_gradients_are_logged_by_layer_and_head(tmp_path):
+    train(tiny_config({"model.attention.decoder_cross": "alpha_entmax"}), tmp_path / "run")
+    records = [record for record in runs.read_metrics(tmp_path / "run") if "train/loss" in record]
+    for record in records:
+        for layer in range(2):
+            place = f"decoder_cross.layer_{layer}"
+            gradients = [record[f"pre_alpha_gradient/{place}-head_{head}"] for head in range(4)]
+            assert all(gradients)
+            assert record[f"pre_alpha_gradient_norm/{place}"] == pytest.approx(math.hypot(*gradients), rel=1e-5)
+            alpha, raw = (record[f"{name}/{place}-head_3"] for name in ("alpha", "pre_alpha"))
+            assert alpha == pytest.approx(1.01 + 0.99 / (1 + math.exp(-raw)), rel=1e-5)
+    assert len({record["pre_alpha_gradient/decoder_cross.layer_0-head_0"] for record in records}) == len(records)
+
+
+def test_a_service_that_cannot_be_reached_makes_the_run_an_offline_one(tmp_path, wandb, monkeypatch, caplog):
+    working = wandb.init
+
+    def unreachable(mode, **arguments):
+        if mode == "online":
+            raise wandb.errors.CommError("no route to host")
+        return working(mode=mode, **arguments)
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    train(tiny_config({"train.tracking.wandb": "online", "train.epochs": 1}), tmp_path / "run")
+    assert "cannot be reached (no route to host); continuing offline" in caplog.text
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def _track(run_dir, timeout, **environment):
+    """Track one number online in a process without a terminal; what it prints at the end is the mode."""
+    code = (
+        "import sys; from pathlib import Path; from detrlib.config import load_config\n"
+        "from detrlib.engine.tracking import Tracker\n"
+        "tracker = Tracker(load_config(None, {'train.tracking.wandb': 'online'}), Path(sys.argv[1]))\n"
+        "tracker.log({'global_step': 1, 'train/loss': 2.0}); mode = tracker.run.settings.mode; tracker.finish()\n"
+        "print('mode:', mode)"
+    )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    inherited |= {"HOME": str(run_dir), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    run_dir.mkdir()
+    return subprocess.run(
+        [sys.executable, "-c", code, str(run_dir)],
+        cwd=PROJECT,
+        env=inherited | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_online_tracking_without_an_account_neither_asks_nor_fails(tmp_path):
+    done = _track(tmp_path / "run", timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "mode: offline" in done.stdout
+    assert "continuing offline" in done.stderr
+
+
+@pytest.mark.slow
+def test_online_tracking_with_an_account_but_no_network_goes_on_offline(tmp_path):
+    done = _track(tmp_path / "run", timeout=120, WANDB_API_KEY="0" * 40, WANDB_INIT_TIMEOUT="5")
+    assert done.returncode == 0, done.stderr
+    assert "mode: offline" in done.stdout

@@ -1,0 +1,180 @@
+"""Runs under interventions: rows hold what contexts entered by hand find, and files keep what was measured."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small import small
+from tiny import tiny_config
+
+from detrlib.data import collate
+from detrlib.engine.loop import train
+from detrlib.errors import ModelError, RunError
+from detrlib.experiments import intervene as interventions
+from detrlib.experiments.intervene import (
+    gradual,
+    intervene_run,
+    prune_order,
+    rearranged_alphas,
+    single_heads,
+    swaps,
+    sweep,
+)
+from detrlib.experiments.interventions import learned_alphas, pruned, swapped
+from detrlib.runs.results import interventions_frame
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A trained run with learned alphas and an encoder whose maps training does not measure."""
+    folder = tmp_path_factory.mktemp("runs") / "alpha_entmax-run"
+    cfg = tiny_config({"model.attention.decoder_cross": "alpha_entmax", "train.epochs": 1, "data.shapes.train": 32})
+    train(cfg, folder)
+    return folder
+
+
+@pytest.fixture
+def fresh(run_dir):
+    """The run without results of interventions."""
+    (run_dir / interventions.RESULTS).unlink(missing_ok=True)
+    return run_dir
+
+
+def loaded(run_dir):
+    return interventions.load_model(run_dir)
+
+
+def test_without_interventions_a_run_finds_what_it_found(fresh):
+    results = interventions.load_results(fresh)
+    (row,) = intervene_run(fresh, []).to_dict("records")
+    assert (row["kind"], row["site"], row["images"]) == ("none", "decoder_cross", results["images"])
+    assert row["AP"] == results["detection"]["AP"] and row["AP50"] == results["detection"]["AP50"]
+    assert row["gini"] == np.mean(results["attention"]["decoder_cross"]["gini"])
+    assert row["zeros"] == np.mean(results["attention"]["decoder_cross"]["zeros"])
+    assert row["paibb"] == results["paibb"]["all"]
+
+
+def test_rows_are_kept_and_replaced_by_key(fresh):
+    cross = "decoder_cross"
+    first = intervene_run(fresh, sweep(cross, [1, 2]) + gradual(cross, [(0, 1), (1, 0), (0, 2)]), limit=5)
+    assert list(first["value"]) == ["", "1", "2", "1", "2", "3"] and set(first["images"]) == {5}
+    assert first[["layer", "head"]].iloc[-1].tolist() == [0, 2]
+    second = intervene_run(fresh, sweep(cross, [2, 1.5]) + gradual(cross, [(1, 1)]), limit=5)
+    stored = interventions_frame([fresh])
+    assert sorted(stored["kind"] + stored["value"]) == ["alpha1", "alpha1.5", "alpha2", "heads1", "none"]
+    assert stored["head"].dropna().tolist() == [1]
+    pd.testing.assert_frame_equal(stored.tail(len(second))[second.columns].reset_index(drop=True), second)
+    assert first["loss"].iloc[2] == second["loss"].iloc[1]  # alpha 2, measured twice
+    intervene_run(fresh, [], limit=4)
+    with pytest.raises(RunError, match=r"measured on \[4, 5\] images"):
+        interventions_frame([fresh])
+    assert list(interventions_frame([fresh], images=4)["kind"]) == ["none"]
+    with pytest.raises(RunError, match="no interventions of checkpoint best on 4 images are stored"):
+        interventions_frame([fresh], images=4, checkpoint="best")
+
+
+def test_a_call_cut_short_loses_nothing(fresh, monkeypatch):
+    cross, real, calls = "decoder_cross", interventions.evaluate, []
+    before = intervene_run(fresh, sweep(cross, [2]) + gradual(cross, [(0, 1), (0, 2)]), limit=3)
+
+    def stopping(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(interventions, "evaluate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        intervene_run(fresh, sweep(cross, [1, 2]) + gradual(cross, [(1, 0)]), limit=3)
+    stored = interventions_frame([fresh])[before.columns]
+    expected = pd.concat([before.iloc[1:], stored.tail(2)], ignore_index=True)
+    pd.testing.assert_frame_equal(stored, expected)
+    assert stored["value"].tolist() == ["2", "1", "2", "", "1"]
+
+
+def test_rows_measure_what_they_say(fresh):
+    """Against contexts entered by hand; maps of the encoder are measured though they are of softmax."""
+    model = loaded(fresh)
+    site = "encoder_self"
+    chosen = single_heads(model, site)[2:3] + sweep(site, [2], layer=0)
+    chosen += rearranged_alphas(model, "decoder_cross") + swaps("decoder_cross", ["tvmax"], tv_lambda=0.2)
+    rows = intervene_run(fresh, chosen, limit=5).set_index(["kind", "site"])
+    assert rows.loc[("none", site), "zeros"] == 0
+    assert rows.loc[("head", site), "zeros"] == pytest.approx(1 / 4)
+    assert rows.loc[("alpha", site), "zeros"] > 0.1
+    assert rows.loc[("head", site), ["layer", "head"]].tolist() == [0, 2]
+    assert rows.loc["learned_alpha"]["value"].tolist() == ["mean", "shuffled"]
+    cfg = interventions.replace(interventions.load_config(fresh / "config.yaml"), {"data.val_limit": 5})
+    dataset, accelerator = interventions.build_dataset(cfg.data, "val"), interventions.Accelerator()
+    with swapped(model, "decoder_cross", "tvmax", tv_lambda=0.2):
+        results, _ = interventions.evaluate(model, dataset, cfg, accelerator)
+    row = rows.loc[("transform", "decoder_cross")]
+    assert row["gini"] == np.mean(results["attention"]["decoder_cross"]["gini"])
+    assert row["AP"] == results["detection"]["AP"]
+
+
+def test_shuffled_alphas_are_those_of_the_layer_in_another_order():
+    model = small(attention={"decoder_cross": "alpha_entmax", "alpha_init": "normal"})
+    own = learned_alphas(model, "decoder_cross")
+    mean, shuffled = (one.enter.keywords["alpha"] for one in rearranged_alphas(model, "decoder_cross"))
+    assert torch.equal(shuffled.sort(1).values, own.sort(1).values) and not torch.equal(shuffled, own)
+    assert mean == pytest.approx(own.mean().item())
+
+
+def test_heads_are_put_in_order_of_the_loss_on_training_images(fresh):
+    order = prune_order(fresh, "decoder_cross", images=6)
+    cfg = interventions.load_config(fresh / "config.yaml")
+    assert sorted(order) == [(layer, head) for layer in range(2) for head in range(4)]
+    dataset = interventions.build_dataset(
+        interventions.replace(cfg, {"data.train_limit": 6}).data, "train", augment=False
+    )
+    batch = collate([dataset[index] for index in range(6)])
+    last = interventions.Criterion(interventions.replace(cfg, {"loss.auxiliary": False}).loss)  # its layer alone
+    model, losses = loaded(fresh), []
+    for layer, head in order:
+        with pruned(model, "decoder_cross", {layer: [head]}), torch.no_grad():
+            losses.append(last(model(batch.images, batch.padding_mask), batch.targets)[0])
+    assert losses == sorted(losses) and losses[0] < losses[-1]
+    gone = gradual("decoder_cross", order)
+    assert [one.value for one in gone] == list("12345678") and (gone[2].layer, gone[2].head) == order[2]
+    assert sorted(
+        (layer, head) for layer, heads in gone[-1].enter.keywords["heads"].items() for head in heads
+    ) == sorted(order)
+
+
+def test_mistakes_show_before_anything_is_measured(fresh, monkeypatch):
+    monkeypatch.setattr(interventions, "evaluate", None)
+    with pytest.raises(ModelError, match="layers"):
+        intervene_run(fresh, sweep("decoder_cross", [1]) + sweep("decoder_cross", [1], layer=9))
+    with pytest.raises(RunError, match="not finished"):
+        intervene_run(fresh / "nothing", [])
+    with pytest.raises(RunError, match=r"measure the run .*: python -m detrlib.experiments.intervene"):
+        interventions_frame([fresh])
+    (fresh / interventions.RESULTS).parent.mkdir(exist_ok=True)
+    (fresh / interventions.RESULTS).write_text("half a table")
+    with pytest.raises(
+        RunError,
+        match=r"interventions.parquet is not readable .* delete it, then: python -m detrlib.experiments.intervene",
+    ):
+        interventions_frame([fresh])
+
+
+def test_command_line(fresh, monkeypatch, capsys):
+    command = f"x {fresh} --alphas 1 --transforms sparsemax --learned-alphas --prune-heads --order-images 4 --limit 4"
+    monkeypatch.setattr(sys, "argv", command.split())
+    interventions.main()
+    shown, stored = capsys.readouterr().out, interventions_frame([fresh])
+    assert stored["kind"].value_counts().to_dict() == {
+        **{"none": 1, "alpha": 1, "transform": 1},
+        **{"learned_alpha": 2, "head": 8, "heads": 8},
+    }
+    assert "shuffled" in shown and len(shown.splitlines()) == 1 + len(stored)
+    assert set(stored["trained"]) == {"alpha_entmax"}
+    assert stored["trained_alpha"].iloc[0] == pytest.approx(
+        learned_alphas(loaded(fresh), "decoder_cross").mean().item()
+    )
+    monkeypatch.setattr(sys, "argv", ["x", str(fresh), "--alphas", "3"])
+    with pytest.raises(SystemExit, match="error: alpha 3"):
+        interventions.main()

@@ -1,0 +1,273 @@
+"""A trained model with another attention: exactly what was asked for within a context, and nothing left of it after."""
+
+import contextlib
+
+import pytest
+import torch
+from small import padded_batch, small
+
+from detrlib.attention import AlphaEntmax, Transform, build_transform
+from detrlib.errors import ModelError
+from detrlib.experiments.interventions import ByHead, attention_modules, fixed_alpha, learned_alphas, pruned, swapped
+
+SITES = ("encoder_self", "decoder_self", "decoder_cross")
+IMAGES, PADDING = padded_batch((96, 128), (70, 101), canvas=(96, 128))
+
+
+def model_with(seed=0, **attention):
+    return small(seed, attention=attention)
+
+
+def alphas_of_their_own(model, site):
+    """Learned alphas as after training: another one for every head."""
+    for number, module in enumerate(attention_modules(model, site)):
+        generator = torch.Generator().manual_seed(number)
+        module.transform.pre_alpha.data = torch.randn(module.num_heads, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def predict(model):
+    return model(IMAGES, PADDING, need_attention=True)
+
+
+def tensors(found):
+    maps = [weights for site in SITES for weights in getattr(found.attention, site)]
+    return [found.logits, found.boxes, *maps]
+
+
+def assert_same(one, other, **tolerance):
+    for a, b in zip(tensors(one), tensors(other), strict=True):
+        torch.testing.assert_close(a, b, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@contextlib.contextmanager
+def untouched(model):
+    """Weights, their names and the very transforms are the same afterwards, and so are predictions, bit for bit."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modules, before = dict(model.named_modules()), predict(model)
+    yield
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert list(model.named_modules()) == list(modules.items())
+    assert not any(module.training for module in model.modules())
+    assert_same(predict(model), before)
+
+
+# --- transforms and alphas -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queries", ["learned", "anchor"])
+@pytest.mark.parametrize("site", SITES)
+def test_a_swapped_model_is_one_built_with_that_transform(site, queries):
+    for name in ("sparsemax", "entmax15", "tvmax"):
+        if (site, name) == ("decoder_self", "tvmax"):
+            continue
+        model = small(queries=queries)
+        other = small(queries=queries, attention={site: name, "tv_lambda": 0.3})
+        other.load_state_dict(model.state_dict())
+        with untouched(model):
+            with swapped(model, site, name, tv_lambda=0.3):
+                inside = predict(model)
+                assert list(model.state_dict()) == list(other.state_dict())
+            assert_same(inside, predict(other))
+            assert not torch.allclose(inside.logits, predict(model).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_alpha_one_is_softmax_two_is_sparsemax_and_learned_ones_are_the_model_itself(site):
+    model = alphas_of_their_own(model_with(**{site: "alpha_entmax"}), site)
+    with untouched(model):
+        for alpha, name in ((1, "softmax"), (1.5, "entmax15"), (2.0, "sparsemax")):
+            with fixed_alpha(model, site, alpha):
+                fixed = predict(model)
+            with swapped(model, site, name):
+                assert_same(predict(model), fixed)
+        with fixed_alpha(model, site, learned_alphas(model, site)):
+            fixed = predict(model)
+        assert_same(predict(model), fixed, rtol=1e-4, atol=1e-5)
+
+
+def test_alphas_by_head_and_by_layer_go_where_they_belong():
+    model, alphas = model_with(), [1.0, 1.5, 2.0, 1.5]
+    one_each = {}
+    for alpha in set(alphas):
+        with fixed_alpha(model, "decoder_cross", alpha, layers=[0]):
+            one_each[alpha] = predict(model).attention.decoder_cross[0]
+    with fixed_alpha(model, "decoder_cross", [alphas, [1.0] * 4, [2.0] * 4]):
+        first = predict(model).attention.decoder_cross[0]
+        transforms = [module.transform for module in attention_modules(model, "decoder_cross")]
+    for head, alpha in enumerate(alphas):
+        assert torch.equal(first[:, head], one_each[alpha][:, head])
+    assert [type(transform).__name__ for transform in transforms] == ["ByHead", "Softmax", "Entmax"]
+    with fixed_alpha(model, "decoder_cross", alphas):
+        assert all(module.transform.heads == [[0], [1, 3], [2]] for module in attention_modules(model, "decoder_cross"))
+
+
+def test_some_layers_and_heads_change_and_the_others_do_not():
+    model = alphas_of_their_own(model_with(decoder_cross="alpha_entmax"), "decoder_cross")
+    with untouched(model):
+        own = predict(model).attention.decoder_cross
+        with swapped(model, "decoder_cross", "softmax", layers=[1], heads=[0, 3]):
+            part = predict(model).attention.decoder_cross
+        with swapped(model, "decoder_cross", "softmax", layers=[1]):
+            whole = predict(model).attention.decoder_cross
+    assert torch.equal(part[0], own[0]) and not torch.equal(part[2], own[2])
+    assert torch.equal(part[1][:, [1, 2]], own[1][:, [1, 2]])  # each with its own alpha still
+    assert torch.equal(part[1][:, [0, 3]], whole[1][:, [0, 3]])
+    assert not torch.equal(part[1][:, [0, 3]], own[1][:, [0, 3]])
+
+
+def test_padded_keys_are_treated_as_in_training():
+    model = model_with(decoder_cross="softmax", padding="add_one")
+    sparse = model_with(decoder_cross="sparsemax", padding="add_one")
+    given = build_transform("sparsemax", 4)
+    for transform in ("sparsemax", given):
+        with swapped(model, "decoder_cross", transform):
+            assert_same(predict(model), predict(sparse))
+    assert not given.padding_adds_one  # what was given is not written to
+    with pruned(model, "decoder_cross", {0: range(4)}), swapped(model, "decoder_cross", "sparsemax", heads=[0, 1]):
+        transforms = [module.transform for module in attention_modules(model, "decoder_cross")]
+    assert all(transform.padding_adds_one for transform in transforms)
+
+
+class Uniform(Transform):
+    """The same weight for every key."""
+
+    def weights(self, scores, grid):
+        return torch.zeros_like(scores).masked_fill(scores.isneginf(), float("-inf")).softmax(-1)
+
+
+def test_a_transform_of_ones_own():
+    model = model_with()
+    with untouched(model), swapped(model, "decoder_cross", Uniform(), heads=[2]):
+        maps = predict(model).attention
+    valid = ~maps.key_padding
+    expected = valid / valid.sum(1, keepdim=True)
+    for weights in maps.decoder_cross:
+        torch.testing.assert_close(weights[:, 2], expected[:, None].expand_as(weights[:, 2]))
+
+
+def test_transforms_by_head_pass_gradients():
+    transform = ByHead([(build_transform("entmax15", 4), {0, 3}), (AlphaEntmax(4, "normal").double(), {2})], False)
+    scores = torch.randn(2, 4, 2, 5, dtype=torch.float64, requires_grad=True)
+    padding = torch.zeros(2, 1, 1, 5, dtype=torch.bool)
+    padding[1, ..., 4:] = True
+    assert torch.autograd.gradcheck(lambda x: transform(x, padding), scores)
+    weights = transform(scores, padding)
+    assert not weights[:, 1].any() and not weights[1, ..., 4:].any()
+    torch.testing.assert_close(weights[:, [0, 2, 3]].sum(-1), torch.ones(2, 3, 2, dtype=torch.float64))
+    assert transform(scores.detach().bfloat16()).dtype == torch.float32
+
+
+# --- pruning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queries", ["learned", "anchor"])
+@pytest.mark.parametrize("site", SITES)
+def test_pruning_is_zeroing_columns_of_the_output_projection(site, queries):
+    model = small(queries=queries, attention={site: "alpha_entmax"})
+    heads = {0: [1, 2], 1: [0, 1, 2, 3]}
+    zeroed = small(queries=queries, attention={site: "alpha_entmax"})
+    for layer, chosen in heads.items():
+        weight = attention_modules(zeroed, site)[layer].out_proj.weight
+        width = weight.shape[1] // 4
+        for head in chosen:
+            weight.data[:, head * width : (head + 1) * width] = 0
+    with untouched(model):
+        with pruned(model, site, heads):
+            found = predict(model)
+        expected = predict(zeroed)
+        assert torch.equal(found.logits, expected.logits) and torch.equal(found.boxes, expected.boxes)
+        for layer, weights in enumerate(getattr(found.attention, site)):
+            gone = heads.get(layer, [])
+            kept = [head for head in range(4) if head not in gone]
+            assert not weights[:, gone].any()
+            assert torch.equal(weights[:, kept], getattr(expected.attention, site)[layer][:, kept])
+
+
+def test_maps_make_no_difference_to_what_is_found():
+    """Without maps, other code is used wherever a transform allows it."""
+    model = model_with()
+    with pruned(model, "decoder_cross", {0: [1]}), fixed_alpha(model, "encoder_self", [1, 1.2, 2, 1.5]):
+        with torch.no_grad():
+            without = model(IMAGES, PADDING)
+        torch.testing.assert_close(without.logits, predict(model).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_contexts_does_not_matter():
+    model = model_with(decoder_cross="entmax15")
+    prune = {0: [0], 2: [1, 3]}
+    steps = [
+        lambda: pruned(model, "decoder_cross", prune),
+        lambda: swapped(model, "decoder_cross", "sparsemax"),
+        lambda: fixed_alpha(model, "encoder_self", 1.3),
+    ]
+    found = []
+    with untouched(model):
+        for order in (steps, steps[::-1]):
+            with contextlib.ExitStack() as stack:
+                for step in order:
+                    stack.enter_context(step())
+                found.append(predict(model))
+    assert_same(*found)
+    assert not found[0].attention.decoder_cross[2][:, [1, 3]].any()
+
+
+def test_an_exception_leaves_nothing_behind():
+    model = alphas_of_their_own(model_with(decoder_cross="alpha_entmax"), "decoder_cross")
+    with untouched(model):
+        with (
+            pytest.raises(ZeroDivisionError),
+            swapped(model, "decoder_cross", "tvmax"),
+            pruned(model, "decoder_cross", {1: [0]}),
+            fixed_alpha(model, "encoder_self", 2),
+        ):
+            raise ZeroDivisionError
+        with (
+            pytest.raises(ModelError),
+            fixed_alpha(model, "encoder_self", 2),
+            pruned(model, "decoder_cross", {0: [1], 7: [0]}),
+        ):
+            raise AssertionError("an impossible context was entered")
+
+
+def test_a_model_that_moves_within_takes_its_transforms_along():
+    model = model_with(decoder_cross="alpha_entmax")
+    with swapped(model, "decoder_cross", "softmax"):
+        model.to("meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (lambda m: swapped(m, "decoder", "softmax"), "unknown site 'decoder'; there are encoder_self"),
+        (
+            lambda m: swapped(m, "decoder_cross", "softmax", layers=[3]),
+            r"layers \[3\] at decoder_cross: the model has 3",
+        ),
+        (lambda m: swapped(m, "decoder_cross", "softmax", heads=[4]), r"heads \[4\]: a layer has 4"),
+        (lambda m: swapped(m, "decoder_cross", "sofmax"), "unknown attention transform 'sofmax'; there are softmax"),
+        (lambda m: swapped(m, "decoder_self", "tvmax"), "tvmax needs keys that form a grid"),
+        (lambda m: fixed_alpha(m, "decoder_cross", 2.5), "alpha 2.5 must lie between 1"),
+        (lambda m: fixed_alpha(m, "decoder_cross", float("nan")), "alpha nan must lie between 1"),
+        (lambda m: fixed_alpha(m, "decoder_cross", [1.5] * 3), r"alpha has shape \[3\]; give one number, .* \[4\], or"),
+        (lambda m: pruned(m, "encoder_self", {-1: [0]}), r"layers \[-1\] at encoder_self: the model has 2"),
+    ],
+)
+def test_what_a_model_lacks_is_said(context, message):
+    with pytest.raises(ValueError, match=message), context(model_with()):
+        raise AssertionError("entered")
+
+
+def test_sites_without_scores_or_layers_are_refused():
+    deformable = small(architecture="deformable", classification="sigmoid", deformable={"levels": 2})
+    for site in ("encoder_self", "decoder_cross"):
+        with pytest.raises(ModelError, match=f"{site} of this model is deformable.*use decoder_self"):
+            attention_modules(deformable, site)
+    assert len(attention_modules(deformable, "decoder_self")) == 3
+    with pytest.raises(ModelError, match="no encoder layers"):
+        attention_modules(small(encoder_layers=0), "encoder_self")
+    with pytest.raises(ModelError, match="learned no alphas at decoder_cross"):
+        learned_alphas(model_with(), "decoder_cross")

@@ -1,0 +1,140 @@
+"""COCO AP against published numbers and against pycocotools."""
+
+import contextlib
+import copy
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from detrlib.metrics.detection import METRICS, coco_ap, coco_detections
+
+CASES = Path(__file__).parents[3] / "shared" / "data" / "coco_eval_cases"
+
+
+PUBLISHED = [
+    ("cocoapi_val2014_100", "instances_val2014_100.json", "instances_val2014_fakebbox100_results.json", 0.0),
+    ("detectron2_mini", "gt.json", "detections.json", 0.0),
+    ("faster_coco_eval", "gt_ignore_test.json", "dt_ignore_test.json", 0.1),
+]
+
+
+@pytest.mark.parametrize(("case", "truth", "detections", "lowest_score"), PUBLISHED)
+def test_published_ap(case, truth, detections, lowest_score):
+    folder = CASES / case
+    if not folder.is_dir():
+        pytest.skip(f"published evaluation cases are not at {CASES}")
+    reference = json.loads((folder / "expected.json").read_text())
+    kept = [one for one in json.loads((folder / detections).read_text()) if one["score"] >= lowest_score]
+    result = coco_ap(folder / truth, kept)
+    expected = {name: reference["expected"][name] for name in METRICS}
+    assert {name: result[name] for name in METRICS} == pytest.approx(expected, rel=0, abs=reference["tolerance"])
+
+
+def test_every_published_case_is_tested():
+    if not CASES.is_dir():
+        pytest.skip(f"published evaluation cases are not at {CASES}")
+    tested = {case for case, *_ in PUBLISHED}
+    assert tested == {path.parent.name for path in CASES.glob("*/expected.json")}
+
+
+def random_detection_task(seed: int, first_annotation: int = 1) -> tuple[dict, list[dict]]:
+    """Ground truth with crowds, an empty image and a class without objects; detections near and far from it."""
+    random = np.random.default_rng(seed)
+    images = [{"id": 10 + i, "height": 400, "width": 400} for i in range(12)]
+    categories = [{"id": i, "name": name} for i, name in [(3, "ant"), (4, "bee"), (9, "cat"), (11, "unused")]]
+    annotations, detections = [], []
+    for image in images[1:]:
+        for _ in range(random.integers(1, 7)):
+            side = random.choice([15, 60, 150])
+            box = np.concatenate([random.uniform(0, 240, 2), side * random.uniform(0.7, 1.3, 2)])
+            category = int(random.choice([3, 4, 9]))
+            annotations.append(
+                {
+                    "id": first_annotation + len(annotations),
+                    "image_id": image["id"],
+                    "category_id": category,
+                    "bbox": box.tolist(),
+                    "area": float(0.8 * box[2] * box[3]),
+                    "iscrowd": int(random.random() < 0.1),
+                }
+            )
+            for _ in range(random.integers(0, 4)):
+                moved = box + random.normal(0, 0.08 * side, 4)
+                corners = np.concatenate([moved[:2], moved[:2] + np.abs(moved[2:])])
+                guess = category if random.random() < 0.8 else int(random.choice([3, 4, 9, 11]))
+                detections += coco_detections(image["id"], corners[None], [random.random()], [guess])
+    return {"images": images, "categories": categories, "annotations": annotations}, detections
+
+
+def pycocotools_stats(truth: dict, detections: list[dict]):
+    coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference = coco.COCO()
+        reference.dataset = copy.deepcopy(truth)
+        reference.createIndex()
+        evaluation = cocoeval.COCOeval(reference, reference.loadRes(copy.deepcopy(detections)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ap_agrees_with_pycocotools(seed, capsys):
+    truth, detections = random_detection_task(seed)
+    given = copy.deepcopy((truth, detections))
+    result = coco_ap(truth, detections)
+    assert (truth, detections) == given
+    assert capsys.readouterr() == ("", "")
+    evaluation = pycocotools_stats(truth, detections)
+    assert [result[name] for name in METRICS] == pytest.approx(evaluation.stats.tolist(), abs=1e-12)
+    assert 0.1 < result["AP"] < 0.9  # neither trivial end
+
+    for position, name in enumerate(["ant", "bee", "cat", "unused"]):
+        precision = evaluation.eval["precision"][:, :, position, 0, -1]
+        expected = precision.mean() if name != "unused" else -1
+        assert result["per_class"][name]["AP"] == pytest.approx(expected)
+        assert result["per_class"][name]["AP50"] == pytest.approx(precision[0].mean())
+
+
+def test_ap_does_not_depend_on_annotation_ids():
+    assert coco_ap(*random_detection_task(0, first_annotation=0)) == coco_ap(*random_detection_task(0))
+
+
+def test_ap_without_detections_is_zero_where_there_is_ground_truth():
+    truth, _ = random_detection_task(1)
+    truth["annotations"] = [one | {"area": 50.0} for one in truth["annotations"]]
+    result = coco_ap(truth, [])
+    assert (result["AP"], result["AP_small"], result["AR_100"]) == (0, 0, 0)
+    assert (result["AP_medium"], result["AR_large"]) == (-1, -1)
+    assert result["per_class"] == {
+        "ant": {"AP": 0, "AP50": 0},
+        "bee": {"AP": 0, "AP50": 0},
+        "cat": {"AP": 0, "AP50": 0},
+        "unused": {"AP": -1, "AP50": -1},
+    }
+
+
+def test_ap_without_any_object_is_undefined():
+    truth, detections = random_detection_task(2)
+    result = coco_ap(truth | {"annotations": []}, detections)
+    assert {result[name] for name in METRICS} == {-1}
+
+
+def test_detections_of_an_unknown_image_are_refused():
+    truth, _ = random_detection_task(0)
+    with pytest.raises(ValueError, match="not in the ground truth, such as 999"):
+        coco_ap(truth, coco_detections(999, [[0, 0, 5, 5]], [0.5], [3]))
+
+
+def test_detections_hold_plain_numbers():
+    one, two = coco_detections(7, torch.tensor([[1.0, 2, 4, 8], [0, 0, 1, 1]]), torch.tensor([0.5, 0.25]), [3, 9])
+    assert one == {"image_id": 7, "category_id": 3, "bbox": [1, 2, 3, 6], "score": 0.5}
+    assert json.loads(json.dumps(two)) == two
+    assert coco_detections(7, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long)) == []
+    with pytest.raises(ValueError, match="shorter"):
+        coco_detections(7, torch.zeros(2, 4), torch.zeros(2), torch.zeros(1))

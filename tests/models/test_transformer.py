@@ -1,0 +1,267 @@
+"""DETR is the official one: number of parameters, names of entries, and the same outputs as other implementations.
+
+Legend: B images, H heads, Q queries, K = h x w cells of the feature map, C classes.
+"""
+
+import pytest
+import torch
+import torchvision
+from small import frozen, padded_batch, randomise, small, trainable
+from torch import nn
+
+from detrlib.attention import build_transform
+from detrlib.config import Model
+from detrlib.models import build_model
+from detrlib.models.backbone import build_backbone
+from detrlib.models.pretrained import load_weights
+from detrlib.models.transformer import DecoderLayer, EncoderLayer, LayerSettings, Memory
+
+R50 = {"name": "resnet50", "weights": "none", "freeze_stem": True}
+
+
+def detr(**settings) -> nn.Module:
+    """DETR at full size, with the 91 classes of COCO, without memory behind its parameters."""
+    with torch.device("meta"):
+        return build_model(Model(**{"num_classes": 91, "backbone": R50} | settings))
+
+
+# Parameters
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 41_302_368),
+        ({"norm": "pre"}, 41_302_880),
+        ({"backbone": R50 | {"dilation": True}}, 41_302_368),
+        ({"backbone": R50 | {"name": "resnet101"}}, 60_242_272),
+        ({"position": "learned"}, 41_315_168),
+        ({"backbone": R50 | {"name": "resnet18"}}, 28_686_688),
+        ({"num_classes": 250}, 41_343_231),
+        ({"attention": {"decoder_cross": "entmax15"}, "norm": "pre"}, 41_302_880),
+        ({"attention": {"decoder_cross": "alpha_entmax", "alpha_init": "normal"}, "norm": "pre"}, 41_302_928),
+    ],
+)
+def test_number_of_trainable_parameters(settings, expected):
+    assert trainable(detr(**settings)) == expected
+
+
+def test_parts_of_detr():
+    model = detr()
+    parts = {
+        "transformer": 17_363_456,
+        "class_embed": 23_644,
+        "bbox_embed": 132_612,
+        "query_embed": 25_600,
+        "input_proj": 524_544,
+        "backbone": 23_232_512,
+    }
+    assert {name: trainable(getattr(model, name)) for name in parts} == parts
+    assert frozen(model) == frozen(model.backbone) == 222_400
+    assert sum(buffer.numel() for buffer in model.buffers()) == 106_240
+    assert trainable(detr(norm="pre").transformer) == 17_363_968
+    assert frozen(detr(backbone=R50 | {"name": "resnet18"})) == 156_864
+
+
+# Names
+
+
+def official_names(pre_norm: bool = False, learned_position: bool = False) -> set[str]:
+    """Entries of an official DETR R50 checkpoint."""
+
+    def both(*modules: str) -> list[str]:
+        return [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+
+    def norm(module: str) -> list[str]:
+        return [*both(module), f"{module}.running_mean", f"{module}.running_var"]
+
+    def attention(module: str) -> list[str]:
+        return [f"{module}.in_proj_weight", f"{module}.in_proj_bias", *both(f"{module}.out_proj")]
+
+    names = both("class_embed", *(f"bbox_embed.layers.{i}" for i in range(3)), "input_proj", "transformer.decoder.norm")
+    names += ["query_embed.weight"]
+    for i in range(6):
+        encoder, decoder = f"transformer.encoder.layers.{i}", f"transformer.decoder.layers.{i}"
+        names += attention(f"{encoder}.self_attn")
+        names += both(*(f"{encoder}.{part}" for part in ("linear1", "linear2", "norm1", "norm2")))
+        names += attention(f"{decoder}.self_attn") + attention(f"{decoder}.multihead_attn")
+        names += both(*(f"{decoder}.{part}" for part in ("linear1", "linear2", "norm1", "norm2", "norm3")))
+    body = "backbone.0.body"
+    names += [f"{body}.conv1.weight", *norm(f"{body}.bn1")]
+    for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+        for block in range(blocks):
+            place = f"{body}.layer{stage}.{block}"
+            for i in (1, 2, 3):
+                names += [f"{place}.conv{i}.weight", *norm(f"{place}.bn{i}")]
+        names += [f"{body}.layer{stage}.0.downsample.0.weight", *norm(f"{body}.layer{stage}.0.downsample.1")]
+    if pre_norm:
+        names += both("transformer.encoder.norm")
+    if learned_position:
+        names += ["backbone.1.row_embed.weight", "backbone.1.col_embed.weight"]
+    assert len(names) == len(set(names))
+    return set(names)
+
+
+@pytest.mark.parametrize(
+    ("pre_norm", "position", "entries"),
+    [(False, "sine", 458), (True, "sine", 460), (False, "learned", 460)],
+)
+def test_entries_are_those_of_official_checkpoints(pre_norm, position, entries):
+    state = detr(norm="pre" if pre_norm else "post", position=position).state_dict()
+    moved = {"backbone.body.": "backbone.0.body.", "position.": "backbone.1."}
+    names = set()
+    for name in state:
+        prefix = next((prefix for prefix in moved if name.startswith(prefix)), "")
+        names.add(moved.get(prefix, "") + name.removeprefix(prefix))
+    assert len(state) == entries
+    assert names == official_names(pre_norm, position == "learned")
+    assert state["class_embed.weight"].shape == (92, 256)
+    assert state["query_embed.weight"].shape == (100, 256)
+    assert state["input_proj.weight"].shape == (256, 2048, 1, 1)
+    if position == "learned":
+        assert state["position.row_embed.weight"].shape == (50, 128)
+
+
+# Other implementations
+
+
+def transformers_name(name: str) -> str:
+    """Our name of a parameter -> the name in `transformers`, attention projections aside."""
+    name = name.replace("class_embed", "class_labels_classifier").replace("bbox_embed", "bbox_predictor")
+    for ours, theirs in [
+        ("linear1", "mlp.fc1"),
+        ("linear2", "mlp.fc2"),
+        ("norm1", "self_attn_layer_norm"),
+        ("multihead_attn", "encoder_attn"),
+        ("out_proj", "o_proj"),
+        ("input_proj", "input_projection"),
+        ("query_embed", "query_position_embeddings"),
+        ("decoder.norm", "decoder.layernorm"),
+        ("position.row_embed", "position_embedding.row_embeddings"),
+        ("position.col_embed", "position_embedding.column_embeddings"),
+    ]:
+        name = name.replace(ours, theirs)
+    second = "encoder_attn_layer_norm" if "decoder" in name else "final_layer_norm"
+    name = name.replace("norm2", second).replace("norm3", "final_layer_norm")
+    if name.startswith("backbone.body"):
+        name = transformers_backbone_name(name.removeprefix("backbone.body."))
+    return name if name.startswith(("class_labels", "bbox")) else f"model.{name.removeprefix('transformer.')}"
+
+
+def transformers_backbone_name(name: str) -> str:
+    """torchvision's name of a ResNet parameter -> the name in `transformers`."""
+    *place, kind = name.split(".")
+    names = {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
+    if len(place) == 1:
+        path = f"embedder.embedder.{names[place[0][:-1]]}"
+    else:
+        path = f"encoder.stages.{int(place[0][-1]) - 1}.layers.{place[1]}."
+        layer = place[2]
+        if layer == "downsample":
+            path += f"shortcut.{names[place[3]]}"
+        else:
+            path += f"layer.{int(layer[-1]) - 1}.{names[layer[:-1]]}"
+    return f"backbone.model.{path}.{kind}"
+
+
+def transformers_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for name, value in state.items():
+        name = transformers_name(name)
+        if "in_proj_" in name:
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                renamed[name.replace("in_proj_", f"{letter}_proj.")] = part
+        else:
+            renamed[name] = value
+    return renamed
+
+
+@pytest.mark.parametrize(
+    ("backbone", "position"), [("resnet18", "sine"), ("resnet18", "learned"), ("resnet50", "sine")]
+)
+def test_agreement_with_transformers(backbone, position):
+    """The same weights give the same logits, boxes and attention maps on a padded batch.
+
+    Image sizes are multiples of 32: elsewhere the two round the padding of the feature map differently.
+    """
+    transformers = pytest.importorskip("transformers")
+    model = small(backbone={"name": backbone, "weights": "none", "mask_padding": False}, position=position)
+    basic = backbone == "resnet18"
+    widths = [64, 128, 256, 512]
+    config = transformers.DetrConfig(
+        use_timm_backbone=False,
+        backbone_config=transformers.ResNetConfig(
+            layer_type="basic" if basic else "bottleneck",
+            hidden_sizes=widths if basic else [4 * width for width in widths],
+            depths=[2, 2, 2, 2] if basic else [3, 4, 6, 3],
+            out_features=["stage4"],
+        ),
+        position_embedding_type=position,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_queries=7,
+        num_labels=5,
+        attn_implementation="eager",
+    )
+    reference = transformers.DetrForObjectDetection(config).eval()
+    reference.load_state_dict(transformers_state(model.state_dict()))  # strict: nothing may be left over
+    images, padding = padded_batch((96, 128), (128, 64), canvas=(128, 160))
+    images = images.double()  # features of random weights are so large that float32 would round maps by 1e-3
+    with torch.no_grad():
+        ours = model.double()(images, padding, need_attention=True)
+        theirs = reference.double()(pixel_values=images, pixel_mask=(~padding).long(), output_attentions=True)
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours.boxes, theirs.pred_boxes, rtol=0, atol=2e-5, check_dtype=False)
+    maps = {"encoder_self": "encoder_attentions", "decoder_self": "decoder_attentions"}
+    for site, name in (maps | {"decoder_cross": "cross_attentions"}).items():
+        for mine, other in zip(getattr(ours.attention, site), getattr(theirs, name), strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
+    assert ours.logits.std(1).min() > 0.002  # queries differ, so that agreement means something
+
+
+def layer_settings(pre_norm: bool) -> LayerSettings:
+    return LayerSettings(24, 3, 40, 0.1, pre_norm, lambda site: build_transform("softmax", 3))
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_layers_without_positions_are_those_of_torch(pre_norm):
+    torch.manual_seed(0)
+    options = {"d_model": 24, "nhead": 3, "dim_feedforward": 40, "batch_first": True, "norm_first": pre_norm}
+    tokens, queries = torch.randn(2, 7, 24), torch.randn(2, 5, 24)
+    padding = torch.arange(7) >= torch.tensor([[7], [4]])
+    memory = Memory(tokens, torch.zeros_like(tokens), padding, (1, 7))
+    encoder, decoder = EncoderLayer(layer_settings(pre_norm)).eval(), DecoderLayer(layer_settings(pre_norm)).eval()
+    randomise(encoder), randomise(decoder)
+    reference = nn.TransformerEncoderLayer(**options).eval()
+    reference.load_state_dict(encoder.state_dict())
+    expected = reference(tokens, src_key_padding_mask=padding)
+    valid = ~padding
+    torch.testing.assert_close(encoder(memory)[0][valid], expected[valid])
+    reference = nn.TransformerDecoderLayer(**options).eval()
+    reference.load_state_dict(decoder.state_dict())
+    found = decoder(queries, torch.zeros_like(queries), memory)[0]
+    torch.testing.assert_close(found, reference(queries, tokens, memory_key_padding_mask=padding))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_backbone_is_that_of_torchvision(name, mask_padding):
+    torch.manual_seed(0)
+    reference = getattr(torchvision.models, name)(weights=None).eval()
+    randomise(reference)
+    backbone = build_backbone(name, mask_padding=mask_padding).eval()
+    load_weights(backbone.body, reference.state_dict(), name)
+    images = torch.randn(1, 3, 75, 106)
+    expected = images
+    with torch.no_grad():
+        for part in list(reference.children())[:-2]:
+            expected = part(expected)
+        (level,) = backbone(images, torch.zeros(1, 75, 106, dtype=torch.bool))
+    assert level.features.shape == (1, *backbone.num_channels, 3, 4)
+    assert level.padding.shape == (1, 3, 4)
+    torch.testing.assert_close(level.features, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())

@@ -1,0 +1,109 @@
+"""Saved results as tables, and tables as text."""
+
+import pandas as pd
+import pytest
+import torch
+
+from detrlib import runs
+from detrlib.engine.evaluate import split_folder
+from detrlib.errors import ModelError, RunError
+from detrlib.experiments import explain
+from detrlib.experiments.interventions import attention_modules
+from detrlib.figures import results, tables
+from detrlib.files import write_json
+from detrlib.metrics import statistics
+from detrlib.models.faster_rcnn import FasterRCNN
+from detrlib.runs import results as frames
+
+
+def write_results(folder, gini, paibb):
+    located = {"all": {"pairs": 4, "paibb": {"mean": paibb}, "pointing": {"mean": [0.0, 1.0]}}}
+    attention = {"decoder_cross": {"gini": gini}}
+    write_json(folder / "results.json", {"attention": attention, "localisation": located, "names": {"3": "cup"}})
+
+
+def test_layers_before_and_after_training(tmp_path):
+    write_results(tmp_path / "a-seed1", [0.8, 0.9], [0.4, 0.5])
+    write_results(tmp_path / "a-seed1" / "untrained", [0.1, 0.2], [0.1, 0.1])
+    write_results(tmp_path / "b", [0.7, 0.6], [0.3, 0.2])
+    frame = frames.layer_frame([tmp_path / "a-seed1", tmp_path / "b"]).set_index(["group", "state", "metric", "layer"])
+    assert frame.loc[("a", "untrained", "gini", 1), "value"] == 0.2
+    assert frame.loc[("a", "trained", "paibb", 1), "value"] == 0.5
+    assert frame.loc[("b", "trained", "pointing", 1), "value"] == 1.0
+    assert ("b", "untrained", "gini", 0) not in frame.index
+
+
+def test_runs_are_chosen_by_what_they_have_and_by_group(tmp_path):
+    folders = [tmp_path / name for name in ("a-seed1", "a-seed2", "b_seed1")]
+    runs.save_tables(folders[1], {"located": pd.DataFrame({"x": [1]})})
+    assert frames.having(folders, "located") == folders[1:2]
+    assert frames.first_of_groups(folders) == [folders[0], folders[2]]
+    assert frames.measures(folders[1:2], "located").to_dict("list") == {"run": ["a-seed2"], "x": [1]}
+
+
+def test_objects_come_once(tmp_path):
+    write_results(tmp_path, [0.5], [0.5])
+    rows = [(7, 3, 64.0, layer, head) for layer in (0, 1) for head in (-1, 0)]
+    located = pd.DataFrame(rows, columns=["image_id", "label", "area", "layer", "head"])
+    runs.save_tables(tmp_path, {"located": located})
+    assert frames.objects_frame(tmp_path).to_dict("records") == [
+        {"image_id": 7, "area": 64.0, "category": "cup", "crowd": False}
+    ]
+
+
+def test_published_curves(tmp_path):
+    path = tmp_path / "curves.csv"
+    path.write_text("metric,model,epoch,value\nmAP,softmax,0,0.1\nmAP,softmax,1,0.2\n")
+    curves = frames.published_curves(path)
+    assert curves.to_dict("list") == {
+        "run": ["softmax"] * 2,
+        "epoch": [0, 1],
+        "metric": ["mAP"] * 2,
+        "value": [0.1, 0.2],
+    }
+    assert len(results.training_curves(curves, ["mAP"]).axes[0].get_lines()[0].get_xdata()) == 2
+    path.write_text("metric,epoch,value\n")
+    with pytest.raises(RunError, match=r"curves.csv lacks run; expected columns metric, model"):
+        frames.published_curves(path)
+    with pytest.raises(RunError, match=r"none.csv is no table of curves"):
+        frames.published_curves(tmp_path / "none.csv")
+
+
+def test_spread_over_seeds_in_words(tmp_path):
+    found = pd.DataFrame({"group": ["a", "a", "b"], "seed": [1, 2, 1], "AP": [0.5, 0.7, 0.25]})
+    table = tables.with_spread(statistics.seed_table(found, ["AP"]))
+    assert table.to_dict("index") == {"a": {"AP": "0.600 ± 0.141", "seeds": 2}, "b": {"AP": "0.250", "seeds": 1}}
+    tables.save_table(table, tmp_path / "new", "groups", "Means.", "made here", unranked=["seeds"])
+    assert (tmp_path / "new" / "groups.md").read_text().splitlines()[2] == "| a | 0.600 ± 0.141 | 2 |"
+    assert r"\label{tab:groups}" in (tmp_path / "new" / "groups.tex").read_text()
+    assert (tmp_path / "new" / "groups.txt").read_text() == "made here\n"
+    assert tables.stacked([table, table]).shape == (4, 2) and tables.stacked([]).empty
+
+
+def test_heads_of_several_sites_are_refused():
+    rows = [("a", 0, site, 0, 0, 1.5) for site in ("encoder_self", "decoder_cross")]
+    frame = pd.DataFrame(rows, columns=["run", "epoch", "site", "layer", "head", "value"])
+    with pytest.raises(ValueError, match="heads of several sites, encoder_self, decoder_cross; choose one"):
+        results.heads_over_training(frame)
+
+
+@pytest.mark.parametrize("name", ["maps", "untrained", "..", "a/b"])
+def test_a_split_cannot_take_a_folder_of_the_run(tmp_path, name):
+    with pytest.raises(RunError, match="cannot name a folder of results"):
+        split_folder(tmp_path, name)
+
+
+def test_a_split_does_not_replace_results_on_other_data(tmp_path):
+    assert split_folder(tmp_path, "test2017") == tmp_path / "test2017"
+    write_json(tmp_path / "test2017" / "results.json", {"on": "elsewhere.json"})
+    with pytest.raises(RunError, match="holds results on other data"):
+        split_folder(tmp_path, "test2017")
+
+
+def test_a_model_without_attention_is_told_so():
+    with torch.device("meta"):
+        model = FasterRCNN("faster_rcnn", 91)
+    with pytest.raises(explain.ModelError, match="no attention"):
+        explain.allowed_methods(model)
+    with pytest.raises(ModelError, match="no attention"):
+        attention_modules(model, "decoder_cross")

@@ -1,0 +1,85 @@
+"""Figures of the transforms: every function draws small inputs without a warning and shows what it promises."""
+
+import numpy as np
+import pytest
+from drawn import leaves_nothing_behind, texts  # noqa: F401
+from matplotlib.colors import to_hex
+
+from detrlib.figures import style
+from detrlib.teaching import transforms
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def test_the_plane_keeps_lengths_and_angles_of_scores_without_their_mean():
+    scores = np.random.default_rng(0).normal(size=(5, 3))
+    centred = scores - scores.mean(1, keepdims=True)
+    assert np.allclose(scores @ transforms.PLANE @ transforms.PLANE.T, centred)
+    assert np.allclose((scores @ transforms.PLANE) @ (scores @ transforms.PLANE).T, centred @ centred.T)
+    assert np.allclose(np.eye(3) @ transforms.PLANE, transforms.PLANE)
+
+
+def test_weight_bars_write_weights_and_mark_exact_zeros():
+    weights = {"softmax": np.array([0.7, 0.297, 0.003]), "sparsemax": np.array([1.0, 0.0, 0.0])}
+    drawn = transforms.weight_bars(np.array([2.0, 1.0, -3.0]), weights)
+    assert {"softmax\n3 of 3 keys", "sparsemax\n1 of 3 keys", ".70", ".30", "<.01", "1.00"} <= set(texts(drawn))
+    _, soft, sparse = drawn.axes
+    assert to_hex(soft.patches[0].get_facecolor()).upper() == style.COLOURS["softmax"]
+    assert not soft.get_lines() and list(sparse.get_lines()[0].get_xdata()) == [2, 3]
+    widths = [axes.get_position().width for axes in drawn.axes]
+    assert max(widths) < 1.3 * min(widths) and sum(widths) > 0.6  # panels fill the figure
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_curves_have_one_legend_and_a_colour_per_transform(count):
+    line = ([0, 1], [0.0, 0.5])
+    panels = {f"panel {n}": {"softmax, alpha 1": line, "sparsemax, alpha 2": line} for n in range(count)}
+    drawn = transforms.curves(panels, [("x", "y")] * count, {"panel 0": {"softmax, alpha 1": ([0.5], [0.2])}})
+    (legend,) = drawn.legends
+    assert len(drawn.axes) == count
+    assert [text.get_text() for text in legend.get_texts()] == ["softmax, alpha 1", "sparsemax, alpha 2"]
+    lines = drawn.axes[0].get_lines()
+    assert [line.get_color() for line in lines] == [style.COLOURS[n] for n in ("softmax", "sparsemax", "softmax")]
+
+
+def test_pictures_of_the_simplex():
+    corner, start = np.array([[1.0, 0, 0]]), np.array([[2.0, -1, -1]])
+    supports = {name: np.full((4, 4), n) for n, name in ((3, "softmax"), (1, "sparsemax"))}
+    drawn = transforms.simplex_regions(supports, 2.0, dict.fromkeys(supports, (start, corner)))
+    assert {"softmax", "sparsemax", "2 keys: an edge"} <= set(texts(drawn))
+    assert [axes.images[0].get_array().max() for axes in drawn.axes] == [3, 1]
+    drawn = transforms.simplex_paths({"softmax": np.vstack([corner, corner[:, ::-1]])}, "a path")
+    assert {"a path", "key 3", "softmax"} <= set(texts(drawn))
+
+
+def test_alpha_family_counts_keys():
+    drawn = transforms.alpha_family([1, 1.5, 2], np.array([[0.5, 0.3, 0.2], [0.6, 0.4, 0], [1, 0, 0]]))
+    assert list(drawn.axes[1].get_lines()[0].get_ydata()) == [3, 2, 1]
+    assert {"key 1", "key 3", "1\nsoftmax"} <= set(texts(drawn))
+
+
+def test_jacobians_share_a_scale_and_write_zeros():
+    drawn = transforms.jacobians({"softmax": np.full((2, 2), 0.1), "sparsemax": np.diag([0.5, 0.0])})
+    assert [axes.images[0].get_clim() for axes in drawn.axes[:2]] == [(-0.5, 0.5)] * 2
+    assert [text.get_text() for text in drawn.axes[1].texts] == ["0"] * 3 and not drawn.axes[0].texts
+
+
+def test_newton_steps_are_numbered_where_there_is_room():
+    tau = np.linspace(-1, 0, 5)
+    panel = (tau, -tau - 0.5, np.array([-1.0, -0.6, -0.59]), np.array([0.5, 0.1, 0.09]))
+    drawn = transforms.newton_steps({"a": panel, "b": panel})
+    assert [text.get_text() for text in drawn.axes[0].texts] == ["0", "1"]
+
+
+def test_grouped_bars_write_their_values():
+    drawn = transforms.grouped_bars(
+        {"+1": {"softmax": 0.61, "sparsemax": 0.8}, "-inf": {"softmax": 0, "sparsemax": 0}}, "t", "y"
+    )
+    assert {"0.61", "0.80", "0", "+1", "-inf"} <= set(texts(drawn))
+
+
+def test_weight_maps_leave_zeros_white():
+    drawn = transforms.weight_maps({name: np.array([[0.0, 0.4], [0.6, 0.0]]) for name in "abcd"})
+    assert [axes.axison for axes in drawn.axes] == [True] * 4 + [False] * 2
+    shown = drawn.axes[0].images[0]
+    assert np.ma.getmaskarray(shown.get_array()).sum() == 2 and shown.get_clim() == (0, 0.6)
