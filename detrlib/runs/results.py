@@ -215,7 +215,7 @@ def final_alphas(run_dirs: Iterable[Path], site: str = "decoder_cross") -> dict[
 
 
 def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, checkpoint: str = "last") -> pd.DataFrame:
-    """Stored interventions on runs, tidy: as of `detrlib.experiments.intervene.intervene_run`, with columns run, trained (the
+    """Stored interventions on runs, tidy: as of `intervene_run`, with columns run, trained (the
     transform that the run was trained with at the site) and trained_alpha (mean of learned ones; NaN for tvmax).
 
     images: only rows measured on so many. Raises RunError where rows of different numbers of images would meet, and
