@@ -59,6 +59,8 @@ class QueryAttention(Section):
 
 
 class Attention(QueryAttention):
+    """Transforms at all three sites, where keys may also be cells of the image."""
+
     encoder_self: TransformName = "softmax"
     decoder_cross: TransformName = "softmax"
     tv_lambda: float = Field(0.1, ge=0.0)  # of "tvmax": price of a step between neighbouring cells
@@ -136,10 +138,14 @@ class Compatibility(Section):
 
 
 class DetrCompatibility(Compatibility):
+    """Of DETR and the thesis's models with sparse cross-attention."""
+
     attention_padding: Literal["hidden", "add_one"] = "hidden"  # padded keys of decoder_cross favoured: the thesis
 
 
 class DeformableCompatibility(Compatibility):
+    """Of Deformable DETR and Sparse DETR."""
+
     token_scores: Literal["masked", "official"] = "masked"  # scores of tokens that depend on padding: Sparse DETR
     dam: Literal["exact", "official"] = "exact"  # decoder attention maps half a cell off: Sparse DETR
 
@@ -173,6 +179,8 @@ class Architecture(Section):
 
 
 class Detr(Architecture):
+    """DETR with any transform at any site, learned or anchor queries, and PnP-DETR's polling."""
+
     architecture: Literal["detr"] = "detr"
     attention: Attention = Attention()
     polling: Polling = Polling()
