@@ -261,8 +261,12 @@ def costs(
     overrides = {"model.num_classes": 91, "model.backbone.weights": "none"} | pairs(settings, "--set", "model.norm=pre")
     model = build_model(load_config(config, overrides).model)
     height, width = listed(size, "--size", int)
-    table = cost_table({config.stem: model}, (height, width), latency=latency)
-    typer.echo(table.drop(columns="model").round(2).to_string(index=False))
+    table = cost_table({config.stem: model}, (height, width)).drop(columns="model")
+    if latency:
+        from detrlib.benchmarks.latency import measure_latency
+
+        table["milliseconds"] = table["component"].map(measure_latency(model, (height, width)))
+    typer.echo(table.round(2).to_string(index=False))
 
 
 def main() -> None:
