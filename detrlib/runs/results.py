@@ -124,10 +124,14 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     rows = []
     for run_dir, label in run_labels(run_dirs).items():
         results, cfg = load_results(run_dir), load_config(run_dir / "config.yaml")
+        # A run made of predictions says where they are from; of the model nothing is known.
+        detector, attention = results.get("detector"), cfg.model.attention
         transforms = {
-            site: getattr(cfg.model.attention, site) for site in ("encoder_self", "decoder_self", "decoder_cross")
+            site: None if detector else getattr(attention, site)
+            for site in ("encoder_self", "decoder_self", "decoder_cross")
         }
-        row = {"run": label, "group": group_of(label), "seed": cfg.train.seed, "architecture": cfg.model.architecture}
+        row = {"run": label, "group": group_of(label), "seed": cfg.train.seed}
+        row["architecture"] = detector or cfg.model.architecture
         row |= transforms | {name: value for name, value in results["detection"].items() if name != "per_class"}
         for site, measures in results.get("attention", {}).items():
             row |= {f"{site}/{name}": float(np.mean(values)) for name, values in measures.items()}
