@@ -96,15 +96,25 @@ def evaluate(
     renamed: Annotated[list[str], Option("--map", metavar="THEIRS=OURS", help="names of its classes")] = [],  # noqa: B006
     by_id: Annotated[bool, Option("--by-id", help="its category ids are the run's, whatever the names")] = False,
     save_as: Annotated[str | None, Option("--as", help="folder of the results inside the run")] = None,
+    predictions: Annotated[Path | None, Option(help="make the run of any detector's COCO-format detections")] = None,
+    data: Annotated[Path | None, Option(help="what they are of: a config, a folder or an annotation file")] = None,
 ) -> None:
-    """Measure a run: AP, sparsity of attention, and where it looks; on its own data or on other data."""
+    """Measure a run: AP, sparsity of attention, and where it looks; on its own data or on other data.
+
+    Or make a run of the detections of any detector, to be compared with others: --predictions FILE.json --data DATA.
+    """
     from detrlib.engine.evaluate import evaluate_run
+    from detrlib.experiments.predictions import evaluate_predictions
     from detrlib.experiments.transfer import evaluate_on, scored_classes
     from detrlib.runs.folder import run_path
 
     overrides = pairs(settings, "--set", "evaluate.paibb=thesis")
     names = pairs(renamed, "--map", "bike=bicycle")
-    if on is None:
+    if predictions or data:
+        if not (predictions and data) or on or names or by_id or save_as or overrides or checkpoint != "last":
+            raise ConfigError("--predictions needs --data, and takes --split and --images besides, nothing else")
+        results = evaluate_predictions(run_path(run), predictions, data, split, images=images)
+    elif on is None:
         if images or names or by_id or save_as:
             raise ConfigError("--images, --map, --by-id and --as belong to data given as --on")
         results = evaluate_run(run_path(run), checkpoint, split, overrides=overrides)
@@ -261,8 +271,12 @@ def costs(
     overrides = {"model.num_classes": 91, "model.backbone.weights": "none"} | pairs(settings, "--set", "model.norm=pre")
     model = build_model(load_config(config, overrides).model)
     height, width = listed(size, "--size", int)
-    table = cost_table({config.stem: model}, (height, width), latency=latency)
-    typer.echo(table.drop(columns="model").round(2).to_string(index=False))
+    table = cost_table({config.stem: model}, (height, width)).drop(columns="model")
+    if latency:
+        from detrlib.benchmarks.latency import measure_latency
+
+        table["milliseconds"] = table["component"].map(measure_latency(model, (height, width)))
+    typer.echo(table.round(2).to_string(index=False))
 
 
 def main() -> None:

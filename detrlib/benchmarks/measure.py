@@ -25,7 +25,7 @@ from detrlib.attention import AlphaEntmax, build_transform
 from detrlib.attention.transforms import ALPHA_HIGH, ALPHA_LOW
 from detrlib.benchmarks.rivals import Candidate, bisection, others, package_version, prox, tvmax_by_map
 from detrlib.config import Config, load_config
-from detrlib.engine import loop as train
+from detrlib.engine.optimizer import parameter_groups
 from detrlib.losses.criterion import Criterion
 from detrlib.models import build_model
 from detrlib.models.outputs import Site
@@ -73,24 +73,29 @@ def compare(
     Candidates take turns, so that whatever else the machine does hits all of them alike. The first turn only warms up;
     a candidate that has taken more than `limit` seconds in those after it takes no more turns.
     """
-    seconds = {name: [] for name in candidates}
+    taken = {name: [] for name in candidates}
     for turn in range(repeats + 1):
         for name, run in candidates.items():
-            if sum(seconds[name]) <= limit:
-                took = _seconds(run, device)
-                seconds[name] += [took] if turn else []
-    quartiles = {name: [*np.quantile(taken, (0.5, 0.25, 0.75)), len(taken)] for name, taken in seconds.items()}
+            if sum(taken[name]) <= limit:
+                took = seconds(run, device)
+                taken[name] += [took] if turn else []
+    quartiles = {name: [*np.quantile(each, (0.5, 0.25, 0.75)), len(each)] for name, each in taken.items()}
     table = pd.DataFrame.from_dict(quartiles, orient="index", columns=["value", "low", "high", "repeats"])
     return table.astype({"repeats": "Int64"}).rename_axis("candidate")
 
 
-def _seconds(run: Callable[[], object], device: str) -> float:
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
+def seconds(run: Callable[[], object], device: str) -> float:
+    """How long `run` takes, until the device has finished."""
+    start = now(device)
     run()
-    wait()
-    return time.perf_counter() - start
+    return now(device) - start
+
+
+def now(device: str) -> float:
+    """The clock, in seconds, when the device has finished what it was told to do."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
@@ -285,7 +290,7 @@ def training_step(cfg: Config, size: tuple[int, int], batch: int = 1, device: st
     with torch.no_grad():  # the features of a network without pretraining are huge: attention would see one key only
         images /= model.backbone(images, padding)[-1].features.std()
     criterion = Criterion(cfg.loss)
-    optimizer = torch.optim.AdamW(train.parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
 
     def step() -> None:
         loss, _ = criterion(model(images, padding), targets)

@@ -160,9 +160,9 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Results and COCO-format detections of `model` on `dataset`, complete on every process.
 
-    attention: measure attention too, of models that have it. run_dir: where examples, maps and measures of single
-    images and objects are stored, if given, in place of those of an earlier evaluation. Results hold `detection` (12
-    COCO numbers and per class), `loss` (with a criterion), `alpha`, the settings `evaluate`, and what
+    attention: measure attention too. run_dir: where examples, maps and measures of single images and objects are
+    stored, if given, in place of those of an earlier evaluation. Results hold `detection` (12 COCO numbers and per
+    class), `loss` (with a criterion), `alpha`, the settings `evaluate`, and what
     `AttentionMeasures.summary` says: `attention`, `sparsity`, `paibb`, `localisation`. progress: show a bar.
     """
     with recorder(cfg, len(dataset), accelerator, run_dir) as record:

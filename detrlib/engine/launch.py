@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from detrlib.config import PROJECT, Config
-from detrlib.engine.loop import refuse_untrainable, train
+from detrlib.engine.loop import train
 from detrlib.errors import RunError
 from detrlib.runs.folder import load_results, open_run
 
@@ -39,7 +39,6 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
         raise RunError("processes are for training on the CPU; with GPUs there is one process for each")
     if (wanted, processes) == (min(1, there), 1):
         return train(cfg, run_dir)
-    refuse_untrainable(cfg)
     open_run(cfg, run_dir)  # says what is wrong here rather than in a subprocess
     _torchrun(run_dir, max(wanted, processes), wanted)
     return load_results(run_dir)

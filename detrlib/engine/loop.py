@@ -41,7 +41,6 @@ def train(cfg: Config, run_dir: Path) -> dict:
     Raises ConfigError, DataError or RunError before any long work when something does not fit, and
     NonFiniteLoss, with everything needed to look into it saved in failure-<process>.pt.
     """
-    refuse_untrainable(cfg)
     keep_freed_memory()
     accelerator = Accelerator()
     if cfg.train.batch_size % accelerator.num_processes:
@@ -64,18 +63,6 @@ def train(cfg: Config, run_dir: Path) -> dict:
         raise
     finally:
         trainer.close()
-
-
-def refuse_untrainable(cfg: Config) -> None:
-    """Raise ConfigError for a model that is here to be compared with only, saying how to."""
-    if cfg.model.architecture.startswith("faster_rcnn"):
-        weights = f"FasterRCNN_ResNet50_FPN{'_V2' * cfg.model.architecture.endswith('v2')}_Weights"
-        raise ConfigError(
-            f"model.architecture {cfg.model.architecture} is here to be evaluated beside the others, not to be "
-            f"trained; torchvision has its weights ({weights}.COCO_V1.get_state_dict() of torchvision.models.detection "
-            "downloads them) and a training script: make a run of such a file with "
-            "detrlib import FILE --as NAME, and evaluate that"
-        )
 
 
 def _num_classes(cfg: Config, dataset: CocoDataset) -> int:

@@ -53,7 +53,6 @@ from detrlib.metrics.localisation import object_size
 from detrlib.models import AttentionMaps, Predictions
 from detrlib.models.backbone import image_sizes
 from detrlib.models.deformable import DeformableDETR
-from detrlib.models.faster_rcnn import FasterRCNN
 from detrlib.runs.examples import EXAMPLE_SCORE, picture
 from detrlib.runs.folder import load_results
 
@@ -110,11 +109,8 @@ def explain(
 def allowed_methods(model: nn.Module, methods: Iterable[str] | None = None) -> tuple[str, ...]:
     """`methods`, or all that there are for `model`.
 
-    Raises ModelError for a model without attention, for unknown methods, and for those that need weights
-    deformable attention does not have.
+    Raises ModelError for unknown methods, and for those that need weights deformable attention does not have.
     """
-    if isinstance(model, FasterRCNN):
-        raise ModelError("Faster R-CNN has no attention to explain its detections by")
     deformable = isinstance(model, DeformableDETR)
     if methods is None:
         return OF_ALL_MODELS if deformable else METHODS

@@ -14,7 +14,6 @@ from detrlib.models.backbone import Backbone, build_backbone
 from detrlib.models.deformable import DeformableDETR
 from detrlib.models.deformable_layers import DeformableDecoder, DeformableEncoder, DeformableTransformer
 from detrlib.models.detr import DETR, Transformer
-from detrlib.models.faster_rcnn import FasterRCNN
 from detrlib.models.pnp import PollAndPool
 from detrlib.models.position import LearnedPosition, SinePosition
 from detrlib.models.pyramid import LevelProjections
@@ -22,15 +21,13 @@ from detrlib.models.sparse import ScoringNetwork
 from detrlib.models.transformer import AnchorDecoder, Decoder, Encoder, LayerSettings, MakeTransform
 
 
-def build_model(settings: Model, backbone_weights: str | Path | None = None) -> DETR | DeformableDETR | FasterRCNN:
+def build_model(settings: Model, backbone_weights: str | Path | None = None) -> DETR | DeformableDETR:
     """The model that `settings` describe. `backbone_weights` stands in for the settings' own (see pretrain.py).
 
     Raises ConfigError for settings that cannot be built without data.
     """
     if settings.num_classes is None:
         raise ConfigError("model.num_classes is not known without a data set; set it, or train through a config")
-    if settings.architecture.startswith("faster_rcnn"):
-        return FasterRCNN(settings.architecture, settings.num_classes, settings.num_queries)
     build = _deformable if isinstance(settings, Deformable) else _detr
     return build(settings, backbone_weights)
 
