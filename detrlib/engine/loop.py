@@ -12,7 +12,6 @@ import argparse
 import ctypes
 import math
 import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -339,9 +338,9 @@ def main() -> None:
     try:
         train(load_config(run_dir / "config.yaml"), run_dir)
     except DetrlibError as error:
-        sys.exit(f"error: {error}")
+        raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        sys.exit(130)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
