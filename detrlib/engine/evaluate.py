@@ -183,7 +183,7 @@ def evaluate(
     model = model.to(device).eval()
     detections, losses, looks = [], [], None
     with recorder(cfg, len(dataset), accelerator, run_dir) as record:
-        if cfg.model.attends and (sites is None or sites):
+        if sites is None or sites:
             folder = run_dir / "measures" if run_dir else None
             looks = AttentionMeasures(cfg, folder, accelerator.process_index, sites)
         bar = tqdm(_share(dataset, cfg, accelerator), desc="evaluating", leave=False, disable=not progress or None)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from detrlib.config import PROJECT, Config
-from detrlib.engine.loop import keep_freed_memory, refuse_untrainable, train
+from detrlib.engine.loop import keep_freed_memory, train
 from detrlib.errors import RunError
 from detrlib.runs.folder import load_results, open_run
 
@@ -51,7 +51,6 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
     if (wanted, processes) == (min(1, there), 1):
         keep_freed_memory()
         return train(cfg, run_dir)
-    refuse_untrainable(cfg)
     open_run(cfg, run_dir)  # says what is wrong here rather than in a subprocess
     _torchrun(run_dir, max(wanted, processes), wanted)
     return load_results(run_dir)

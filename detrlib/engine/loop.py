@@ -100,7 +100,6 @@ def train(cfg: Config, run_dir: Path) -> dict:
         ConfigError, DataError, WeightsError, RunError: something does not fit; before any long work.
         NonFiniteLoss: with everything needed to look into it saved in failure-<process>.pt.
     """
-    refuse_untrainable(cfg)
     accelerator = Accelerator(log_with=trackers(cfg, run_dir), project_dir=run_dir)
     if cfg.train.batch_size % accelerator.num_processes:
         raise ConfigError(
@@ -122,18 +121,6 @@ def train(cfg: Config, run_dir: Path) -> dict:
         raise
     finally:
         trainer.close()
-
-
-def refuse_untrainable(cfg: Config) -> None:
-    """Raise ConfigError for a model that is here to be compared with only, saying how to."""
-    if cfg.model.architecture.startswith("faster_rcnn"):
-        weights = f"FasterRCNN_ResNet50_FPN{'_V2' * cfg.model.architecture.endswith('v2')}_Weights"
-        raise ConfigError(
-            f"model.architecture {cfg.model.architecture} is here to be evaluated beside the others, not to be "
-            f"trained; torchvision has its weights ({weights}.COCO_V1.get_state_dict() of torchvision.models.detection "
-            "downloads them) and a training script: make a run of such a file with "
-            "detrlib import FILE --as NAME, and evaluate that"
-        )
 
 
 def _num_classes(cfg: Config, dataset: CocoDataset) -> int:
