@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,21 @@ def save_checkpoint(path: Path, state: dict) -> None:
     write_atomic(path, lambda temporary: torch.save(state, temporary))
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint on the CPU; no code in the file is run. Raises RunError naming the file."""
+def load_checkpoint(path: Path, needed: Collection[str] = ()) -> dict:
+    """A checkpoint on the CPU; no code in the file is run. Raises RunError naming the file, and entries it lacks."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise RunError(f"no checkpoint {path}; has the run finished its first epoch?") from None
+        there = ", ".join(sorted(found.stem for found in path.parent.glob("*.pt")))
+        hint = f"there are {there}" if there else "has the run finished its first epoch?"
+        raise RunError(f"no checkpoint {path}; {hint}") from None
     except Exception as error:
-        raise RunError(f"{path} is not a checkpoint of this project: {error}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise RunError(f"{path} is not a checkpoint of this project: {reason}") from error
+    missing = [name for name in needed if name not in state] if isinstance(state, dict) else ["a state"]
+    if missing:
+        raise RunError(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
+    return state
 
 
 def weight_faults(own: dict, given: dict) -> list[str]:

@@ -86,7 +86,7 @@ def evaluate_into(
     folder = folder / UNTRAINED if checkpoint == UNTRAINED else folder
     model, known = load_model(run_dir, checkpoint), {"epoch": 0, "global_step": 0}
     if checkpoint != UNTRAINED:
-        known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt")
+        known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt", ("epoch", "global_step"))
     dataset = build_dataset(cfg.data, "val")
     if folder != run_dir:
         write_atomic(folder / "config.yaml", lambda path: save_config(cfg, path))
@@ -118,7 +118,7 @@ def load_model(run_dir: Path, checkpoint: str = "last") -> nn.Module:
             weights = backbone_weights(cfg.model.backbone, build_dataset(cfg.data, "train"), cfg.data.image_size)
         return initial_model(cfg, weights).eval()
     path = run_dir / "checkpoints" / f"{checkpoint}.pt"
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, ["model"])
     model = build_model(cfg.model, backbone_weights="none")
     load_weights(model, state.get("average") or state["model"], path)
     return model.eval()

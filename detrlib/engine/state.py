@@ -76,7 +76,7 @@ class TrainingState:
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. Raises RunError naming it when it is damaged or of another architecture."""
-        state = load_checkpoint(path)
+        state = load_checkpoint(path, needed=self.state_dict())
         load_weights(self.trained, state["model"], path)
         if self.average is not None:
             load_weights(self.average.module, state["average"], path)

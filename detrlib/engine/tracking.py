@@ -20,13 +20,14 @@ def show_messages() -> None:
     logging.getLogger("detrlib").setLevel(logging.INFO)
 
 
-def trackers(cfg: Config, run_dir: Path) -> list[GeneralTracker | str]:
-    """What `Accelerator(log_with=...)` needs for `train.tracking`. Raises ConfigError where a package is missing."""
+def trackers(cfg: Config, run_dir: Path) -> list[GeneralTracker | str] | None:
+    """What `Accelerator(log_with=...)` takes for `train.tracking`. Raises ConfigError where a package is missing."""
     settings = cfg.train.tracking
     installed = [str(name) for name in get_available_trackers()]
     if missing := [name for name in settings.also if name not in installed]:
         raise ConfigError(f"train.tracking.also: {missing[0]} is not installed; pip install it, or leave it out")
-    return [*([] if settings.wandb == "disabled" else [WandB(cfg, run_dir)]), *settings.also]
+    chosen = [] if settings.wandb == "disabled" else [WandB(cfg, run_dir)]
+    return [*chosen, *settings.also] or None
 
 
 class WandB(WandBTracker):

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import sys
 
 import pytest
 import torch
@@ -166,17 +165,3 @@ def test_runs_of_the_deformable_family_have_its_losses(tmp_path):
     cfg = checkpoints.official_config(read_official(path))
     assert (cfg.loss.cost_class, cfg.loss.weight_class) == (2, 2)
     assert (cfg.model.num_heads, cfg.model.num_queries) == (4, 7)
-
-
-def test_command_line(tmp_path, monkeypatch, capsys):
-    path = official_file(tmp_path / "official.pth", export_official(of_small("detr")[0]))
-    monkeypatch.setattr(
-        sys, "argv", ["checkpoints", str(path), "--set", "model.num_heads=4", "--as", str(tmp_path / "r")]
-    )
-    checkpoints.main()
-    shown = capsys.readouterr().out
-    assert "detr, " in shown and "model.backbone.name: resnet18" in shown and "model.num_heads: 4" in shown
-    assert (tmp_path / "r" / "config.yaml").exists()
-    monkeypatch.setattr(sys, "argv", ["checkpoints", str(tmp_path / "absent.pth")])
-    with pytest.raises(SystemExit, match=r"error: no file .*absent\.pth"):
-        checkpoints.main()
