@@ -17,19 +17,22 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises RunError naming the file when the disk is full or not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         temporary.chmod(0o644)  # mkstemp makes files for the owner alone; results are there to be shared
         os.replace(temporary, path)
     # torch.save turns a full disk into a RuntimeError of its own.
     except (OSError, RuntimeError) as error:
-        raise RunError(f"could not write {path}: {error}. What was there before is intact; free some space.") from error
+        reason = "is the disk full, or the folder not yours?"
+        raise RunError(f"could not write {path}: {error}. What was there before is intact; {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -30,12 +30,14 @@ NOTEBOOKS = PROJECT / "notebooks"
 def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progress: bool = False) -> Path:
     """Run notebooks/<name>.ipynb with `parameters`; the executed copy is `output`, also when a cell fails.
 
-    Raises RunError naming the parameter, or the failing cell and its error.
+    Raises RunError naming the parameter, the failing cell and its error, or where the copy cannot be written.
     """
     source = find_notebook(name)
     values = checked_parameters(source, parameters)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.is_dir():
+        raise RunError(f"{output} is a folder; name the file that the executed copy is to be")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
             source, output, values, cwd=str(PROJECT), progress_bar=progress, log_output=False, kernel_name="python3"
         )
@@ -43,6 +45,8 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
         raise RunError(
             f"{source.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue} (executed copy: {output})"
         ) from None
+    except OSError as error:
+        raise RunError(f"{source.name}: could not be executed into {output}: {error}") from error
     except (DeadKernelError, KeyboardInterrupt) as error:
         _note_failure(output)
         if isinstance(error, KeyboardInterrupt):

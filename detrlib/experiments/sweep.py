@@ -88,16 +88,12 @@ def read_sweep(path: Path) -> Sweep:
     """A sweep file, everything in it checked. Raises ConfigError naming the file and the setting."""
     path = project_path(path)
     values = read_yaml(path)
-    unknown = values.keys() - {"base", "overrides", "runs", "seeds", "measure"}
-    if unknown or not isinstance(values.get("runs"), dict) or "base" not in values:
-        fault = f"unknown {', '.join(sorted(unknown))}" if unknown else "'base' or 'runs' is missing"
-        raise ConfigError(
-            f"{path}: {fault}; a sweep has base, runs (a name and overrides each), and optionally overrides, seeds and "
-            "measure (parameters of notebook evaluate)"
-        )
     shared, seeds, measure = (values.get(name) or {} for name in ("overrides", "seeds", "measure"))
-    if seeds and not (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)):
-        raise ConfigError(f"{path}: seeds is {seeds!r}, expected whole numbers such as [1, 2, 3]")
+    if fault := _fault(values):
+        raise ConfigError(
+            f"{path}: {fault}; a sweep has base (a config), runs (a name and overrides each), and optionally overrides "
+            "for all, seeds such as [1, 2, 3], and measure (parameters of notebook evaluate)"
+        )
     try:
         measure = checked_parameters(find_notebook("evaluate"), measure) if measure else {}
     except RunError as error:
@@ -107,6 +103,23 @@ def read_sweep(path: Path) -> Sweep:
         wanted = {f"{name}-seed{seed}": {**w, "train.seed": seed} for seed in seeds for name, w in wanted.items()}
     base = path.parent / values["base"]
     return Sweep({name: load_config(base, overrides) for name, overrides in wanted.items()}, measure)
+
+
+def _fault(values: dict[str, Any]) -> str | None:
+    """What a sweep file must not be, in words."""
+    if unknown := values.keys() - {"base", "overrides", "runs", "seeds", "measure"}:
+        return f"unknown {', '.join(sorted(map(str, unknown)))}"
+    wanted = {"base": str, "runs": dict, "overrides": dict, "seeds": list, "measure": dict}
+    for name, kind in wanted.items():
+        given = values.get(name)
+        if not isinstance(given, kind) and (given is not None or name in ("base", "runs")):
+            return f"{name} is {given!r}"
+    for name, overrides in values["runs"].items():
+        if not isinstance(name, str) or not isinstance(overrides, dict | None):
+            return f"runs: {name!r} is {overrides!r}"
+    if not all(type(seed) is int for seed in values.get("seeds") or []):
+        return f"seeds is {values['seeds']!r}"
+    return None if values["runs"] else "runs names none"
 
 
 def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
