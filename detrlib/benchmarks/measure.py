@@ -25,7 +25,7 @@ from detrlib.attention import AlphaEntmax, build_transform
 from detrlib.attention.transforms import ALPHA_HIGH, ALPHA_LOW
 from detrlib.benchmarks.rivals import Candidate, bisection, others, package_version, prox, tvmax_by_map
 from detrlib.config import Config, load_config
-from detrlib.engine import loop as train
+from detrlib.engine.optimizer import parameter_groups
 from detrlib.losses.criterion import Criterion
 from detrlib.models import build_model
 from detrlib.models.outputs import Site
@@ -285,7 +285,7 @@ def training_step(cfg: Config, size: tuple[int, int], batch: int = 1, device: st
     with torch.no_grad():  # the features of a network without pretraining are huge: attention would see one key only
         images /= model.backbone(images, padding)[-1].features.std()
     criterion = Criterion(cfg.loss)
-    optimizer = torch.optim.AdamW(train.parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
 
     def step() -> None:
         loss, _ = criterion(model(images, padding), targets)
