@@ -231,7 +231,7 @@ def _losses(criterion: Criterion, predictions: Predictions, targets: list[dict])
 def _results(model: nn.Module, dataset: CocoDataset, cfg: Config, detections: list[dict]) -> dict:
     """What results.json holds besides losses and attention."""
     return {
-        "detection": coco_ap(dataset.ground_truth, detections),
+        "detection": coco_ap(dataset.ground_truth, detections, cfg.evaluate.engine),
         "images": len(dataset),
         "annotations": str(dataset.annotations_path.name),
         "evaluate": cfg.evaluate.model_dump(mode="json"),
