@@ -87,12 +87,15 @@ def swapped(
 
     transform: a name, with `settings` as of `TransformSettings`, or an instance, which all layers then share. Padded
     keys are treated as the model was trained. Raises ModelError for layers or heads that the model lacks and for
-    tvmax at decoder_self, ValueError for an unknown name.
+    tvmax at decoder_self, and for an unknown name.
     """
 
     def change(layer: int, module: nn.Module) -> Transform:
         if isinstance(transform, str):
-            new = build_transform(transform, module.num_heads, **settings)
+            try:
+                new = build_transform(transform, module.num_heads, **settings)
+            except ValueError as error:
+                raise ModelError(str(error)) from None
         else:
             new = copy.copy(transform)  # parameters are shared, the treatment of padding is not
         if isinstance(new, TVMax) and site == "decoder_self":

@@ -251,18 +251,3 @@ def test_a_run_without_names(run_dir, elsewhere, tmp_path):
         RunError, match=r"results\.json has no 'names' of classes; evaluate the run on its own data first"
     ):
         evaluate_run(tmp_path, on=elsewhere, split="test")
-
-
-def test_command_line(run_dir, elsewhere, monkeypatch, capsys):
-    arguments = ["evaluate", str(run_dir), "--on", str(elsewhere), "--split", "test", "--as", "shown"]
-    monkeypatch.setattr("sys.argv", [*arguments, "--map", "disc=circle", "dot=", "--map", "plus sign=cross"])
-    module.main()
-    shown = capsys.readouterr().out
-    assert "3 classes scored, disc = circle, SQUARE = square, plus sign = cross" in shown
-    assert re.search(r"not classes of the run, left out: dot \(\d+ objects\), cloud \(\d+ objects\)", shown)
-    assert "their detections left out: triangle, star, ring" in shown and "lower bound" in shown
-    assert (run_dir / "shown" / "results.json").exists()
-    monkeypatch.setattr("sys.argv", [*arguments, "--map", "disc"])
-    with pytest.raises(SystemExit):
-        module.main()
-    assert "--map disc: expected their name=our name" in capsys.readouterr().err

@@ -287,18 +287,6 @@ def test_nothing_to_convert_and_unknown_choices(write):
         convert_unrel(*arguments, ids="COCO")
 
 
-def test_command_line(write, monkeypatch, capsys):
-    arguments = write(TWO)
-    monkeypatch.setattr("sys.argv", ["unrel", *map(str, arguments)])
-    unrel.main()
-    shown = capsys.readouterr().out
-    assert f"{arguments[2]}: 2 images, 3 annotations of 3 classes" in shown
-    assert "left out, no class of COCO: hat 1" in shown and "without area 1" in shown
-    monkeypatch.setattr("sys.argv", ["unrel", "nowhere.mat", *map(str, arguments[1:])])
-    with pytest.raises(SystemExit, match=r"error: nowhere\.mat: no such file"):
-        unrel.main()
-
-
 # --- what is known of the real file ----------------------------------------------------------------------------
 
 

@@ -246,7 +246,7 @@ def run(tmp_path_factory):
     original = training.Trainer.run
 
     def remember(self, resume):
-        started.update({name: value.clone() for name, value in self.model.state_dict().items()})
+        started.update({name: value.clone() for name, value in self.state.model.state_dict().items()})
         return original(self, resume)
 
     with pytest.MonkeyPatch.context() as patch:
