@@ -240,7 +240,7 @@ def example(matched):
         labels=np.array([1, 2, 2]),
         scores=np.array([0.9, 0.8, 0.1]),
         matched=np.array(matched),
-        maps=maps(2, 4, 3),
+        stored={"decoder_cross": maps(2, 4, 3)},
         queries=np.arange(3),
         extent=np.array([3.0, 4.0]),
     )
