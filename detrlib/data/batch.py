@@ -9,11 +9,17 @@ from detrlib.errors import ConfigError
 
 
 class Batch(NamedTuple):
-    """images [B, 3, H, W]; padding_mask [B, H, W], True = padding; targets: one dict per image."""
+    """Images, which of their pixels are padding, and what is annotated in them."""
 
-    images: Tensor
-    padding_mask: Tensor
-    targets: list[dict]
+    images: Tensor  # [B,3,H,W]
+    padding_mask: Tensor | None  # [B,H,W], True = padding; None: no image is padded
+    targets: list[dict]  # of each image, see `CocoDataset`
+
+    def mask(self) -> Tensor:
+        """The padding mask [B,H,W], all False where no image is padded."""
+        if self.padding_mask is not None:
+            return self.padding_mask
+        return torch.zeros_like(self.images[:, 0], dtype=torch.bool)
 
     def to(self, device: torch.device | str) -> "Batch":
         """This batch on `device`. Copies from pinned memory do not wait."""
