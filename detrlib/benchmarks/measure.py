@@ -281,14 +281,13 @@ def training_step(cfg: Config, size: tuple[int, int], batch: int = 1, device: st
     images = _random((batch, 3, *size), 1.0, device)
     boxes = 0.5 + 0.05 * _random((batch, 8, 4), 1.0, device).clamp(-4, 4)
     targets = [{"labels": torch.arange(8, device=device), "boxes": per_image} for per_image in boxes]
-    padding = torch.zeros(batch, *size, dtype=torch.bool, device=device)
     with torch.no_grad():  # the features of a network without pretraining are huge: attention would see one key only
-        images /= model.backbone(images, padding)[-1].features.std()
+        images /= model.backbone(images, None)[-1].features.std()
     criterion = Criterion(cfg.loss)
     optimizer = torch.optim.AdamW(train.parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
 
     def step() -> None:
-        loss, _ = criterion(model(images, padding), targets)
+        loss, _ = criterion(model(images), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
         optimizer.step()

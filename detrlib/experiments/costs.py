@@ -81,7 +81,6 @@ def count_flops(
         twin.forward = _layers_of(twin, fake)
     with fake:
         images = torch.empty(1, 3, *size)
-    padding = torch.zeros(1, *size, dtype=torch.bool)  # real: models ask whether there is any
     # Attention as two products, whichever kernels there are.
     with (
         torch.no_grad(),
@@ -89,7 +88,7 @@ def count_flops(
         ModuleTracker() as tracker,
         _Counting(fake, tracker, elementwise or {}) as counting,
     ):
-        twin(images, padding)
+        twin(images, None)
     return {name: counting.counts[name] for name in ORDER}
 
 
@@ -113,7 +112,7 @@ def _layers_of(model: FasterRCNN, fake: FakeTensorMode) -> Callable[[Tensor, Ten
         size = model.roi_heads.box_roi_pool.output_size
         regions = torch.empty(model.rpn.post_nms_top_n(), model.backbone.out_channels, *size)
 
-    def forward(images: Tensor, padding: Tensor) -> None:
+    def forward(images: Tensor, padding: None) -> None:
         model.rpn.head(list(model.backbone(images).values()))
         model.roi_heads.box_predictor(model.roi_heads.box_head(regions))
 

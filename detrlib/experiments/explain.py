@@ -65,7 +65,7 @@ OF_ALL_MODELS = ("raw", "box", "random")  # deformable attention has no weights 
 def explain(
     model: nn.Module,
     images: Tensor,
-    padding_mask: Tensor,
+    padding_mask: Tensor | None,
     queries: Sequence[Tensor],
     labels: Sequence[Tensor],
     methods: Iterable[str] | None = None,
@@ -73,7 +73,7 @@ def explain(
 ) -> dict[str, list[Tensor]]:
     """Maps [n,h,w] of the detections of every image, by method: zero at padding, and the same in any batch.
 
-    images [B,3,H,W] and padding_mask [B,H,W] as for the model, which should be in evaluation mode; queries and
+    images [B,3,H,W] and padding_mask [B,H,W] or None as for the model, which should be in evaluation mode; queries and
     labels: the n detections of each image. methods: None for all that the model allows. seeds: of the noise of each
     image, None for all 0. Raises ModelError as `allowed_methods`, and where the model has no gradients.
     """
@@ -93,17 +93,20 @@ def explain(
         found |= _explained_by_gradient(predictions, rows, pad_sequence(list(labels), batch_first=True), queries)
     maps = {}
     for name, values in found.items():
-        values = values.masked_fill(attention.key_padding[:, None], 0.0)
+        if attention.key_padding is not None:
+            values = values.masked_fill(attention.key_padding[:, None], 0.0)
         if attention.polled is not None:
             values = attention.polled.on_cells(values[:, None])[:, 0]
         values = values.unflatten(-1, attention.grid)
         maps[name] = [own[: len(q)] for own, q in zip(values, queries, strict=True)]
     if "box" in methods:
         boxes = [own[q] for own, q in zip(predictions.boxes.detach(), queries, strict=True)]
-        maps["box"] = _box_maps(boxes, padding_mask, attention.grid)
+        size = tuple(images.shape[2:])
+        sizes = [size] * len(images) if padding_mask is None else image_sizes(padding_mask)
+        maps["box"] = _box_maps(boxes, sizes, size, attention.grid)
     if "random" in methods:
         counts = [len(q) for q in queries]
-        maps["random"] = _random_maps(counts, attention, seeds or [0] * len(counts))
+        maps["random"] = _random_maps(counts, attention, seeds or [0] * len(counts), images.device)
     return {name: maps[name] for name in methods}
 
 
@@ -145,7 +148,7 @@ def _explained_by_gradient(
     predictions: Predictions, rows: Tensor, labels: Tensor, queries: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """Maps [B,most n,K] of the methods that need gradients; rows and labels [B,most n] are filled up with 0."""
-    shape = *rows.shape, predictions.attention.key_padding.shape[1]
+    shape = *rows.shape, predictions.attention.decoder_cross[-1].shape[-1]
     found = {name: predictions.logits.new_zeros(shape) for name in BY_GRADIENT}
     for number, weighted in enumerate(_weighted_by_gradient(predictions, rows, labels, queries)):
         query = rows[:, number : number + 1]
@@ -175,11 +178,16 @@ def _weighted_by_gradient(
         yield Layers(*([next(weighted) for _ in layers] for layers in by_site))
 
 
-def _box_maps(boxes: Sequence[Tensor], padding_mask: Tensor, grid: tuple[int, int]) -> list[Tensor]:
-    """The share of every cell that lies in each box, [n,h,w]; boxes [n,4] cxcywh in 0..1 of the image."""
-    stride = [pixels / cells for pixels, cells in zip(padding_mask.shape[1:], grid, strict=True)]
+def _box_maps(
+    boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]], batch_size: tuple[int, int], grid: tuple[int, int]
+) -> list[Tensor]:
+    """The share of every cell that lies in each box, [n,h,w]; boxes [n,4] cxcywh in 0..1 of the image.
+
+    sizes: (height, width) of every image in pixels; batch_size: of the batch, with padding; grid: its cells.
+    """
+    stride = [pixels / cells for pixels, cells in zip(batch_size, grid, strict=True)]
     maps = []
-    for own, (height, width) in zip(boxes, image_sizes(padding_mask), strict=True):
+    for own, (height, width) in zip(boxes, sizes, strict=True):
         x0, y0, x1, y1 = cxcywh_to_xyxy(own).clamp(0, 1).unbind(-1)
         rows = _covered(y0 * height / stride[0], y1 * height / stride[0], grid[0])
         columns = _covered(x0 * width / stride[1], x1 * width / stride[1], grid[1])
@@ -193,13 +201,15 @@ def _covered(start: Tensor, end: Tensor, cells: int) -> Tensor:
     return (torch.minimum(end[:, None], left + 1) - torch.maximum(start[:, None], left)).clamp(min=0)
 
 
-def _random_maps(counts: Sequence[int], attention: AttentionMaps, seeds: Sequence[int]) -> list[Tensor]:
+def _random_maps(
+    counts: Sequence[int], attention: AttentionMaps, seeds: Sequence[int], device: torch.device
+) -> list[Tensor]:
     """Even noise [n,h,w] over the cells of each image."""
     maps = []
     for image, (count, seed) in enumerate(zip(counts, seeds, strict=True)):
         rows, columns = attention.valid_grid(image)
         noise = torch.rand(count, rows, columns, generator=torch.Generator().manual_seed(seed))
-        own = torch.zeros(count, *attention.grid, device=attention.key_padding.device)
+        own = torch.zeros(count, *attention.grid, device=device)
         own[:, :rows, :columns] = noise.to(own)
         maps.append(own)
     return maps
@@ -263,10 +273,10 @@ def faithfulness_run(
             continue
         seed, boxes = batch.targets[0]["image_id"], predictions.boxes[0, queries]
         maps = explain(model, batch.images, batch.padding_mask, [queries], [labels], methods, [seed])
-        ranks = torch.cat([pixel_ranks(own, batch.padding_mask[0], unit, seed) for (own,) in maps.values()])
+        ranks = torch.cat([pixel_ranks(own, batch.mask()[0], unit, seed) for (own,) in maps.values()])
         repeated = boxes.repeat(len(methods), 1), labels.repeat(len(methods))
         found = faithfulness_curves(
-            model, batch.images[0], batch.padding_mask[0], *repeated, ranks, steps, replacement, batch_size
+            model, batch.images[0], batch.mask()[0], *repeated, ranks, steps, replacement, batch_size
         )
         scores = predictions.class_scores()[0, queries, labels]
         known = pd.DataFrame({"image_id": seed, "query": queries.tolist(), "label": labels.tolist()})

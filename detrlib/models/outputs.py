@@ -82,7 +82,7 @@ class AttentionMaps:
     decoder_self: Sequence[Tensor]  # [B,H,Q,Q]
     decoder_cross: Sequence[Tensor]  # [B,H,Q,K]
     grid: tuple[int, int]  # (h, w), h * w == K but for models that poll and pool
-    key_padding: Tensor  # [B,K], True = padding
+    key_padding: Tensor | None  # [B,K], True = padding; None: there is none
     polled: Polled | None = None  # what the keys stand for, where they are not cells
 
     def as_images(self, site: Site, layer: int) -> Tensor:
@@ -95,6 +95,8 @@ class AttentionMaps:
     def valid_grid(self, image: int) -> tuple[int, int]:
         """(rows, columns) of the grid that belong to image number `image`, the rest being padding."""
         padding = self.key_padding if self.polled is None else self.polled.cell_padding
+        if padding is None:
+            return self.grid
         valid = ~padding[image].unflatten(-1, self.grid)
         return int(valid[:, 0].sum()), int(valid[0].sum())
 

@@ -284,8 +284,9 @@ def test_positions_tell_levels_apart():
     pyramid = pyramid_of(half_padded(), half_padded()[:, ::2, ::2])
     plain = SinePosition(8, centred=True)(half_padded()[:, ::2, ::2]).flatten(2).transpose(1, 2)
     torch.testing.assert_close(pyramid.position[:, 32:], plain + torch.arange(8.0, 16.0))
-    assert pyramid_of(half_padded()[:1]).padding is None
-    assert pyramid_of(half_padded()[:1]).position.shape == (1, 32, 8)
+    unpadded = [FeatureMap(torch.zeros(2, 8, 4, 8), None)]
+    alike = flattened(unpadded, SinePosition(8, centred=True), torch.zeros(1, 8))
+    assert alike.padding is None and alike.position.shape == (1, 32, 8)
 
 
 def test_proposals_grow_from_level_to_level_and_keep_off_the_border():
