@@ -283,7 +283,7 @@ def training_step(cfg: Config, size: tuple[int, int], batch: int = 1, device: st
     targets = [{"labels": torch.arange(8, device=device), "boxes": per_image} for per_image in boxes]
     with torch.no_grad():  # the features of a network without pretraining are huge: attention would see one key only
         images /= model.backbone(images, None)[-1].features.std()
-    criterion = Criterion(cfg.loss)
+    criterion = Criterion(**dict(cfg.loss))
     optimizer = torch.optim.AdamW(train.parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
 
     def step() -> None:

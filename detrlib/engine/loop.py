@@ -117,7 +117,7 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factors(optimizer))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = self._moving_average()
-        self.criterion = Criterion(cfg.loss, lambda x: accelerator.reduce(x, "mean"))
+        self.criterion = Criterion(lambda x: accelerator.reduce(x, "mean"), **dict(cfg.loss))
         self.tracker = Tracker(cfg, run_dir, accelerator.is_main_process)
         self.epoch, self.global_step, self.best = 0, 0, -math.inf
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
@@ -211,7 +211,7 @@ class Trainer:
             self.val_set,
             self.cfg,
             self.accelerator,
-            criterion=Criterion(self.cfg.loss),
+            criterion=Criterion(**dict(self.cfg.loss)),
             attention=False,
         )
         numbers = {name: value for name, value in results["detection"].items() if not isinstance(value, dict)}

@@ -181,7 +181,7 @@ def _measure(
     """The measures of a row."""
     # Maps of a site are measured where its setting is not softmax; models are built from settings no more.
     cfg = replace(cfg, {f"model.attention.{site}": "entmax"})
-    criterion = Criterion(cfg.loss)
+    criterion = Criterion(**dict(cfg.loss))
     results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, progress=False)
     looks = {name: float(np.mean(results["attention"][site][name])) for name in ("gini", "zeros")}
     detection = {name: results["detection"][name] for name in ("AP", "AP50")}
@@ -201,7 +201,7 @@ def prune_order(run_dir: Path, site: Site, images: int = ORDER_IMAGES, checkpoin
     """
     cfg = replace(load_config(run_dir / "config.yaml"), {"data.train_limit": images})
     model, dataset = load_model(run_dir, checkpoint), build_dataset(cfg.data, "train", augment=False)
-    criterion, accelerator, losses = Criterion(cfg.loss), Accelerator(), {}
+    criterion, accelerator, losses = Criterion(**dict(cfg.loss)), Accelerator(), {}
     for one in tqdm(single_heads(model, site), desc="importance of heads", disable=None):
         with one.enter(model):
             results, _ = evaluate(
