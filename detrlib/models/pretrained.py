@@ -91,28 +91,28 @@ def backbone_entries(content: dict) -> dict:
 
 def swin_name(name: str) -> str:
     """The name in torchvision of an entry of an official Swin Transformer, whose stages and mergers are apart."""
-    place = re.match(r"(?:patch_embed\.(proj|norm)|layers\.(\d+)\.(?:blocks|(downsample)))\.", name)
-    if not place:
+    match = re.match(r"(?:patch_embed\.(proj|norm)|layers\.(\d+)\.(?:blocks|(downsample)))\.", name)
+    if not match:
         return name  # the classifier's norm and head
-    part, stage, merges = place.groups()
+    part, stage, merges = match.groups()
     if part:
         beginning = {"proj": "features.0.0.", "norm": "features.0.2."}[part]
     else:
         beginning = f"features.{2 * int(stage) + (2 if merges else 1)}."
-    return beginning + name[place.end() :].replace("mlp.fc1.", "mlp.0.").replace("mlp.fc2.", "mlp.3.")
+    return beginning + name[match.end() :].replace("mlp.fc1.", "mlp.0.").replace("mlp.fc2.", "mlp.3.")
 
 
 def official_swin_name(name: str) -> str:
     """The inverse of `swin_name`."""
-    place = re.match(r"features\.(\d+)\.(?:(0|2)\.(?=weight|bias))?", name)
-    if not place:
+    match = re.match(r"features\.(\d+)\.(?:(0|2)\.(?=weight|bias))?", name)
+    if not match:
         return name
-    number, part = int(place[1]), place[2]
+    number, part = int(match[1]), match[2]
     if number == 0:
         beginning = {"0": "patch_embed.proj.", "2": "patch_embed.norm."}[part]
     else:
         beginning = f"layers.{(number - 1) // 2}." + ("blocks." if number % 2 else "downsample.")
-    return beginning + name[place.end() :].replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
+    return beginning + name[match.end() :].replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
 
 
 def _swin_entries(state: State) -> State:

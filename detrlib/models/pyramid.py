@@ -62,9 +62,9 @@ def cell_centres(pyramid: Pyramid) -> Tensor:
     return torch.cat(centres, 1)
 
 
-def over_levels(places: Tensor, ratios: Tensor) -> Tensor:
+def over_levels(reference_points: Tensor, ratios: Tensor) -> Tensor:
     """Points [B,Q,2] or boxes [B,Q,4] in 0..1 of the image -> of every level with its padding, [B,Q,L,2 or 4]."""
-    return places[:, :, None] * ratios.repeat(1, 1, places.shape[-1] // 2)[:, None]
+    return reference_points[:, :, None] * ratios.repeat(1, 1, reference_points.shape[-1] // 2)[:, None]
 
 
 class LevelProjections(nn.ModuleList):

@@ -268,7 +268,7 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="multiple"):
         DeformableAttention(embed_dim=30, num_heads=4, levels=3, points=2)
     query, references, tokens, _ = make_batch(3)
-    with pytest.raises(ValueError, match="references"):
+    with pytest.raises(ValueError, match="reference_points"):
         make_module()(query, references, tokens, SHAPES)
 
 

@@ -380,7 +380,7 @@ def test_samples_as_maps():
         assert weights.shape == (2, 4, 7, 32 * 40) and (weights >= 0).all()
         assert (weights.sum(-1) < 1 + 1e-5).all() and weights.sum(-1).mean() > 0.5
         assert maps.as_images("decoder_cross", layer).shape == (2, 4, 7, 32, 40)
-    points = maps.decoder_cross.points(0)
+    points = maps.decoder_cross.sampling_locations(0)
     assert points.shape == (2, 7, 4, 2, 2, 2)
     only = model(images, padding, need_attention=["decoder_cross"]).attention
     assert only.encoder_self.samples == [None] * 2
@@ -392,7 +392,7 @@ def test_maps_have_their_mass_where_the_points_are():
     with torch.no_grad():
         maps = model(images, padding, need_attention=True).attention.decoder_cross
     weights = maps.samples[0].weights.flatten(3)  # [B,Q,H,L*P]
-    points = maps.points(0).flatten(3, 4)
+    points = maps.sampling_locations(0).flatten(3, 4)
     inside = ((points > 0.1) & (points < 0.9)).all(-1).all(-1)[0]  # [Q,H]
     assert inside.any()
     rows, columns = torch.meshgrid(torch.arange(32) + 0.5, torch.arange(40) + 0.5, indexing="ij")
