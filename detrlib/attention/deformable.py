@@ -182,7 +182,7 @@ class DeformableAttention(nn.Module):
     """Attention to `points` sampling locations in each of `levels` levels, per head (Zhu et al. 2021, Eq. 3).
 
     Locations and weights are linear in the query alone: no key is compared with it. Parameters have the names, shapes
-    and initialisation of the official implementation. Raises ValueError if `embed_dim` is not a multiple of `num_heads`.
+    and initialisation of the official code. Raises ValueError if `embed_dim` is not a multiple of `num_heads`.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, levels: int, points: int):
@@ -240,7 +240,8 @@ class DeformableAttention(nn.Module):
     def samples(self, query: Tensor, reference_points: Tensor, shapes: Shapes) -> Samples:
         """Where queries [B,Q,E] look around their reference points, and how much each location counts.
 
-        In float32 or wider. Offsets are in cells of a level around points, and in units of half a box, over points, around boxes.
+        In float32 or wider. Offsets are in cells of a level around points, and in units of half a box, over points,
+        around boxes.
         """
         if reference_points.shape[-1] not in (2, 4):
             raise ValueError(

@@ -68,8 +68,7 @@ def attend(
         need_weights: return the weights as well; then none of the faster ways is taken.
 
     Returns:
-        The mixed values [B,H,Q,V], and the weights [B,H,Q,K] if asked for: those before dropout, what the layer looks
-        at and not what a training step happened to keep.
+        Mixed values [B,H,Q,V], and weights [B,H,Q,K] if asked for: before dropout, where the layer looks.
     """
     if need_weights:
         return mix(query, key, value, transform, padding, grid, dropout)
@@ -77,8 +76,7 @@ def attend(
         keep = None if padding is None else ~padding[:, None, None, :]  # [B,1,1,K]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None
     if _fused(query, key, value, transform):
-        alpha = transform.alpha  # a number, or [H]
-        return _flash().sparse_attention(query, key, value, alpha, padding, dropout), None
+        return _flash().sparse_attention(query, key, value, transform.alpha, padding, dropout), None
     row = max(1, query.shape[0] * query.shape[1] * key.shape[2])  # scores of one query in every image and head
     if row * query.shape[2] <= MOST_SCORES:
         return mix(query, key, value, transform, padding, grid, dropout)[0], None

@@ -43,7 +43,7 @@ class DeformableEncoderLayer(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, reference_points: Tensor, memory: Pyramid, need_samples: bool = False
     ) -> tuple[Tensor, Samples | None]:
-        """Tokens x [B,k,E] with position [B,k,E] and reference_points [B,k,L,2] look at the memory -> tokens [B,k,E]."""
+        """Tokens x [B,k,E] at position [B,k,E], reference_points [B,k,L,2], look at the memory -> tokens [B,k,E]."""
         tokens, _, padding, shapes, _ = memory
         y, samples = self.self_attn(x + position, reference_points, tokens, shapes, padding, need_samples)
         x = self.norm1(x + self.dropout(y))

@@ -5,29 +5,28 @@ import sys
 
 import pytest
 import torch
+from families import EFFICIENT, SPARSE, TINY
 from small import small
 
 from detrlib.config import Model
 from detrlib.errors import ConfigError
 from detrlib.models import build_model
 
-TINY = {"name": "tiny", "weights": "none"}
+BACKBONE = {"name": "tiny", "weights": "none"}
 DEFORMABLE = {"architecture": "deformable", "classification": "sigmoid"}
-LEVELS = {"levels": 2, "stages": [1, 4]}
-EFFICIENT = LEVELS | {"refine": True, "two_stage": True, "query_init": "memory", "class_specific_proposals": True}
 FAMILIES = {
     "detr": {},
     "resnet": {"backbone": {"name": "resnet18", "weights": "none"}},
     "swin": {"backbone": {"name": "swin_t", "weights": "none"}},
-    "unmasked backbone": {"backbone": TINY | {"mask_padding": False}},
+    "unmasked backbone": {"backbone": BACKBONE | {"mask_padding": False}},
     "pre-norm, learned positions": {"norm": "pre", "position": "learned"},
     "anchors": {"queries": "anchor", "classification": "sigmoid"},
     "alpha-entmax": {"attention": dict.fromkeys(("encoder_self", "decoder_self", "decoder_cross"), "alpha_entmax")},
     "tvmax": {"attention": {"encoder_self": "tvmax", "decoder_cross": "tvmax"}},
     "poll and pool": {"polling": {"ratio": 0.3, "pooled": 4}},
-    "deformable": DEFORMABLE | {"deformable": LEVELS},
-    "efficient": DEFORMABLE | {"deformable": EFFICIENT},
-    "sparse": DEFORMABLE | {"deformable": EFFICIENT | {"rho": 0.3, "encoder_auxiliary": True}},
+    "deformable": DEFORMABLE | {"deformable": TINY},
+    "efficient": DEFORMABLE | {"deformable": TINY | EFFICIENT},
+    "sparse": DEFORMABLE | {"deformable": TINY | SPARSE},
 }
 
 
@@ -53,9 +52,9 @@ def test_no_mask_says_what_a_mask_of_no_padding_says(family):
 
 def test_settings_that_need_data_are_refused():
     with pytest.raises(ConfigError, match=r"model\.num_classes"):
-        build_model(Model(backbone=TINY))
+        build_model(Model(backbone=BACKBONE))
     with pytest.raises(ConfigError, match=r"model\.backbone\.weights"):
-        build_model(Model(backbone=TINY | {"weights": "crops"}, num_classes=2))
+        build_model(Model(backbone=BACKBONE | {"weights": "crops"}, num_classes=2))
 
 
 def test_models_are_imported_without_tables():

@@ -6,8 +6,8 @@ Legend: B images, S tokens of all levels, k kept tokens.
 import pytest
 import torch
 import torch.nn.functional as F
+from families import CANVAS, SIZES, SPARSE, deformable
 from small import padded_batch
-from test_deformable import CANVAS, SIZES, SPARSE, deformable
 
 from detrlib.attention.deformable import Samples, splat
 from detrlib.losses.criterion import Criterion, token_losses

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torchvision
-from small import frozen, padded_batch, randomise, small, trainable
-from test_detr import assert_alone_as_in_batch
+from small import assert_alone_as_in_batch, frozen, padded_batch, randomise, small, trainable
 from test_names import TOLD, both, official_file
 from torch import nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention
