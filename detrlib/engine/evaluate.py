@@ -26,8 +26,7 @@ from detrlib.data import CocoDataset, build_dataset, collate
 from detrlib.engine.pretrain import backbone_weights
 from detrlib.errors import ConfigError, RunError
 from detrlib.files import load_checkpoint, load_weights, write_atomic, write_json
-from detrlib.losses.criterion import Criterion
-from detrlib.losses.matcher import match
+from detrlib.losses import Criterion, match
 from detrlib.metrics.accumulate import AttentionMeasures
 from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
 from detrlib.models import Predictions, alpha_modules, build_model
@@ -196,7 +195,7 @@ def evaluate(
             if criterion is not None:
                 losses.append(_losses(criterion, predictions, batch.targets))
             if looks:
-                pairs = match(predictions, batch.targets, cfg.loss)
+                pairs = match(predictions, batch.targets, Criterion(**dict(cfg.loss)).costs)
                 looks.add(predictions, batch, pairs)
                 if record:
                     record.add(batch, predictions, pairs)

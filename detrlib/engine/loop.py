@@ -158,7 +158,7 @@ class Trainer:
             pin_memory=accelerator.device.type == "cuda",
         )
         self.state = TrainingState(initial_model(cfg, weights), cfg.train, len(self.sampler), accelerator)
-        self.criterion = Criterion(cfg.loss, lambda x: accelerator.reduce(x, "mean"))
+        self.criterion = Criterion(lambda x: accelerator.reduce(x, "mean"), **dict(cfg.loss))
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
         accelerator.init_trackers("tracking")
 
@@ -236,7 +236,7 @@ class Trainer:
         )
 
     def _validate(self) -> dict[str, float]:
-        criterion = Criterion(self.cfg.loss)
+        criterion = Criterion(**dict(self.cfg.loss))
         results, _ = evaluate(
             self.state.judged, self.val_set, self.cfg, self.accelerator, criterion=criterion, sites=()
         )

@@ -24,7 +24,6 @@ from detrlib.experiments.propagation import mean_over_heads, relevance, rollout,
 from detrlib.models import AttentionMaps, Predictions
 from detrlib.models.backbone import image_sizes
 from detrlib.models.deformable import DeformableDETR
-from detrlib.models.faster_rcnn import FasterRCNN
 
 METHODS = ("raw", "rollout", "grad_attention", "relevance", "box", "random")
 BY_GRADIENT = ("grad_attention", "relevance")
@@ -55,7 +54,7 @@ def explain(
         {method: B tensors [n,h,w]}, non-negative; only their order within a map has a meaning for all methods.
 
     Raises:
-        ModelError: the model has no attention, does not allow a method, or has no gradients where one needs them.
+        ModelError: the model does not allow a method, or has no gradients where one needs them.
     """
     methods = allowed_methods(model, methods)
     gradients = any(method in BY_GRADIENT for method in methods)
@@ -82,11 +81,8 @@ def explain(
 def allowed_methods(model: nn.Module, methods: Iterable[str] | None = None) -> tuple[str, ...]:
     """`methods`, or all that there are for `model`.
 
-    Raises ModelError for a model without attention, for unknown methods, and for those that need weights
-    deformable attention does not have.
+    Raises ModelError for unknown methods, and for those that need weights deformable attention does not have.
     """
-    if isinstance(model, FasterRCNN):
-        raise ModelError("Faster R-CNN has no attention to explain its detections by")
     deformable = isinstance(model, DeformableDETR)
     if methods is None:
         return OF_ALL_MODELS if deformable else METHODS

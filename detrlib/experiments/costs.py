@@ -71,7 +71,6 @@ def count_flops(
     for module in twin.modules():
         if isinstance(getattr(module, "transform", None), Transform):
             module.transform = Softmax()  # needs no content
-    padding = torch.zeros(1, *size, dtype=torch.bool)  # real: models ask whether there is any
     counts: Counter[str] = Counter()
     counter = FlopCounterMode(display=False)
     formulas = counter.flop_registry | dict.fromkeys(INTERPOLATION, _interpolation)
@@ -80,7 +79,7 @@ def count_flops(
         counter.flop_registry[operator] = _noted(formula, counter, counts)
     # Attention as two products, whichever kernels there are.
     with sdpa_kernel(SDPBackend.MATH), counter:
-        twin(images, padding)
+        twin(images)
     return {name: counts[name] for name in ORDER}
 
 

@@ -32,7 +32,7 @@ from detrlib.engine.evaluate import load_model
 from detrlib.errors import ModelError, RunError
 from detrlib.experiments.attribution import allowed_methods, explain
 from detrlib.files import write_atomic, write_json
-from detrlib.losses.matcher import match
+from detrlib.losses import Criterion, match
 from detrlib.metrics.faithfulness import (
     MEASURES,
     Curves,
@@ -60,7 +60,7 @@ def detections_to_explain(
     """
     (target,), scores = batch.targets, predictions.class_scores()[0]  # [Q,C]
     if matched:
-        ((queries, objects),) = match(predictions, batch.targets, cfg.loss)
+        ((queries, objects),) = match(predictions, batch.targets, Criterion(**dict(cfg.loss)).costs)
         labels, boxes = target["labels"][objects], target["boxes"][objects]
     else:
         labels, boxes = scores.argmax(-1), predictions.boxes[0]

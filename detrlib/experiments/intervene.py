@@ -206,7 +206,7 @@ def _measure(
     model: nn.Module, dataset: CocoDataset, cfg: Config, accelerator: Accelerator, site: Site
 ) -> dict[str, float | None]:
     """The measures of a row, maps of the site included, be its transform softmax or not."""
-    criterion = Criterion(cfg.loss)
+    criterion = Criterion(**dict(cfg.loss))
     results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, sites=[site], progress=False)
     looks = {name: float(np.mean(results["attention"][site][name])) for name in ("gini", "zeros")}
     detection = {name: results["detection"][name] for name in ("AP", "AP50")}
@@ -226,7 +226,7 @@ def prune_order(run_dir: Path, site: Site, images: int = ORDER_IMAGES, checkpoin
     """
     cfg = replace(load_config(run_dir / "config.yaml"), {"data.train_limit": images})
     model, dataset = load_model(run_dir, checkpoint), build_dataset(cfg.data, "train", augment=False)
-    criterion, accelerator, losses = Criterion(cfg.loss), Accelerator(), {}
+    criterion, accelerator, losses = Criterion(**dict(cfg.loss)), Accelerator(), {}
     for one in tqdm(single_heads(model, site), desc="importance of heads", disable=None):
         with one.enter(model):
             results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, sites=(), progress=False)

@@ -7,6 +7,7 @@ Legend: B images, L layers, H heads, Q queries, K keys, n matched pairs of a bat
 A head axis of H + 1 holds the mean over heads before the heads.
 """
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 
@@ -76,7 +77,11 @@ class AttentionMeasures:
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         chosen[queries] = True
         chosen = torch.stack([torch.ones_like(chosen), chosen, scores > self.settings.confident_score], 1)  # [B,S,Q]
-        key_valid, looks = ~maps.key_padding, []
+        looks = []
+        if maps.key_padding is None:
+            key_valid = torch.ones(len(scores), math.prod(maps.grid), dtype=torch.bool, device=scores.device)
+        else:
+            key_valid = ~maps.key_padding
         for site in self.sites:
             rows = key_valid[:, None] if site == "encoder_self" else chosen  # rows of padding do not count
             valid = None if site == "decoder_self" or self.settings.count_padding else key_valid[:, None, None]

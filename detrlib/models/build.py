@@ -22,9 +22,15 @@ from detrlib.models.transformer import AnchorDecoder, Decoder, Encoder, LayerSet
 
 
 def build_model(settings: Model, backbone_weights: str | Path | None = None) -> DETR | DeformableDETR:
-    """The model that `settings` describe. `backbone_weights` stands in for the settings' own (see pretrain.py).
+    """The model that settings describe, with weights drawn at random but for those of a pretrained backbone.
 
-    Raises ConfigError for settings that cannot be built without data.
+    Args:
+        settings: the section `model` of a config.
+        backbone_weights: stands in for the settings' own: "none", "imagenet", or a file (see engine/pretrain.py).
+
+    Raises:
+        ConfigError: the settings need to know the data, as in `num_classes: null` and weights of "crops".
+        WeightsError: weights of the backbone cannot be downloaded or read, or are of another one.
     """
     if settings.num_classes is None:
         raise ConfigError("model.num_classes is not known without a data set; set it, or train through a config")

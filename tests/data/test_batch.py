@@ -19,7 +19,10 @@ def test_collate_pads_below_and_to_the_right_and_masks_padding():
         assert torch.equal(padded[:, :height, :width], image) and kept is target
         assert not mask[:height, :width].any() and mask[height:].all() and mask[:, width:].all()
         assert not padded[:, mask].any()
-    assert not collate([(torch.rand(3, 64, 32), {})]).padding_mask.any()
+    unpadded = collate([(torch.rand(3, 64, 32), {})])
+    assert unpadded.padding_mask is None and not unpadded.mask().any()
+    assert unpadded.to("cpu").padding_mask is None and unpadded.mask().shape == (1, 64, 32)
+    assert torch.equal(batch.mask(), batch.padding_mask)
 
 
 @pytest.mark.parametrize("length, batch, processes", [(33, 8, 1), (33, 8, 2), (33, 12, 3), (5, 8, 2)])

@@ -129,7 +129,7 @@ def test_heads_are_put_in_order_of_the_loss_on_training_images(fresh):
         interventions.replace(cfg, {"data.train_limit": 6}).data, "train", augment=False
     )
     batch = collate([dataset[index] for index in range(6)])
-    last = interventions.Criterion(interventions.replace(cfg, {"loss.auxiliary": False}).loss)  # its layer alone
+    last = interventions.Criterion(**dict(cfg.loss) | {"auxiliary": False})  # its layer alone
     model, losses = loaded(fresh), []
     for layer, head in order:
         with pruned(model, "decoder_cross", {layer: [head]}), torch.no_grad():
