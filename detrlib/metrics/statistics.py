@@ -18,6 +18,7 @@ from detrlib.metrics.bootstrap import LEVEL, Curves, _batches, average_precision
 from detrlib.metrics.detection import Matches
 
 MEAN_SAMPLING = {"n_resamples": 10_000, "batch": 500}  # means are cheap
+NO_ROWS = pd.DataFrame(columns=["first", "second", "metric", "difference", "low", "high", "p", "images"], dtype=object)
 
 
 # One run, many samples of images
@@ -131,12 +132,12 @@ def compare_runs(
     **arguments,
 ) -> pd.DataFrame:
     """`compare` for all pairs of runs, or those given, a row each: first, second, metric, difference, low, high, p,
-    images, p_adjusted (Holm) and verdict, "established" or "not established" at 5 %."""
+    images, p_adjusted (Holm) and verdict, "established" or "not established" at 5 %; no rows for fewer than two."""
     rows = [
         {"first": a, "second": b, "metric": metric, **compare(runs[a], runs[b], metric, **arguments)}
         for a, b in pairs or combinations(runs, 2)
     ]
-    return with_verdicts(pd.DataFrame(rows))
+    return with_verdicts(pd.DataFrame(rows) if rows else NO_ROWS)
 
 
 def with_verdicts(comparisons: pd.DataFrame) -> pd.DataFrame:
@@ -188,7 +189,7 @@ def compare_groups(
             {"first": a, "second": b, "metric": metric, **_compare_seeds(numbers[a], numbers[b])}
             for a, b in pairs or combinations(groups, 2)
         ]
-        found.append(with_verdicts(pd.DataFrame(rows)))
+        found.append(with_verdicts(pd.DataFrame(rows) if rows else NO_ROWS))
     return pd.concat(found, ignore_index=True)
 
 
