@@ -38,7 +38,7 @@ notebooks: .venv/.ready  ## execute all notebooks into build/notebooks; make not
 	@mkdir -p build/notebooks
 	@for f in $(NB); do echo "$$f"; $(PY) -m detrlib notebook "$$f" "build/$$f" || exit 1; done
 
-bench: .venv/.ready  ## execute the benchmark notebook into build/notebooks; make bench ARGS="-p threads 1"
+bench: .venv/.ready  ## execute the benchmark notebook into build/notebooks; make bench ARGS="-p threads=1"
 	@mkdir -p build/notebooks
 	$(PY) -m detrlib notebook 10_benchmarks build/notebooks/10_benchmarks.ipynb $(ARGS)
 

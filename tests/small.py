@@ -3,8 +3,13 @@
 import torch
 from torch import nn
 
-from detrlib.config import Model
+from detrlib.config import Model, load_config
 from detrlib.models import build_model
+
+
+def model_settings(**settings) -> Model:
+    """The settings of a model, checked like those of a file; sections may be given as dictionaries."""
+    return load_config(overrides={"model": settings}).model
 
 
 def small(seed: int = 0, **settings) -> nn.Module:
@@ -20,7 +25,7 @@ def small(seed: int = 0, **settings) -> nn.Module:
         "num_classes": 5,
     }
     torch.manual_seed(seed)
-    model = build_model(Model(**defaults | settings)).eval()
+    model = build_model(model_settings(**defaults | settings)).eval()
     randomise(model)
     return model
 

@@ -1,45 +1,55 @@
 """The rules of the repository that a reader can rely on: who imports whom, what notebooks and configs look like."""
 
 import ast
-import json
-import re
-import subprocess
 import sys
-import tomllib
 
 import pytest
-import yaml
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
-from detrlib.config import PROJECT, load_config, read_yaml
+from detrlib.config import PROJECT
 
 LIBRARY = PROJECT / "detrlib"
 MODULES = sorted(LIBRARY.rglob("*.py"))
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 CONFIGS = sorted((PROJECT / "papermill_runs" / "configs").rglob("*.yaml"))
 
-# Highest first. A file imports from lower rows, and freely within its own folder.
-ROWS = [
-    {"sweep"},
-    {"launch", "notebooks", "benchmark"},
-    {"train"},
-    {"explain", "interventions"},
-    {"evaluate", "published"},
-    {"criterion", "pretrain", "costs", "other_data", "record"},
+# Lowest first: a file imports from rows above its own, and freely within its folder; figures from a few only.
+ORDER = (
+    {"errors", "files", "boxes", "config"},
+    {"data", "attention"},
+    {"models"},
+    {"losses", "checkpoints"},
     {"metrics"},
-    {"matcher"},
-    {"models", "baselines"},
-    {"attention"},
-    {"frames"},
-    {"data", "runs", "tracking"},
-    {"store"},
-    {"config", "boxes", "exercises"},
-    {"model_settings"},
-]
-RANK = {name: -row for row, names in enumerate(ROWS) for name in names}
-FIGURES_MAY_IMPORT = {"metrics", "runs", "frames", "store", "models.outputs", "boxes", "figures"}
+    {"runs"},
+    {"engine"},
+    {"experiments"},
+    {"figures"},
+    {"teaching", "benchmarks"},
+    {"__main__"},
+)
+RANK = {name: number for number, names in enumerate(ORDER) for name in names}
+FIGURES_MAY_IMPORT = {"boxes", "errors", "models.outputs", "metrics", "runs", "figures"}
 ATTENTION_MAY_IMPORT = {"torch", "triton"} | set(sys.stdlib_module_names)
+PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what processes of theirs say
+
+# Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
+CEILINGS = {
+    ".": 500,
+    "config": 720,
+    "attention": 1200,
+    "attention/kernels": 1000,
+    "models": 1950,
+    "losses": 260,
+    "checkpoints": 600,
+    "data": 1100,
+    "metrics": 1550,
+    "runs": 1000,
+    "engine": 1150,
+    "experiments": 1600,
+    "figures": 1900,
+    "teaching": 600,
+    "benchmarks": 750,
+}
+LONGEST_FILE, LONGEST_FUNCTION = 350, 45
 
 
 def relative(path):
@@ -85,11 +95,6 @@ def library_imports(path):
     return {name.removeprefix("detrlib.") for name in imports(path) if name.startswith("detrlib.")}
 
 
-def is_command(tree):
-    """Whether the file ends in `if __name__ == "__main__":`."""
-    return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
-
-
 # --- the library -----------------------------------------------------------------------------------------------
 
 
@@ -102,11 +107,15 @@ def test_imports_point_downwards(path):
         allowed = {t for t in targets for a in FIGURES_MAY_IMPORT if t == a or t.startswith(a + ".")}
         assert targets == allowed, f"figures may not import {sorted(targets - allowed)}"
         return
-    assert top in RANK, f"give {top} a row in ROWS"
+    assert top in RANK, f"give {top} a place in ORDER"
     for target in targets:
         other = target.split(".")[0]
-        assert other != "figures", "nothing imports figures"
-        assert other == top or RANK[other] < RANK[top], f"{name} imports {target}, which is not below it"
+        assert other == top or RANK[other] < RANK[top] or is_level(top, other), f"{name} imports {target}"
+
+
+def is_level(top, other):
+    """The foundations may import each other: files names its faults by errors, config too."""
+    return RANK[top] == RANK[other] == 0
 
 
 @each([path for path in MODULES if path.is_relative_to(LIBRARY / "attention")])
@@ -119,14 +128,17 @@ def test_attention_stands_alone(path):
 @each(MODULES)
 def test_no_hooks_path_tricks_exits_or_stray_prints(path):
     tree = parse(path)
-    forbidden = {"sys.path", "sys.exit", "exit", "quit"} | (set() if is_command(tree) else {"print"})
+    forbidden = {"sys.path", "sys.exit", "exit", "quit"} | (set() if dotted_name(path) in PRINTS else {"print"})
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             names = {alias.name for alias in node.names}
             assert "*" not in names, f"line {node.lineno}: import *"
             assert not (node.module == "sys" and names & {"path", "exit"}), f"line {node.lineno}: from sys import"
         elif isinstance(node, ast.Attribute):
-            assert not node.attr.startswith("register_forward"), f"line {node.lineno}: {node.attr}"
+            hooks = node.attr.startswith("register_forward") and not path.is_relative_to(LIBRARY / "benchmarks")
+            assert not hooks, f"line {node.lineno}: {node.attr}"
+            patched = isinstance(node.ctx, ast.Store) and node.attr == "forward"
+            assert not patched, f"line {node.lineno}: replaces a forward"
             assert ast.unparse(node) not in forbidden, f"line {node.lineno}: {ast.unparse(node)}"
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in forbidden, f"line {node.lineno}: {node.func.id}()"
@@ -145,146 +157,71 @@ def test_public_functions_and_classes_have_docstrings(path):
 
 @each([path for folder in ("detrlib", "tests") for path in sorted((PROJECT / folder).rglob("*.py"))])
 def test_files_stay_short(path):
-    assert len(path.read_text().splitlines()) < 450
+    assert len(path.read_text().splitlines()) <= (LONGEST_FILE if path.is_relative_to(LIBRARY) else 450)
 
 
-# --- notebooks -------------------------------------------------------------------------------------------------
-
-
-def read_notebook(path):
-    """The notebook with every cell's source as one string."""
-    notebook = json.loads(path.read_text())
-    for cell in notebook["cells"]:
-        cell["source"] = "".join(cell["source"])
-    return notebook
-
-
-def code_cells(notebook):
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-
-
-def is_parameters(cell):
-    return "parameters" in cell["metadata"].get("tags", [])
-
-
-@each(NOTEBOOKS)
-def test_notebook_is_stripped(path):
-    notebook = read_notebook(path)
-    assert notebook["metadata"]["kernelspec"]["language"] == "python"
-    assert "papermill" not in notebook["metadata"]
-    for cell in code_cells(notebook):
-        assert cell["outputs"] == [] and cell["execution_count"] is None, cell["source"][:80]
-
-
-@each(NOTEBOOKS)
-def test_notebook_opens_with_its_question_then_parameters_then_imports(path):
-    cells = read_notebook(path)["cells"]
-    assert cells[0]["cell_type"] == "markdown"
-    for word in ("Needs", "Writes", "Runtime"):
-        assert word in cells[0]["source"], f"the first cell does not say: {word}"
-    assert [index for index, cell in enumerate(cells) if is_parameters(cell)] == [1]
-    lines = [line for line in cells[2]["source"].splitlines() if line.strip()]
-    assert all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(cells[2]["source"]).body)
-    assert 1 <= len(lines) <= 8
-
-
-@each(NOTEBOOKS)
-def test_notebook_parameters_are_plain_values(path):
-    (cell,) = [cell for cell in read_notebook(path)["cells"] if is_parameters(cell)]
-    for node in ast.parse(cell["source"]).body:
-        assert isinstance(node, ast.Assign | ast.AnnAssign), ast.unparse(node)
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        assert all(isinstance(target, ast.Name) for target in targets), ast.unparse(node)
-        ast.literal_eval(node.value)
-
-
-@each(NOTEBOOKS)
-def test_notebook_code_is_short_plain_python(path):
-    imported_in = []
-    for index, cell in enumerate(read_notebook(path)["cells"]):
-        if cell["cell_type"] != "code":
-            continue
-        source = cell["source"]
-        assert len(source.splitlines()) <= 25, f"a long cell: {source[:80]}"
-        for word in ("sys.path", "filterwarnings", "get_ipython", "import *"):
-            assert word not in source, f"{word} in: {source[:80]}"
-        tree = ast.parse(source)  # a magic is a syntax error here
-        if any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree)):
-            imported_in.append(index)
-    assert imported_in in ([], [2]), f"imports belong into one cell, the third; found in {imported_in}"
-
-
-# --- configs, environment, repository --------------------------------------------------------------------------
-
-
-def test_there_are_configs():
-    assert CONFIGS
-
-
-@each(CONFIGS)
-def test_every_config_loads(path):
-    values = read_yaml(path)
-    if "runs" not in values:
-        load_config(path)
+@each(MODULES)
+def test_functions_stay_short(path):
+    """Docstrings aside; kernels are one function each by nature, and a command's options are its signature."""
+    if path.is_relative_to(LIBRARY / "attention" / "kernels"):
         return
-    runs = values["runs"]
-    pairs = runs.items() if isinstance(runs, dict) else ((run["name"], run.get("overrides")) for run in runs)
-    shared = values.get("overrides") or {}
-    base = path.parent / values["base"] if "base" in values else None
-    for name, overrides in pairs:
-        assert re.fullmatch(r"[\w.-]+", str(name)), f"{name} cannot name a run folder"
-        load_config(base, {**shared, **(overrides or {})})
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef):
+            documented = ast.get_docstring(node) is not None
+            first = node.body[1] if documented and len(node.body) > 1 else node.body[0]
+            assert node.end_lineno - first.lineno + 1 <= LONGEST_FUNCTION, f"line {node.lineno}: {node.name} is long"
 
 
-def project_metadata():
-    return tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+def folder_of(path):
+    parts = path.relative_to(LIBRARY).parent.as_posix()
+    return parts if parts in CEILINGS else parts.split("/")[0]
 
 
-def declared():
-    """Every requirement of pyproject.toml that `make` installs."""
-    project = project_metadata()
-    return [Requirement(text) for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
+def test_folders_stay_under_their_ceilings():
+    lines = dict.fromkeys(CEILINGS, 0)
+    for path in MODULES:
+        lines[folder_of(path)] += len(path.read_text().splitlines())
+    assert {folder: count for folder, count in lines.items() if count > CEILINGS[folder]} == {}
 
 
-def test_environment_yml_names_no_version_that_pyproject_does_not():
-    environment = yaml.safe_load((PROJECT / "environment.yml").read_text())
-    project = project_metadata()
-    *conda, pip = environment["dependencies"]
-    assert environment["name"] == project["name"]
-    assert conda == [f"python{project['requires-python']}", "pip"]
-    assert pip == {"pip": ["-e .[dev]"]}
-    assert "dev" in project["optional-dependencies"]
+def test_every_folder_has_a_docstring_that_says_what_stands_in_it():
+    for path in LIBRARY.rglob("__init__.py"):
+        assert ast.get_docstring(parse(path)), relative(path)
 
 
-def test_every_dependency_says_what_it_is_for():
-    for line in (PROJECT / "pyproject.toml").read_text().splitlines():
-        if re.match(r'    "[a-z][\w.-]*(>=[\d.]+)?",', line):
-            assert re.search(r"# \w+", line), line
+# --- tests -----------------------------------------------------------------------------------------------------
+
+TESTS = sorted((PROJECT / "tests").rglob("*.py"))
+# Tests of the repository itself and of what several modules do together.
+OF_NO_MODULE = {
+    "tests/test_conventions.py",
+    "tests/test_repository.py",
+    "tests/test_notebooks.py",
+    "tests/test_main.py",
+}
 
 
-def test_the_lock_pins_every_dependency_and_names_no_address():
-    lines = (PROJECT / "requirements.lock").read_text().splitlines()
-    pins = [line for line in lines if not line.startswith("#")]
-    assert [line for line in pins if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
-    assert "://" not in "\n".join(lines)
-    assert pins == sorted(set(pins), key=lambda pin: pin.split("==")[0])
-    versions = dict(pin.split("==") for pin in pins)
-    for requirement in declared():
-        name = canonicalize_name(requirement.name)
-        assert name in versions, f"{name} is not pinned"
-        assert requirement.specifier.contains(versions[name]), f"{name}=={versions[name]} against {requirement}"
+def test_every_module_has_a_test_file_of_its_name():
+    modules = {path.relative_to(LIBRARY) for path in MODULES if path.name not in ("__init__.py", "__main__.py")}
+    proved = {path.relative_to(PROJECT / "tests") for path in TESTS}
+    assert sorted(str(m) for m in modules if m.with_name(f"test_{m.name}") not in proved) == []
 
 
-def test_the_lock_leaves_platform_wheels_to_torch():
-    assert not re.search(r"^(nvidia-|cuda-|triton)", (PROJECT / "requirements.lock").read_text(), re.MULTILINE)
+@each([path for path in TESTS if path.name.startswith("test_")])
+def test_test_files_stand_for_a_module(path):
+    module = path.relative_to(PROJECT / "tests").with_name(path.name.removeprefix("test_"))
+    assert (LIBRARY / module).exists() or relative(path) in OF_NO_MODULE
 
 
-def test_no_large_file_is_committed():
-    listing = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True)
-    if listing.returncode:
-        pytest.skip("not a git checkout")
-    paths = [PROJECT / name for name in listing.stdout.split("\0") if name]
-    sizes = {path: path.stat().st_size for path in paths if path.is_file()}
-    study = {path: size for path, size in sizes.items() if path.is_relative_to(PROJECT / "papermill_runs" / "study")}
-    assert sum(study.values()) < 5_000_000  # results of the study, to be seen without running it
-    assert [relative(path) for path, size in sizes.items() if size > 600_000 and path not in study] == []
+@each(TESTS)
+def test_no_test_file_imports_another(path):
+    names = {name.split(".")[0] for name in imports_of(parse(path))}
+    assert not names & {other.stem for other in TESTS}
+
+
+def imports_of(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module

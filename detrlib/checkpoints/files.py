@@ -7,7 +7,7 @@
 Files of DETR, of its variants with sparse cross-attention, of Deformable DETR and of Sparse DETR are known, and those
 of torchvision's Faster R-CNN (fasterrcnn_resnet50_fpn_coco-258fb6c6.pth, its v2, and what was fine-tuned from them). No
 code in a file is run. Detection transformers in them were trained with features next to padding as they come, so they
-are built with `model.backbone.mask_padding: false`; with true, images in padded batches give other detections than
+are built with `model.compatibility.mask_padding: false`; with true, images in padded batches give other detections than
 published.
 """
 
@@ -119,7 +119,7 @@ def _told(arguments: Mapping[str, Any], family: str) -> dict[str, Any]:
     if not told.get("model.deformable.rho", 1.0):
         del told["model.deformable.rho"]  # 0 was their word for a dense encoder
     if "decoder_act" in arguments and family == "detr":
-        told["model.attention.padding"] = "add_one"
+        told["model.compatibility.attention_padding"] = "add_one"
     return told
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from detrlib.checkpoints.names import refines
-from detrlib.config.settings import Deformable
+from detrlib.config.model import Sampling
 from detrlib.errors import WeightsError
 from detrlib.models.swin import DEPTHS, WIDTHS
 
@@ -112,8 +112,8 @@ def _detr_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     if PRE_ALPHA in state:
         settings |= {
             "model.attention.decoder_cross": "alpha_entmax",
-            "model.attention.alpha_clamped": True,
-            "model.attention.padding": "add_one",
+            "model.compatibility.alpha_clamped": True,
+            "model.compatibility.attention_padding": "add_one",
         }
     return settings
 
@@ -133,7 +133,7 @@ def _deformable_settings(
         "model.num_classes": _shape(state, "class_embed.0.weight")[0],
         "model.num_queries": 300 if two_stage else _shape(state, "query_embed.weight")[0],
         "model.deformable.levels": levels,
-        "model.deformable.stages": None if stages == Deformable(levels=levels).backbone_stages() else list(stages),
+        "model.deformable.stages": None if stages == Sampling(levels=levels).backbone_stages() else list(stages),
         "model.deformable.refine": refines(state),
         "model.deformable.two_stage": two_stage,
         "model.deformable.query_init": "memory" if from_memory else "position",
@@ -150,7 +150,7 @@ def _deformable_settings(
             raise WeightsError(
                 "a Sparse DETR whose share of kept tokens is not written in the file; say it: model.deformable.rho=0.3"
             )
-        settings |= {"model.deformable.token_scores": "official", "model.deformable.dam": "official"}
+        settings |= {"model.compatibility.token_scores": "official", "model.compatibility.dam": "official"}
     return settings
 
 
@@ -177,7 +177,7 @@ def backbone_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "model.backbone.name": name,
         "model.backbone.weights": "none",  # they are in the file
         "model.backbone.freeze_stem": True,
-        "model.backbone.mask_padding": False,
+        "model.compatibility.mask_padding": False,
     }
 
 

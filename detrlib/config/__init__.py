@@ -1,4 +1,4 @@
-"""Typed, frozen settings (`settings`), and how files, bases and overrides become them (`load`)."""
+"""Typed, frozen settings (`settings`, `model`), and how files, bases and overrides become them (`load`)."""
 
 from detrlib.config.load import (
     PROJECT,
@@ -12,35 +12,20 @@ from detrlib.config.load import (
     replace,
     save_config,
 )
-from detrlib.config.settings import (
-    Attention,
-    Backbone,
-    Config,
-    Data,
-    Deformable,
-    Evaluate,
-    Loss,
-    Model,
-    Section,
-    Shapes,
-    Tracking,
-    Train,
-    TransformName,
-)
+from detrlib.config.model import Backbone, Deformable, Detr, Model, TransformName
+from detrlib.config.settings import Config, Data, Evaluate, Loss, Shapes, Train
 
 __all__ = [
     "PROJECT",
-    "Attention",
     "Backbone",
     "Config",
     "Data",
     "Deformable",
+    "Detr",
     "Evaluate",
     "Loss",
     "Model",
-    "Section",
     "Shapes",
-    "Tracking",
     "Train",
     "TransformName",
     "changed_settings",

@@ -8,7 +8,6 @@ Precedence, lowest first: defaults < base < file < dotted overrides. Unknown key
 
 import difflib
 import re
-import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -16,49 +15,67 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from detrlib.config.settings import Config, Section
+from detrlib.config.model import FAMILIES, Section
+from detrlib.config.settings import Config
 from detrlib.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parents[2]
 
+# Settings that have moved; files and overrides that use the old names keep working.
+MOVED = {
+    "model.backbone.mask_padding": "model.compatibility.mask_padding",
+    "model.attention.padding": "model.compatibility.attention_padding",
+    "model.attention.alpha_clamped": "model.compatibility.alpha_clamped",
+    "model.deformable.token_scores": "model.compatibility.token_scores",
+    "model.deformable.dam": "model.compatibility.dam",
+}
+# What is always so in a family that has no setting for it, and why; files that say so are right.
+GIVEN = {
+    "deformable": {
+        "model.classification": ("sigmoid", "it is trained by focal losses, without a no-object class"),
+        "model.queries": ("learned", "its queries have references of their own"),
+        "model.norm": ("post", "its layers are those of the published weights"),
+        "model.attention.encoder_self": ("softmax", "it samples points and scores no keys; choose decoder_self"),
+        "model.attention.decoder_cross": ("softmax", "it samples points and scores no keys; choose decoder_self"),
+        "model.compatibility.attention_padding": ("hidden", "it hides padding always"),
+        "model.polling": (None, "it keeps fewer tokens by model.deformable.rho"),
+    },
+    "detr": {"model.deformable": (None, "set model.architecture to deformable")},
+}
+
 
 def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
-    """Settings from a YAML file (or the defaults) with dotted `overrides` such as {"train.epochs": 2}.
+    """Read settings from a YAML file, its bases, and overrides.
 
-    A string override is read as YAML, so "1e-4" becomes a number and "[1, 2]" a list.
-    Raises `ConfigError` naming the file and the setting, with the nearest valid name where one is unknown.
+    Args:
+        path: a YAML file, relative to the project's root; None for the defaults.
+        overrides: dotted settings such as {"train.epochs": 2}. Text is read as YAML, so that "1e-4" becomes a number
+            and "[1, 2]" a list.
+
+    Returns:
+        The whole of the settings, checked and frozen.
+
+    Raises:
+        ConfigError: names the file and the setting, and the nearest valid name where one is unknown.
     """
-    values = _read_yaml(project_path(path)) if path else {}
-    for key, value in (overrides or {}).items():
-        _check_known(key, "an override")
-        _insert(values, key.split("."), parse_value(value))
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{path or 'config'}: {_explain(error)}") from None
-
-
-def save_config(cfg: Config, path: Path) -> None:
-    """The whole of `cfg`, defaults included, so that a run folder needs no other file to be understood."""
-    path.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+    values = _read_with_bases(project_path(path)) if path else {}
+    return _checked(_over(values, _overrides(overrides or {})), f"{path or 'config'}: ")
 
 
 def replace(cfg: Config, overrides: dict[str, Any]) -> Config:
-    """A copy of `cfg` with dotted `overrides`, checked like a file."""
-    values = cfg.model_dump(mode="json")
-    for key, value in overrides.items():
-        _check_known(key, "an override")
-        _insert(values, key.split("."), parse_value(value))
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+    """A copy of `cfg` with dotted `overrides`, checked like a file. Raises ConfigError naming the setting."""
+    return _checked(_over(flat_settings(cfg), _overrides(overrides)), "")
+
+
+def save_config(cfg: Config, path: Path) -> None:
+    """Write the whole of `cfg`, defaults included, so that a run folder needs no other file to be understood."""
+    path.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
 
 
 def changed_settings(cfg: Config, base: Config) -> dict[str, Any]:
-    """Dotted settings of `cfg` that differ from those of `base`."""
+    """Dotted settings of `cfg` that differ from those of `base`, or that `base` has not."""
     mine, theirs = flat_settings(cfg), flat_settings(base)
-    return {key: value for key, value in mine.items() if value != theirs[key]}
+    return {key: value for key, value in mine.items() if key not in theirs or value != theirs[key]}
 
 
 def flat_settings(section: Section, prefix: str = "") -> dict[str, Any]:
@@ -66,8 +83,7 @@ def flat_settings(section: Section, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
-        nested = isinstance(value, Section)
-        flat |= flat_settings(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
     return flat
 
 
@@ -77,16 +93,21 @@ def project_path(path: str | Path) -> Path:
     return path if path.is_absolute() else PROJECT / path
 
 
+# Reading
+
+
 def read_yaml(path: Path) -> dict:
-    """A YAML mapping; numbers such as 1e-4 are numbers. Raises `ConfigError` naming the file."""
+    """A YAML mapping; numbers such as 1e-4 are numbers. Raises ConfigError naming the file."""
     try:
         values = yaml.load(path.read_text(), Loader=_Loader)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.0)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{path}: no such config file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as a config file: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -94,101 +115,65 @@ def read_yaml(path: Path) -> dict:
     return values
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    if path in seen:
-        raise ConfigError(f"{path}: 'base' refers back to itself through {', '.join(p.name for p in seen)}")
-    values = {key: value for key, value in read_yaml(path).items() if value is not None}  # a section left empty
-    if "runs" in values:
-        raise ConfigError(f"{path}: a sweep of several runs, no settings of one; use detrlib sweep {path}")
-    base = values.pop("base", None)
-    for key in _dotted(values):
-        _check_known(key, str(path))
-    return _merge(_read_yaml(path.parent / base, (*seen, path)), values) if base else values
-
-
-def _merge(low: dict, high: dict) -> dict:
-    """`high` over `low`, section by section."""
-    merged = dict(low)
-    for key, value in high.items():
-        nested = isinstance(value, dict) and isinstance(low.get(key), dict)
-        merged[key] = _merge(low[key], value) if nested else value
-    return merged
-
-
-def _dotted(values: dict, prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in values.items():
-        keys += _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
-    return keys
-
-
-def _insert(values: dict, path: list[str], value: Any) -> None:
-    *parents, last = path
-    for name in parents:
-        values = values.setdefault(name, {})
-    values[last] = value
-
-
-def known_settings(section: type[Section] = Config, prefix: str = "") -> list[str]:
-    """Every dotted setting, for messages, documentation and completion."""
-    names = []
-    for name, field in section.model_fields.items():
-        names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            names += known_settings(field.annotation, f"{prefix}{name}.")
-    return names
-
-
-def _check_known(key: str, where: str) -> None:
-    known = known_settings()
-    if key in known:
-        return
-    last = key.split(".")[-1]
-    near = difflib.get_close_matches(key, known, 1, 0.5)
-    near = near or [k for k in known if k.split(".")[-1] in difflib.get_close_matches(last, [last, *_leaves(known)], 2)]
-    hint = f"; did you mean '{near[0]}'?" if near else f"; sections are {', '.join(Config.model_fields)}"
-    raise ConfigError(f"{where}: unknown setting '{key}'{hint}")
-
-
-def _leaves(names: list[str]) -> list[str]:
-    return [name.split(".")[-1] for name in names]
-
-
 def parse_value(value: Any) -> Any:
     """Text as YAML reads it ("1e-4" is a number, "[1, 2]" a list); anything else as it is.
 
-    Raises `ConfigError` for text that is no YAML.
+    Raises ConfigError for text that is no YAML.
     """
     if not isinstance(value, str):
         return value
     try:
         return yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{value!r} is not valid YAML: {error}") from None
+        raise ConfigError(f"{value!r} is not valid YAML: {_one_line(error)}") from None
 
 
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"] if part in _leaves(known_settings()))
-        given = "" if isinstance(fault["input"], dict | BaseModel) else f" (given {fault['input']!r})"
-        message = fault["msg"].removeprefix("Value error, ")
-        near = difflib.get_close_matches(str(fault["input"]), _choices(where), 1, 0.4) if given else []
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        lines.append(f"{where}: {message}{given}{hint}" if given else message)
-    return "; ".join(dict.fromkeys(lines))
+def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Dotted settings of a file over those of its base."""
+    if path in seen:
+        raise ConfigError(f"{path}: 'base' refers back to itself through {', '.join(p.name for p in seen)}")
+    values = read_yaml(path)
+    if "runs" in values:
+        raise ConfigError(f"{path}: a sweep of several runs, no settings of one; use detrlib sweep {path}")
+    base = values.pop("base", None)
+    settings = _settings(values, str(path))
+    return _over(_read_with_bases(path.parent / base, (*seen, path)), settings) if base else settings
 
 
-def _choices(setting: str) -> list[str]:
-    section = Config
-    *parents, last = setting.split(".")
-    for name in parents:
-        section = section.model_fields[name].annotation
-    if last not in section.model_fields:
-        return []
-    annotation = section.model_fields[last].annotation
-    parts = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else [annotation]
-    return [str(c) for part in parts for c in typing.get_args(part)]
+def _settings(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Sections within each other, or dotted names, as dotted settings under their names of today."""
+    flat = {}
+    for key, value in _flat(values).items():
+        _check_known(key, where)
+        flat[MOVED.get(key, key)] = value
+    return flat
+
+
+def _overrides(values: dict[str, Any]) -> dict[str, Any]:
+    return _settings({key: parse_value(value) for key, value in values.items()}, "an override")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{key}.")
+        elif not (value is None and any(known.startswith(f"{key}.") for known in KNOWN)):  # a section left empty
+            flat[key] = value
+    return flat
+
+
+def _over(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """`high` over `low`; where it names another architecture, only what that one knows is taken over from `low`."""
+    family = high.get(ARCHITECTURE, low.get(ARCHITECTURE))
+    if family != low.get(ARCHITECTURE, "detr") and family in FAMILIES:
+        low = {key: value for key, value in low.items() if not key.startswith("model.") or key in KNOWN_TO[family]}
+    return low | high
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 class _Loader(yaml.SafeLoader):
@@ -199,3 +184,100 @@ _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_i
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+0123456789.")
 )
+
+
+# Checking
+
+
+def known_settings(section: type[Section] = Config, prefix: str = "") -> list[str]:
+    """Every dotted setting, those of both families of models, for messages, documentation and completion."""
+    names: dict[str, None] = {}
+    for name, field in section.model_fields.items():
+        names[prefix + name] = None
+        for inner in _sections_of(field.annotation):
+            names |= dict.fromkeys(known_settings(inner, f"{prefix}{name}."))
+    return list(names)
+
+
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    """The sections that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [inner for part in typing.get_args(annotation) for inner in _sections_of(part)]
+
+
+ARCHITECTURE = "model.architecture"
+KNOWN = known_settings()
+KNOWN_TO = {name: set(known_settings(family, "model.")) for name, family in FAMILIES.items()}
+DEFAULTS = {name: flat_settings(family(), "model.") for name, family in FAMILIES.items()}
+
+
+def _checked(settings: dict[str, Any], where: str) -> Config:
+    """The settings as sections. Raises ConfigError naming the setting."""
+    family = settings.get(ARCHITECTURE, "detr")
+    if str(family).startswith("faster_rcnn"):
+        raise ConfigError(
+            f"{where}{ARCHITECTURE} {family} is no model of this library any more; measure the detections of any "
+            "detector with detrlib evaluate NAME --predictions FILE.json --data DATA"
+        )
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        if family in FAMILIES and _is_given(key, value, family, where):
+            continue
+        *parents, last = key.split(".")
+        section = values
+        for name in parents:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{where}{key}: {name} is a section of settings, but is given as {section!r}")
+        section[last] = value
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(where + _explain(error)) from None
+
+
+def _is_given(key: str, value: Any, family: str, where: str) -> bool:
+    """Whether a setting is of the other family and says what is always so in this one.
+
+    Raises ConfigError when it says something else.
+    """
+    if not key.startswith("model.") or key in KNOWN_TO[family]:
+        return False
+    (other,) = FAMILIES.keys() - {family}
+    always, reason = next((said for start, said in GIVEN[family].items() if key.startswith(start)), (None, ""))
+    if value == (DEFAULTS[other].get(key) if always is None else always):
+        return True
+    wanted = f"leave {key} at {always}" if always else f"leave {key} out"
+    raise ConfigError(f"{where}{key} {value!r} is of no use to {ARCHITECTURE} {family}: {reason}; {wanted}")
+
+
+def _check_known(key: str, where: str) -> None:
+    if key in KNOWN or key in MOVED:
+        return
+    last = key.split(".")[-1]
+    near = difflib.get_close_matches(key, KNOWN, 1, 0.5)
+    leaves = [name.split(".")[-1] for name in KNOWN]
+    near = near or [k for k in KNOWN if k.split(".")[-1] in difflib.get_close_matches(last, [last, *leaves], 2)]
+    hint = f"; did you mean '{near[0]}'?" if near else f"; sections are {', '.join(Config.model_fields)}"
+    raise ConfigError(f"{where}: unknown setting '{key}'{hint}")
+
+
+def _explain(error: ValidationError) -> str:
+    names = {part for name in KNOWN for part in name.split(".")}
+    lines = []
+    for fault in error.errors():
+        # Pydantic also names the family of a model, which is no part of a setting's name.
+        parts = [str(part) for part in fault["loc"]]
+        family = parts[:1] == ["model"] and parts[1:2] and parts[1] in FAMILIES
+        where = ".".join(part for part in parts[:1] + parts[2 if family else 1 :] if part in names)
+        if fault["type"] == "union_tag_invalid":
+            where, fault["input"] = "model.architecture", fault["ctx"]["tag"]
+            fault["msg"] = f"must be one of {', '.join(FAMILIES)}"
+        given = "" if isinstance(fault["input"], dict | BaseModel) else f" (given {fault['input']!r})"
+        message = fault["msg"].removeprefix("Value error, ")
+        choices = list(FAMILIES) if where == "model.architecture" else re.findall(r"'(\w+)'", message)
+        near = difflib.get_close_matches(str(fault["input"]), choices, 1, 0.4) if given else []
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        lines.append(f"{where}: {message}{given}{hint}" if given else message)
+    return "; ".join(dict.fromkeys(lines))

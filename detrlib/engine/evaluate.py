@@ -167,7 +167,7 @@ def evaluate(
     """
     with recorder(cfg, len(dataset), accelerator, run_dir) as record:
         folder = run_dir / "measures" if run_dir else None
-        looks = AttentionMeasures(cfg, folder, accelerator.process_index) if attention and cfg.model.attends else None
+        looks = AttentionMeasures(cfg, folder, accelerator.process_index) if attention else None
         return _evaluate(model, dataset, cfg, accelerator, criterion, looks, record, progress)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor, resized_crop
 from tqdm.auto import tqdm
 
-from detrlib.config.settings import Backbone
+from detrlib.config import Backbone
 from detrlib.data import CocoDataset, cache_folder
 from detrlib.data.augment import MEAN, STD
 from detrlib.files import save_checkpoint

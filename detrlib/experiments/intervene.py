@@ -121,7 +121,7 @@ def plan(
     settings = load_config(run_dir / "config.yaml").model.attention
     model = load_model(run_dir, checkpoint)
     found = sweep(site, alphas, layer)
-    found += swaps(site, transforms, layer, alpha=settings.alpha, tv_lambda=settings.tv_lambda)
+    found += swaps(site, transforms, layer, alpha=settings.alpha, tv_lambda=getattr(settings, "tv_lambda", 0.0))
     if learned:
         found += rearranged_alphas(model, site)
     for experiment in found:  # before heads are put in order, which takes a while

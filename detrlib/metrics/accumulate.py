@@ -53,9 +53,12 @@ class AttentionMeasures:
 
     def __init__(self, cfg: Config, folder: Path | None = None, process: int = 0):
         self.cfg, self.settings = cfg, cfg.evaluate
-        transforms = cfg.model.attention
         # Maps of the encoder are large: they are made and measured where their sparsity is a question.
-        self.sites = [site for site in ("encoder_self", "decoder_self") if getattr(transforms, site) != "softmax"]
+        self.sites = [
+            site
+            for site in ("encoder_self", "decoder_self")
+            if cfg.model.transform_at(site) not in ("softmax", "deformable")
+        ]
         self.sites.append("decoder_cross")
         model, measures = cfg.model, len(sparsity.MEASURES)
         heads = model.num_heads + 1
@@ -198,12 +201,13 @@ def alphas_in_effect(settings: Model, site: str, learned: dict[str, list[float]]
 
     learned: values [H] by place, such as "decoder_cross.0", of the transforms that learn theirs.
     """
-    name = getattr(settings.attention, site)
+    name = settings.transform_at(site)
     layers = range(_layers(settings, site))
     if name == "alpha_entmax":
         places = [f"{site}.{layer}" for layer in layers]
         return [learned[place] for place in places] if set(places) <= set(learned) else None
-    known = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": settings.attention.alpha}
+    # Deformable attention is a softmax over its samples.
+    known = {"softmax": 1.0, "deformable": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": settings.attention.alpha}
     return [[known[name]] * settings.num_heads for _ in layers] if name in known else None
 
 

@@ -8,8 +8,7 @@ from torch import nn
 
 from detrlib.attention import AlphaEntmax, Transform, build_transform
 from detrlib.attention.deformable import DeformableAttention
-from detrlib.config import Model, project_path
-from detrlib.config.settings import Attention
+from detrlib.config import Deformable, Detr, Model, project_path
 from detrlib.errors import ConfigError
 from detrlib.models.backbone import Backbone, build_backbone
 from detrlib.models.deformable import DeformableDETR
@@ -32,19 +31,12 @@ def build_model(settings: Model, backbone_weights: str | Path | None = None) -> 
         raise ConfigError("model.num_classes is not known without a data set; set it, or train through a config")
     if settings.architecture.startswith("faster_rcnn"):
         return FasterRCNN(settings.architecture, settings.num_classes, settings.num_queries)
-    layer = LayerSettings(
-        settings.hidden_dim,
-        settings.num_heads,
-        settings.feedforward_dim,
-        settings.dropout,
-        settings.norm == "pre",
-        _transform_maker(settings.attention, settings.num_heads),
-    )
-    build = _deformable if settings.architecture == "deformable" else _detr
-    return build(settings, layer, backbone_weights)
+    build = _deformable if isinstance(settings, Deformable) else _detr
+    return build(settings, backbone_weights)
 
 
-def _detr(settings: Model, layer: LayerSettings, weights: str | Path | None) -> DETR:
+def _detr(settings: Detr, weights: str | Path | None) -> DETR:
+    layer = _layer_settings(settings, pre_norm=settings.norm == "pre")
     anchors = settings.queries == "anchor"
     if anchors:
         decoder = AnchorDecoder(settings.decoder_layers, layer, settings.position_temperature)
@@ -64,11 +56,12 @@ def _detr(settings: Model, layer: LayerSettings, weights: str | Path | None) -> 
     )
 
 
-def _deformable(settings: Model, layer: LayerSettings, weights: str | Path | None) -> DeformableDETR:
-    chosen, dim = settings.deformable, settings.hidden_dim
+def _deformable(settings: Deformable, weights: str | Path | None) -> DeformableDETR:
+    chosen, published, dim = settings.deformable, settings.compatibility, settings.hidden_dim
+    layer = _layer_settings(settings, pre_norm=False)
     levels = chosen.levels
     backbone = _backbone(settings, weights, chosen.backbone_stages())
-    scoring = ScoringNetwork(dim, chosen.token_scores == "official") if chosen.rho < 1 else None
+    scoring = ScoringNetwork(dim, published.token_scores == "official") if chosen.rho < 1 else None
     transformer = DeformableTransformer(
         DeformableEncoder(settings.encoder_layers, layer, levels, chosen.encoder_points),
         DeformableDecoder(settings.decoder_layers, layer, levels, chosen.decoder_points, chosen.refine),
@@ -82,7 +75,7 @@ def _deformable(settings: Model, layer: LayerSettings, weights: str | Path | Non
     return DeformableDETR(
         backbone,
         _position(settings, centred=True),
-        LevelProjections(backbone.num_channels, levels, dim, settings.backbone.mask_padding),
+        LevelProjections(backbone.num_channels, levels, dim, published.mask_padding),
         transformer,
         dim,
         settings.num_queries,
@@ -91,7 +84,7 @@ def _deformable(settings: Model, layer: LayerSettings, weights: str | Path | Non
         class_specific=chosen.class_specific_proposals,
         encoder_auxiliary=chosen.encoder_auxiliary,
         keep_ratio=chosen.rho,
-        map_shift=0.5 if chosen.dam == "exact" else 0.0,
+        map_shift=0.5 if published.dam == "exact" else 0.0,
     )
 
 
@@ -101,23 +94,35 @@ def _position(settings: Model, centred: bool) -> nn.Module:
     return LearnedPosition(settings.hidden_dim)
 
 
-def _transform_maker(settings: Attention, num_heads: int) -> MakeTransform:
+def _layer_settings(settings: Model, pre_norm: bool) -> LayerSettings:
+    return LayerSettings(
+        settings.hidden_dim,
+        settings.num_heads,
+        settings.feedforward_dim,
+        settings.dropout,
+        pre_norm,
+        _transform_maker(settings),
+    )
+
+
+def _transform_maker(settings: Model) -> MakeTransform:
     """What layers ask for the transform of a site; every layer gets one of its own."""
     drawn = {}  # pre_alpha by site, where layers start as clones of one draw
 
     def make(site: str) -> Transform:
-        name, initial = getattr(settings, site), settings.alpha_init
+        name, initial = settings.transform_at(site), settings.attention.alpha_init
         if name == "alpha_entmax" and initial == "cloned":
-            initial = drawn.setdefault(site, torch.randn(num_heads))
+            initial = drawn.setdefault(site, torch.randn(settings.num_heads))
         transform = build_transform(
             name,
-            num_heads,
-            alpha=settings.alpha,
+            settings.num_heads,
+            alpha=settings.attention.alpha,
             alpha_init=initial,
-            alpha_clamped=settings.alpha_clamped,
-            tv_lambda=settings.tv_lambda,
+            alpha_clamped=settings.compatibility.alpha_clamped,
+            tv_lambda=getattr(settings.attention, "tv_lambda", 0.0),
         )
-        transform.padding_adds_one = settings.padding == "add_one" and site == "decoder_cross"
+        favoured = getattr(settings.compatibility, "attention_padding", "hidden") == "add_one"
+        transform.padding_adds_one = favoured and site == "decoder_cross"
         return transform
 
     return make
@@ -132,7 +137,8 @@ def _backbone(settings: Model, weights: str | Path | None, stages: Sequence[int]
         weights = project_path(weights)
     # Weights of a checkpoint are still to come when a run resumes: what is trained depends on the settings alone.
     freeze_stem = choice.weights != "none" if choice.freeze_stem is None else choice.freeze_stem
-    return build_backbone(choice.name, weights, choice.dilation, freeze_stem, choice.mask_padding, stages)
+    masked = settings.compatibility.mask_padding
+    return build_backbone(choice.name, weights, choice.dilation, freeze_stem, masked, stages)
 
 
 def alpha_modules(model: nn.Module) -> dict[str, AlphaEntmax]:

@@ -124,9 +124,7 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     rows = []
     for run_dir, label in run_labels(run_dirs).items():
         results, cfg = load_results(run_dir), load_config(run_dir / "config.yaml")
-        transforms = {
-            site: getattr(cfg.model.attention, site) for site in ("encoder_self", "decoder_self", "decoder_cross")
-        }
+        transforms = {site: cfg.model.transform_at(site) for site in ("encoder_self", "decoder_self", "decoder_cross")}
         row = {"run": label, "group": group_of(label), "seed": cfg.train.seed, "architecture": cfg.model.architecture}
         row |= transforms | {name: value for name, value in results["detection"].items() if name != "per_class"}
         for site, measures in results.get("attention", {}).items():
@@ -244,10 +242,10 @@ def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, che
 
 def _trained(run_dir: Path, site: str) -> tuple[str, float]:
     """The transform a run was trained with at a site, and its alpha."""
-    attention = load_config(run_dir / "config.yaml").model.attention
-    name = getattr(attention, site)
+    model = load_config(run_dir / "config.yaml").model
+    name = model.transform_at(site)
     learned = [a for place, row in load_results(run_dir)["alpha"].items() if place.startswith(f"{site}.") for a in row]
-    known = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": attention.alpha}
+    known = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": model.attention.alpha}
     return name, float(np.mean(learned)) if learned else known.get(name, float("nan"))
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from pydantic import ValidationError
 from scores import HEADS, keys_padding, make, random_scores
 from small import small
 from torch import nn
@@ -10,7 +9,7 @@ from torch import nn
 from detrlib.attention import TRANSFORMS, MultiheadAttention, attend, build_transform, multihead
 from detrlib.attention.multihead import ConditionalCrossAttention
 from detrlib.attention.transforms import Softmax
-from detrlib.config.settings import Attention
+from detrlib.errors import ConfigError
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
 
@@ -203,9 +202,8 @@ def test_padding_can_add_one(name, need_weights):
 
 
 def test_switches_reach_the_layers():
-    switches = {"alpha_clamped": True, "alpha_init": "cloned", "padding": "add_one"}
-    attention = Attention(decoder_self="alpha_entmax", decoder_cross="alpha_entmax", **switches)
-    model = small(attention=attention.model_dump())
+    attention = {"decoder_self": "alpha_entmax", "decoder_cross": "alpha_entmax", "alpha_init": "cloned"}
+    model = small(attention=attention, compatibility={"alpha_clamped": True, "attention_padding": "add_one"})
     layers = model.transformer.decoder.layers
     for site in ("self_attn", "multihead_attn"):
         first, *others = (getattr(layer, site).transform for layer in layers)
@@ -217,7 +215,7 @@ def test_switches_reach_the_layers():
 
 
 def test_tvmax_needs_a_grid():
-    with pytest.raises(ValidationError, match="decoder_self"):
-        Attention(decoder_self="tvmax")
+    with pytest.raises(ConfigError, match="decoder_self"):
+        small(attention={"decoder_self": "tvmax"})
     with pytest.raises(ValueError, match="grid"):
         make("tvmax")(random_scores(1, HEADS, 2, 7))

@@ -7,11 +7,10 @@ import pytest
 import torch
 from entmax import entmax_bisect
 from scores import HEADS, by_bisection, keys_padding, make, random_scores, weights_of
+from small import model_settings
 from torch import nn
 
 from detrlib.attention import TRANSFORMS, AlphaEntmax, MultiheadAttention, Transform, build_transform
-from detrlib.config import Model
-from detrlib.config.settings import Attention
 from detrlib.models import alpha_modules, build_model
 
 SPARSE = [name for name in TRANSFORMS if name != "softmax"]
@@ -266,9 +265,9 @@ def test_clamped_alpha_is_the_published_one(pre_alpha):
 
 def test_every_layer_starts_on_its_own():
     sites = dict.fromkeys(("encoder_self", "decoder_self", "decoder_cross"), "alpha_entmax")
-    settings = Model(
+    settings = model_settings(
         backbone={"name": "tiny", "weights": "none"},
-        attention=Attention(**sites, alpha_init="normal"),
+        attention={**sites, "alpha_init": "normal"},
         hidden_dim=16,
         num_heads=4,
         encoder_layers=2,

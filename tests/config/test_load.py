@@ -7,8 +7,19 @@ import pytest
 from pydantic import ValidationError
 
 from detrlib.attention import TRANSFORMS
-from detrlib.config import PROJECT, Config, known_settings, load_config, project_path, replace, save_config
-from detrlib.config.settings import TransformName
+from detrlib.config import (
+    PROJECT,
+    Config,
+    Deformable,
+    Detr,
+    flat_settings,
+    known_settings,
+    load_config,
+    project_path,
+    replace,
+    save_config,
+)
+from detrlib.config.model import TransformName
 from detrlib.errors import ConfigError
 
 
@@ -138,11 +149,13 @@ def test_a_wrong_choice_suggests_the_nearest_one():
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(ConfigError, match=r"hidden_dim 250 is not a multiple of model\.num_heads 8"):
+    with pytest.raises(ConfigError, match=r"hidden_dim 252 is not a multiple of model\.num_heads 8"):
+        load_config(overrides={"model.hidden_dim": 252})
+    with pytest.raises(ConfigError, match=r"model\.hidden_dim: .*multiple of 4"):
         load_config(overrides={"model.hidden_dim": 250})
 
 
-DEFORMABLE = {"model.architecture": "deformable", "model.classification": "sigmoid"}
+DEFORMABLE = {"model.architecture": "deformable"}
 TWO_STAGE = DEFORMABLE | {"model.deformable.refine": True, "model.deformable.two_stage": True}
 
 
@@ -150,13 +163,13 @@ TWO_STAGE = DEFORMABLE | {"model.deformable.refine": True, "model.deformable.two
     ("overrides", "message"),
     [
         ({"model.deformable.refine": True}, "model.architecture detr"),
-        ({"model.architecture": "deformable"}, "model.classification: sigmoid"),
-        (DEFORMABLE | {"model.queries": "anchor"}, "model.queries: learned"),
-        (DEFORMABLE | {"model.norm": "pre"}, "model.norm: post"),
+        (DEFORMABLE | {"model.classification": "softmax"}, "model.classification.*sigmoid"),
+        (DEFORMABLE | {"model.queries": "anchor"}, "model.queries.*learned"),
+        (DEFORMABLE | {"model.norm": "pre"}, "model.norm.*post"),
         (DEFORMABLE | {"model.attention.encoder_self": "entmax15"}, "model.attention.encoder_self.*decoder_self"),
         (DEFORMABLE | {"model.attention.decoder_cross": "tvmax"}, "model.attention.decoder_cross.*decoder_self"),
-        (DEFORMABLE | {"model.attention.padding": "add_one"}, "leave it at hidden"),
-        (DEFORMABLE | {"model.attention.decoder_self": "tvmax"}, "tvmax needs keys that form a grid"),
+        (DEFORMABLE | {"model.attention.padding": "add_one"}, "model.compatibility.attention_padding.*at hidden"),
+        (DEFORMABLE | {"model.attention.decoder_self": "tvmax"}, "model.attention.decoder_self"),
         (DEFORMABLE | {"model.deformable.two_stage": True}, "two_stage needs.*model.deformable.refine.*set it to true"),
         (DEFORMABLE | {"model.deformable.query_init": "memory"}, "query_init: memory.*two_stage"),
         (DEFORMABLE | {"model.deformable.class_specific_proposals": True}, "class_specific_proposals.*two_stage"),
@@ -173,6 +186,58 @@ TWO_STAGE = DEFORMABLE | {"model.deformable.refine": True, "model.deformable.two
 def test_deformable_settings_that_make_no_sense_are_refused_with_reason_and_remedy(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(overrides=overrides)
+
+
+def test_the_two_families_have_settings_of_their_own():
+    detr, deformable = load_config().model, load_config(overrides=DEFORMABLE).model
+    assert (type(detr), type(deformable)) == (Detr, Deformable)
+    assert not hasattr(deformable, "norm") and not hasattr(detr, "deformable")
+    assert [deformable.transform_at(site) for site in ("encoder_self", "decoder_self")] == ["deformable", "softmax"]
+    with pytest.raises(ConfigError, match=r"model\.architecture.*did you mean 'deformable'"):
+        load_config(overrides={"model.architecture": "deformabel"})
+
+
+def test_what_is_always_so_in_a_family_may_be_said():
+    """As older files do, and the settings saved in older runs, which name those of both families."""
+    said = {"model.classification": "sigmoid", "model.queries": "learned", "model.norm": "post", "model.polling": None}
+    older = {"model.attention.encoder_self": "softmax", "model.attention.tv_lambda": 0.1, "model.polling.pooled": 30}
+    assert load_config(overrides=DEFORMABLE | said | older) == load_config(overrides=DEFORMABLE)
+    assert load_config(overrides={"model.deformable.levels": 4}) == load_config()
+
+
+def test_a_file_of_another_architecture_takes_over_what_both_know(write):
+    write(
+        "detr.yaml",
+        "model: {norm: pre, queries: anchor, num_heads: 4, attention: {decoder_cross: entmax15, alpha: 1.2}}",
+    )
+    path = write("deformable.yaml", "base: detr.yaml\nmodel: {architecture: deformable, deformable: {levels: 2}}")
+    model = load_config(path).model
+    assert (model.num_heads, model.attention.alpha, model.deformable.levels) == (4, 1.2, 2)
+    assert load_config(path, {"model.architecture": "detr"}).model.norm == "post"
+
+
+def test_settings_that_have_moved_are_found_under_their_old_names(write):
+    old = "model: {backbone: {mask_padding: false}, attention: {padding: add_one, alpha_clamped: true}}"
+    compatibility = load_config(write("old.yaml", old)).model.compatibility
+    assert compatibility.model_dump() == {
+        "mask_padding": False,
+        "alpha_clamped": True,
+        "attention_padding": "add_one",
+    }
+    sparse = load_config(overrides=DEFORMABLE | {"model.deformable.dam": "official"}).model
+    assert sparse.compatibility.dam == "official"
+
+
+def test_a_model_that_is_gone_is_named_with_what_to_do_instead():
+    with pytest.raises(ConfigError, match=r"model\.architecture faster_rcnn.*--predictions"):
+        load_config(overrides={"model.architecture": "faster_rcnn"})
+
+
+def test_maps_of_decoder_cross_are_always_among_those_that_are_stored():
+    assert load_config(overrides={"evaluate.store_sites": ["decoder_self"]}).evaluate.store_sites == (
+        "decoder_cross",
+        "decoder_self",
+    )
 
 
 @pytest.mark.parametrize(("levels", "stages"), [(1, (4,)), (2, (3, 4)), (3, (2, 3, 4)), (4, (2, 3, 4))])
@@ -241,24 +306,22 @@ def test_relative_paths_start_at_the_project_root_whatever_the_working_directory
 
 def test_a_relative_config_path_is_found_from_any_working_directory(write, tmp_path, monkeypatch):
     write("project/configs/short.yaml", "train: {epochs: 3}")
-    monkeypatch.setattr("detrlib.config.PROJECT", tmp_path / "project")
+    monkeypatch.setattr("detrlib.config.load.PROJECT", tmp_path / "project")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_config("configs/short.yaml").train.epochs == 3
 
 
-def test_every_known_setting_can_be_overridden_with_its_own_value():
-    cfg = Config()
-    for name in known_settings():
-        value = cfg
-        for part in name.split("."):
-            value = getattr(value, part)
-        if not hasattr(value, "model_dump"):
-            assert load_config(overrides={name: value}) == cfg, name
+@pytest.mark.parametrize("overrides", [{}, DEFORMABLE])
+def test_every_known_setting_can_be_overridden_with_its_own_value(overrides):
+    cfg = load_config(overrides=overrides)
+    for name, value in flat_settings(cfg).items():
+        assert load_config(overrides=overrides | {name: value}) == cfg, name
+        assert name in known_settings()
 
 
 def test_a_sweep_is_no_config():
-    with pytest.raises(ConfigError, match=r"detrlib\.sweep"):
+    with pytest.raises(ConfigError, match="detrlib sweep"):
         load_config("papermill_runs/configs/quickstart.yaml")
 
 
@@ -267,7 +330,7 @@ def test_a_sweep_is_no_config():
     [
         ({"model.encoder_layers": 0, "model.attention.encoder_self": "sparsemax"}, "model.encoder_layers"),
         ({"model.attention.alpha_init": 3}, "model.attention.alpha_init"),
-        ({"model.attention.alpha_init": 1.005}, "cloned"),
+        ({"model.attention.alpha_init": 1.005}, "model.attention.alpha_init.*cloned"),
     ],
 )
 def test_attention_that_cannot_be_is_refused(overrides, named):

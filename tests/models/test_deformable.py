@@ -5,11 +5,10 @@ Legend: B images, L levels, S tokens of all levels, Q queries, C classes.
 
 import pytest
 import torch
-from small import assert_alone_as_in_batch, padded_batch, small, trainable
+from small import assert_alone_as_in_batch, model_settings, padded_batch, small, trainable
 from test_transformer import R50, transformers_backbone_name
 from torch import nn
 
-from detrlib.config import Model
 from detrlib.models import build_model
 from detrlib.models.backbone import FeatureMap
 from detrlib.models.deformable import proposal_cells
@@ -39,7 +38,7 @@ def full(**options) -> nn.Module:
     """A model at full size, with the 91 classes of COCO, without memory behind its parameters."""
     settings = {"architecture": "deformable", "classification": "sigmoid", "num_queries": 300, "num_classes": 91}
     with torch.device("meta"):
-        return build_model(Model(backbone=R50, feedforward_dim=1024, deformable=options, **settings))
+        return build_model(model_settings(backbone=R50, feedforward_dim=1024, deformable=options, **settings))
 
 
 # Parameters and names
@@ -63,7 +62,7 @@ def test_number_of_trainable_parameters(options, expected):
 def test_dilation_adds_no_parameters():
     options = {"deformable": {"levels": 1}, "num_queries": 300, "num_classes": 91, "feedforward_dim": 1024}
     with torch.device("meta"):
-        settings = Model(
+        settings = model_settings(
             architecture="deformable", classification="sigmoid", backbone=R50 | {"dilation": True}, **options
         )
         assert trainable(build_model(settings)) == 33_844_193

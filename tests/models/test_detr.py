@@ -8,10 +8,9 @@ import urllib.error
 import pytest
 import torch
 import torchvision
-from small import assert_alone_as_in_batch, frozen, padded_batch, small, trainable
+from small import assert_alone_as_in_batch, frozen, model_settings, padded_batch, small, trainable
 
 from detrlib.attention import TRANSFORMS
-from detrlib.config import Model
 from detrlib.errors import ConfigError, WeightsError
 from detrlib.models import AttentionMaps, Predictions, build_model
 from detrlib.models.backbone import build_backbone, build_body
@@ -228,7 +227,9 @@ def test_every_parameter_learns(queries):
 
 def test_anchors_start_as_reference_boxes():
     torch.manual_seed(0)
-    model = build_model(Model(backbone={"name": "tiny", "weights": "none"}, queries="anchor", num_classes=2)).eval()
+    model = build_model(
+        model_settings(backbone={"name": "tiny", "weights": "none"}, queries="anchor", num_classes=2)
+    ).eval()
     with torch.no_grad():
         predictions = model(*padded_batch((64, 64), canvas=(64, 64)))
     boxes = predictions.boxes[0]
@@ -268,7 +269,7 @@ def test_attention_to_anchors_spreads_with_the_box():
 
 def test_sigmoid_scores_start_near_one_percent():
     torch.manual_seed(0)
-    settings = Model(backbone={"name": "tiny", "weights": "none"}, classification="sigmoid", num_classes=3)
+    settings = model_settings(backbone={"name": "tiny", "weights": "none"}, classification="sigmoid", num_classes=3)
     assert build_model(settings).class_embed.bias.sigmoid().tolist() == pytest.approx([0.01] * 3)
 
 
@@ -369,6 +370,6 @@ def test_dilation_needs_bottlenecks(name):
 def test_settings_that_need_data_are_refused():
     tiny = {"name": "tiny", "weights": "none"}
     with pytest.raises(ConfigError, match="num_classes"):
-        build_model(Model(backbone=tiny))
+        build_model(model_settings(backbone=tiny))
     with pytest.raises(ConfigError, match="crops"):
-        build_model(Model(backbone=tiny | {"weights": "crops"}, num_classes=2))
+        build_model(model_settings(backbone=tiny | {"weights": "crops"}, num_classes=2))

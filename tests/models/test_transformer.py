@@ -6,11 +6,10 @@ Legend: B images, H heads, Q queries, K = h x w cells of the feature map, C clas
 import pytest
 import torch
 import torchvision
-from small import frozen, padded_batch, randomise, small, trainable
+from small import frozen, model_settings, padded_batch, randomise, small, trainable
 from torch import nn
 
 from detrlib.attention import build_transform
-from detrlib.config import Model
 from detrlib.models import build_model
 from detrlib.models.backbone import build_backbone
 from detrlib.models.pretrained import load_weights
@@ -22,7 +21,7 @@ R50 = {"name": "resnet50", "weights": "none", "freeze_stem": True}
 def detr(**settings) -> nn.Module:
     """DETR at full size, with the 91 classes of COCO, without memory behind its parameters."""
     with torch.device("meta"):
-        return build_model(Model(**{"num_classes": 91, "backbone": R50} | settings))
+        return build_model(model_settings(**{"num_classes": 91, "backbone": R50} | settings))
 
 
 # Parameters

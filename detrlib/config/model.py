@@ -1,0 +1,247 @@
+"""Settings of a model, which is of one of two families: `Detr` or `Deformable`, told apart by `model.architecture`.
+
+Each has the settings that mean something to it and no others. What cannot be said by a type is checked, with the reason
+and the remedy.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+TransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"]
+# tvmax needs keys that form a grid, and those of decoder_self are queries.
+QueryTransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax"]
+SiteName = Literal["encoder_self", "decoder_self", "decoder_cross"]
+Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Backbone(Section):
+    name: Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101", "swin_t"] = "resnet50"
+    weights: str = "imagenet"  # "imagenet", "none", "crops" (see engine.pretrain), or a path to a state dict
+    dilation: bool = False  # DC5: the last stage keeps its resolution
+    freeze_stem: bool | None = None  # stem and first stage, as DETR does; None: if there are weights to keep
+
+    @model_validator(mode="after")
+    def _dilation_needs_bottlenecks(self):
+        if self.dilation and self.name not in ("resnet50", "resnet101"):
+            raise ValueError(
+                f"model.backbone.dilation needs bottleneck blocks, which {self.name} has not; use resnet50"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _crops_are_for_convolutions(self):
+        if self.weights == "crops" and self.name == "swin_t":
+            raise ValueError(
+                "model.backbone.weights: crops of the data pretrain convolutional backbones, and swin_t is none; "
+                "use imagenet or a path"
+            )
+        return self
+
+
+def _start_of_alpha(value: float | str) -> float | str:
+    if not isinstance(value, str) and not 1.01 < value < 2.0:
+        raise ValueError("must lie between 1.01 and 2, or be 'normal' or 'cloned'")
+    return value
+
+
+class QueryAttention(Section):
+    """Transforms where only queries attend to each other by scores, and what any of them needs."""
+
+    decoder_self: QueryTransformName = "softmax"
+    alpha: float = Field(1.5, ge=1.000001, le=2.0)  # of "entmax", fixed
+    # of "alpha_entmax"; "normal": pre_alpha from N(0, 1); "cloned": so too, but one draw for all layers of a site
+    alpha_init: Annotated[float | Literal["normal", "cloned"], AfterValidator(_start_of_alpha)] = 1.5
+
+
+class Attention(QueryAttention):
+    """Transforms at all three sites, where keys may also be cells of the image."""
+
+    encoder_self: TransformName = "softmax"
+    decoder_cross: TransformName = "softmax"
+    tv_lambda: float = Field(0.1, ge=0.0)  # of "tvmax": price of a step between neighbouring cells
+
+
+class Polling(Section):
+    """PnP-DETR: encoder and decoder see the best cells, and a few tokens pooled from all others."""
+
+    ratio: Ratio | None = None  # share of an image's cells that are kept; None: no polling
+    pooled: int = Field(30, ge=0)  # tokens; published: 30, and 100 for DC5
+    # Every training step draws a ratio between these, so that one model serves them all; published: 1/3 and 0.8
+    train_ratios: tuple[Ratio, Ratio] | None = None
+
+
+class Sampling(Section):
+    """Deformable DETR, and on top of it the options of Efficient DETR and of Sparse DETR."""
+
+    levels: int = Field(4, ge=1)  # of the pyramid; those beyond the stages are made by convolutions of stride 2
+    stages: tuple[int, ...] | None = None  # of the backbone, 1 to 4; None: the last three, or for one level the last
+    encoder_points: int = Field(4, ge=1)  # per head and level
+    decoder_points: int = Field(4, ge=1)
+    refine: bool = False  # every decoder layer corrects the boxes of the one before
+    two_stage: bool = False  # queries are the encoder's best proposals
+    query_init: Literal["position", "memory"] = "position"  # content of queries: of the proposal's place, or its token
+    class_specific_proposals: bool = False  # proposals predict classes; otherwise only that there is an object
+    rho: float = Field(1.0, gt=0.0, le=1.0)  # share of the tokens that the encoder updates; 1: dense encoder
+    encoder_auxiliary: bool = False  # a loss after every encoder layer
+
+    def backbone_stages(self) -> tuple[int, ...]:
+        """The stages whose feature maps are used."""
+        return self.stages or ((4,) if self.levels == 1 else (2, 3, 4)[-self.levels :])
+
+    @model_validator(mode="after")
+    def _stages_end_with_the_last(self):
+        stages = self.backbone_stages()
+        if list(stages) != sorted(set(stages)) or not {4} <= set(stages) <= {1, 2, 3, 4}:
+            raise ValueError(
+                f"model.deformable.stages {list(stages)} must ascend within 1 to 4 and end with 4: no stage of the "
+                "backbone may be computed for nothing"
+            )
+        if len(stages) > self.levels:
+            raise ValueError(
+                f"model.deformable.stages {list(stages)} are more than the {self.levels} levels; "
+                f"set model.deformable.levels to {len(stages)} or name fewer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _proposals_need_two_stages(self):
+        if self.two_stage and not self.refine:
+            raise ValueError(
+                "model.deformable.two_stage needs a box head for every layer, which only model.deformable.refine has; "
+                "set it to true"
+            )
+        needs = {
+            "query_init: memory": self.query_init == "memory",
+            "class_specific_proposals": self.class_specific_proposals,
+            "encoder_auxiliary": self.encoder_auxiliary,
+            "rho below 1": self.rho < 1,
+        }
+        chosen = [name for name, wanted in needs.items() if wanted]
+        if chosen and not self.two_stage:
+            raise ValueError(
+                f"model.deformable, {chosen[0]}: works on proposals, which a one-stage model has not; "
+                "set model.deformable.two_stage (and refine) to true"
+            )
+        return self
+
+
+class Compatibility(Section):
+    """What published weights depend on, faults included. The defaults are the correct behaviour."""
+
+    mask_padding: bool = True  # False: features near padding depend on the batch, as in the official code
+    alpha_clamped: bool = False  # alpha by clamping, which has no gradient outside: the thesis's alpha_entmax
+
+
+class DetrCompatibility(Compatibility):
+    """Of DETR and the thesis's models with sparse cross-attention."""
+
+    attention_padding: Literal["hidden", "add_one"] = "hidden"  # padded keys of decoder_cross favoured: the thesis
+
+
+class DeformableCompatibility(Compatibility):
+    """Of Deformable DETR and Sparse DETR."""
+
+    token_scores: Literal["masked", "official"] = "masked"  # scores of tokens that depend on padding: Sparse DETR
+    dam: Literal["exact", "official"] = "exact"  # decoder attention maps half a cell off: Sparse DETR
+
+
+class Architecture(Section):
+    """What the two families have in common."""
+
+    backbone: Backbone = Backbone()
+    hidden_dim: int = Field(256, ge=8, multiple_of=4)  # sines and cosines of x and y: a multiple of 4
+    num_heads: int = Field(8, ge=1)
+    encoder_layers: int = Field(6, ge=0)
+    decoder_layers: int = Field(6, ge=1)
+    feedforward_dim: int = Field(2048, ge=1)
+    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    position: Literal["sine", "learned"] = "sine"
+    position_temperature: float = Field(10000.0, gt=0.0)
+    num_queries: int = Field(100, ge=1)
+    num_classes: int | None = Field(None, ge=1)  # None: taken from the data
+
+    @model_validator(mode="after")
+    def _heads_share_the_channels(self):
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"model.hidden_dim {self.hidden_dim} is not a multiple of model.num_heads {self.num_heads}"
+            )
+        return self
+
+    def transform_at(self, site: SiteName) -> str:
+        """The transform of a site's scores, or "deformable" where points are sampled instead of keys scored."""
+        return getattr(self.attention, site, "deformable")
+
+
+class Detr(Architecture):
+    """DETR with any transform at any site, learned or anchor queries, and PnP-DETR's polling."""
+
+    architecture: Literal["detr"] = "detr"
+    attention: Attention = Attention()
+    polling: Polling = Polling()
+    norm: Literal["post", "pre"] = "post"
+    queries: Literal["learned", "anchor"] = "learned"  # "anchor": 4-d reference boxes, conditional cross-attention
+    classification: Literal["softmax", "sigmoid"] = "softmax"  # softmax adds a no-object class
+    compatibility: DetrCompatibility = DetrCompatibility()
+
+    @model_validator(mode="after")
+    def _encoder_exists(self):
+        if not self.encoder_layers and self.attention.encoder_self != "softmax":
+            raise ValueError(
+                f"model.attention.encoder_self {self.attention.encoder_self}: model.encoder_layers is 0, there is no "
+                "encoder to use it; set model.encoder_layers to 1 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _polled_tokens_are_no_grid(self):
+        if self.polling == Polling():
+            return self
+        if self.polling.ratio is None:
+            raise ValueError("model.polling is of no use without model.polling.ratio; set it, to 0.333 for example")
+        if "tvmax" in (self.attention.encoder_self, self.attention.decoder_cross):
+            raise ValueError(
+                "model.polling keeps cells that form no grid, which tvmax needs; choose another transform at "
+                "model.attention.encoder_self and model.attention.decoder_cross"
+            )
+        if self.compatibility.attention_padding != "hidden":
+            raise ValueError(
+                "model.polling hides padding always; leave model.compatibility.attention_padding at hidden"
+            )
+        return self
+
+
+class Deformable(Architecture):
+    """Post-norm, with learned queries that have references of their own, and focal losses without a no-object class."""
+
+    architecture: Literal["deformable"] = "deformable"
+    attention: QueryAttention = QueryAttention()
+    deformable: Sampling = Sampling()
+    compatibility: DeformableCompatibility = DeformableCompatibility()
+
+    @model_validator(mode="after")
+    def _encoder_exists(self):
+        if self.encoder_layers < 1 and (self.deformable.rho < 1 or self.deformable.encoder_auxiliary):
+            raise ValueError(
+                "model.deformable: rho below 1 and encoder_auxiliary need model.encoder_layers of 1 or more"
+            )
+        return self
+
+
+FAMILIES = {"detr": Detr, "deformable": Deformable}
+
+
+def architecture_of(model: Any) -> str:
+    """The family that a section, or the values of one, belong to."""
+    name = model.get("architecture", "detr") if isinstance(model, dict) else getattr(model, "architecture", "detr")
+    return name if isinstance(name, str) else repr(name)
+
+
+Model = Annotated[
+    Annotated[Detr, Tag("detr")] | Annotated[Deformable, Tag("deformable")], Discriminator(architecture_of)
+]
