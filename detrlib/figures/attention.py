@@ -69,7 +69,7 @@ def detections_with_attention(
     names: label -> class.
     """
     shown = min(max_queries, len(example.boxes))
-    maps = example.maps[layer].mean(0, dtype=np.float32)  # [n,h,w]
+    maps = example.maps(layer=layer).mean(0, dtype=np.float32)  # [n,h,w]
     drawn, panels = _grid(1, max_queries + 1, example.image)
     first, *rest = panels[0]
     first.imshow(example.image)
@@ -123,7 +123,7 @@ def _draw_matched(axes: Axes, example: Example, index: int, names: Mapping[int, 
         axes.set_title("no query left", loc="left", color=MUTED)
         return
     query = queries[0]
-    draw_map(axes, example.image, example.maps[layer, :, query].mean(0, dtype=np.float32), example.extent)
+    draw_map(axes, example.image, example.maps(layer=layer)[:, query].mean(0, dtype=np.float32), example.extent)
     draw_box(axes, example.true_boxes[index], colour, dashed=True)
     draw_box(axes, example.boxes[query], colour)
     label = int(example.labels[query])
@@ -133,9 +133,9 @@ def _draw_matched(axes: Axes, example: Example, index: int, names: Mapping[int, 
 @styled
 def queries_by_layer(example: Example, names: Mapping[int, str], max_queries: int = 4) -> Figure:
     """A row per detection, best first: its box on the image, then its map (mean over heads) in every decoder layer."""
-    layers = example.maps.shape[0]
+    layers = example.shape()[0]
     drawn, panels = _grid(min(max_queries, len(example.boxes)), layers + 1, example.image)
-    maps = [example.maps[layer].mean(0, dtype=np.float32) for layer in range(layers)]
+    maps = [example.maps(layer=layer).mean(0, dtype=np.float32) for layer in range(layers)]
     for query, (first, *rest) in enumerate(panels):
         colour = PALETTE[query % len(PALETTE)]
         first.imshow(example.image)
@@ -177,7 +177,7 @@ def chosen_classes(
             if query is None:
                 _draw_nothing(axes, example.image)
             else:
-                maps = example.maps[layer][:, query].mean(0, dtype=np.float32)
+                maps = example.maps(layer=layer)[:, query].mean(0, dtype=np.float32)
                 draw_map(axes, example.image, maps, example.extent)
                 draw_box(axes, example.boxes[query], PALETTE[0])
             found = "nothing found" if query is None else _found(example, query, names)
@@ -203,17 +203,16 @@ def cells_grid(example: Example, max_objects: int = 4) -> Figure:
     """
     if not cells_ask(example):
         raise Nothing("maps of encoder_self are not stored, or their queries are not the cells of one level")
-    maps = example.attention("encoder_self")
     sides = example.true_boxes[:, 2:] - example.true_boxes[:, :2]
     objects = np.argsort(-sides.prod(1))[:max_objects]
     centres = example.true_boxes[objects].reshape(-1, 2, 2).mean(1)
     cells = [cell_at(example, x, y) for x, y in centres]
-    drawn, panels = _grid(maps.shape[0], len(cells) + 1, example.image)
+    drawn, panels = _grid(example.shape("encoder_self")[0], len(cells) + 1, example.image)
     for layer, (first, *rest) in enumerate(panels):
         first.imshow(example.image)
         first.axis("off")
         first.set_title(f"encoder layer {layer + 1}", loc="left")
-        weights = maps[layer]
+        weights = example.maps("encoder_self", layer)
         for number, (cell, axes) in enumerate(zip(cells, rest, strict=True)):
             colour = PALETTE[number % len(PALETTE)]
             draw_map(axes, example.image, weights[:, cell].mean(0, dtype=np.float32), example.extent)
@@ -225,7 +224,7 @@ def cells_grid(example: Example, max_objects: int = 4) -> Figure:
 @styled
 def layers_grid(example: Example, query: int = 0) -> Figure:
     """One query through the decoder: a row per layer, a column per head, the mean over heads first."""
-    maps = example.maps[:, :, query]  # [L,H,h,w]
+    maps = example.maps()[:, :, query]  # [L,H,h,w]
     layers, heads = maps.shape[:2]
     drawn, panels = _grid(layers, heads + 1, example.image)
     for layer, row in enumerate(panels):

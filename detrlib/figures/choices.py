@@ -53,13 +53,15 @@ def _shares(example: Example) -> torch.Tensor:
 
 def cells_ask(example: Example) -> bool:
     """Whether encoder_self is stored and its queries are the cells of the grid, not tokens of several levels."""
-    maps = example.other_maps.get("encoder_self")
-    return maps is not None and maps.shape[2] == maps.shape[3] * maps.shape[4]
+    if "encoder_self" not in example.sites:
+        return False
+    _, _, queries, rows, columns = example.shape("encoder_self")
+    return queries == rows * columns
 
 
 def cell_at(example: Example, x: float, y: float) -> int:
     """The number, row by row, of the cell that covers the point (x, y); outside the image the nearest one."""
-    rows, columns = example.maps.shape[-2:]
+    rows, columns = example.shape()[-2:]
     width, height = _cell_size(example)
     row, column = int((y + 0.5) // height), int((x + 0.5) // width)  # pixel 0 reaches from -0.5 to 0.5
     return min(max(row, 0), rows - 1) * columns + min(max(column, 0), columns - 1)
@@ -67,7 +69,7 @@ def cell_at(example: Example, x: float, y: float) -> int:
 
 def cell_box(example: Example, cell: int) -> np.ndarray:
     """[4], the area of a cell as a box, cut at the border of the image."""
-    row, column = divmod(cell, example.maps.shape[-1])
+    row, column = divmod(cell, example.shape()[-1])
     size = _cell_size(example)
     corners = np.array([[column, row], [column + 1, row + 1]]) * size - 0.5
     height, width = example.image.shape[:2]

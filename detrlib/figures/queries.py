@@ -77,10 +77,10 @@ def query_matrix(example: Example, names: Mapping[int, str], layer: int = -1, ma
 
     The last column is what goes to all queries not shown, so that rows sum to 100.
     """
-    if "decoder_self" not in example.other_maps:
+    if "decoder_self" not in example.sites:
         raise Nothing("maps of decoder_self are not stored")
     shown = slice(min(max_queries, len(example.boxes)))
-    weights = example.attention("decoder_self")[layer].mean(0, dtype=np.float32)[shown]  # [n,Q]
+    weights = example.maps("decoder_self", layer).mean(0, dtype=np.float32)[shown]  # [n,Q]
     columns = example.queries[shown]
     among = 100 * weights[:, columns]
     rest = 100 * weights.sum(1) - among.sum(1)

@@ -54,7 +54,7 @@ class View:
 
 def sites(example: Example) -> list[str]:
     """The sites of which maps can be shown: what is stored, the encoder's only where cells of one level ask."""
-    return ["decoder_cross", *(s for s in example.other_maps if s != "encoder_self" or cells_ask(example))]
+    return [site for site in example.sites if site != "encoder_self" or cells_ask(example)]
 
 
 def consistent(view: View, stored: Stored) -> View:
@@ -64,7 +64,7 @@ def consistent(view: View, stored: Stored) -> View:
     example = images[image_id]
     beside = "" if view.beside == view.run else view.beside
     site = view.site if view.site in sites(example) else "decoder_cross"
-    layers, heads = example.attention(site).shape[:2]
+    layers, heads = example.shape(site)[:2]
     shown = {view.run, beside} - {""}
     origin = view.origin if view.origin in shown and image_id in stored[view.origin] else view.run
     before = stored.get(view.origin, {}).get(image_id)
@@ -109,12 +109,11 @@ def weights_in(view: View, example: Example, query: int | None) -> np.ndarray | 
 
     Runs may have fewer layers and heads than the view asks for: then the last layer, and the mean over heads.
     """
-    maps = example.attention(view.site)
-    layers, heads = maps.shape[:2]
+    layers, heads = example.shape(view.site)[:2]
     asking = _cell(view, example) if view.site == "encoder_self" else query
     if asking is None:
         return None
-    weights = maps[min(view.layer, layers - 1)][:, asking]
+    weights = example.maps(view.site, min(view.layer, layers - 1))[:, asking]
     head = _head(view, heads)
     weights = weights.mean(0, dtype=np.float32) if head == "mean" else weights[head]
     return weights[example.queries] if view.site == "decoder_self" else weights
@@ -133,7 +132,7 @@ def described(
     view: View, example: Example, query: int | None, weights: np.ndarray | None, names: Mapping[int, str]
 ) -> list[str]:
     """Two lines about a panel: what was found, and which map is shown."""
-    layers, heads = example.attention(view.site).shape[:2]
+    layers, heads = example.shape(view.site)[:2]
     head = _head(view, heads)
     by = "mean over heads" if head == "mean" else f"head {head + 1}"
     if view.site == "encoder_self":
@@ -232,7 +231,7 @@ class AttentionViewer(ipywidgets.VBox):
         self.names = names
         first, *others = self.stored
         image_id = next(iter(self.stored[first])) if image_id is None else image_id
-        layers = self.stored[first][image_id].maps.shape[0]
+        layers = self.stored[first][image_id].shape()[0]
         self.view = View(first, image_id, beside=next(iter(others), ""), layer=range(layers)[layer], origin=first)
         self.figure, self.canvas = _clickable_figure(self._click)
         self.controls = self._controls()
@@ -265,7 +264,7 @@ class AttentionViewer(ipywidgets.VBox):
         """What can be chosen beside the present view, by control."""
         images = self.stored[self.view.run]
         example = images[self.view.image_id]
-        layers, heads = example.attention(self.view.site).shape[:2]
+        layers, heads = example.shape(self.view.site)[:2]
         return {
             "beside": [("no other run", ""), *((run, run) for run in self.stored if run != self.view.run)],
             "image_id": [(f"{number}: id {image_id}", image_id) for number, image_id in enumerate(images)],

@@ -3,9 +3,10 @@
 Legend: B images, H heads, Q queries, n maps of a head, h x w the key grid.
 """
 
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,14 @@ from detrlib.losses.matcher import Match
 from detrlib.models import AttentionMaps, Predictions
 from detrlib.models.outputs import Site
 from detrlib.runs.folder import load_results
-from detrlib.runs.maps import AttentionStore, MapWriter, Packed, StoredMaps, clear_maps, pack
+from detrlib.runs.maps import AttentionStore, MapWriter, Packed, clear_maps, pack
 
 EXAMPLE_SCORE = 0.3  # queries more confident than this are kept in an example, matched ones always
 
 
 @dataclass
-class Detected:
-    """One image as the model saw it, with what the model found.
+class Example:
+    """One image as the model saw it, what the model found in it, and where it looked for it.
 
     Boxes are xyxy in pixels of `image`; n confident or matched queries, best first.
     """
@@ -45,29 +46,49 @@ class Detected:
     matched: np.ndarray  # [n] index of the true box the query was matched to, or -1
     queries: np.ndarray  # [n] their numbers in the model, and in the attention store
     extent: np.ndarray  # [2] height and width of the image in cells of the map, <= (h, w)
+    stored: AttentionStore | Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)  # maps, or by site
 
+    @property
+    def sites(self) -> list[str]:
+        """The sites whose maps are stored."""
+        return self.stored.sites(self.image_id) if isinstance(self.stored, AttentionStore) else list(self.stored)
 
-@dataclass
-class Example(Detected):
-    """What a model found in one image, and where it looked for it: maps are read from disk when they are indexed."""
+    def shape(self, site: str = "decoder_cross") -> tuple[int, ...]:
+        """The shape of `maps(site)`; no map is read for it."""
+        self._check(site)
+        if not isinstance(self.stored, AttentionStore):
+            return self.stored[site].shape
+        layers, heads, queries, *keys = self.stored.shape(self.image_id, site)
+        return (layers, heads, queries if site == "encoder_self" else len(self.queries), *keys)
 
-    maps: np.ndarray | StoredMaps  # [L,H,n,h,w] decoder cross-attention of every layer and head
-    other_maps: dict[str, np.ndarray | StoredMaps] = field(default_factory=dict)  # by site, where they are stored
+    def maps(self, site: str = "decoder_cross", layer: int | None = None) -> np.ndarray:
+        """Attention maps of this image, read from disk.
 
-    def attention(self, site: str = "decoder_cross") -> np.ndarray | StoredMaps:
-        """Maps of a site: decoder_cross [L,H,n,h,w], decoder_self [L,H,n,Q], encoder_self [L,H,h*w,h,w].
+        Args:
+            site: one of `sites`.
+            layer: one layer, negative from the end; None: all.
 
-        The queries of encoder_self are the cells of the grid, row by row; of encoders with several levels, or that
-        drop or pool tokens, all their tokens. Raises RunError for a site that is not stored.
+        Returns:
+            Of one layer: decoder_cross [H,n,h,w], decoder_self [H,n,Q], encoder_self [H,h*w,h,w]; of all [L,H,...].
+            The queries of encoder_self are the cells of the grid, row by row; of encoders with several levels, or
+            that drop or pool tokens, all their tokens.
+
+        Raises:
+            RunError: the site is not stored.
         """
-        if site == "decoder_cross":
-            return self.maps
-        if site not in self.other_maps:
+        self._check(site)
+        if not isinstance(self.stored, AttentionStore):
+            return self.stored[site] if layer is None else self.stored[site][layer]
+        queries = None if site == "encoder_self" else self.queries
+        maps = self.stored.maps(self.image_id, site, layer, queries=queries)
+        return maps if layer is None else maps[0]
+
+    def _check(self, site: str) -> None:
+        if site not in self.sites:
             raise RunError(
-                f"maps of {site} are not stored of image {self.image_id}, only of "
-                f"{', '.join(['decoder_cross', *self.other_maps])}; add it to evaluate.store_sites and evaluate again"
+                f"maps of {site} are not stored of image {self.image_id}, only of {', '.join(self.sites)}; "
+                "add it to evaluate.store_sites and evaluate again"
             )
-        return self.other_maps[site]
 
 
 class Recorder:
@@ -100,7 +121,7 @@ class Recorder:
             extent = _extent(batch, predictions.attention, index).tolist()
             self.maps.add(batch.targets[index]["image_id"], extent, sites)
             if number < self.examples:
-                save_example(self.run_dir, make_detected(batch, predictions, pairs, index))
+                save_example(self.run_dir, make_example(batch, predictions, pairs, index))
 
 
 @contextmanager
@@ -139,7 +160,7 @@ def _valid(weights: Tensor, image: int, site: Site, predictions: Predictions) ->
     return weights[..., :rows, :columns]
 
 
-def make_detected(batch: Batch, predictions: Predictions, pairs: list[Match], index: int) -> Detected:
+def make_example(batch: Batch, predictions: Predictions, pairs: list[Match], index: int) -> Example:
     """Image number `index` of a batch with its confident and matched queries."""
     target = batch.targets[index]
     size = target["size"]
@@ -165,7 +186,7 @@ def make_detected(batch: Batch, predictions: Predictions, pairs: list[Match], in
         "extent": _extent(batch, predictions.attention, index),
         "queries": order,
     }
-    return Detected(target["image_id"], **{name: value.cpu().numpy() for name, value in values.items()})
+    return Example(target["image_id"], **{name: value.cpu().numpy() for name, value in values.items()})
 
 
 def _extent(batch: Batch, maps: AttentionMaps, index: int) -> Tensor:
@@ -179,14 +200,15 @@ def picture(image: Tensor) -> Tensor:
     return (denormalise(image.float()) * 255).round().to(torch.uint8).permute(1, 2, 0)
 
 
-def save_example(run_dir: Path, found: Detected) -> None:
+def save_example(run_dir: Path, example: Example) -> None:
     """The picture and detections of one example as examples/<image id>.npz; its maps are for the attention store."""
+    values = {entry.name: getattr(example, entry.name) for entry in fields(example) if entry.name != "stored"}
 
     def write(path: Path) -> None:
         with path.open("wb") as file:
-            np.savez_compressed(file, **asdict(found))
+            np.savez_compressed(file, **values)
 
-    write_atomic(run_dir / "examples" / f"{found.image_id:012d}.npz", write)
+    write_atomic(run_dir / "examples" / f"{example.image_id:012d}.npz", write)
 
 
 def load_examples(run_dir: Path) -> list[Example]:
@@ -202,14 +224,16 @@ def load_examples(run_dir: Path) -> list[Example]:
 
 
 def _load_example(path: Path, store: AttentionStore) -> Example:
-    with np.load(path) as file:
-        values = {name: file[name] for name in file.files}
+    try:
+        with np.load(path) as file:
+            values = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path} is damaged ({error}); evaluate the run again") from error
     if "queries" not in values:
         raise RunError(f"{path} was written before maps had a store of their own; evaluate the run again")
-    image_id, queries = int(values.pop("image_id")), values["queries"]
-    rows = {"decoder_cross": queries, "decoder_self": queries, "encoder_self": None}
-    maps = {site: StoredMaps(store, image_id, site, rows[site]) for site in store.sites(image_id)}
-    return Example(image_id, **values, maps=maps.pop("decoder_cross"), other_maps=maps)
+    example = Example(int(values.pop("image_id")), **values, stored=store)
+    store.sites(example.image_id)  # raises where maps of it are not there
+    return example
 
 
 def _lacks_attention(run_dir: Path) -> bool:

@@ -6,9 +6,9 @@ One row per map, that is per (image_id, site, layer, head, query), with its cell
               densely because that is smaller
     weights   float16, one for each index
 
-Keys and extents of the images stand under `detrlib` in the metadata of the file. Only the valid part of a grid is
+Shapes and extents of the images stand under `detrlib` in the metadata of the file. Only the valid part of a grid is
 stored, no padding. Rows of one image and site lie together, in order, in a row group of their own (of large maps: one
-for each layer), which is all that is read for them. Any reader of parquet can use the files:
+for each layer), so that a filter on these columns reads nothing else. Any reader of parquet can use the files:
 
     SELECT layer, avg(len(weights)) FROM 'maps/*.parquet' GROUP BY layer        -- mean support, of sparse maps
 
@@ -20,7 +20,6 @@ Legend: L layers, H heads, n queries, K keys; keys are the h x w cells of a grid
 
 import json
 import math
-import operator
 import os
 import re
 import tempfile
@@ -31,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from detrlib.errors import RunError
@@ -108,7 +108,6 @@ class MapWriter:
         self.path = run_dir / FOLDER / f"part-{part:05d}-of-{parts:05d}.parquet"
         self._parts = parts
         self._images: dict[int, dict] = {}
-        self._groups = 0
 
     def __enter__(self) -> "MapWriter":
         with self._full_disk_named():
@@ -141,12 +140,11 @@ class MapWriter:
                 raise ValueError(f"the layers of {site} have the shapes {sorted(shapes)}, not one")
             shape = (len(layers), *shapes.pop())
             together = len(layers) if math.prod(shape) <= ROW_GROUP_CELLS else 1
-            entry["sites"][site] = {"shape": shape, "first_row_group": self._groups, "layers_per_row_group": together}
+            entry["sites"][site] = {"shape": shape}
             for first in range(0, len(layers), together):
                 rows = _rows(image_id, site, first, layers[first : first + together])
                 with self._full_disk_named():
                     self._writer.write_table(rows, row_group_size=max(len(rows), 1))
-                self._groups += 1
         self._images[image_id] = entry
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -195,13 +193,6 @@ def clear_maps(run_dir: Path) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------
 
 
-class _Site(NamedTuple):
-    file: pq.ParquetFile
-    shape: tuple[int, ...]  # (L, H, n, h, w), or (L, H, n, Q)
-    first_row_group: int
-    layers_per_row_group: int
-
-
 class AttentionStore:
     """The stored attention maps of an evaluated run, read image by image.
 
@@ -209,60 +200,39 @@ class AttentionStore:
     """
 
     def __init__(self, run_dir: str | Path):
-        self.run_dir, self._folder = Path(run_dir), Path(run_dir) / FOLDER
-        self._sites: dict[int, dict[str, _Site]] = {}
-        self._extents: dict[int, list[float]] = {}
-        for path in self._parts():
-            self._open(path)
-
-    def _parts(self) -> list[Path]:
-        paths = sorted(self._folder.glob("part-*.parquet"))
-        if not paths:
-            raise RunError(
-                f"{self.run_dir} holds no attention maps; evaluate it again (notebook 07_evaluate) with "
-                "evaluate.examples or evaluate.store_maps above 0"
-            )
-        expected = int(re.search(r"-of-(\d+)", paths[0].name).group(1))
-        if len(paths) != expected:
-            raise RunError(
-                f"{self._folder} holds {len(paths)} of {expected} parts: the evaluation was interrupted; evaluate again"
-            )
-        return paths
-
-    def _open(self, path: Path) -> None:
-        try:
-            file = pq.ParquetFile(path, memory_map=True)
-            images = json.loads(file.metadata.metadata[METADATA.encode()])["images"]
-        except (pa.ArrowInvalid, KeyError, TypeError) as error:
-            raise RunError(f"{path} is no part of an attention store ({error}); evaluate the run again") from error
-        for image in images:
-            self._extents[image["image_id"]] = image["extent"]
-            self._sites[image["image_id"]] = {
-                name: _Site(file, tuple(site["shape"]), site["first_row_group"], site["layers_per_row_group"])
-                for name, site in image["sites"].items()
-            }
+        self.run_dir = Path(run_dir)
+        self._images: dict[int, dict] = {}
+        paths = _parts(self.run_dir)
+        for path in paths:
+            try:
+                known = json.loads(pq.read_metadata(path).metadata[METADATA.encode()])["images"]
+            except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's own errors are among these
+                raise RunError(f"{path} is no part of an attention store ({error}); evaluate the run again") from error
+            self._images |= {image["image_id"]: image for image in known}
+        self._data = ds.dataset(paths, schema=SCHEMA)
 
     @property
     def images(self) -> list[int]:
         """Ids of the stored images, ascending."""
-        return sorted(self._sites)
+        return sorted(self._images)
 
     def sites(self, image_id: int) -> list[str]:
         """The sites whose maps are stored of an image. Raises RunError for an image that is not stored."""
-        return list(self._of(image_id))
+        return list(self._of(image_id)["sites"])
 
     def shape(self, image_id: int, site: str = "decoder_cross") -> tuple[int, ...]:
         """(L, H, n, h, w), or (L, H, Q, Q) of decoder_self. Raises RunError for what is not stored."""
-        return self._site(image_id, site).shape
-
-    def grid(self, image_id: int) -> tuple[int, int]:
-        """(h, w) of the key grid of an image, without padding. Raises RunError for an image that is not stored."""
-        return self.shape(image_id)[3:]
+        sites = self._of(image_id)["sites"]
+        if site not in sites:
+            raise RunError(
+                f"maps of {site} are not stored of image {image_id} in {self.run_dir}, only of {', '.join(sites)}; "
+                "add it to evaluate.store_sites and evaluate again"
+            )
+        return tuple(sites[site]["shape"])
 
     def extent(self, image_id: int) -> np.ndarray:
         """[2], height and width of an image in cells, at most (h, w): the last cells may reach beyond it."""
-        self._of(image_id)
-        return np.array(self._extents[image_id], dtype=np.float32)
+        return np.array(self._of(image_id)["extent"], dtype=np.float32)
 
     def maps(
         self,
@@ -272,43 +242,61 @@ class AttentionStore:
         heads: Choice = None,
         queries: Choice = None,
     ) -> np.ndarray:
-        """Maps of one image, float32 [L,H,n,h,w], of decoder_self [L,H,n,Q].
+        """Read maps of one image.
 
-        layers, heads, queries: a number, several, or a slice, negative ones from the end; None: all. A number keeps
-        its axis. Raises RunError for an image or a site that is not stored, and for numbers that do not exist.
+        Args:
+            image_id: one of `images`.
+            site: one of `sites(image_id)`.
+            layers, heads, queries: a number, several, or a slice, negative ones from the end; None: all. A number
+                keeps its axis.
+
+        Returns:
+            float32 [L,H,n,h,w], of decoder_self [L,H,n,Q].
+
+        Raises:
+            RunError: an image or a site is not stored, or numbers do not exist.
         """
-        stored = self._site(image_id, site)
-        where = f"{site} of image {image_id} in {self.run_dir}"
-        asked = zip(("layer", "head", "query"), (layers, heads, queries), stored.shape, strict=False)
-        layers, heads, queries = (
-            _chosen(choice, size, f"no {name} {choice} at {where}") for name, choice, size in asked
-        )
-        maps = np.empty((len(layers), len(heads), len(queries), *stored.shape[3:]), dtype=np.float32)
-        group, inside = np.divmod(layers, stored.layers_per_row_group)
-        for number in np.unique(group):
-            mine = group == number
-            rows = (inside[mine, None, None] * stored.shape[1] + heads[:, None]) * stored.shape[2] + queries
-            table = stored.file.read_row_group(stored.first_row_group + number, columns=["indices", "weights"])
-            maps[mine] = _unpacked(table, rows.ravel(), math.prod(maps.shape[3:])).reshape(maps[mine].shape)
-        return maps
+        shape = self.shape(image_id, site)
+        where = (ds.field("image_id") == image_id) & (ds.field("site") == site)
+        read, order = [], []  # rows come in the order they were written in
+        asked = zip(("layer", "head", "query"), (layers, heads, queries), shape, strict=False)
+        for name, choice, size in asked:
+            chosen = _chosen(choice, size, f"no {name} {choice} at {site} of image {image_id} in {self.run_dir}")
+            numbers, back = np.unique(chosen, return_inverse=True)
+            where = where & ds.field(name).isin(numbers.tolist()) if len(numbers) < size else where
+            read.append(len(numbers))
+            order.append(back)
+        try:
+            table = self._data.to_table(["indices", "weights"], filter=where, use_threads=False)
+            return _unpacked(table, math.prod(shape[3:])).reshape(*read, *shape[3:])[np.ix_(*order)]
+        except (OSError, ValueError) as error:
+            reason, folder = " ".join(str(error).split()), self.run_dir / FOLDER
+            raise RunError(f"{folder}: maps of image {image_id} are damaged ({reason}); evaluate again") from error
 
-    def _of(self, image_id: int) -> dict[str, _Site]:
-        if image_id not in self._sites:
-            some = ", ".join(map(str, self.images[:5])) + (", ..." if len(self._sites) > 5 else "")
+    def _of(self, image_id: int) -> dict:
+        if image_id not in self._images:
+            some = ", ".join(map(str, self.images[:5])) + (", ..." if len(self._images) > 5 else "")
             raise RunError(
-                f"maps of image {image_id} are not stored in {self.run_dir}, but of {len(self._sites)} others "
+                f"maps of image {image_id} are not stored in {self.run_dir}, but of {len(self._images)} others "
                 f"({some}); set evaluate.store_maps to more images, or all, and evaluate again"
             )
-        return self._sites[image_id]
+        return self._images[image_id]
 
-    def _site(self, image_id: int, site: str) -> _Site:
-        stored = self._of(image_id)
-        if site not in stored:
-            raise RunError(
-                f"maps of {site} are not stored of image {image_id} in {self.run_dir}, only of {', '.join(stored)}; "
-                "add it to evaluate.store_sites and evaluate again"
-            )
-        return stored[site]
+
+def _parts(run_dir: Path) -> list[Path]:
+    """The files of a store, all of them. Raises RunError where there is none, or one is missing."""
+    paths = sorted((run_dir / FOLDER).glob("part-*.parquet"))
+    if not paths:
+        raise RunError(
+            f"{run_dir} holds no attention maps; evaluate it again (notebook 07_evaluate) with "
+            "evaluate.examples or evaluate.store_maps above 0"
+        )
+    expected = int(re.search(r"-of-(\d+)", paths[0].name).group(1))
+    if len(paths) != expected:
+        raise RunError(
+            f"{run_dir / FOLDER} holds {len(paths)} of {expected} parts: the evaluation was interrupted; evaluate again"
+        )
+    return paths
 
 
 def _chosen(choice: Choice, size: int, fault: str) -> np.ndarray:
@@ -323,47 +311,14 @@ def _chosen(choice: Choice, size: int, fault: str) -> np.ndarray:
         raise RunError(f"{fault}: there are {size}, 0 to {size - 1}") from None
 
 
-def _unpacked(table: pa.Table, rows: np.ndarray, cells: int) -> np.ndarray:
-    """The chosen rows of a table as maps [R,K], float32."""
-    if len(rows) != len(table) or (rows != np.arange(len(rows))).any():
-        table = table.take(rows)
+def _unpacked(table: pa.Table, cells: int) -> np.ndarray:
+    """Rows of the store as maps [R,K], float32."""
     indices, weights = (table.column(name).combine_chunks() for name in ("indices", "weights"))
     count = np.diff(weights.offsets.to_numpy())
     dense = np.repeat(indices.is_null().to_numpy(zero_copy_only=False), count)  # of each weight
     column = np.empty(len(dense), dtype=np.int64)
     column[~dense] = indices.flatten().to_numpy()
     column[dense] = np.tile(np.arange(cells), dense.sum() // cells)
-    maps = np.zeros((len(rows), cells), dtype=np.float32)
-    maps[np.repeat(np.arange(len(rows)), count), column] = weights.flatten().to_numpy()
+    maps = np.zeros((len(table), cells), dtype=np.float32)
+    maps[np.repeat(np.arange(len(table)), count), column] = weights.flatten().to_numpy()
     return maps
-
-
-class StoredMaps:
-    """Maps [L,H,n,h,w] of an image, read when they are indexed as an array is; of `maps[layer]`, that layer only."""
-
-    def __init__(self, store: AttentionStore, image_id: int, site: str, queries: np.ndarray | None = None):
-        layers, heads, every, *keys = store.shape(image_id, site)
-        self._read = (store, image_id, site, queries)
-        self.shape = (layers, heads, every if queries is None else len(queries), *keys)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, key) -> np.ndarray:
-        first, *rest = key if isinstance(key, tuple) and key else (key,)
-        if isinstance(first, slice):
-            return self._layers(first)[(slice(None), *rest)]
-        try:
-            layer = operator.index(first)
-        except TypeError:  # Ellipsis, None, arrays
-            return self._layers(None)[key]
-        return self._layers(range(len(self))[layer])[(0, *rest)]
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        if copy is False:
-            raise ValueError("maps on disk cannot become an array without a copy")
-        return self._layers(None).astype(dtype or np.float32, copy=False)
-
-    def _layers(self, layers: Choice) -> np.ndarray:
-        store, image_id, site, queries = self._read
-        return store.maps(image_id, site, layers, queries=queries)

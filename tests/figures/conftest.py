@@ -36,8 +36,7 @@ def make_example():
             matched=np.array(matched)[order],
             extent=np.array([4.0, 6.0]),
             queries=np.arange(3),
-            maps=weights,
-            other_maps={site: own[site] for site in sites},
+            stored={"decoder_cross": weights} | {site: own[site] for site in sites},
         )
 
     return make

@@ -17,7 +17,7 @@ def test_detections_show_their_class_score_box_and_map(make_example, boxes_in, t
     visible = [axes for axes in drawn.axes if axes.get_visible()]
     assert titles(drawn)[:4] == ["2 objects", "dog 0.90", "cat 0.80", "dog 0.40"] and len(visible) == 4
     assert boxes_in(visible[0], "#000000") == [tuple(box) for box in example.true_boxes]  # ground truth
-    mean = example.maps[-1].mean(0)
+    mean = example.maps(layer=-1).mean(0)
     for number, axes in enumerate(visible[1:]):
         assert boxes_in(axes) == boxes_in(visible[0], style.PALETTE[number]) == [tuple(example.boxes[number])]
         assert np.allclose(axes.images[1].get_array(), mean[number] / mean[number].max())
@@ -25,7 +25,7 @@ def test_detections_show_their_class_score_box_and_map(make_example, boxes_in, t
 
 def test_a_map_covers_the_image_or_reaches_beyond_it(make_example):
     example = make_example()
-    weights = example.maps[0, 0, 0]
+    weights = example.maps()[0, 0, 0]
     _, axes = style.figure()
     attention.draw_map(axes, example.image, weights)
     assert axes.images[1].get_extent() == [-0.5, 95.5, 63.5, -0.5]
@@ -47,7 +47,7 @@ def test_queries_by_layer_has_a_row_per_detection_and_a_column_per_layer(make_ex
     example = make_example()
     drawn = attention.queries_by_layer(example, NAMES, max_queries=2)
     assert titles(drawn) == ["dog 0.90", "layer 1", "layer 2", "cat 0.80", "", ""]
-    mean = example.maps[1, :, 1].mean(0)  # of the second query in the second layer
+    mean = example.maps()[1, :, 1].mean(0)  # of the second query in the second layer
     assert np.allclose(drawn.axes[5].images[1].get_array(), mean / mean.max())
     assert boxes_in(drawn.axes[5]) == [tuple(example.boxes[1])]
 
@@ -69,7 +69,7 @@ def test_cells_grid_shows_where_the_cell_in_the_middle_of_an_object_looks(make_e
     assert titles(drawn) == ["encoder layer 1", "", ""]
     # The largest object first: its centre (70, 17.5) lies in the cell of row 1, column 4; cells are 16 pixels wide.
     assert boxes_in(drawn.axes[1]) == [(63.5, 15.5, 79.5, 31.5)]
-    weights = example.other_maps["encoder_self"][0, :, 1 * 6 + 4].mean(0)
+    weights = example.maps("encoder_self", 0)[:, 1 * 6 + 4].mean(0)
     assert np.allclose(drawn.axes[1].images[1].get_array(), weights / weights.max())
     assert boxes_in(drawn.axes[0], style.PALETTE[1]) == boxes_in(drawn.axes[2]) == [(-0.5, -0.5, 15.5, 15.5)]
     (words,) = texts(attention.cells_grid(make_example()))
@@ -81,12 +81,12 @@ def test_layers_grid_has_a_row_per_layer_and_the_mean_before_the_heads(make_exam
     drawn = attention.layers_grid(example, query=1)
     assert titles(drawn) == ["layer 1, mean", "head 1", "head 2", "head 3", "layer 2, mean", "", "", ""]
     assert all(boxes_in(axes) == [tuple(example.boxes[1])] for axes in drawn.axes)
-    weights = example.maps[1, 2, 1]
+    weights = example.maps()[1, 2, 1]
     assert np.allclose(drawn.axes[7].images[1].get_array(), weights / weights.max())
 
 
 def test_single_map_counts_the_cells_with_weight(make_example, titles):
     example = make_example()
-    weights = example.maps[0, 0, 0]
+    weights = example.maps()[0, 0, 0]
     drawn = attention.single_map(example.image, weights, example.boxes[0], "a cat")
     assert titles(drawn) == ["a cat", f"{(weights > 0).sum()} of 24 cells have weight"]

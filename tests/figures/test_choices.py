@@ -38,7 +38,7 @@ def test_cells_ask_only_where_the_encoder_is_stored_and_its_queries_are_cells(ma
     assert not choices.cells_ask(make_example())
     example = make_example(sites=("encoder_self",))
     assert choices.cells_ask(example)
-    example.other_maps["encoder_self"] = example.other_maps["encoder_self"][:, :, :20]  # tokens were dropped
+    example.stored["encoder_self"] = example.stored["encoder_self"][:, :, :20]  # tokens were dropped
     assert not choices.cells_ask(example)
 
 

@@ -24,7 +24,7 @@ def test_query_matrix_writes_percent_among_the_queries_shown_and_what_goes_to_ot
     example = make_example(sites=("decoder_self",))
     example.queries = np.array([2, 0, 1])  # their numbers in the model
     drawn = queries.query_matrix(example, NAMES, layer=0, max_queries=2)
-    weights = 100 * example.other_maps["decoder_self"][0].mean(0)[:2]  # of the two best, to all three
+    weights = 100 * example.maps("decoder_self", 0).mean(0)[:2]  # of the two best, to all three
     among = weights[:, [2, 0]]
     assert np.allclose(drawn.axes[0].images[0].get_array(), among, atol=1e-4)
     written = [f"{value:.0f}" for value in among.ravel()] + [f"{value:.0f}" for value in 100 - among.sum(1)]

@@ -34,11 +34,11 @@ def test_a_view_that_does_not_exist_becomes_the_nearest_that_does(stored):
 def test_weights_are_those_of_layer_head_and_query(stored):
     seen = stored["first"][7]
     view = consistent(View("first", 7, layer=1, head=2, query=1, origin="first"), stored)
-    assert np.array_equal(weights_in(view, seen, 1), seen.maps[1, 2, 1])
+    assert np.array_equal(weights_in(view, seen, 1), seen.maps(layer=1)[2, 1])
     mean = consistent(View("first", 7, layer=0, query=2, origin="first"), stored)
-    assert np.allclose(weights_in(mean, seen, 2), seen.maps[0, :, 2].mean(0))
+    assert np.allclose(weights_in(mean, seen, 2), seen.maps(layer=0)[:, 2].mean(0))
     cell = clicked(consistent(View("first", 7, site="encoder_self"), stored), stored, "first", 95, 63)
-    assert np.allclose(weights_in(cell, seen, None), seen.other_maps["encoder_self"][0, :, 23].mean(0))
+    assert np.allclose(weights_in(cell, seen, None), seen.maps("encoder_self", 0)[:, 23].mean(0))
 
 
 def press(viewer, run, x, y):

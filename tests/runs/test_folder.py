@@ -1,12 +1,10 @@
 """Run folders: written whole or not at all, read back as written, turned into tidy tables."""
 
-import dataclasses
 import errno
 import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tiny import tiny_config
@@ -16,8 +14,6 @@ from detrlib.config import load_config
 from detrlib.errors import RunError
 from detrlib.files import load_checkpoint, load_weights, save_checkpoint, write_atomic, write_json
 from detrlib.runs import results as frames
-from detrlib.runs.examples import Detected, save_example
-from detrlib.runs.maps import MapWriter, as_half, clear_maps, pack
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -203,78 +199,3 @@ def test_tables_of_finished_runs(tmp_path):
     assert len(frames.attention_frame(found, "encoder_self")) == 0
     with pytest.raises(RunError, match=r"has no results\.json: not a run, or not finished"):
         frames.results_table([tmp_path / "unfinished"])
-
-
-@pytest.fixture
-def stored(tmp_path):
-    """A run folder with two examples, one of them without queries, and the maps of every query of both."""
-    random = np.random.default_rng(0)
-    detected, maps = [], {}
-    with MapWriter(tmp_path) as writer:
-        for image_id, queries in ((581929, [4, 0, 2]), (7, [])):
-            detected.append(
-                Detected(
-                    image_id=image_id,
-                    image=random.integers(0, 255, (6, 8, 3)).astype(np.uint8),
-                    true_boxes=random.random((2, 4), dtype=np.float32),
-                    true_labels=np.array([1, 5]),
-                    boxes=random.random((len(queries), 4), dtype=np.float32),
-                    labels=np.arange(len(queries)),
-                    scores=random.random(len(queries), dtype=np.float32),
-                    matched=np.full(len(queries), -1),
-                    queries=np.array(queries, dtype=np.int64),
-                    extent=np.array([2.5, 4.0], dtype=np.float32),
-                )
-            )
-            shapes = {"decoder_cross": (2, 4, 5, 3, 4), "encoder_self": (1, 4, 12, 3, 4), "decoder_self": (2, 4, 5, 5)}
-            maps[image_id] = {site: as_half(random.random(shape)) for site, shape in shapes.items()}
-            sites = {site: [pack(layer) for layer in layers] for site, layers in maps[image_id].items()}
-            writer.add(image_id, detected[-1].extent, sites)
-            save_example(tmp_path, detected[-1])
-    return tmp_path, detected, maps
-
-
-def test_examples_come_back_as_they_were_stored_with_the_maps_of_their_queries(stored):
-    run_dir, detected, maps = stored
-    assert files(run_dir / "examples") == ["000000000007.npz", "000000581929.npz"]
-    loaded = runs.load_examples(run_dir)
-    assert [example.image_id for example in loaded] == [7, 581929]
-    for back, found in zip(loaded, reversed(detected), strict=True):
-        assert isinstance(back.image_id, int)
-        for field in dataclasses.fields(Detected)[1:]:
-            before, after = getattr(found, field.name), getattr(back, field.name)
-            assert before.dtype == after.dtype and np.array_equal(before, after), field.name
-        of_image = maps[back.image_id]
-        assert np.array_equal(back.maps, of_image["decoder_cross"][:, :, found.queries])
-        assert np.array_equal(back.attention("decoder_self"), of_image["decoder_self"][:, :, found.queries])
-        assert np.array_equal(back.attention("encoder_self"), of_image["encoder_self"])
-        assert back.attention() is back.maps and back.attention("decoder_cross") is back.maps
-
-
-def test_examples_are_not_loaded_without_their_maps(stored, tmp_path):
-    run_dir, *_ = stored
-    with pytest.raises(RunError, match="holds no examples; evaluate it first"):
-        runs.load_examples(tmp_path / "other")
-    with MapWriter(run_dir) as writer:
-        writer.add(581929, (3, 4), {"decoder_cross": [pack(np.ones((4, 5, 3, 4)))]})
-    with pytest.raises(RunError, match="maps of image 7 are not stored"):
-        runs.load_examples(run_dir)
-    (run_dir / "examples" / "000000000007.npz").unlink()
-    (example,) = runs.load_examples(run_dir)
-    with pytest.raises(
-        RunError, match="maps of encoder_self are not stored of image 581929, only of decoder_cross; add"
-    ):
-        example.attention("encoder_self")
-    clear_maps(run_dir)
-    with pytest.raises(RunError, match="holds no attention maps; evaluate it again"):
-        runs.load_examples(run_dir)
-
-
-def test_examples_of_earlier_versions_ask_for_another_evaluation(stored):
-    run_dir, *_ = stored
-    path = run_dir / "examples" / "000000000007.npz"
-    with np.load(path) as file:
-        values = {name: file[name] for name in file.files if name != "queries"}
-    np.savez_compressed(path, **values, maps=np.zeros((2, 4, 0, 3, 4), dtype=np.float16))
-    with pytest.raises(RunError, match=r"000000000007\.npz was written before .* evaluate the run again"):
-        runs.load_examples(run_dir)
