@@ -4,6 +4,7 @@ What statistics say is drawn in `results`, `statistics`, `interventions` and `ex
 `attention`, `queries`, `deformable` and `dataset`; `viewer` answers to clicks; `tables` are text.
 """
 
+# ruff: noqa: F401
 from detrlib.figures import (
     attention,
     choices,
@@ -17,17 +18,3 @@ from detrlib.figures import (
     style,
     tables,
 )
-
-__all__ = [
-    "attention",
-    "choices",
-    "dataset",
-    "deformable",
-    "explanations",
-    "interventions",
-    "queries",
-    "results",
-    "statistics",
-    "style",
-    "tables",
-]

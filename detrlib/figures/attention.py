@@ -55,6 +55,18 @@ def draw_box(axes: Axes, box: np.ndarray, colour: str, dashed: bool = False) -> 
         )
 
 
+def draw_image(axes: Axes, image: np.ndarray, title: str = "", alpha: float = 1.0, **look) -> None:
+    """The image alone, with a title on the left whose `look` is that of a text."""
+    axes.imshow(image, alpha=alpha)
+    axes.axis("off")
+    axes.set_title(title, loc="left", **look)
+
+
+def _largest_objects(example: Example, most: int) -> np.ndarray:
+    sides = example.true_boxes[:, 2:] - example.true_boxes[:, :2]
+    return np.argsort(-sides.prod(1))[:most]
+
+
 def _grid(rows: int, columns: int, image: np.ndarray, **size) -> tuple[Figure, np.ndarray]:
     return image_panels(image, rows, columns, WIDEST_PANEL, **size)
 
@@ -72,10 +84,8 @@ def detections_with_attention(
     maps = example.maps(layer=layer).mean(0, dtype=np.float32)  # [n,h,w]
     drawn, panels = _grid(1, max_queries + 1, example.image)
     first, *rest = panels[0]
-    first.imshow(example.image)
-    first.axis("off")
     count = len(example.true_boxes)
-    first.set_title(f"{count} object{'s' * (count != 1)}", loc="left")
+    draw_image(first, example.image, f"{count} object{'s' * (count != 1)}")
     for box in example.true_boxes:
         draw_box(first, box, "black", dashed=True)
     for query, axes in enumerate(rest[:shown]):
@@ -100,13 +110,10 @@ def compare_runs(
     if not examples:
         raise Nothing("no run has stored examples with attention")
     first = next(iter(examples.values()))
-    sides = first.true_boxes[:, 2:] - first.true_boxes[:, :2]
-    objects = np.argsort(-sides.prod(1))[:max_objects]
+    objects = _largest_objects(first, max_objects)
     drawn, panels = _grid(len(examples), len(objects) + 1, first.image)
     for row, (run, example) in zip(panels, examples.items(), strict=True):
-        row[0].imshow(example.image)
-        row[0].axis("off")
-        row[0].set_title(run, loc="left", fontweight="bold", fontsize=6)  # names of runs are long
+        draw_image(row[0], example.image, run, fontweight="bold", fontsize=6)  # names of runs are long
         for number, (axes, index) in enumerate(zip(row[1:], objects, strict=True)):
             colour = PALETTE[number % len(PALETTE)]
             draw_box(row[0], example.true_boxes[index], colour, dashed=True)
@@ -118,16 +125,13 @@ def _draw_matched(axes: Axes, example: Example, index: int, names: Mapping[int, 
     """The query matched to object number `index`: its map, its box and the dashed box of the object."""
     (queries,) = np.nonzero(example.matched == index)
     if not len(queries):
-        axes.imshow(example.image, alpha=0.3)
-        axes.axis("off")
-        axes.set_title("no query left", loc="left", color=MUTED)
+        draw_image(axes, example.image, "no query left", alpha=0.3, color=MUTED)
         return
     query = queries[0]
     draw_map(axes, example.image, example.maps(layer=layer)[:, query].mean(0, dtype=np.float32), example.extent)
     draw_box(axes, example.true_boxes[index], colour, dashed=True)
     draw_box(axes, example.boxes[query], colour)
-    label = int(example.labels[query])
-    axes.set_title(f"{names.get(label, label)} {example.scores[query]:.2f}", loc="left", color=colour)
+    axes.set_title(_found(example, query, names), loc="left", color=colour)
 
 
 @styled
@@ -138,9 +142,7 @@ def queries_by_layer(example: Example, names: Mapping[int, str], max_queries: in
     maps = [example.maps(layer=layer).mean(0, dtype=np.float32) for layer in range(layers)]
     for query, (first, *rest) in enumerate(panels):
         colour = PALETTE[query % len(PALETTE)]
-        first.imshow(example.image)
-        first.axis("off")
-        first.set_title(_found(example, query, names), loc="left", color=colour)
+        draw_image(first, example.image, _found(example, query, names), color=colour)
         for layer, axes in enumerate(rest):
             draw_map(axes, example.image, maps[layer][query], example.extent)
             axes.set_title(f"layer {layer + 1}" if query == 0 else "", loc="left")
@@ -168,14 +170,12 @@ def chosen_classes(
     drawn, panels = _grid(len(rows), len(runs) + 1, tallest, header=0.15)
     for number, (row, picture, (first, *rest)) in enumerate(zip(rows, pictures, panels, strict=True)):
         example, query = row.found[row.best]
-        first.imshow(picture)
-        first.axis("off")
-        first.set_title(names.get(row.label, str(row.label)), loc="left", fontweight="bold")
+        draw_image(first, picture, names.get(row.label, str(row.label)), fontweight="bold")
         draw_box(first, example.boxes[query], PALETTE[0])
         for axes, run in zip(rest, runs, strict=True):
             example, query = row.found[run]
             if query is None:
-                _draw_nothing(axes, example.image)
+                draw_image(axes, example.image, alpha=0.3)
             else:
                 maps = example.maps(layer=layer)[:, query].mean(0, dtype=np.float32)
                 draw_map(axes, example.image, maps, example.extent)
@@ -186,13 +186,9 @@ def chosen_classes(
 
 
 def _found(example: Example, query: int, names: Mapping[int, str]) -> str:
+    """The class and score of a query."""
     label = int(example.labels[query])
     return f"{names.get(label, label)} {example.scores[query]:.2f}"
-
-
-def _draw_nothing(axes: Axes, image: np.ndarray) -> None:
-    axes.imshow(image, alpha=0.3)
-    axes.axis("off")
 
 
 @styled
@@ -203,15 +199,11 @@ def cells_grid(example: Example, max_objects: int = 4) -> Figure:
     """
     if not cells_ask(example):
         raise Nothing("maps of encoder_self are not stored, or their queries are not the cells of one level")
-    sides = example.true_boxes[:, 2:] - example.true_boxes[:, :2]
-    objects = np.argsort(-sides.prod(1))[:max_objects]
-    centres = example.true_boxes[objects].reshape(-1, 2, 2).mean(1)
+    centres = example.true_boxes[_largest_objects(example, max_objects)].reshape(-1, 2, 2).mean(1)
     cells = [cell_at(example, x, y) for x, y in centres]
     drawn, panels = _grid(example.shape("encoder_self")[0], len(cells) + 1, example.image)
     for layer, (first, *rest) in enumerate(panels):
-        first.imshow(example.image)
-        first.axis("off")
-        first.set_title(f"encoder layer {layer + 1}", loc="left")
+        draw_image(first, example.image, f"encoder layer {layer + 1}")
         weights = example.maps("encoder_self", layer)
         for number, (cell, axes) in enumerate(zip(cells, rest, strict=True)):
             colour = PALETTE[number % len(PALETTE)]
@@ -245,9 +237,7 @@ def single_map(
     """The image with a query's box, and its map [h,w] beside it with the share of cells that have any weight."""
     drawn, panels = _grid(1, 2, image, width=0.7)
     left, right = panels[0]
-    left.imshow(image)
-    left.axis("off")
-    left.set_title(title, loc="left")
+    draw_image(left, image, title)
     draw_map(right, image, weights, extent)
     right.set_title(f"{np.count_nonzero(weights)} of {weights.size} cells have weight", loc="left")
     for axes in (left, right):

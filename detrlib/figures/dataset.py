@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import ScalarFormatter
 
-from detrlib.figures.attention import draw_box
+from detrlib.figures.attention import draw_box, draw_image
 from detrlib.figures.results import draw_bars
 from detrlib.figures.style import CAPTION_HEIGHT, MUTED, PALETTE, TEXT_WIDTH, Nothing, figure, panels, styled
 from detrlib.metrics.localisation import LARGE, SMALL
@@ -87,15 +87,13 @@ def annotated_images(
     distinct = len(present) <= len(PALETTE)
     drawn, grid = _gallery(images, LEGEND_HEIGHT if distinct else 0)
     for number, (axes, image) in enumerate(zip(grid, images, strict=True)):
-        axes.imshow(image)
+        count = len(labels[number])
+        size = f"{image.shape[0]} × {image.shape[1]}, {count} object{'s' * (count != 1)}"
+        draw_image(axes, image, titles[number] if titles else size)
         for box, label in zip(boxes[number], labels[number], strict=True):
             draw_box(axes, box, colour_of[int(label)])
             if not distinct:
                 _write_at(axes, box, names[int(label)])
-        count = len(labels[number])
-        size = f"{image.shape[0]} × {image.shape[1]}, {count} object{'s' * (count != 1)}"
-        axes.set_title(titles[number] if titles else size, loc="left")
-        axes.axis("off")
     if distinct and present:
         patches = [Patch(color=colour_of[label], label=names[label]) for label in present]
         drawn.legend(handles=patches, loc="outside lower center", ncols=len(present), handlelength=1)

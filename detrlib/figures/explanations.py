@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import norm
 
-from detrlib.figures.attention import WIDEST_PANEL, draw_box, draw_map
+from detrlib.figures.attention import WIDEST_PANEL, draw_box, draw_image, draw_map
 from detrlib.figures.style import (
     CAPTION_HEIGHT,
     MUTED,
@@ -58,9 +58,7 @@ def explanations_grid(
         height_ratios=heights,
     )
     for number, (row, image) in enumerate(zip(panels, images, strict=True)):
-        row[0].imshow(image)
-        row[0].axis("off")
-        row[0].set_title(titles[number], loc="left", fontsize=7)
+        draw_image(row[0], image, titles[number], fontsize=7)
         for axes, (method, own) in zip(row[1:], maps.items(), strict=True):
             draw_map(axes, image, own[number], extents[number])
             if number == 0:
