@@ -211,7 +211,7 @@ def _evaluate(
     if accelerator.num_processes > 1:  # comes back once all processes have closed their tables
         detections, losses, sums = (gather_object(x) for x in (detections, losses, sums))
     results = {
-        "detection": coco_ap(dataset.ground_truth, detections),
+        "detection": coco_ap(dataset.ground_truth, detections, cfg.evaluate.engine),
         "images": len(dataset),
         "annotations": str(dataset.annotations_path.name),
         "evaluate": cfg.evaluate.model_dump(mode="json"),

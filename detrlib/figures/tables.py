@@ -10,14 +10,9 @@ from IPython.display import Markdown
 DASH = "–"  # a missing value
 
 
-def markdown_table(
-    table: pd.DataFrame,
-    formats: Mapping[str, str],
-    lower_is_better: Collection[str] = (),
-    unranked: Collection[str] = (),
-) -> str:
+def markdown_table(table: pd.DataFrame, formats: Mapping[str, str], **ranking) -> str:
     """`table` in Markdown, its index first. Arguments and bold values as in `latex_table`."""
-    texts, best = _cells(table, formats, lower_is_better, unranked)
+    texts, best = _cells(table, formats, **ranking)
     texts = texts.where(~best, "**" + texts + "**")
     header = [str(table.index.name or ""), *map(str, table.columns)]
     alignment = ["---", *["---:"] * len(table.columns)]
@@ -53,7 +48,7 @@ def latex_table(
     )
 
 
-def _cells(table, formats, lower_is_better, unranked) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _cells(table, formats, lower_is_better=(), unranked=()) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The values as text, and which of them are the best of their column."""
     unknown = {*formats, *lower_is_better, *unranked} - set(table.columns)
     if unknown:

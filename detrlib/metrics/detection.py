@@ -1,4 +1,4 @@
-"""Average precision as defined by COCO, computed by faster-coco-eval.
+"""Average precision as defined by COCO, computed by faster-coco-eval, or by pycocotools for a published number.
 
 AP is precision averaged over 101 recall levels, the IoU thresholds 0.50, 0.55, ..., 0.95 and all classes, with
 at most 100 detections per image and class. As in COCO, a number that is undefined because there is no ground
@@ -8,17 +8,20 @@ truth of that class or size is -1, while ground truth without any detection give
 Legend: D detections, G annotations, A area ranges (all, small, medium, large), T IoU thresholds.
 """
 
+import contextlib
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import ArrayLike
+from pycocotools import coco, cocoeval
 
 METRICS = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
@@ -51,22 +54,57 @@ def coco_detections(image_id: int, boxes: ArrayLike, scores: ArrayLike, category
     ]
 
 
-def coco_ap(ground_truth: Mapping | str | PathLike, detections: Sequence[Mapping]) -> dict:
-    """COCO's twelve numbers (see `METRICS`) as fractions, and `per_class`: {category name: {"AP", "AP50"}}.
+def coco_ap(
+    ground_truth: Mapping | str | PathLike,
+    detections: Sequence[Mapping],
+    engine: Literal["faster_coco_eval", "pycocotools"] = "faster_coco_eval",
+) -> dict:
+    """Compute COCO's numbers for boxes.
 
-    `ground_truth` is a COCO instances dictionary or the path of its JSON file; `detections` is a list in COCO's
-    results format. Neither is modified. Sizes are bins of the annotation's `area` (the segmentation's, in COCO).
-    An annotation takes no part in the score, neither found nor missed, when its `iscrowd` is set.
-    Raises ValueError when a detection belongs to an image that the ground truth does not list.
+    Args:
+        ground_truth: a COCO instances dictionary or the path of its JSON file. Sizes are bins of the annotation's
+            `area` (the segmentation's, in COCO). An annotation takes no part in the score, neither found nor missed,
+            when its `iscrowd` is set.
+        detections: a list in COCO's results format. Neither argument is modified.
+        engine: the evaluator; pycocotools is the official code, several times slower.
+
+    Returns:
+        The twelve numbers (see `METRICS`) as fractions, and `per_class`: {category name: {"AP", "AP50"}}.
+
+    Raises:
+        ValueError: a detection belongs to an image that the ground truth does not list.
     """
-    truth = COCO(_boxes_only(ground_truth))
-    _check_images(truth.getImgIds(), detections)
-    # loadRes writes into the entries it is given
-    results = truth.loadRes([dict(detection) for detection in detections])
-    evaluation = COCOeval_faster(truth, results, iouType="bbox", print_function=_silent)
-    evaluation.run()
+    truth = _boxes_only(ground_truth)
+    _check_images([image["id"] for image in truth["images"]], detections)
+    results = [dict(detection) for detection in detections]  # evaluators write into the entries they are given
+    evaluation = _official(truth, results) if engine == "pycocotools" else _fast(truth, results)
     numbers = {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
-    return numbers | {"per_class": _per_class(evaluation, truth)}
+    return numbers | {
+        "per_class": _per_class(evaluation, {entry["id"]: entry["name"] for entry in truth["categories"]})
+    }
+
+
+def _fast(truth: dict, results: list[dict]) -> COCOeval_faster:
+    index = COCO(truth)
+    evaluation = COCOeval_faster(index, index.loadRes(results), iouType="bbox", print_function=_silent)
+    evaluation.run()
+    return evaluation
+
+
+def _official(truth: dict, results: list[dict]) -> cocoeval.COCOeval:
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for every step
+        index = coco.COCO()
+        index.dataset = truth
+        index.createIndex()
+        found = index.loadRes(results) if results else coco.COCO()
+        if not results:  # which loadRes refuses
+            found.dataset = truth | {"annotations": []}
+            found.createIndex()
+        evaluation = cocoeval.COCOeval(index, found, iouType="bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
 
 
 def _boxes_only(ground_truth: Mapping | str | PathLike) -> dict:
@@ -100,12 +138,14 @@ def _check_images(image_ids: Iterable[int], detections: Sequence[Mapping]) -> No
         )
 
 
-def _per_class(evaluation: COCOeval_faster, truth: COCO) -> dict[str, dict[str, float]]:
+def _per_class(
+    evaluation: COCOeval_faster | cocoeval.COCOeval, names: Mapping[int, str]
+) -> dict[str, dict[str, float]]:
     # [IoU thresholds, recall levels, classes]: all object sizes, at most 100 detections
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     category_ids = evaluation.params.catIds
     return {
-        truth.cats[category]["name"]: {
+        names[category]: {
             "AP": _mean_where_defined(precision[:, :, position]),
             "AP50": _mean_where_defined(precision[0, :, position]),
         }

@@ -33,11 +33,13 @@ def compare(
     metric: str = "AP",
     resamples: int = 1000,
     seed: int = 0,
+    samples: tuple[pd.Series, pd.Series] | None = None,
 ) -> dict:
     """first - second on the same images: difference, low, high (95 %), p, and how many images.
 
     Matches are compared by AP, tables by the mean of column `metric` over images (the index, or column image_id; rows
-    of one image are averaged first, undefined ones left out). For AP `resamples` are drawn, for means 10,000.
+    of one image are averaged first, undefined ones left out). For AP `resamples` are drawn, for means 10,000. samples:
+    the bootstrap samples of both, as of `bootstrap_ap`, where they are drawn already.
 
     The interval is that of the paired bootstrap, which draws the same images for both (see `bootstrap_ap`, `interval`).
     p is that of a permutation test, two-sided: under the null hypothesis the results of an image could as well be
@@ -47,7 +49,7 @@ def compare(
     Source: Efron & Tibshirani 1993, chapters 8, 13 and 15.
     """
     if isinstance(first, Matches):
-        return _compare_ap(first, second, metric, resamples, seed)
+        return _compare_ap(first, second, metric, resamples, seed, samples)
     a, b = (_per_image(table, metric) for table in (first, second))
     _same_images(a.index, b.index)
     if len(a) < 2:
@@ -79,7 +81,14 @@ def _same_images(first: Iterable[int], second: Iterable[int]) -> None:
         )
 
 
-def _compare_ap(first: Matches, second: Matches, metric: str, resamples: int, seed: int) -> dict:
+def _compare_ap(
+    first: Matches,
+    second: Matches,
+    metric: str,
+    resamples: int,
+    seed: int,
+    samples: tuple[pd.Series, pd.Series] | None,
+) -> dict:
     a, b = (one.annotations.sort_values(["image_id", "category_id"], ignore_index=True) for one in (first, second))
     _same_images(a["image_id"], b["image_id"])
     if not a.equals(b):
@@ -88,7 +97,7 @@ def _compare_ap(first: Matches, second: Matches, metric: str, resamples: int, se
     result = {"difference": before - after, "images": a["image_id"].nunique()}
     if before == -1:
         return result | {"difference": np.nan, "low": np.nan, "high": np.nan, "p": np.nan}
-    drawn = [bootstrap_ap(one, resamples, seed, (metric,))[metric] for one in (first, second)]
+    drawn = samples or [bootstrap_ap(one, resamples, seed, (metric,))[metric] for one in (first, second)]
     low, high = interval(before - after, drawn[0] - drawn[1])
     exchanged = _exchanged(first, second, metric, resamples, seed)
     # The difference itself is one of the exchanges (nothing exchanged), so p is never 0. Rounding makes no exception.
@@ -129,14 +138,34 @@ def compare_runs(
     runs: Mapping[str, Matches | pd.DataFrame | pd.Series],
     metric: str = "AP",
     pairs: Sequence[tuple[str, str]] | None = None,
-    **arguments,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """`compare` for all pairs of runs, or those given, a row each: first, second, metric, difference, low, high, p,
-    images, p_adjusted (Holm) and verdict, "established" or "not established" at 5 %; no rows for fewer than two."""
-    rows = [
-        {"first": a, "second": b, "metric": metric, **compare(runs[a], runs[b], metric, **arguments)}
-        for a, b in pairs or combinations(runs, 2)
-    ]
+    """Compare all pairs of runs, or those given, on the same images.
+
+    Args:
+        runs: by name, what `compare` takes: matches for AP, or tables for the mean of a column.
+        metric: one of the six AP, or the column.
+        pairs: names of the runs to compare; None: all.
+        resamples, seed: of the bootstrap and the permutations.
+
+    Returns:
+        A row per pair: first, second, metric, difference, low, high, p, images, p_adjusted (Holm) and verdict,
+        "established" or "not established" at 5 %; no rows for fewer than two runs.
+
+    Raises:
+        ValueError: the images or annotations of two runs differ.
+    """
+    pairs = list(pairs or combinations(runs, 2))
+    drawn = {}  # the bootstrap of each run, once for all pairs
+    for name in dict.fromkeys(name for pair in pairs for name in pair):
+        if isinstance(runs[name], Matches):
+            drawn[name] = bootstrap_ap(runs[name], resamples, seed, (metric,))[metric]
+    rows = []
+    for a, b in pairs:
+        samples = (drawn[a], drawn[b]) if a in drawn and b in drawn else None
+        found = compare(runs[a], runs[b], metric, resamples, seed, samples)
+        rows.append({"first": a, "second": b, "metric": metric, **found})
     return with_verdicts(pd.DataFrame(rows) if rows else NO_ROWS)
 
 

@@ -101,6 +101,18 @@ def test_ap_agrees_with_pycocotools(seed, capsys):
         assert result["per_class"][name]["AP50"] == pytest.approx(precision[0].mean())
 
 
+def test_the_official_evaluator_gives_the_same_numbers(capsys):
+    """Chosen by evaluate.engine for a number that is to be published."""
+    truth, detections = random_detection_task(1)
+    given = copy.deepcopy((truth, detections))
+    fast, official = coco_ap(truth, detections), coco_ap(truth, detections, "pycocotools")
+    assert (truth, detections) == given and capsys.readouterr() == ("", "")
+    assert [official[name] for name in METRICS] == pytest.approx([fast[name] for name in METRICS], abs=1e-12)
+    for name, numbers in fast["per_class"].items():
+        assert official["per_class"][name] == pytest.approx(numbers, abs=1e-12)
+    assert coco_ap(truth, [], "pycocotools") == coco_ap(truth, [])
+
+
 def test_ap_does_not_depend_on_annotation_ids():
     assert coco_ap(*random_detection_task(0, first_annotation=0)) == coco_ap(*random_detection_task(0))
 
