@@ -136,6 +136,8 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if "runs" in values:
         raise ConfigError(f"{path}: a sweep of several runs, no settings of one; use detrlib sweep {path}")
     base = values.pop("base", None)
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{path}: base is {base!r}, expected the name of another file such as shapes.yaml")
     settings = _settings(values, str(path))
     return _over(_read_with_bases(path.parent / base, (*seen, path)), settings) if base else settings
 

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,21 @@ from detrlib.files import write_atomic
 log = logging.getLogger(__name__)
 
 ROWS = 2**16  # that are kept in memory before they are written
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """While `path` is written bit by bit, raise RunError naming it where that fails."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "free some space, or mend the folder, and evaluate again"
+        raise RunError(f"could not write {path}: {error}; {remedy}") from error
+
+
+def hidden_part(path: Path, part: int = 0) -> Path:
+    """Where a part of `path` lies while it is written."""
+    return path.with_name(f".{path.name}.{part}")
 
 
 class Table:
@@ -30,11 +47,9 @@ class Table:
         numbers = {name: pa.type_for_alias(kind) for name, kind in schema.items() if name not in names}
         self._schema = pa.schema([(name, numbers.get(name, words)) for name in schema])
         self._columns, self._rows = [], 0
-        try:
+        with full_disk_named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = parquet.ParquetWriter(_part(path, part), self._schema)
-        except OSError as error:
-            raise _not_written(path, error) from error
+            self._writer = parquet.ParquetWriter(hidden_part(path, part), self._schema)
 
     def add(self, columns: dict[str, np.ndarray]) -> None:
         """Add rows: columns of one length, by name."""
@@ -46,17 +61,15 @@ class Table:
     def close(self) -> None:
         """Write what is left."""
         self._flush()
-        try:
+        with full_disk_named(self.path):
             self._writer.close()
-        except OSError as error:
-            raise _not_written(self.path, error) from error
 
     def merge(self, parts: int) -> None:
         """Put the closed parts of all processes in place as one file. One process does so for all.
 
         Where parts lie on the disks of other machines there is no table; a warning says so.
         """
-        paths = [_part(self.path, part) for part in range(parts)]
+        paths = [hidden_part(self.path, part) for part in range(parts)]
         missing = [path.name for path in paths if not path.exists()]
         if missing:
             log.warning(
@@ -81,15 +94,9 @@ class Table:
             else pa.array(values, self._schema.field(name).type)
             for name, values in columns.items()
         ]
-        try:
+        with full_disk_named(self.path):
             self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-        except OSError as error:
-            raise _not_written(self.path, error) from error
         self._columns, self._rows = [], 0
-
-
-def _part(path: Path, part: int) -> Path:
-    return path.with_name(f".{path.name}.{part}")
 
 
 def _concatenate(paths: list[Path], target: Path, schema: pa.Schema) -> None:
@@ -98,7 +105,3 @@ def _concatenate(paths: list[Path], target: Path, schema: pa.Schema) -> None:
             with parquet.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
                     writer.write_table(file.read_row_group(group))
-
-
-def _not_written(path: Path, error: OSError) -> RunError:
-    return RunError(f"could not write {path}: {error}; free some space, or mend the folder, and evaluate again")

@@ -90,14 +90,20 @@ def append_metrics(run_dir: Path, record: dict[str, float | int | None]) -> None
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The records of metrics.jsonl; a last line cut short by a crash is left out."""
+    """The records of metrics.jsonl; a last line cut short by a crash is left out.
+
+    Raises RunError naming the file and the line of what is no record, each of which has a global_step and an epoch.
+    """
     path = run_dir / "metrics.jsonl"
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(record, dict) or not {"global_step", "epoch"} <= record.keys():
+            raise RunError(f"{path}: line {number} is no record with global_step and epoch; remove it, or the file")
+        records.append(record)
     return records
 
 

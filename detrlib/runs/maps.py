@@ -22,9 +22,7 @@ import json
 import math
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +32,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from detrlib.errors import RunError
+from detrlib.metrics.tables import full_disk_named, hidden_part
 
 SMALLEST = np.float16(2.0**-24)
 ROW_GROUP_CELLS = 2**21  # an image with more gets a row group for each layer: 4 MiB of dense float16
@@ -106,17 +105,14 @@ class MapWriter:
 
     def __init__(self, run_dir: Path, part: int = 0, parts: int = 1):
         self.path = run_dir / FOLDER / f"part-{part:05d}-of-{parts:05d}.parquet"
-        self._parts = parts
+        self._parts, self._hidden = parts, hidden_part(self.path)
         self._images: dict[int, dict] = {}
 
     def __enter__(self) -> "MapWriter":
-        with self._full_disk_named():
+        with full_disk_named(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-            os.close(handle)
-            self._temporary = Path(name)
             self._writer = pq.ParquetWriter(
-                name,
+                self._hidden,
                 SCHEMA,
                 compression="zstd",
                 use_dictionary=POSITION,
@@ -143,29 +139,19 @@ class MapWriter:
             entry["sites"][site] = {"shape": shape}
             for first in range(0, len(layers), together):
                 rows = _rows(image_id, site, first, layers[first : first + together])
-                with self._full_disk_named():
+                with full_disk_named(self.path):
                     self._writer.write_table(rows, row_group_size=max(len(rows), 1))
         self._images[image_id] = entry
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            with self._full_disk_named():
-                if kind is None:
-                    described = {"images": list(self._images.values())}
-                    self._writer.add_key_value_metadata({METADATA: json.dumps(described)})
+            with full_disk_named(self.path):
+                self._writer.add_key_value_metadata({METADATA: json.dumps({"images": list(self._images.values())})})
                 self._writer.close()
                 if kind is None and (self._images or self._parts > 1):
-                    self._temporary.chmod(0o644)  # mkstemp makes files for the owner alone
-                    os.replace(self._temporary, self.path)
+                    os.replace(self._hidden, self.path)
         finally:
-            self._temporary.unlink(missing_ok=True)
-
-    @contextmanager
-    def _full_disk_named(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(f"could not write {self.path}: {error}; free some space and evaluate again") from error
+            self._hidden.unlink(missing_ok=True)
 
 
 def _rows(image_id: int, site: str, first: int, layers: Sequence[Packed]) -> pa.Table:
