@@ -2,8 +2,7 @@
 
 import logging
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -77,7 +76,10 @@ class CocoDataset(Dataset):
 
         self._records = sorted(content["images"], key=lambda record: record["id"])[:limit]
         self.image_ids = [record["id"] for record in self._records]
-        of_image = _by_image(content["annotations"], self.image_ids)
+        of_image = {id: [] for id in self.image_ids}
+        for annotation in content["annotations"]:
+            if annotation["image_id"] in of_image:
+                of_image[annotation["image_id"]].append(annotation)
         self._check_files(of_image)
         self.dropped = self._collect_boxes(of_image, strict)
         if train and not len(self._labels):
@@ -218,13 +220,6 @@ def _size_from_header(path: Path) -> tuple[int, int]:
             return file.size
     except UNREADABLE as error:
         raise DataError(f"{path}: not readable as an image ({error}); replace it or remove its entry") from error
-
-
-def _by_image(annotations: Iterable[Annotation], image_ids: list[int]) -> dict[int, list[Annotation]]:
-    grouped = defaultdict(list)
-    for annotation in annotations:
-        grouped[annotation["image_id"]].append(annotation)
-    return {id: grouped[id] for id in image_ids}
 
 
 def _clipped(box: list[float], width: int, height: int) -> tuple[float, float, float, float]:

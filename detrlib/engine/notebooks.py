@@ -36,6 +36,7 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
     values = checked_parameters(source, parameters)
     if output.is_dir():
         raise RunError(f"{output} is a folder; name the file that the executed copy is to be")
+    cut_off = False
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
@@ -48,31 +49,29 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
     except OSError as error:
         raise RunError(f"{source.name}: could not be executed into {output}: {error}") from error
     except (DeadKernelError, KeyboardInterrupt) as error:
-        _note_failure(output)
+        cut_off = True
         if isinstance(error, KeyboardInterrupt):
             raise
         raise RunError(f"{source.name}: {error}; was memory short? (executed copy: {output})") from None
     finally:
-        _forget_machine(output)
+        if output.exists():
+            _correct_notes(output, cut_off)
     return output
 
 
-def _note_failure(output: Path) -> None:
-    # papermill notes a cell that failed, but takes one that was cut off for completed.
-    if output.exists():
-        notebook = json.loads(output.read_text())
-        notebook["metadata"].setdefault("papermill", {})["exception"] = True
-        write_atomic(output, lambda path: path.write_text(json.dumps(notebook, indent=1) + "\n"))
+def _correct_notes(output: Path, cut_off: bool) -> None:
+    """What papermill notes: paths from the project root, since a copy is there to be shared; that it was cut off."""
+    notebook = json.loads(output.read_text())
+    noted = notebook["metadata"].setdefault("papermill", {})
+    for name in {"input_path", "output_path"} & noted.keys():
+        noted[name] = noted[name].removeprefix(f"{PROJECT}/")
+    if cut_off:  # papermill notes a cell that failed, but takes this one for completed
+        noted["exception"] = True
+    _save(notebook, output)
 
 
-def _forget_machine(output: Path) -> None:
-    """Paths that papermill notes, from the project root: an executed copy is there to be shared."""
-    if output.exists():
-        notebook = json.loads(output.read_text())
-        noted = notebook["metadata"].get("papermill", {})
-        for name in {"input_path", "output_path"} & noted.keys():
-            noted[name] = noted[name].removeprefix(f"{PROJECT}/")
-        write_atomic(output, lambda path: path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"))
+def _save(notebook: dict, path: Path) -> None:
+    write_atomic(path, lambda file: file.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"))
 
 
 def is_executed(path: Path) -> bool:
@@ -160,7 +159,7 @@ def shrink_pictures(path: Path) -> None:
                 smaller = io.BytesIO()
                 picture.save(smaller, "PNG", optimize=True)
                 data["image/png"] = b64encode(smaller.getvalue()).decode()
-    write_atomic(path, lambda target: target.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"))
+    _save(notebook, path)
 
 
 def report_html(notebook: Path, output: Path, title: str) -> Path:

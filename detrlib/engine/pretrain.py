@@ -29,6 +29,7 @@ MOST_CROPS = 20000
 SAMPLES = 60_000  # crops seen in all, whatever their number
 BATCH = 64
 LEARNING_RATE = 3e-3
+TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")  # of a body like ResNet's
 
 
 def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int, seed: int = 0) -> Path:
@@ -59,7 +60,8 @@ def train_classifier(settings: Backbone, dataset: CocoDataset, image_size: int) 
     crops, labels = collect_crops(dataset, image_size)
     body = build_body(settings.name, settings.dilation, norm=nn.BatchNorm2d)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = nn.Sequential(_Trunk(body), _Middle(), nn.Linear(stage_channels(body, 4), dataset.num_classes + 1))
+    trunk = nn.Sequential(*(getattr(body, part) for part in TRUNK))
+    model = nn.Sequential(trunk, _Middle(), nn.Linear(stage_channels(body, 4), dataset.num_classes + 1))
     model.to(device, memory_format=torch.channels_last)
     held_out = torch.randperm(len(crops)) < max(1, len(crops) // 20)
     train_crops, train_labels = crops[~held_out], labels[~held_out]
@@ -77,19 +79,6 @@ def train_classifier(settings: Backbone, dataset: CocoDataset, image_size: int) 
         optimizer.step()
         schedule.step()
     return body.cpu(), _accuracy(model.eval().to(device), crops[held_out], labels[held_out])
-
-
-class _Trunk(nn.Module):
-    """The convolutional part of a ResNet-like body."""
-
-    def __init__(self, body: nn.Module):
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        body = self.body
-        x = body.maxpool(body.relu(body.bn1(body.conv1(x))))
-        return body.layer4(body.layer3(body.layer2(body.layer1(x))))
 
 
 class _Middle(nn.Module):

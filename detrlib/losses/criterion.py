@@ -112,9 +112,18 @@ class Criterion(nn.Module):
     def loss_labels(self, outputs: Predictions, pairs: Pairs, divisors: Divisors) -> Terms:
         """`loss_class`: cross-entropy where classes have a softmax, focal loss where they have sigmoids."""
         logits = outputs.logits.float()  # [B,Q,C] or [B,Q,C+1]
-        if outputs.classification == "softmax":
-            return {"loss_class": self._cross_entropy(logits, pairs) / divisors.class_weight}
-        return {"loss_class": self._focal(logits, pairs) / divisors.boxes}
+        if outputs.classification == "sigmoid":  # Lin et al. 2017, Eq. 5, over all queries and classes
+            wanted = torch.zeros_like(logits)
+            wanted[pairs.image, pairs.query, pairs.labels] = 1.0
+            total = sigmoid_focal_loss(logits, wanted, alpha=self.focal_alpha, reduction="sum")
+            return {"loss_class": total / divisors.boxes}
+        no_object = logits.shape[-1] - 1  # what unmatched queries are to say, at a weight of its own
+        wanted = torch.full(logits.shape[:2], no_object, device=logits.device)  # [B,Q]
+        wanted[pairs.image, pairs.query] = pairs.labels
+        weight = torch.ones(no_object + 1, device=logits.device)
+        weight[no_object] = self.no_object
+        total = F.cross_entropy(logits.transpose(1, 2), wanted, weight, reduction="sum")
+        return {"loss_class": total / divisors.class_weight}
 
     def loss_boxes(self, outputs: Predictions, pairs: Pairs, divisors: Divisors) -> Terms:
         """`loss_bbox`, the L1 distance of matched boxes, and `loss_giou`, 1 - GIoU (Carion et al. 2020, Eq. 2)."""
@@ -150,21 +159,6 @@ class Criterion(nn.Module):
         both = outputs.logits.new_tensor([float(boxes), class_weight], dtype=torch.float32)
         boxes, class_weight = self.mean_over_processes(both).unbind()
         return Divisors(torch.where(boxes > 0, boxes, 1.0), class_weight)
-
-    def _cross_entropy(self, logits: Tensor, pairs: Pairs) -> Tensor:
-        """Summed cross-entropy over all B x Q queries; unmatched ones are no-object, at their own weight."""
-        no_object = logits.shape[-1] - 1
-        wanted = torch.full(logits.shape[:2], no_object, device=logits.device)  # [B,Q]
-        wanted[pairs.image, pairs.query] = pairs.labels
-        weight = torch.ones(no_object + 1, device=logits.device)
-        weight[no_object] = self.no_object
-        return F.cross_entropy(logits.transpose(1, 2), wanted, weight, reduction="sum")
-
-    def _focal(self, logits: Tensor, pairs: Pairs) -> Tensor:
-        """Summed focal loss over all queries and classes (Lin et al. 2017, Eq. 5)."""
-        wanted = torch.zeros_like(logits)
-        wanted[pairs.image, pairs.query, pairs.labels] = 1.0
-        return sigmoid_focal_loss(logits, wanted, alpha=self.focal_alpha, reduction="sum")
 
 
 def matched(indices: list[Match], targets: list[dict]) -> Pairs:

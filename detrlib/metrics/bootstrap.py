@@ -5,7 +5,7 @@ matched and sorted once. Detections of equal score keep the order of their image
 Legend: R rows of weights, N images, C classes, A area ranges (all, small, medium, large).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -138,16 +138,12 @@ def bootstrap_ap(
     Assumes that the images are independent draws from those of interest, and says nothing about training anew.
     Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapters 6 and 13.
     """
-    curves = Curves(matches)
-    parts = [pd.DataFrame(curves.ap(weights, metrics)) for weights in _multiplicities(curves, resamples, seed)]
-    return pd.concat(parts, ignore_index=True)
-
-
-def _multiplicities(curves: Curves, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """[R,N] how often each image is drawn, a batch at a time."""
-    images, random = len(curves.image_ids), np.random.default_rng(seed)
+    curves, random = Curves(matches), np.random.default_rng(seed)
+    images, parts = len(curves.image_ids), []
     for count in _batches(resamples, images):
-        yield random.multinomial(images, np.full(images, 1 / images), size=count).astype(np.int32)
+        times = random.multinomial(images, np.full(images, 1 / images), size=count)  # [R,N] that each image is drawn
+        parts.append(pd.DataFrame(curves.ap(times.astype(np.int32), metrics)))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _batches(resamples: int, images: int) -> list[int]:

@@ -86,7 +86,7 @@ def coco_ap(
 
 def _fast(truth: dict, results: list[dict]) -> COCOeval_faster:
     index = COCO(truth)
-    evaluation = COCOeval_faster(index, index.loadRes(results), iouType="bbox", print_function=_silent)
+    evaluation = COCOeval_faster(index, index.loadRes(results), iouType="bbox", print_function=lambda message: None)
     evaluation.run()
     return evaluation
 
@@ -156,10 +156,6 @@ def _per_class(
 def _mean_where_defined(values: np.ndarray) -> float:
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else -1.0
-
-
-def _silent(message: str) -> None:
-    """faster-coco-eval reports its progress through a callable; results here are return values."""
 
 
 # Matches, image by image

@@ -39,7 +39,7 @@ def locate(
     distance: from the centre of mass of f on the image to the centre of the box, over the diagonal of the box, so that
     1/2 is as far as its corners. NaN for a map without attention, or a box without length, for which there is none.
     """
-    maps, extent, corners = _checked(maps, boxes_cxcywh, extent)
+    extent, corners = _checked(maps, boxes_cxcywh, extent)
     rows, columns = (_functionals(corners, extent, axis, maps.shape[axis - 2]) for axis in (0, 1))
     integrals = _integrals(maps, rows, columns)  # [n, ..., a, a]
     total = integrals[..., 1, 1]
@@ -77,12 +77,7 @@ def paibb(
     cells ended with the image; pixels are summed in the box cut down to whole pixels and divided by the sum of all.
     A box without a whole pixel gives 0. Computed in closed form as well.
     """
-    maps, extent, corners = _checked(maps, boxes_cxcywh, extent)
-    if mode == "thesis":
-        return _ratio(*_pixel_sums(maps, boxes_cxcywh, extent, original_size)).float()
-    rows, columns = (_functionals(corners, extent, axis, maps.shape[axis - 2])[:, :2] for axis in (0, 1))
-    integrals = _integrals(maps, rows, columns)
-    return _ratio(integrals[..., 0, 0], integrals[..., 1, 1]).float()
+    return locate(maps, boxes_cxcywh, extent, mode, original_size)["paibb"]
 
 
 def object_size(area: float) -> str:
@@ -92,15 +87,15 @@ def object_size(area: float) -> str:
     return "medium" if area <= LARGE else "large"
 
 
-def _checked(maps: Tensor, boxes_cxcywh: Tensor, extent: Extent) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps; extents [n, 2] (height, width); corners [n, 2, 2], first and last, (y, x) in 0..1, inside the image."""
+def _checked(maps: Tensor, boxes_cxcywh: Tensor, extent: Extent) -> tuple[Tensor, Tensor]:
+    """Extents [n, 2] (height, width); corners [n, 2, 2], first and last, (y, x) in 0..1, inside the image."""
     height, width = maps.shape[-2:]
     given = torch.as_tensor(extent, dtype=torch.float64, device=maps.device)
     if not ((given > 0) & (given <= given.new_tensor([height, width]))).all():
         wrong = tuple(given.tolist())
         raise ValueError(f"an image of {wrong} cells (height, width) does not fit a map of {height} x {width}")
     corners = cxcywh_to_xyxy(boxes_cxcywh.double()).clamp(0, 1)
-    return maps, given.expand(len(maps), 2), corners.unflatten(1, (2, 2)).flip(2)
+    return given.expand(len(maps), 2), corners.unflatten(1, (2, 2)).flip(2)
 
 
 def _integrals(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -21,9 +21,6 @@ MEAN_SAMPLING = {"n_resamples": 10_000, "batch": 500}  # means are cheap
 NO_ROWS = pd.DataFrame(columns=["first", "second", "metric", "difference", "low", "high", "p", "images"], dtype=object)
 
 
-# One run, many samples of images
-
-
 # Two runs on the same images
 
 
