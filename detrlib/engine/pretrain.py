@@ -29,10 +29,11 @@ MOST_CROPS = 20000
 SAMPLES = 60_000  # crops seen in all, whatever their number
 BATCH = 64
 LEARNING_RATE = 3e-3
+SEED = 0
 TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")  # of a body like ResNet's
 
 
-def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int, seed: int = 0) -> Path:
+def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int) -> Path:
     """Path of a state dict for `settings.name`, trained now if the cache does not hold it yet.
 
     image_size: shorter side of the images in training, so that objects are learned at the size they will have.
@@ -42,13 +43,13 @@ def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int, 
     key = {
         "data": hashlib.sha256(json.dumps(dataset.ground_truth, sort_keys=True).encode()).hexdigest(),
         "backbone": [settings.name, settings.dilation, [list(weight.shape) for weight in body.state_dict().values()]],
-        "recipe": [image_size, SIDE, MOST_CROPS, SAMPLES, BATCH, LEARNING_RATE, seed],
+        "recipe": [image_size, SIDE, MOST_CROPS, SAMPLES, BATCH, LEARNING_RATE, SEED],
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = cache_folder() / "backbones" / f"{settings.name}-{digest}.pt"
     if not path.exists():
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(SEED)
             body, accuracy = train_classifier(settings, dataset, image_size)
         log.info("backbone pretrained on crops: accuracy %.3f on held-out crops, kept in %s", accuracy, path)
         save_checkpoint(path, body.state_dict())
@@ -91,7 +92,7 @@ class _Middle(nn.Module):
 
 def collect_crops(dataset: CocoDataset, image_size: int) -> tuple[Tensor, Tensor]:
     """Square crops uint8 [N,3,S,S] around boxes and, one per image, of background; labels [N], background last."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(SEED)
     crops, labels = [], []
     for index in torch.randperm(len(dataset), generator=generator).tolist():
         image = pil_to_tensor(dataset.image(index))

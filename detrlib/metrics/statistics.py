@@ -183,10 +183,8 @@ def seed_table(results: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     -1 are left out. Raises ValueError when a group has the same seed twice.
     """
     values = _by_seed(results, metrics).melt(["group", "seed"], list(metrics), "metric")
-    table = values.groupby(["group", "metric"], sort=False)["value"].agg(
-        mean="mean", std="std", min="min", max="max", n="count"
-    )
-    return table.reset_index()
+    table = values.groupby(["group", "metric"], sort=False)["value"].agg(["mean", "std", "min", "max", "count"])
+    return table.rename(columns={"count": "n"}).reset_index()
 
 
 def compare_groups(

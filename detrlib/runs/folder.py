@@ -6,7 +6,7 @@
         checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
         results.json       final numbers; its presence means: finished
         predictions.json   COCO-format detections           examples/*.npz     images with what was found in them
-        maps/*.parquet     attention maps, see `store`
+        maps/*.parquet     attention maps, see `runs.maps`
         measures/*.parquet of single images and objects: sparsity, localisation, matches that AP is computed from
         *.ipynb            executed notebooks
 
@@ -169,9 +169,7 @@ def save_tables(run_dir: Path, tables: Mapping[str, pd.DataFrame]) -> None:
 
 
 def load_table(run_dir: Path, name: str, made_by: str = "detrlib evaluate") -> pd.DataFrame:
-    """measures/<name>.parquet of a run. Raises RunError naming the file when there is none, or it is none, and the
-    module that makes it.
-    """
+    """measures/<name>.parquet of a run. Raises RunError naming the file that lacks or is none, and what makes it."""
     path = run_dir / "measures" / f"{name}.parquet"
     if not path.exists():
         raise RunError(f"no {path}; measure the run (again): {made_by} {run_dir}")

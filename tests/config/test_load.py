@@ -110,6 +110,11 @@ def test_an_unknown_key_in_a_file_names_file_key_and_nearest_setting(write, text
         assert part in str(error.value)
 
 
+def test_a_base_that_is_no_name_of_a_file_is_named(write):
+    with pytest.raises(ConfigError, match=r"file\.yaml: base"):
+        load_config(write("file.yaml", "base: 3"))
+
+
 def test_an_unknown_key_in_a_base_names_the_base(write):
     write("base.yaml", "train: {epoch: 2}")
     with pytest.raises(ConfigError, match=r"base\.yaml: unknown setting 'train\.epoch'"):

@@ -149,6 +149,16 @@ def test_metrics_survive_a_line_cut_short_and_numbers_that_are_none(tmp_path):
     assert runs.read_metrics(tmp_path / "elsewhere") == []
 
 
+@pytest.mark.parametrize("line", ['{"train/loss": 1.0}', "3", '{"global_step": 3}'])
+def test_a_line_of_metrics_that_is_no_record_is_named(tmp_path, line):
+    runs.append_metrics(tmp_path, record(1, 0))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    for read in (runs.read_metrics, lambda run_dir: runs.truncate_metrics(run_dir, 1)):
+        with pytest.raises(RunError, match=r"metrics\.jsonl: line 2"):
+            read(tmp_path)
+
+
 def test_truncating_forgets_later_steps_and_a_line_cut_short(tmp_path):
     for step, epoch in ((1, 0), (2, 0), (2, 1), (3, 1)):
         runs.append_metrics(tmp_path, record(step, epoch))
