@@ -72,8 +72,8 @@ def train(
     config: Annotated[Path, Argument(help="YAML file, e.g. papermill_runs/configs/shapes.yaml")],
     name: Annotated[str, Option(help="folder under papermill_runs/; the same name resumes an unfinished run")],
     settings: Settings = [],  # noqa: B006, never changed
-    gpus: Annotated[int | None, Option(help="how many; default: one if there is one")] = None,
-    processes: Annotated[int, Option(help="on the CPU, how many")] = 1,
+    gpus: Annotated[int | None, Option(min=0, help="how many; default: one if there is one")] = None,
+    processes: Annotated[int, Option(min=1, help="on the CPU, how many")] = 1,
 ) -> None:
     """Train a model, here or in several processes."""
     from detrlib.config import load_config
@@ -83,6 +83,15 @@ def train(
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
     found = launch(cfg, run_path(name), gpus, processes)["detection"]
     typer.echo(f"AP {found['AP']:.3f}  AP50 {found['AP50']:.3f}  {run_path(name)}")
+
+
+@app.command(hidden=True)
+def prepare(config: Path, name: Annotated[str, Option()], settings: Settings = []) -> None:  # noqa: B006
+    """Make the folder of a run ready, once for all nodes of a cluster that then train in it."""
+    from detrlib.config import load_config
+    from detrlib.runs.folder import open_run, run_path
+
+    open_run(load_config(config, pairs(settings, "--set", "train.epochs=2")), run_path(name))
 
 
 @app.command()
@@ -96,15 +105,25 @@ def evaluate(
     renamed: Annotated[list[str], Option("--map", metavar="THEIRS=OURS", help="names of its classes")] = [],  # noqa: B006
     by_id: Annotated[bool, Option("--by-id", help="its category ids are the run's, whatever the names")] = False,
     save_as: Annotated[str | None, Option("--as", help="folder of the results inside the run")] = None,
+    predictions: Annotated[Path | None, Option(help="make the run of any detector's COCO-format detections")] = None,
+    data: Annotated[Path | None, Option(help="what they are of: a config, a folder or an annotation file")] = None,
 ) -> None:
-    """Measure a run: AP, sparsity of attention, and where it looks; on its own data or on other data."""
+    """Measure a run: AP, sparsity of attention, and where it looks; on its own data or on other data.
+
+    Or make a run of the detections of any detector, to be compared with others: --predictions FILE.json --data DATA.
+    """
     from detrlib.engine.evaluate import evaluate_run
+    from detrlib.experiments.predictions import evaluate_predictions
     from detrlib.experiments.transfer import evaluate_on, scored_classes
     from detrlib.runs.folder import run_path
 
     overrides = pairs(settings, "--set", "evaluate.paibb=thesis")
     names = pairs(renamed, "--map", "bike=bicycle")
-    if on is None:
+    if predictions or data:
+        if not (predictions and data) or on or names or by_id or save_as or overrides or checkpoint != "last":
+            raise ConfigError("--predictions needs --data, and takes --split and --images besides, nothing else")
+        results = evaluate_predictions(run_path(run), predictions, data, split, images=images)
+    elif on is None:
         if images or names or by_id or save_as:
             raise ConfigError("--images, --map, --by-id and --as belong to data given as --on")
         results = evaluate_run(run_path(run), checkpoint, split, overrides=overrides)
@@ -120,15 +139,15 @@ def evaluate(
 @app.command()
 def explain(
     run: RunName,
-    images: Annotated[int, Option(help="the first images of the validation split")] = 50,
+    images: Annotated[int, Option(min=1, help="the first images of the validation split")] = 50,
     methods: Annotated[str | None, Option(metavar="A,B", help="default: all that the model allows")] = None,
-    steps: Annotated[int, Option(help="of deletion and of insertion")] = 16,
+    steps: Annotated[int, Option(min=2, help="of deletion and of insertion")] = 16,
     checkpoint: Checkpoint = "last",
     unit: Annotated[Literal["cell", "pixel"], Option(help="what is deleted at a time")] = "cell",
     replacement: Annotated[Literal["mean", "blur"], Option(help="of deleted pixels")] = "mean",
     min_score: Annotated[float, Option(help="of the detections that are explained")] = 0.3,
     all_queries: Annotated[bool, Option("--all-queries", help="also those that no object is matched to")] = False,
-    batch_size: Annotated[int, Option(help="pictures the model sees at a time")] = 64,
+    batch_size: Annotated[int, Option(min=1, help="pictures the model sees at a time")] = 64,
 ) -> None:
     """Deletion and insertion curves of attention maps and relevance, beside the predicted box."""
     from detrlib.experiments.explain import faithfulness_run
@@ -159,8 +178,8 @@ def intervene(
     layer: Annotated[int | None, Option(help="alphas and transforms in this layer only, from 0")] = None,
     learned_alphas: Annotated[bool, Option("--learned-alphas", help="learned ones: their mean, and shuffled")] = False,
     prune_heads: Annotated[bool, Option("--prune-heads", help="every head alone, then one after the other")] = False,
-    order_images: Annotated[int, Option(help="training images that give the order of heads")] = 200,
-    limit: Annotated[int | None, Option(help="the first validation images only")] = None,
+    order_images: Annotated[int, Option(min=1, help="training images that give the order of heads")] = 200,
+    limit: Annotated[int | None, Option(min=1, help="the first validation images only")] = None,
     checkpoint: Checkpoint = "last",
 ) -> None:
     """AP and PAIBB of a trained model with another transform, alpha, or fewer heads."""
@@ -186,7 +205,7 @@ def intervene(
 def sweep(
     path: Annotated[Path, Argument(help="sweep file, e.g. papermill_runs/configs/quickstart.yaml")],
     name: Annotated[str | None, Option(help="folder under papermill_runs/; default: the name of the file")] = None,
-    parallel: Annotated[int | None, Option(help="runs side by side; default: one per GPU or core")] = None,
+    parallel: Annotated[int | None, Option(min=1, help="runs side by side; default: one per GPU or core")] = None,
 ) -> None:
     """Train and measure several variants of one experiment, and draw what they show together."""
     from detrlib.experiments.sweep import sweep as run_sweep
@@ -205,7 +224,7 @@ def sweep_run(folder: Path) -> None:
 
 @app.command()
 def notebook(
-    name: Annotated[str, Argument(help="such as 07_evaluate")],
+    name: Annotated[str, Argument(help="such as 07_evaluate, or evaluate")],
     output: Annotated[Path, Argument(help="where the executed copy goes")],
     parameters: Annotated[list[str], Option("-p", metavar="NAME=VALUE", help="a parameter; repeatable")] = [],  # noqa: B006
 ) -> None:
@@ -261,8 +280,12 @@ def costs(
     overrides = {"model.num_classes": 91, "model.backbone.weights": "none"} | pairs(settings, "--set", "model.norm=pre")
     model = build_model(load_config(config, overrides).model)
     height, width = listed(size, "--size", int)
-    table = cost_table({config.stem: model}, (height, width), latency=latency)
-    typer.echo(table.drop(columns="model").round(2).to_string(index=False))
+    table = cost_table({config.stem: model}, (height, width)).drop(columns="model")
+    if latency:
+        from detrlib.benchmarks.latency import measure_latency
+
+        table["milliseconds"] = table["component"].map(measure_latency(model, (height, width)))
+    typer.echo(table.round(2).to_string(index=False))
 
 
 def main() -> None:

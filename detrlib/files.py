@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,22 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises RunError naming the file when the disk is full or not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         temporary.chmod(0o644)  # mkstemp makes files for the owner alone; results are there to be shared
         os.replace(temporary, path)
     # torch.save turns a full disk into a RuntimeError of its own.
     except (OSError, RuntimeError) as error:
-        raise RunError(f"could not write {path}: {error}. What was there before is intact; free some space.") from error
+        reason = "is the disk full, or the folder not yours?"
+        raise RunError(f"could not write {path}: {error}. What was there before is intact; {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -42,14 +45,21 @@ def save_checkpoint(path: Path, state: dict) -> None:
     write_atomic(path, lambda temporary: torch.save(state, temporary))
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint on the CPU; no code in the file is run. Raises RunError naming the file."""
+def load_checkpoint(path: Path, needed: Collection[str] = ()) -> dict:
+    """A checkpoint on the CPU; no code in the file is run. Raises RunError naming the file, and entries it lacks."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise RunError(f"no checkpoint {path}; has the run finished its first epoch?") from None
+        there = ", ".join(sorted(found.stem for found in path.parent.glob("*.pt")))
+        hint = f"there are {there}" if there else "has the run finished its first epoch?"
+        raise RunError(f"no checkpoint {path}; {hint}") from None
     except Exception as error:
-        raise RunError(f"{path} is not a checkpoint of this project: {error}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise RunError(f"{path} is not a checkpoint of this project: {reason}") from error
+    missing = [name for name in needed if name not in state] if isinstance(state, dict) else ["a state"]
+    if missing:
+        raise RunError(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
+    return state
 
 
 def weight_faults(own: dict, given: dict) -> list[str]:

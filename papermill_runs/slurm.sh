@@ -44,19 +44,11 @@ if [ "${SLURM_NNODES:-1}" -eq 1 ]; then
     "$python" -m detrlib train "$config" --name "$name" --gpus "$gpus" ${overrides[@]+"${overrides[@]}"} &
 else
     # One torchrun per node; they meet on the first. The run folder is made once, before any of them starts.
-    "$python" - "$config" "$name" "$@" <<'EOF'
-import sys
-
-from detrlib.config import load_config
-from detrlib.runs import open_run, run_path
-
-config, name, *overrides = sys.argv[1:]
-open_run(load_config(config, dict(pair.split("=", 1) for pair in overrides)), run_path(name))
-EOF
+    "$python" -m detrlib prepare "$config" --name "$name" ${overrides[@]+"${overrides[@]}"}
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$python" -m torch.distributed.run \
         --nnodes "$SLURM_NNODES" --nproc-per-node "$gpus" \
         --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:$((20000 + SLURM_JOB_ID % 20000))" \
-        -m detrlib.engine.loop "papermill_runs/$name" &
+        -m detrlib.engine.loop "$name" &
 fi
 wait $!

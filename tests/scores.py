@@ -2,7 +2,7 @@
 
 import torch
 
-from detrlib.attention import AlphaEntmax, Transform, build_transform
+from detrlib.attention import AlphaEntmax, Transform, build_transform, reference
 
 HEADS = 3
 
@@ -33,12 +33,6 @@ def keys_padding() -> torch.Tensor:
     return padding[:, None, None]
 
 
-def by_bisection(scores: torch.Tensor, alpha: float) -> torch.Tensor:
-    """entmax with the threshold found by halving an interval 200 times, in float64."""
-    z = (alpha - 1) * (scores - scores.amax(-1, keepdim=True)).double()
-    low, high = -torch.ones_like(z[..., :1]), torch.zeros_like(z[..., :1])
-    for _ in range(200):
-        middle = (low + high) / 2
-        enough = ((z - middle).clamp(min=0) ** (1 / (alpha - 1))).sum(-1, keepdim=True) >= 1
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return (z - low).clamp(min=0) ** (1 / (alpha - 1))
+def by_bisection(scores: torch.Tensor, alpha: float | torch.Tensor) -> torch.Tensor:
+    """entmax by its definition, in float64."""
+    return reference.entmax(scores.double(), alpha)

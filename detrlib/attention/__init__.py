@@ -1,4 +1,9 @@
-"""Attention: scores to weights (`transforms`) and weights to output (`multihead`)."""
+"""Attention: from scores to weights, and from weights to output.
+
+In order of reading: `reference` defines the family of transforms in forty lines; `transforms` has all of them as
+modules; `multihead` is attention with any of them; `entmax` and `tvmax` compute weights exactly and fast; `deformable`
+samples places instead of weighing all keys; `kernels` does the same on a GPU.
+"""
 
 from detrlib.attention.multihead import ConditionalCrossAttention, MultiheadAttention, attend
 from detrlib.attention.transforms import TRANSFORMS, AlphaEntmax, Transform, build_transform

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: every query looks at a few places of every level (Zhu et al. 2021).
+"""Multi-scale deformable attention: every query looks at a few points of every level (Zhu et al. 2021).
 
 Legend: B images, Q queries, H heads, D channels per head, E = H * D embedding, L levels, P points per level and head,
 S = sum of h * w tokens, the cells of all levels row by row, fine to coarse. Locations are (x, y), from 0 to 1 over a
@@ -20,7 +20,7 @@ Shapes = list[tuple[int, int]]  # (h, w) of each level, fine to coarse
 
 
 class Samples(NamedTuple):
-    """Where the queries look, and how much each place counts; weights sum to one over levels and points."""
+    """Where the queries look, and how much each location counts; weights sum to one over levels and points."""
 
     locations: Tensor  # [B,Q,H,L,P,2]
     weights: Tensor  # [B,Q,H,L,P]
@@ -47,7 +47,7 @@ def splat(
     """Attention that each token receives: weights spread over the cells around their locations -> [B,S].
 
     Summed over queries and heads, or with either axis kept: [B,Q,S], [B,H,S], [B,Q,H,S]. This is how far the output of
-    `sample_and_mix` moves with a token's value. Attention to places outside a level is lost.
+    `sample_and_mix` moves with a token's value. Attention to locations outside a level is lost.
 
     `shift`: where in a cell its token is; 0 takes the corner for the centre, half a cell off, which is how the decoder
     attention maps of Sparse DETR (Roh et al. 2022, Sec. 3.2) were computed.
@@ -65,7 +65,9 @@ def splat(
     return received.view(*kept, tokens).squeeze(dropped)
 
 
-Corners = Iterable[tuple[Tensor, Tensor]]  # of the cells around places, one after the other: token and share of weight
+Corners = Iterable[
+    tuple[Tensor, Tensor]
+]  # of the cells around locations, one after the other: token and share of weight
 
 
 def _corners(locations: Tensor, weights: Tensor, shapes: Shapes, shift: float = 0.5) -> Corners:
@@ -80,10 +82,10 @@ def _corners(locations: Tensor, weights: Tensor, shapes: Shapes, shift: float = 
         return column.repeat(locations.shape[2], 1, locations.shape[4])
 
     def line(axis: int, size: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Along one axis: the cell before each place and its share, the cell after and its share."""
-        place = (locations[..., axis] * size - shift).clamp(min=-1).minimum(size)  # beyond, nothing changes
-        low = place.detach().floor().long().clamp(min=-1).minimum(size - 1)  # even for what is no number
-        high, rest = low + 1, place - low
+        """Along one axis: the cell before each location and its share, the cell after and its share."""
+        position = (locations[..., axis] * size - shift).clamp(min=-1).minimum(size)  # beyond, nothing changes
+        low = position.detach().floor().long().clamp(min=-1).minimum(size - 1)  # even for what is no number
+        high, rest = low + 1, position - low
         return [(low.clamp(min=0), (1 - rest) * (low >= 0)), (high.minimum(size - 1), rest * (high < size))]
 
     width = per_level(w for _, w in shapes)
@@ -138,16 +140,16 @@ def _gather(values: Tensor, corners: Corners) -> Tensor:
 
 @torch.no_grad()
 def _scatter(gradient: Tensor, corners: list[tuple[Tensor, Tensor]], values: Tensor) -> Tensor:
-    """Gradient of values: a bag of queries for all places between the same cells, four times over.
+    """Gradient of values: a bag of queries for all locations between the same cells, four times over.
 
-    That places are sorted once for all four corners is what makes this fast.
+    That locations are sorted once for all four corners is what makes this fast.
     """
     (start, _), (right, _), (below, _), _ = corners
-    square = (4 * start + 2 * (right > start) + (below > start)).flatten()  # places of equal square, equal corners
+    square = (4 * start + 2 * (right > start) + (below > start)).flatten()  # equal squares have equal corners
     order = square.argsort()
     counts = square.index_select(0, order).unique_consecutive(return_counts=True)[1]
     offsets = counts.cumsum(0) - counts
-    example = order.index_select(0, offsets)  # a place in each square
+    example = order.index_select(0, offsets)  # a location in each square
     query = order // math.prod(start.shape[3:])  # and head
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
     for rows, share in corners:
@@ -177,10 +179,10 @@ def _kernels(values: Tensor):
 
 
 class DeformableAttention(nn.Module):
-    """Attention to `points` places of each of `levels` levels, per head (Zhu et al. 2021, Eq. 3).
+    """Attention to `points` sampling locations in each of `levels` levels, per head (Zhu et al. 2021, Eq. 3).
 
-    Places and weights are linear in the query alone: no key is compared with it. Parameters have the names, shapes and
-    initialisation of the official implementation. Raises ValueError if `embed_dim` is not a multiple of `num_heads`.
+    Locations and weights are linear in the query alone: no key is compared with it. Parameters have the names, shapes
+    and initialisation of the official code. Raises ValueError if `embed_dim` is not a multiple of `num_heads`.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, levels: int, points: int):
@@ -212,38 +214,47 @@ class DeformableAttention(nn.Module):
     def forward(
         self,
         query: Tensor,
-        references: Tensor,
+        reference_points: Tensor,
         tokens: Tensor,
         shapes: Shapes,
         padding: Tensor | None = None,
         need_samples: bool = False,
     ) -> tuple[Tensor, Samples | None]:
-        """query [B,Q,E], its position added; references [B,Q,L,2] (centre) or [B,Q,L,4] (centre and size of a box), 0
-        to 1 over each level with its padding; tokens [B,S,E]; padding [B,S], True = padding, whose values count as zero
-        -> output [B,Q,E], and where it came from if asked for.
+        """Output [B,Q,E], and where it came from if asked for.
+
+        Args:
+            query: [B,Q,E], with position encodings added.
+            reference_points: points [B,Q,L,2] or boxes [B,Q,L,4], cxcywh, 0 to 1 over each level with its padding.
+            tokens: [B,S,E], whose values are mixed.
+            shapes: (h, w) of each level.
+            padding: [B,S], True = padding, whose values count as zero; None: there is none.
+            need_samples: return the samples as well.
         """
         values = self.value_proj(tokens)
         if padding is not None:
             values = values.masked_fill(padding.unsqueeze(-1), 0.0)
-        samples = self.samples(query, references, shapes)
+        samples = self.samples(query, reference_points, shapes)
         mixed = sample_and_mix(values.unflatten(-1, (self.num_heads, -1)), shapes, *samples)
         return self.output_proj(mixed), samples if need_samples else None
 
-    def samples(self, query: Tensor, references: Tensor, shapes: Shapes) -> Samples:
-        """Where queries [B,Q,E] look around their references, and how much each place counts, in float32 or wider.
+    def samples(self, query: Tensor, reference_points: Tensor, shapes: Shapes) -> Samples:
+        """Where queries [B,Q,E] look around their reference points, and how much each location counts.
 
-        Offsets are in cells of a level around points, and in units of half a box, over points, around boxes.
+        In float32 or wider. Offsets are in cells of a level around points, and in units of half a box, over points,
+        around boxes.
         """
-        if references.shape[-1] not in (2, 4):
-            raise ValueError(f"references are points [B,Q,L,2] or boxes [B,Q,L,4], not {list(references.shape)}")
+        if reference_points.shape[-1] not in (2, 4):
+            raise ValueError(
+                f"reference_points are points [B,Q,L,2] or boxes [B,Q,L,4], not {list(reference_points.shape)}"
+            )
         scores = self.attention_weights(query)
         with torch.autocast(query.device.type, enabled=False):
             weights = wide(scores).unflatten(-1, (self.num_heads, -1)).softmax(-1).unflatten(-1, (self.levels, -1))
             offsets = self.sampling_offsets(query.to(self.sampling_offsets.weight.dtype))
             offsets = wide(offsets).unflatten(-1, (self.num_heads, self.levels, self.points, 2))
-            references = wide(references)[:, :, None, :, None]  # [B,Q,1,L,1,2 or 4]
-            if references.shape[-1] == 2:
+            reference_points = wide(reference_points)[:, :, None, :, None]  # [B,Q,1,L,1,2 or 4]
+            if reference_points.shape[-1] == 2:
                 unit = offsets.new_tensor([[(1 / w, 1 / h)] for h, w in shapes])  # [L,1,2]
             else:
-                unit = references[..., 2:] * (0.5 / self.points)
-            return Samples(references[..., :2] + offsets * unit, weights)
+                unit = reference_points[..., 2:] * (0.5 / self.points)
+            return Samples(reference_points[..., :2] + offsets * unit, weights)

@@ -1,5 +1,19 @@
 """Multi-head attention with any transform from scores to weights.
 
+All of it is four lines (`mix`, and the projection in `MultiheadAttention`), for every head
+
+    scores  = query key^T / sqrt(D)
+    weights = transform(scores)
+    mixed   = weights value
+    output  = all heads' mixed, side by side, projected
+
+and `attend` computes them in one of four ways, by what is known before any number is:
+
+    written down    the lines above, if the weights are asked for, or if there are no more than `MOST_SCORES` scores
+    PyTorch's       `scaled_dot_product_attention`, for softmax: no score is written down
+    one kernel      kernels/flash.py, for the entmax family on a GPU, from `FUSED_KEYS` keys on: likewise
+    in parts        of the queries, for what is left: no more than `MOST_SCORES` scores exist at a time
+
 Legend: B images, H heads, Q queries, K keys, E embedding, D = E / H channels per head. Batch first;
 padding [B,K] is True where a key is padding; grid (h, w) where keys are the cells of a feature map.
 """
@@ -16,6 +30,21 @@ MOST_SCORES = 2**27  # kept at a time when maps are not asked for: half a GiB of
 FUSED_KEYS = 2048  # from here on the scores of a row are worth not writing down
 
 
+def mix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    transform: Transform,
+    padding: Tensor | None = None,
+    grid: Grid | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention as it is written in the papers, every score and every weight in memory; arguments as of `attend`."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B,H,Q,K]
+    weights = transform(scores, None if padding is None else padding[:, None, None, :], grid)
+    return F.dropout(weights, dropout).to(value.dtype) @ value, weights
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -28,42 +57,34 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Mix values by transformed scores (Vaswani et al. 2017, Eq. 1, with `transform` in place of softmax).
 
-    query [B,H,Q,D], key [B,H,K,D], value [B,H,K,V] -> mixed [B,H,Q,V] and, if asked for, weights [B,H,Q,K].
-    The weights are those before dropout: what the layer looks at, not what a training step happened to keep.
-    Without maps, no more than `MOST_SCORES` scores exist at a time, and none at all where one kernel does everything:
-    for softmax, and on a GPU for the entmax family from `FUSED_KEYS` keys on.
+    Args:
+        query: [B,H,Q,D].
+        key: [B,H,K,D].
+        value: [B,H,K,V].
+        transform: from scores [B,H,Q,K] to weights.
+        padding: [B,K] bool, True = padding; None: there is none.
+        grid: (h, w) of the feature map whose cells are the keys, where they are such.
+        dropout: share of the weights that are set to zero, 0 to 1.
+        need_weights: return the weights as well; then none of the faster ways is taken.
+
+    Returns:
+        Mixed values [B,H,Q,V], and weights [B,H,Q,K] if asked for: before dropout, where the layer looks.
     """
     if need_weights:
-        return _mix(query, key, value, transform, padding, grid, dropout)
+        return mix(query, key, value, transform, padding, grid, dropout)
     if isinstance(transform, Softmax) and not transform.padding_adds_one:
         keep = None if padding is None else ~padding[:, None, None, :]  # [B,1,1,K]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None
     if _fused(query, key, value, transform):
-        alpha = transform.alpha  # a number, or [H]
-        return _flash().sparse_attention(query, key, value, alpha, padding, dropout), None
+        return _flash().sparse_attention(query, key, value, transform.alpha, padding, dropout), None
     row = max(1, query.shape[0] * query.shape[1] * key.shape[2])  # scores of one query in every image and head
     if row * query.shape[2] <= MOST_SCORES:
-        return _mix(query, key, value, transform, padding, grid, dropout)[0], None
+        return mix(query, key, value, transform, padding, grid, dropout)[0], None
     parts = [  # the backward pass computes each part's scores again
-        checkpoint(_mix, part, key, value, transform, padding, grid, dropout, use_reentrant=False)[0]
+        checkpoint(mix, part, key, value, transform, padding, grid, dropout, use_reentrant=False)[0]
         for part in query.split(max(1, MOST_SCORES // row), 2)
     ]
     return torch.cat(parts, 2), None
-
-
-def _mix(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    transform: Transform,
-    padding: Tensor | None,
-    grid: Grid | None,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """Values mixed and weights, every score written down."""
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B,H,Q,K]
-    weights = transform(scores, None if padding is None else padding[:, None, None, :], grid)
-    return F.dropout(weights, dropout).to(value.dtype) @ value, weights
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, transform: Transform) -> bool:
@@ -96,7 +117,14 @@ def merge_heads(x: Tensor) -> Tensor:
 class MultiheadAttention(nn.Module):
     """`torch.nn.MultiheadAttention` with a choice of transform: same parameters, names and initialisation.
 
-    Raises ValueError if `embed_dim` is not a multiple of `num_heads`.
+    Args:
+        embed_dim: E, channels of queries, keys, values and output.
+        num_heads: H, each with E / H channels.
+        transform: from scores to weights; a learnable one belongs to this layer.
+        dropout: share of the weights that are set to zero in training, 0 to 1.
+
+    Raises:
+        ValueError: `embed_dim` is not a multiple of `num_heads`.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, transform: Transform, dropout: float = 0.0):
@@ -121,7 +149,14 @@ class MultiheadAttention(nn.Module):
         grid: Grid | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """query [B,Q,E], key and value [B,K,E], padding [B,K] -> output [B,Q,E], weights [B,H,Q,K] or None."""
+        """Output [B,Q,E], and weights [B,H,Q,K] if asked for, else None.
+
+        Args:
+            query: [B,Q,E], with position encodings added.
+            key: [B,K,E], likewise.
+            value: [B,K,E], without.
+            padding, grid, need_weights: as of `attend`.
+        """
         weight, bias = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         projected = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weight, bias, strict=True))
         q, k, v = (split_heads(x, self.num_heads) for x in projected)

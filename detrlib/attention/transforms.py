@@ -46,7 +46,8 @@ class Transform(nn.Module):
             # A row of nothing but -inf has no weights: leave it finite here, and clear it in the end.
             empty = padding.all(-1, keepdim=True)
             weights = self.weights(scores.masked_fill(padding & ~empty, float("-inf")), grid)
-            return weights.masked_fill(empty, 0.0) if empty.any() else weights
+            # There is hardly ever such a row. On a GPU a copy costs less than to wait for the answer.
+            return weights if empty.is_cpu and not empty.any() else weights.masked_fill(empty, 0.0)
 
     def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
         raise NotImplementedError

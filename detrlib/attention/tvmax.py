@@ -58,7 +58,7 @@ class _Prox(torch.autograd.Function):
         y = maps.masked_fill(away, 0)
         centre = y.sum((1, 2), keepdim=True) / (~away).sum((1, 2), keepdim=True).clamp(min=1)
         y = (y - centre).masked_fill_(away, 0)  # keeps rounding relative to the differences
-        x, patches, gap = _solve(y, lam, away if away.any() else None)
+        x, patches, gap = _solve(y, lam, away if away.any() else None)  # its rounds wait for a GPU in any case
         prox = torch.where(away, maps, x + centre).reshape(scores.shape)
         ctx.save_for_backward(patches.int(), hidden)
         ctx.mark_non_differentiable(gap := gap.view(scores.shape[:-2]))

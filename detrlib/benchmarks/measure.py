@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from detrlib import runs
-from detrlib.attention import AlphaEntmax, build_transform
+from detrlib.attention import AlphaEntmax, build_transform, reference
 from detrlib.attention.transforms import ALPHA_HIGH, ALPHA_LOW
-from detrlib.benchmarks.rivals import Candidate, bisection, others, package_version, prox, tvmax_by_map
+from detrlib.benchmarks.rivals import Candidate, others, package_version, prox, tvmax_by_map
 from detrlib.config import Config, load_config
-from detrlib.engine import loop as train
+from detrlib.engine.optimizer import parameter_groups
 from detrlib.losses.criterion import Criterion
 from detrlib.models import build_model
 from detrlib.models.outputs import Site
@@ -73,24 +73,29 @@ def compare(
     Candidates take turns, so that whatever else the machine does hits all of them alike. The first turn only warms up;
     a candidate that has taken more than `limit` seconds in those after it takes no more turns.
     """
-    seconds = {name: [] for name in candidates}
+    taken = {name: [] for name in candidates}
     for turn in range(repeats + 1):
         for name, run in candidates.items():
-            if sum(seconds[name]) <= limit:
-                took = _seconds(run, device)
-                seconds[name] += [took] if turn else []
-    quartiles = {name: [*np.quantile(taken, (0.5, 0.25, 0.75)), len(taken)] for name, taken in seconds.items()}
+            if sum(taken[name]) <= limit:
+                took = seconds(run, device)
+                taken[name] += [took] if turn else []
+    quartiles = {name: [*np.quantile(each, (0.5, 0.25, 0.75)), len(each)] for name, each in taken.items()}
     table = pd.DataFrame.from_dict(quartiles, orient="index", columns=["value", "low", "high", "repeats"])
     return table.astype({"repeats": "Int64"}).rename_axis("candidate")
 
 
-def _seconds(run: Callable[[], object], device: str) -> float:
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
+def seconds(run: Callable[[], object], device: str) -> float:
+    """How long `run` takes, until the device has finished."""
+    start = now(device)
     run()
-    wait()
-    return time.perf_counter() - start
+    return now(device) - start
+
+
+def now(device: str) -> float:
+    """The clock, in seconds, when the device has finished what it was told to do."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
@@ -184,22 +189,22 @@ def _forward_and_backward(candidate: Candidate, scores: Tensor, gradient: Tensor
 
 
 def measure_accuracy(names: list[str], shape: Shape, settings: Settings) -> pd.DataFrame:
-    """The largest error of a weight against bisection in float64 (softmax: against itself in float64), and the error of
-    the gradients of alpha against differences of bisection, relative to all of them (2-norms). Without tvmax, whose
-    errors are in `measure_tvmax`.
+    """The largest error of a weight against the definition (attention/reference.py) in float64, and the error of the
+    gradients of alpha against its differences, relative to all of them (2-norms). Without tvmax, whose errors are in
+    `measure_tvmax`.
     """
     rows, device = [], settings.device
     scores, gradient = _random(shape.scores, settings.score_scale, device), _random(shape.scores, 1.0, device, 1)
     alphas = torch.linspace(1.1, 1.9, shape.heads, device=device, dtype=torch.float64)[:, None, None]  # [H,1,1]
-    powers = {"sparsemax": 2.0, "entmax15": 1.5, "entmax": settings.alpha, "alpha_entmax": alphas}
+    powers = {"softmax": 1, "sparsemax": 2.0, "entmax15": 1.5, "entmax": settings.alpha, "alpha_entmax": alphas}
     for name in (name for name in names if name != "tvmax"):
         found = implementations([name], shape, settings)
-        expected = scores.double().softmax(-1) if name == "softmax" else bisection(scores, powers[name])
+        expected = reference.entmax(scores.double(), powers[name])
         errors = [(_forward(candidate, scores, gradient)() - expected).abs().max().item() for candidate in found]
         rows += _rows("accuracy", "weights", found, "error", "", errors)
         if name == "alpha_entmax":
-            difference = bisection(scores, alphas + 1e-5) - bisection(scores, alphas - 1e-5)
-            expected = (difference / 2e-5 * gradient).sum((0, 2, 3))  # [H]
+            above, below = (reference.entmax(scores.double(), alphas + step) for step in (1e-5, -1e-5))
+            expected = ((above - below) / 2e-5 * gradient).sum((0, 2, 3))  # [H]
             slopes = [_alpha_gradient(candidate, scores, gradient) for candidate in found]
             errors = [((slope - expected).norm() / expected.norm()).item() for slope in slopes]
             rows += _rows("accuracy", "alpha gradient", found, "relative error", "", errors)
@@ -239,7 +244,7 @@ def measure_tvmax(shape: Shape, maps: int, settings: Settings) -> pd.DataFrame:
 
     few = whole[:4] * (2 * settings.tv_lambda / settings.score_scale)
     smooth = [prox(y, settings.tv_lambda, 20000, 1e-9) for y in few.cpu().double().unflatten(1, shape.grid).numpy()]
-    expected = bisection(torch.from_numpy(np.stack(smooth)).flatten(1), 2.0)
+    expected = reference.entmax(torch.from_numpy(np.stack(smooth)).flatten(1), 2.0)
     errors = [(candidate.apply(few).cpu() - expected).abs().max().item() for candidate in found]
     rows = _rows("tvmax", "decoder_cross", found, BOTH, "s", times.to_dict("records"))
     return pd.DataFrame(rows + _rows("tvmax", "decoder_cross", found, "error", "", errors))
@@ -281,14 +286,13 @@ def training_step(cfg: Config, size: tuple[int, int], batch: int = 1, device: st
     images = _random((batch, 3, *size), 1.0, device)
     boxes = 0.5 + 0.05 * _random((batch, 8, 4), 1.0, device).clamp(-4, 4)
     targets = [{"labels": torch.arange(8, device=device), "boxes": per_image} for per_image in boxes]
-    padding = torch.zeros(batch, *size, dtype=torch.bool, device=device)
     with torch.no_grad():  # the features of a network without pretraining are huge: attention would see one key only
-        images /= model.backbone(images, padding)[-1].features.std()
-    criterion = Criterion(cfg.loss)
-    optimizer = torch.optim.AdamW(train.parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
+        images /= model.backbone(images, None)[-1].features.std()
+    criterion = Criterion(**dict(cfg.loss))
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
 
     def step() -> None:
-        loss, _ = criterion(model(images, padding), targets)
+        loss, _ = criterion(model(images), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
         optimizer.step()

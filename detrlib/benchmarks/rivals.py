@@ -1,4 +1,4 @@
-"""What the transforms are measured against: other implementations, a slow reference, and TVMax one map at a time.
+"""What the transforms are measured against: other implementations, and TVMax one map at a time.
 
 TVMax in a loop follows the implementation published with Martins et al. 2021. The proximal step of a map h x w takes
 turns between exact steps along its columns and its rows (Condat 2013, "A Direct Algorithm for 1-D Total Variation
@@ -78,17 +78,6 @@ def _of_entmax_library(name: str, alpha: float, alphas: Tensor) -> Candidate:
         "entmax": lambda scores: entmax.entmax_bisect(scores, alpha, dim=-1),
     }
     return Candidate(name, "entmax", functions[name])
-
-
-def bisection(scores: Tensor, alpha: float | Tensor, steps: int = 60) -> Tensor:
-    """entmax over the last axis in float64, by halving the interval of its threshold. `alpha` may broadcast."""
-    z = (scores.double() - scores.double().amax(-1, keepdim=True)) * (alpha - 1)
-    low = torch.full_like(z[..., :1], -1)  # here the largest weight alone is one, at zero there is none
-    for step in range(1, steps + 1):
-        middle = low + 0.5**step
-        total = (z - middle).clamp_(min=0).pow_(1 / (alpha - 1)).sum(-1, keepdim=True)
-        low = torch.where(total >= 1, middle, low)
-    return (z - low).clamp_(min=0).pow_(1 / (alpha - 1))
 
 
 def tvmax_by_map(

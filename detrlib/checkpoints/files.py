@@ -4,11 +4,9 @@
     detrlib import detr-r50-e632da11.pth --as official-r50
     detrlib evaluate official-r50                                       its AP on COCO
 
-Files of DETR, of its variants with sparse cross-attention, of Deformable DETR and of Sparse DETR are known, and those
-of torchvision's Faster R-CNN (fasterrcnn_resnet50_fpn_coco-258fb6c6.pth, its v2, and what was fine-tuned from them). No
-code in a file is run. Detection transformers in them were trained with features next to padding as they come, so they
-are built with `model.compatibility.mask_padding: false`; with true, images in padded batches give other detections than
-published.
+Files of DETR, of its variants with sparse cross-attention, of Deformable DETR and of Sparse DETR are known. No code in
+a file is run. Models in them were trained with features next to padding as they come, so they are built with
+`model.compatibility.mask_padding: false`; with true, images in padded batches give other detections than published.
 """
 
 import argparse
@@ -29,7 +27,6 @@ from detrlib.errors import WeightsError
 from detrlib.files import load_weights, weight_faults
 from detrlib.models.build import build_model
 from detrlib.models.deformable import DeformableDETR
-from detrlib.models.faster_rcnn import FasterRCNN
 from detrlib.models.pretrained import SCRL
 
 # What the training scripts were told and wrote into their files, and which settings it decides here.
@@ -55,7 +52,7 @@ class OfficialCheckpoint:
 
     @property
     def family(self) -> str:
-        """ "detr", "deformable", "sparse", "faster_rcnn" or "faster_rcnn_v2"."""
+        """ "detr", "deformable" or "sparse"."""
         return family_of(self.state)
 
 
@@ -174,8 +171,6 @@ def export_official(model: nn.Module) -> State:
     for name, module in model.named_modules():
         if isinstance(module, AlphaEntmax) and not module.clamped:
             own[f"{name}.pre_alpha"] = torch.logit(module.alpha.detach() - 1)
-    if isinstance(model, FasterRCNN):
-        return own
     if not isinstance(model, DeformableDETR):
         state = official_state(own)
     else:

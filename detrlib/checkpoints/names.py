@@ -1,61 +1,63 @@
 """What official files call the entries of a model, and what this library calls them. Names and tensors only.
 
-Official names are kept but for four things: the backbone has no number (`backbone.0.body` is `backbone.body`,
-`backbone.1` is `position`), a Swin Transformer in it has the names of torchvision, `pre_alpha` belongs to the transform
-of an attention, and a head that official files of the deformable family register in several places is registered once.
-The numbers in both forms of a Swin Transformer mean the same: tables of position biases and the order in which patches
-are merged agree. Entries of torchvision's Faster R-CNN have its names of today, which older files (that of version 1 is
-one) spell without the places of convolutions within blocks.
+`NAMES` is the one table, read in both directions; what is not in it has the same name on both sides. Heads, which
+official files of the deformable family register in several places, are registered once here.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from detrlib.errors import WeightsError
-from detrlib.models.pretrained import PAIRS, official_swin_name, swin_name
+from detrlib.models.pretrained import PAIRS, SWIN_NAMES, renamed
 
 State = dict[str, Tensor]
 
-PREFIXES = (("backbone.0.body.", "backbone.body."), ("backbone.1.", "position."))
-OLD_PYRAMID = re.compile(r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$")
-OLD_PROPOSALS = re.compile(r"rpn\.head\.conv\.(weight|bias)$")
+# Parts of names: official, ours.
+NAMES = (
+    ("backbone.0.body.", "backbone.body."),
+    ("backbone.1.", "position."),
+    ("multihead_attn.pre_alpha", "multihead_attn.transform.pre_alpha"),
+    *SWIN_NAMES,
+)
 PROFILING = ("total_params", "total_ops", "num_batches_tracked")  # counters that tools left in official files
 HEAD = re.compile(r"(?P<place>(?:transformer\.(?:encoder|decoder)\.)?)(?P<kind>class|bbox)_embed\.(?P<number>\d+)\.")
-DECODER_BOXES = "transformer.decoder.bbox_embed."
 
 
 def own_name(official: str) -> str:
     """The name in this library of an official entry."""
-    for theirs, ours in PREFIXES:
-        if official.startswith(theirs):
-            return ours + swin_name(official.removeprefix(theirs))
-    modern = OLD_PROPOSALS.sub(r"rpn.head.conv.0.0.\1", OLD_PYRAMID.sub(r"\1.0.\2", official))
-    return re.sub(r"multihead_attn\.pre_alpha$", "multihead_attn.transform.pre_alpha", modern)
+    return renamed(official, NAMES)
 
 
 def official_name(own: str) -> str:
     """The official name of an entry of this library."""
-    for theirs, ours in PREFIXES:
-        if own.startswith(ours):
-            return theirs + official_swin_name(own.removeprefix(ours))
-    return own.replace(".transform.pre_alpha", ".pre_alpha")
+    return renamed(own, [(ours, theirs) for theirs, ours in NAMES])
 
 
 def own_state(official: Mapping[str, Tensor]) -> State:
     """Entries under the names of this library, every head once. Raises WeightsError where copies of one differ."""
-    plain = {
-        own_name(name): value.flatten() if name.endswith(PAIRS) else value
-        for name, value in official.items()
-        if not name.endswith(PROFILING)
-    }
-    state = _without_copies(plain)
-    if refines(plain):
-        return state
-    return {HEAD.sub(lambda match: f"{match['kind']}_embed.0.", name): value for name, value in state.items()}
+    refined = refines(official)
+    heads = [match for _, match in _heads(official)]
+    of_encoder = {int(match["number"]) for match in heads if "encoder" in match["place"]}
+    # The encoder's heads are the last of all, which are numbered across decoder and encoder.
+    before = 1 + max((int(match["number"]) for match in heads), default=-1) - len(of_encoder)
+
+    def once(match: re.Match) -> str:
+        number = int(match["number"]) + (before if "encoder" in match["place"] else 0)
+        return f"{match['kind']}_embed.{number if refined else 0}."
+
+    state = {}
+    for name, value in official.items():
+        if name.endswith(PROFILING):
+            continue
+        own = own_name(HEAD.sub(once, name))
+        value = value.flatten() if name.endswith(PAIRS) else value
+        if not _same(state.setdefault(own, value), value):
+            raise WeightsError(f"{name} and {own} are one head in the official model, but differ in this file")
+    return state
 
 
 def official_state(own: Mapping[str, Tensor], refine: bool = False, layers: int = 0, encoder_heads: int = 0) -> State:
@@ -64,27 +66,20 @@ def official_state(own: Mapping[str, Tensor], refine: bool = False, layers: int 
     refine: each of `layers` decoder layers has heads of its own; otherwise all share one, and files repeat it.
     encoder_heads: the last of the heads are those of encoder layers.
     """
-    state = {
-        official_name(name): value.unflatten(0, (math.isqrt(len(value)), -1)) if name.endswith(PAIRS) else value
-        for name, value in own.items()
-    }
-    heads = _numbered_heads(state)
-    if not heads:
-        return state
-    if not refine:
-        return state | {
-            HEAD.sub(rf"{match['kind']}_embed.{number}.", name): state[name]
-            for name, match in heads.items()
-            for number in range(layers)
-        }
-    total = 1 + max(int(match["number"]) for match in heads.values())
-    for name, match in heads.items():
-        rest, number, kind = name.removeprefix(match[0]), int(match["number"]), match["kind"]
-        if kind == "bbox" or total > layers:  # the decoder knows the class heads of models with two stages alone
-            state[f"transformer.decoder.{kind}_embed.{number}.{rest}"] = state[name]
-        if number >= total - encoder_heads:
-            place = number - (total - encoder_heads)
-            state[f"transformer.encoder.{kind}_embed.{place}.{rest}"] = state[name]
+    total = 1 + max((int(match["number"]) for _, match in _heads(own)), default=-1)
+    state = {}
+    for name, value in own.items():
+        value = value.unflatten(0, (math.isqrt(len(value)), -1)) if name.endswith(PAIRS) else value
+        places, head = [official_name(name)], HEAD.match(name)
+        if head:
+            kind, number, rest = head["kind"], int(head["number"]), name[head.end() :]
+            if not refine:
+                places = [f"{kind}_embed.{layer}.{rest}" for layer in range(layers)]
+            elif kind == "bbox" or total > layers:  # the decoder knows the class heads of models with two stages alone
+                places.append(f"transformer.decoder.{name}")
+            if refine and number >= total - encoder_heads:
+                places.append(f"transformer.encoder.{kind}_embed.{number - (total - encoder_heads)}.{rest}")
+        state |= dict.fromkeys(places, value)
     return state
 
 
@@ -93,36 +88,18 @@ def refines(state: Mapping[str, Tensor]) -> bool:
 
     Models with two stages do; in others the decoder knows the box heads, or they differ.
     """
-    if "transformer.pos_trans.weight" in state or any(name.startswith(DECODER_BOXES) for name in state):
+    if "transformer.pos_trans.weight" in state or any(name.startswith("transformer.decoder.bbox") for name in state):
         return True
-    heads = _numbered_heads(state)
-    first = {match["kind"] + name.removeprefix(match[0]): state[name] for name, match in heads.items()}
+    first = {}
     return not all(
-        _same(state[name], first[match["kind"] + name.removeprefix(match[0])]) for name, match in heads.items()
+        _same(first.setdefault((match["kind"], name[match.end() :]), state[name]), state[name])
+        for name, match in _heads(state)
     )
 
 
-def _numbered_heads(state: Iterable[str]) -> dict[str, re.Match]:
-    matches = {name: HEAD.match(name) for name in state}
-    return {name: match for name, match in matches.items() if match}
-
-
-def _without_copies(state: State) -> State:
-    """Heads of the decoder and of the encoder are entries of the one list of heads; files may hold either or both."""
-    heads = _numbered_heads(state)
-    encoder = {int(match["number"]) for match in heads.values() if "encoder" in match["place"]}
-    total = 1 + max((int(match["number"]) for match in heads.values()), default=-1)
-    kept = {name: value for name, value in state.items() if name not in heads}
-    for name, match in heads.items():
-        number = int(match["number"])
-        if "encoder" in match["place"]:
-            number += total - len(encoder)
-        rest = name.removeprefix(match[0])
-        first = f"{match['kind']}_embed.{number}.{rest}"
-        if first in kept and not _same(kept[first], state[name]):
-            raise WeightsError(f"{name} and {first} are one head in the official model, but differ in this file")
-        kept.setdefault(first, state[name])
-    return kept
+def _heads(state: Mapping[str, Tensor]) -> Iterator[tuple[str, re.Match]]:
+    """The entries of heads that have a number."""
+    return ((name, match) for name in state if (match := HEAD.match(name)))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -16,7 +16,6 @@ from detrlib.models.swin import DEPTHS, WIDTHS
 
 BODY = "backbone.0.body."
 RESNETS = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
-REGION_CLASSES = "roi_heads.box_predictor.cls_score.weight"  # of torchvision's Faster R-CNN and its relatives
 PRE_ALPHA = "transformer.decoder.layers.0.multihead_attn.pre_alpha"
 
 # Entries that give away files of another kind: what it is, and what to do.
@@ -35,18 +34,20 @@ FOREIGN = (
         "this model is not known here",
     ),
     (r".*\b(label_enc|tgt_embed)\b", "a file of DINO or DN-DETR", "this model is not known here"),
-    (r"(roi_heads|rpn|bbox_head|neck|proposal_generator)\.", "another detector", "this model is not known here"),
+    (
+        r"(roi_heads|rpn|bbox_head|neck|proposal_generator)\.",
+        "another detector",
+        "evaluate its detections: detrlib evaluate NAME --predictions FILE.json --data CONFIG",
+    ),
     (r"backbone\.body\.", "a file of this library itself", "load the run with detrlib.engine.evaluate.load_model"),
 )
 
 
 def family_of(state: Mapping[str, Tensor]) -> str:
-    """The family of a file by the names of its entries. Raises WeightsError naming anything else.
+    """The family of a file by the names of its entries: "detr", "deformable" or "sparse".
 
-    "detr", "deformable", "sparse", or of torchvision "faster_rcnn" and "faster_rcnn_v2".
+    Raises WeightsError naming anything else.
     """
-    if REGION_CLASSES in state and not any(re.match(r"roi_heads\.(mask|keypoint)_", name) for name in state):
-        return "faster_rcnn_v2" if "roi_heads.box_head.5.weight" in state else "faster_rcnn"
     if "transformer.enc_mask_predictor.layer2.4.weight" in state:
         return "sparse"
     if "transformer.level_embed" in state:
@@ -57,9 +58,7 @@ def family_of(state: Mapping[str, Tensor]) -> str:
             raise WeightsError(f"this is {what} (it has {hit}); {remedy}")
     if any(name.startswith("transformer.decoder.") for name in state):
         return "detr"
-    raise WeightsError(
-        f"this is no DETR, Deformable DETR, Sparse DETR or Faster R-CNN: {', '.join(list(state)[:3])}, ..."
-    )
+    raise WeightsError(f"this is no DETR, Deformable DETR or Sparse DETR: {', '.join(list(state)[:3])}, ...")
 
 
 def settings_of(state: Mapping[str, Tensor], told: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -71,8 +70,6 @@ def settings_of(state: Mapping[str, Tensor], told: Mapping[str, Any] | None = No
     """
     told = dict(told or {})
     family = family_of(state)
-    if family.startswith("faster_rcnn"):
-        return _torchvision_settings(state, family) | told
     settings = {
         **backbone_settings(state),
         "model.architecture": "detr" if family == "detr" else "deformable",
@@ -85,22 +82,6 @@ def settings_of(state: Mapping[str, Tensor], told: Mapping[str, Any] | None = No
     }
     settings |= _detr_settings(state) if family == "detr" else _deformable_settings(state, told, settings)
     return settings | told
-
-
-def _torchvision_settings(state: Mapping[str, Tensor], family: str) -> dict[str, Any]:
-    bottleneck = "backbone.body.layer1.0.conv3.weight" in state
-    blocks = _count(state, r"backbone\.body\.layer3\.(\d+)\.")
-    pyramid = any(name.startswith("backbone.fpn.") for name in state)
-    if not pyramid or RESNETS.get((bottleneck, blocks)) != "resnet50":
-        raise WeightsError(
-            "a Faster R-CNN whose backbone is no resnet50 with a feature pyramid; of torchvision's, "
-            "fasterrcnn_resnet50_fpn and fasterrcnn_resnet50_fpn_v2 are known here"
-        )
-    return {
-        "model.architecture": family,
-        "model.backbone.weights": "none",  # they are in the file
-        "model.num_classes": _shape(state, REGION_CLASSES)[0],  # the first is the background
-    }
 
 
 def _detr_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from detrlib.config import Data, project_path
+from detrlib.data.annotations import listed
 from detrlib.data.augment import build_transform
 from detrlib.data.batch import Batch, collate
 from detrlib.data.coco import CocoDataset
@@ -22,17 +23,34 @@ def split_paths(settings: Data, split: Literal["train", "val"]) -> tuple[Path, P
     annotations = project_path(explicit[1]) if explicit[1] else root / "annotations" / f"instances_{name}.json"
     for path in (images, annotations):
         if not path.exists():
-            there = sorted(found.name for found in path.parent.glob("*"))[:10] if path.parent.exists() else None
-            found = f"{path.parent} holds {', '.join(there) or 'nothing'}" if there is not None else "nor its folder"
             raise DataError(
-                f"no {path} ({found}); a COCO-format folder has {name}/ and annotations/instances_{name}.json: set "
-                f"data.root, data.{split}_split, or data.{split}_images and data.{split}_annotations"
+                f"no {path} ({_neighbours(path)}); a COCO-format folder has {name}/ and annotations/instances_{name}"
+                f".json: set data.root, data.{split}_split, or data.{split}_images and data.{split}_annotations"
             )
     return images, annotations
 
 
+def _neighbours(path: Path) -> str:
+    if not path.parent.exists():
+        return "nor its folder"
+    return f"{path.parent} holds {listed(sorted(other.name for other in path.parent.iterdir()), 10) or 'nothing'}"
+
+
 def build_dataset(settings: Data, split: Literal["train", "val"], *, augment: bool | None = None) -> CocoDataset:
-    """The data set of a split as `settings` describe it; `augment`: None augments the training split only."""
+    """Open the data set of a split as `settings` describe it, checked before the first step; see `CocoDataset`.
+
+    Args:
+        settings: the section `data` of a config; `root` "shapes" draws the embedded data set on first use.
+        split: "train" or "val"; their folders, files and limits are settings of their own.
+        augment: whether images pass DETR's random flips, scales and crops; None: those of the training split do.
+
+    Returns:
+        Pairs (image float32 [3,H,W], normalised as for ImageNet; target with boxes [n,4] cxcywh in 0..1, labels [n],
+        sizes in pixels), in order of image id.
+
+    Raises:
+        DataError: a file or folder is missing, or an annotation is faulty; names the file, the entry and the remedy.
+    """
     images, annotations = split_paths(settings, split)
     augment = split == "train" if augment is None else augment
     return CocoDataset(

@@ -9,11 +9,17 @@ from detrlib.errors import ConfigError
 
 
 class Batch(NamedTuple):
-    """images [B, 3, H, W]; padding_mask [B, H, W], True = padding; targets: one dict per image."""
+    """Images, which of their pixels are padding, and what is annotated in them."""
 
-    images: Tensor
-    padding_mask: Tensor
-    targets: list[dict]
+    images: Tensor  # [B,3,H,W]
+    padding_mask: Tensor | None  # [B,H,W], True = padding; None: no image is padded
+    targets: list[dict]  # of each image, see `CocoDataset`
+
+    def mask(self) -> Tensor:
+        """The padding mask [B,H,W], all False where no image is padded."""
+        if self.padding_mask is not None:
+            return self.padding_mask
+        return torch.zeros_like(self.images[:, 0], dtype=torch.bool)
 
     def to(self, device: torch.device | str) -> "Batch":
         """This batch on `device`. Copies from pinned memory do not wait."""
@@ -26,13 +32,24 @@ class Batch(NamedTuple):
 
 
 def collate(samples: list[tuple[Tensor, dict]], multiple: int = 32) -> Batch:
-    """Pad images [3, h, w] with zeros, below and to the right, to one size divisible by `multiple`.
+    """Pad images with zeros, below and to the right, to one size, and put them into one batch.
 
-    With `multiple` equal to the stride of the backbone, each cell of the feature map covers the same pixels
-    whether an image comes alone or beside larger ones, so that its prediction can be the same too.
+    Whether a batch has padding is known here, and from here on by `padding_mask`, which is None if it has none: nobody
+    needs to ask a tensor on a GPU.
+
+    Args:
+        samples: images [3,h,w] with their targets, as data sets return them.
+        multiple: height and width of the batch are divisible by it, in pixels. Where it is the stride of the backbone,
+            each cell of the feature map covers the same pixels whether an image comes alone or beside larger ones, so
+            that its prediction can be the same too.
+
+    Returns:
+        A batch on the device of the images; targets stay as they are.
     """
     images, targets = zip(*samples, strict=True)
     height, width = (_round_up(max(image.shape[axis] for image in images), multiple) for axis in (-2, -1))
+    if all(image.shape[-2:] == (height, width) for image in images):
+        return Batch(torch.stack(images), None, list(targets))
     padded = images[0].new_zeros(len(images), images[0].shape[0], height, width)
     padding_mask = torch.ones(len(images), height, width, dtype=torch.bool)
     for index, image in enumerate(images):

@@ -1,6 +1,5 @@
 """Any folder in COCO format as a dataset of images and boxes, checked before the first training step."""
 
-import json
 import logging
 import os
 from collections import defaultdict
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
 from detrlib.boxes import xyxy_to_cxcywh
+from detrlib.data.annotations import Annotation, Annotations, ImageRecord, listed, read_annotations
 from detrlib.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class CocoDataset(Dataset):
         train: bool = False,
     ):
         self.images_path, self.annotations_path = Path(images), Path(annotations)
-        self.transform, self._limit, self._cache = transform, limit, {} if cache else None
+        self.transform, self._cache = transform, {} if cache else None
 
         content = read_annotations(self.annotations_path)
         categories = sorted(content["categories"], key=lambda category: category["id"])
@@ -75,7 +75,7 @@ class CocoDataset(Dataset):
         self.names = {self._label_of[category["id"]]: category["name"] for category in categories}
         self.num_classes = max(self.names) + 1
 
-        self._records = _kept_images(content, limit)
+        self._records = sorted(content["images"], key=lambda record: record["id"])[:limit]
         self.image_ids = [record["id"] for record in self._records]
         of_image = _by_image(content["annotations"], self.image_ids)
         self._check_files(of_image)
@@ -142,25 +142,19 @@ class CocoDataset(Dataset):
         return pd.DataFrame(rows, columns=["image_id", "label", "category", "width", "height", "area", "crowd"])
 
     @cached_property
-    def ground_truth(self) -> dict:
-        """The annotation file, restricted to the images of this dataset, complete enough for an evaluator.
+    def ground_truth(self) -> Annotations:
+        """The annotation file, restricted to the images of this dataset and without boxes that have no area.
 
-        Missing `id`, `area` and `iscrowd` are filled in (a running number, the area of the box, 0) and boxes
-        without an area left out. Read again when asked for, so that training need not hold it in memory.
+        Read again when asked for, so that training need not hold it in memory.
         """
         content = read_annotations(self.annotations_path)
-        kept = set(self.image_ids)
-        content["images"] = [record for record in content["images"] if record["id"] in kept]
         sizes = {record["id"]: (record["width"], record["height"]) for record in self._records}
-        next_id = 1 + max((a.get("id", 0) for a in content["annotations"]), default=0)
-        annotations = []
-        for annotation in content["annotations"]:
-            if annotation["image_id"] not in kept or not _has_area(annotation, *sizes[annotation["image_id"]]):
-                continue
-            _, _, width, height = annotation["bbox"]
-            annotations.append({"id": next_id, "area": width * height, "iscrowd": 0, **annotation})
-            next_id += "id" not in annotation
-        content["annotations"] = annotations
+        content["images"] = [record for record in content["images"] if record["id"] in sizes]
+        content["annotations"] = [
+            annotation
+            for annotation in content["annotations"]
+            if annotation["image_id"] in sizes and _has_area(annotation, *sizes[annotation["image_id"]])
+        ]
         return content
 
     def _pixels(self, index: int) -> Tensor:
@@ -171,7 +165,7 @@ class CocoDataset(Dataset):
             self._cache[index] = pixels
         return pixels
 
-    def _check_files(self, of_image: dict[int, list[dict]]) -> None:
+    def _check_files(self, of_image: dict[int, list[Annotation]]) -> None:
         """Every file must exist and every size be known. One listing per folder: fast for 118,000 files."""
         if not self.images_path.is_dir():
             raise DataError(f"{self.images_path}: no such folder of images; {self.annotations_path} refers to it")
@@ -190,93 +184,32 @@ class CocoDataset(Dataset):
                 f"{_mention(record, of_image[record['id']])}; add the file or remove the entry"
             )
         for record, path in zip(self._records, paths, strict=True):
-            if not (record["width"] and record["height"]):
+            if not (record.get("width") and record.get("height")):
                 record["width"], record["height"] = _size_from_header(path)
 
-    def _collect_boxes(self, of_image: dict[int, list[dict]], strict: bool) -> int:
+    def _collect_boxes(self, of_image: dict[int, list[Annotation]], strict: bool) -> int:
         """Keep the boxes of all images in two flat tensors, which workers share; returns how many had no area."""
         boxes, labels, counts, without_area = [], [], [], []
         for record in self._records:
-            found = of_image[record["id"]]
-            size = record["width"], record["height"]
-            without_area += [a.get("id") for a in found if not _has_area(a, *size)]
-            targets = [a for a in found if _has_area(a, *size) and not a.get("iscrowd", 0)]
+            annotations, size = of_image[record["id"]], (record["width"], record["height"])
+            without_area += [a["id"] for a in annotations if not _has_area(a, *size)]
+            targets = [a for a in annotations if _has_area(a, *size) and not a["iscrowd"]]
             boxes += [_clipped(a["bbox"], *size) for a in targets]
             labels += [self._label_of[a["category_id"]] for a in targets]
             counts.append(len(targets))
         if without_area:
             message = f"{self.annotations_path}: {len(without_area)} boxes have no area inside their image"
             if strict:
-                raise DataError(f"{message}, annotation ids {_listed(without_area)}; correct them or set strict: false")
+                raise DataError(f"{message}, annotation ids {listed(without_area)}; correct them or set strict: false")
             logger.warning("%s and are left out", message)
         self._boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         self._labels = torch.tensor(labels, dtype=torch.int64)
         self._first = [0, *accumulate(counts)]
         return len(without_area)
 
-    def _used_by(self, record: dict) -> str:
+    def _used_by(self, record: ImageRecord) -> str:
         content = read_annotations(self.annotations_path)
         return _mention(record, [a for a in content["annotations"] if a["image_id"] == record["id"]])
-
-
-def read_annotations(path: Path) -> dict:
-    """A COCO annotation file as it is. Raises `DataError` where its parts are missing or do not fit together."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation file") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}; was the download or the export complete?") from None
-    for section in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(section), list):
-            raise DataError(f"{path}: no list '{section}'; COCO format needs 'images', 'annotations' and 'categories'")
-    if not content["images"]:
-        raise DataError(f"{path}: 'images' is empty; a split needs at least one image")
-    if not content["categories"]:
-        raise DataError(f"{path}: 'categories' is empty; a detector needs at least one class")
-    images = _unique_ids(content["images"], "image", "file_name", path)
-    categories = _unique_ids(content["categories"], "category", "name", path)
-    for place, annotation in enumerate(content["annotations"]):
-        _check_annotation(annotation, place, images, categories, path)
-    return content
-
-
-def _unique_ids(entries: list[dict], kind: str, needed: str, path: Path) -> set[int]:
-    ids = set()
-    for place, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise DataError(f"{path}: {kind} number {place} is {entry!r}; expected an object with 'id' and '{needed}'")
-        id = entry.get("id")
-        if not isinstance(id, int) or id < 0:
-            raise DataError(f"{path}: {kind} number {place} has id {id!r}; ids must be integers from 0 up")
-        if id in ids:
-            raise DataError(f"{path}: {kind} id {id} occurs twice; ids must be unique")
-        if not entry.get(needed):
-            raise DataError(f"{path}: {kind} id {id} has no '{needed}'")
-        ids.add(id)
-    return ids
-
-
-def _check_annotation(annotation: dict, place: int, images: set[int], categories: set[int], path: Path) -> None:
-    if not isinstance(annotation, dict):
-        raise DataError(f"{path}: annotation number {place} is {annotation!r}; expected an object with 'bbox'")
-    who = f"annotation id {annotation['id']}" if "id" in annotation else f"annotation number {place} (without an id)"
-    for field, known in (("image_id", images), ("category_id", categories)):
-        value = annotation.get(field)
-        if not isinstance(value, int) or value not in known:
-            part = "images" if field == "image_id" else "categories"
-            raise DataError(
-                f"{path}: {who} has {field} {value!r}, unknown to '{part}'; add it there or remove this one"
-            )
-    box = annotation.get("bbox")
-    if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
-        raise DataError(f"{path}: {who} has bbox {box!r}; expected four numbers [x, y, width, height] in pixels")
-
-
-def _kept_images(content: dict, limit: int | None) -> list[dict]:
-    """Of every image what loading needs; addresses and dates of 118,000 images would fill each worker's memory."""
-    records = sorted(content["images"], key=lambda record: record["id"])[:limit]
-    return [{name: record.get(name) for name in ("id", "file_name", "width", "height")} for record in records]
 
 
 def _size_from_header(path: Path) -> tuple[int, int]:
@@ -287,7 +220,7 @@ def _size_from_header(path: Path) -> tuple[int, int]:
         raise DataError(f"{path}: not readable as an image ({error}); replace it or remove its entry") from error
 
 
-def _by_image(annotations: Iterable[dict], image_ids: list[int]) -> dict[int, list[dict]]:
+def _by_image(annotations: Iterable[Annotation], image_ids: list[int]) -> dict[int, list[Annotation]]:
     grouped = defaultdict(list)
     for annotation in annotations:
         grouped[annotation["image_id"]].append(annotation)
@@ -300,19 +233,15 @@ def _clipped(box: list[float], width: int, height: int) -> tuple[float, float, f
     return max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
 
 
-def _has_area(annotation: dict, width: int, height: int) -> bool:
+def _has_area(annotation: Annotation, width: int, height: int) -> bool:
     x0, y0, x1, y1 = _clipped(annotation["bbox"], width, height)
     return x1 > x0 and y1 > y0  # False for NaN as well
 
 
-def _mention(record: dict, annotations: list[dict]) -> str:
+def _mention(record: ImageRecord, annotations: list[Annotation]) -> str:
     if not annotations:
         return f"image id {record['id']}, which has no annotations"
-    return f"image id {record['id']}, annotation ids {_listed([a.get('id') for a in annotations])}"
-
-
-def _listed(ids: list, most: int = 8) -> str:
-    return ", ".join(str(id) for id in ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+    return f"image id {record['id']}, annotation ids {listed(a['id'] for a in annotations)}"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

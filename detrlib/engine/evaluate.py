@@ -1,7 +1,7 @@
 """One pass over a data set: detections, how sparse attention is, and whether it looks at the object.
 
     detrlib evaluate my-run --split test2017
-    detrlib evaluate my-run --on /data/voc --map motorbike=motorcycle aeroplane=airplane
+    detrlib evaluate my-run --on /data/voc --map motorbike=motorcycle --map aeroplane=airplane
     detrlib evaluate my-run --checkpoint untrained          what was there before training
     detrlib evaluate my-run --set evaluate.paibb=thesis     as published PAIBB was computed
 
@@ -10,7 +10,7 @@ Legend: B images, L layers, H heads, Q queries, K keys.
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,15 @@ from detrlib.data import CocoDataset, build_dataset, collate
 from detrlib.engine.pretrain import backbone_weights
 from detrlib.errors import ConfigError, RunError
 from detrlib.files import load_checkpoint, load_weights, write_atomic, write_json
-from detrlib.losses.criterion import Criterion
-from detrlib.losses.matcher import match
+from detrlib.losses import Criterion, match
 from detrlib.metrics.accumulate import AttentionMeasures
 from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
 from detrlib.models import Predictions, alpha_modules, build_model
-from detrlib.runs.examples import Recorder, recorder
+from detrlib.models.outputs import Site
+from detrlib.runs.examples import recorder
 from detrlib.runs.folder import RESERVED, environment, load_results, save_tables
 
 DETECTIONS_PER_IMAGE = 100  # as COCO counts them
-
-
 UNTRAINED = "untrained"  # in place of a checkpoint's name: the model as it was before training
 
 
@@ -87,7 +85,7 @@ def evaluate_into(
     folder = folder / UNTRAINED if checkpoint == UNTRAINED else folder
     model, known = load_model(run_dir, checkpoint), {"epoch": 0, "global_step": 0}
     if checkpoint != UNTRAINED:
-        known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt")
+        known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt", ("epoch", "global_step"))
     dataset = build_dataset(cfg.data, "val")
     if folder != run_dir:
         write_atomic(folder / "config.yaml", lambda path: save_config(cfg, path))
@@ -119,7 +117,7 @@ def load_model(run_dir: Path, checkpoint: str = "last") -> nn.Module:
             weights = backbone_weights(cfg.model.backbone, build_dataset(cfg.data, "train"), cfg.data.image_size)
         return initial_model(cfg, weights).eval()
     path = run_dir / "checkpoints" / f"{checkpoint}.pt"
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, ["model"])
     model = build_model(cfg.model, backbone_weights="none")
     load_weights(model, state.get("average") or state["model"], path)
     return model.eval()
@@ -132,9 +130,9 @@ def initial_model(cfg: Config, weights: str | Path | None = None) -> nn.Module:
         return build_model(cfg.model, weights)
 
 
-def autocast(cfg: Config, device: torch.device) -> torch.autocast:
-    """The precision in which the model of `cfg` is run, as a context."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.precision == "bfloat16")
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which a model is run in `train.precision`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def save_results(run_dir: Path, results: dict, detections: list[dict], ground_truth: dict) -> dict:
@@ -154,63 +152,84 @@ def evaluate(
     accelerator: Accelerator,
     *,
     criterion: Criterion | None = None,
-    attention: bool = True,
+    sites: Collection[Site] | None = None,
     run_dir: Path | None = None,
     progress: bool = True,
 ) -> tuple[dict, list[dict]]:
-    """Results and COCO-format detections of `model` on `dataset`, complete on every process.
+    """Run `model` over `dataset` once, each process over its share.
 
-    attention: measure attention too, of models that have it. run_dir: where examples, maps and measures of single
-    images and objects are stored, if given, in place of those of an earlier evaluation. Results hold `detection` (12
-    COCO numbers and per class), `loss` (with a criterion), `alpha`, the settings `evaluate`, and what
-    `AttentionMeasures.summary` says: `attention`, `sparsity`, `paibb`, `localisation`. progress: show a bar.
+    Args:
+        model: moved to the accelerator's device and left in evaluation mode.
+        dataset: images and objects, without augmentation.
+        cfg: settings of the model, of the loss that matches queries, and of `evaluate`.
+        accelerator: puts together what the processes find.
+        criterion: measure the loss too.
+        sites: whose attention is measured besides decoder_cross; None: those whose transform is not softmax; an empty
+            one: no attention at all, which is faster.
+        run_dir: where examples, maps and measures of single images and objects are stored, in place of those of an
+            earlier evaluation; None: nowhere.
+        progress: show a bar.
+
+    Returns:
+        Results and detections in COCO format, complete on every process. Results hold `detection` (12 COCO numbers and
+        per class), `loss` (with a criterion), `alpha`, the settings `evaluate`, and what `AttentionMeasures.summary`
+        says: `attention`, `sparsity`, `paibb`, `localisation`.
+
+    Raises:
+        RunError: what is stored cannot be written.
     """
+    start, device = time.perf_counter(), accelerator.device
+    model = model.to(device).eval()
+    detections, losses, looks = [], [], None
     with recorder(cfg, len(dataset), accelerator, run_dir) as record:
-        folder = run_dir / "measures" if run_dir else None
-        looks = AttentionMeasures(cfg, folder, accelerator.process_index) if attention else None
-        return _evaluate(model, dataset, cfg, accelerator, criterion, looks, record, progress)
-
-
-def _evaluate(
-    model: nn.Module,
-    dataset: CocoDataset,
-    cfg: Config,
-    accelerator: Accelerator,
-    criterion: Criterion | None,
-    looks: AttentionMeasures | None,
-    record: Recorder | None,
-    progress: bool,
-) -> tuple[dict, list[dict]]:
-    start = time.perf_counter()
-    model = model.to(accelerator.device).eval()
-    shard = range(accelerator.process_index, len(dataset), accelerator.num_processes)  # no image counted twice
-    loader = DataLoader(
-        Subset(dataset, shard), cfg.evaluate.batch_size, collate_fn=collate, num_workers=cfg.data.workers
-    )
-    detections, losses = [], []
-    for batch in tqdm(loader, desc="evaluating", leave=False, disable=None if progress else True):
-        batch = batch.to(accelerator.device)
-        with autocast(cfg, accelerator.device):
-            sites = {*looks.sites, *(record.sites(batch) if record else ())} if looks else ()
-            predictions = model(batch.images, batch.padding_mask, need_attention=sites)
-        detections += _detections(predictions, batch.targets, dataset)
+        if sites is None or sites:
+            folder = run_dir / "measures" if run_dir else None
+            looks = AttentionMeasures(cfg, folder, accelerator.process_index, sites)
+        bar = tqdm(_share(dataset, cfg, accelerator), desc="evaluating", leave=False, disable=not progress or None)
+        for batch in bar:
+            batch = batch.to(device)
+            wanted = {*looks.sites, *(record.sites(batch) if record else ())} if looks else ()
+            with autocast(cfg.train.precision, device):
+                predictions = model(batch.images, batch.padding_mask, need_attention=wanted)
+            detections += _detections(predictions, batch.targets, dataset)
+            if criterion is not None:
+                losses.append(_losses(criterion, predictions, batch.targets))
+            if looks:
+                pairs = match(predictions, batch.targets, Criterion(**dict(cfg.loss)).costs)
+                looks.add(predictions, batch, pairs)
+                if record:
+                    record.add(batch, predictions, pairs)
+        sums = [looks.close()] if looks else []
+        if accelerator.num_processes > 1:  # comes back once all processes have closed their tables
+            detections, losses, sums = (gather_object(x) for x in (detections, losses, sums))
+        results = _results(model, dataset, cfg, detections)
         if criterion is not None:
-            terms, counts = criterion(predictions, batch.targets)[1], criterion.counts(predictions, batch.targets)
-            losses.append(
-                {
-                    name: (value.item(), counts.get(re.sub(r"(_enc)?(_\d+)?$", "", name), len(batch.targets)))
-                    for name, value in terms.items()
-                }
-            )
+            results["loss"] = {name: _weighted_mean([row[name] for row in losses]) for name in losses[0]}
         if looks:
-            pairs = match(predictions, batch.targets, cfg.loss)
-            looks.add(predictions, batch, pairs)
-            if record:
-                record.add(batch, predictions, pairs)
-    sums = [looks.close()] if looks else []
-    if accelerator.num_processes > 1:  # comes back once all processes have closed their tables
-        detections, losses, sums = (gather_object(x) for x in (detections, losses, sums))
-    results = {
+            looks.merge(sums, tables=accelerator.is_main_process)
+            results |= looks.summary(results["alpha"])
+    results["seconds"] = round(time.perf_counter() - start, 2)
+    return results, detections
+
+
+def _share(dataset: CocoDataset, cfg: Config, accelerator: Accelerator) -> DataLoader:
+    """Batches of the images that are this process's to evaluate: no image is counted twice."""
+    shard = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    return DataLoader(shard, cfg.evaluate.batch_size, collate_fn=collate, num_workers=cfg.data.workers)
+
+
+def _losses(criterion: Criterion, predictions: Predictions, targets: list[dict]) -> dict[str, tuple[float, float]]:
+    """Every term of the loss of a batch, with its weight in the mean over batches."""
+    terms, counts = criterion(predictions, targets)[1], criterion.counts(predictions, targets)
+    return {
+        name: (value.item(), counts.get(re.sub(r"(_enc)?(_\d+)?$", "", name), len(targets)))
+        for name, value in terms.items()
+    }
+
+
+def _results(model: nn.Module, dataset: CocoDataset, cfg: Config, detections: list[dict]) -> dict:
+    """What results.json holds besides losses and attention."""
+    return {
         "detection": coco_ap(dataset.ground_truth, detections, cfg.evaluate.engine),
         "images": len(dataset),
         "annotations": str(dataset.annotations_path.name),
@@ -218,13 +237,6 @@ def _evaluate(
         "alpha": {place: module.alpha.tolist() for place, module in alpha_modules(model).items()},
         "names": {str(label): name for label, name in dataset.names.items()},
     }
-    if criterion is not None:
-        results["loss"] = {name: _weighted_mean([row[name] for row in losses]) for name in losses[0]}
-    if looks:
-        looks.merge(sums, tables=accelerator.is_main_process)
-        results |= looks.summary(results["alpha"])
-    results["seconds"] = round(time.perf_counter() - start, 2)
-    return results, detections
 
 
 def _detections(predictions: Predictions, targets: list[dict], dataset: CocoDataset) -> list[dict]:

@@ -16,18 +16,29 @@ from pathlib import Path
 import torch
 
 from detrlib.config import PROJECT, Config
-from detrlib.engine.loop import refuse_untrainable, train
+from detrlib.engine.loop import keep_freed_memory, train
 from detrlib.errors import RunError
 from detrlib.runs.folder import load_results, open_run
 
 TAIL = 30  # lines of a failed subprocess that are repeated in the error
+FAULT = "error: "  # how the line of a foreseeable one begins
 
 
 def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int = 1) -> dict:
-    """Train and return the content of results.json.
+    """Train in this process, or in several where more than one GPU or process is asked for.
 
-    gpus: how many to use; None takes one if there is one, 0 none. processes: on the CPU, how many.
-    Raises RunError when a GPU is asked for and absent, otherwise what `train` raises.
+    Args:
+        cfg: every setting.
+        run_dir: the run folder; one that holds an unfinished run is gone on with.
+        gpus: how many to use; None takes one if there is one, 0 none.
+        processes: on the CPU, how many.
+
+    Returns:
+        What results.json holds, see `detrlib.engine.evaluate.evaluate`.
+
+    Raises:
+        RunError: more GPUs are asked for than there are, or a process failed; its message is in that of the error.
+        DetrlibError: as `detrlib.engine.loop.train`.
     """
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = min(1, there) if gpus is None else gpus
@@ -38,8 +49,8 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
     if wanted and processes > 1:
         raise RunError("processes are for training on the CPU; with GPUs there is one process for each")
     if (wanted, processes) == (min(1, there), 1):
+        keep_freed_memory()
         return train(cfg, run_dir)
-    refuse_untrainable(cfg)
     open_run(cfg, run_dir)  # says what is wrong here rather than in a subprocess
     _torchrun(run_dir, max(wanted, processes), wanted)
     return load_results(run_dir)
@@ -74,4 +85,7 @@ def _torchrun(run_dir: Path, processes: int, gpus: int) -> None:
         child.wait()
         raise
     if child.wait():
+        said = [line.removeprefix(FAULT).strip() for line in tail if line.startswith(FAULT)]
+        if said:  # a fault that was foreseen, in one line
+            raise RunError(f"{processes} processes failed: {said[0]}")
         raise RunError(f"{processes} processes of torchrun failed with code {child.returncode}:\n{''.join(tail)}")

@@ -1,7 +1,7 @@
 """Training: one function behind every door.
 
-    train(cfg, run_dir)                                            a notebook cell, papermill
-    detrlib train CONFIG --name NAME                a terminal, one or many GPUs, Slurm
+    train(cfg, run_dir)                                                  a notebook cell, papermill
+    detrlib train CONFIG --name NAME                                     a terminal, one or many GPUs, Slurm
     torchrun --nproc-per-node 4 -m detrlib.engine.loop RUN_DIR           a cluster; RUN_DIR holds config.yaml
 
 The batch size is that of all processes together and losses are normalised over them, so a run gives the same
@@ -9,15 +9,17 @@ result on one GPU or eight. The same run folder again resumes after the last com
 """
 
 import argparse
+import ctypes
 import math
+import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -26,24 +28,79 @@ from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, build_dataset, collate
 from detrlib.data.batch import EpochSampler
 from detrlib.engine.evaluate import autocast, evaluate, initial_model, save_results
-from detrlib.engine.optimizer import keep_freed_memory, lr_factor, parameter_groups
 from detrlib.engine.pretrain import backbone_weights
-from detrlib.engine.tracking import Tracker, show_messages
-from detrlib.errors import ConfigError, NonFiniteLoss
-from detrlib.files import load_checkpoint, load_weights, save_checkpoint
+from detrlib.engine.state import TrainingState
+from detrlib.engine.tracking import panels, show_messages, trackers
+from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss
+from detrlib.files import save_checkpoint
 from detrlib.losses.criterion import Criterion
 from detrlib.models import alpha_modules
 
 
-def train(cfg: Config, run_dir: Path) -> dict:
-    """Train with `cfg` in `run_dir`, resuming if it holds a checkpoint; returns the content of results.json.
+def train_step(
+    model: nn.Module,
+    batch: Batch,
+    criterion: Criterion,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    *,
+    precision: str = "float32",
+    clip_norm: float = 0.0,
+    watch: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """One update of the weights.
 
-    Raises ConfigError, DataError or RunError before any long work when something does not fit, and
-    NonFiniteLoss, with everything needed to look into it saved in failure-<process>.pt.
+    Args:
+        model: as `accelerator.prepare` returns it, in training mode.
+        batch: of this process, on its device.
+        criterion: gives the loss and its unweighted terms.
+        optimizer: as `accelerator.prepare` returns it.
+        accelerator: averages gradients over the processes.
+        precision: float32, or bfloat16 for the forward pass.
+        clip_norm: largest norm of all gradients together; 0 leaves them as they are.
+        watch: called between the backward pass and clipping, when gradients are what the loss made them.
+
+    Returns:
+        "loss", which was minimised, its unweighted terms, and with clipping "grad_norm", that before it; detached.
+
+    Raises:
+        NonFiniteLoss: the loss or the norm of its gradients is no number; weights are as they were.
     """
-    refuse_untrainable(cfg)
-    keep_freed_memory()
-    accelerator = Accelerator()
+    with autocast(precision, accelerator.device):
+        predictions = model(batch.images, batch.padding_mask)
+    loss, terms = criterion(predictions, batch.targets)
+    if not torch.isfinite(loss):
+        raise NonFiniteLoss(f"loss is {loss.item()}")
+
+    optimizer.zero_grad()
+    accelerator.backward(loss)
+    watch()
+    if clip_norm:
+        terms["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+        if not torch.isfinite(terms["grad_norm"]):
+            raise NonFiniteLoss(f"gradient norm is {terms['grad_norm'].item()}")
+    optimizer.step()
+    return {"loss": loss.detach()} | {name: value.detach() for name, value in terms.items()}
+
+
+def train(cfg: Config, run_dir: Path) -> dict:
+    """Train in `run_dir`, or go on where it holds a checkpoint; in each of the processes that torchrun started.
+
+    A process that only trains is faster on a CPU with `keep_freed_memory`, which the command line and `launch` call
+    before, and this function does not: it would change the whole process of a notebook.
+
+    Args:
+        cfg: every setting; train.batch_size is that of all processes together.
+        run_dir: the run folder, made if it is not there.
+
+    Returns:
+        What results.json holds, see `evaluate`.
+
+    Raises:
+        ConfigError, DataError, WeightsError, RunError: something does not fit; before any long work.
+        NonFiniteLoss: with everything needed to look into it saved in failure-<process>.pt.
+    """
+    accelerator = Accelerator(log_with=trackers(cfg, run_dir), project_dir=run_dir)
     if cfg.train.batch_size % accelerator.num_processes:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
@@ -60,22 +117,10 @@ def train(cfg: Config, run_dir: Path) -> dict:
     try:
         return trainer.run(resume)
     except KeyboardInterrupt:
-        accelerator.print(f"\ninterrupted; the same run name continues after epoch {trainer.epoch}")
+        accelerator.print(f"\ninterrupted; the same run name continues after epoch {trainer.state.epoch}")
         raise
     finally:
         trainer.close()
-
-
-def refuse_untrainable(cfg: Config) -> None:
-    """Raise ConfigError for a model that is here to be compared with only, saying how to."""
-    if cfg.model.architecture.startswith("faster_rcnn"):
-        weights = f"FasterRCNN_ResNet50_FPN{'_V2' * cfg.model.architecture.endswith('v2')}_Weights"
-        raise ConfigError(
-            f"model.architecture {cfg.model.architecture} is here to be evaluated beside the others, not to be "
-            f"trained; torchvision has its weights ({weights}.COCO_V1.get_state_dict() of torchvision.models.detection "
-            "downloads them) and a training script: make a run of such a file with "
-            "detrlib import FILE --as NAME, and evaluate that"
-        )
 
 
 def _num_classes(cfg: Config, dataset: CocoDataset) -> int:
@@ -89,7 +134,7 @@ def _num_classes(cfg: Config, dataset: CocoDataset) -> int:
 
 
 class Trainer:
-    """The state of a training run: what a checkpoint holds, and the loops that change it."""
+    """The loop over epochs and batches, and what it writes."""
 
     def __init__(
         self,
@@ -102,7 +147,6 @@ class Trainer:
     ):
         self.cfg, self.run_dir, self.accelerator, self.val_set = cfg, run_dir, accelerator, val_set
         set_seed(cfg.train.seed)
-        model = initial_model(cfg, weights)
         self.sampler = EpochSampler(
             len(train_set), cfg.train.batch_size, accelerator.process_index, accelerator.num_processes, cfg.train.seed
         )
@@ -113,35 +157,32 @@ class Trainer:
             num_workers=cfg.data.workers,
             pin_memory=accelerator.device.type == "cuda",
         )
-        optimizer = torch.optim.AdamW(parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factors(optimizer))
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.average = self._moving_average()
-        self.criterion = Criterion(cfg.loss, lambda x: accelerator.reduce(x, "mean"))
-        self.tracker = Tracker(cfg, run_dir, accelerator.is_main_process)
-        self.epoch, self.global_step, self.best = 0, 0, -math.inf
+        self.state = TrainingState(initial_model(cfg, weights), cfg.train, len(self.sampler), accelerator)
+        self.criterion = Criterion(lambda x: accelerator.reduce(x, "mean"), **dict(cfg.loss))
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
+        accelerator.init_trackers("tracking")
 
     def run(self, resume: bool) -> dict:
         """Train what is left, evaluate, write the results."""
+        state, epochs = self.state, self.cfg.train.epochs
         if resume:
-            self._restore()
+            state.restore(self.run_dir / "checkpoints" / "last.pt")
+            self.accelerator.print(f"resuming {self.run_dir.name} after epoch {state.epoch}")
         if self.accelerator.is_main_process:
-            runs.truncate_metrics(self.run_dir, self.global_step)
+            runs.truncate_metrics(self.run_dir, state.global_step)
         self.accelerator.wait_for_everyone()
-        epochs = self.cfg.train.epochs
-        while self.epoch < epochs:
+        while state.epoch < epochs:
             start = time.perf_counter()
             record = self._train_epoch()
-            self.epoch += 1
-            if self.epoch % self.cfg.train.eval_every == 0 or self.epoch == epochs:
+            state.epoch += 1
+            if state.epoch % self.cfg.train.eval_every == 0 or state.epoch == epochs:
                 record |= self._validate()
             self._log(record)
-            self._save(record)
+            ap = record.get("detection/AP", -math.inf)
+            state.save(self.run_dir / "checkpoints", ap, self.cfg.train.keep_every)
             self._report(record, time.perf_counter() - start)
-        model = self._weights_to_judge()
-        results, detections = evaluate(model, self.val_set, self.cfg, self.accelerator, run_dir=self.run_dir)
-        results |= {"checkpoint": "last", "epoch": self.epoch, "global_step": self.global_step}
+        results, detections = evaluate(state.judged, self.val_set, self.cfg, self.accelerator, run_dir=self.run_dir)
+        results |= {"checkpoint": "last", "epoch": state.epoch, "global_step": state.global_step}
         if self.accelerator.is_main_process:
             save_results(self.run_dir, results, detections, self.val_set.ground_truth)
         self.accelerator.wait_for_everyone()
@@ -149,94 +190,69 @@ class Trainer:
 
     def _train_epoch(self) -> dict[str, float]:
         """One pass over the data; means of everything logged."""
-        cfg, accelerator = self.cfg.train, self.accelerator
+        cfg, accelerator, state = self.cfg.train, self.accelerator, self.state
         # Order and augmentation depend on seed and epoch alone, so that a resumed run repeats an uninterrupted one.
-        set_seed(cfg.seed + 1000 * (self.epoch + 1) + accelerator.process_index)
-        self.sampler.epoch = self.epoch
-        self.model.train()
-        sums, count, clock = {}, 0, time.perf_counter()
-        bar = tqdm(self.loader, desc=f"epoch {self.epoch + 1}/{cfg.epochs}", leave=False, disable=self._quiet())
+        set_seed(cfg.seed + 1000 * (state.epoch + 1) + accelerator.process_index)
+        self.sampler.epoch = state.epoch
+        state.model.train()
+        sums, quiet = {}, None if accelerator.is_main_process else True
+        bar = tqdm(self.loader, desc=f"epoch {state.epoch + 1}/{cfg.epochs}", leave=False, disable=quiet)
+        clock = time.perf_counter()
         for batch in bar:
             waited = time.perf_counter() - clock
             terms = self._step(batch.to(accelerator.device))
-            count += 1
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
-            if self.global_step % cfg.log_every == 0:
+            if state.global_step % cfg.log_every == 0:
                 took = time.perf_counter() - clock
                 self._log_step(terms, {"extra/iter_time": took, "extra/data_time": waited})
                 bar.set_postfix(loss=f"{terms['loss']:.3f}")
             clock = time.perf_counter()
         names = sorted(sums)
-        totals = accelerator.reduce(torch.stack([sums[name] for name in names]), "mean") / count
+        totals = accelerator.reduce(torch.stack([sums[name] for name in names]), "mean") / len(self.loader)
         return {f"epoch/{name}": value for name, value in zip(names, totals.tolist(), strict=True)}
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
-        """One update of the weights; losses, detached."""
-        with autocast(self.cfg, self.accelerator.device):
-            predictions = self.model(batch.images, batch.padding_mask)
-        loss, terms = self.criterion(predictions, batch.targets)
-        if not torch.isfinite(loss):
-            self._fail(batch, loss, "loss")
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        if (self.global_step + 1) % self.cfg.train.log_every == 0:
-            self.alpha_gradients = self._alpha_gradients()
-        if self.cfg.train.clip_norm:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.train.clip_norm)
-            if not torch.isfinite(norm):
-                self._fail(batch, norm, "gradient norm")
-            terms["grad_norm"] = norm
-        self.optimizer.step()
-        self.schedule.step()
-        if self.average is not None:
-            self.average.update_parameters(self.accelerator.unwrap_model(self.model))
-        self.global_step += 1
-        return {"loss": loss.detach()} | {name: value.detach() for name, value in terms.items()}
+        """`train_step`, and what moves along with the weights."""
+        cfg, state = self.cfg.train, self.state
+        given = state.model, batch, self.criterion, state.optimizer, self.accelerator
+        try:
+            terms = train_step(*given, precision=cfg.precision, clip_norm=cfg.clip_norm, watch=self._watch)
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(self._failure(batch, str(error))) from None
+        state.advance()
+        return terms
 
-    def _fail(self, batch: Batch, value: Tensor, what: str) -> None:
+    def _failure(self, batch: Batch, what: str) -> str:
+        """Keep what is needed to look into a failed step, and say where."""
+        state, rates = self.state, self.state.learning_rates
         ids = [target["image_id"] for target in batch.targets]
-        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         path = self.run_dir / f"failure-{self.accelerator.process_index}.pt"
-        save_checkpoint(path, {**self._state(), "batch": tuple(batch), "image_ids": ids, "learning_rates": rates})
-        raise NonFiniteLoss(
-            f"{what} is {value.item()} at step {self.global_step} (epoch {self.epoch + 1}, learning rates {rates}, "
+        save_checkpoint(path, state.state_dict() | {"batch": tuple(batch), "image_ids": ids, "learning_rates": rates})
+        return (
+            f"{what} at step {state.global_step} (epoch {state.epoch + 1}, learning rates {rates}, "
             f"image ids {ids}). Weights and batch are in {path}; the last complete epoch is in checkpoints/last.pt. "
             "Try a lower train.lr, train.clip_norm: 0.1, train.warmup_steps, or train.precision: float32."
         )
 
     def _validate(self) -> dict[str, float]:
+        criterion = Criterion(**dict(self.cfg.loss))
         results, _ = evaluate(
-            self._weights_to_judge(),
-            self.val_set,
-            self.cfg,
-            self.accelerator,
-            criterion=Criterion(self.cfg.loss),
-            attention=False,
+            self.state.judged, self.val_set, self.cfg, self.accelerator, criterion=criterion, sites=()
         )
         numbers = {name: value for name, value in results["detection"].items() if not isinstance(value, dict)}
         record = {f"val/{name}": value for name, value in results["loss"].items()}
         return record | {f"detection/{name}": value for name, value in numbers.items()}
 
-    def _weights_to_judge(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model) if self.average is None else self.average.module
+    # What is written: metrics, and a line per epoch. Only the main process writes.
 
-    def _moving_average(self) -> AveragedModel | None:
-        decay = self.cfg.train.ema
-        if not decay:
-            return None
-        return AveragedModel(self.accelerator.unwrap_model(self.model), multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-    def _lr_factors(self, optimizer: torch.optim.Optimizer) -> list:
-        cfg, steps = self.cfg.train, max(1, len(self.sampler))
-        exempt = cfg.model_copy(update={"schedule": "constant"})
-        keeps = [group["name"] == "alpha" and cfg.alpha_keeps_lr for group in optimizer.param_groups]
-        return [lambda step, cfg=exempt if keep else cfg: lr_factor(step, steps, cfg) for keep in keeps]
-
-    # What is written: metrics, checkpoints, a line per epoch. Only the main process writes.
+    def _watch(self) -> None:
+        """Gradients of alpha before clipping, of steps that are logged: is it still learning?"""
+        if (self.state.global_step + 1) % self.cfg.train.log_every == 0:
+            self.alpha_gradients = alpha_gradients(self.state.trained)
 
     def _log_step(self, terms: dict[str, Tensor], times: dict[str, float]) -> None:
-        rates = {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+        rates = {f"lr/{name}": rate for name, rate in self.state.learning_rates.items()}
         memory = {}
         if self.accelerator.device.type == "cuda":
             memory = {"extra/memory_mb": torch.cuda.max_memory_allocated() / 2**20}
@@ -244,86 +260,44 @@ class Trainer:
         losses = {f"train/{name}": mean for name, mean in zip(terms, means, strict=True)}
         self._log(losses | times | memory | rates | self.alpha_gradients)
 
-    def _alpha_gradients(self) -> dict[str, float]:
-        """Gradients of pre_alpha per head and their norm per layer, before clipping: is alpha still learning?"""
-        values = {}
-        for place, module in alpha_modules(self.accelerator.unwrap_model(self.model)).items():
-            gradient = module.pre_alpha.grad
-            if gradient is None:  # alpha is held fixed
-                continue
-            values |= _by_head("pre_alpha_gradient", place, gradient)
-            site, layer = place.split(".")
-            values[f"pre_alpha_gradient_norm/{site}.layer_{layer}"] = gradient.norm().item()
-        return values
-
     def _log(self, values: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
             return
-        for place, module in alpha_modules(self.accelerator.unwrap_model(self.model)).items():
+        for place, module in alpha_modules(self.state.trained).items():
             values |= _by_head("alpha", place, module.alpha) | _by_head("pre_alpha", place, module.pre_alpha)
-        record = {"global_step": self.global_step, "epoch": self.epoch} | values
+        record = {"global_step": self.state.global_step, "epoch": self.state.epoch} | values
         runs.append_metrics(self.run_dir, record)
-        self.tracker.log(record)
-
-    def _state(self) -> dict:
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        return {
-            "model": unwrapped.state_dict(),
-            "average": self.average.module.state_dict() if self.average is not None else None,
-            "averaged_steps": int(self.average.n_averaged) if self.average is not None else 0,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.last_epoch,
-            "epoch": self.epoch,
-            "global_step": self.global_step,
-            "best": self.best,
-        }
-
-    def _save(self, record: dict[str, float]) -> None:
-        ap = record.get("detection/AP", -math.inf)
-        better, self.best = ap > self.best, max(ap, self.best)
-        if not self.accelerator.is_main_process:
-            return
-        folder, every = self.run_dir / "checkpoints", self.cfg.train.keep_every
-        state = self._state()
-        weights = {name: state[name] for name in ("model", "average", "epoch", "global_step")}
-        if better:
-            save_checkpoint(folder / "best.pt", weights)
-        if every and self.epoch % every == 0:
-            save_checkpoint(folder / f"epoch-{self.epoch:04d}.pt", weights)
-        save_checkpoint(folder / "last.pt", state)  # last: it says that the others of this epoch are written
-
-    def _restore(self) -> None:
-        path = self.run_dir / "checkpoints" / "last.pt"
-        state = load_checkpoint(path)
-        load_weights(self.accelerator.unwrap_model(self.model), state["model"], path)
-        if self.average is not None:
-            load_weights(self.average.module, state["average"], path)
-            self.average.n_averaged.fill_(state["averaged_steps"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.global_step, self.best = state["epoch"], state["global_step"], state["best"]
-        self.schedule.last_epoch = state["schedule"]  # the rates themselves came with the optimiser
-        self.accelerator.print(f"resuming {self.run_dir.name} after epoch {self.epoch}")
-
-    def _quiet(self) -> bool | None:
-        return None if self.accelerator.is_main_process else True
+        self.accelerator.log(panels(record, self.criterion.weights), step=self.state.global_step)
 
     def _report(self, record: dict[str, float], seconds: float) -> None:
-        left = (self.cfg.train.epochs - self.epoch) * seconds
+        epoch, epochs = self.state.epoch, self.cfg.train.epochs
         found = ""
         if "detection/AP" in record:
             found = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
         self.accelerator.print(
-            f"epoch {self.epoch:3d}/{self.cfg.train.epochs}  loss {record['epoch/loss']:.3f}  {found}"
-            f"{seconds:.0f} s, about {left / 60:.0f} min left",
+            f"epoch {epoch:3d}/{epochs}  loss {record['epoch/loss']:.3f}  {found}"
+            f"{seconds:.0f} s, about {(epochs - epoch) * seconds / 60:.0f} min left",
             flush=True,
         )
 
     def close(self) -> None:
-        """Leave the process group in order: gloo aborts now and then if a DDP model outlives it."""
-        self.tracker.finish()
-        if self.accelerator.num_processes > 1 and torch.distributed.is_initialized():
-            del self.model
-            self.accelerator.free_memory()
+        """Finish tracking and leave the process group in order: gloo aborts now and then if a DDP model outlives it."""
+        del self.state
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
+
+def alpha_gradients(model: nn.Module) -> dict[str, float]:
+    """For the log: gradients of pre_alpha per head, and their norm per layer."""
+    values = {}
+    for place, module in alpha_modules(model).items():
+        gradient = module.pre_alpha.grad
+        if gradient is None:  # alpha is held fixed
+            continue
+        values |= _by_head("pre_alpha_gradient", place, gradient)
+        site, layer = place.split(".")
+        values[f"pre_alpha_gradient_norm/{site}.layer_{layer}"] = gradient.norm().item()
+    return values
 
 
 def _by_head(what: str, place: str, values: Tensor) -> dict[str, float]:
@@ -332,14 +306,28 @@ def _by_head(what: str, place: str, values: Tensor) -> dict[str, float]:
     return {f"{what}/{site}.layer_{layer}-head_{head}": value for head, value in enumerate(values.tolist())}
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large blocks: otherwise every step returns its activations and pages them in again."""
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
+
+
 def main() -> None:
-    """The door for torchrun: train in a folder that holds config.yaml."""
-    show_messages()
+    """The door for torchrun: train in a folder that holds config.yaml. Foreseeable faults are one line and code 1."""
     parser = argparse.ArgumentParser(description="Train in a run folder that holds config.yaml; for torchrun.")
     parser.add_argument("run_dir", type=runs.run_path, help="run folder with a config.yaml")
     run_dir = parser.parse_args().run_dir
-    train(load_config(run_dir / "config.yaml"), run_dir)
-    Accelerator().end_training()
+    show_messages()
+    keep_freed_memory()
+    try:
+        train(load_config(run_dir / "config.yaml"), run_dir)
+    except DetrlibError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Execute a notebook headless, with papermill, refusing what papermill lets pass.
 
-    detrlib notebook 07_evaluate papermill_runs/my-run/07_evaluate.ipynb -p run_name my-run
+    detrlib notebook 07_evaluate papermill_runs/my-run/07_evaluate.ipynb -p run_name=my-run
 
 papermill only warns of a misspelt parameter and runs on with the default, and it injects `1e-3` as text.
 Here parameters are checked against the notebook's `parameters` cell, by name and type, before anything runs.
@@ -30,12 +30,14 @@ NOTEBOOKS = PROJECT / "notebooks"
 def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progress: bool = False) -> Path:
     """Run notebooks/<name>.ipynb with `parameters`; the executed copy is `output`, also when a cell fails.
 
-    Raises RunError naming the parameter, or the failing cell and its error.
+    Raises RunError naming the parameter, the failing cell and its error, or where the copy cannot be written.
     """
     source = find_notebook(name)
     values = checked_parameters(source, parameters)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.is_dir():
+        raise RunError(f"{output} is a folder; name the file that the executed copy is to be")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
             source, output, values, cwd=str(PROJECT), progress_bar=progress, log_output=False, kernel_name="python3"
         )
@@ -43,6 +45,8 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
         raise RunError(
             f"{source.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue} (executed copy: {output})"
         ) from None
+    except OSError as error:
+        raise RunError(f"{source.name}: could not be executed into {output}: {error}") from error
     except (DeadKernelError, KeyboardInterrupt) as error:
         _note_failure(output)
         if isinstance(error, KeyboardInterrupt):
@@ -73,21 +77,37 @@ def _forget_machine(output: Path) -> None:
 
 def is_executed(path: Path) -> bool:
     """Whether `path` is an executed copy that ran to its end: papermill saves it after every cell."""
-    if not path.exists():
+    try:
+        notebook = json.loads(path.read_text())
+        records = [part["metadata"].get("papermill", {}) for part in (notebook, *notebook["cells"])]
+    except (OSError, ValueError, LookupError):  # none, or half of one
         return False
-    notebook = json.loads(path.read_text())
-    records = [part["metadata"].get("papermill", {}) for part in (notebook, *notebook["cells"])]
     return not records[0].get("exception") and all(record.get("status") == "completed" for record in records[1:])
 
 
+def bare_name(notebook: str | Path) -> str:
+    """The name without its number, which notebooks that come to be in between change: "07_evaluate" is "evaluate"."""
+    return Path(notebook).stem.lstrip("0123456789_")
+
+
 def find_notebook(name: str) -> Path:
-    """notebooks/<name>.ipynb. Raises RunError with the nearest name."""
-    path = NOTEBOOKS / f"{Path(name).stem}.ipynb"
-    if not path.exists():
-        there = [found.stem for found in sorted(NOTEBOOKS.glob("*.ipynb"))]
-        near = difflib.get_close_matches(path.stem, there, 1, 0.3)
-        raise RunError(f"no notebook {path}" + (f"; did you mean {near[0]}?" if near else f"; there are {there}"))
-    return path
+    """notebooks/<name>.ipynb; the number in front may be missing or that of an older version.
+
+    Raises RunError with the nearest name.
+    """
+    there = {bare_name(path): path for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    if bare_name(name) not in there:
+        near = difflib.get_close_matches(bare_name(name), there, 1, 0.3)
+        names = [path.stem for path in there.values()]
+        hint = f"did you mean {there[near[0]].stem}?" if near else f"there are {', '.join(names)}"
+        raise RunError(f"no notebook {name} in {NOTEBOOKS}; {hint}")
+    return there[bare_name(name)]
+
+
+def find_executed(folder: Path, name: str) -> Path | None:
+    """The copy of notebook `name` in `folder`, whatever its number, that was executed to its end."""
+    copies = (path for path in sorted(folder.glob("*.ipynb")) if bare_name(path) == bare_name(name))
+    return next(filter(is_executed, copies), None)
 
 
 def checked_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, Any]:

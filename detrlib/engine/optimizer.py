@@ -1,9 +1,9 @@
 """What each parameter learns at: named groups with rates of their own, and the schedule that all follow."""
 
-import ctypes
 import math
-import platform
+from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from detrlib.config import Train
@@ -42,10 +42,11 @@ def lr_factor(step: int, steps_per_epoch: int, cfg: Train) -> float:
     return 1.0
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large blocks: otherwise every step returns its activations and pages them in again."""
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
+def lr_factors(optimizer: torch.optim.Optimizer, steps_per_epoch: int, cfg: Train) -> list[Callable[[int], float]]:
+    """`lr_factor` for every group of the optimiser, as LambdaLR wants it; alpha's may be exempt from the schedule."""
+    exempt = cfg.model_copy(update={"schedule": "constant"})
+    keeps = [group["name"] == "alpha" and cfg.alpha_keeps_lr for group in optimizer.param_groups]
+    return [
+        lambda step, settings=exempt if keep else cfg: lr_factor(step, max(1, steps_per_epoch), settings)
+        for keep in keeps
+    ]

@@ -1,9 +1,13 @@
-"""What a run tells the outside: messages, and metrics to Weights & Biases when asked for."""
+"""What a run tells the outside: messages, and metrics to services such as Weights & Biases, through Accelerate."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
+from accelerate.tracking import GeneralTracker, WandBTracker, get_available_trackers, on_main_process
+
 from detrlib.config import PROJECT, Config
+from detrlib.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -16,59 +20,74 @@ def show_messages() -> None:
     logging.getLogger("detrlib").setLevel(logging.INFO)
 
 
-class Tracker:
-    """Sends metrics to a W&B run in `run_dir`; does nothing when disabled.
+def trackers(cfg: Config, run_dir: Path) -> list[GeneralTracker | str] | None:
+    """What `Accelerator(log_with=...)` takes for `train.tracking`. Raises ConfigError where a package is missing."""
+    settings = cfg.train.tracking
+    installed = [str(name) for name in get_available_trackers()]
+    if missing := [name for name in settings.also if name not in installed]:
+        raise ConfigError(f"train.tracking.also: {missing[0]} is not installed; pip install it, or leave it out")
+    chosen = [] if settings.wandb == "disabled" else [WandB(cfg, run_dir)]
+    return [*chosen, *settings.also] or None
 
-    A service that cannot be reached turns the run into an offline one (`wandb sync` uploads it later).
+
+class WandB(WandBTracker):
+    """A W&B run in `run_dir`, the same one whenever the run goes on.
+
+    A service that cannot be reached turns it into an offline one (`wandb sync` uploads it later).
     """
 
-    def __init__(self, cfg: Config, run_dir: Path, enabled: bool = True):
-        settings = cfg.train.tracking
-        self.run = None
-        if settings.wandb == "disabled" or not enabled:
-            return
-        import wandb  # slow to import, and needed by few
-
+    def __init__(self, cfg: Config, run_dir: Path):
         # Runs of two sweeps may have the same last name.
         runs = PROJECT / "papermill_runs"
         name = str(run_dir.relative_to(runs)) if run_dir.is_relative_to(runs) else run_dir.name
-        arguments = {
-            "project": settings.project,
-            "group": settings.group,
-            "name": name,
-            "id": name.replace("/", "-"),
-            "resume": "allow",
-            "dir": run_dir,
-            "config": cfg.model_dump(mode="json"),
-        }
+        settings = cfg.train.tracking
+        super().__init__(
+            settings.project,
+            mode=settings.wandb,
+            group=settings.group,
+            name=name,
+            id=name.replace("/", "-"),
+            resume="allow",
+            dir=run_dir,
+            config=cfg.model_dump(mode="json"),
+        )
+
+    @on_main_process
+    def start(self) -> None:
+        """Begin the run, or go on with it."""
+        import wandb  # slow to import, and needed by few
+
         try:
-            self.run = wandb.init(mode=settings.wandb, **arguments)
+            super().start()
         except wandb.Error as error:
-            log.warning("Weights & Biases cannot be reached (%s); continuing offline in %s", error, run_dir)
+            log.warning("Weights & Biases cannot be reached (%s); continuing offline", error)
             wandb.teardown()  # otherwise the name counts as in use
-            self.run = wandb.init(mode="offline", **arguments)
+            self.init_kwargs["mode"] = "offline"
+            super().start()
         # A resumed run repeats steps since its checkpoint; an axis of our own may go back, W&B's may not.
         self.run.define_metric("*", step_metric="global_step")
 
-    def log(self, values: dict[str, float]) -> None:
-        """Log flat "group/name" values; `global_step` among them is the axis."""
-        if self.run is not None:
-            self.run.log({_grouped(name): value for name, value in values.items()})
-
-    def finish(self) -> None:
-        if self.run is not None:
-            self.run.finish()
+    @on_main_process
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        """Log values on the axis of our own."""
+        super().log(values | {"global_step": step})
 
 
-def _grouped(name: str) -> str:
-    """The W&B panel of a metric: the main losses apart from the many auxiliary ones."""
-    group, _, leaf = name.partition("/")
-    if group == "train":
-        return f"train-main-metrics/{leaf}" if leaf in MAIN else f"train-metrics/{leaf}"
-    groups = {
-        "extra": "train-extra-metrics",
-        "epoch": "train-epoch-main-metrics",
-        "val": "val-epoch-metrics",
-        "detection": "val-AP",
-    }
-    return f"{groups[group]}/{leaf}" if group in groups else name
+def panels(record: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
+    """A record of metrics.jsonl under the names of the panels in which services show it.
+
+    Main losses come weighted, as the optimiser sees them: with "train-main-metrics/loss_bbox" goes
+    "train-metrics/loss_bbox", unweighted beside those of auxiliary layers. So too for the means of an epoch.
+    """
+    shown = {}
+    for name, value in record.items():
+        group, _, leaf = name.partition("/")
+        if prefix := {"train": "train", "epoch": "train-epoch"}.get(group):
+            if leaf in MAIN:
+                shown[f"{prefix}-main-metrics/{leaf}"] = weights.get(leaf, 1.0) * value
+            if leaf not in MAIN or leaf in weights:
+                shown[f"{prefix}-metrics/{leaf}"] = value
+        else:
+            panel = {"extra": "train-extra-metrics", "val": "val-epoch-metrics", "detection": "val-AP"}.get(group)
+            shown[f"{panel}/{leaf}" if panel else name] = value
+    return shown

@@ -1,10 +1,10 @@
 """What a trained model finds with another attention: AP and sparsity with its transform swapped, its alpha fixed, heads
 pruned.
 
-    detrlib intervene my-run --alphas 1 1.5 2 --transforms softmax sparsemax --prune-heads --limit 200
+    detrlib intervene my-run --alphas 1,1.5,2 --transforms softmax,sparsemax --prune-heads --limit 200
 
-How a model is changed, and for how long, is said in `detrlib.models.interventions`. An `Intervention` is such a change
-with the names under which its results are kept; one of your own needs no more than a context.
+How a model is changed, and for how long, is said in `detrlib.experiments.interventions`. An `Intervention` is such a
+change with the names under which its results are kept; one of your own needs no more than a context.
 
 Legend: L layers of a site, H heads, both numbered from 0.
 """
@@ -32,7 +32,7 @@ from detrlib.models.outputs import Site
 from detrlib.runs.folder import load_results, load_table
 from detrlib.runs.results import MADE_BY
 
-RESULTS = "measures/interventions.parquet"  # read by `frames.interventions_frame`
+RESULTS = "measures/interventions.parquet"  # read by `runs.results.interventions_frame`
 KEY = ["kind", "site", "layer", "head", "value", "images", "checkpoint"]
 MEASURES = ["AP", "AP50", "loss", "gini", "zeros", "paibb"]
 ORDER_IMAGES = 100  # of the training split, from which the order of gradual pruning is found
@@ -114,8 +114,22 @@ def plan(
     order_images: int = ORDER_IMAGES,
     checkpoint: str = "last",
 ) -> list[Intervention]:
-    """The interventions asked for, transforms with the run's own settings: alphas and transforms in all layers or in
-    one, learned alphas rearranged, heads pruned alone and then one after the other. All of them are possible.
+    """The interventions asked for, all of them possible; transforms have the run's own settings.
+
+    Args:
+        run_dir: folder of a finished run.
+        site: where the model is changed.
+        alphas: of entmax, 1 to 2, in all layers or in `layer`.
+        transforms: names, in all layers or in `layer`.
+        layer: numbered from 0; None: all.
+        learned: learned alphas replaced by their mean, and shuffled.
+        prune_heads: every head alone, then one after the other.
+        order_images: training images that give the order of heads.
+        checkpoint: as of `evaluate_run`.
+
+    Raises:
+        RunError: the run is not finished, or has no such checkpoint.
+        ModelError: the model lacks the site, layer, transform or alphas asked for.
     """
     load_results(run_dir)
     settings = load_config(run_dir / "config.yaml").model.attention
@@ -124,13 +138,18 @@ def plan(
     found += swaps(site, transforms, layer, alpha=settings.alpha, tv_lambda=getattr(settings, "tv_lambda", 0.0))
     if learned:
         found += rearranged_alphas(model, site)
-    for experiment in found:  # before heads are put in order, which takes a while
-        with experiment.enter(model):
-            pass
+    _try(model, found)  # before heads are put in order, which takes a while
     if prune_heads:
         order = prune_order(run_dir, site, order_images, checkpoint)
         found += single_heads(model, site) + gradual(site, order)
     return found
+
+
+def _try(model: nn.Module, experiments: Iterable[Intervention]) -> None:
+    """Enter and leave every intervention: mistakes show before long work."""
+    for experiment in experiments:
+        with experiment.enter(model):
+            pass
 
 
 # Measuring
@@ -141,13 +160,23 @@ def intervene_run(
 ) -> pd.DataFrame:
     """Evaluate a finished run under every intervention, and without any, on its validation split.
 
-    limit: the first images only. Returns a row per intervention, those without one (kind "none") first: columns as in
-    `KEY`, the detection numbers, the loss of the last decoder layer, and at the site the mean over layers of Gini and
-    zeros, PAIBB of decoder_cross. A pruned head counts as all zeros; PAIBB is 0 where its layer has no head left.
-
     Rows are kept in measures/interventions.parquet of the run as they come, in place of earlier ones of the same key;
-    those of gradual pruning replace each other altogether. One process at a time may write there. Raises RunError when
-    the run is not finished, ModelError before the first is measured.
+    those of gradual pruning replace each other altogether. One process at a time may write there.
+
+    Args:
+        run_dir: folder of a finished run.
+        experiments: as of `plan`, `swaps`, `sweep`, ...
+        limit: the first validation images only.
+        checkpoint: as of `evaluate_run`.
+
+    Returns:
+        A row per intervention, those without one (kind "none") first: columns as in `KEY`, the detection numbers, the
+        loss of the last decoder layer, and at the site the mean over layers of Gini and zeros, PAIBB of decoder_cross.
+        A pruned head counts as all zeros; PAIBB is 0 where its layer has no head left.
+
+    Raises:
+        RunError: the run is not finished, or its table of earlier rows is damaged.
+        ModelError: an intervention is impossible; before the first is measured.
     """
     load_results(run_dir)
     cfg = load_config(run_dir / "config.yaml")
@@ -156,9 +185,7 @@ def intervene_run(
     sites = list(dict.fromkeys(experiment.site for experiment in experiments)) or ["decoder_cross"]
     for site in sites:
         attention_modules(model, site)
-    for experiment in experiments:  # mistakes show before long work
-        with experiment.enter(model):
-            pass
+    _try(model, experiments)
     experiments = [*(Intervention("none", site, nullcontext) for site in sites), *experiments]
     dataset, accelerator = build_dataset(cfg.data, "val"), Accelerator()
     where = {"images": len(dataset), "checkpoint": checkpoint}
@@ -178,11 +205,9 @@ def intervene_run(
 def _measure(
     model: nn.Module, dataset: CocoDataset, cfg: Config, accelerator: Accelerator, site: Site
 ) -> dict[str, float | None]:
-    """The measures of a row."""
-    # Maps of a site are measured where its setting is not softmax; models are built from settings no more.
-    cfg = replace(cfg, {f"model.attention.{site}": "entmax"})
-    criterion = Criterion(cfg.loss)
-    results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, progress=False)
+    """The measures of a row, maps of the site included, be its transform softmax or not."""
+    criterion = Criterion(**dict(cfg.loss))
+    results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, sites=[site], progress=False)
     looks = {name: float(np.mean(results["attention"][site][name])) for name in ("gini", "zeros")}
     detection = {name: results["detection"][name] for name in ("AP", "AP50")}
     return detection | {"loss": _last_loss(results, criterion)} | looks | {"paibb": results["paibb"]["all"]}
@@ -201,12 +226,10 @@ def prune_order(run_dir: Path, site: Site, images: int = ORDER_IMAGES, checkpoin
     """
     cfg = replace(load_config(run_dir / "config.yaml"), {"data.train_limit": images})
     model, dataset = load_model(run_dir, checkpoint), build_dataset(cfg.data, "train", augment=False)
-    criterion, accelerator, losses = Criterion(cfg.loss), Accelerator(), {}
+    criterion, accelerator, losses = Criterion(**dict(cfg.loss)), Accelerator(), {}
     for one in tqdm(single_heads(model, site), desc="importance of heads", disable=None):
         with one.enter(model):
-            results, _ = evaluate(
-                model, dataset, cfg, accelerator, criterion=criterion, attention=False, progress=False
-            )
+            results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, sites=(), progress=False)
         losses[one.layer, one.head] = _last_loss(results, criterion)
     return sorted(losses, key=losses.get)
 

@@ -21,7 +21,6 @@ from detrlib.attention import AlphaEntmax, ConditionalCrossAttention, MultiheadA
 from detrlib.attention.entmax import LEAST_ALPHA
 from detrlib.attention.transforms import Entmax, Grid, Softmax, TVMax
 from detrlib.errors import ModelError
-from detrlib.models.faster_rcnn import FasterRCNN
 from detrlib.models.outputs import Site
 
 PLACES = {  # of attention modules, in encoder or decoder layers
@@ -62,8 +61,6 @@ def attention_modules(model: nn.Module, site: Site) -> list[MultiheadAttention |
     """The attention modules of a site, first layer to last. Raises ModelError where no keys are scored."""
     if site not in PLACES:
         raise ModelError(f"unknown site '{site}'; there are {', '.join(PLACES)}")
-    if isinstance(model, FasterRCNN):
-        raise ModelError("Faster R-CNN has no attention to change")
     part, name = PLACES[site]
     layers = getattr(model.transformer, part).layers
     if not layers:
@@ -90,12 +87,15 @@ def swapped(
 
     transform: a name, with `settings` as of `TransformSettings`, or an instance, which all layers then share. Padded
     keys are treated as the model was trained. Raises ModelError for layers or heads that the model lacks and for
-    tvmax at decoder_self, ValueError for an unknown name.
+    tvmax at decoder_self, and for an unknown name.
     """
 
     def change(layer: int, module: nn.Module) -> Transform:
         if isinstance(transform, str):
-            new = build_transform(transform, module.num_heads, **settings)
+            try:
+                new = build_transform(transform, module.num_heads, **settings)
+            except ValueError as error:
+                raise ModelError(str(error)) from None
         else:
             new = copy.copy(transform)  # parameters are shared, the treatment of padding is not
         if isinstance(new, TVMax) and site == "decoder_self":

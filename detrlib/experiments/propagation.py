@@ -6,10 +6,14 @@ the image of each of its own cells, R_qq [Q,Q] and R_qi [Q,K], those of each que
     R_ii = I        R_qq = I        R_qi = 0        before the first layer.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from detrlib.errors import ModelError
+from detrlib.models import AttentionMaps, Predictions
 
 
 class Layers(NamedTuple):
@@ -18,6 +22,35 @@ class Layers(NamedTuple):
     encoder_self: list[Tensor]  # [B,K,K]
     decoder_self: list[Tensor]  # [B,Q,Q]
     decoder_cross: list[Tensor]  # [B,Q,K]
+
+
+def _by_site(attention: AttentionMaps) -> Layers:
+    """All maps [B,H,...], heads not put together yet."""
+    return Layers(list(attention.encoder_self), list(attention.decoder_self), list(attention.decoder_cross))
+
+
+def mean_over_heads(attention: AttentionMaps) -> Layers:
+    """The maps of all sites, cut off from gradients: what `rollout` multiplies."""
+    return Layers(*([weights.detach().mean(1) for weights in layers] for layers in _by_site(attention)))
+
+
+def weighted_by_gradient(predictions: Predictions, rows: Tensor, labels: Tensor, counts: Tensor) -> Iterator[Layers]:
+    """A' (Chefer, Gur & Wolf 2021, Eq. 5) for the first detection of every image, then for the second, and so on.
+
+    The gradient is that of the logit of the detection's class. Images do not meet in the model, so that the gradient
+    of a sum over images is that of each of them. rows, labels [B,most n]: queries and classes of the detections, of
+    which the first counts [B] are meant. Raises ModelError for a model without gradients.
+    """
+    by_site = _by_site(predictions.attention)
+    maps = [weights for layers in by_site for weights in layers]
+    if not all(weights.requires_grad for weights in maps):
+        raise ModelError("explanations by gradient need a model with gradients: call model.requires_grad_()")
+    for number in range(rows.shape[1]):
+        (image,) = (counts > number).nonzero(as_tuple=True)
+        logits = predictions.logits[image, rows[image, number], labels[image, number]]
+        gradients = torch.autograd.grad(logits.sum(), maps, retain_graph=True)
+        weighted = ((g * w.detach()).clamp(min=0).mean(1) for g, w in zip(gradients, maps, strict=True))
+        yield Layers(*([next(weighted) for _ in layers] for layers in by_site))
 
 
 def rollout(maps: Layers) -> Tensor:
@@ -57,15 +90,15 @@ def relevance(weighted: Layers) -> Tensor:
     A row to which nothing was added stays a row of I: always so in an encoder without layers.
     """
     first = weighted.decoder_cross[0]
-    images = _identity(first, first.shape[2])
+    r_ii = _identity(first, first.shape[2])
     for self_map in weighted.encoder_self:
-        images = images + self_map @ images
-    images = _normalised(images)
-    queries, found = _identity(first, first.shape[1]), torch.zeros_like(first)
+        r_ii = r_ii + self_map @ r_ii
+    r_ii = _normalised(r_ii)
+    r_qq, r_qi = _identity(first, first.shape[1]), torch.zeros_like(first)
     for self_map, cross_map in zip(weighted.decoder_self, weighted.decoder_cross, strict=True):
-        queries, found = queries + self_map @ queries, found + self_map @ found
-        found = found + _normalised(queries).mT @ cross_map @ images
-    return found
+        r_qq, r_qi = r_qq + self_map @ r_qq, r_qi + self_map @ r_qi
+        r_qi = r_qi + _normalised(r_qq).mT @ cross_map @ r_ii
+    return r_qi
 
 
 def _identity(like: Tensor, size: int) -> Tensor:

@@ -3,19 +3,24 @@
     detrlib sweep papermill_runs/configs/quickstart.yaml
 
 A sweep file names a `base` config, `overrides` for all runs, and `runs`: a name and the overrides of each. With
-`seeds`, every run is repeated for each of them under the name <run>-seed<N>. `measure` holds parameters of notebook
-07_evaluate, such as how many images to explain.
-Every run is notebook 06_train, then 07_evaluate, executed in papermill_runs/<sweep>/<run>/; then 08 and 09 are
-executed over all runs and the last becomes report.html. What is finished is skipped, what was interrupted goes on.
+`seeds`, every run is repeated for each of them under the name <run>-seed<N>. `measure` holds parameters of the notebook
+evaluate, such as how many images to explain.
+Every run is the notebook train, then evaluate, executed in papermill_runs/<sweep>/<run>/; then attention_maps and
+thesis_figures are executed over all runs and the last becomes report.html. What is finished is skipped, what was
+interrupted goes on.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +31,8 @@ from detrlib.data import build_dataset
 from detrlib.engine.notebooks import (
     checked_parameters,
     execute_notebook,
+    find_executed,
     find_notebook,
-    is_executed,
     report_html,
     shrink_pictures,
 )
@@ -36,6 +41,7 @@ from detrlib.errors import ConfigError, RunError
 from detrlib.files import write_atomic, write_json
 
 SECONDS_BETWEEN_REPORTS = 15
+GRACE = 5  # seconds; a terminal interrupts children too, and twice would be in the midst of their leaving in order
 
 
 @dataclass
@@ -44,14 +50,13 @@ class Job:
 
     folder: Path
     cfg: Config
-    measure: dict = field(default_factory=dict)  # parameters of notebook 07_evaluate
+    measure: dict[str, Any]  # parameters of notebook evaluate
     process: subprocess.Popen | None = None
     failed: bool = False
-    num_images: int | None = None  # of the training split, once it is known
 
     @property
     def finished(self) -> bool:
-        return self.process is None and is_executed(self.folder / "07_evaluate.ipynb")
+        return self.process is None and find_executed(self.folder, "evaluate") is not None
 
     def progress(self) -> tuple[float, str]:
         """Share of the training steps done, and a few words."""
@@ -63,38 +68,34 @@ class Job:
         if not records:
             return 0.0, "waiting" if self.process is None else "starting"
         found = [r["detection/AP50"] for r in records if r.get("detection/AP50") is not None]
-        done = records[-1]["global_step"] / max(1, self._steps())
+        done = records[-1]["global_step"] / max(1, self._steps)
         return min(done, 0.99), f"{done:4.0%}" + (f" AP50 {found[-1]:.2f}" if found else "")
 
+    @cached_property
     def _steps(self) -> int:
-        if self.num_images is None:
-            self.num_images = len(build_dataset(self.cfg.data, "train"))
-        return self.cfg.train.epochs * max(1, self.num_images // self.cfg.train.batch_size)
+        images = len(build_dataset(self.cfg.data, "train"))
+        return self.cfg.train.epochs * max(1, images // self.cfg.train.batch_size)
 
 
 class Sweep(NamedTuple):
     """What a sweep file asks for."""
 
     configs: dict[str, Config]  # by run name
-    measure: dict[str, Any]  # parameters of notebook 07_evaluate
+    measure: dict[str, Any]  # parameters of notebook evaluate
 
 
 def read_sweep(path: Path) -> Sweep:
     """A sweep file, everything in it checked. Raises ConfigError naming the file and the setting."""
     path = project_path(path)
     values = read_yaml(path)
-    unknown = values.keys() - {"base", "overrides", "runs", "seeds", "measure"}
-    if unknown or not isinstance(values.get("runs"), dict) or "base" not in values:
-        fault = f"unknown {', '.join(sorted(unknown))}" if unknown else "'base' or 'runs' is missing"
-        raise ConfigError(
-            f"{path}: {fault}; a sweep has base, runs (a name and overrides each), and optionally overrides, seeds and "
-            "measure (parameters of notebook 07_evaluate)"
-        )
     shared, seeds, measure = (values.get(name) or {} for name in ("overrides", "seeds", "measure"))
-    if seeds and not (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)):
-        raise ConfigError(f"{path}: seeds is {seeds!r}, expected whole numbers such as [1, 2, 3]")
+    if fault := _fault(values):
+        raise ConfigError(
+            f"{path}: {fault}; a sweep has base (a config), runs (a name and overrides each), and optionally overrides "
+            "for all, seeds such as [1, 2, 3], and measure (parameters of notebook evaluate)"
+        )
     try:
-        measure = checked_parameters(find_notebook("07_evaluate"), measure) if measure else {}
+        measure = checked_parameters(find_notebook("evaluate"), measure) if measure else {}
     except RunError as error:
         raise ConfigError(f"{path}: measure: {error}") from None
     wanted = {name: {**shared, **(overrides or {})} for name, overrides in values["runs"].items()}
@@ -104,11 +105,37 @@ def read_sweep(path: Path) -> Sweep:
     return Sweep({name: load_config(base, overrides) for name, overrides in wanted.items()}, measure)
 
 
-def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
-    """Everything that `path` asks for, in `folder`; returns the path of the report.
+def _fault(values: dict[str, Any]) -> str | None:
+    """What a sweep file must not be, in words."""
+    if unknown := values.keys() - {"base", "overrides", "runs", "seeds", "measure"}:
+        return f"unknown {', '.join(sorted(map(str, unknown)))}"
+    wanted = {"base": str, "runs": dict, "overrides": dict, "seeds": list, "measure": dict}
+    for name, kind in wanted.items():
+        given = values.get(name)
+        if not isinstance(given, kind) and (given is not None or name in ("base", "runs")):
+            return f"{name} is {given!r}"
+    for name, overrides in values["runs"].items():
+        if not isinstance(name, str) or not isinstance(overrides, dict | None):
+            return f"runs: {name!r} is {overrides!r}"
+    if not all(type(seed) is int for seed in values.get("seeds") or []):
+        return f"seeds is {values['seeds']!r}"
+    return None if values["runs"] else "runs names none"
 
-    parallel: runs side by side; None: one per GPU, or one per core of the CPU.
-    Raises RunError when runs failed; the others are finished first.
+
+def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
+    """Train and evaluate everything that a sweep file asks for, and report.
+
+    Args:
+        path: the sweep file.
+        folder: where the runs go, each in a folder of its name.
+        parallel: runs side by side; None: one per GPU, or one per core of the CPU.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ConfigError: the file is no sweep, or a setting in it is wrong.
+        RunError: runs failed; the others are finished first.
     """
     configs, measure = read_sweep(path)
     jobs = [Job(folder / name, cfg, measure) for name, cfg in configs.items()]
@@ -121,20 +148,23 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
         return report
     _prepare(jobs)
     _work_off(jobs, parallel or _slots())
-    failed = [job for job in jobs if job.failed]
-    if failed:
-        logs = "; ".join(f"{job.folder}/log.txt: {_last_line(job.folder / 'log.txt')}" for job in failed)
+    if failed := [job.folder / "log.txt" for job in jobs if job.failed]:
+        logs = "; ".join(f"{log}: {_last_line(log)}" for log in failed)
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {logs}. Call again to retry them.")
-    names = [_run_name(job.folder) for job in jobs]
     print("drawing figures and tables", flush=True)
-    execute_notebook("08_attention_maps", folder / "08_attention_maps.ipynb", {"run_names": names})
-    results = {"run_names": names, "output": _within_project(folder / "figures")}
-    execute_notebook("09_thesis_figures", folder / "09_thesis_figures.ipynb", results)
-    shrink_pictures(folder / "09_thesis_figures.ipynb")
+    names = [_within_project(job.folder) for job in jobs]
+    _execute(folder, "attention_maps", {"run_names": names})
+    figures = {"output": _within_project(folder / "figures")}
+    executed = _execute(folder, "thesis_figures", {"run_names": names} | figures)
+    shrink_pictures(executed)
     table = folder / "figures" / "main_table.md"
     if table.exists():  # an edited notebook need not write it
         print(table.read_text())
-    return report_html(folder / "09_thesis_figures.ipynb", report, f"{folder.name}: report")
+    return report_html(executed, report, f"{folder.name}: report")
+
+
+def _execute(folder: Path, name: str, parameters: dict[str, Any]) -> Path:
+    return execute_notebook(name, folder / find_notebook(name).name, parameters)
 
 
 def _prepare(jobs: list[Job]) -> None:
@@ -156,33 +186,36 @@ def _work_off(jobs: list[Job], slots: int) -> None:
     """Keep `slots` subprocesses busy until every job is finished or failed, reporting on the way."""
     waiting = [job for job in jobs if not job.finished]
     slots = max(1, min(slots, len(waiting)))
-    free, running = list(range(slots)), {}
+    free = SimpleQueue()
+    for slot in range(slots):
+        free.put(slot)
+
+    def work(job: Job) -> None:
+        slot = free.get()
+        _start(job, slot, slots)
+        job.failed, job.process = job.process.wait() != 0, None
+        free.put(slot)
+
     start, first = time.monotonic(), [job.progress()[0] for job in jobs]
-    last_report = 0.0
-    try:
-        while waiting or running:
-            while waiting and free:
-                slot = free.pop(0)
-                running[slot] = waiting.pop(0)
-                _start(running[slot], slot, slots)
-            for slot, job in list(running.items()):
-                if job.process.poll() is not None:
-                    job.failed, job.process = job.process.returncode != 0, None
-                    free.append(slot)
-                    del running[slot]
-            if time.monotonic() - last_report > SECONDS_BETWEEN_REPORTS:
-                last_report = time.monotonic()
-                print(_status(jobs, first, last_report - start), flush=True)
-            time.sleep(0.5)
-    except KeyboardInterrupt:
-        for job in running.values():
-            job.process.wait()
-        raise
+    with ThreadPoolExecutor(slots) as pool:
+        left = {pool.submit(work, job) for job in waiting}
+        try:
+            while left:
+                print(_status(jobs, first, time.monotonic() - start), flush=True)
+                done, left = wait(left, SECONDS_BETWEEN_REPORTS)
+                for future in done:
+                    future.result()  # raises what went wrong in `work` itself
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            wait({future for future in left if not future.cancelled()}, GRACE)
+            for job in jobs:
+                if process := job.process:
+                    process.send_signal(signal.SIGINT)
+            raise
 
 
 def _start(job: Job, slot: int, slots: int) -> None:
     """Begin or continue a run in a subprocess with its share of the machine."""
-    job.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(job.folder / "sweep.yaml", lambda path: save_config(job.cfg, path))
     write_json(job.folder / "measure.json", job.measure)
     environment = dict(os.environ, PYTHONUNBUFFERED="1", WANDB_SILENT="true")
@@ -192,29 +225,20 @@ def _start(job: Job, slot: int, slots: int) -> None:
     else:
         # Several runs with a thread each use the cores better than one run with several threads.
         environment["OMP_NUM_THREADS"] = str(max(1, _slots() // slots))
+    command = [sys.executable, "-m", "detrlib", "sweep-run", str(job.folder)]
     with (job.folder / "log.txt").open("a") as log:
-        job.process = subprocess.Popen(
-            [sys.executable, "-m", "detrlib", "sweep-run", str(job.folder)],
-            cwd=PROJECT,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        job.process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def run_one(folder: Path) -> None:
     """Train and evaluate one run of a sweep through its notebooks, skipping what is done."""
-    name = _run_name(folder)
+    name = _within_project(folder)
     if not (folder / "results.json").exists():
         parameters = {"config": str(folder / "sweep.yaml"), "run_name": name, "gpus": torch.cuda.device_count() or None}
-        execute_notebook("06_train", folder / "06_train.ipynb", parameters)
+        _execute(folder, "train", parameters)
     asked = folder / "measure.json"
     measure = json.loads(asked.read_text()) if asked.exists() else {}
-    execute_notebook("07_evaluate", folder / "07_evaluate.ipynb", measure | {"run_name": name})
-
-
-def _run_name(folder: Path) -> str:
-    return str(folder.relative_to(runs.RUNS)) if folder.is_relative_to(runs.RUNS) else str(folder)
+    _execute(folder, "evaluate", measure | {"run_name": name})
 
 
 def _within_project(path: Path) -> str:

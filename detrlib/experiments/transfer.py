@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from detrlib.config import Config, project_path, replace
-from detrlib.data.classes import ClassMatch, locate, match_classes, match_ids, translate
-from detrlib.data.coco import read_annotations
+from detrlib.config import Config, Data, project_path, replace
+from detrlib.data import split_paths
+from detrlib.data.annotations import Annotations, read_annotations
+from detrlib.data.classes import ClassMatch, match_classes, translate
 from detrlib.engine.evaluate import evaluate_into, evaluation_config
 from detrlib.errors import ConfigError, DataError, RunError
 from detrlib.files import write_json
@@ -50,33 +51,55 @@ def evaluate_on(
     """
     cfg = evaluation_config(run_dir, overrides)
     on, images = project_path(on), images and project_path(images)
-    if on.suffix == ".json" and split:
-        raise ConfigError(f"split {split} belongs to a folder; {on} is one annotation file")
-    images, annotations = locate(on, images, split, cfg.data.val_split)
+    images, annotations = find_data(on, images, split, cfg.data.val_split)
     named = on.stem.removeprefix("instances_") if on == annotations else "-".join(filter(None, (on.name, split)))
-    folder = _folder(run_dir, save_as or named, annotations)
+    folder = _results_folder(run_dir, save_as or named, annotations)
     content = read_annotations(annotations)
     ours = {int(label): name for label, name in load_results(run_dir).get("names", {}).items()}
-    if by_id:
-        found = _by_id(cfg, annotations, content, ours, named=bool(names))
-    else:
-        found = _by_name(run_dir, annotations, content, ours, names or {})
+    match = _match(run_dir, cfg, annotations, content, ours, names or {}, by_id)
     copy = folder / annotations.name  # with the run's labels as category ids
-    write_json(copy, translate(content, found))
+    write_json(copy, translate(content, match))
     settings = {"data.val_images": str(images), "data.val_annotations": str(copy)}
     settings |= {"data.val_limit": None, "data.contiguous": False}
     described = {
         "on": str(annotations),
-        "names": {str(label): name for label, name in (ours or found.names).items()},
-        "matched": found.matched,
-        "unmapped": found.unmapped,
-        "unannotated": found.unannotated,
+        "names": {str(label): name for label, name in (ours or match.names).items()},
+        "matched": match.matched,
+        "unmapped": match.unmapped,
+        "unannotated": match.unannotated,
         "note": LOWER_BOUND,
     }
     return evaluate_into(folder, run_dir, replace(cfg, settings), checkpoint, described)
 
 
-def _folder(run_dir: Path, name: str, annotations: Path) -> Path:
+def find_data(data: Path, images: Path | None, split: str | None, usual: str) -> tuple[Path, Path]:
+    """Image folder and annotation file of other data: a COCO-format folder, or the annotation file itself.
+
+    Of a folder `split` is taken; if that is None, the `usual` one where it is there, otherwise the only one.
+    Pictures of a file are in `images`; if that is None, in the COCO layout's folder of the same split, in a folder
+    "images" beside the file, or beside the file itself, whichever holds the first one. Raises DataError, and
+    ConfigError for a split of a file.
+    """
+    if data.suffix != ".json":
+        there = sorted(path.stem.removeprefix("instances_") for path in data.glob("annotations/instances_*.json"))
+        split = split or (usual if usual in there or len(there) != 1 else there[0])
+        if split not in there:
+            others = f"only {', '.join(there)}; choose one (split, --split)" if there else "nor any other"
+            raise DataError(f"{data}: no annotations/instances_{split}.json, {others}")
+        return split_paths(Data(root=str(data), val_split=split, val_images=images and str(images)), "val")
+    if split:
+        raise ConfigError(f"split {split} (--split) belongs to a folder; {data} is one annotation file")
+    first = read_annotations(data)["images"][0]["file_name"]
+    layout = data.parent.parent / data.stem.removeprefix("instances_")
+    tried = [images] if images else [layout, data.parent / "images", data.parent]
+    for folder in tried:
+        if (folder / first).is_file():
+            return folder, data
+    listed = ", ".join(map(str, tried))
+    raise DataError(f"{data}: its first picture, {first}, is not in {listed}; give the folder (images, --images)")
+
+
+def _results_folder(run_dir: Path, name: str, annotations: Path) -> Path:
     folder = run_dir / name
     if folder.parent != run_dir or folder.name in ("..", *RESERVED):
         raise RunError(f"{folder.name!r} cannot name a folder of results in {run_dir}; choose another (save_as, --as)")
@@ -85,26 +108,32 @@ def _folder(run_dir: Path, name: str, annotations: Path) -> Path:
     return folder
 
 
-def _by_id(cfg: Config, path: Path, content: dict, ours: Mapping[int, str], named: bool) -> ClassMatch:
-    if named or cfg.data.contiguous:
-        reason = "it takes no names" if named else "with data.contiguous a run's labels are no category ids"
+def _match(
+    run_dir: Path,
+    cfg: Config,
+    path: Path,
+    content: Annotations,
+    ours: Mapping[int, str],
+    names: Mapping[str, str],
+    by_id: bool,
+) -> ClassMatch:
+    """The classes of `content` as those of the run, `ours`; raises where that cannot be."""
+    if by_id and (names or cfg.data.contiguous):
+        reason = "it takes no names" if names else "with data.contiguous a run's labels are no category ids"
         raise ConfigError(f"by_id (--by-id): {reason}; match classes by name instead")
-    found = match_ids(content, ours)
-    if max(found.labels) >= (cfg.model.num_classes or 0):
-        raise DataError(f"{path}: category id {max(found.labels)}; the run knows 0 to {cfg.model.num_classes - 1}")
-    return found
-
-
-def _by_name(run_dir: Path, path: Path, content: dict, ours: Mapping[int, str], names: Mapping[str, str]) -> ClassMatch:
-    if not ours:
+    if not (ours or by_id):
         raise RunError(
             f"{run_dir / 'results.json'} has no 'names' of classes; evaluate the run on its own data first, "
             "or match by_id (--by-id) if the category ids of the other data are those the run was trained with"
         )
     try:
-        return match_classes(content, ours, names)
+        match = match_classes(content, ours, names, by_id=by_id)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
+    classes = cfg.model.num_classes or 0
+    if by_id and max(match.labels) >= classes:
+        raise DataError(f"{path}: category id {max(match.labels)}; the run knows 0 to {classes - 1}")
+    return match
 
 
 def scored_classes(results: dict) -> str:

@@ -6,23 +6,27 @@ Its annotations are Matlab cells of structures: filename, im_id, objects {catego
 {sub, sub_box, obj, obj_box, rels}, with boxes (xmin, ymin, xmax, ymax).
 """
 
-import json
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, StringConstraints, ValidationError, WrapValidator
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from tqdm.auto import tqdm
 
-from detrlib.data.classes import COCO_NAMES
+from detrlib.data.annotations import first_fault
 from detrlib.data.coco import UNREADABLE
 from detrlib.errors import DataError
+from detrlib.files import write_json
 
+# The 80 classes of COCO 2017: name -> id. Ids leave gaps, which torchvision fills.
+LISTED = enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+COCO_IDS = {name: id for id, name in LISTED if name not in ("__background__", "N/A")}
 # UnRel's names for classes of COCO; 22 more of its 48 names are COCO's own, 19 are no class of COCO.
 SAME_CLASS = {"bike": "bicycle", "plane": "airplane", "sofa": "couch", "table": "dining table"}
 # Judgement calls: COCO's class is narrower than UnRel's word.
@@ -34,100 +38,82 @@ CONVENTION = {
     "thesis": "x = xmin, y = ymin, width = xmax - xmin, height = ymax - ymin, whole numbers, not clipped",
 }
 
-Box = tuple[float, float, float, float]  # xmin, ymin, xmax, ymax as in the file: pixels counted from 1, both included
+
+def _none_if_invalid(value: Any, validate: Any) -> Any:
+    try:
+        return validate(value)
+    except ValidationError:
+        return None
 
 
-class Object(NamedTuple):
-    """An annotated object of the .mat file, or a side of a relationship, which may lack a box."""
+T = TypeVar("T")
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+# xmin, ymin, xmax, ymax as in the file: pixels counted from 1, both included.
+Box = tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+# A cell with one element is read as the element.
+Cell = Annotated[list[T], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
+# A few sides of relationships come without a box.
+BoxIfAny = Annotated[Box | None, WrapValidator(_none_if_invalid)]
 
-    category: str
-    box: Box | None
+
+class Object(BaseModel):
+    """An annotated object."""
+
+    category: Text
+    box: Box
 
 
-@dataclass
-class Photograph:
-    """One entry of the .mat file; relationships are (subject, predicate, object)."""
+class Relationship(BaseModel):
+    """Subject, predicates, object."""
 
-    file_name: str
-    id: int
-    objects: list[Object]
-    relationships: list[tuple[Object, str, Object]] = field(default_factory=list)
+    sub: Text
+    sub_box: BoxIfAny
+    obj: Text
+    obj_box: BoxIfAny
+    rels: Cell[str]
+
+
+class Photograph(BaseModel):
+    """One entry of the .mat file."""
+
+    filename: Text
+    im_id: Annotated[int, Field(ge=0)]
+    objects: Cell[Object]
+    relationships: Cell[Relationship]
+
+
+class MatFile(BaseModel):
+    """The whole file."""
+
+    annotations: Annotated[Cell[Photograph], Field(min_length=1)]
 
 
 def read_mat(path: Path) -> list[Photograph]:
     """UnRel's annotations.mat. Raises DataError naming the file, the entry (from 1, as in Matlab) and the field."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
     try:
-        # Structures become dicts and cells lists, except that a cell with one element becomes the element.
-        content = loadmat(path, appendmat=False, simplify_cells=True)
+        content = loadmat(path, appendmat=False, simplify_cells=True)  # structures become dicts, cells arrays or lists
+        photographs = MatFile.model_validate(_plain(content)).annotations
     except NotImplementedError:
         raise DataError(f"{path}: saved as Matlab 7.3 (HDF5); save it again in Matlab with the option -v7") from None
+    except ValidationError as error:
+        raise DataError(f"{path}: {first_fault(error, '({})', 1)}; is this UnRel's annotations.mat?") from None
     except (ValueError, TypeError, OSError, MatReadError, zlib.error) as error:
         raise DataError(f"{path}: not readable as a .mat file ({error}); was the download complete?") from error
-    entries = _field(content, "annotations", str(path))
-    read = [_photograph(entry, f"{path}: annotations({n})") for n, entry in enumerate(_cell(entries), 1)]
-    repeated = [id for id, count in Counter(one.id for one in read).items() if count > 1]
-    if repeated or not read:
-        raise DataError(f"{path}: " + (f"im_id {repeated[0]} occurs twice" if repeated else "'annotations' is empty"))
-    return read
+    repeated = [id for id, count in Counter(one.im_id for one in photographs).items() if count > 1]
+    if repeated:
+        raise DataError(f"{path}: im_id {repeated[0]} occurs twice; ids must be unique")
+    return photographs
 
 
-def _photograph(entry: Any, where: str) -> Photograph:
-    objects = [
-        Object(_text(one, "category", at), _box(one, "box", at))
-        for at, one in _numbered(_field(entry, "objects", where), f"{where}.objects")
-    ]
-    relationships = []
-    for at, one in _numbered(_field(entry, "relationships", where), f"{where}.relationships"):
-        # A few sides of relationships come without a box.
-        subject, object = (
-            Object(_text(one, side, at), _box(one, f"{side}_box", at, needed=False)) for side in ("sub", "obj")
-        )
-        relationships += [(subject, str(predicate), object) for predicate in _cell(_field(one, "rels", at))]
-    id = _field(entry, "im_id", where)
-    if not isinstance(id, int | float | np.number) or id != int(id) or id < 0:
-        raise DataError(f"{where}: im_id is {id!r}; expected a whole number from 0 up")
-    return Photograph(_text(entry, "filename", where), int(id), objects, relationships)
-
-
-def _cell(value: Any) -> list:
-    """The elements of a cell, also where it had one or none."""
-    return list(value) if isinstance(value, list | np.ndarray) else [value]
-
-
-def _numbered(value: Any, where: str) -> list[tuple[str, Any]]:
-    return [(f"{where}({number})", one) for number, one in enumerate(_cell(value), 1)]
-
-
-def _field(structure: Any, name: str, where: str) -> Any:
-    if not isinstance(structure, dict):
-        raise DataError(f"{where}: expected a structure with a field '{name}', found {type(structure).__name__}")
-    if name not in structure:
-        found = ", ".join(key for key in structure if not key.startswith("__"))
-        raise DataError(f"{where}: no '{name}', only {found or 'nothing'}; is this UnRel's annotations.mat?")
-    return structure[name]
-
-
-def _text(structure: Any, name: str, where: str) -> str:
-    value = _field(structure, name, where)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {name} is {value!r}; expected a text")
-    return value.strip()
-
-
-def _box(structure: Any, name: str, where: str, needed: bool = True) -> Box | None:
-    value = _field(structure, name, where)
-    try:
-        # As floats: the file stores small numbers as bytes, whose sums and differences would wrap around.
-        box = tuple(np.asarray(value, dtype=float).ravel().tolist())
-    except (TypeError, ValueError):
-        box = ()
-    if len(box) == 4 and np.isfinite(box).all():
-        return box
-    if needed:
-        raise DataError(f"{where}: {name} is {value!r}; expected four numbers [xmin ymin xmax ymax]")
-    return None
+def _plain(value: Any) -> Any:
+    """Arrays as flat lists and numbers as Python's: the file stores small ones as bytes, whose sums wrap around."""
+    if isinstance(value, dict):
+        return {name: _plain(field) for name, field in value.items() if not name.startswith("__")}
+    if isinstance(value, np.ndarray):
+        value = value.ravel().tolist()
+    if isinstance(value, list):
+        return [_plain(element) for element in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def convert_unrel(
@@ -137,141 +123,133 @@ def convert_unrel(
     ids: Literal["coco", "thesis"] = "coco",
     unmapped: Literal["drop", "ignore"] = "drop",
 ) -> dict:
-    """Write UnRel as the COCO-format file `out`; returns its "info", which also says what was left out.
+    """Write UnRel as a COCO-format file; relationships are kept as a field of each image.
 
-    Sizes are read from the files in `images`. Relationships are kept as a field of each image: names, boxes, and
-    ids of annotations, null where an object was left out.
+    They are names, boxes, and ids of annotations, null where an object was left out.
 
-    ids       "coco": COCO's category ids by name, annotations numbered from 1. Matlab's pixels, counted from 1 with
-              xmin to xmax included, become COCO's continuous coordinates: a box over the whole width is [0, width].
-              Boxes are clipped to the image, those without area and exact repetitions left out.
-              "thesis": the numbering behind published numbers, faults included. Categories are numbered 1 to 48 by
-              first appearance, annotations from 0; boxes are not shifted and end a pixel early.
-    unmapped  objects of names that are no class of COCO: "drop" them, or "ignore" them: as a crowd region of every
-              class, so that detections of which half or more lies on them (at IoU 0.5) are neither right nor wrong.
+    Args:
+        mat: UnRel's annotations.mat.
+        images: the folder of its pictures, whose sizes are read from the files.
+        out: the file to write.
+        ids: "coco": COCO's category ids by name, annotations numbered from 1. Matlab's pixels, counted from 1 with xmin
+            to xmax included, become COCO's continuous coordinates: a box over the whole width is [0, width]. Boxes are
+            clipped to the image, those without area and exact repetitions left out.
+            "thesis": the numbering behind published numbers, faults included. Categories are numbered 1 to 48 by first
+            appearance, annotations from 0; boxes are not shifted and end a pixel early.
+        unmapped: objects of names that are no class of COCO: "drop" them, or "ignore" them: as a crowd region of every
+            class, so that detections of which half or more lies on them (at IoU 0.5) are neither right nor wrong.
 
-    Raises DataError where the .mat file is not as expected, pictures are missing, or no name is a class of COCO.
+    Returns:
+        The file's "info", which also says what was left out.
+
+    Raises:
+        DataError: the .mat file is not as expected, pictures are missing, or no name is a class of COCO.
     """
     if ids not in CONVENTION or unmapped not in ("drop", "ignore"):
         raise DataError(f"ids={ids!r}, unmapped={unmapped!r}: expected ids coco or thesis, unmapped drop or ignore")
     photographs = read_mat(Path(mat))
     sizes, unreadable = _sizes(photographs, Path(images))
-    names = list(dict.fromkeys(found.category for one in photographs for found in one.objects))  # as they appear
-    classes = _classes(names, ids)
+    names = list(dict.fromkeys(one.category for photograph in photographs for one in photograph.objects))
+    if ids == "thesis":
+        classes = {name: (number, name) for number, name in enumerate(names, 1)}
+    else:
+        classes = {name: (COCO_IDS[partner], partner) for name in names if (partner := coco_name(name))}
     if not classes:
         raise DataError(f"{mat}: none of its categories ({', '.join(names)}) is a class of COCO")
     writer = _Writer(ids == "thesis", {name: id for name, (id, _) in classes.items()}, unmapped == "ignore")
-    for one in photographs:
-        if one.id in sizes:
-            writer.add(one, *sizes[one.id])
-    content = {
-        "info": {
-            "description": f"UnRel. {NOTE}",
-            "ids": ids,
-            "boxes": CONVENTION[ids],
-            "judgement_calls": {name: classes[name][1] for name in NARROWER if ids == "coco" and name in classes},
-            "unmapped_are": "ignored" if unmapped == "ignore" else "left out",
-            **writer.counts(),
-            "unreadable": unreadable,
-        },
-        "images": writer.images,
-        "annotations": writer.annotations,
-        "categories": [{"id": id, "name": name} for id, name in sorted(set(classes.values()))],
+    for photograph in photographs:
+        if photograph.im_id in sizes:
+            writer.add(photograph, *sizes[photograph.im_id])
+    info = {
+        "description": f"UnRel. {NOTE}",
+        "ids": ids,
+        "boxes": CONVENTION[ids],
+        "judgement_calls": {name: classes[name][1] for name in NARROWER if ids == "coco" and name in classes},
+        "unmapped_are": "ignored" if unmapped == "ignore" else "left out",
+        "images": len(writer.images),
+        "annotations": len(writer.annotations),
+        "objects": dict(sorted(writer.objects.items())),
+        "unmapped": dict(sorted(writer.unmapped.items())),
+        **writer.left_out,
+        "unreadable": unreadable,
     }
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps(content))
-    return content["info"]
-
-
-def _classes(names: list[str], ids: str) -> dict[str, tuple[int, str]]:
-    """Category id and name in the new file for each of UnRel's names that gets one."""
-    if ids == "thesis":
-        return {name: (number, name) for number, name in enumerate(names, 1)}
-    id_of = {name: id for id, name in COCO_NAMES.items()}
-    return {name: (id_of[partner], partner) for name in names if (partner := coco_name(name))}
+    categories = [{"id": id, "name": name} for id, name in sorted(set(classes.values()))]
+    content = {"info": info, "images": writer.images, "annotations": writer.annotations, "categories": categories}
+    write_json(Path(out), content)
+    return info
 
 
 def coco_name(name: str) -> str | None:
     """COCO's name for one of UnRel's, None for those that are no class of COCO."""
     name = SAME_CLASS.get(name) or NARROWER.get(name) or name
-    return name if name in COCO_NAMES.values() else None
+    return name if name in COCO_IDS else None
 
 
 def _sizes(photographs: list[Photograph], images: Path) -> tuple[dict[int, tuple[int, int]], list[str]]:
     """{image id: (width, height)} of the pictures, and the names of those that cannot be decoded."""
-    missing = [one.file_name for one in photographs if not (images / one.file_name).is_file()]
+    missing = [one.filename for one in photographs if not (images / one.filename).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"{images / missing[0]}{more}: no such picture; is {images} UnRel's folder of images?")
     sizes, unreadable = {}, []
     for one in tqdm(photographs, desc="pictures", disable=None, leave=False):
         try:
-            with Image.open(images / one.file_name) as file:
+            with Image.open(images / one.filename) as file:
                 file.load()
-                sizes[one.id] = file.size
+                sizes[one.im_id] = file.size
         except UNREADABLE:
-            unreadable.append(one.file_name)
+            unreadable.append(one.filename)
     if not sizes:
         raise DataError(f"{images}: none of its {len(unreadable)} pictures can be decoded, e.g. {unreadable[0]}")
     return sizes, unreadable
 
 
 class _Writer:
-    """Lists of images and annotations that grow photograph by photograph."""
+    """Lists of images and annotations that grow photograph by photograph, and counts of what was left out."""
 
     def __init__(self, thesis: bool, category_ids: dict[str, int], ignore: bool):
-        self.thesis, self.category_ids, self.ignore = thesis, category_ids, ignore
+        self.thesis, self.category_ids = thesis, category_ids
+        self.ignored_as = sorted(set(category_ids.values())) if ignore else []
         self.images, self.annotations = [], []
-        self.kept, self.unmapped, self.repeated, self.without_area = Counter(), Counter(), 0, 0
-
-    def counts(self) -> dict:
-        """What was written and what was left out."""
-        return {
-            "images": len(self.images),
-            "annotations": len(self.annotations),
-            "objects": dict(sorted(self.kept.items())),
-            "unmapped": dict(sorted(self.unmapped.items())),
-            "repeated": self.repeated,
-            "without_area": self.without_area,
-        }
+        self.objects, self.unmapped, self.left_out = Counter(), Counter(), Counter(repeated=0, without_area=0)
 
     def add(self, photograph: Photograph, width: int, height: int) -> None:
         """One photograph of `width` x `height` pixels with its objects."""
-        seen: dict[Object, int | None] = {}  # to the annotation's id, where it has become one
-        for found in photograph.objects:
-            if found in seen and not self.thesis:
-                self.repeated += 1
+        ids: dict[tuple[str, Box | None], int | None] = {}  # of the annotation that an object has become, if it has
+        for one in photograph.objects:
+            if (one.category, one.box) in ids and not self.thesis:
+                self.left_out["repeated"] += 1
             else:
-                seen[found] = self._add_object(found, photograph.id, width, height)
-        relationships = []
-        for subject, predicate, object in photograph.relationships:
-            entry = {"predicate": predicate}
-            for side, one in (("subject", subject), ("object", object)):
                 box = self._box(one.box, width, height)
-                entry |= {side: one.category, f"{side}_box": box, f"{side}_id": seen.get(one)}
-            relationships.append(entry)
-        image = {"id": photograph.id, "file_name": photograph.file_name, "width": width, "height": height}
+                ids[one.category, one.box] = self._add_object(one.category, photograph.im_id, box)
+
+        def side(name: str, category: str, box: Box | None) -> dict:
+            return {
+                name: category,
+                f"{name}_box": self._box(box, width, height),
+                f"{name}_id": ids.get((category, box)),
+            }
+
+        relationships = [
+            {"predicate": predicate, **side("subject", one.sub, one.sub_box), **side("object", one.obj, one.obj_box)}
+            for one in photograph.relationships
+            for predicate in one.rels
+        ]
+        image = {"id": photograph.im_id, "file_name": photograph.filename, "width": width, "height": height}
         self.images.append(image | {"relationships": relationships})
 
-    def _add_object(self, found: Object, image_id: int, width: int, height: int) -> int | None:
-        box = self._box(found.box, width, height)
+    def _add_object(self, category: str, image_id: int, box: list[float]) -> int | None:
+        """The id of its annotation; None for an object that is left out or ignored."""
         if not self.thesis and min(box[2:]) <= 0:
-            self.without_area += 1
+            self.left_out["without_area"] += 1
             return None
-        if found.category in self.category_ids:
-            self.kept[found.category] += 1
-            return self._annotate(image_id, self.category_ids[found.category], box, crowd=0)
-        self.unmapped[found.category] += 1
-        if self.ignore:
-            for category_id in sorted(set(self.category_ids.values())):
-                self._annotate(image_id, category_id, box, crowd=1)
-        return None
-
-    def _annotate(self, image_id: int, category_id: int, box: list[float], crowd: int) -> int:
-        id = len(self.annotations) + (0 if self.thesis else 1)
-        entry = {"id": id, "image_id": image_id, "category_id": category_id, "bbox": box}
-        self.annotations.append(entry | {"area": box[2] * box[3], "iscrowd": crowd})
-        return id
+        known = category in self.category_ids
+        (self.objects if known else self.unmapped)[category] += 1
+        for category_id in [self.category_ids[category]] if known else self.ignored_as:
+            id = len(self.annotations) + (0 if self.thesis else 1)
+            entry = {"id": id, "image_id": image_id, "category_id": category_id, "bbox": box}
+            self.annotations.append(entry | {"area": box[2] * box[3], "iscrowd": int(not known)})
+        return id if known else None
 
     def _box(self, box: Box | None, width: int, height: int) -> list[float] | None:
         """[x, y, width, height] by the convention of the file."""

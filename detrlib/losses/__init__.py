@@ -1,6 +1,6 @@
 """What predictions cost: the assignment of queries to objects (`matcher`), then the losses (`criterion`)."""
 
 from detrlib.losses.criterion import Criterion
-from detrlib.losses.matcher import Match, match
+from detrlib.losses.matcher import Match, MatchingCosts, match
 
-__all__ = ["Criterion", "Match", "match"]
+__all__ = ["Criterion", "Match", "MatchingCosts", "match"]

@@ -1,9 +1,13 @@
-"""The set losses of DETR, with softmax or sigmoid classification, and what a scoring network of tokens learns from.
+"""The set losses of DETR, with softmax or sigmoid classification, and those of models that choose their tokens.
 
-Legend: B images, Q queries, C classes, T boxes of an image, N boxes of the batch, S tokens of all levels.
+A loss is a method or function that takes the outputs of a layer and returns a dict of terms; `Criterion.forward` adds
+up the terms that have a weight and passes all of them on to be logged.
+
+Legend: B images, Q queries, C classes, T boxes of an image, N matched pairs of the batch, S tokens of all levels.
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,137 +15,194 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from detrlib.boxes import cxcywh_to_xyxy
-from detrlib.config import Loss
-from detrlib.losses.matcher import match
-from detrlib.models.outputs import Predictions, Tokens
+from detrlib.losses.matcher import Match, MatchingCosts, match
+from detrlib.models.outputs import Polled, Predictions, Tokens
 
-LOSSES = ("loss_class", "loss_bbox", "loss_giou")
+Terms = dict[str, Tensor]  # by name, as they are logged
+
+
+class Pairs(NamedTuple):
+    """The N matched pairs of a batch: where the query is, and what it is to predict."""
+
+    image: Tensor  # [N]
+    query: Tensor  # [N]
+    labels: Tensor  # [N]
+    boxes: Tensor  # [N,4] cxcywh in 0..1
+
+
+class Divisors(NamedTuple):
+    """What sums over queries are divided by: averages over processes."""
+
+    boxes: Tensor  # number of boxes, 1 at least
+    class_weight: Tensor  # sum of the weights of all queries in the cross-entropy
 
 
 class Criterion(nn.Module):
-    """Match every decoder layer's predictions to the targets and sum three weighted losses over the layers.
+    """Match every layer's outputs to the targets and sum the weighted losses over the layers.
 
-    So too the predictions of the encoder, where there are any, and the loss of its scoring network.
-
-    mean_over_processes: averages a tensor over the processes of a distributed run. Losses are divided by
-    averages over processes because DDP averages gradients: together the gradient is that of one big batch.
+    Args:
+        mean_over_processes: averages a tensor over the processes of a distributed run. Losses are divided by averages
+            over processes because DDP averages gradients: together the gradient is that of one big batch.
+        cost_class, cost_bbox, cost_giou: see `MatchingCosts`.
+        weight_class, weight_bbox, weight_giou: of `loss_class`, `loss_bbox` and `loss_giou` of every layer.
+        weight_mask: of the loss of the scoring network of a sparse encoder, `token_losses`.
+        weight_poll: of the mean score of kept cells, `loss_poll`.
+        no_object: weight of the class no-object in the cross-entropy.
+        focal_alpha: weight of the right class in the focal loss and cost, that of the others being one less it.
+        auxiliary: whether decoder layers before the last have losses.
     """
 
-    def __init__(self, settings: Loss, mean_over_processes: Callable[[Tensor], Tensor] = lambda x: x):
+    def __init__(
+        self,
+        mean_over_processes: Callable[[Tensor], Tensor] = lambda x: x,
+        *,
+        cost_class: float = 1.0,
+        cost_bbox: float = 5.0,
+        cost_giou: float = 2.0,
+        weight_class: float = 1.0,
+        weight_bbox: float = 5.0,
+        weight_giou: float = 2.0,
+        weight_mask: float = 1.0,
+        weight_poll: float = 1e-4,
+        no_object: float = 0.1,
+        focal_alpha: float = 0.25,
+        auxiliary: bool = True,
+    ):
         super().__init__()
-        self.settings = settings
         self.mean_over_processes = mean_over_processes
-        self.weights = dict(
-            zip(LOSSES, (settings.weight_class, settings.weight_bbox, settings.weight_giou), strict=True)
-        )
+        self.costs = MatchingCosts(cost_class, cost_bbox, cost_giou, focal_alpha)
+        self.weights = {"loss_class": weight_class, "loss_bbox": weight_bbox, "loss_giou": weight_giou}
+        self.weight_mask, self.weight_poll = weight_mask, weight_poll
+        self.no_object, self.focal_alpha, self.auxiliary = no_object, focal_alpha, auxiliary
 
-    def forward(self, predictions: Predictions, targets: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total loss and everything worth logging, unweighted.
+    def forward(self, outputs: Predictions, targets: list[dict]) -> tuple[Tensor, Terms]:
+        """The total loss and everything worth logging.
 
-        targets: B dicts with `labels` [T] and `boxes` [T,4] cxcywh in 0..1. Names of auxiliary losses end
-        in the number of their decoder layer, those of the last layer have no suffix; losses of the proposals end in
-        `_enc`, those of encoder layers before the last in `_enc_` and their number.
+        Args:
+            outputs: what a model returns for B images.
+            targets: B dicts with `labels` [T] and `boxes` [T,4] as `match` reads them.
+
+        Returns:
+            The weighted sum, and the unweighted terms by name. Names of the last decoder layer have no suffix, those of
+            auxiliary losses end in the number of their decoder layer, those of the proposals in `_enc`, those of
+            encoder layers before the last in `_enc_` and their number.
         """
-        divisors = self._divisors(predictions, targets)
-        terms = self._layer_losses(predictions, targets, divisors, log=True)
-        total = sum(weight * terms[name] for name, weight in self.weights.items())
-        for place, layer in self._other_layers(predictions):
-            losses = self._layer_losses(layer, targets, divisors, log=False)
-            total = total + sum(weight * losses[name] for name, weight in self.weights.items())
-            terms |= {f"{name}_{place}": value for name, value in losses.items()}
-        if predictions.tokens is not None:
-            terms |= token_losses(predictions.tokens)
-            total = total + self.settings.weight_mask * terms["loss_mask"]
-        if predictions.polled is not None:  # keeps scores low but of cells that need one (Wang et al. 2021)
-            terms["loss_poll"] = predictions.polled.mean_score().mean()
-            total = total + self.settings.weight_poll * terms["loss_poll"]
+        divisors = self._divisors(outputs, targets)
+        pairs, terms = self._layer_losses(outputs, targets, divisors)
+        total = self._weighted(terms)
+        terms |= class_error(outputs, pairs) | cardinality_error(outputs, targets)
+        for suffix, layer in self._other_layers(outputs):
+            _, losses = self._layer_losses(layer, targets, divisors)
+            total = total + self._weighted(losses)
+            terms |= {f"{name}_{suffix}": value for name, value in losses.items()}
+        if outputs.tokens is not None:
+            terms |= token_losses(outputs.tokens)
+            total = total + self.weight_mask * terms["loss_mask"]
+        if outputs.polled is not None:
+            terms |= loss_poll(outputs.polled)
+            total = total + self.weight_poll * terms["loss_poll"]
         return total, terms
 
-    def _other_layers(self, predictions: Predictions) -> Iterator[tuple[str, Predictions]]:
-        """All but the last decoder layer that learns from the same targets, with the end of its losses' names."""
-        if self.settings.auxiliary:
-            yield from ((str(number), layer) for number, layer in enumerate(predictions.auxiliary))
-        if predictions.proposals is not None:
-            yield "enc", predictions.proposals
-        yield from ((f"enc_{number}", layer) for number, layer in enumerate(predictions.encoder_auxiliary))
-
-    def counts(self, predictions: Predictions, targets: list[dict]) -> dict[str, float]:
+    def counts(self, outputs: Predictions, targets: list[dict]) -> dict[str, float]:
         """What each loss of `forward` was divided by, to put batches of different content together."""
-        boxes, class_weight = (value.item() for value in self._divisors(predictions, targets))
-        classes = class_weight if predictions.classification == "softmax" else boxes
+        boxes, class_weight = (value.item() for value in self._divisors(outputs, targets))
+        classes = class_weight if outputs.classification == "softmax" else boxes
         return {"loss_class": classes, "loss_bbox": boxes, "loss_giou": boxes, "class_error": boxes}
 
-    def _divisors(self, predictions: Predictions, targets: list[dict]) -> tuple[Tensor, Tensor]:
-        """Mean number of boxes, and mean sum of class weights, per process."""
-        batch, queries, _ = predictions.logits.shape
-        boxes = sum(len(target["labels"]) for target in targets)
-        matched = sum(min(len(target["labels"]), queries) for target in targets)
-        class_weight = matched + self.settings.no_object * (batch * queries - matched)
-        both = predictions.logits.new_tensor([float(boxes), class_weight], dtype=torch.float32)
-        boxes, class_weight = self.mean_over_processes(both).unbind()
-        return torch.where(boxes > 0, boxes, 1.0), class_weight
+    def loss_labels(self, outputs: Predictions, pairs: Pairs, divisors: Divisors) -> Terms:
+        """`loss_class`: cross-entropy where classes have a softmax, focal loss where they have sigmoids."""
+        logits = outputs.logits.float()  # [B,Q,C] or [B,Q,C+1]
+        if outputs.classification == "softmax":
+            return {"loss_class": self._cross_entropy(logits, pairs) / divisors.class_weight}
+        return {"loss_class": self._focal(logits, pairs) / divisors.boxes}
 
-    def _layer_losses(
-        self, predictions: Predictions, targets: list[dict], divisors: tuple[Tensor, Tensor], log: bool
-    ) -> dict[str, Tensor]:
-        num_boxes, class_weight = divisors
-        if predictions.any_object:
-            targets = [target | {"labels": torch.zeros_like(target["labels"])} for target in targets]
-        pairs = match(predictions, targets, self.settings)
-        logits = predictions.logits.float()  # [B,Q,C] or [B,Q,C+1]
-        image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(pairs)])  # [N]
-        query = torch.cat([query for query, _ in pairs])
-        labels = torch.cat([target["labels"][index] for target, (_, index) in zip(targets, pairs, strict=True)])
-        wanted = torch.cat([target["boxes"][index] for target, (_, index) in zip(targets, pairs, strict=True)])
-        if predictions.classification == "softmax":
-            loss_class = self._cross_entropy(logits, image, query, labels) / class_weight
-        else:
-            loss_class = self._focal(logits, image, query, labels) / num_boxes
-        boxes = predictions.boxes.float()[image, query]  # [N,4]
-        giou = generalized_box_iou_loss(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted), reduction="sum")
-        losses = {
-            "loss_class": loss_class,
-            "loss_bbox": F.l1_loss(boxes, wanted, reduction="sum") / num_boxes,
-            "loss_giou": giou / num_boxes,
+    def loss_boxes(self, outputs: Predictions, pairs: Pairs, divisors: Divisors) -> Terms:
+        """`loss_bbox`, the L1 distance of matched boxes, and `loss_giou`, 1 - GIoU (Carion et al. 2020, Eq. 2)."""
+        boxes = outputs.boxes.float()[pairs.image, pairs.query]  # [N,4]
+        giou = generalized_box_iou_loss(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes), reduction="sum")
+        return {
+            "loss_bbox": F.l1_loss(boxes, pairs.boxes, reduction="sum") / divisors.boxes,
+            "loss_giou": giou / divisors.boxes,
         }
-        if log:
-            losses |= _logged_only(predictions, logits[image, query], labels, targets)
-        return losses
 
-    def _cross_entropy(self, logits: Tensor, image: Tensor, query: Tensor, labels: Tensor) -> Tensor:
+    def _layer_losses(self, outputs: Predictions, targets: list[dict], divisors: Divisors) -> tuple[Pairs, Terms]:
+        if outputs.any_object:
+            targets = [target | {"labels": torch.zeros_like(target["labels"])} for target in targets]
+        pairs = matched(match(outputs, targets, self.costs), targets)
+        return pairs, self.loss_labels(outputs, pairs, divisors) | self.loss_boxes(outputs, pairs, divisors)
+
+    def _weighted(self, losses: Terms) -> Tensor:
+        return sum(weight * losses[name] for name, weight in self.weights.items())
+
+    def _other_layers(self, outputs: Predictions) -> Iterator[tuple[str, Predictions]]:
+        """All but the last decoder layer that learns from the same targets, with the suffix of its losses' names."""
+        if self.auxiliary:
+            yield from ((str(number), layer) for number, layer in enumerate(outputs.auxiliary))
+        if outputs.proposals is not None:
+            yield "enc", outputs.proposals
+        yield from ((f"enc_{number}", layer) for number, layer in enumerate(outputs.encoder_auxiliary))
+
+    def _divisors(self, outputs: Predictions, targets: list[dict]) -> Divisors:
+        batch, queries, _ = outputs.logits.shape
+        boxes = sum(len(target["labels"]) for target in targets)
+        with_object = sum(min(len(target["labels"]), queries) for target in targets)
+        class_weight = with_object + self.no_object * (batch * queries - with_object)
+        both = outputs.logits.new_tensor([float(boxes), class_weight], dtype=torch.float32)
+        boxes, class_weight = self.mean_over_processes(both).unbind()
+        return Divisors(torch.where(boxes > 0, boxes, 1.0), class_weight)
+
+    def _cross_entropy(self, logits: Tensor, pairs: Pairs) -> Tensor:
         """Summed cross-entropy over all B x Q queries; unmatched ones are no-object, at their own weight."""
         no_object = logits.shape[-1] - 1
         wanted = torch.full(logits.shape[:2], no_object, device=logits.device)  # [B,Q]
-        wanted[image, query] = labels
+        wanted[pairs.image, pairs.query] = pairs.labels
         weight = torch.ones(no_object + 1, device=logits.device)
-        weight[no_object] = self.settings.no_object
+        weight[no_object] = self.no_object
         return F.cross_entropy(logits.transpose(1, 2), wanted, weight, reduction="sum")
 
-    def _focal(self, logits: Tensor, image: Tensor, query: Tensor, labels: Tensor) -> Tensor:
+    def _focal(self, logits: Tensor, pairs: Pairs) -> Tensor:
         """Summed focal loss over all queries and classes (Lin et al. 2017, Eq. 5)."""
         wanted = torch.zeros_like(logits)
-        wanted[image, query, labels] = 1.0
-        return sigmoid_focal_loss(logits, wanted, alpha=self.settings.focal_alpha, reduction="sum")
+        wanted[pairs.image, pairs.query, pairs.labels] = 1.0
+        return sigmoid_focal_loss(logits, wanted, alpha=self.focal_alpha, reduction="sum")
+
+
+def matched(indices: list[Match], targets: list[dict]) -> Pairs:
+    """The pairs of all images, one image after the other; indices as `match` returns them."""
+    return Pairs(
+        torch.cat([torch.full_like(query, image) for image, (query, _) in enumerate(indices)]),
+        torch.cat([query for query, _ in indices]),
+        *(
+            torch.cat([target[name][index] for target, (_, index) in zip(targets, indices, strict=True)])
+            for name in ("labels", "boxes")
+        ),
+    )
 
 
 @torch.no_grad()
-def _logged_only(
-    predictions: Predictions, matched_logits: Tensor, labels: Tensor, targets: list[dict]
-) -> dict[str, Tensor]:
-    """`class_error`: wrong classes among matched queries, percent. `cardinality_error`: mean miscount of objects."""
-    wrong = (matched_logits.argmax(-1) != labels).float()
-    if predictions.classification == "softmax":
-        found = (predictions.logits.argmax(-1) != predictions.logits.shape[-1] - 1).sum(1)
+def class_error(outputs: Predictions, pairs: Pairs) -> Terms:
+    """`class_error`, logged only: wrong classes among matched queries, in percent."""
+    wrong = (outputs.logits.float()[pairs.image, pairs.query].argmax(-1) != pairs.labels).float()
+    return {"class_error": 100 * wrong.mean() if len(wrong) else wrong.sum()}
+
+
+@torch.no_grad()
+def cardinality_error(outputs: Predictions, targets: list[dict]) -> Terms:
+    """`cardinality_error`, logged only: by how many the objects of an image are miscounted, in the mean."""
+    if outputs.classification == "softmax":
+        counted = (outputs.logits.argmax(-1) != outputs.logits.shape[-1] - 1).sum(1)
     else:
-        found = (predictions.class_scores().amax(-1) > 0.5).sum(1)
-    actual = torch.tensor([len(target["labels"]) for target in targets], device=found.device)
-    return {
-        "class_error": 100 * wrong.mean() if len(wrong) else wrong.sum(),
-        "cardinality_error": (found - actual).abs().float().mean(),
-    }
+        counted = (outputs.class_scores().amax(-1) > 0.5).sum(1)
+    actual = torch.tensor([len(target["labels"]) for target in targets], device=counted.device)
+    return {"cardinality_error": (counted - actual).abs().float().mean()}
 
 
-def token_losses(tokens: Tokens) -> dict[str, Tensor]:
+def loss_poll(polled: Polled) -> Terms:
+    """`loss_poll`: mean score of kept cells, which keeps scores low but of cells that need one (Wang et al. 2021)."""
+    return {"loss_poll": polled.mean_score().mean()}
+
+
+def token_losses(tokens: Tokens) -> Terms:
     """`loss_mask`: does the scoring network find the tokens the decoder looks at most (Roh et al. 2022, Eq. 5)?
 
     Binary cross-entropy against the best tokens of the decoder attention map, as many as the image keeps: mean over

@@ -7,6 +7,8 @@ Legend: B images, L layers, H heads, Q queries, K keys, n matched pairs of a bat
 A head axis of H + 1 holds the mean over heads before the heads.
 """
 
+import math
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -48,18 +50,16 @@ class AttentionMeasures:
     """Sparsity of every site, layer, head and image, and localisation of every matched query, batch by batch.
 
     folder: where tables of single images and objects go, if given; process: which of the processes that share the
-    data this one is. `sites` are those measured: a model must be asked for their maps.
+    data this one is. `sites` are those measured, decoder_cross always among them: a model must be asked for their maps.
+    None: those where sparsity is a question, because the transform is not softmax.
     """
 
-    def __init__(self, cfg: Config, folder: Path | None = None, process: int = 0):
+    def __init__(self, cfg: Config, folder: Path | None = None, process: int = 0, sites: Collection[str] | None = None):
         self.cfg, self.settings = cfg, cfg.evaluate
-        # Maps of the encoder are large: they are made and measured where their sparsity is a question.
-        self.sites = [
-            site
-            for site in ("encoder_self", "decoder_self")
-            if cfg.model.transform_at(site) not in ("softmax", "deformable")
-        ]
-        self.sites.append("decoder_cross")
+        selfs = ("encoder_self", "decoder_self")
+        if sites is None:  # maps of the encoder are large
+            sites = [site for site in selfs if cfg.model.transform_at(site) not in ("softmax", "deformable")]
+        self.sites = [*(site for site in selfs if site in sites), "decoder_cross"]
         model, measures = cfg.model, len(sparsity.MEASURES)
         heads = model.num_heads + 1
         self.sparse = {
@@ -77,7 +77,11 @@ class AttentionMeasures:
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         chosen[queries] = True
         chosen = torch.stack([torch.ones_like(chosen), chosen, scores > self.settings.confident_score], 1)  # [B,S,Q]
-        key_valid, looks = ~maps.key_padding, []
+        looks = []
+        if maps.key_padding is None:
+            key_valid = torch.ones(len(scores), math.prod(maps.grid), dtype=torch.bool, device=scores.device)
+        else:
+            key_valid = ~maps.key_padding
         for site in self.sites:
             rows = key_valid[:, None] if site == "encoder_self" else chosen  # rows of padding do not count
             valid = None if site == "decoder_self" or self.settings.count_padding else key_valid[:, None, None]

@@ -133,7 +133,8 @@ def faithfulness_curves(
         raise ValueError(f"steps {steps} must be at least 1")
     other = replacement_image(image, padding, replacement)
     total, count = int((~padding).sum()), len(boxes)
-    ends = model(torch.stack([image, other]), padding.expand(2, -1, -1))
+    masks = None if total == padding.numel() else padding[None]  # for models, None says that there is no padding
+    ends = model(torch.stack([image, other]), None if masks is None else masks.expand(2, -1, -1))
     full, empty = (best_match(_repeated(ends, i, count), boxes, labels) for i in (0, 1))  # [n,3]
     fractions = torch.linspace(0, 1, steps + 1, device=image.device) ** 2
     between = (fractions[1:-1] * total).round().int()
@@ -143,7 +144,7 @@ def faithfulness_curves(
         which, step, inserting = part.unbind(1)
         first = ranks[which] < between[step][:, None, None]  # [b,H,W] pixels whose turn has come
         pictures = torch.where((first ^ inserting.bool()[:, None, None])[:, None], other, image)
-        predictions = model(pictures, padding.expand(len(part), -1, -1))
+        predictions = model(pictures, None if masks is None else masks.expand(len(part), -1, -1))
         measured.append(best_match(predictions, boxes[which], labels[which]))
     inner = torch.cat(measured).view(count, steps - 1, 2, 3)
     deletion = torch.cat([full[:, None], inner[:, :, 0], empty[:, None]], 1)

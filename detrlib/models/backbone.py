@@ -24,11 +24,27 @@ class FeatureMap:
     """One level of a backbone."""
 
     features: Tensor  # [B,C,h,w]
-    padding: Tensor  # [B,h,w], True = padding
+    padding: Tensor | None  # [B,h,w], True = padding; None: there is none
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w)."""
+        return tuple(self.features.shape[-2:])
+
+    @property
+    def key_padding(self) -> Tensor | None:
+        """Padding of the cells, row by row, [B,h*w]."""
+        return None if self.padding is None else self.padding.flatten(1)
+
+    def position_mask(self) -> Tensor:
+        """What encodings of positions are made from: padding, or [1,h,w] without any, where one does for all images."""
+        if self.padding is not None:
+            return self.padding
+        return torch.zeros(1, *self.grid, dtype=torch.bool, device=self.features.device)
 
 
 class Backbone(nn.Module):
-    """Images [B,3,H,W] and their padding [B,H,W] -> the feature maps of `stages` (1 to 4), fine to coarse.
+    """Images [B,3,H,W] and their padding [B,H,W] or None -> feature maps of `stages` (1 to 4), fine to coarse.
 
     num_channels: of each of these maps. mask_padding: hold everything outside an image at zero after every
     normalisation, as the convolutions' own zero padding would, so that an image gives the same features alone and
@@ -42,22 +58,30 @@ class Backbone(nn.Module):
         self.num_channels = [stage_channels(body, stage) for stage in self.stages]
         self.mask_padding = mask_padding
 
-    def forward(self, images: Tensor, padding: Tensor) -> list[FeatureMap]:
-        masks = {}  # grid size -> padding at that size; a cell belongs to the image if its first pixel does
-        mask = padding
-        while mask.shape[-2:] not in masks:
-            masks[mask.shape[-2:]] = mask
-            mask = mask[:, ::2, ::2]
-        masked = self.mask_padding and bool(padding.any())
+    def forward(self, images: Tensor, padding: Tensor | None) -> list[FeatureMap]:
+        masks = {} if padding is None else masks_by_size(padding)
+        masked = self.mask_padding and padding is not None
 
         def inside(x: Tensor) -> Tensor:
             return x.masked_fill(masks[x.shape[-2:]][:, None], 0.0) if masked else x
 
         if isinstance(self.body, SwinTransformer):
+            # How windows lie depends on the sizes as numbers: with padding, a GPU is asked for them, once.
             maps = swin_stages(self.body, images, inside, image_sizes(padding) if masked else None)
         else:
             maps = residual_stages(self.body, images, inside)
-        return [FeatureMap(x, masks[x.shape[-2:]]) for number, x in enumerate(maps, start=1) if number in self.stages]
+        return [
+            FeatureMap(x, masks.get(x.shape[-2:])) for number, x in enumerate(maps, start=1) if number in self.stages
+        ]
+
+
+def masks_by_size(padding: Tensor) -> dict[torch.Size, Tensor]:
+    """Padding [B,H,W] of the grids of all strides by their size; a cell belongs to an image if its first pixel does."""
+    masks = {}
+    while padding.shape[-2:] not in masks:
+        masks[padding.shape[-2:]] = padding
+        padding = padding[:, ::2, ::2]
+    return masks
 
 
 def image_sizes(padding: Tensor) -> list[tuple[int, int]]:

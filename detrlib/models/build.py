@@ -14,7 +14,6 @@ from detrlib.models.backbone import Backbone, build_backbone
 from detrlib.models.deformable import DeformableDETR
 from detrlib.models.deformable_layers import DeformableDecoder, DeformableEncoder, DeformableTransformer
 from detrlib.models.detr import DETR, Transformer
-from detrlib.models.faster_rcnn import FasterRCNN
 from detrlib.models.pnp import PollAndPool
 from detrlib.models.position import LearnedPosition, SinePosition
 from detrlib.models.pyramid import LevelProjections
@@ -22,15 +21,19 @@ from detrlib.models.sparse import ScoringNetwork
 from detrlib.models.transformer import AnchorDecoder, Decoder, Encoder, LayerSettings, MakeTransform
 
 
-def build_model(settings: Model, backbone_weights: str | Path | None = None) -> DETR | DeformableDETR | FasterRCNN:
-    """The model that `settings` describe. `backbone_weights` stands in for the settings' own (see pretrain.py).
+def build_model(settings: Model, backbone_weights: str | Path | None = None) -> DETR | DeformableDETR:
+    """The model that settings describe, with weights drawn at random but for those of a pretrained backbone.
 
-    Raises ConfigError for settings that cannot be built without data.
+    Args:
+        settings: the section `model` of a config.
+        backbone_weights: stands in for the settings' own: "none", "imagenet", or a file (see engine/pretrain.py).
+
+    Raises:
+        ConfigError: the settings need to know the data, as in `num_classes: null` and weights of "crops".
+        WeightsError: weights of the backbone cannot be downloaded or read, or are of another one.
     """
     if settings.num_classes is None:
         raise ConfigError("model.num_classes is not known without a data set; set it, or train through a config")
-    if settings.architecture.startswith("faster_rcnn"):
-        return FasterRCNN(settings.architecture, settings.num_classes, settings.num_queries)
     build = _deformable if isinstance(settings, Deformable) else _detr
     return build(settings, backbone_weights)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detrlib.attention.deformable import Samples
+from detrlib.errors import ModelError
 from detrlib.models.backbone import Backbone, FeatureMap
 from detrlib.models.deformable_layers import DeformableTransformer, Queries
 from detrlib.models.outputs import AttentionMaps, Predictions, SampledMaps, Site, Tokens
@@ -90,12 +91,17 @@ class DeformableDETR(nn.Module):
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
 
     def forward(
-        self, images: Tensor, padding_mask: Tensor, need_attention: bool | Collection[Site] = False
+        self, images: Tensor, padding_mask: Tensor | None = None, need_attention: bool | Collection[Site] = False
     ) -> Predictions:
-        """images [B,3,H,W], padding_mask [B,H,W] (True = padding) -> predictions of every decoder layer.
+        """Predictions of every decoder layer, those of the layers before the last in `auxiliary`.
 
-        need_attention: return the attention maps, of all sites or of those named. Raises ValueError if images are too
-        small to propose as many queries as the model has.
+        Args:
+            images: [B,3,H,W], normalised.
+            padding_mask: [B,H,W], True = padding; None: no padding anywhere.
+            need_attention: return the attention maps, of all sites or of those named.
+
+        Raises:
+            ModelError: images are too small to propose as many queries as the model has.
         """
         sites = get_args(Site) if need_attention is True else need_attention or ()
         maps = self.input_proj(self.backbone(images, padding_mask))
@@ -110,17 +116,17 @@ class DeformableDETR(nn.Module):
             queries = self.transformer.learned_queries(self.query_embed.weight, len(images))
         box_heads = self._decoder_heads(self.bbox_embed)
         look = kept is not None or "decoder_cross" in sites
-        found = self.transformer.decoder(queries, memory, box_heads, "decoder_self" in sites, look)
-        predictions = self._predict(found)
+        decoded = self.transformer.decoder(queries, memory, box_heads, "decoder_self" in sites, look)
+        predictions = self._predict(decoded)
         predictions.proposals = proposals
         if self.encoder_auxiliary:
             predictions.encoder_auxiliary = self._encoder_predictions(states[:-1], cells, kept)
         if kept is not None:
             mask = kept.mask(scores.shape[1])
-            samples = found.cross_maps
+            samples = decoded.cross_maps
             predictions.tokens = Tokens(scores, mask, memory.padding, memory.shapes, samples, self.map_shift)
         if sites:
-            predictions.attention = attention_maps(maps[0], memory.ratios, encoder_samples, found)
+            predictions.attention = attention_maps(maps[0], memory.ratios, encoder_samples, decoded)
         return predictions
 
     def _decoder_heads(self, heads: nn.ModuleList) -> list[nn.Module]:
@@ -139,7 +145,7 @@ class DeformableDETR(nn.Module):
     def _propose(self, memory: Pyramid, cells: Cells) -> tuple[Queries, Predictions]:
         """The best tokens as queries, and what all tokens predict."""
         if memory.tokens.shape[1] < self.num_queries:
-            raise ValueError(
+            raise ModelError(
                 f"{self.num_queries} queries cannot be proposed by the {memory.tokens.shape[1]} tokens of "
                 f"{len(memory.shapes)} levels {memory.shapes}; lower model.num_queries or use larger images"
             )
@@ -166,11 +172,11 @@ class DeformableDETR(nn.Module):
         first = len(self.transformer.decoder.layers) + 1
         return [self._token_predictions(state, cells, first + layer) for layer, state in enumerate(states)]
 
-    def _predict(self, found: Decoded) -> Predictions:
+    def _predict(self, decoded: Decoded) -> Predictions:
         class_heads = self._decoder_heads(self.class_embed)
         layers = [
             Predictions(class_head(state), boxes, "sigmoid")
-            for class_head, state, boxes in zip(class_heads, found.states, found.boxes, strict=True)
+            for class_head, state, boxes in zip(class_heads, decoded.states, decoded.boxes, strict=True)
         ]
         last = layers.pop()
         last.auxiliary = layers
@@ -178,9 +184,8 @@ class DeformableDETR(nn.Module):
 
 
 def attention_maps(
-    finest: FeatureMap, ratios: Tensor, encoder_samples: list[Samples | None], found: Decoded
+    finest: FeatureMap, ratios: Tensor, encoder_samples: list[Samples | None], decoded: Decoded
 ) -> AttentionMaps:
     """Samples as maps over the cells of the finest level."""
-    grid = tuple(finest.padding.shape[-2:])
-    encoder, cross = (SampledMaps(samples, ratios, grid) for samples in (encoder_samples, found.cross_maps))
-    return AttentionMaps(encoder, found.self_maps, cross, grid, finest.padding.flatten(1))
+    encoder, cross = (SampledMaps(samples, ratios, finest.grid) for samples in (encoder_samples, decoded.cross_maps))
+    return AttentionMaps(encoder, decoded.self_maps, cross, finest.grid, finest.key_padding)

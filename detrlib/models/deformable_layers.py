@@ -1,7 +1,7 @@
 """Encoder and decoder of Deformable DETR (Zhu et al. 2021), and what lies between them.
 
 Legend: B images, L levels, S tokens of all levels, k of them kept by a sparse encoder, Q queries, E channels.
-Places are (x, y) or (x, y, w, h) in 0..1 of the image without its padding, unless levels are named.
+Reference points are (x, y), or boxes (x, y, w, h), in 0..1 of the image without its padding, unless levels are named.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Queries(NamedTuple):
 
     content: Tensor  # [B,Q,E]
     position: Tensor  # [B,Q,E]
-    references: Tensor  # [B,Q,2] points or [B,Q,4] boxes
+    reference_points: Tensor  # [B,Q,2] points or [B,Q,4] boxes
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -41,11 +41,11 @@ class DeformableEncoderLayer(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
 
     def forward(
-        self, x: Tensor, position: Tensor, references: Tensor, memory: Pyramid, need_samples: bool = False
+        self, x: Tensor, position: Tensor, reference_points: Tensor, memory: Pyramid, need_samples: bool = False
     ) -> tuple[Tensor, Samples | None]:
-        """Tokens x [B,k,E] with position [B,k,E] and references [B,k,L,2], looking at the memory -> tokens [B,k,E]."""
+        """Tokens x [B,k,E] at position [B,k,E], reference_points [B,k,L,2], look at the memory -> tokens [B,k,E]."""
         tokens, _, padding, shapes, _ = memory
-        y, samples = self.self_attn(x + position, references, tokens, shapes, padding, need_samples)
+        y, samples = self.self_attn(x + position, reference_points, tokens, shapes, padding, need_samples)
         x = self.norm1(x + self.dropout(y))
         y = self.linear2(self.dropout(self.linear1(x).relu()))
         return self.norm2(x + self.dropout(y)), samples
@@ -62,21 +62,21 @@ class DeformableEncoder(nn.Module):
         self, memory: Pyramid, kept: Kept | None = None, need_samples: bool = False
     ) -> tuple[Pyramid, list[Tensor], list[Samples | None]]:
         """Pyramid -> the same with encoded tokens, the (kept) tokens [B,k,E] and the samples of every layer."""
-        position, references = memory.position, over_levels(cell_centres(memory), memory.ratios)
+        position, reference_points = memory.position, over_levels(cell_centres(memory), memory.ratios)
         if kept is not None:
-            position, references = kept.gather(position), kept.gather(references)
-        states, found = [], []
+            position, reference_points = kept.gather(position), kept.gather(reference_points)
+        states, all_samples = [], []
         for layer in self.layers:
             x = memory.tokens if kept is None else kept.gather(memory.tokens)
-            x, samples = layer(x, position, references, memory, need_samples)
+            x, samples = layer(x, position, reference_points, memory, need_samples)
             memory = memory._replace(tokens=x if kept is None else kept.scatter(memory.tokens, x))
             states.append(x)
-            found.append(samples)
-        return memory, states, found
+            all_samples.append(samples)
+        return memory, states, all_samples
 
 
 class DeformableDecoderLayer(nn.Module):
-    """Self-attention among the queries, deformable cross-attention around their references, feed-forward network."""
+    """Self-attention among queries, deformable cross-attention around their reference points, feed-forward network."""
 
     def __init__(self, settings: LayerSettings, levels: int, points: int):
         super().__init__()
@@ -91,21 +91,21 @@ class DeformableDecoderLayer(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
 
     def forward(
-        self, x: Tensor, position: Tensor, references: Tensor, memory: Pyramid, need_map: bool, need_samples: bool
+        self, x: Tensor, position: Tensor, reference_points: Tensor, memory: Pyramid, need_map: bool, need_samples: bool
     ) -> tuple[Tensor, Tensor | None, Samples | None]:
-        """Query content x and position [B,Q,E], references [B,Q,L,2 or 4] -> content, map [B,H,Q,Q], samples."""
-        place = x + position
-        y, self_map = self.self_attn(place, place, x, need_weights=need_map)
+        """Query content x and position [B,Q,E], reference_points [B,Q,L,2 or 4] -> content, map [B,H,Q,Q], samples."""
+        query = key = x + position
+        y, self_map = self.self_attn(query, key, x, need_weights=need_map)
         x = self.norm2(x + self.dropout(y))
         tokens, _, padding, shapes, _ = memory
-        y, samples = self.cross_attn(x + position, references, tokens, shapes, padding, need_samples)
+        y, samples = self.cross_attn(x + position, reference_points, tokens, shapes, padding, need_samples)
         x = self.norm1(x + self.dropout(y))
         y = self.linear2(self.dropout(self.linear1(x).relu()))
         return self.norm3(x + self.dropout(y)), self_map, samples
 
 
 class DeformableDecoder(nn.Module):
-    """Every layer predicts a correction of the references; with `refine` the next layer starts from its boxes."""
+    """Every layer predicts a correction of the reference points; with `refine` the next layer starts from its boxes."""
 
     def __init__(self, num_layers: int, settings: LayerSettings, levels: int, points: int, refine: bool):
         super().__init__()
@@ -120,23 +120,23 @@ class DeformableDecoder(nn.Module):
         need_maps: bool = False,
         need_samples: bool = False,
     ) -> Decoded:
-        """Queries -> what each layer found; cross-attention is returned as samples."""
-        x, position, references = queries
-        found = Decoded([], [], [], [])
+        """Queries -> what each layer returns; cross-attention is returned as samples."""
+        x, position, reference_points = queries
+        decoded = Decoded([], [], [], [])
         for layer, box_head in zip(self.layers, box_heads, strict=True):
-            places = over_levels(references, memory.ratios)  # [B,Q,L,2 or 4]
-            x, self_map, samples = layer(x, position, places, memory, need_maps, need_samples)
-            boxes = corrected(references, box_head(x))
-            for results, result in zip(found, (x, boxes, self_map, samples), strict=True):
-                results.append(result)
+            on_levels = over_levels(reference_points, memory.ratios)  # [B,Q,L,2 or 4]
+            x, self_map, samples = layer(x, position, on_levels, memory, need_maps, need_samples)
+            boxes = corrected(reference_points, box_head(x))
+            for values, value in zip(decoded, (x, boxes, self_map, samples), strict=True):
+                values.append(value)
             if self.refine:
-                references = boxes.detach()  # each layer learns its own correction
-        return found
+                reference_points = boxes.detach()  # each layer learns its own correction
+        return decoded
 
 
-def corrected(references: Tensor, correction: Tensor) -> Tensor:
+def corrected(reference_points: Tensor, correction: Tensor) -> Tensor:
     """Boxes [B,Q,4] from points [B,Q,2] or boxes [B,Q,4] and a correction [B,Q,4] of their logits."""
-    start = torch.logit(references, eps=1e-5)
+    start = torch.logit(reference_points, eps=1e-5)
     return (correction.float() + F.pad(start, (0, 4 - start.shape[-1]))).sigmoid()
 
 
@@ -184,16 +184,16 @@ class DeformableTransformer(nn.Module):
         return self.enc_output_norm(self.enc_output(tokens.masked_fill(~valid[..., None], 0.0)))
 
     def learned_queries(self, embed: Tensor, images: int) -> Queries:
-        """embed [Q,2E]: positions, then content; references are a function of the position."""
+        """embed [Q,2E]: positions, then content; reference_points are a function of the position."""
         position, content = embed.expand(images, -1, -1).chunk(2, -1)
         return Queries(content, position, self.reference_points(position).float().sigmoid())
 
     def proposed_queries(self, boxes: Tensor, tokens: Tensor) -> Queries:
         """Queries at the proposed boxes [B,Q,4], made from `tokens` [B,Q,E]; no later layer teaches these boxes."""
-        references = boxes.detach()
-        encoding = sine(references, tokens.shape[-1] // 2, self.temperature).flatten(-2)  # [B,Q,2E]
+        reference_points = boxes.detach()
+        encoding = sine(reference_points, tokens.shape[-1] // 2, self.temperature).flatten(-2)  # [B,Q,2E]
         encoding = self.pos_trans_norm(self.pos_trans(encoding.to(tokens.dtype)))
         if self.content_from_memory:
-            return Queries(tokens, encoding, references)
+            return Queries(tokens, encoding, reference_points)
         position, content = encoding.chunk(2, -1)
-        return Queries(content, position, references)
+        return Queries(content, position, reference_points)

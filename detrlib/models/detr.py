@@ -76,40 +76,38 @@ class DETR(nn.Module):
             self.bbox_embed.layers[-1].bias.zero_()
 
     def forward(
-        self, images: Tensor, padding_mask: Tensor, need_attention: bool | Collection[Site] = False
+        self, images: Tensor, padding_mask: Tensor | None = None, need_attention: bool | Collection[Site] = False
     ) -> Predictions:
-        """images [B,3,H,W], padding_mask [B,H,W] (True = padding) -> predictions of every decoder layer.
+        """Predictions of every decoder layer, those of the layers before the last in `auxiliary`.
 
-        need_attention: return the attention maps, of all sites or of those named; encoder maps are K x K per head.
+        Args:
+            images: [B,3,H,W], normalised.
+            padding_mask: [B,H,W], True = padding; None: no padding anywhere.
+            need_attention: return the attention maps, of all sites or of those named; encoder maps are K x K per head.
         """
         sites = get_args(Site) if need_attention is True else need_attention or ()
         level = self.backbone(images, padding_mask)[-1]
-        grid = tuple(level.padding.shape[-2:])
-        key_padding = level.padding.flatten(1)  # [B,K]
-        padded = bool(key_padding.any())
-        # Without padding all images have the same positions: one is enough, and broadcast.
-        position = self.position(level.padding if padded else level.padding[:1])
         memory = Memory(
             tokens=self.input_proj(level.features).flatten(2).transpose(1, 2),  # [B,K,E]
-            position=position.flatten(2).transpose(1, 2),  # [B,K,E] or [1,K,E]
-            padding=key_padding if padded else None,
-            grid=grid,
+            position=self.position(level.position_mask()).flatten(2).transpose(1, 2),  # [B,K,E] or [1,K,E]
+            padding=level.key_padding,
+            grid=level.grid,
         )
         memory, encoder_maps = self.transformer.encoder(memory, "encoder_self" in sites)
         look = "decoder_self" in sites or "decoder_cross" in sites
-        found = self.transformer.decoder(self.query_embed.weight, memory, self.bbox_embed, look)
-        predictions = self._predict(found)
+        decoded = self.transformer.decoder(self.query_embed.weight, memory, self.bbox_embed, look)
+        predictions = self._predict(decoded)
         predictions.polled = polled = memory.polled
         if sites:
-            hidden = key_padding if polled is None else polled.key_padding()
-            maps = encoder_maps, found.self_maps, found.cross_maps
-            predictions.attention = AttentionMaps(*maps, grid, hidden, polled)
+            hidden = memory.padding if polled is None else polled.key_padding()
+            maps = encoder_maps, decoded.self_maps, decoded.cross_maps
+            predictions.attention = AttentionMaps(*maps, level.grid, hidden, polled)
         return predictions
 
-    def _predict(self, found: Decoded) -> Predictions:
+    def _predict(self, decoded: Decoded) -> Predictions:
         layers = [
             Predictions(self.class_embed(state), boxes, self.classification)
-            for state, boxes in zip(found.states, found.boxes, strict=True)
+            for state, boxes in zip(decoded.states, decoded.boxes, strict=True)
         ]
         last = layers.pop()
         last.auxiliary = layers

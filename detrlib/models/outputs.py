@@ -21,7 +21,7 @@ Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 class SampledMaps(Sequence):
     """Deformable attention as maps over the cells of the finest level, one [B,H,Q,K] per layer, made when asked for.
 
-    Samples of all levels are spread over the four cells around them; what they find outside the image, nothing, is
+    Samples of all levels are spread over the four cells around them; what lies outside the image is
     left out, so that rows sum to one or less.
     """
 
@@ -35,11 +35,11 @@ class SampledMaps(Sequence):
 
     def __getitem__(self, layer: int) -> Tensor:
         weights = self.samples[layer].weights.flatten(3)[:, :, :, None]  # [B,Q,H,1,L*P]
-        places = (self.points(layer) * self.ratios[:, None, None, :1, None]).flatten(3, 4)[:, :, :, None]
-        finest = Samples(places, weights)
+        locations = (self.sampling_locations(layer) * self.ratios[:, None, None, :1, None]).flatten(3, 4)[:, :, :, None]
+        finest = Samples(locations, weights)
         return splat(finest, [self.grid], keep_queries=True, keep_heads=True).transpose(1, 2)
 
-    def points(self, layer: int) -> Tensor:
+    def sampling_locations(self, layer: int) -> Tensor:
         """(x, y) of the samples of a layer in 0..1 of the image without its padding, [B,Q,H,L,P,2]."""
         return self.samples[layer].locations / self.ratios[:, None, None, :, None]
 
@@ -82,7 +82,7 @@ class AttentionMaps:
     decoder_self: Sequence[Tensor]  # [B,H,Q,Q]
     decoder_cross: Sequence[Tensor]  # [B,H,Q,K]
     grid: tuple[int, int]  # (h, w), h * w == K but for models that poll and pool
-    key_padding: Tensor  # [B,K], True = padding
+    key_padding: Tensor | None  # [B,K], True = padding; None: there is none
     polled: Polled | None = None  # what the keys stand for, where they are not cells
 
     def as_images(self, site: Site, layer: int) -> Tensor:
@@ -95,6 +95,8 @@ class AttentionMaps:
     def valid_grid(self, image: int) -> tuple[int, int]:
         """(rows, columns) of the grid that belong to image number `image`, the rest being padding."""
         padding = self.key_padding if self.polled is None else self.polled.cell_padding
+        if padding is None:
+            return self.grid
         valid = ~padding[image].unflatten(-1, self.grid)
         return int(valid[:, 0].sum()), int(valid[0].sum())
 
@@ -106,7 +108,7 @@ class Detections:
     scores: Tensor  # [n]
     labels: Tensor  # [n]
     boxes: Tensor  # [n,4] xyxy, pixels of the original image
-    queries: Tensor  # [n] which query found it
+    queries: Tensor  # [n] whose they are
 
 
 @dataclass
@@ -167,8 +169,8 @@ class Predictions:
             top, index = scores.flatten(1).topk(min(limit, scores[0].numel()))
             query = torch.div(index, scores.shape[-1], rounding_mode="floor")
             label = index % scores.shape[-1]
-        found = (top > 0).sum(1).tolist()  # they come first
+        counts = (top > 0).sum(1).tolist()  # they come first
         return [
             Detections(s[:n], c[:n], b[q[:n]], q[:n])
-            for s, c, b, q, n in zip(top, label, boxes, query, found, strict=True)
+            for s, c, b, q, n in zip(top, label, boxes, query, counts, strict=True)
         ]

@@ -65,15 +65,15 @@ def _looked_up(table: Tensor, valid: Tensor) -> Tensor:
     """
     cells = valid.sum(1, keepdim=True)
     stretch = torch.where(cells > len(table), (len(table) - 1) / (cells - 1).clamp(min=1), 1.0)
-    place = (torch.arange(valid.shape[1], device=table.device) * stretch).clamp(max=len(table) - 1)  # [B,k]
-    lower, part = place.long(), (place - place.floor())[..., None]
+    row = (torch.arange(valid.shape[1], device=table.device) * stretch).clamp(max=len(table) - 1)  # [B,k]
+    lower, part = row.long(), (row - row.floor())[..., None]
     return torch.lerp(table[lower], table[(lower + 1).clamp(max=len(table) - 1)], part.to(table.dtype))
 
 
 def sine_of_boxes(boxes: Tensor, channels: int, temperature: float) -> Tensor:
     """Encoding of reference boxes [..., 4] cxcywh -> [..., 4 * channels], in the order y, x, w, h.
 
-    The first half lines up with `SinePosition` over 2 * channels, so that a dot product compares places.
+    The first half lines up with `SinePosition` over 2 * channels, so that a dot product compares positions.
     """
     cx, cy, w, h = boxes.unbind(-1)
     return torch.cat([sine(value, channels, temperature) for value in (cy, cx, w, h)], dim=-1)

@@ -5,6 +5,7 @@ are merged agree.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -68,13 +69,29 @@ def load_weights(body: nn.Module, state: dict[str, Tensor], source: str | Path) 
 PAIRS = "relative_position_index"  # of the tokens of a window: a table in official files, in one row in torchvision
 SCRL = "online_network_state_dict"  # where SCRL's files keep the network that others take over
 SCRL_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+# Parts of names of a Swin Transformer: official, torchvision's, which numbers stages and mergers in one row.
+SWIN_NAMES = (
+    ("patch_embed.proj.", "features.0.0."),
+    ("patch_embed.norm.", "features.0.2."),
+    *((f"layers.{stage}.blocks.", f"features.{2 * stage + 1}.") for stage in range(4)),
+    *((f"layers.{stage}.downsample.", f"features.{2 * stage + 2}.") for stage in range(3)),
+    ("mlp.fc1.", "mlp.0."),
+    ("mlp.fc2.", "mlp.3."),
+)
+
+
+def renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """`name` with the first of each pair replaced by the second, where it begins a part between dots."""
+    for before, after in pairs:
+        name = re.sub(rf"(^|(?<=\.)){re.escape(before)}", after, name)
+    return name
 
 
 def backbone_entries(content: dict) -> dict:
     """Weights of a backbone under torchvision's names, from the files that people have of them.
 
     Knows SCRL's (an encoder with numbered parts), classifiers kept under "model" or "state_dict", and official Swin
-    Transformers; any other content is returned as it is.
+    Transformers (whose masks are made anew for every image size); any other content is returned as it is.
     """
     if SCRL in content:
         parts = {name: re.match(r"(?:module\.)?encoder\.(\d+)\.", name) for name in content[SCRL]}
@@ -86,39 +103,10 @@ def backbone_entries(content: dict) -> dict:
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
-    return _swin_entries(content) if "patch_embed.proj.weight" in content else content
-
-
-def swin_name(name: str) -> str:
-    """The name in torchvision of an entry of an official Swin Transformer, whose stages and mergers are apart."""
-    place = re.match(r"(?:patch_embed\.(proj|norm)|layers\.(\d+)\.(?:blocks|(downsample)))\.", name)
-    if not place:
-        return name  # the classifier's norm and head
-    part, stage, merges = place.groups()
-    if part:
-        beginning = {"proj": "features.0.0.", "norm": "features.0.2."}[part]
-    else:
-        beginning = f"features.{2 * int(stage) + (2 if merges else 1)}."
-    return beginning + name[place.end() :].replace("mlp.fc1.", "mlp.0.").replace("mlp.fc2.", "mlp.3.")
-
-
-def official_swin_name(name: str) -> str:
-    """The inverse of `swin_name`."""
-    place = re.match(r"features\.(\d+)\.(?:(0|2)\.(?=weight|bias))?", name)
-    if not place:
-        return name
-    number, part = int(place[1]), place[2]
-    if number == 0:
-        beginning = {"0": "patch_embed.proj.", "2": "patch_embed.norm."}[part]
-    else:
-        beginning = f"layers.{(number - 1) // 2}." + ("blocks." if number % 2 else "downsample.")
-    return beginning + name[place.end() :].replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
-
-
-def _swin_entries(state: State) -> State:
-    """Weights of an official Swin Transformer as torchvision has them; masks are made anew for every image size."""
+    if "patch_embed.proj.weight" not in content:
+        return content
     return {
-        swin_name(name): value.flatten() if name.endswith(PAIRS) else value
-        for name, value in state.items()
+        renamed(name, SWIN_NAMES): value.flatten() if name.endswith(PAIRS) else value
+        for name, value in content.items()
         if not name.endswith("attn_mask")
     }

@@ -30,20 +30,19 @@ class Pyramid(NamedTuple):
 
 def flattened(maps: list[FeatureMap], position: nn.Module, level_embed: Tensor) -> Pyramid:
     """Projected maps as tokens; `position` places them within their level, `level_embed` [L,E] tells levels apart."""
-    padded = any(bool(level.padding.any()) for level in maps)
-    # Without padding all images have the same positions: one is enough, and broadcast.
-    places = [
-        position(level.padding if padded else level.padding[:1]) + embed[:, None, None]
-        for level, embed in zip(maps, level_embed, strict=True)
+    positions = [
+        position(level.position_mask()) + embed[:, None, None] for level, embed in zip(maps, level_embed, strict=True)
     ]
     tokens = torch.cat([level.features.flatten(2) for level in maps], 2).transpose(1, 2)  # [B,S,E]
-    padding = torch.cat([level.padding.flatten(1) for level in maps], 1)
+    padded = maps[0].padding is not None
     return Pyramid(
         tokens,
-        torch.cat([place.flatten(2) for place in places], 2).transpose(1, 2),
-        padding if padded else None,
-        [tuple(level.padding.shape[-2:]) for level in maps],
-        torch.stack([_valid_shares(level.padding) for level in maps], 1),
+        torch.cat([encoding.flatten(2) for encoding in positions], 2).transpose(1, 2),
+        torch.cat([level.key_padding for level in maps], 1) if padded else None,
+        [level.grid for level in maps],
+        torch.stack([_valid_shares(level.padding) for level in maps], 1)
+        if padded
+        else tokens.new_ones(len(tokens), len(maps), 2, dtype=torch.float32),
     )
 
 
@@ -63,9 +62,9 @@ def cell_centres(pyramid: Pyramid) -> Tensor:
     return torch.cat(centres, 1)
 
 
-def over_levels(places: Tensor, ratios: Tensor) -> Tensor:
+def over_levels(reference_points: Tensor, ratios: Tensor) -> Tensor:
     """Points [B,Q,2] or boxes [B,Q,4] in 0..1 of the image -> of every level with its padding, [B,Q,L,2 or 4]."""
-    return places[:, :, None] * ratios.repeat(1, 1, places.shape[-1] // 2)[:, None]
+    return reference_points[:, :, None] * ratios.repeat(1, 1, reference_points.shape[-1] // 2)[:, None]
 
 
 class LevelProjections(nn.ModuleList):
@@ -95,9 +94,9 @@ class LevelProjections(nn.ModuleList):
                 level, padding = maps[number], maps[number].padding
             else:  # the first level beyond looks at the last map itself, later ones at the level before
                 level = maps[-1] if number == len(maps) else projected[-1]
-                padding = level.padding[:, ::2, ::2]
+                padding = None if level.padding is None else level.padding[:, ::2, ::2]
             x = convolution(level.features)
-            masked = self.mask_padding and bool(padding.any())
+            masked = self.mask_padding and padding is not None
             projected.append(FeatureMap(group_norm(norm, x, padding) if masked else norm(x), padding))
         return projected
 

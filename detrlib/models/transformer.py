@@ -2,7 +2,7 @@
 
 Legend: B images, H heads, K keys (cells of the feature map), Q queries, E channels.
 Position encodings are added to queries and keys of every attention, never to values (Carion et al. 2020, Fig. 10).
-Every layer returns its attention weights next to its output: maps are a result, not something to be hooked.
+Every layer returns its attention weights next to its output: maps are a value, not something to be hooked.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class Memory(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What every decoder layer found, first to last."""
+    """What every decoder layer returns, first to last."""
 
     states: list[Tensor]  # [B,Q,E], normalised
     boxes: list[Tensor]  # [B,Q,4] cxcywh in 0..1
@@ -70,8 +70,8 @@ class EncoderLayer(nn.Module):
         """Tokens [B,K,E] -> tokens [B,K,E], weights [B,H,K,K] or None."""
         x = memory.tokens
         y = self.norm1(x) if self.pre_norm else x
-        place = y + memory.position
-        y, weights = self.self_attn(place, place, y, memory.padding, memory.grid, need_attention)
+        query = key = y + memory.position
+        y, weights = self.self_attn(query, key, y, memory.padding, memory.grid, need_attention)
         x = x + self.dropout(y) if self.pre_norm else self.norm1(x + self.dropout(y))
         y = self.norm2(x) if self.pre_norm else x
         y = self.linear2(self.dropout(self.linear1(y).relu()))
@@ -128,8 +128,8 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Query content x and position [B,Q,E] -> content [B,Q,E], weights [B,H,Q,Q] and [B,H,Q,K] or None."""
         y = self.norm1(x) if self.pre_norm else x
-        place = y + position
-        y, self_map = self.self_attn(place, place, y, need_weights=need_attention)
+        query = key = y + position
+        y, self_map = self.self_attn(query, key, y, need_weights=need_attention)
         x = x + self.dropout(y) if self.pre_norm else self.norm1(x + self.dropout(y))
         y = self.norm2(x) if self.pre_norm else x
         y, cross_map = self.look(y, position, memory, need_attention, **where)
@@ -149,21 +149,21 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(settings.dim)
 
     def forward(self, queries: Tensor, memory: Memory, box_head: nn.Module, need_attention: bool = False) -> Decoded:
-        """queries [Q,E] -> what each layer found."""
+        """queries [Q,E] -> what each layer returns."""
         position = queries.expand(len(memory.tokens), -1, -1)
         x = torch.zeros_like(position)
-        found = Decoded([], [], [], [])
+        decoded = Decoded([], [], [], [])
         for layer in self.layers:
             x, self_map, cross_map = layer(x, position, memory, need_attention)
             state = self.norm(x)
             boxes = box_head(state).float().sigmoid()  # bfloat16 would round to 1/256 of the image
-            for results, result in zip(found, (state, boxes, self_map, cross_map), strict=True):
-                results.append(result)
-        return found
+            for values, value in zip(decoded, (state, boxes, self_map, cross_map), strict=True):
+                values.append(value)
+        return decoded
 
 
 class ConditionalDecoderLayer(DecoderLayer):
-    """A decoder layer whose cross-attention compares content with content and place with place."""
+    """A decoder layer whose cross-attention compares content with content and position with position."""
 
     def __init__(self, settings: LayerSettings, first: bool):
         self.first = first
@@ -176,15 +176,16 @@ class ConditionalDecoderLayer(DecoderLayer):
     def look(
         self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool, spatial: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Cross-attention of query content `x` [B,Q,E]; `spatial` [B,Q,E] is compared with the places of the keys."""
-        tokens, place, padding, grid, _ = memory
-        return self.multihead_attn(x, position, spatial, tokens, place, padding, grid, need_attention)
+        """Cross-attention of query content `x` [B,Q,E]; `spatial` [B,Q,E] is compared with positions of keys."""
+        return self.multihead_attn(
+            x, position, spatial, memory.tokens, memory.position, memory.padding, memory.grid, need_attention
+        )
 
 
 class AnchorDecoder(nn.Module):
     """Queries are reference boxes, refined by every layer (Liu et al. 2022, "DAB-DETR", Sec. 4).
 
-    The place a query attends to is the encoding of its box centre, transformed by its content (Eq. 3 there)
+    Where a query looks is the encoding of its box centre, transformed by its content (Eq. 3 there)
     and stretched by the ratio of an expected to the present width and height (Eq. 6).
     """
 
@@ -199,10 +200,10 @@ class AnchorDecoder(nn.Module):
         self.temperature = temperature
 
     def forward(self, queries: Tensor, memory: Memory, box_head: nn.Module, need_attention: bool = False) -> Decoded:
-        """queries [Q,4], reference boxes as logits of cxcywh -> what each layer found."""
+        """queries [Q,4], reference boxes as logits of cxcywh -> what each layer returns."""
         reference = queries.sigmoid().expand(len(memory.tokens), -1, -1)  # [B,Q,4]
         x = memory.tokens.new_zeros(*reference.shape[:2], memory.tokens.shape[-1])
-        found = Decoded([], [], [], [])
+        decoded = Decoded([], [], [], [])
         for number, layer in enumerate(self.layers):
             encoding = sine_of_boxes(reference, x.shape[-1] // 2, self.temperature)  # [B,Q,2E]
             spatial = self.modulated(encoding[..., : x.shape[-1]], reference, x)
@@ -211,16 +212,16 @@ class AnchorDecoder(nn.Module):
             x, self_map, cross_map = layer(x, self.box_position(encoding), memory, need_attention, spatial=spatial)
             state = self.norm(x)
             boxes = (box_head(state).float() + torch.logit(reference, eps=1e-3)).sigmoid()
-            for results, result in zip(found, (state, boxes, self_map, cross_map), strict=True):
-                results.append(result)
+            for values, value in zip(decoded, (state, boxes, self_map, cross_map), strict=True):
+                values.append(value)
             reference = boxes.detach()  # each layer learns its own correction
-        return found
+        return decoded
 
-    def modulated(self, place: Tensor, reference: Tensor, content: Tensor) -> Tensor:
-        """Scale the y and the x half of `place` [B,Q,E] so that attention spreads as wide and high as the box."""
+    def modulated(self, encoding: Tensor, reference: Tensor, content: Tensor) -> Tensor:
+        """Scale the y and the x half of `encoding` [B,Q,E] so that attention spreads as wide and high as the box."""
         expected = self.expected_size(content).sigmoid()  # [B,Q,2] width, height
         ratio = expected / reference[..., 2:].clamp(min=1e-3)
-        y, x = place.chunk(2, -1)
+        y, x = encoding.chunk(2, -1)
         return torch.cat([y * ratio[..., 1:], x * ratio[..., :1]], -1)
 
 

@@ -39,7 +39,10 @@ FREE_TO_CHANGE = ("data.workers", "data.cache", "train.log_every", "train.keep_e
 
 def run_path(name: str | Path) -> Path:
     """The folder of a run: a bare or nested name lies under papermill_runs/, an absolute path is itself."""
-    return PROJECT / name if Path(name).parts[:1] == (RUNS.name,) else RUNS / name
+    path = PROJECT / name if Path(name).parts[:1] == (RUNS.name,) else RUNS / name
+    if path == RUNS:
+        raise RunError(f"{str(name)!r} names no run: give a folder under {RUNS.name}/")
+    return path
 
 
 def open_run(cfg: Config, run_dir: Path) -> bool:
@@ -53,7 +56,6 @@ def open_run(cfg: Config, run_dir: Path) -> bool:
     checkpoint = (run_dir / "checkpoints" / "last.pt").exists()
     if begun and checkpoint:  # before the first checkpoint, other settings lose nothing
         refuse_other_settings(cfg, run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
     write_json(run_dir / "environment.json", environment())
     return begun or checkpoint
@@ -132,11 +134,17 @@ def _git(*arguments: str) -> str | None:
 
 
 def load_results(run_dir: Path) -> dict:
-    """results.json of a finished run. Raises RunError when it is not finished."""
+    """results.json of a finished run. Raises RunError when it is not finished, or the file is damaged."""
     path = run_dir / "results.json"
     if not path.exists():
         raise RunError(f"{run_dir} has no results.json: not a run, or not finished; start it again to continue")
-    return json.loads(path.read_text())
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}); delete it, then start the run again to continue") from error
+    if not isinstance(results, dict):
+        raise RunError(f"{path} holds no results; delete it, then start the run again to continue")
+    return results
 
 
 def run_labels(run_dirs: Iterable[Path]) -> dict[Path, str]:

@@ -124,8 +124,11 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     rows = []
     for run_dir, label in run_labels(run_dirs).items():
         results, cfg = load_results(run_dir), load_config(run_dir / "config.yaml")
-        transforms = {site: cfg.model.transform_at(site) for site in ("encoder_self", "decoder_self", "decoder_cross")}
-        row = {"run": label, "group": group_of(label), "seed": cfg.train.seed, "architecture": cfg.model.architecture}
+        detector = results.get("detector")  # of a run made of predictions, of whose model nothing is known
+        sites = ("encoder_self", "decoder_self", "decoder_cross")
+        transforms = {site: None if detector else cfg.model.transform_at(site) for site in sites}
+        row = {"run": label, "group": group_of(label), "seed": cfg.train.seed}
+        row["architecture"] = detector or cfg.model.architecture
         row |= transforms | {name: value for name, value in results["detection"].items() if name != "per_class"}
         for site, measures in results.get("attention", {}).items():
             row |= {f"{site}/{name}": float(np.mean(values)) for name, values in measures.items()}

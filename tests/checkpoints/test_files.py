@@ -1,45 +1,150 @@
-"""Files as people have them: of other models, damaged, malicious, backbones alone; and runs made of official files."""
+"""Official files in and out, number for number; what stands in them beside weights; damaged and malicious ones."""
 
 import os
 import pickle
-import sys
 
 import pytest
 import torch
-from small import randomise
-from test_names import TOLD, of_small, official_file
+from official import (
+    CHOICES,
+    FAMILY,
+    R18,
+    SPARSE,
+    TOLD,
+    both,
+    of_small,
+    official_file,
+    official_swin_names,
+    without_memory,
+)
+from small import padded_batch, small, trainable
+from torch import nn
 
-from detrlib.checkpoints import files as checkpoints
-from detrlib.checkpoints.files import export_official, load_official, read_official
-from detrlib.config import load_config
-from detrlib.engine.evaluate import load_model
-from detrlib.errors import ConfigError, RunError, WeightsError
-from detrlib.files import load_checkpoint
-from detrlib.models.backbone import build_backbone, build_body
-from detrlib.models.pretrained import backbone_entries
-from detrlib.runs.imported import save_run
+from detrlib.checkpoints.files import export_official, load_official, official_config, read_official
+from detrlib.errors import ConfigError, WeightsError
+from detrlib.models.backbone import build_body
 
-# Other files
-
-
-FOREIGN = {
-    "panoptic": ({"detr.transformer.decoder.norm.weight": 1, "mask_head.lay1.weight": 1}, "panoptic.*box model"),
-    "demo": ({"query_pos": 1, "row_embed": 1, "linear_class.weight": 1, "conv.weight": 1}, "demonstration.*detr-r50"),
-    "own": ({"backbone.body.conv1.weight": 1, "transformer.decoder.norm.weight": 1}, "this library itself.*load_model"),
-    "transformers": ({"model.decoder.layers.0.fc1.weight": 1}, "transformers package.*official file"),
-    "resnet": ({"conv1.weight": 1, "layer1.0.conv1.weight": 1, "fc.weight": 1}, r"backbone alone.*backbone\.weights"),
-    "conditional": ({"transformer.decoder.layers.0.ca_qcontent_proj.weight": 1}, "Conditional DETR"),
-    "faster-rcnn": ({"backbone.body.conv1.weight": 1, "roi_heads.box_head.fc6.weight": 1}, "another detector"),
-    "anything": ({"encoder.weight": 1}, r"no DETR.*encoder\.weight"),
-}
+# Round trips
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_other_files_are_named(name, tmp_path):
-    names, message = FOREIGN[name]
-    torch.save({"model": {key: torch.zeros(size) for key, size in names.items()}}, tmp_path / f"{name}.pth")
-    with pytest.raises(WeightsError, match=rf"(?s){name}\.pth: .*{message}"):
-        read_official(tmp_path / f"{name}.pth")
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_model_comes_back_from_an_official_file(name, tmp_path):
+    model, told = of_small(name)
+    state = export_official(model)
+    torch.save({"model": state, "epoch": 49}, tmp_path / "official.pth")
+    again = load_official(tmp_path / "official.pth", told)
+    assert not again.training
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    back = export_official(again)
+    assert list(back) == list(state) and all(torch.equal(back[key], state[key]) for key in state)
+    images, padding = padded_batch((96, 128), (128, 64), canvas=(128, 160))
+    with torch.no_grad():
+        torch.testing.assert_close(again(images, padding).logits, model(images, padding).logits)
+
+
+def test_official_file_of_a_detector_with_swin_t(tmp_path):
+    chosen = {"architecture": "deformable", "classification": "sigmoid", "deformable": FAMILY["two-stage"]}
+    model = small(backbone=R18 | {"name": "swin_t"}, **chosen)
+    for name, value in model.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            nn.init.normal_(value)
+    state = export_official(model)
+    prefix = "backbone.0.body."
+    names = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+    assert names == official_swin_names() | both("norm1", "norm2", "norm3")
+    assert state[f"{prefix}layers.2.blocks.4.attn.relative_position_index"].shape == (49, 49)
+    assert state[f"{prefix}layers.1.downsample.reduction.weight"].shape == (384, 768)
+    path = official_file(tmp_path / "swin.pth", state, num_queries=7)
+    again = load_official(path, TOLD)
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert trainable(again) == trainable(model)
+    images, padding = padded_batch((64, 60), (40, 64), canvas=(64, 64))
+    with torch.no_grad():
+        torch.testing.assert_close(again(images, padding).logits, model(images, padding).logits)
+    del state[f"{prefix}layers.2.blocks.5.norm1.weight"]
+    other = {f"{prefix}layers.2.blocks.17.norm1.weight": torch.zeros(384)}  # Swin-S
+    with pytest.raises(WeightsError, match=r"not Swin-T \(blocks \(2, 2, 18, 2\), 96 channels\)"):
+        load_official(official_file(tmp_path / "swin_s.pth", state | other), TOLD)
+
+
+def test_alphas_that_are_not_clamped_are_expressed_as_clamped_ones():
+    model = small(backbone=R18, attention={"decoder_cross": "alpha_entmax", "alpha_init": "normal"})
+    expected = [layer.multihead_attn.transform.alpha for layer in model.transformer.decoder.layers]
+    state = export_official(model)
+    assert state["transformer.decoder.layers.1.multihead_attn.pre_alpha"].shape == (4,)
+    for i, alpha in enumerate(expected):
+        clamped = (1 + state[f"transformer.decoder.layers.{i}.multihead_attn.pre_alpha"].sigmoid()).clamp(1.01, 2)
+        torch.testing.assert_close(clamped, alpha, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"queries": "anchor", "backbone": R18}, "expected_size"),
+        ({"attention": {"encoder_self": "alpha_entmax"}, "backbone": R18}, "encoder.*pre_alpha"),
+        ({}, "backbone"),
+    ],
+)
+def test_models_without_official_form_are_not_exported(settings, reason):
+    with pytest.raises(WeightsError, match=reason):
+        export_official(small(**settings))
+
+
+# What files say beside their entries
+
+
+def test_arguments_in_the_file_are_used(tmp_path):
+    state = export_official(without_memory(SPARSE))
+    state = {key: torch.zeros(value.shape) for key, value in state.items()}
+    path = official_file(tmp_path / "s.pth", state, rho=0.2, num_queries=100, nheads=8, eff_specific_head=False)
+    checkpoint = read_official(path)
+    assert (checkpoint.family, checkpoint.epoch) == ("sparse", 3)
+    cfg = official_config(checkpoint)
+    assert cfg.model.deformable.rho == 0.2
+    assert not cfg.model.deformable.class_specific_proposals
+    assert cfg.model.num_queries == 100
+    assert official_config(checkpoint, {"model.deformable.rho": "0.4"}).model.deformable.rho == 0.4
+
+
+def test_dilation_of_dc5_is_told_by_arguments_or_by_the_caller(tmp_path):
+    model = small(backbone=R18 | {"name": "resnet50"})
+    path = official_file(tmp_path / "dc5.pth", export_official(model), dilation=True, nheads=4)
+    assert load_official(path).backbone.body.layer4[1].conv2.dilation == (2, 2)
+    plain = load_official(path, {"model.backbone.dilation": False})
+    assert plain.backbone.body.layer4[1].conv2.dilation == (1, 1)
+
+
+def test_thesis_files_name_their_transform(tmp_path):
+    model = small(backbone=R18, norm="pre", attention={"decoder_cross": "sparsemax", "padding": "add_one"})
+    content = {"model": export_official(model), "hyperparams": {"decoder_act": "sparsemax", "nheads": 4}}
+    torch.save(content, tmp_path / "thesis.pth")
+    again = load_official(tmp_path / "thesis.pth")
+    transform = again.transformer.decoder.layers[0].multihead_attn.transform
+    assert type(transform).__name__ == "Sparsemax" and transform.padding_adds_one
+    assert again.transformer.encoder.norm is not None
+
+
+def test_counters_of_tools_are_ignored(tmp_path):
+    model, told = of_small("detr")
+    counters = {"total_params": torch.zeros(1), "transformer.total_ops": torch.zeros(1)}
+    counters |= {"backbone.0.body.bn1.num_batches_tracked": torch.zeros(1)}
+    torch.save({"model": export_official(model) | counters}, tmp_path / "counted.pth")
+    assert load_official(tmp_path / "counted.pth", told).state_dict().keys() == model.state_dict().keys()
+
+
+def test_runs_of_the_deformable_family_have_its_losses(tmp_path):
+    state = export_official(of_small("two-stage")[0])
+    path = official_file(tmp_path / "official.pth", state, nheads=4, num_queries=7, lr=2e-4)
+    cfg = official_config(read_official(path))
+    assert (cfg.loss.cost_class, cfg.loss.weight_class) == (2, 2)
+    assert (cfg.model.num_heads, cfg.model.num_queries) == (4, 7)
+
+
+# Files as people have them
 
 
 def test_files_of_backbones_are_named(tmp_path):
@@ -111,72 +216,3 @@ def test_no_code_in_a_file_is_run(tmp_path, new_format):
     with pytest.raises(WeightsError):
         read_official(tmp_path / "bare.pth")
     assert not trace.exists()
-
-
-# Backbones
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_scrl_weights_start_a_backbone(prefix, tmp_path):
-    torch.manual_seed(0)
-    body = build_body("resnet18", False)
-    randomise(body)
-    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
-    network = {"projector.0.weight": torch.zeros(1)}
-    for name, value in body.state_dict().items():
-        part, rest = name.split(".", 1)
-        network[f"{prefix}encoder.{numbers[part]}.{rest}"] = value
-    content = {"online_network_state_dict": network, "epoch": 200}
-    assert backbone_entries(content).keys() == body.state_dict().keys()
-    torch.save(content, tmp_path / "resnet18.pt")
-    loaded = build_backbone("resnet18", tmp_path / "resnet18.pt").body.state_dict()
-    assert all(torch.equal(loaded[key], value) for key, value in body.state_dict().items())
-
-
-def test_backbone_files_of_other_forms():
-    state = {"conv1.weight": torch.zeros(1)}
-    assert (
-        backbone_entries({"model": state})
-        == backbone_entries({"state_dict": state})
-        == backbone_entries(state)
-        == state
-    )
-
-
-# Runs and the command line
-
-
-def test_a_run_of_official_weights(tmp_path):
-    model, told = of_small("detr")
-    path = official_file(tmp_path / "official.pth", export_official(model))
-    save_run(path, tmp_path / "run", told | {"data.root": "elsewhere"})
-    cfg = load_config(tmp_path / "run" / "config.yaml")
-    assert (cfg.data.root, cfg.model.num_heads, cfg.model.backbone.mask_padding) == ("elsewhere", 4, False)
-    again = load_model(tmp_path / "run")
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
-    known = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
-    assert (known["epoch"], known["global_step"]) == (3, 0)
-    with pytest.raises(RunError, match="there already"):
-        save_run(path, tmp_path / "run", told)
-
-
-def test_runs_of_the_deformable_family_have_its_losses(tmp_path):
-    state = export_official(of_small("two-stage")[0])
-    path = official_file(tmp_path / "official.pth", state, nheads=4, num_queries=7, lr=2e-4)
-    cfg = checkpoints.official_config(read_official(path))
-    assert (cfg.loss.cost_class, cfg.loss.weight_class) == (2, 2)
-    assert (cfg.model.num_heads, cfg.model.num_queries) == (4, 7)
-
-
-def test_command_line(tmp_path, monkeypatch, capsys):
-    path = official_file(tmp_path / "official.pth", export_official(of_small("detr")[0]))
-    monkeypatch.setattr(
-        sys, "argv", ["checkpoints", str(path), "--set", "model.num_heads=4", "--as", str(tmp_path / "r")]
-    )
-    checkpoints.main()
-    shown = capsys.readouterr().out
-    assert "detr, " in shown and "model.backbone.name: resnet18" in shown and "model.num_heads: 4" in shown
-    assert (tmp_path / "r" / "config.yaml").exists()
-    monkeypatch.setattr(sys, "argv", ["checkpoints", str(tmp_path / "absent.pth")])
-    with pytest.raises(SystemExit, match=r"error: no file .*absent\.pth"):
-        checkpoints.main()

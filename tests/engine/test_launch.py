@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import STEPS, metrics_without_times, tiny_config
 
-from detrlib.config import PROJECT, save_config
+from detrlib.config import PROJECT
 from detrlib.engine import launch as door
 from detrlib.engine.launch import launch
 from detrlib.engine.loop import train
@@ -92,10 +92,17 @@ def test_two_processes_equal_one(tmp_path, capfd, classification, by):
 @pytest.mark.slow
 def test_the_error_of_a_process_is_in_the_error_of_the_launch(tmp_path):
     cfg = tiny_config({"train.batch_size": 7})
-    with pytest.raises(RunError, match="2 processes of torchrun failed with code 1") as caught:
+    with pytest.raises(RunError, match=r"train\.batch_size 7") as caught:
         launch(cfg, tmp_path, gpus=0, processes=2)
-    assert "ConfigError: train.batch_size 7 is not a multiple of the 2 processes" in str(caught.value)
-    assert len(str(caught.value).splitlines()) <= door.TAIL + 1
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_breaks_shows_its_last_lines(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "nonsense")  # what no one foresees
+    with pytest.raises(RunError, match="nonsense") as caught:
+        launch(tiny_config(), tmp_path, gpus=0, processes=2)
+    assert 1 < len(str(caught.value).splitlines()) <= door.TAIL + 1
 
 
 def test_a_subprocess_that_would_be_refused_is_not_started(tmp_path, monkeypatch):
@@ -125,71 +132,3 @@ def test_gpus_and_processes_choose_the_way(tmp_path, monkeypatch):
         launch(tiny_config(), tmp_path / "run", gpus=5)
     with pytest.raises(RunError, match="processes are for training on the CPU"):
         launch(tiny_config(), tmp_path / "run", gpus=2, processes=2)
-
-
-# --- the command line ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def config(tmp_path):
-    save_config(tiny_config(), tmp_path / "tiny.yaml")
-    return tmp_path / "tiny.yaml"
-
-
-def run_main(monkeypatch, *arguments):
-    """What the command line ends with: its exit code or message."""
-    monkeypatch.setattr(sys, "argv", ["launch", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        door.main()
-    return caught.value.code
-
-
-def test_from_the_terminal_to_the_end(tmp_path, config):
-    run_dir = tmp_path / "nested" / "run"
-    done = command(
-        "detrlib.engine.launch", config, "--run-name", run_dir, "--set", "train.epochs=3", "--set", "train.lr=1e-4"
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line[:11] for line in lines] == ["epoch   1/3", "epoch   2/3", "epoch   3/3", lines[-1][:11]]
-    assert all("loss" in line and "AP50" in line and "min left" in line for line in lines[:3])
-    assert lines[-1].startswith("AP 0.") and lines[-1].endswith(str(run_dir))
-    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
-    assert metrics_without_times(run_dir)[0]["lr/rest"] == 1e-4
-    environment = json.loads((run_dir / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
-
-
-def test_gpus_that_are_not_there_end_the_command_with_a_clear_error(tmp_path, config):
-    done = command("detrlib.engine.launch", config, "--run-name", tmp_path / "run", "--gpus", 2)
-    assert done.returncode == 1
-    assert done.stderr.strip() == "error: 2 GPUs asked for, 0 found; use --gpus 0 (0 trains on the CPU)"
-    assert not (tmp_path / "run").exists()
-
-
-def test_malformed_and_unknown_settings(tmp_path, config, monkeypatch, capsys):
-    name = ("--run-name", tmp_path / "run")
-    assert run_main(monkeypatch, config, *name, "--set", "train.epochs") == 2
-    assert "--set train.epochs: expected name=value" in capsys.readouterr().err
-    unknown = run_main(monkeypatch, config, *name, "--set", "train.epoch=3")
-    assert unknown == "error: an override: unknown setting 'train.epoch'; did you mean 'train.epochs'?"
-    wrong = run_main(monkeypatch, config, *name, "--set", "train.epochs=many")
-    assert wrong.startswith("error: ") and "train.epochs" in wrong and "'many'" in wrong
-    assert "'[1' is not valid YAML" in run_main(monkeypatch, config, *name, "--set", "train.epochs=[1")
-    missing = run_main(monkeypatch, config.with_name("tony.yaml"), *name)
-    assert "no such config file; did you mean tiny.yaml?" in missing
-    assert run_main(monkeypatch, config) == 2  # no run name
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_interrupt_ends_the_command_quietly(tmp_path, config, monkeypatch):
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(door, "launch", interrupted)
-    assert run_main(monkeypatch, config, "--run-name", tmp_path / "run") == 130
-
-
-def test_the_command_names_data_that_is_not_there(tmp_path, config, monkeypatch):
-    message = run_main(monkeypatch, config, "--run-name", tmp_path / "run", "--set", f"data.root={tmp_path}/nowhere")
-    assert message.startswith(f"error: no {tmp_path}/nowhere/train2017")

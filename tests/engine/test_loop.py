@@ -1,4 +1,4 @@
-"""Optimiser groups, schedules, stopping and resuming, failures that must be named, and tracking."""
+"""Learning, stopping and resuming, and failures that must be named."""
 
 import itertools
 import json
@@ -14,18 +14,8 @@ from detrlib.engine import loop as training
 from detrlib.engine import pretrain
 from detrlib.engine.evaluate import evaluate_run
 from detrlib.engine.loop import train
-from detrlib.engine.optimizer import lr_factor, parameter_groups
 from detrlib.errors import ConfigError, NonFiniteLoss, RunError
 from detrlib.files import load_checkpoint, save_checkpoint
-from detrlib.models import alpha_modules, build_model
-
-
-def settings(**values):
-    return tiny_config({f"train.{name}": value for name, value in values.items()}).train
-
-
-def model_of(overrides):
-    return build_model(tiny_config({"model.num_classes": 7} | overrides).model)
 
 
 def same(a, b):
@@ -44,15 +34,15 @@ def interrupt(monkeypatch):
     """Makes the next training stop, as Ctrl-C does, before update number `step` (from 0)."""
 
     def arm(step):
-        real = training.Trainer._step
+        real, steps = training.train_step, iter(range(step + 1))
 
-        def stopping(trainer, batch):
-            if trainer.global_step == step:
-                monkeypatch.setattr(training.Trainer, "_step", real)
+        def stopping(*given, **settings):
+            if next(steps) == step:
+                monkeypatch.setattr(training, "train_step", real)
                 raise KeyboardInterrupt
-            return real(trainer, batch)
+            return real(*given, **settings)
 
-        monkeypatch.setattr(training.Trainer, "_step", stopping)
+        monkeypatch.setattr(training, "train_step", stopping)
 
     return arm
 
@@ -60,76 +50,6 @@ def interrupt(monkeypatch):
 @pytest.fixture
 def quick_crops(monkeypatch):
     monkeypatch.setattr(pretrain, "SAMPLES", 3 * pretrain.BATCH)
-
-
-# --- optimiser and learning rate -------------------------------------------------------------------------------
-
-
-def test_alpha_has_a_group_of_its_own_found_by_the_type_of_its_module():
-    model = model_of({"model.attention.decoder_cross": "alpha_entmax", "model.attention.encoder_self": "alpha_entmax"})
-    groups = {group["name"]: group for group in parameter_groups(model, settings(lr=2e-3, lr_backbone=3e-4))}
-    alphas = {id(module.pre_alpha) for module in alpha_modules(model).values()}
-    assert len(alphas) == 3
-    assert {id(p) for p in groups["alpha"]["params"]} == alphas
-    assert groups["alpha"]["weight_decay"] == 0.0
-    assert groups["alpha"]["lr"] == pytest.approx(2e-2)
-    assert groups["rest"]["lr"] == 2e-3 and groups["backbone"]["lr"] == 3e-4
-    assert "weight_decay" not in groups["rest"] and "weight_decay" not in groups["backbone"]
-    trained = [id(p) for group in groups.values() for p in group["params"]]
-    assert sorted(trained) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert {id(p) for p in groups["backbone"]["params"]} == {id(p) for p in model.backbone.parameters()}
-
-
-def test_the_rate_of_alpha_can_be_set_to_anything_even_zero():
-    model = model_of({"model.attention.decoder_cross": "alpha_entmax"})
-    rates = [parameter_groups(model, settings(lr_alpha=rate))[-1]["lr"] for rate in (0.5, 0.0)]
-    assert rates == [0.5, 0.0]
-
-
-def test_what_places_samples_has_a_group_of_its_own_at_a_tenth_of_the_rate():
-    overrides = {"model.architecture": "deformable", "model.classification": "sigmoid", "model.deformable.levels": 1}
-    model = model_of(overrides | {"model.attention.decoder_self": "alpha_entmax"})
-    groups = {group["name"]: group for group in parameter_groups(model, settings(lr=2e-3))}
-    assert list(groups) == ["rest", "backbone", "projections", "alpha"]
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {names[id(parameter)] for parameter in groups["projections"]["params"]}
-    assert found == {n for n in names.values() if "sampling_offsets" in n or "transformer.reference_points" in n}
-    assert len(found) == 2 * (1 + 2) + 2
-    assert groups["projections"]["lr"] == pytest.approx(2e-4) and "weight_decay" not in groups["projections"]
-    trained = [id(p) for group in groups.values() for p in group["params"]]
-    assert sorted(trained) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    rates = [{g["name"]: g["lr"] for g in parameter_groups(model, settings(lr_projections=r))} for r in (0.5, 0.0)]
-    assert [rate["projections"] for rate in rates] == [0.5, 0.0]
-
-
-def test_no_group_is_empty_and_a_rate_of_zero_freezes_the_backbone():
-    model = model_of({})
-    assert [group["name"] for group in parameter_groups(model, settings())] == ["rest", "backbone"]
-    groups = parameter_groups(model, settings(lr_backbone=0))
-    assert [group["name"] for group in groups] == ["rest"]
-    assert not any(p.requires_grad for p in model.backbone.parameters())
-    assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("backbone."))
-
-
-def test_step_schedule_drops_once_after_lr_drop_epochs():
-    cfg = settings(schedule="step", lr_drop=3)
-    assert [lr_factor(step, 10, cfg) for step in (0, 29, 30, 500)] == [1.0, 1.0, 0.1, 0.1]
-
-
-def test_cosine_schedule_falls_from_one_to_zero_over_all_epochs():
-    cfg = settings(schedule="cosine", epochs=5)
-    factors = [lr_factor(step, 10, cfg) for step in range(51)]
-    assert factors[0] == 1.0 and factors[25] == pytest.approx(0.5) and factors[50] == pytest.approx(0.0)
-    assert all(later < earlier for earlier, later in itertools.pairwise(factors))
-    assert lr_factor(60, 10, cfg) == pytest.approx(0.0)
-
-
-def test_constant_schedule_and_warm_up():
-    assert {lr_factor(step, 10, settings(schedule="constant")) for step in range(100)} == {1.0}
-    cfg = settings(schedule="cosine", epochs=2, warmup_steps=4)
-    factors = [lr_factor(step, 10, cfg) for step in range(20)]
-    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factors[12] == pytest.approx(0.5)  # half of the 16 steps that the warm-up leaves
 
 
 @pytest.mark.parametrize("keeps", [False, True])
@@ -285,14 +205,14 @@ def test_fewer_images_than_processes_is_refused():
 
 
 def test_a_loss_that_is_no_number_is_named_and_kept(tmp_path, monkeypatch):
-    real = training.Trainer._step
+    real, steps = training.train_step, itertools.count()
 
-    def poisoned(trainer, batch):
-        if trainer.global_step == STEPS + 1:
-            torch.nn.init.constant_(next(trainer.model.parameters()), math.nan)
-        return real(trainer, batch)
+    def poisoned(model, *given, **settings):
+        if next(steps) == STEPS + 1:
+            torch.nn.init.constant_(next(model.parameters()), math.nan)
+        return real(model, *given, **settings)
 
-    monkeypatch.setattr(training.Trainer, "_step", poisoned)
+    monkeypatch.setattr(training, "train_step", poisoned)
     with pytest.raises(NonFiniteLoss, match=rf"loss is nan at step {STEPS + 1} \(epoch 2.*'rest': 0.001") as caught:
         train(tiny_config(), tmp_path)
     state = load_checkpoint(tmp_path / "failure-0.pt")
@@ -301,7 +221,7 @@ def test_a_loss_that_is_no_number_is_named_and_kept(tmp_path, monkeypatch):
     images, _, targets = state["batch"]
     assert images.shape == (8, 3, 64, 64) and [t["image_id"] for t in targets] == state["image_ids"]
     assert state["learning_rates"] == {"rest": 1e-3, "backbone": 1e-3}
-    monkeypatch.setattr(training.Trainer, "_step", real)
+    monkeypatch.setattr(training, "train_step", real)
     assert train(tiny_config(), tmp_path)["epoch"] == 2  # resumes from the last complete epoch
 
 

@@ -1,7 +1,5 @@
 """Runs under interventions: rows hold what contexts entered by hand find, and files keep what was measured."""
 
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -131,7 +129,7 @@ def test_heads_are_put_in_order_of_the_loss_on_training_images(fresh):
         interventions.replace(cfg, {"data.train_limit": 6}).data, "train", augment=False
     )
     batch = collate([dataset[index] for index in range(6)])
-    last = interventions.Criterion(interventions.replace(cfg, {"loss.auxiliary": False}).loss)  # its layer alone
+    last = interventions.Criterion(**dict(cfg.loss) | {"auxiliary": False})  # its layer alone
     model, losses = loaded(fresh), []
     for layer, head in order:
         with pruned(model, "decoder_cross", {layer: [head]}), torch.no_grad():
@@ -150,31 +148,9 @@ def test_mistakes_show_before_anything_is_measured(fresh, monkeypatch):
         intervene_run(fresh, sweep("decoder_cross", [1]) + sweep("decoder_cross", [1], layer=9))
     with pytest.raises(RunError, match="not finished"):
         intervene_run(fresh / "nothing", [])
-    with pytest.raises(RunError, match=r"measure the run .*: python -m detrlib.experiments.intervene"):
+    with pytest.raises(RunError, match="detrlib intervene"):
         interventions_frame([fresh])
     (fresh / interventions.RESULTS).parent.mkdir(exist_ok=True)
     (fresh / interventions.RESULTS).write_text("half a table")
-    with pytest.raises(
-        RunError,
-        match=r"interventions.parquet is not readable .* delete it, then: python -m detrlib.experiments.intervene",
-    ):
+    with pytest.raises(RunError, match=r"interventions.parquet is not readable .* delete it, then: detrlib intervene"):
         interventions_frame([fresh])
-
-
-def test_command_line(fresh, monkeypatch, capsys):
-    command = f"x {fresh} --alphas 1 --transforms sparsemax --learned-alphas --prune-heads --order-images 4 --limit 4"
-    monkeypatch.setattr(sys, "argv", command.split())
-    interventions.main()
-    shown, stored = capsys.readouterr().out, interventions_frame([fresh])
-    assert stored["kind"].value_counts().to_dict() == {
-        **{"none": 1, "alpha": 1, "transform": 1},
-        **{"learned_alpha": 2, "head": 8, "heads": 8},
-    }
-    assert "shuffled" in shown and len(shown.splitlines()) == 1 + len(stored)
-    assert set(stored["trained"]) == {"alpha_entmax"}
-    assert stored["trained_alpha"].iloc[0] == pytest.approx(
-        learned_alphas(loaded(fresh), "decoder_cross").mean().item()
-    )
-    monkeypatch.setattr(sys, "argv", ["x", str(fresh), "--alphas", "3"])
-    with pytest.raises(SystemExit, match="error: alpha 3"):
-        interventions.main()

@@ -13,11 +13,10 @@ from tiny import tiny_config
 
 from detrlib.config import load_config
 from detrlib.data import build_dataset
-from detrlib.data.classes import match_classes, match_ids, translate
-from detrlib.engine import evaluate as module
-from detrlib.engine.evaluate import evaluate_run
 from detrlib.engine.loop import train
 from detrlib.errors import ConfigError, DataError, RunError
+from detrlib.experiments import transfer
+from detrlib.experiments.transfer import evaluate_on, scored_classes
 from detrlib.files import write_json
 from detrlib.runs.examples import load_examples
 from detrlib.runs.results import results_table
@@ -27,71 +26,6 @@ OURS = {1: "circle", 2: "square", 3: "triangle", 4: "star", 5: "ring", 6: "cross
 THEIRS = {11: "disc", 3: "SQUARE", 40: "dot", 7: "plus sign", 21: "cloud"}
 NAMES = {"disc": "circle", "dot": "circle", "plus sign": "cross"}
 AS_OURS = {11: 1, 3: 2, 40: 1, 7: 6}
-
-
-def content(categories, annotations=()):
-    """An annotation file of one image; annotations are category ids."""
-    return {
-        "images": [{"id": 1, "file_name": "1.png", "width": 9, "height": 9}],
-        "annotations": [{"image_id": 1, "category_id": id, "bbox": [0, 0, 5, 5]} for id in annotations],
-        "categories": [{"id": id, "name": name} for id, name in categories.items()],
-    }
-
-
-# --- classes by name -------------------------------------------------------------------------------------------
-
-
-def test_classes_match_by_given_names_then_by_their_own():
-    found = match_classes(content(THEIRS, [11, 21, 21, 7]), OURS, NAMES)
-    assert found.labels == AS_OURS and found.names == {1: "circle", 2: "square", 6: "cross"}
-    assert found.matched == {"disc": "circle", "SQUARE": "square", "dot": "circle", "plus sign": "cross"}
-    assert found.unmapped == {"cloud": 2} and found.unannotated == ["triangle", "star", "ring"]
-
-
-def test_names_are_equal_up_to_case_spaces_and_underscores_and_may_be_refused():
-    theirs = content({1: "Traffic_Light", 2: "mouse", 3: " tv"})
-    ours = {0: "tv", 9: "traffic light", 10: "mouse"}  # a label 0, as contiguous ones have
-    assert match_classes(theirs, ours).labels == {1: 9, 2: 10, 3: 0}
-    without = match_classes(theirs, ours, {"MOUSE": ""})
-    assert without.labels == {1: 9, 3: 0} and without.unmapped == {"mouse": 0} and without.unannotated == ["mouse"]
-
-
-@pytest.mark.parametrize(
-    "names, message",
-    [
-        ({"disk": "circle"}, "no class 'disk' in the annotation file; did you mean 'disc'?"),
-        ({"disc": "cirkle"}, "no class 'cirkle' in the model; did you mean 'circle'?"),
-        ({"disc": "oval office"}, "no class 'oval office' in the model; it has circle, square, triangle"),
-        ({"SQUARE": ""}, "no class of the annotation file (disc, SQUARE, dot, plus sign, cloud) is one of the model's"),
-    ],
-)
-def test_names_that_nobody_has(names, message):
-    with pytest.raises(DataError, match=re.escape(message)):
-        match_classes(content(THEIRS), OURS, names)
-
-
-def test_names_that_may_be_two_classes():
-    with pytest.raises(DataError, match="class 'CAR' may be any of car, Car"):
-        match_classes(content({1: "CAR"}), {1: "car", 2: "Car"})
-    assert match_classes(content({1: "Car"}), {1: "car", 2: "Car"}).labels == {1: 2}
-
-
-def test_translation_keeps_everything_but_ids_and_what_has_no_partner():
-    theirs = content(THEIRS, [11, 21, 40, 3]) | {"info": {"year": 2017}}
-    theirs["annotations"][0] |= {"iscrowd": 1, "segmentation": [[0, 0, 1, 1, 2, 2]], "area": 3}
-    before = json.dumps(theirs)
-    made = translate(theirs, match_classes(theirs, OURS, NAMES))
-    assert json.dumps(theirs) == before
-    assert made["categories"] == [{"id": id, "name": OURS[id]} for id in (1, 2, 6)]
-    assert [annotation["category_id"] for annotation in made["annotations"]] == [1, 1, 2]
-    assert made["annotations"][0] == {"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "iscrowd": 1, "area": 3}
-    assert made["images"] == theirs["images"] and made["info"] == {"year": 2017}
-    same = translate(theirs, match_ids(theirs, OURS))
-    assert {category["id"]: category["name"] for category in same["categories"]} == THEIRS
-    assert [annotation["category_id"] for annotation in same["annotations"]] == [11, 21, 40, 3]
-
-
-# --- a run on other data ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +83,7 @@ def scored_by_hand(annotations, detections, category_ids):
 def test_ap_is_that_of_the_same_detections_scored_by_hand_on_their_ids(run_dir, elsewhere):
     """The run's own detections of the same pictures, their ids turned into theirs, by the other evaluator."""
     names = {"disc": "circle", "plus sign": "cross", "dot": ""}  # one class each, so that ids can be turned back
-    results = evaluate_run(run_dir, on=elsewhere, names=names)  # the only split
+    results = evaluate_on(run_dir, elsewhere, names=names)  # the only split
     back = {1: 11, 2: 3, 6: 7}
     own = json.loads((run_dir / "predictions.json").read_text())
     theirs = [found | {"category_id": back[found["category_id"]]} for found in own if found["category_id"] in back]
@@ -163,7 +97,7 @@ def test_ap_is_that_of_the_same_detections_scored_by_hand_on_their_ids(run_dir, 
 
 def test_results_say_what_was_scored_and_are_a_run_folder(run_dir, elsewhere):
     before = (run_dir / "results.json").read_bytes()
-    results = evaluate_run(run_dir, on=elsewhere / "annotations/instances_test.json", names=NAMES)
+    results = evaluate_on(run_dir, elsewhere / "annotations/instances_test.json", names=NAMES)
     folder = run_dir / "test"
     annotated = json.loads((elsewhere / "annotations/instances_test.json").read_text())["annotations"]
     clouds = sum(annotation["category_id"] == 21 for annotation in annotated)
@@ -185,7 +119,7 @@ def test_labels_from_zero(run_dir, elsewhere, tmp_path):
     cfg = tiny_config({"train.epochs": 1, "data.contiguous": True, "model.classification": "sigmoid"})
     train(cfg, tmp_path / "run")
     own = json.loads((tmp_path / "run" / "predictions.json").read_text())  # with category ids
-    results = evaluate_run(tmp_path / "run", on=elsewhere, split="test", names={"disc": "circle", "dot": ""})
+    results = evaluate_on(tmp_path / "run", elsewhere, split="test", names={"disc": "circle", "dot": ""})
     back = {1: 11, 2: 3}
     theirs = [found | {"category_id": back[found["category_id"]]} for found in own if found["category_id"] in back]
     expected = scored_by_hand(elsewhere / "annotations/instances_test.json", theirs, back.values())
@@ -193,7 +127,7 @@ def test_labels_from_zero(run_dir, elsewhere, tmp_path):
     dataset = build_dataset(load_config(tmp_path / "run" / f"{elsewhere.name}-test" / "config.yaml").data, "val")
     assert dataset.names == {0: "circle", 1: "square"}
     with pytest.raises(ConfigError, match=r"by_id .* data\.contiguous"):
-        evaluate_run(tmp_path / "run", on=elsewhere, split="test", by_id=True)
+        evaluate_on(tmp_path / "run", elsewhere, split="test", by_id=True)
 
 
 def test_by_id_takes_ids_for_labels_whatever_the_names(run_dir, elsewhere, tmp_path):
@@ -204,7 +138,7 @@ def test_by_id_takes_ids_for_labels_whatever_the_names(run_dir, elsewhere, tmp_p
     truth["categories"] = [{"id": 1, "name": "cross"}, {"id": 2, "name": "tree"}, {"id": 6, "name": "x"}]
     path = tmp_path / "by_id.json"
     write_json(path, truth)
-    results = evaluate_run(run_dir, on=path, images=elsewhere / "test", by_id=True)
+    results = evaluate_on(run_dir, path, images=elsewhere / "test", by_id=True)
     own = json.loads((run_dir / "predictions.json").read_text())
     expected = scored_by_hand(path, [found for found in own if found["category_id"] in (1, 2, 6)], [1, 2, 6])
     assert results["detection"]["AP"] == pytest.approx(expected[0], abs=1e-9)
@@ -212,57 +146,45 @@ def test_by_id_takes_ids_for_labels_whatever_the_names(run_dir, elsewhere, tmp_p
     truth["categories"].append({"id": 7, "name": "cloud"})
     write_json(path, truth)
     with pytest.raises(DataError, match=r"by_id\.json: category id 7; the run knows 0 to 6"):
-        evaluate_run(run_dir, on=path, images=elsewhere / "test", by_id=True)
+        evaluate_on(run_dir, path, images=elsewhere / "test", by_id=True)
     with pytest.raises(ConfigError, match="it takes no names"):
-        evaluate_run(run_dir, on=path, images=elsewhere / "test", by_id=True, names=NAMES)
+        evaluate_on(run_dir, path, images=elsewhere / "test", by_id=True, names=NAMES)
 
 
 def test_faults_are_told_before_the_model_runs(run_dir, elsewhere, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "evaluate", None)
+    monkeypatch.setattr(transfer, "evaluate_into", None)
     file = elsewhere / "annotations/instances_test.json"
     for error, message, options in [
-        (DataError, r"no annotations/instances_val.json, only test; choose one", {"on": elsewhere, "split": "val"}),
-        (DataError, r"no annotations/instances_val2017.json, nor any other", {"on": tmp_path}),
-        (
-            DataError,
-            r"instances_test\.json: no class 'disk' in the annotation file",
-            {"on": file, "names": {"disk": ""}},
-        ),
-        (DataError, r"nowhere\.json: no such annotation file", {"on": tmp_path / "nowhere.json"}),
-        (DataError, r"its first picture, .*, is not in .*; give the folder", {"on": file, "images": tmp_path}),
-        (ConfigError, r"split test belongs to a folder", {"on": file, "split": "test"}),
-        (ConfigError, r"belong to data given as `on`", {"names": NAMES}),
-        (RunError, r"'examples' cannot name a folder", {"on": file, "save_as": "examples"}),
-        (RunError, r"cannot name a folder of results", {"on": file, "save_as": "../other"}),
-        (RunError, r"cannot name a folder of results", {"on": file, "save_as": ".."}),
+        (DataError, r"instances_val\.json, only test; .*--split", {"on": elsewhere, "split": "val"}),
+        (DataError, r"instances_val2017\.json", {"on": tmp_path}),
+        (DataError, r"instances_test\.json: .*'disk'", {"on": file, "names": {"disk": ""}}),
+        (DataError, r"nowhere\.json", {"on": tmp_path / "nowhere.json"}),
+        (DataError, r"instances_test\.json: .*--images", {"on": file, "images": tmp_path}),
+        (ConfigError, r"split test .*instances_test\.json", {"on": file, "split": "test"}),
+        (ConfigError, r"evaluate\.\*", {"on": file, "overrides": {"data.root": "x"}}),
+        (RunError, r"'examples' .*--as", {"on": file, "save_as": "examples"}),
+        (RunError, r"'other' .*--as", {"on": file, "save_as": "../other"}),
+        (RunError, r"'\.\.' .*--as", {"on": file, "save_as": ".."}),
     ]:
         with pytest.raises(error, match=message):
-            evaluate_run(run_dir, **options)
+            evaluate_on(run_dir, **options)
     write_json(run_dir / "taken" / "results.json", {"annotations": "instances_val2017.json"})
-    with pytest.raises(RunError, match=r"taken holds results on other data"):
-        evaluate_run(run_dir, on=file, save_as="taken")
+    with pytest.raises(RunError, match=r"taken .*--as"):
+        evaluate_on(run_dir, file, save_as="taken")
 
 
 def test_a_run_without_names(run_dir, elsewhere, tmp_path):
     """As an imported checkpoint is before it has been evaluated."""
     write_json(tmp_path / "results.json", {"imported": "detr.pth"})
     (tmp_path / "config.yaml").write_text((run_dir / "config.yaml").read_text())
-    with pytest.raises(
-        RunError, match=r"results\.json has no 'names' of classes; evaluate the run on its own data first"
-    ):
-        evaluate_run(tmp_path, on=elsewhere, split="test")
+    with pytest.raises(RunError, match=r"results\.json .*--by-id"):
+        evaluate_on(tmp_path, elsewhere, split="test")
 
 
-def test_command_line(run_dir, elsewhere, monkeypatch, capsys):
-    arguments = ["evaluate", str(run_dir), "--on", str(elsewhere), "--split", "test", "--as", "shown"]
-    monkeypatch.setattr("sys.argv", [*arguments, "--map", "disc=circle", "dot=", "--map", "plus sign=cross"])
-    module.main()
-    shown = capsys.readouterr().out
+def test_words_for_what_was_scored_and_what_was_not(run_dir, elsewhere):
+    names = {"disc": "circle", "dot": "", "plus sign": "cross"}
+    shown = scored_classes(evaluate_on(run_dir, elsewhere, split="test", names=names, save_as="shown"))
     assert "3 classes scored, disc = circle, SQUARE = square, plus sign = cross" in shown
-    assert re.search(r"not classes of the run, left out: dot \(\d+ objects\), cloud \(\d+ objects\)", shown)
+    assert re.search(r"left out: dot \(\d+ objects\), cloud \(\d+ objects\)", shown)
     assert "their detections left out: triangle, star, ring" in shown and "lower bound" in shown
     assert (run_dir / "shown" / "results.json").exists()
-    monkeypatch.setattr("sys.argv", [*arguments, "--map", "disc"])
-    with pytest.raises(SystemExit):
-        module.main()
-    assert "--map disc: expected their name=our name" in capsys.readouterr().err

@@ -9,10 +9,9 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from detrlib.data import CocoDataset
-from detrlib.data.classes import COCO_NAMES
 from detrlib.errors import DataError
 from detrlib.experiments import unrel
-from detrlib.experiments.unrel import coco_name, convert_unrel, read_mat
+from detrlib.experiments.unrel import COCO_IDS, coco_name, convert_unrel, read_mat, summary
 from detrlib.metrics.detection import coco_ap
 
 MAPPED = {  # the 29 of UnRel's 48 names that are classes of COCO, with COCO's ids
@@ -92,15 +91,14 @@ TWO = [
 
 
 def test_names_of_coco_and_which_of_unrel_are_among_them():
-    assert len(FIRST_SEEN) == len(set(FIRST_SEEN)) == 48 and len(COCO_NAMES) == len(set(COCO_NAMES.values())) == 80
-    ids = {name: id for id, name in COCO_NAMES.items()}
-    assert {name: ids[coco_name(name)] for name in FIRST_SEEN if coco_name(name)} == MAPPED
+    assert len(FIRST_SEEN) == len(set(FIRST_SEEN)) == 48 and len(COCO_IDS) == len(set(COCO_IDS.values())) == 80
+    assert {name: COCO_IDS[coco_name(name)] for name in FIRST_SEEN if coco_name(name)} == MAPPED
     assert len(MAPPED) == 29 and set(unrel.SAME_CLASS) | set(unrel.NARROWER) <= set(FIRST_SEEN)
 
 
 def test_names_of_coco_are_those_of_a_real_file(shared_data):
     content = json.loads((shared_data / "coco_mini/annotations/instances_val2017.json").read_text())
-    assert {category["id"]: category["name"] for category in content["categories"]} == COCO_NAMES
+    assert {category["name"]: category["id"] for category in content["categories"]} == COCO_IDS
 
 
 def test_names_of_unrel_are_those_of_the_real_file(shared_data):
@@ -120,67 +118,71 @@ def test_the_fixture_is_laid_out_as_matlab_does(write):
     assert box.shape == (1, 4) and box.dtype == np.uint8
 
 
+def sides(photograph):
+    return [(one.sub, one.sub_box, one.obj, one.obj_box, one.rels) for one in photograph.relationships]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_photograph_object_or_relationship_is_read_like_several(write, count):
     objects = [("cat", (1, 2, 3, 4)), ("tie", (5, 6, 7, 8))]
     relations = [(0, "wear", 1), (1, "below", 0)]
     photographs = [photograph(id, objects[:count], relations[: count - 1]) for id in range(count)]
     read = read_mat(write(photographs)[0])
-    assert [one.id for one in read] == list(range(count)) and read[0].file_name == "0.png"
-    assert all(one.objects == objects[:count] for one in read)
-    expected = [(objects[i], predicate, objects[j]) for i, predicate, j in relations[: count - 1]]
-    assert all(one.relationships == expected for one in read)
+    assert [one.im_id for one in read] == list(range(count)) and read[0].filename == "0.png"
+    assert all([(found.category, found.box) for found in one.objects] == objects[:count] for one in read)
+    expected = [(*objects[i], *objects[j], [predicate]) for i, predicate, j in relations[: count - 1]]
+    assert all(sides(one) == expected for one in read)
 
 
 def test_several_predicates_of_a_pair_and_sides_without_a_box(write):
     pair = relation(("dog", (1, 1, 9, 9)), ["ride", "on top of"], ("bike", ()))
     (read,) = read_mat(write([photograph(1, [("dog", (1, 1, 9, 9))], relationships=cell([pair]))])[0])
-    dog, bike = ("dog", (1, 1, 9, 9)), ("bike", None)
-    assert read.relationships == [(dog, "ride", bike), (dog, "on top of", bike)]
+    assert sides(read) == [("dog", (1, 1, 9, 9), "bike", None, ["ride", "on top of"])]
 
 
 DOG = {"category": "dog", "box": row((1, 2, 3, 4))}
 
 
 @pytest.mark.parametrize(
-    "photographs, message",
+    "photographs, place",
     [
-        ([{"filename": "1.png", "im_id": 1, "objects": cell([DOG])}], "annotations(1): no 'relationships', only"),
-        ([TWO[0], photograph(1, [], im_id="x")], "annotations(2): im_id is 'x'"),
-        ([photograph(1, [], filename=3.0)], "annotations(1): filename is 3.0"),
-        ([photograph(1, [], objects=cell([DOG, {"category": "dog"}]))], "annotations(1).objects(2): no 'box', only"),
-        ([photograph(1, [], objects=cell([DOG | {"box": row((1, 2, 3))}]))], "(1).objects(1): box is array([1, 2, 3]"),
-        ([photograph(1, [], objects=cell([DOG | {"category": 4}]))], "annotations(1).objects(1): category is 4"),
-        ([photograph(1, [], objects=cell(["dog"]))], "annotations(1).objects(1): expected a structure with a field"),
-        ([photograph(1, [], relationships=cell([{"sub": "dog"}]))], "(1).relationships(1): no 'sub_box', only sub"),
+        ([{"filename": "1.png", "im_id": 1, "objects": cell([DOG])}], "annotations(1).relationships"),
+        ([TWO[0], photograph(1, [], im_id="x")], "annotations(2).im_id"),
+        ([photograph(1, [], im_id=-1)], "annotations(1).im_id"),
+        ([photograph(1, [], filename=3.0)], "annotations(1).filename"),
+        ([photograph(1, [], objects=cell([DOG, {"category": "dog"}]))], "annotations(1).objects(2).box"),
+        ([photograph(1, [], objects=cell([DOG | {"box": row((1, 2, 3))}]))], "annotations(1).objects(1).box"),
+        ([photograph(1, [], objects=cell([DOG | {"category": 4}]))], "annotations(1).objects(1).category"),
+        ([photograph(1, [], objects=cell(["dog"]))], "annotations(1).objects(1)"),
+        ([photograph(1, [], relationships=cell([{"sub": "dog"}]))], "annotations(1).relationships(1).sub_box"),
         ([TWO[0], TWO[0]], "im_id 7 occurs twice"),
-        ([], "'annotations' is empty"),
+        ([], "annotations: "),
     ],
 )
-def test_faults_are_named_with_file_entry_and_field(tmp_path, photographs, message):
+def test_faults_are_named_with_file_entry_and_field(tmp_path, photographs, place):
     path = tmp_path / "annotations.mat"
     savemat(path, {"annotations": cell(photographs)})
-    with pytest.raises(DataError, match=re.escape(str(path)) + ".*" + re.escape(message)):
+    with pytest.raises(DataError, match=re.escape(f"{path}: {place}")):
         read_mat(path)
 
 
 def test_files_that_are_not_unrels(tmp_path):
-    with pytest.raises(DataError, match=r"a\.mat: no such file"):
+    with pytest.raises(DataError, match=r"a\.mat: "):
         read_mat(tmp_path / "a.mat")
     savemat(tmp_path / "a.mat", {"triplets": 1})
-    with pytest.raises(DataError, match=r"a\.mat: no 'annotations', only triplets"):
+    with pytest.raises(DataError, match=r"a\.mat: annotations: .*triplets"):
         read_mat(tmp_path / "a.mat")
     (tmp_path / "a.mat").write_bytes(b"<html>404</html>" * 40)
-    with pytest.raises(DataError, match=r"a\.mat: not readable as a \.mat file"):
+    with pytest.raises(DataError, match=r"a\.mat: not readable"):
         read_mat(tmp_path / "a.mat")
     for compressed in (False, True):
         savemat(tmp_path / "b.mat", {"annotations": cell([TWO[0]])}, do_compression=compressed)
         (tmp_path / "b.mat").write_bytes((tmp_path / "b.mat").read_bytes()[:300])
-        with pytest.raises(DataError, match=r"b\.mat: not readable as a \.mat file"):
+        with pytest.raises(DataError, match=r"b\.mat: not readable"):
             read_mat(tmp_path / "b.mat")
     header = b"MATLAB 7.3 MAT-file".ljust(124, b" ") + (0x0200).to_bytes(2, "little") + b"IM"
     (tmp_path / "c.mat").write_bytes(header + bytes(600))
-    with pytest.raises(DataError, match=r"c\.mat: saved as Matlab 7\.3 .* option -v7"):
+    with pytest.raises(DataError, match=r"c\.mat: .*-v7"):
         read_mat(tmp_path / "c.mat")
 
 
@@ -272,31 +274,26 @@ def test_pictures_that_are_missing_or_broken(write):
     assert converted((mat, images, out))["info"]["unreadable"] == ["12.png"]
     assert CocoDataset(images, out).image_ids == [7]
     (images / "7.png").unlink()
-    with pytest.raises(DataError, match=r"images/7\.png: no such picture; is .*images UnRel's folder of images\?"):
+    with pytest.raises(DataError, match=r"images/7\.png"):
         convert_unrel(mat, images, out)
     (images / "7.png").write_text("x")
-    with pytest.raises(DataError, match=r"none of its 2 pictures can be decoded, e\.g\. 7\.png"):
+    with pytest.raises(DataError, match=r"images: .*7\.png"):
         convert_unrel(mat, images, out)
 
 
 def test_nothing_to_convert_and_unknown_choices(write):
     arguments = write([photograph(1, [("roof", (1, 1, 5, 5))])])
-    with pytest.raises(DataError, match=r"none of its categories \(roof\) is a class of COCO"):
+    with pytest.raises(DataError, match=r"annotations\.mat: .*roof"):
         convert_unrel(*arguments)
-    with pytest.raises(DataError, match="expected ids coco or thesis"):
+    with pytest.raises(DataError, match="ids='COCO'"):
         convert_unrel(*arguments, ids="COCO")
 
 
-def test_command_line(write, monkeypatch, capsys):
+def test_a_summary_says_what_was_written_and_left_out(write):
     arguments = write(TWO)
-    monkeypatch.setattr("sys.argv", ["unrel", *map(str, arguments)])
-    unrel.main()
-    shown = capsys.readouterr().out
+    shown = summary(arguments[2], convert_unrel(*arguments))
     assert f"{arguments[2]}: 2 images, 3 annotations of 3 classes" in shown
     assert "left out, no class of COCO: hat 1" in shown and "without area 1" in shown
-    monkeypatch.setattr("sys.argv", ["unrel", "nowhere.mat", *map(str, arguments[1:])])
-    with pytest.raises(SystemExit, match=r"error: nowhere\.mat: no such file"):
-        unrel.main()
 
 
 # --- what is known of the real file ----------------------------------------------------------------------------

@@ -1,162 +1,28 @@
-"""Matching and losses against brute force, plain loops and torchvision.
+"""Losses against plain loops and torch, what is logged, and several processes.
 
 Legend: B images, Q queries, C classes, T boxes of an image.
 """
 
+import inspect
 import math
-from itertools import permutations
 
 import pytest
 import torch
-from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
+from matching import CLASSES, COSTS, cheapest, random_boxes, random_predictions, random_targets
+from torchvision.ops import generalized_box_iou
 
-from detrlib.boxes import cxcywh_to_xyxy, pairwise_giou, xyxy_to_cxcywh
+from detrlib.boxes import cxcywh_to_xyxy
 from detrlib.config import Loss
-from detrlib.losses.criterion import Criterion
-from detrlib.losses.matcher import focal_class_cost, match, matching_cost
+from detrlib.losses import Criterion, match
 from detrlib.models import Predictions
 
-CLASSES = 4
-SETTINGS = Loss(
-    cost_class=1.5, cost_bbox=4.0, cost_giou=2.5, weight_class=0.7, weight_bbox=3.0, weight_giou=1.3, no_object=0.2
-)
+SETTINGS = {"weight_class": 0.7, "weight_bbox": 3.0, "weight_giou": 1.3, "no_object": 0.2} | COSTS._asdict()
 heads = pytest.mark.parametrize("classification", ["softmax", "sigmoid"])
-
-
-def random_boxes(*shape: int) -> torch.Tensor:
-    """cxcywh boxes within the image."""
-    size = 0.05 + 0.5 * torch.rand(*shape, 2)
-    return torch.cat([size / 2 + torch.rand(*shape, 2) * (1 - size), size], -1)
-
-
-def random_predictions(batch: int, queries: int, classification: str, layers: int = 1) -> Predictions:
-    classes = CLASSES + (classification == "softmax")
-    made = [
-        Predictions(
-            torch.randn(batch, queries, classes).requires_grad_(),
-            random_boxes(batch, queries).requires_grad_(),
-            classification,
-        )
-        for _ in range(layers)
-    ]
-    made[-1].auxiliary = made[:-1]
-    return made[-1]
-
-
-def random_targets(*counts: int) -> list[dict]:
-    return [{"labels": torch.randint(CLASSES, (n,)), "boxes": random_boxes(n)} for n in counts]
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-# Boxes
-
-
-def test_giou_is_that_of_torchvision():
-    first, second = cxcywh_to_xyxy(random_boxes(2, 30)), cxcywh_to_xyxy(random_boxes(2, 20))
-    found = pairwise_giou(first, second)
-    assert found.min() < 0 < found.max()
-    for image in range(2):
-        torch.testing.assert_close(found[image], generalized_box_iou(first[image], second[image]))
-
-
-def test_giou_by_hand():
-    unit = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    apart = torch.tensor([[2.0, 0.0, 3.0, 1.0]])  # union 2, enclosing 3
-    inside = torch.tensor([[0.0, 0.0, 0.5, 0.5]])
-    found = pairwise_giou(unit, torch.cat([unit, apart, inside]))
-    torch.testing.assert_close(found, torch.tensor([[1.0, -1 / 3, 0.25]]))
-
-
-def test_box_formats_invert_each_other():
-    boxes = random_boxes(5)
-    torch.testing.assert_close(xyxy_to_cxcywh(cxcywh_to_xyxy(boxes)), boxes)
-    corners = cxcywh_to_xyxy(torch.tensor([0.5, 0.4, 0.2, 0.6]))
-    torch.testing.assert_close(corners, torch.tensor([0.4, 0.1, 0.6, 0.7]))
-
-
-# Matching
-
-
-def cost_of_pair(predictions: Predictions, image: int, query: int, target: dict, index: int) -> float:
-    """The matching cost of one query and one box, written out."""
-    logits, label = predictions.logits[image, query].detach().double(), int(target["labels"][index])
-    box, wanted = predictions.boxes[image, query].detach(), target["boxes"][index]
-    if predictions.classification == "softmax":
-        class_cost = -(logits.exp() / logits.exp().sum())[label].item()
-    else:
-        p = 1 / (1 + math.exp(-logits[label]))
-        class_cost = 0.25 * (1 - p) ** 2 * -math.log(p) - 0.75 * p**2 * -math.log(1 - p)
-    distance = sum(abs(a - b) for a, b in zip(box.tolist(), wanted.tolist(), strict=True))
-    overlap = generalized_box_iou(cxcywh_to_xyxy(box)[None], cxcywh_to_xyxy(wanted)[None]).item()
-    return SETTINGS.cost_class * class_cost + SETTINGS.cost_bbox * distance - SETTINGS.cost_giou * overlap
-
-
-def cheapest(predictions: Predictions, image: int, target: dict) -> set[tuple[int, int]]:
-    """All assignments tried, the cheapest returned as pairs of query and box."""
-    queries, boxes = predictions.logits.shape[1], len(target["labels"])
-    costs = [[cost_of_pair(predictions, image, q, target, t) for t in range(boxes)] for q in range(queries)]
-    if boxes <= queries:
-        assignments = [list(zip(rows, range(boxes), strict=True)) for rows in permutations(range(queries), boxes)]
-    else:
-        assignments = [
-            list(zip(range(queries), columns, strict=True)) for columns in permutations(range(boxes), queries)
-        ]
-    return set(min(assignments, key=lambda pairs: sum(costs[q][t] for q, t in pairs)))
-
-
-def as_pairs(matched: tuple[torch.Tensor, torch.Tensor]) -> set[tuple[int, int]]:
-    queries, boxes = matched
-    return set(zip(queries.tolist(), boxes.tolist(), strict=True))
-
-
-@heads
-@pytest.mark.parametrize("seed", range(5))
-def test_matching_is_the_cheapest_of_all_assignments(classification, seed):
-    torch.manual_seed(seed)
-    predictions, targets = random_predictions(4, 5, classification), random_targets(3, 0, 5, 1)
-    found = match(predictions, targets, SETTINGS)
-    assert [as_pairs(pairs) for pairs in found] == [cheapest(predictions, i, t) for i, t in enumerate(targets)]
-    assert all(indices.dtype == torch.int64 for pairs in found for indices in pairs)
-
-
-@heads
-def test_more_boxes_than_queries(classification):
-    predictions, targets = random_predictions(2, 3, classification), random_targets(6, 2)
-    found = match(predictions, targets, SETTINGS)
-    assert [as_pairs(pairs) for pairs in found] == [cheapest(predictions, i, t) for i, t in enumerate(targets)]
-    assert [len(queries) for queries, _ in found] == [3, 2]
-    _, terms = Criterion(SETTINGS)(predictions, targets)
-    expected = losses_in_loops(predictions, targets)
-    assert {name: terms[name].item() for name in expected} == pytest.approx(expected, rel=1e-4)
-
-
-@heads
-def test_costs_of_an_image_do_not_depend_on_its_batch(classification):
-    predictions, targets = random_predictions(3, 5, classification), random_targets(2, 4, 1)
-    together = match(predictions, targets, SETTINGS)
-    for image, target in enumerate(targets):
-        rows = slice(image, image + 1)
-        alone = Predictions(predictions.logits[rows], predictions.boxes[rows], classification)
-        assert as_pairs(match(alone, [target], SETTINGS)[0]) == as_pairs(together[image])
-        cost = matching_cost(alone, target["labels"][None], target["boxes"][None], SETTINGS)[0]
-        expected = [[cost_of_pair(alone, 0, q, target, t) for t in range(len(target["labels"]))] for q in range(5)]
-        torch.testing.assert_close(cost, torch.tensor(expected), rtol=1e-4, atol=1e-5)
-
-
-def test_focal_cost_is_the_change_of_the_focal_loss():
-    logits = torch.linspace(-6, 6, 25)
-    positive, negative = (
-        sigmoid_focal_loss(logits, torch.full_like(logits, wanted), alpha=0.3, gamma=2.0) for wanted in (1.0, 0.0)
-    )
-    torch.testing.assert_close(focal_class_cost(logits.sigmoid(), 0.3), positive - negative, rtol=1e-4, atol=1e-5)
-
-
-def test_focal_cost_is_finite_at_certainty():
-    assert torch.isfinite(focal_class_cost(torch.tensor([0.0, 1.0]), 0.25)).all()
 
 
 # Losses
@@ -173,7 +39,7 @@ def losses_in_loops(predictions: Predictions, targets: list[dict]) -> dict[str, 
             box = box_of.get(query)
             if predictions.classification == "softmax":
                 label = CLASSES if box is None else int(target["labels"][box])
-                weight = SETTINGS.no_object if box is None else 1.0
+                weight = SETTINGS["no_object"] if box is None else 1.0
                 sums["loss_class"] += weight * -math.log(logits.exp()[label] / logits.exp().sum())
                 class_weights += weight
             else:
@@ -195,7 +61,7 @@ def losses_in_loops(predictions: Predictions, targets: list[dict]) -> dict[str, 
 @pytest.mark.parametrize("counts", [(3, 0, 2), (1, 4, 0), (0, 0, 0)])
 def test_loss_is_that_of_plain_loops(classification, counts):
     predictions, targets = random_predictions(3, 5, classification, layers=3), random_targets(*counts)
-    total, terms = Criterion(SETTINGS)(predictions, targets)
+    total, terms = Criterion(**SETTINGS)(predictions, targets)
     expected = losses_in_loops(predictions, targets)
     for number, layer in enumerate(predictions.auxiliary):
         expected |= {f"{name}_{number}": value for name, value in losses_in_loops(layer, targets).items()}
@@ -207,21 +73,36 @@ def test_loss_is_that_of_plain_loops(classification, counts):
     assert total.item() == pytest.approx(weighted, rel=1e-4)
 
 
+@heads
+def test_boxes_without_a_query_cost_nothing(classification):
+    predictions, targets = random_predictions(2, 3, classification), random_targets(6, 2)
+    _, terms = Criterion(**SETTINGS)(predictions, targets)
+    expected = losses_in_loops(predictions, targets)
+    assert {name: terms[name].item() for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_arguments_are_the_settings_and_so_are_their_defaults():
+    """`Criterion(**dict(cfg.loss))` is how settings become losses."""
+    arguments = inspect.signature(Criterion).parameters
+    defaults = {name: own.default for name, own in arguments.items() if own.kind is own.KEYWORD_ONLY}
+    assert defaults == dict(Loss())
+
+
 def test_softmax_loss_is_the_weighted_mean_of_torch():
     predictions = random_predictions(1, 5, "softmax")
     targets = random_targets(2)
-    queries, boxes = match(predictions, targets, SETTINGS)[0]
+    queries, boxes = match(predictions, targets, COSTS)[0]
     wanted = torch.full((5,), CLASSES)
     wanted[queries] = targets[0]["labels"][boxes]
-    weight = torch.tensor([1.0] * CLASSES + [SETTINGS.no_object])
+    weight = torch.tensor([1.0] * CLASSES + [SETTINGS["no_object"]])
     expected = torch.nn.functional.cross_entropy(predictions.logits[0], wanted, weight)
-    torch.testing.assert_close(Criterion(SETTINGS)(predictions, targets)[1]["loss_class"], expected)
+    torch.testing.assert_close(Criterion(**SETTINGS)(predictions, targets)[1]["loss_class"], expected)
 
 
 @heads
 def test_auxiliary_losses_can_be_left_out(classification):
     predictions, targets = random_predictions(2, 5, classification, layers=3), random_targets(2, 1)
-    without = Criterion(SETTINGS.model_copy(update={"auxiliary": False}))
+    without = Criterion(**SETTINGS | {"auxiliary": False})
     total, terms = without(predictions, targets)
     assert {"loss_class", "loss_bbox", "loss_giou", "class_error", "cardinality_error"} == set(terms)
     total.backward()
@@ -234,7 +115,7 @@ def test_every_layer_is_matched_anew(classification):
     """Layers that found the same boxes in another order have the same losses."""
     last, targets = random_predictions(2, 5, classification), random_targets(3, 2)
     last.auxiliary = [Predictions(last.logits.flip(1), last.boxes.flip(1), classification)]
-    _, terms = Criterion(SETTINGS)(last, targets)
+    _, terms = Criterion(**SETTINGS)(last, targets)
     for name in ("loss_class", "loss_bbox", "loss_giou"):
         torch.testing.assert_close(terms[f"{name}_0"], terms[name])
 
@@ -242,7 +123,7 @@ def test_every_layer_is_matched_anew(classification):
 @heads
 def test_no_objects_at_all(classification):
     predictions, targets = random_predictions(2, 5, classification), random_targets(0, 0)
-    total, terms = Criterion(SETTINGS)(predictions, targets)
+    total, terms = Criterion(**SETTINGS)(predictions, targets)
     total.backward()
     assert terms["loss_bbox"] == terms["loss_giou"] == terms["class_error"] == 0
     assert torch.isfinite(predictions.logits.grad).all()
@@ -261,7 +142,7 @@ def test_perfect_predictions_have_no_box_loss(classification):
         for index, (label, box) in enumerate(zip(target["labels"], target["boxes"], strict=True)):
             logits[image, 4 - index, label] = 20.0
             boxes[image, 4 - index] = box
-    _, terms = Criterion(SETTINGS)(Predictions(logits, boxes, classification), targets)
+    _, terms = Criterion(**SETTINGS)(Predictions(logits, boxes, classification), targets)
     assert terms["loss_bbox"] == terms["class_error"] == terms["cardinality_error"] == 0
     for name in ("loss_giou", "loss_class"):
         assert terms[name].item() == pytest.approx(0, abs=1e-5)
@@ -271,15 +152,15 @@ def test_predictions_that_are_not_numbers_reach_the_loss():
     predictions, targets = random_predictions(2, 5, "softmax"), random_targets(2, 1)
     with torch.no_grad():
         predictions.logits[0, 0] = float("nan")
-    assert torch.isnan(Criterion(SETTINGS)(predictions, targets)[0])
+    assert torch.isnan(Criterion(**SETTINGS)(predictions, targets)[0])
 
 
 def test_losses_are_float32_for_bfloat16_predictions():
     exact, targets = random_predictions(2, 5, "softmax"), random_targets(2, 1)
     coarse = Predictions(exact.logits.bfloat16(), exact.boxes.bfloat16())
-    total, terms = Criterion(SETTINGS)(coarse, targets)
+    total, terms = Criterion(**SETTINGS)(coarse, targets)
     assert all(value.dtype == torch.float32 for value in terms.values())
-    assert total.item() == pytest.approx(Criterion(SETTINGS)(exact, targets)[0].item(), rel=0.05)
+    assert total.item() == pytest.approx(Criterion(**SETTINGS)(exact, targets)[0].item(), rel=0.05)
 
 
 # Several processes
@@ -289,7 +170,7 @@ def test_losses_are_float32_for_bfloat16_predictions():
 def test_averaged_gradient_of_two_processes_is_that_of_the_whole_batch(classification):
     """Shares of unequal numbers of boxes; one process sees an image without any."""
     whole, targets = random_predictions(4, 6, classification, layers=2), random_targets(5, 1, 0, 3)
-    Criterion(SETTINGS)(whole, targets)[0].backward()
+    Criterion(**SETTINGS)(whole, targets)[0].backward()
     shares = [slice(0, 2), slice(2, 4)]
 
     def of_process(rows: slice) -> Predictions:
@@ -307,11 +188,11 @@ def test_averaged_gradient_of_two_processes_is_that_of_the_whole_batch(classific
     parts = [of_process(rows) for rows in shares]
     counted = []
     for part, rows in zip(parts, shares, strict=True):  # what each process would contribute to the average
-        Criterion(SETTINGS, lambda x: counted.append(x) or x)(part, targets[rows])
+        Criterion(lambda x: counted.append(x) or x, **SETTINGS)(part, targets[rows])
     mean = torch.stack(counted).mean(0)
     assert not torch.equal(counted[0], counted[1])
     for part, rows in zip(parts, shares, strict=True):
-        Criterion(SETTINGS, lambda _: mean)(part, targets[rows])[0].backward()
+        Criterion(lambda _: mean, **SETTINGS)(part, targets[rows])[0].backward()
         for ours, theirs in zip((*part.auxiliary, part), (*whole.auxiliary, whole), strict=True):
             torch.testing.assert_close(ours.logits.grad / 2, theirs.logits.grad[rows])
             torch.testing.assert_close(ours.boxes.grad / 2, theirs.boxes.grad[rows])
@@ -332,8 +213,8 @@ def test_class_error_and_cardinality_error_with_softmax():
     for image in range(2):
         for query in range(5):
             logits[image, query, calls.get((image, query), CLASSES)] = 1.0
-    only_boxes = SETTINGS.model_copy(update={"cost_class": 0.0})
-    _, terms = Criterion(only_boxes)(Predictions(logits, boxes), targets)
+    only_boxes = SETTINGS | {"cost_class": 0.0}
+    _, terms = Criterion(**only_boxes)(Predictions(logits, boxes), targets)
     assert terms["class_error"].item() == pytest.approx(100 * 2 / 4)  # query (0, 2) says no-object
     assert terms["cardinality_error"].item() == pytest.approx((1 + 1) / 2)
 
@@ -344,7 +225,7 @@ def test_class_error_and_cardinality_error_with_sigmoid():
     boxes[0, :2] = targets[0]["boxes"]
     logits[0, 0, 0] = logits[0, 1, 2] = logits[0, 2, 3] = logits[0, 3, 3] = 2.0
     logits[0, 3, 1] = 1.0  # a second class above one half is no second object
-    only_boxes = SETTINGS.model_copy(update={"cost_class": 0.0})
-    _, terms = Criterion(only_boxes)(Predictions(logits, boxes, "sigmoid"), targets)
+    only_boxes = SETTINGS | {"cost_class": 0.0}
+    _, terms = Criterion(**only_boxes)(Predictions(logits, boxes, "sigmoid"), targets)
     assert terms["class_error"].item() == pytest.approx(50)
     assert terms["cardinality_error"].item() == pytest.approx(2)

@@ -16,7 +16,7 @@ from detrlib.config import replace
 from detrlib.data import Batch
 from detrlib.engine.evaluate import evaluate_run, load_model
 from detrlib.errors import ConfigError, RunError
-from detrlib.losses.matcher import match
+from detrlib.losses import Criterion, match
 from detrlib.metrics import localisation, sparsity
 from detrlib.metrics.accumulate import SELECTIONS, AttentionMeasures, Moments, alphas_in_effect
 from detrlib.runs.results import attention_frame, located_table, paibb_table, sparsity_table
@@ -56,7 +56,7 @@ def setup(kind: str, **evaluate):
     cfg = replace(tiny_config(overrides), {f"evaluate.{key}": value for key, value in evaluate.items()})
     with torch.no_grad():
         predictions = model(batch.images, batch.padding_mask, need_attention=True)
-    return cfg, batch, predictions, match(predictions, batch.targets, cfg.loss)
+    return cfg, batch, predictions, match(predictions, batch.targets, Criterion(**dict(cfg.loss)).costs)
 
 
 def measured(kind: str, folder=None, **evaluate):
@@ -180,7 +180,7 @@ def test_processes_put_together_are_one(tmp_path):
         part = Batch(batch.images[images], batch.padding_mask[images], [batch.targets[i] for i in images])
         with torch.no_grad():
             found = model(part.images, part.padding_mask, need_attention=True)
-        looks.add(found, part, match(found, part.targets, cfg.loss))
+        looks.add(found, part, match(found, part.targets, Criterion(**dict(cfg.loss)).costs))
     for looks in (whole, *shards):
         looks.close()
     whole.merge([whole.sums()])
@@ -246,7 +246,7 @@ def run(tmp_path_factory):
     original = training.Trainer.run
 
     def remember(self, resume):
-        started.update({name: value.clone() for name, value in self.model.state_dict().items()})
+        started.update({name: value.clone() for name, value in self.state.model.state_dict().items()})
         return original(self, resume)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -5,33 +5,27 @@ Legend: B images, L levels, S tokens of all levels, Q queries, C classes.
 
 import pytest
 import torch
-from small import assert_alone_as_in_batch, model_settings, padded_batch, small, trainable
-from test_transformer import R50, transformers_backbone_name
+from families import (
+    CANVAS,
+    EFFICIENT,
+    R50,
+    REFINE,
+    SIZES,
+    SPARSE,
+    TWO_STAGE,
+    VARIANTS,
+    deformable,
+    half_padded,
+    pyramid_of,
+    transformers_backbone_name,
+)
+from small import assert_alone_as_in_batch, model_settings, padded_batch, trainable
 from torch import nn
 
 from detrlib.models import build_model
-from detrlib.models.backbone import FeatureMap
 from detrlib.models.deformable import proposal_cells
-from detrlib.models.position import SinePosition
-from detrlib.models.pyramid import LevelProjections, cell_centres, flattened, over_levels
-
-REFINE = {"refine": True}
-TWO_STAGE = REFINE | {"two_stage": True}
-EFFICIENT = TWO_STAGE | {"query_init": "memory", "class_specific_proposals": True}
-SPARSE = EFFICIENT | {"rho": 0.3, "encoder_auxiliary": True}
-VARIANTS = {"plain": {}, "refine": REFINE, "two-stage": TWO_STAGE, "efficient": EFFICIENT, "sparse": SPARSE}
-TINY = {"levels": 2, "stages": [1, 4], "encoder_points": 3, "decoder_points": 2}
-SIZES, CANVAS = [(70, 101), (128, 64), (97, 160)], (128, 160)
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def deformable(variant: str = "plain", options: dict | None = None, **settings) -> nn.Module:
-    """A small model of a variant: stages of stride 4 and 8 of the tiny backbone."""
-    options = TINY | VARIANTS[variant] | (options or {})
-    encoder_layers = 3 if options.get("encoder_auxiliary") else 2
-    defaults = {"architecture": "deformable", "classification": "sigmoid", "encoder_layers": encoder_layers}
-    return small(**defaults | {"decoder_layers": 4, "deformable": options} | settings)
 
 
 def full(**options) -> nn.Module:
@@ -233,58 +227,7 @@ def test_padding_changes_nothing_at_the_strides_of_resnets(backbone):
     torch.testing.assert_close(alone.boxes[0], together.boxes[0], rtol=0, atol=1e-4)
 
 
-def test_group_norm_of_what_is_image_is_torchs():
-    torch.manual_seed(0)
-    projections = LevelProjections([6], 2, 16)
-    features = torch.randn(2, 6, 9, 11)
-    padding = torch.ones(2, 9, 11, dtype=torch.bool)
-    padding[0, :, :] = padding[1, :5, :7] = False
-    features = features.masked_fill(padding[:, None], 0.0)
-    first, second = projections([FeatureMap(features, padding)])
-    assert second.features.shape == (2, 16, 5, 6)
-    assert torch.equal(second.padding, padding[:, ::2, ::2])
-    expected = projections[0](features[1:, :, :5, :7])
-    torch.testing.assert_close(first.features[1:, :, :5, :7], expected)
-    torch.testing.assert_close(first.features[:1], projections[0](features[:1]))
-    assert (first.features[1, :, 5:] == 0).all() and (second.features[1, :, 3:] == 0).all()
-
-
 # Geometry
-
-
-def pyramid_of(*maps: torch.Tensor):
-    """A pyramid of zeros over paddings [B,h,w]."""
-    levels = [FeatureMap(torch.zeros(len(padding), 8, *padding.shape[1:]), padding) for padding in maps]
-    return flattened(levels, SinePosition(8, centred=True), torch.arange(len(maps) * 8.0).view(len(maps), 8))
-
-
-def half_padded() -> torch.Tensor:
-    """[2,4,8]: the second image covers the left half and the upper three rows."""
-    padding = torch.zeros(2, 4, 8, dtype=torch.bool)
-    padding[1, :, 4:] = padding[1, 3:] = True
-    return padding
-
-
-def test_tokens_lie_at_the_centres_of_their_cells():
-    pyramid = pyramid_of(half_padded(), half_padded()[:, ::2, ::2])
-    centres = cell_centres(pyramid)
-    assert centres.shape == (2, 32 + 8, 2)
-    torch.testing.assert_close(centres[0, 9], torch.tensor([1.5 / 8, 1.5 / 4]))
-    torch.testing.assert_close(centres[1, 9], torch.tensor([1.5 / 4, 1.5 / 3]))
-    torch.testing.assert_close(centres[1, 32 + 1], torch.tensor([1.5 / 2, 0.5 / 2]))
-    on_levels = over_levels(centres, pyramid.ratios)  # a token's place on its own level counts padding
-    torch.testing.assert_close(on_levels[1, 9, 0], torch.tensor([1.5 / 8, 1.5 / 4]))
-    torch.testing.assert_close(on_levels[1, 9, 1], torch.tensor([1.5 / 4 * 2 / 4, 1.5 / 3 * 2 / 2]))
-    boxes = torch.tensor([0.5, 0.5, 0.2, 0.4]).expand(2, 1, 4)
-    torch.testing.assert_close(over_levels(boxes, pyramid.ratios)[1, 0, 0], torch.tensor([0.25, 0.375, 0.1, 0.3]))
-
-
-def test_positions_tell_levels_apart():
-    pyramid = pyramid_of(half_padded(), half_padded()[:, ::2, ::2])
-    plain = SinePosition(8, centred=True)(half_padded()[:, ::2, ::2]).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(pyramid.position[:, 32:], plain + torch.arange(8.0, 16.0))
-    assert pyramid_of(half_padded()[:1]).padding is None
-    assert pyramid_of(half_padded()[:1]).position.shape == (1, 32, 8)
 
 
 def test_proposals_grow_from_level_to_level_and_keep_off_the_border():
@@ -344,58 +287,6 @@ def test_boxes_keep_their_precision_inside_autocast(variant):
     assert all(layer.boxes.dtype == torch.float32 for layer in (*predictions.auxiliary, predictions))
 
 
-def test_refinement_starts_from_the_layer_before_and_teaches_it_nothing():
-    model = deformable("refine")
-    predictions = model(*padded_batch((64, 64), canvas=(64, 64)))
-    gradients = torch.autograd.grad(predictions.boxes.sum(), list(model.bbox_embed.parameters()), allow_unused=True)
-    per_head = len(gradients) // 4
-    assert all(gradient is None for gradient in gradients[:-per_head])
-    assert all(gradient is not None for gradient in gradients[-per_head:])
-
-
 def test_too_many_queries_for_the_tokens_of_an_image():
     with pytest.raises(ValueError, match=r"500 queries cannot be proposed by the 320 tokens.*model\.num_queries"):
         deformable("two-stage", num_queries=500)(*padded_batch((64, 64), canvas=(64, 64)))
-
-
-# Attention
-
-
-def test_samples_as_maps():
-    model = deformable("two-stage")
-    images, padding = padded_batch((70, 101), (128, 64), canvas=(128, 160))
-    with torch.no_grad():
-        plain = model(images, padding)
-        predictions = model(images, padding, need_attention=True)
-    maps = predictions.attention
-    assert plain.attention is None and maps.grid == (32, 40)
-    torch.testing.assert_close(plain.logits, predictions.logits)
-    assert torch.equal(maps.key_padding, padding[:, ::4, ::4].flatten(1))
-    assert [len(maps.encoder_self), len(maps.decoder_self), len(maps.decoder_cross)] == [2, 4, 4]
-    assert maps.encoder_self[1].shape == (2, 4, 32 * 40 + 16 * 20, 32 * 40)
-    for layer in range(4):
-        weights = maps.decoder_cross[layer]
-        assert weights.shape == (2, 4, 7, 32 * 40) and (weights >= 0).all()
-        assert (weights.sum(-1) < 1 + 1e-5).all() and weights.sum(-1).mean() > 0.5
-        assert maps.as_images("decoder_cross", layer).shape == (2, 4, 7, 32, 40)
-    points = maps.decoder_cross.points(0)
-    assert points.shape == (2, 7, 4, 2, 2, 2)
-    only = model(images, padding, need_attention=["decoder_cross"]).attention
-    assert only.encoder_self.samples == [None] * 2
-
-
-def test_maps_have_their_mass_where_the_points_are():
-    model = deformable("two-stage")
-    images, padding = padded_batch((128, 64), canvas=(128, 160))
-    with torch.no_grad():
-        maps = model(images, padding, need_attention=True).attention.decoder_cross
-    weights = maps.samples[0].weights.flatten(3)  # [B,Q,H,L*P]
-    points = maps.points(0).flatten(3, 4)
-    inside = ((points > 0.1) & (points < 0.9)).all(-1).all(-1)[0]  # [Q,H]
-    assert inside.any()
-    rows, columns = torch.meshgrid(torch.arange(32) + 0.5, torch.arange(40) + 0.5, indexing="ij")
-    images = maps[0].unflatten(-1, (32, 40))
-    x = (images * columns).sum((-2, -1))[0].T[inside] / 16  # the image is 16 cells of 40 wide
-    y = (images * rows).sum((-2, -1))[0].T[inside] / 32
-    centre = (weights[..., None] * points).sum(-2)[0][inside]
-    torch.testing.assert_close(torch.stack([x, y], -1), centre, rtol=0, atol=1e-4)

@@ -12,7 +12,7 @@ from small import assert_alone_as_in_batch, padded_batch, small
 from tiny import tiny_config
 from torch import nn
 
-from detrlib.config import Config, Loss, load_config, replace
+from detrlib.config import Config, load_config, replace
 from detrlib.engine.loop import train
 from detrlib.errors import ConfigError
 from detrlib.experiments.costs import count_flops
@@ -207,13 +207,11 @@ def test_where_all_cells_are_kept_gradients_are_numbers():
 def test_the_score_loss_is_the_mean_score_of_the_kept_cells():
     targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.4, 0.5, 0.2, 0.3]])}] * 2
     predictions = looked(polling())
-    total, terms = Criterion(Loss(weight_poll=2.0))(predictions, targets)
+    total, terms = Criterion(weight_poll=2.0)(predictions, targets)
     kept = [predictions.polled.scores[i][predictions.polled.kept.mask(320)[i]].mean() for i in range(2)]
     torch.testing.assert_close(terms["loss_poll"], torch.stack(kept).mean())
-    torch.testing.assert_close(
-        total, Criterion(Loss(weight_poll=0.0))(predictions, targets)[0] + 2 * terms["loss_poll"]
-    )
-    assert "loss_poll" not in Criterion(Loss())(looked(small()), targets)[1]
+    torch.testing.assert_close(total, Criterion(weight_poll=0.0)(predictions, targets)[0] + 2 * terms["loss_poll"])
+    assert "loss_poll" not in Criterion()(looked(small()), targets)[1]
 
 
 def test_maps_can_be_spread_inside_and_after_autocast():

@@ -6,16 +6,15 @@ Legend: B images, S tokens of all levels, k kept tokens.
 import pytest
 import torch
 import torch.nn.functional as F
+from families import CANVAS, SIZES, SPARSE, deformable
 from small import padded_batch
-from test_deformable import CANVAS, SIZES, SPARSE, deformable
 
 from detrlib.attention.deformable import Samples, splat
-from detrlib.config import Loss
 from detrlib.losses.criterion import Criterion, token_losses
 from detrlib.models.outputs import Predictions, Tokens
 from detrlib.models.sparse import Kept, ScoringNetwork, keep_best
 
-SETTINGS = Loss(weight_mask=0.7, weight_class=2.0)
+WEIGHTS = {"weight_mask": 0.7, "weight_class": 2.0}
 
 
 def padded_scores() -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,7 +175,7 @@ def random_targets(*counts: int) -> list[dict]:
 def test_encoder_losses_have_names_of_their_own_and_count():
     model = deformable("sparse")
     predictions, targets = model(*padded_batch((70, 101), (96, 128), canvas=(96, 128))), random_targets(2, 1)
-    total, terms = Criterion(SETTINGS)(predictions, targets)
+    total, terms = Criterion(**WEIGHTS)(predictions, targets)
     places = ["", "_0", "_1", "_2", "_enc", "_enc_0", "_enc_1"]
     weights = {"loss_class": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}
     names = {f"{name}{place}" for name in weights for place in places} | {"loss_mask"}
@@ -191,18 +190,18 @@ def test_proposals_of_any_object_learn_class_zero():
     targets = random_targets(3)
     targets[0]["labels"] = torch.tensor([1, 2, 4])
     logits, boxes = torch.randn(1, 6, 5), torch.rand(1, 6, 4)
-    found = Criterion(SETTINGS)(Predictions(logits, boxes, "sigmoid", any_object=True), targets)[1]
+    found = Criterion(**WEIGHTS)(Predictions(logits, boxes, "sigmoid", any_object=True), targets)[1]
     zeros = [targets[0] | {"labels": torch.zeros(3, dtype=torch.long)}]
-    expected = Criterion(SETTINGS)(Predictions(logits, boxes, "sigmoid"), zeros)[1]
+    expected = Criterion(**WEIGHTS)(Predictions(logits, boxes, "sigmoid"), zeros)[1]
     assert found["loss_class"] == expected["loss_class"]
-    assert found["loss_class"] != Criterion(SETTINGS)(Predictions(logits, boxes, "sigmoid"), targets)[1]["loss_class"]
+    assert found["loss_class"] != Criterion(**WEIGHTS)(Predictions(logits, boxes, "sigmoid"), targets)[1]["loss_class"]
 
 
 @pytest.mark.parametrize("variant", ["plain", "refine", "two-stage", "efficient", "sparse"])
 def test_losses_fall_and_no_objects_are_no_trouble(variant):
     model = deformable(variant).train()
     images, padding = padded_batch((70, 101), (96, 128), canvas=(96, 128))
-    criterion, targets = Criterion(Loss(weight_class=2.0, cost_class=2.0)), random_targets(2, 3)
+    criterion, targets = Criterion(weight_class=2.0, cost_class=2.0), random_targets(2, 3)
     total = criterion(model(images, padding), random_targets(0, 0))[0]
     total.backward()
     for parameter in model.parameters():  # none may be left out: several processes would wait for its gradient
@@ -224,8 +223,8 @@ def test_padding_of_tokens_costs_nothing_in_proposals():
     images, padding = padded_batch((64, 96), canvas=(96, 160))
     targets = random_targets(2)
     with torch.no_grad():
-        wide = Criterion(SETTINGS)(model(images, padding), targets)[1]
-        tight = Criterion(SETTINGS)(model(images[..., :64, :96], padding[..., :64, :96]), targets)[1]
+        wide = Criterion(**WEIGHTS)(model(images, padding), targets)[1]
+        tight = Criterion(**WEIGHTS)(model(images[..., :64, :96], padding[..., :64, :96]), targets)[1]
     for name in ("loss_class_enc", "loss_bbox_enc", "loss_giou_enc"):
         assert wide[name].item() == pytest.approx(tight[name].item(), rel=1e-4)
 

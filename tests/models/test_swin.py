@@ -1,20 +1,15 @@
-"""Swin-T as a backbone: torchvision's features, images independent of their batch, and official files."""
+"""Swin-T as a backbone: torchvision's features, and images independent of their batch."""
 
 import pytest
 import torch
 import torchvision
-from small import frozen, padded_batch, randomise, small, trainable
-from test_detr import assert_alone_as_in_batch
-from test_names import TOLD, both, official_file
+from small import assert_alone_as_in_batch, frozen, padded_batch, randomise, small
 from torch import nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
-from detrlib.checkpoints.files import export_official, load_official
 from detrlib.config import load_config
-from detrlib.errors import ConfigError, WeightsError
+from detrlib.errors import ConfigError
 from detrlib.models.backbone import Backbone, build_backbone, image_sizes
-from detrlib.models.pretrained import backbone_entries, official_swin_name, swin_name
-from detrlib.models.swin import swin_stages
 
 STRIDES = (4, 8, 16, 32)
 
@@ -113,103 +108,6 @@ def test_gradients_and_stochastic_depth(backbone):
     missing = [name for name, weight in backbone.named_parameters() if weight.requires_grad and weight.grad is None]
     assert missing == []
     backbone.zero_grad()
-
-
-# Files
-
-
-def official_names() -> set[str]:
-    """Entries of an official Swin-T without its classifier and masks: 181."""
-    names = both("patch_embed.proj", "patch_embed.norm")
-    for stage, depth in enumerate((2, 2, 6, 2)):
-        for place in (f"layers.{stage}.blocks.{i}" for i in range(depth)):
-            names |= both(*(f"{place}.{part}" for part in ("norm1", "norm2", "attn.qkv", "attn.proj")))
-            names |= both(f"{place}.mlp.fc1", f"{place}.mlp.fc2")
-            names |= {f"{place}.attn.relative_position_bias_table", f"{place}.attn.relative_position_index"}
-        if stage < 3:
-            place = f"layers.{stage}.downsample"
-            names |= both(f"{place}.norm") | {f"{place}.reduction.weight"}
-    assert len(names) == 181
-    return names
-
-
-def test_official_weights_of_a_classifier(classifier, tmp_path):
-    expected = classifier.state_dict()
-    names = official_names() | both("norm", "head")
-    assert {official_swin_name(name) for name in expected} == names
-    official = {name: expected[swin_name(name)] for name in names}
-    official = {k: v.view(49, 49) if k.endswith("position_index") else v for k, v in official.items()}
-    content = {"model": official | {"layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}}
-    found = backbone_entries(content)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-    torch.save(content, tmp_path / "swin.pth")
-    body = build_backbone("swin_t", tmp_path / "swin.pth").body.state_dict()
-    assert body.keys() - expected.keys() == {"norm3.weight", "norm3.bias"}
-    assert all(torch.equal(value, expected[key]) for key, value in body.items() if key in expected)
-    del official["layers.2.blocks.5.mlp.fc2.bias"]
-    torch.save(official, tmp_path / "swin.pth")
-    with pytest.raises(WeightsError, match=r"swin\.pth: .*missing features\.5\.5\.mlp\.3\.bias"):
-        build_backbone("swin_t", tmp_path / "swin.pth")
-
-
-def transformers_state(official: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Official entries under the names of the transformers package."""
-    renamed = {}
-    pairs = [("patch_embed.proj", "embeddings.patch_embeddings.projection"), ("patch_embed.norm", "embeddings.norm")]
-    pairs += [("norm1", "layernorm_before"), ("norm2", "layernorm_after"), ("attn.proj", "attention.o_proj")]
-    pairs += [("attn.relative", "attention.relative_position_bias.relative"), ("attn.", "attention.")]
-    for name, value in official.items():
-        for theirs, other in pairs:
-            name = name.replace(theirs, other)
-        name = {"layers": "encoder.", "norm": "layer"}.get(name.split(".")[0], "") + name
-        parts = zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True) if "qkv" in name else [("", value)]
-        renamed |= {name.replace("qkv", part): content for part, content in parts}
-    return renamed
-
-
-def test_official_weights_mean_what_transformers_takes_them_for(classifier):
-    """Position biases, the order of merged patches, and that of queries, keys and values; in 224 pixels."""
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.SwinModel(transformers.SwinConfig(), add_pooling_layer=False).eval()
-    needless = ("head.weight", "head.bias", "relative_position_index")
-    state = {official_swin_name(k): v for k, v in classifier.state_dict().items() if not k.endswith(needless)}
-    theirs.load_state_dict(transformers_state(state))
-    images = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        *_, found = swin_stages(classifier, images, lambda x: x, None)
-        found = classifier.norm(found.permute(0, 2, 3, 1)).flatten(1, 2)
-        torch.testing.assert_close(found, theirs(images).last_hidden_state, rtol=0, atol=1e-4)
-
-
-def test_imagenet_weights_are_loaded(classifier, monkeypatch):
-    state = classifier.state_dict()
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *args, **kwargs: state)
-    body = build_backbone("swin_t", "imagenet", stages=(2, 3, 4)).body
-    assert torch.equal(body.features[7][1].mlp[3].weight, state["features.7.1.mlp.3.weight"])
-    assert [name for name, _ in body.named_children()] == ["features", "norm1", "norm2", "norm3"]
-
-
-def test_official_file_of_a_detector(tmp_path):
-    model = randomised(small(backbone=SWIN | {"mask_padding": False}, **FAMILY))
-    state = export_official(model)
-    prefix = "backbone.0.body."
-    names = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
-    assert names == official_names() | both("norm1", "norm2", "norm3")
-    assert state[f"{prefix}layers.2.blocks.4.attn.relative_position_index"].shape == (49, 49)
-    assert state[f"{prefix}layers.1.downsample.reduction.weight"].shape == (384, 768)
-    path = official_file(tmp_path / "swin.pth", state, num_queries=7)
-    again = load_official(path, TOLD)
-    ours, theirs = model.state_dict(), again.state_dict()
-    assert list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert trainable(again) == trainable(model)
-    images, padding = padded_batch((64, 60), (40, 64), canvas=(64, 64))
-    with torch.no_grad():
-        torch.testing.assert_close(again(images, padding).logits, model(images, padding).logits)
-    del state[f"{prefix}layers.2.blocks.5.norm1.weight"]
-    other = {f"{prefix}layers.2.blocks.17.norm1.weight": torch.zeros(384)}  # Swin-S
-    with pytest.raises(WeightsError, match=r"not Swin-T \(blocks \(2, 2, 18, 2\), 96 channels\)"):
-        load_official(official_file(tmp_path / "swin_s.pth", state | other), TOLD)
 
 
 def test_settings_without_sense_are_refused():

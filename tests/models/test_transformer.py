@@ -5,17 +5,13 @@ Legend: B images, H heads, Q queries, K = h x w cells of the feature map, C clas
 
 import pytest
 import torch
-import torchvision
+from families import R50, transformers_backbone_name
 from small import frozen, model_settings, padded_batch, randomise, small, trainable
 from torch import nn
 
 from detrlib.attention import build_transform
 from detrlib.models import build_model
-from detrlib.models.backbone import build_backbone
-from detrlib.models.pretrained import load_weights
 from detrlib.models.transformer import DecoderLayer, EncoderLayer, LayerSettings, Memory
-
-R50 = {"name": "resnet50", "weights": "none", "freeze_stem": True}
 
 
 def detr(**settings) -> nn.Module:
@@ -147,22 +143,6 @@ def transformers_name(name: str) -> str:
     return name if name.startswith(("class_labels", "bbox")) else f"model.{name.removeprefix('transformer.')}"
 
 
-def transformers_backbone_name(name: str) -> str:
-    """torchvision's name of a ResNet parameter -> the name in `transformers`."""
-    *place, kind = name.split(".")
-    names = {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
-    if len(place) == 1:
-        path = f"embedder.embedder.{names[place[0][:-1]]}"
-    else:
-        path = f"encoder.stages.{int(place[0][-1]) - 1}.layers.{place[1]}."
-        layer = place[2]
-        if layer == "downsample":
-            path += f"shortcut.{names[place[3]]}"
-        else:
-            path += f"layer.{int(layer[-1]) - 1}.{names[layer[:-1]]}"
-    return f"backbone.model.{path}.{kind}"
-
-
 def transformers_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     renamed = {}
     for name, value in state.items():
@@ -245,22 +225,3 @@ def test_layers_without_positions_are_those_of_torch(pre_norm):
     reference.load_state_dict(decoder.state_dict())
     found = decoder(queries, torch.zeros_like(queries), memory)[0]
     torch.testing.assert_close(found, reference(queries, tokens, memory_key_padding_mask=padding))
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("mask_padding", [False, True])
-def test_backbone_is_that_of_torchvision(name, mask_padding):
-    torch.manual_seed(0)
-    reference = getattr(torchvision.models, name)(weights=None).eval()
-    randomise(reference)
-    backbone = build_backbone(name, mask_padding=mask_padding).eval()
-    load_weights(backbone.body, reference.state_dict(), name)
-    images = torch.randn(1, 3, 75, 106)
-    expected = images
-    with torch.no_grad():
-        for part in list(reference.children())[:-2]:
-            expected = part(expected)
-        (level,) = backbone(images, torch.zeros(1, 75, 106, dtype=torch.bool))
-    assert level.features.shape == (1, *backbone.num_channels, 3, 4)
-    assert level.padding.shape == (1, 3, 4)
-    torch.testing.assert_close(level.features, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())

@@ -17,7 +17,7 @@ from tiny import tiny_config
 from detrlib.data import build_dataset, collate
 from detrlib.engine.evaluate import evaluate
 from detrlib.errors import ConfigError, RunError
-from detrlib.losses.matcher import match
+from detrlib.losses import Criterion, match
 from detrlib.models import build_model
 from detrlib.runs import maps as store
 from detrlib.runs.examples import Recorder, load_examples, recorder
@@ -333,7 +333,7 @@ def record(cfg, run_dir, model, batches, process=None):
         for samples in batches:
             batch = collate(samples, multiple=64)
             found = model(batch.images, batch.padding_mask, need_attention={"decoder_cross", *to.sites(batch)})
-            to.add(batch, found, match(found, batch.targets, cfg.loss))
+            to.add(batch, found, match(found, batch.targets, Criterion(**dict(cfg.loss)).costs))
 
 
 def sample(image_id, height, width):

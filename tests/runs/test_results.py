@@ -2,17 +2,13 @@
 
 import pandas as pd
 import pytest
-import torch
 
 from detrlib import runs
 from detrlib.engine.evaluate import split_folder
-from detrlib.errors import ModelError, RunError
-from detrlib.experiments import explain
-from detrlib.experiments.interventions import attention_modules
+from detrlib.errors import RunError
 from detrlib.figures import results, tables
 from detrlib.files import write_json
 from detrlib.metrics import statistics
-from detrlib.models.faster_rcnn import FasterRCNN
 from detrlib.runs import results as frames
 
 
@@ -98,12 +94,3 @@ def test_a_split_does_not_replace_results_on_other_data(tmp_path):
     write_json(tmp_path / "test2017" / "results.json", {"on": "elsewhere.json"})
     with pytest.raises(RunError, match="holds results on other data"):
         split_folder(tmp_path, "test2017")
-
-
-def test_a_model_without_attention_is_told_so():
-    with torch.device("meta"):
-        model = FasterRCNN("faster_rcnn", 91)
-    with pytest.raises(explain.ModelError, match="no attention"):
-        explain.allowed_methods(model)
-    with pytest.raises(ModelError, match="no attention"):
-        attention_modules(model, "decoder_cross")

@@ -2,9 +2,7 @@
 
 Legend: B images, Q queries, H heads, D channels per head, L levels, P points, S tokens, N = B * Q * H bags: all that a
 head does for a query. A program has a few bags and all their channels, which stay in registers while it goes through
-the L * P places of each. What comes out is that of `deformable`, where the method is written down.
-
-This module imports triton, which not every machine has: import it only after asking `importlib.util.find_spec`.
+the L * P places of each. What comes out is that of `attention.deformable`, where the method is written down.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Entmax attention without the matrix of scores: for long rows of keys, such as the cells of an image.
 
 Legend: B images, H heads, Q queries, K keys, D channels of queries and keys, V channels of values. The method is that
-of `kernels`, with scores recomputed from queries and keys, a tile at a time, whenever they are needed, as in Dao et al.
+of `rows`, with scores recomputed from queries and keys, a tile at a time, whenever they are needed, as in Dao et al.
 2022 ("FlashAttention"). Entmax gives back some of that work: tau only grows, so a tile that lies below it stays below
 it. Each program keeps a list of flags, one per block of keys, and later passes, the mixing of values and the backward
 pass included, skip the tiles that are not `live`.
@@ -13,7 +13,7 @@ step the sum of weights is not exactly one. To divide weights by it is to multip
 Dropout multiplies each weight, and in the backward pass its gradient g, by 0 or 1 / (1 - dropout). Which of the two is
 not stored but computed again, from the place of the weight and a random number drawn once per call.
 
-Like `kernels`, this module imports triton.
+The forward kernel is here, the backward ones are in `flash_backward`.
 """
 
 import torch
@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from detrlib.attention.kernels.rows import (
+from detrlib.attention.kernels.flash_backward import backward_key_kernel, backward_query_kernel
+from detrlib.attention.kernels.newton import (
     MOST_STEPS,
-    bend,
     check,
     describe,
     lower_power,
@@ -32,7 +32,7 @@ from detrlib.attention.kernels.rows import (
     supported,
     tolerance,
 )
-from detrlib.attention.kernels.tiles import above_tau, drop, load_state, load_tile, some, store_tile, valid_keys
+from detrlib.attention.kernels.tiles import above_tau, drop, load_tile, some, store_tile, valid_keys
 
 # Queries and keys per tile, by bytes per number. 64 x 64 scores over 4 warps are 32 registers per thread, and up to
 # four such tiles are alive at a time. Float32 products are computed without tensor cores, from operands in registers,
@@ -105,10 +105,10 @@ class _SparseAttention(torch.autograd.Function):
         inputs = (query, key, value, mask, alphas, ctx.stride, gradient, state, live, centre)
         programs = live.shape[0]
         with torch.cuda.device_of(query):
-            _backward_query_kernel[(live.shape[1], programs)](
+            backward_query_kernel[(live.shape[1], programs)](
                 *inputs, to_query, to_alpha, *ctx.numbers, NEED_ALPHA=need_alpha, **ctx.settings
             )
-            _backward_key_kernel[(live.shape[2], programs)](*inputs, to_key, to_value, *ctx.numbers, **ctx.settings)
+            backward_key_kernel[(live.shape[2], programs)](*inputs, to_key, to_value, *ctx.numbers, **ctx.settings)
         to_alpha = to_alpha.view(query.shape[:3]).sum((0, 2)) if need_alpha else None
         return to_query, to_key, to_value, to_alpha, None, None
 
@@ -131,9 +131,6 @@ def _settings(query: Tensor, value: Tensor, kind: str, padded: bool, dropped: bo
         "num_warps": 4 if max(channels, value_channels) * query.itemsize <= 128 else 8,
         "num_stages": 2,
     }
-
-
-# Kernels
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -235,164 +232,3 @@ def _forward_kernel(
     tl.store(state_ptr, top, mask=queries < Q)
     tl.store(state_ptr + heads.to(tl.int64) * Q, tau, mask=queries < Q)
     tl.store(state_ptr + 2 * heads.to(tl.int64) * Q, tl.exp2(-beyond * tl.log2(total)), mask=queries < Q)
-
-
-@triton.jit(do_not_specialize=["seed"])
-def _backward_query_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    alpha_ptr,
-    alpha_stride,
-    gradient_ptr,
-    state_ptr,
-    live_ptr,
-    centre_ptr,
-    to_q_ptr,
-    to_alpha_ptr,
-    H,
-    Q,
-    K,
-    scale,
-    seed,
-    dropout,
-    NEED_ALPHA: tl.constexpr,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    KIND: tl.constexpr,
-    PADDED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One block of queries: centre = sum s g / sum s, gradients of queries s (g - centre) k, and of alpha.
-
-    g is the gradient of the weights, that of the mixed values times the values.
-    """
-    head = tl.program_id(1).to(tl.int64)
-    heads = tl.num_programs(1).to(tl.int64)
-    first = tl.program_id(0) * BLOCK_Q
-    blocks = tl.cdiv(K, BLOCK_K)
-    k_ptr += head * K * D
-    v_ptr += head * K * V
-    mask_ptr += head // H * K
-    live_ptr += (head * tl.num_programs(0) + tl.program_id(0)) * blocks
-    beyond = tl.load(alpha_ptr + head % H * alpha_stride) - 1
-    rate = beyond * scale
-    q = load_tile(q_ptr + head * Q * D, first, Q, D, BLOCK_Q, BLOCK_D)
-    gradient = load_tile(gradient_ptr + head * Q * V, first, Q, V, BLOCK_Q, BLOCK_V)
-    top, tau, gain = load_state(state_ptr, head, heads, first, Q, BLOCK_Q)
-    queries = first + tl.arange(0, BLOCK_Q)
-
-    pull = tl.zeros([BLOCK_Q], tl.float32)
-    slope = tl.zeros([BLOCK_Q], tl.float32)
-    for block in range(blocks):
-        if tl.load(live_ptr + block) != 0:
-            k = load_tile(k_ptr, block * BLOCK_K, K, D, BLOCK_K, BLOCK_D)
-            v = load_tile(v_ptr, block * BLOCK_K, K, V, BLOCK_K, BLOCK_V)
-            x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            g = tl.dot(gradient, tl.trans(v), input_precision=PRECISION)
-            keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
-            g = drop(g, seed, dropout, head, queries[:, None], keys[None, :], DROPOUT)
-            valid = valid_keys(mask_ptr, block * BLOCK_K, K, PADDED, BLOCK_K)
-            above = above_tau(x, valid[None, :], rate, top[:, None], tau[:, None]) * gain[:, None]
-            s = lower_power(above, beyond, KIND)
-            pull += tl.sum(s * g, 1)
-            slope += tl.sum(s, 1)
-    centre = pull / tl.where(slope == 0, 1.0, slope)
-    tl.store(centre_ptr + head * Q + queries, centre, mask=queries < Q)
-
-    to_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    tilt = tl.zeros([BLOCK_Q], tl.float32)
-    for block in range(blocks):
-        if tl.load(live_ptr + block) != 0:
-            k = load_tile(k_ptr, block * BLOCK_K, K, D, BLOCK_K, BLOCK_D)
-            v = load_tile(v_ptr, block * BLOCK_K, K, V, BLOCK_K, BLOCK_V)
-            x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            g = tl.dot(gradient, tl.trans(v), input_precision=PRECISION)
-            keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
-            g = drop(g, seed, dropout, head, queries[:, None], keys[None, :], DROPOUT)
-            valid = valid_keys(mask_ptr, block * BLOCK_K, K, PADDED, BLOCK_K)
-            above = above_tau(x, valid[None, :], rate, top[:, None], tau[:, None]) * gain[:, None]
-            s = lower_power(above, beyond, KIND)
-            s *= g - centre[:, None]
-            to_q = tl.dot(s.to(k.dtype), k, to_q, input_precision=PRECISION)
-            if NEED_ALPHA:
-                tilt += tl.sum(s * bend(above), 1)
-    store_tile(to_q_ptr + head * Q * D, to_q * scale, first, Q, D, BLOCK_Q, BLOCK_D)
-    if NEED_ALPHA:
-        tl.store(to_alpha_ptr + head * Q + queries, tilt / (beyond * beyond), mask=queries < Q)
-
-
-@triton.jit(do_not_specialize=["seed"])
-def _backward_key_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    alpha_ptr,
-    alpha_stride,
-    gradient_ptr,
-    state_ptr,
-    live_ptr,
-    centre_ptr,
-    to_k_ptr,
-    to_v_ptr,
-    H,
-    Q,
-    K,
-    scale,
-    seed,
-    dropout,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    KIND: tl.constexpr,
-    PADDED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One block of keys: gradients of keys s (g - centre) q, and of values p times that of the mixed values.
-
-    Tiles are transposed, keys first, so that both products take them as they are.
-    """
-    head = tl.program_id(1).to(tl.int64)
-    heads = tl.num_programs(1).to(tl.int64)
-    first = tl.program_id(0) * BLOCK_K
-    blocks = tl.cdiv(Q, BLOCK_Q)
-    q_ptr += head * Q * D
-    gradient_ptr += head * Q * V
-    live_ptr += head * blocks * tl.num_programs(0) + tl.program_id(0)
-    beyond = tl.load(alpha_ptr + head % H * alpha_stride) - 1
-    rate = beyond * scale
-    k = load_tile(k_ptr + head * K * D, first, K, D, BLOCK_K, BLOCK_D)
-    v = load_tile(v_ptr + head * K * V, first, K, V, BLOCK_K, BLOCK_V)
-    valid = valid_keys(mask_ptr + head // H * K, first, K, PADDED, BLOCK_K)
-    keys = first + tl.arange(0, BLOCK_K)
-
-    to_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    to_v = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    for block in range(blocks):
-        if tl.load(live_ptr + block * tl.num_programs(0)) != 0:
-            q = load_tile(q_ptr, block * BLOCK_Q, Q, D, BLOCK_Q, BLOCK_D)
-            gradient = load_tile(gradient_ptr, block * BLOCK_Q, Q, V, BLOCK_Q, BLOCK_V)
-            top, tau, gain = load_state(state_ptr, head, heads, block * BLOCK_Q, Q, BLOCK_Q)
-            queries = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            centre = tl.load(centre_ptr + head * Q + queries, mask=queries < Q, other=0.0)
-            x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            above = above_tau(x, valid[:, None], rate, top[None, :], tau[None, :]) * gain[None, :]
-            s = lower_power(above, beyond, KIND)
-            weights = drop(s * above, seed, dropout, head, queries[None, :], keys[:, None], DROPOUT)
-            to_v = tl.dot(weights.to(v.dtype), gradient, to_v, input_precision=PRECISION)
-            g = tl.dot(v, tl.trans(gradient), input_precision=PRECISION)
-            g = drop(g, seed, dropout, head, queries[None, :], keys[:, None], DROPOUT) - centre[None, :]
-            to_k = tl.dot((s * g).to(q.dtype), q, to_k, input_precision=PRECISION)
-    store_tile(to_k_ptr + head * K * D, to_k * scale, first, K, D, BLOCK_K, BLOCK_D)
-    store_tile(to_v_ptr + head * K * V, to_v, first, K, V, BLOCK_K, BLOCK_V)

@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from detrlib.attention.kernels import flash
+from detrlib.attention.kernels import flash, flash_backward
 from detrlib.attention.kernels import rows as kernels
 
 
@@ -21,8 +21,8 @@ def compile_for_hopper() -> None:
         (kernels._streamed_kernel, row),
         (kernels._backward_kernel, row | {"NEED_ALPHA": True}),
         (flash._forward_kernel, tile),
-        (flash._backward_query_kernel, tile | {"NEED_ALPHA": True}),
-        (flash._backward_key_kernel, tile),
+        (flash_backward.backward_query_kernel, tile | {"NEED_ALPHA": True}),
+        (flash_backward.backward_key_kernel, tile),
     ]
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
     for kernel, constants in work:

@@ -1,0 +1,86 @@
+"""What changes in training, and what a checkpoint holds of it."""
+
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from detrlib.config import Train
+from detrlib.engine.optimizer import lr_factors, parameter_groups
+from detrlib.files import load_checkpoint, load_weights, save_checkpoint
+
+
+class TrainingState:
+    """A model, its moving average if there is one, its optimiser, and how far they have come."""
+
+    def __init__(self, model: nn.Module, cfg: Train, steps_per_epoch: int, accelerator: Accelerator):
+        self.accelerator = accelerator
+        optimizer = torch.optim.AdamW(parameter_groups(model, cfg), weight_decay=cfg.weight_decay)
+        factors = lr_factors(optimizer, steps_per_epoch, cfg)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        average = get_ema_multi_avg_fn(cfg.ema)
+        self.average = AveragedModel(self.trained, multi_avg_fn=average) if cfg.ema else None
+        self.epoch, self.global_step, self.best = 0, 0, -math.inf
+
+    @property
+    def trained(self) -> nn.Module:
+        """The model without what `accelerator.prepare` wraps it in."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The model that is evaluated: the average of its weights where there is one."""
+        return self.trained if self.average is None else self.average.module
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """By name of the optimiser's group."""
+        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+
+    def advance(self) -> None:
+        """After an update of the weights: what moves along with them."""
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.trained)
+        self.global_step += 1
+
+    def state_dict(self) -> dict:
+        """All of it, as last.pt holds it."""
+        return {
+            "model": self.trained.state_dict(),
+            "average": self.average.module.state_dict() if self.average is not None else None,
+            "averaged_steps": int(self.average.n_averaged) if self.average is not None else 0,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.last_epoch,
+            "epoch": self.epoch,
+            "global_step": self.global_step,
+            "best": self.best,
+        }
+
+    def save(self, folder: Path, ap: float, keep_every: int = 0) -> None:
+        """Write the checkpoints of a complete epoch, on the main process; best.pt where `ap` is the highest so far."""
+        better, self.best = ap > self.best, max(ap, self.best)
+        if not self.accelerator.is_main_process:
+            return
+        state = self.state_dict()
+        weights = {name: state[name] for name in ("model", "average", "epoch", "global_step")}
+        if better:
+            save_checkpoint(folder / "best.pt", weights)
+        if keep_every and self.epoch % keep_every == 0:
+            save_checkpoint(folder / f"epoch-{self.epoch:04d}.pt", weights)
+        save_checkpoint(folder / "last.pt", state)  # last: it says that the others of this epoch are written
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint. Raises RunError naming it when it is damaged or of another architecture."""
+        state = load_checkpoint(path, needed=self.state_dict())
+        load_weights(self.trained, state["model"], path)
+        if self.average is not None:
+            load_weights(self.average.module, state["average"], path)
+            self.average.n_averaged.fill_(state["averaged_steps"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.global_step, self.best = state["epoch"], state["global_step"], state["best"]
+        self.schedule.last_epoch = state["schedule"]  # the rates themselves came with the optimiser

@@ -1,0 +1,52 @@
+"""Batches: padding below and to the right, and the same global batch whatever the number of processes."""
+
+import itertools
+
+import pytest
+import torch
+
+from detrlib.data.batch import EpochSampler, collate
+from detrlib.errors import ConfigError
+
+
+def test_collate_pads_below_and_to_the_right_and_masks_padding():
+    samples = [(torch.rand(3, 40, 65), {"image_id": 1}), (torch.rand(3, 64, 32), {"image_id": 2})]
+    batch = collate(samples)
+    assert batch.images.shape == (2, 3, 64, 96) and batch.padding_mask.shape == (2, 64, 96)
+    assert batch.padding_mask.dtype == torch.bool
+    for (image, target), padded, mask, kept in zip(samples, *batch, strict=True):
+        height, width = image.shape[-2:]
+        assert torch.equal(padded[:, :height, :width], image) and kept is target
+        assert not mask[:height, :width].any() and mask[height:].all() and mask[:, width:].all()
+        assert not padded[:, mask].any()
+    unpadded = collate([(torch.rand(3, 64, 32), {})])
+    assert unpadded.padding_mask is None and not unpadded.mask().any()
+    assert unpadded.to("cpu").padding_mask is None and unpadded.mask().shape == (1, 64, 32)
+    assert torch.equal(batch.mask(), batch.padding_mask)
+
+
+@pytest.mark.parametrize("length, batch, processes", [(33, 8, 1), (33, 8, 2), (33, 12, 3), (5, 8, 2)])
+def test_shards_partition_every_batch(length, batch, processes):
+    def epoch(number, process, processes):
+        sampler = EpochSampler(length, batch, process, processes, seed=3)
+        sampler.epoch = number
+        assert len(list(sampler)) == len(sampler)
+        return list(sampler)
+
+    size = min(batch, length - length % processes)
+    for number in (0, 1):
+        shards = [epoch(number, process, processes) for process in range(processes)]
+        batches = [sorted(itertools.chain(*parts)) for parts in zip(*shards, strict=True)]
+        assert {len(part) for shard in shards for part in shard} == {size // processes}
+        assert len(batches) == length // size
+        if size == batch:
+            assert batches == [sorted(part) for part in epoch(number, 0, 1)]
+        seen = list(itertools.chain(*batches))
+        assert len(set(seen)) == len(seen) and set(seen) <= set(range(length))
+    assert epoch(0, 0, 1) != epoch(1, 0, 1)
+    assert epoch(1, 0, 1) == epoch(1, 0, 1)
+
+
+def test_fewer_images_than_processes_is_refused():
+    with pytest.raises(ConfigError, match=r"1 training images .* 2 processes"):
+        EpochSampler(1, 8, 0, 2, 0)

@@ -1,0 +1,103 @@
+"""A pass over a data set: which attention is measured, what losses are means of, and runs that cannot be evaluated."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import tiny_config
+
+from detrlib.config import replace
+from detrlib.data import build_dataset, collate
+from detrlib.engine.evaluate import evaluate, evaluate_run, initial_model, load_model
+from detrlib.engine.loop import train
+from detrlib.errors import ConfigError, RunError
+from detrlib.losses.criterion import Criterion
+from detrlib.runs.folder import load_results
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """Settings, a model, and a data set of 13 images."""
+    cfg = tiny_config({"model.num_classes": 7, "evaluate.batch_size": 5})
+    return cfg, initial_model(cfg).eval(), build_dataset(cfg.data, "val")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    train(tiny_config({"train.epochs": 1}), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("sites", "measured"),
+    [
+        (None, {"decoder_cross"}),
+        (["encoder_self"], {"encoder_self", "decoder_cross"}),
+        (["decoder_self", "encoder_self"], {"encoder_self", "decoder_self", "decoder_cross"}),
+        ((), None),
+    ],
+)
+def test_attention_is_measured_at_the_sites_asked_for(untrained, sites, measured):
+    """Whatever the transforms are: those of this model are softmax."""
+    cfg, model, dataset = untrained
+    results, detections = evaluate(model, dataset, cfg, Accelerator(cpu=True), sites=sites)
+    assert results["images"] == 13 and {row["image_id"] for row in detections} == set(dataset.image_ids)
+    if measured is None:
+        assert "attention" not in results and "paibb" not in results
+    else:
+        assert set(results["attention"]) == set(results["sparsity"]) == measured
+
+
+def test_losses_do_not_depend_on_how_images_share_batches(untrained):
+    cfg, model, dataset = untrained
+    cfg = replace(cfg, {"loss.auxiliary": True})
+    criterion = Criterion(cfg.loss)
+    losses = []
+    for size in (5, 13):
+        sized = replace(cfg, {"evaluate.batch_size": size})
+        results, _ = evaluate(model, dataset, sized, Accelerator(cpu=True), criterion=criterion, sites=())
+        losses.append(results["loss"])
+    batch = collate([dataset[index] for index in range(13)])
+    with torch.no_grad():
+        terms = criterion(model(batch.images, batch.padding_mask), batch.targets)[1]
+    assert losses[0].keys() == losses[1].keys() == terms.keys()
+    for name, value in terms.items():
+        assert losses[0][name] == pytest.approx(value.item(), rel=1e-4), name
+        assert losses[1][name] == pytest.approx(value.item(), rel=1e-4), name
+
+
+def test_the_model_that_training_starts_from_depends_on_the_seed_alone(untrained):
+    cfg, model, _ = untrained
+    torch.rand(3)
+    before = torch.get_rng_state()
+    again, other = initial_model(cfg), initial_model(replace(cfg, {"train.seed": 1}))
+    assert torch.equal(torch.get_rng_state(), before)
+    first, second, third = (next(m.transformer.parameters()) for m in (model, again, other))
+    assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+def test_another_split_has_a_folder_of_its_own(run_dir):
+    own = (run_dir / "results.json").read_bytes()
+    results = evaluate_run(run_dir, split="train2017")
+    assert results["images"] == 32 and json.loads((run_dir / "train2017" / "results.json").read_text()) == results
+    assert (run_dir / "results.json").read_bytes() == own
+    for name in ("checkpoints", ".."):
+        with pytest.raises(RunError, match=name):
+            evaluate_run(run_dir, split=name)
+
+
+def test_an_evaluation_again_says_the_same(run_dir):
+    before = load_results(run_dir)
+    assert {**evaluate_run(run_dir), "seconds": 0} == {**before, "seconds": 0}
+    assert load_model(run_dir).training is False
+
+
+def test_what_cannot_be_evaluated_is_named(run_dir, tmp_path):
+    with pytest.raises(RunError, match=r"results\.json"):
+        evaluate_run(tmp_path)
+    with pytest.raises(RunError, match=r"epoch-0007\.pt"):
+        evaluate_run(run_dir, "epoch-0007")
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        evaluate_run(run_dir, overrides={"train.lr": 1})

@@ -1,0 +1,161 @@
+"""Notebooks without anybody watching: what is refused before they run, and what is left when they fail."""
+
+import base64
+import io
+import json
+
+import nbformat
+import pytest
+from PIL import Image
+
+from detrlib.config import PROJECT
+from detrlib.engine import notebooks
+from detrlib.engine.notebooks import checked_parameters, execute_notebook, find_executed, find_notebook, is_executed
+from detrlib.errors import RunError
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a notebook of the given cells, the first of them its parameters."""
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+
+    def write(name, parameters, *cells):
+        book = nbformat.v4.new_notebook()
+        book.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+        book.cells = [nbformat.v4.new_code_cell(source) for source in (parameters, *cells)]
+        book.cells[0].metadata["tags"] = ["parameters"]
+        nbformat.write(book, tmp_path / f"{name}.ipynb")
+        return tmp_path / f"{name}.ipynb"
+
+    return write
+
+
+DECLARED = """run_name = "a"  # a name
+learning_rate = 1e-4  # a float
+epochs = 2  # an integer
+sites = ["encoder_self"]  # a list
+quick = True  # yes or no
+overrides = {}  # a mapping
+gpus = None  # anything
+"""
+
+
+@pytest.mark.parametrize(
+    "name, given, wanted",
+    [
+        ("learning_rate", "1e-3", 1e-3),
+        ("learning_rate", "2", 2.0),
+        ("learning_rate", 3, 3.0),
+        ("epochs", "7", 7),
+        ("sites", "[a, b]", ["a", "b"]),
+        ("sites", ("a", "b"), ["a", "b"]),
+        ("quick", "false", False),
+        ("overrides", "{train.lr: 1e-4}", {"train.lr": 1e-4}),
+        ("run_name", "007", "007"),
+        ("run_name", PROJECT, str(PROJECT)),
+        ("gpus", "0", 0),
+        ("gpus", "null", None),
+        ("gpus", 2, 2),
+        ("epochs", None, None),
+    ],
+)
+def test_text_becomes_the_declared_type(write, name, given, wanted):
+    value = checked_parameters(write("book", DECLARED), {name: given})[name]
+    assert value == wanted and type(value) is type(wanted)
+
+
+@pytest.mark.parametrize(
+    "name, given, message",
+    [
+        ("run_nam", "a", r"book.ipynb: unknown parameter 'run_nam'; did you mean 'run_name'\?"),
+        ("xyz", 1, "unknown parameter 'xyz'; it declares run_name, learning_rate, epochs"),
+        ("epochs", "many", "parameter 'epochs' is 'many', expected int such as 2"),
+        ("epochs", 1.5, "parameter 'epochs' is 1.5, expected int"),
+        ("epochs", True, "parameter 'epochs' is True, expected int"),
+        ("learning_rate", True, "parameter 'learning_rate' is True, expected float"),
+        ("quick", 1, "parameter 'quick' is 1, expected bool such as True"),
+        ("run_name", 7, "parameter 'run_name' is 7, expected str"),
+        ("sites", "encoder_self", "parameter 'sites' is 'encoder_self', expected list"),
+        ("overrides", "{a: ", "parameter 'overrides': '{a: ' is not valid YAML"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_before_anything_runs(write, tmp_path, name, given, message):
+    write("book", DECLARED)
+    with pytest.raises(RunError, match=message):
+        execute_notebook("book", tmp_path / "out" / "book.ipynb", {name: given})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_notebook_that_is_not_there():
+    with pytest.raises(RunError, match=r"05_trian.*06_train"):
+        find_notebook("05_trian")
+
+
+def test_a_notebook_goes_by_its_name_whatever_its_number(write, tmp_path):
+    write("07_evaluate", "n = 1")
+    for name in ("07_evaluate", "evaluate", "06_evaluate", "07_evaluate.ipynb", "notebooks/07_evaluate.ipynb"):
+        assert find_notebook(name) == tmp_path / "07_evaluate.ipynb"
+    old = tmp_path / "run" / "06_evaluate.ipynb"
+    assert find_executed(tmp_path / "run", "evaluate") is None
+    execute_notebook("06_evaluate", old, {})
+    assert find_executed(tmp_path / "run", "evaluate") == find_executed(tmp_path / "run", "07_evaluate") == old
+    old.write_text(old.read_text()[:50])
+    assert find_executed(tmp_path / "run", "evaluate") is None
+
+
+def test_a_failing_cell_is_named_and_the_executed_copy_kept(write, tmp_path):
+    write("book", "n = 1", "n + 1", "1 / (n - 3)", "'never'")
+    output = tmp_path / "out" / "book.ipynb"
+    assert not is_executed(output)
+    with pytest.raises(RunError) as caught:
+        execute_notebook("book", output, {"n": 3})
+    # The cell's number is that of the executed copy, injected parameters included.
+    assert str(caught.value) == (
+        f"book.ipynb: cell 4 failed: ZeroDivisionError: division by zero (executed copy: {output})"
+    )
+    cells = {cell.source: cell for cell in nbformat.read(output, as_version=4).cells}
+    assert cells["n + 1"].outputs[0].data["text/plain"] == "4"
+    assert cells["1 / (n - 3)"].outputs[0].ename == "ZeroDivisionError" and not cells["'never'"].outputs
+    assert not is_executed(output)
+    assert is_executed(execute_notebook("book", output, {"n": 4}))
+
+
+def test_a_kernel_that_dies_is_an_error(write, tmp_path):
+    write("book", "n = 1", "import os; os._exit(1)")
+    with pytest.raises(RunError, match=r"book\.ipynb: Kernel died"):
+        execute_notebook("book", tmp_path / "out.ipynb", {})
+    assert not is_executed(tmp_path / "out.ipynb")
+
+
+def test_notebooks_run_from_the_project_root(write, tmp_path):
+    write("book", "n = 1", "import os; print(os.getcwd(), n)")
+    output = execute_notebook("book", tmp_path / "out.ipynb", {"n": "5"})
+    assert nbformat.read(output, as_version=4).cells[-1].outputs[0].text == f"{PROJECT} 5\n"
+
+
+def test_pictures_shrink_and_stay_pictures(write, tmp_path):
+    code = "import numpy as np\nfrom PIL import Image\n"
+    write("book", "n = 1", code + "Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8))")
+    path = execute_notebook("book", tmp_path / "book.ipynb", {})
+
+    def picture():
+        outputs = json.loads(path.read_text())["cells"][-1]["outputs"]
+        return base64.b64decode(outputs[0]["data"]["image/png"])
+
+    before = picture()
+    notebooks.shrink_pictures(path)
+    assert len(picture()) < len(before) / 2 and is_executed(path)
+    assert Image.open(io.BytesIO(picture())).size == (80, 80)
+
+
+def test_an_interrupted_notebook_does_not_count_as_executed(write, tmp_path, monkeypatch):
+    write("book", "n = 1")
+    output = execute_notebook("book", tmp_path / "out.ipynb", {})
+
+    def interrupted(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(notebooks.papermill, "execute_notebook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        execute_notebook("book", output, {})
+    assert not is_executed(output)

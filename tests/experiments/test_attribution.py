@@ -1,0 +1,204 @@
+"""Maps of detections: what the model goes on with, the same in any batch, and those of models that have less.
+
+Legend: B images, H heads, K keys, Q queries, n detections.
+"""
+
+import numpy as np
+import pytest
+import torch
+from detrlib.models.faster_rcnn import FasterRCNN
+from small import padded_batch, small
+from torch import nn
+
+from detrlib.errors import ModelError
+from detrlib.experiments.attribution import METHODS, allowed_methods, explain
+from detrlib.experiments.propagation import Layers, relevance, rollout
+
+TRANSFORMS = ("softmax", "sparsemax", "entmax15", "alpha_entmax", "tvmax")
+SIZES, CANVAS = [(40, 64), (64, 48)], (64, 64)
+QUERIES, LABELS = [torch.tensor([3, 0, 6]), torch.tensor([5])], [torch.tensor([1, 4, 0]), torch.tensor([2])]
+
+
+def everywhere(transform):
+    """Settings of a transform at all sites where it can stand."""
+    sites = ("encoder_self", "decoder_self", "decoder_cross")
+    return {site: transform for site in sites if (site, transform) != ("decoder_self", "tvmax")}
+
+
+def of_one_image(sites):
+    return Layers(*([weights[None] for weights in site] for site in sites))
+
+
+class Shifted(nn.Module):
+    """A transform whose weights are moved by `change`, as if the model had looked slightly elsewhere."""
+
+    def __init__(self, transform, change):
+        super().__init__()
+        self.transform, self.change = transform, change
+
+    def forward(self, *arguments):
+        return self.transform(*arguments) + self.change
+
+
+@pytest.mark.parametrize("site", ["encoder_self", "decoder_self", "decoder_cross"])
+def test_maps_are_what_the_model_goes_on_with(site):
+    """The gradient for a returned map is the difference that moving the weights themselves makes."""
+    model = small(norm="pre", attention=everywhere("entmax15")).double()
+    images, padding = (torch.randn(1, 3, 16, 24).double(), torch.zeros(1, 16, 24, dtype=torch.bool))
+    part = model.transformer.encoder if site == "encoder_self" else model.transformer.decoder
+    for number in range(len(part.layers)):
+        predictions = model(images, padding, need_attention=True)
+        weights = getattr(predictions.attention, site)[number]
+        (gradient,) = torch.autograd.grad(predictions.logits[0, 2, 1], weights)
+        attention = part.layers[number].multihead_attn if site == "decoder_cross" else part.layers[number].self_attn
+        change, scores = 1e-6 * torch.randn_like(weights), []
+        plain = attention.transform
+        for sign in (1, -1):
+            attention.transform = Shifted(plain, sign * change)
+            with torch.no_grad():
+                scores.append(model(images, padding, need_attention=True).logits[0, 2, 1].item())
+        attention.transform = plain
+        expected = (gradient * change).sum().item()
+        assert abs(expected) > 1e-12
+        assert (scores[0] - scores[1]) / 2 == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("queries", ["learned", "anchor"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_every_method_against_its_own_computation(transform, queries):
+    model = small(attention=everywhere(transform), queries=queries)
+    images, padding = padded_batch(*SIZES, canvas=CANVAS)
+    found = explain(model, images, padding, QUERIES, LABELS)
+    assert tuple(found) == METHODS
+    for image, (height, width) in enumerate(SIZES):
+        one = images[image : image + 1, :, :height, :width], padding[image : image + 1, :height, :width]
+        h, w = height // 8, width // 8
+        for number, (query, label) in enumerate(zip(QUERIES[image], LABELS[image], strict=True)):
+            predictions = model(*one, need_attention=True)
+            attention = predictions.attention
+            sites = (attention.encoder_self, attention.decoder_self, attention.decoder_cross)
+            mean = [[weights[0].mean(0).detach().double() for weights in site] for site in sites]
+            score = predictions.logits[0, query, label]
+            for site in sites:
+                for weights in site:
+                    weights.retain_grad()
+            score.backward()
+            weighted = [[(x.grad * x).detach().clamp(min=0)[0].double().mean(0) for x in site] for site in sites]
+            expected = {
+                "raw": mean[2][-1][query],
+                "rollout": rollout(of_one_image(mean))[0, query],
+                "grad_attention": weighted[2][-1][query],
+                "relevance": relevance(of_one_image(weighted))[0, query],
+            }
+            for method, own in expected.items():
+                assert own.max() > 0
+                torch.testing.assert_close(
+                    found[method][image][number, :h, :w].flatten().double(),
+                    own,
+                    rtol=5e-3 if transform != "tvmax" else 2e-2,  # its patches join and part with the last digits
+                    atol=(5e-4 if transform != "tvmax" else 1e-2) * own.max().item(),
+                )
+
+
+@pytest.mark.parametrize("settings", [{}, {"encoder_layers": 0, "norm": "pre", "queries": "anchor"}])
+def test_maps_of_an_image_alone_are_those_in_a_padded_batch(settings):
+    model = small(**settings)
+    images, padding = padded_batch(*SIZES, canvas=CANVAS)
+    together = explain(model, images, padding, QUERIES, LABELS, seeds=[8, 9])
+    for image, (height, width) in enumerate(SIZES):
+        alone = explain(
+            model,
+            images[image : image + 1, :, :height, :width],
+            padding[image : image + 1, :height, :width],
+            [QUERIES[image]],
+            [LABELS[image]],
+            seeds=[8 + image],
+        )
+        h, w = height // 8, width // 8
+        for method in METHODS:
+            maps, (own,) = together[method][image], alone[method]
+            assert maps.shape == (len(QUERIES[image]), 8, 8) and own.shape == (len(QUERIES[image]), h, w)
+            assert not maps.requires_grad and (maps >= 0).all() and (own.flatten(1).sum(1) > 0).all()
+            torch.testing.assert_close(maps[:, :h, :w], own, rtol=1e-2, atol=1e-3 * own.max().item())
+            assert (maps[:, h:] == 0).all() and (maps[:, :, w:] == 0).all()
+
+
+def test_models_that_favour_padding_are_explained_by_the_image_all_the_same():
+    model = small(attention={"padding": "add_one"})
+    images, padding = padded_batch(*SIZES, canvas=CANVAS)
+    attention = model(images, padding, need_attention=True).attention
+    assert attention.decoder_cross[-1][0, :, :, attention.key_padding[0]].min() > 0
+    for method, (first, _) in explain(model, images, padding, QUERIES, LABELS).items():
+        assert (first[:, 5:] == 0).all(), method
+
+
+def test_boxes_cover_cells_by_their_share():
+    model = small()
+    images, padding = padded_batch(*SIZES, canvas=CANVAS)
+    found = explain(model, images, padding, QUERIES, LABELS, ["box"])
+    predictions = model(images, padding)
+    for image, (height, width) in enumerate(SIZES):
+        for number, query in enumerate(QUERIES[image]):
+            cx, cy, w, h = predictions.boxes[image, query].tolist()
+            edges = np.clip([cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2], 0, 1) * [width, width, height, height]
+            x0, x1, y0, y1 = edges / 8
+            for (row, column), share in np.ndenumerate(found["box"][image][number].numpy()):
+                expected = max(0, min(x1, column + 1) - max(x0, column)) * max(0, min(y1, row + 1) - max(y0, row))
+                assert share == pytest.approx(expected, abs=1e-5)
+
+
+def test_images_without_detections_and_labels_that_matter():
+    model = small()
+    images, padding = padded_batch(*SIZES, canvas=CANVAS)
+    none = torch.tensor([], dtype=torch.long)
+    for maps in explain(model, images, padding, [none, none], [none, none]).values():
+        assert [own.shape for own in maps] == [(0, 8, 8)] * 2
+    twice = [none, torch.tensor([5, 5])], [none, torch.tensor([2, 3])]
+    for method, (first, second) in explain(model, images, padding, *twice).items():
+        assert len(first) == 0
+        differ = not torch.equal(second[0], second[1])
+        assert differ == (method in ("grad_attention", "relevance", "random")), method
+    plain = explain(model, images, padding, QUERIES, LABELS, ["relevance"])["relevance"][1]
+    torch.testing.assert_close(explain(model, images, padding, *twice)["relevance"][1][:1], plain)
+
+
+def test_noise_has_a_seed():
+    model = small()
+    images, padding = padded_batch(*SIZES, canvas=CANVAS)
+    one, same, other = (
+        explain(model, images, padding, QUERIES, LABELS, ["random"], seeds)["random"]
+        for seeds in ([1, 2], [1, 2], [3, 2])
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_deformable_models_are_explained_by_their_samples_only():
+    model = small(architecture="deformable", classification="sigmoid")
+    images, padding = padded_batch(*SIZES, canvas=CANVAS)
+    found = explain(model, images, padding, QUERIES, LABELS)
+    assert tuple(found) == ("raw", "box", "random")
+    attention = model(images, padding, need_attention=True).attention
+    expected = attention.as_images("decoder_cross", -1).mean(1)[0, QUERIES[0]].detach()
+    torch.testing.assert_close(found["raw"][0][:, :5], expected[:, :5])
+    assert (found["raw"][0][:, 5:] == 0).all() and expected[:, 5:].any()  # places sampled beyond the image
+    with pytest.raises(ModelError, match="rollout, relevance: deformable attention samples places"):
+        explain(model, images, padding, QUERIES, LABELS, ["raw", "rollout", "relevance"])
+
+
+def test_unknown_methods_and_frozen_models_are_refused():
+    model = small()
+    arguments = *padded_batch(*SIZES, canvas=CANVAS), QUERIES, LABELS
+    with pytest.raises(ModelError, match="unknown explanation lime; there are raw, rollout"):
+        explain(model, *arguments, ["raw", "lime"])
+    model.requires_grad_(False)
+    explain(model, *arguments, ["raw", "rollout"])
+    with pytest.raises(ModelError, match="requires_grad_"):
+        explain(model, *arguments, ["relevance"])
+
+
+def test_a_model_without_attention_is_told_so():
+    with torch.device("meta"):
+        model = FasterRCNN("faster_rcnn", 91)
+    with pytest.raises(ModelError, match="Faster R-CNN"):
+        allowed_methods(model)

@@ -1,0 +1,192 @@
+"""Sweeps: what a file asks for, runs side by side, and what is reported when one fails or all are interrupted."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import yaml
+from tiny import tiny_config
+
+from detrlib.config import load_config, save_config
+from detrlib.engine.notebooks import is_executed
+from detrlib.errors import ConfigError, RunError
+from detrlib.experiments import sweep
+from detrlib.experiments.sweep import read_sweep
+
+
+@pytest.fixture
+def sweep_file(tmp_path):
+    """A sweep of three tiny runs; values may be changed."""
+    save_config(tiny_config(), tmp_path / "base.yaml")
+
+    def write(**changes):
+        runs = {"one": None, "two": {"train.epochs": 3}, "three": {"train.seed": 3}}
+        values = {"base": "base.yaml", "overrides": {"train.epochs": 1, "train.lr": 5e-4}, "runs": runs} | changes
+        path = tmp_path / "many.yaml"
+        path.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}))
+        return path
+
+    return write
+
+
+def test_a_sweep_is_a_config_for_every_run(sweep_file):
+    configs, measure = read_sweep(sweep_file())
+    assert measure == {} and set(configs) == {"one", "two", "three"}
+    assert [configs[name].train.epochs for name in ("one", "two", "three")] == [1, 3, 1]
+    assert configs["three"].train.seed == 3 and configs["two"].train.lr == 5e-4
+    assert configs["one"].model.hidden_dim == tiny.SETTINGS["model.hidden_dim"]
+
+
+def test_a_sweep_over_seeds_repeats_every_run(sweep_file):
+    configs, measure = read_sweep(sweep_file(seeds=[4, 5], measure={"num_examples": 2}))
+    assert set(configs) == {f"{name}-seed{seed}" for name in ("one", "two", "three") for seed in (4, 5)}
+    assert [cfg.train.seed for cfg in configs.values()] == [4, 4, 4, 5, 5, 5]
+    assert configs["two-seed5"].train.epochs == 3
+    assert measure == {"num_examples": 2}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seeds": "3"}, r"many\.yaml: seeds"),
+        ({"seeds": ["a"]}, r"many\.yaml: seeds"),
+        ({"measure": {"num_example": 2}}, r"many\.yaml: measure: .*'num_example'.*'num_examples'"),
+        ({"measure": 3}, r"many\.yaml: measure"),
+        ({"overrides": 3}, r"many\.yaml: overrides"),
+        ({"base": None}, r"many\.yaml: base"),
+        ({"base": 3}, r"many\.yaml: base"),
+        ({"runs": None}, r"many\.yaml: runs"),
+        ({"runs": ["one"]}, r"many\.yaml: runs"),
+        ({"runs": {}}, r"many\.yaml: runs"),
+        ({"runs": {1: None}}, r"many\.yaml: runs: 1"),
+        ({"runs": {"one": 3}}, r"many\.yaml: runs: 'one'"),
+        ({"override": {}}, r"many\.yaml: unknown override"),
+        ({"base": "bass.yaml"}, r"bass\.yaml.*base\.yaml"),
+        ({"runs": {"one": {"train.epoch": 3}}}, r"'train\.epoch'.*'train\.epochs'"),
+    ],
+)
+def test_a_sweep_file_that_is_none(sweep_file, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        read_sweep(sweep_file(**changes))
+
+
+CHILD = """
+import json, pathlib, sys, time
+folder, place = map(pathlib.Path, sys.argv[1:])
+print("training", folder.name, flush=True)
+if folder.name == "two" and (place / "broken").exists():
+    (folder / "07_evaluate.ipynb").write_text('{"metadata": {}, "cells": [{"metadata": {}, "source": "1"}]}')
+    raise SystemExit("error: 07_evaluate.ipynb: cell 2 failed")
+if (place / "slow").exists():
+    time.sleep(60)
+(folder / "07_evaluate.ipynb").write_text('{"metadata": {}, "cells": []}')
+"""
+
+
+@pytest.fixture
+def stand_ins(monkeypatch, tmp_path):
+    """Runs that take no time: one called "two" fails as long as the file "broken" exists, all wait for "slow"."""
+    executed, real = [], subprocess.Popen
+
+    def popen(command, **options):
+        assert command[1:4] == ["-m", "detrlib", "sweep-run"]
+        executed.append(command[4].rsplit("/", 1)[1])
+        return real([sys.executable, "-c", CHILD, command[4], str(tmp_path)], **options)
+
+    def draw(name, output, parameters):
+        executed.append((name, parameters))
+        output.write_text('{"cells": []}')
+        return output
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", popen)
+    monkeypatch.setattr(sweep, "execute_notebook", draw)
+    monkeypatch.setattr(sweep, "report_html", lambda notebook, output, title: (output.write_text(title), output)[1])
+    return executed
+
+
+def test_a_failing_run_is_reported_with_its_log_and_the_others_finish(sweep_file, stand_ins, tmp_path, capsys):
+    path, folder = sweep_file(), tmp_path / "many"
+    (tmp_path / "broken").touch()
+    with pytest.raises(RunError) as caught:
+        sweep.sweep(path, folder, parallel=2)
+    assert f"{folder}/two/log.txt: error: 07_evaluate.ipynb: cell 2 failed" in str(caught.value)
+    assert sorted(stand_ins) == ["one", "three", "two"]
+    executed = [is_executed(folder / name / "07_evaluate.ipynb") for name in ("one", "two", "three")]
+    assert executed == [True, False, True]
+    assert load_config(folder / "two" / "sweep.yaml").train.epochs == 3
+
+    stand_ins.clear()
+    (tmp_path / "broken").unlink()
+    capsys.readouterr()
+    assert sweep.sweep(path, folder, parallel=2) == folder / "report.html"
+    names = [str(folder / name) for name in read_sweep(path).configs]
+    assert stand_ins == [
+        "two",
+        ("attention_maps", {"run_names": names}),
+        ("thesis_figures", {"run_names": names, "output": str(folder / "figures")}),
+    ]
+    assert "one done  three done  two waiting" in capsys.readouterr().out
+
+    stand_ins.clear()
+    assert sweep.sweep(path, folder) == folder / "report.html"
+    assert stand_ins == [] and f"all 3 runs are done: {folder / 'report.html'}" in capsys.readouterr().out
+
+
+def test_runs_of_earlier_versions_count_as_finished(sweep_file, stand_ins, tmp_path):
+    """Their notebook of evaluation had another number."""
+    for name in ("one", "two", "three"):
+        (tmp_path / "many" / name).mkdir(parents=True)
+        (tmp_path / "many" / name / "06_evaluate.ipynb").write_text('{"metadata": {}, "cells": []}')
+    sweep.sweep(sweep_file(), tmp_path / "many")
+    assert [name for name, _ in stand_ins] == ["attention_maps", "thesis_figures"]
+
+
+def test_no_more_runs_than_slots_work_at_a_time(sweep_file, stand_ins, tmp_path, monkeypatch):
+    """Each has the GPUs, or the share of the cores, of its slot."""
+    real, busy, seen = sweep.subprocess.Popen, [], []
+
+    def popen(command, *, env, **options):
+        busy[:] = [child for child in busy if child.poll() is None]
+        busy.append(real(command, env=env, **options))
+        seen.append((len(busy), env["CUDA_VISIBLE_DEVICES"]))
+        return busy[-1]
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", popen)
+    monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    runs = {str(number): None for number in range(6)}
+    sweep.sweep(sweep_file(runs=runs), tmp_path / "many", parallel=2)
+    assert len(seen) == 6 and max(count for count, _ in seen) <= 2
+    assert {gpus for _, gpus in seen} == {"4,6", "5,7"}
+
+
+def test_an_interrupt_ends_all_runs(sweep_file, stand_ins, tmp_path, monkeypatch):
+    children, real = [], sweep.subprocess.Popen
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda *a, **k: (children.append(real(*a, **k)), children[-1])[1])
+    monkeypatch.setattr(sweep, "GRACE", 0.1)
+    (tmp_path / "slow").touch()
+
+    def interrupted(left, timeout):
+        while len(children) < 2:
+            time.sleep(0.05)
+        monkeypatch.setattr(sweep, "wait", lambda left, timeout: None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(sweep_file(), tmp_path / "many", parallel=2)
+    assert len(children) == 2 and all(child.returncode for child in children)
+
+
+def test_one_run_of_a_sweep_skips_training_that_is_done(stand_ins, tmp_path):
+    sweep.run_one(tmp_path)
+    assert stand_ins == [
+        ("train", {"config": str(tmp_path / "sweep.yaml"), "run_name": str(tmp_path), "gpus": None}),
+        ("evaluate", {"run_name": str(tmp_path)}),
+    ]
+    stand_ins.clear()
+    (tmp_path / "results.json").write_text("{}")
+    sweep.run_one(tmp_path)
+    assert [name for name, _ in stand_ins] == ["evaluate"]

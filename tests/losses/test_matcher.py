@@ -1,0 +1,64 @@
+"""Matching against brute force and torchvision."""
+
+import pytest
+import torch
+from matching import COSTS, cheapest, cost_of_pair, random_predictions, random_targets
+from torchvision.ops import sigmoid_focal_loss
+
+from detrlib.losses.matcher import focal_class_cost, match, matching_cost
+from detrlib.models import Predictions
+
+heads = pytest.mark.parametrize("classification", ["softmax", "sigmoid"])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def as_pairs(matched: tuple[torch.Tensor, torch.Tensor]) -> set[tuple[int, int]]:
+    queries, boxes = matched
+    return set(zip(queries.tolist(), boxes.tolist(), strict=True))
+
+
+@heads
+@pytest.mark.parametrize("seed", range(5))
+def test_matching_is_the_cheapest_of_all_assignments(classification, seed):
+    torch.manual_seed(seed)
+    predictions, targets = random_predictions(4, 5, classification), random_targets(3, 0, 5, 1)
+    found = match(predictions, targets, COSTS)
+    assert [as_pairs(pairs) for pairs in found] == [cheapest(predictions, i, t) for i, t in enumerate(targets)]
+    assert all(indices.dtype == torch.int64 for pairs in found for indices in pairs)
+
+
+@heads
+def test_more_boxes_than_queries(classification):
+    predictions, targets = random_predictions(2, 3, classification), random_targets(6, 2)
+    found = match(predictions, targets, COSTS)
+    assert [as_pairs(pairs) for pairs in found] == [cheapest(predictions, i, t) for i, t in enumerate(targets)]
+    assert [len(queries) for queries, _ in found] == [3, 2]
+
+
+@heads
+def test_costs_of_an_image_do_not_depend_on_its_batch(classification):
+    predictions, targets = random_predictions(3, 5, classification), random_targets(2, 4, 1)
+    together = match(predictions, targets, COSTS)
+    for image, target in enumerate(targets):
+        rows = slice(image, image + 1)
+        alone = Predictions(predictions.logits[rows], predictions.boxes[rows], classification)
+        assert as_pairs(match(alone, [target], COSTS)[0]) == as_pairs(together[image])
+        cost = matching_cost(alone, target["labels"][None], target["boxes"][None], COSTS)[0]
+        expected = [[cost_of_pair(alone, 0, q, target, t) for t in range(len(target["labels"]))] for q in range(5)]
+        torch.testing.assert_close(cost, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_focal_cost_is_the_change_of_the_focal_loss():
+    logits = torch.linspace(-6, 6, 25)
+    positive, negative = (
+        sigmoid_focal_loss(logits, torch.full_like(logits, wanted), alpha=0.3, gamma=2.0) for wanted in (1.0, 0.0)
+    )
+    torch.testing.assert_close(focal_class_cost(logits.sigmoid(), 0.3), positive - negative, rtol=1e-4, atol=1e-5)
+
+
+def test_focal_cost_is_finite_at_certainty():
+    assert torch.isfinite(focal_class_cost(torch.tensor([0.0, 1.0]), 0.25)).all()

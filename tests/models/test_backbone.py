@@ -1,0 +1,76 @@
+"""Backbones: torchvision's features, zeros outside the images, and what is frozen."""
+
+import pytest
+import torch
+import torchvision
+from families import (
+    BACKBONES,
+)
+from small import frozen, padded_batch, randomise, small, trainable
+
+from detrlib.models.backbone import build_backbone, build_body
+from detrlib.models.pretrained import load_weights
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_backbone_is_that_of_torchvision(name, mask_padding):
+    torch.manual_seed(0)
+    reference = getattr(torchvision.models, name)(weights=None).eval()
+    randomise(reference)
+    backbone = build_backbone(name, mask_padding=mask_padding).eval()
+    load_weights(backbone.body, reference.state_dict(), name)
+    images = torch.randn(1, 3, 75, 106)
+    expected = images
+    with torch.no_grad():
+        for part in list(reference.children())[:-2]:
+            expected = part(expected)
+        (level,) = backbone(images, torch.zeros(1, 75, 106, dtype=torch.bool))
+    assert level.features.shape == (1, *backbone.num_channels, 3, 4)
+    assert level.padding.shape == (1, 3, 4)
+    torch.testing.assert_close(level.features, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_without_masking_features_depend_on_the_batch():
+    """As in the official code; the switch exists for its checkpoints."""
+    backbone = small(backbone={"name": "resnet18", "weights": "none", "mask_padding": False}).backbone
+    images, padding = padded_batch((70, 101), canvas=(128, 160))
+    with torch.no_grad():
+        (together,) = backbone(images, padding)
+        (alone,) = backbone(images[..., :70, :101], padding[..., :70, :101])
+    h, w = alone.features.shape[-2:]
+    assert (together.features[..., :h, :w] - alone.features).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_features_outside_an_image_are_zero(backbone):
+    choice, stride = BACKBONES[backbone]
+    body = small(backbone=choice | {"weights": "none"}).backbone
+    images, padding = padded_batch((70, 101), (128, 64), canvas=(128, 160))
+    with torch.no_grad():
+        (level,) = body(images, padding)
+    assert level.features.shape == (2, *body.num_channels, -(-128 // stride), -(-160 // stride))
+    assert torch.equal(level.padding, padding[:, ::stride, ::stride])
+    outside = level.padding[:, None].expand_as(level.features)
+    assert (level.features[outside] == 0).all()
+    assert (level.features[~outside] != 0).any()
+
+
+def test_stem_is_frozen_when_there_are_weights_to_keep(tmp_path):
+    body = build_body("tiny", False)
+    torch.save(body.state_dict(), tmp_path / "tiny.pt")
+    stem = trainable(body.conv1) + trainable(body.layer1)
+    for weights, choice, expected in [
+        (tmp_path / "tiny.pt", None, stem),
+        (tmp_path / "tiny.pt", False, 0),
+        ("none", None, 0),
+        ("none", True, stem),
+    ]:
+        backbone = build_backbone("tiny", weights, freeze_stem=choice)
+        assert frozen(backbone) == expected == frozen(backbone.body.conv1) + frozen(backbone.body.layer1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "resnet18", "resnet34"])
+def test_dilation_needs_bottlenecks(name):
+    with pytest.raises(ValueError, match=f"dilation.*{name}"):
+        build_backbone(name, dilation=True)

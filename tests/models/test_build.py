@@ -1,0 +1,63 @@
+"""From settings to a model: what every family has in common, and what an import costs."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import EFFICIENT, SPARSE, TINY
+from small import model_settings, small
+
+from detrlib.errors import ConfigError
+from detrlib.models import build_model
+
+BACKBONE = {"name": "tiny", "weights": "none"}
+DEFORMABLE = {"architecture": "deformable", "classification": "sigmoid"}
+FAMILIES = {
+    "detr": {},
+    "resnet": {"backbone": {"name": "resnet18", "weights": "none"}},
+    "swin": {"backbone": {"name": "swin_t", "weights": "none"}},
+    "unmasked backbone": {"backbone": BACKBONE | {"mask_padding": False}},
+    "pre-norm, learned positions": {"norm": "pre", "position": "learned"},
+    "anchors": {"queries": "anchor", "classification": "sigmoid"},
+    "alpha-entmax": {"attention": dict.fromkeys(("encoder_self", "decoder_self", "decoder_cross"), "alpha_entmax")},
+    "tvmax": {"attention": {"encoder_self": "tvmax", "decoder_cross": "tvmax"}},
+    "poll and pool": {"polling": {"ratio": 0.3, "pooled": 4}},
+    "deformable": DEFORMABLE | {"deformable": TINY},
+    "efficient": DEFORMABLE | {"deformable": TINY | EFFICIENT},
+    "sparse": DEFORMABLE | {"deformable": TINY | SPARSE},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_mask_says_what_a_mask_of_no_padding_says(family):
+    """To the last digit; group norms alone take another way to their statistics where there is a mask."""
+    model = small(**FAMILIES[family])
+    images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        without = model(images, need_attention=True)
+        masked = model(images, torch.zeros(2, 96, 128, dtype=torch.bool), need_attention=True)
+    tolerance = 1e-4 if FAMILIES[family].get("architecture") == "deformable" else 0.0
+    for one, other in zip((*without.auxiliary, without), (*masked.auxiliary, masked), strict=True):
+        torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=tolerance)
+        torch.testing.assert_close(one.boxes, other.boxes, rtol=0, atol=tolerance)
+    for site in ("encoder_self", "decoder_self", "decoder_cross"):
+        for one, other in zip(getattr(without.attention, site), getattr(masked.attention, site), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+    assert without.attention.valid_grid(1) == masked.attention.valid_grid(1)
+    if without.polled is None:
+        assert without.attention.key_padding is None and not masked.attention.key_padding.any()
+
+
+def test_settings_that_need_data_are_refused():
+    with pytest.raises(ConfigError, match=r"model\.num_classes"):
+        build_model(model_settings(backbone=BACKBONE))
+    with pytest.raises(ConfigError, match=r"model\.backbone\.weights"):
+        build_model(model_settings(backbone=BACKBONE | {"weights": "crops"}, num_classes=2))
+
+
+def test_models_are_imported_without_tables():
+    """Importing them costs little more than importing torch."""
+    program = "import sys, detrlib.models; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "detrlib.models" in loaded and not {"pandas", "pyarrow", "pycocotools"} & set(loaded)

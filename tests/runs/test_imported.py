@@ -1,0 +1,38 @@
+"""Runs made of official files, and the command that makes them."""
+
+import pytest
+import torch
+from official import of_small, official_file
+from typer.testing import CliRunner
+
+from detrlib.__main__ import app
+from detrlib.checkpoints.files import export_official
+from detrlib.config import load_config
+from detrlib.engine.evaluate import load_model
+from detrlib.errors import RunError
+from detrlib.files import load_checkpoint
+from detrlib.runs.imported import save_run
+
+
+def test_a_run_of_official_weights(tmp_path):
+    model, told = of_small("detr")
+    path = official_file(tmp_path / "official.pth", export_official(model))
+    save_run(path, tmp_path / "run", told | {"data.root": "elsewhere"})
+    cfg = load_config(tmp_path / "run" / "config.yaml")
+    assert (cfg.data.root, cfg.model.num_heads, cfg.model.compatibility.mask_padding) == ("elsewhere", 4, False)
+    again = load_model(tmp_path / "run")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    known = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert (known["epoch"], known["global_step"]) == (3, 0)
+    with pytest.raises(RunError, match="there already"):
+        save_run(path, tmp_path / "run", told)
+
+
+def test_command_line(tmp_path):
+    path = official_file(tmp_path / "official.pth", export_official(of_small("detr")[0]))
+    told = ["--set", "model.num_heads=4", "--as", str(tmp_path / "run")]
+    shown = CliRunner().invoke(app, ["import", str(path), *told])
+    assert shown.exit_code == 0 and (tmp_path / "run" / "config.yaml").exists()
+    assert "detr, " in shown.output and "model.backbone.name: resnet18" in shown.output
+    refused = CliRunner().invoke(app, ["import", str(tmp_path / "absent.pth")])
+    assert refused.exit_code == 1 and "absent.pth" in refused.stderr

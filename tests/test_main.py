@@ -1,0 +1,338 @@
+"""The command line: every command from its words to what it shows and writes, and faults in one line each."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+from small import small
+from tiny import metrics_without_times, tiny_config
+from typer.testing import CliRunner
+
+from detrlib import __main__ as commands
+from detrlib.checkpoints.files import export_official
+from detrlib.config import PROJECT, load_config, replace, save_config
+from detrlib.data import build_dataset
+from detrlib.engine import launch as door
+from detrlib.engine import notebooks
+from detrlib.engine.loop import train
+from detrlib.errors import DetrlibError
+from detrlib.experiments import sweep as sweeps
+from detrlib.runs.results import interventions_frame
+
+
+def detrlib(*words):
+    """What a command shows, in this process."""
+    done = CliRunner().invoke(commands.app, [*map(str, words)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def refused(*words, code=1):
+    """The line in which a command ends that cannot be done."""
+    done = CliRunner().invoke(commands.app, [*map(str, words)])
+    assert isinstance(done.exception, SystemExit) and done.exit_code == code, done.output or repr(done.exception)
+    (line,) = [line for line in done.output.splitlines() if line.lower().startswith("error: ")]
+    return line
+
+
+def in_a_process(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "detrlib", *map(str, words)],
+        cwd=PROJECT,
+        env=dict(os.environ, CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def config(tmp_path):
+    save_config(tiny_config(), tmp_path / "tiny.yaml")
+    return tmp_path / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run with learned alphas."""
+    folder = tmp_path_factory.mktemp("runs") / "alpha_entmax-run"
+    train(tiny_config({"model.attention.decoder_cross": "alpha_entmax", "train.epochs": 1}), folder)
+    return folder
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+    """A copy of it that may be damaged."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+# --- train -----------------------------------------------------------------------------------------------------
+
+
+def test_from_the_terminal_to_the_end(tmp_path, config):
+    run_dir = tmp_path / "nested" / "run"
+    done = in_a_process("train", config, "--name", run_dir, "--set", "train.epochs=3", "--set", "train.lr=1e-4")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line[:11] for line in lines] == ["epoch   1/3", "epoch   2/3", "epoch   3/3", lines[-1][:11]]
+    assert all("loss" in line and "AP50" in line and "min left" in line for line in lines[:3])
+    assert lines[-1].startswith("AP 0.") and lines[-1].endswith(str(run_dir))
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert metrics_without_times(run_dir)[0]["lr/rest"] == 1e-4
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_a_fault_in_a_process_is_one_line_and_a_code(tmp_path, config):
+    done = in_a_process("train", config, "--name", tmp_path / "run", "--gpus", 2)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and "--gpus 0" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_are_none(tmp_path, config):
+    name = ("--name", tmp_path / "run")
+    for setting, words in {
+        "train.epochs": "--set train.epochs",
+        "train.epoch=3": "'train.epochs'",
+        "train.epochs=many": "train.epochs",
+        "train.epochs=[1": "YAML",
+        f"data.root={tmp_path}/nowhere": f"{tmp_path}/nowhere",
+    }.items():
+        assert words in refused("train", config, *name, "--set", setting)
+    assert "tiny.yaml" in refused("train", config.with_name("tony.yaml"), *name)
+    assert "--name" in refused("train", config, code=2)
+    assert "--processes" in refused("train", config, *name, "--processes", 0, code=2)
+    assert "sweep" in refused("train", "papermill_runs/configs/quickstart.yaml", *name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_that_cannot_be_written(tmp_path, config, trained):
+    assert str(trained) in refused("train", config, "--name", trained)  # finished
+    assert "tiny.yaml" in refused("train", config, "--name", config)
+    assert "names no run" in refused("train", config, "--name", "")
+    assert "config.yaml" in refused("train", config, "--name", "/proc/run")
+
+
+def test_an_interrupt_ends_a_command_quietly(tmp_path, config, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(door, "launch", interrupted)
+    done = CliRunner().invoke(commands.app, ["train", str(config), "--name", str(tmp_path / "run")])
+    assert done.exit_code == 130 and "interrupted" in done.output
+
+
+def test_the_loop_under_torchrun_speaks_in_one_line_too(tmp_path):
+    words = ["-m", "detrlib.engine.loop", str(tmp_path / "none")]
+    done = subprocess.run([sys.executable, *words], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(door.FAULT) and "config.yaml" in line
+
+
+def test_a_run_is_prepared_once_for_several_nodes(tmp_path, config):
+    detrlib("prepare", config, "--name", tmp_path / "run", "--set", "train.epochs=5")
+    assert load_config(tmp_path / "run" / "config.yaml").train.epochs == 5
+    assert "train.epochs" in refused("prepare", config, "--name", tmp_path / "run", "--set", "train.epochs")
+
+
+# --- what needs a finished run ---------------------------------------------------------------------------------
+
+
+def test_evaluate(run_dir):
+    shown = detrlib("evaluate", run_dir, "--checkpoint", "untrained", "--set", "evaluate.paibb=thesis")
+    assert shown.startswith("AP ") and "AR_100" in shown
+    results = json.loads((run_dir / "untrained" / "results.json").read_text())
+    assert results["evaluate"]["paibb"] == "thesis" and results["epoch"] == 0
+    detrlib("evaluate", run_dir, "--split", "train2017")
+    assert json.loads((run_dir / "train2017" / "results.json").read_text())["images"] == 32
+
+
+def test_evaluate_on_other_data(run_dir, tmp_path):
+    """The run's own pictures, with other names for some of its classes."""
+    data = load_config(run_dir / "config.yaml").data
+    folder = build_dataset(data, "val").annotations_path.parents[1]
+    content = json.loads((folder / "annotations" / "instances_val2017.json").read_text())
+    for category in content["categories"][:2]:
+        category["name"] = f"their {category['name']}"
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    (tmp_path / "val2017").symlink_to(folder / "val2017")
+    first, second = (category["name"] for category in content["categories"][:2])
+    words = ["evaluate", run_dir, "--on", tmp_path, "--as", "elsewhere", "--map", f"{first}={first.split()[1]}"]
+    shown = detrlib(*words, "--map", f"{second}=")
+    assert f"{first} = {first.split()[1]}" in shown and second in shown
+    assert (run_dir / "elsewhere" / "results.json").exists()
+    assert "--map disc" in refused(*words, "--map", "disc")
+
+
+def test_explain(run_dir):
+    words = ["explain", run_dir, "--images", 3, "--steps", 3, "--min-score", 0]
+    assert "deletion_similarity" in detrlib(*words, "--methods", "raw,random")
+    frame = pd.read_parquet(run_dir / "measures" / "faithfulness.parquet")
+    assert set(frame["method"]) == {"raw", "random"} and frame["image_id"].nunique() == 3
+    assert "nonsense" in refused(*words, "--methods", "nonsense")
+    assert "--steps" in refused("explain", run_dir, "--steps", 1, code=2)
+
+
+def test_intervene(run_dir):
+    words = ["intervene", run_dir, "--limit", 4]
+    shown = detrlib(
+        *(*words, "--alphas", "1", "--transforms", "sparsemax"),
+        *("--learned-alphas", "--prune-heads", "--order-images", 4),
+    )
+    stored = interventions_frame([run_dir])
+    assert stored["kind"].value_counts().to_dict() == {
+        **{"none": 1, "alpha": 1, "transform": 1},
+        **{"learned_alpha": 2, "head": 8, "heads": 8},
+    }
+    assert "shuffled" in shown and len(shown.splitlines()) == 1 + len(stored)
+    assert set(stored["trained"]) == {"alpha_entmax"} and 1 < stored["trained_alpha"].iloc[0] < 2
+    assert "alpha 3" in refused(*words, "--alphas", "1,3")
+    assert "--alphas" in refused(*words, "--alphas", "1 1.5")
+    assert "nonsense" in refused(*words, "--transforms", "nonsense")
+    assert "layers [9]" in refused(*words, "--alphas", "1", "--layer", 9)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+DAMAGES = {
+    "missing": (shutil.rmtree, "results.json"),
+    "results": (lambda folder: cut(folder / "results.json"), "results.json"),
+    "results of another kind": (lambda folder: (folder / "results.json").write_text("[]"), "results.json"),
+    "no settings": (lambda folder: (folder / "config.yaml").unlink(), "config.yaml"),
+    "settings": (lambda folder: (folder / "config.yaml").write_text("train: {epochs: ["), "config.yaml"),
+    "checkpoint": (lambda folder: cut(folder / "checkpoints" / "last.pt"), "last.pt"),
+    "no checkpoint": (lambda folder: (folder / "checkpoints" / "last.pt").unlink(), "best"),  # which is there
+    "foreign checkpoint": (lambda folder: torch.save({"a": 1}, folder / "checkpoints" / "last.pt"), "last.pt"),
+    "list for a checkpoint": (lambda folder: torch.save([1], folder / "checkpoints" / "last.pt"), "last.pt"),
+}
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("explain", "--images", 1), ("intervene", "--alphas", 1)])
+@pytest.mark.parametrize(("damage", "name"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_run_is_named_whatever_the_command(run_dir, damage, name, command):
+    damage(run_dir)
+    assert name in refused(command[0], run_dir, *command[1:])
+
+
+def test_weights_and_data_that_cannot_be_had(run_dir, monkeypatch, tmp_path):
+    """Offline, as on the nodes of many clusters."""
+
+    def offline(*arguments, **named):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
+    monkeypatch.setattr("socket.create_connection", offline)
+    monkeypatch.setattr("socket.getaddrinfo", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cfg = load_config(run_dir / "config.yaml")
+    backbone = {"name": "resnet18", "weights": "imagenet"}
+    for settings, words in (
+        ({"model.backbone": backbone}, "resnet18"),
+        ({"model.backbone": backbone | {"weights": "/nowhere.pt"}}, "/nowhere.pt"),
+        ({"data.root": "/nowhere"}, "/nowhere"),
+    ):
+        save_config(replace(cfg, settings), run_dir / "config.yaml")
+        assert words in refused("evaluate", run_dir, "--checkpoint", "untrained")
+
+
+def test_a_damaged_table_of_interventions_is_named_before_anything_is_measured(run_dir):
+    (run_dir / "measures" / "interventions.parquet").write_text("half a table")
+    assert "interventions.parquet" in refused("intervene", run_dir, "--alphas", 1, "--limit", 2)
+
+
+# --- notebooks, sweeps, files ----------------------------------------------------------------------------------
+
+
+def test_notebook(tmp_path, monkeypatch):
+    executed = []
+    monkeypatch.setattr(notebooks.papermill, "execute_notebook", lambda *given, **named: executed.append(given))
+    output = tmp_path / "new" / "out.ipynb"
+    assert detrlib("notebook", "evaluate", output, "-p", "run_name=007", "-p", "num_examples=5").strip() == str(output)
+    assert executed == [(notebooks.find_notebook("evaluate"), output, {"run_name": "007", "num_examples": 5})]
+    assert "06_train" in refused("notebook", "05_trian", output)
+    assert "-p run_name" in refused("notebook", "evaluate", output, "-p", "run_name")
+    assert "'run_nam'" in refused("notebook", "evaluate", output, "-p", "run_nam=a")
+    assert "'num_examples'" in refused("notebook", "evaluate", output, "-p", "num_examples=many")
+    assert "/proc" in refused("notebook", "evaluate", "/proc/none/out.ipynb")
+    assert str(tmp_path) in refused("notebook", "evaluate", tmp_path)
+    assert len(executed) == 1
+
+
+def test_sweep(tmp_path, config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweeps, "sweep", lambda *given: asked.append(given) or "report.html")
+    assert detrlib("sweep", config, "--name", tmp_path / "many", "--parallel", 2) == "report.html\n"
+    detrlib("sweep", config)
+    assert asked == [(config, tmp_path / "many", 2), (config, PROJECT / "papermill_runs" / "tiny", None)]
+    assert "--parallel" in refused("sweep", config, "--parallel", 0, code=2)
+    monkeypatch.undo()
+    assert "tiny.yaml" in refused("sweep", config, "--name", tmp_path / "many")  # the settings of one run
+    (tmp_path / "sweep.yaml").write_text("base: tiny.yaml\nruns: {one: 3}")
+    assert "'one'" in refused("sweep", tmp_path / "sweep.yaml", "--name", tmp_path / "many")
+    assert not (tmp_path / "many").exists()
+
+
+def test_one_run_of_a_sweep(tmp_path, monkeypatch):
+    worked_on = []
+    monkeypatch.setattr(sweeps, "run_one", worked_on.append)
+    detrlib("sweep-run", tmp_path)
+    assert worked_on == [tmp_path]
+
+
+def test_import(tmp_path):
+    model = small(backbone={"name": "resnet18", "weights": "none"})
+    torch.save({"model": export_official(model)}, tmp_path / "official.pth")
+    shown = detrlib("import", tmp_path / "official.pth", "--set", "model.num_heads=4", "--as", tmp_path / "run")
+    assert "detr, " in shown and "model.backbone.name: resnet18" in shown and "model.num_heads: 4" in shown
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert "absent.pth" in refused("import", tmp_path / "absent.pth")
+
+
+def test_unrel(tmp_path):
+    """A photograph with a person, and a hat that COCO does not have."""
+    objects = np.empty((2, 1), dtype=object)
+    objects[0, 0] = {"category": "person", "box": np.array([[1, 2, 11, 12]])}
+    objects[1, 0] = {"category": "hat", "box": np.array([[1, 2, 5, 5]])}
+    none = np.empty((0, 1), dtype=object)
+    photographs = np.empty((1, 1), dtype=object)
+    photographs[0, 0] = {"filename": "7.png", "im_id": 7, "relationships": none, "objects": objects}
+    savemat(tmp_path / "annotations.mat", {"annotations": photographs})
+    Image.new("RGB", (60, 40)).save(tmp_path / "7.png")
+    shown = detrlib("unrel", tmp_path / "annotations.mat", tmp_path, tmp_path / "unrel.json")
+    assert f"{tmp_path / 'unrel.json'}: 1 images, 1 annotations of 1 classes" in shown and "hat 1" in shown
+    assert "nowhere.mat" in refused("unrel", "nowhere.mat", tmp_path, tmp_path / "unrel.json")
+
+
+def test_costs(config):
+    shown = detrlib("costs", config, "--size", "64,96")
+    assert len(shown.splitlines()) > 3 and "backbone" in shown
+    assert "--size" in refused("costs", config, "--size", "a,b")
+
+
+def test_every_command_has_a_line_of_help():
+    shown = detrlib("--help")
+    for command in ("train", "evaluate", "explain", "intervene", "sweep", "notebook", "import", "unrel", "costs"):
+        assert f"\n  {command} " in shown
+        assert "Usage" in detrlib(command, "--help")
+    assert "prepare" not in shown and "sweep-run" not in shown
+    assert "nonsense" in refused("nonsense", code=2)
+
+
+def test_lists_between_commas():
+    assert commands.listed("1,1.5, 2", "--alphas", float) == [1, 1.5, 2] and commands.listed(None, "--alphas") == []
+    with pytest.raises(DetrlibError, match="--alphas"):
+        commands.listed("1;2", "--alphas", float)
