@@ -14,7 +14,7 @@ import pandas as pd
 from detrlib.config import load_config
 from detrlib.errors import RunError
 from detrlib.metrics.detection import Matches
-from detrlib.runs.folder import load_results, load_table, read_metrics, run_labels
+from detrlib.runs.folder import has_table, load_results, load_table, read_metrics, run_labels
 
 MADE_BY = "detrlib intervene"
 AP_CUTS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -99,8 +99,8 @@ def layer_frame(run_dirs: Iterable[Path], site: str = "decoder_cross") -> pd.Dat
 
 
 def having(run_dirs: Iterable[Path], table: str) -> list[Path]:
-    """The runs for which measures/<table>.parquet was written."""
-    return [run_dir for run_dir in run_dirs if (run_dir / "measures" / f"{table}.parquet").exists()]
+    """The runs for which a table of this name was written, such as "located" or "faithfulness"."""
+    return [run_dir for run_dir in run_dirs if has_table(run_dir, table)]
 
 
 def first_of_groups(run_dirs: Iterable[Path]) -> list[Path]:
