@@ -1,7 +1,7 @@
 """What may stand in a COCO annotation file: the door through which every data set enters.
 
-Everything that a later step reads is checked and made complete here, once; what nobody reads of images and annotations
-(addresses, dates, polygons) is let go, since that of 118,000 images would fill each worker's memory.
+Everything that a later step reads is checked and made complete here, once. What nobody reads of images and annotations
+(addresses, dates, polygons) is let go: data sets keep the entries of 118,000 images in the memory of every worker.
 """
 
 import codecs
@@ -9,15 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError, with_config
 from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from detrlib.errors import DataError
 
-Id = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
-Pixels = Annotated[int, Field(ge=0)]
 Flag = Annotated[bool, AfterValidator(int)]  # 0, 1, false and their spellings as text
 
 KEEP_THE_REST = ConfigDict(extra="allow", coerce_numbers_to_str=True)
@@ -28,10 +26,10 @@ DROP_THE_REST = ConfigDict(extra="ignore", coerce_numbers_to_str=True)
 class ImageRecord(TypedDict):
     """An image; sizes that are missing are read from its file later."""
 
-    id: Id
+    id: NonNegativeInt
     file_name: Text
-    width: NotRequired[Pixels | None]
-    height: NotRequired[Pixels | None]
+    width: NotRequired[NonNegativeInt | None]
+    height: NotRequired[NonNegativeInt | None]
 
 
 @with_config(DROP_THE_REST)
@@ -42,8 +40,8 @@ class Annotation(TypedDict):
     """
 
     id: NotRequired[int | None]
-    image_id: Id
-    category_id: Id
+    image_id: NonNegativeInt
+    category_id: NonNegativeInt
     bbox: Annotated[list[float], Field(min_length=4, max_length=4)]
     area: NotRequired[float | None]
     iscrowd: NotRequired[Flag | None]
@@ -53,7 +51,7 @@ class Annotation(TypedDict):
 class Category(TypedDict):
     """A class of objects."""
 
-    id: Id
+    id: NonNegativeInt
     name: Text
 
 
@@ -66,8 +64,8 @@ class Annotations(TypedDict):
     categories: Annotated[list[Category], Field(min_length=1)]
 
 
-# Typed dictionaries are read straight from the file's bytes. For 800,000 annotations that takes half as long as
-# json.loads and a check of each; objects of a model would take half as long again and three times the memory.
+# Typed dictionaries are read straight from the file's bytes: 800,000 annotations in about half the time of json.loads
+# and a check of each, and faster and smaller than objects of a model.
 FILE = TypeAdapter(Annotations)
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, StringConstraints, ValidationError, WrapValidator
+from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, NonNegativeInt, StringConstraints, ValidationError
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
@@ -39,13 +39,6 @@ CONVENTION = {
 }
 
 
-def _none_if_invalid(value: Any, validate: Any) -> Any:
-    try:
-        return validate(value)
-    except ValidationError:
-        return None
-
-
 T = TypeVar("T")
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 # xmin, ymin, xmax, ymax as in the file: pixels counted from 1, both included.
@@ -53,7 +46,9 @@ Box = tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
 # A cell with one element is read as the element.
 Cell = Annotated[list[T], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
 # A few sides of relationships come without a box.
-BoxIfAny = Annotated[Box | None, WrapValidator(_none_if_invalid)]
+BoxIfAny = Annotated[
+    Box | None, BeforeValidator(lambda box: box if np.size(box) == 4 and np.isfinite(box).all() else None)
+]
 
 
 class Object(BaseModel):
@@ -77,7 +72,7 @@ class Photograph(BaseModel):
     """One entry of the .mat file."""
 
     filename: Text
-    im_id: Annotated[int, Field(ge=0)]
+    im_id: NonNegativeInt
     objects: Cell[Object]
     relationships: Cell[Relationship]
 

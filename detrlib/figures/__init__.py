@@ -1,1 +1,20 @@
-"""Figures as functions: data in, a matplotlib Figure out. Nothing here computes results or reads a model."""
+"""Figures as functions: data in, a matplotlib Figure out. Nothing here computes results or reads a model.
+
+What statistics say is drawn in `results`, `statistics`, `interventions` and `explanations`, what stands in images in
+`attention`, `queries`, `deformable` and `dataset`; `viewer` answers to clicks; `tables` are text.
+"""
+
+# ruff: noqa: F401
+from detrlib.figures import (
+    attention,
+    choices,
+    dataset,
+    deformable,
+    explanations,
+    interventions,
+    queries,
+    results,
+    statistics,
+    style,
+    tables,
+)

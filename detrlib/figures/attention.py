@@ -10,14 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from detrlib.figures.choices import ByClass, cell_at, cell_box
-from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, figure, styled
+from detrlib.figures.choices import best_of_class, cell_at, cell_box, cells_ask, chosen_labels
+from detrlib.figures.style import MUTED, PALETTE, Nothing, image_panels, styled
 from detrlib.runs.examples import Example
 
 MAP_COLOURS = "YlOrRd"
 MAP_OPACITY = 0.85  # where a map is highest; a cell without weight leaves the image as it is
 WIDEST_PANEL = 1.7  # inches
-CAPTION_HEIGHT = 0.25  # inches above a panel
 
 
 def draw_map(axes: Axes, image: np.ndarray, weights: np.ndarray, extent: np.ndarray | None = None) -> None:
@@ -56,59 +55,47 @@ def draw_box(axes: Axes, box: np.ndarray, colour: str, dashed: bool = False) -> 
         )
 
 
-def _grid(
-    rows: int, columns: int, image: np.ndarray, width: float = 1.0, header: float = 0.0
-) -> tuple[Figure, np.ndarray]:
-    """Panels in the proportions of the image, row by row, [rows, columns]; `header` inches more above them."""
-    width = min(width, columns * WIDEST_PANEL / TEXT_WIDTH)
-    panel = width * TEXT_WIDTH / columns
-    height = rows * (panel * image.shape[0] / image.shape[1] + CAPTION_HEIGHT) + header
-    return figure(
-        width=width,
-        aspect=height / (width * TEXT_WIDTH),
-        nrows=rows,
-        ncols=columns,
-        squeeze=False,
-        layout="constrained",
-    )
+def draw_image(axes: Axes, image: np.ndarray, title: str = "", alpha: float = 1.0, **look) -> None:
+    """The image alone, with a title on the left whose `look` is that of a text."""
+    axes.imshow(image, alpha=alpha)
+    axes.axis("off")
+    axes.set_title(title, loc="left", **look)
+
+
+def _largest_objects(example: Example, most: int) -> np.ndarray:
+    sides = example.true_boxes[:, 2:] - example.true_boxes[:, :2]
+    return np.argsort(-sides.prod(1))[:most]
+
+
+def _grid(rows: int, columns: int, image: np.ndarray, **size) -> tuple[Figure, np.ndarray]:
+    return image_panels(image, rows, columns, WIDEST_PANEL, **size)
 
 
 @styled
 def detections_with_attention(
-    image: np.ndarray,
-    boxes: np.ndarray,
-    labels: np.ndarray,
-    scores: np.ndarray,
-    maps: np.ndarray,
-    true_boxes: np.ndarray,
-    true_labels: np.ndarray,
-    names: Mapping[int, str],
-    max_queries: int = 4,
-    extent: np.ndarray | None = None,
+    example: Example, names: Mapping[int, str], layer: int = -1, max_queries: int = 4
 ) -> Figure:
     """The image with its detections and ground truth, then where each of the best `max_queries` queries looked.
 
-    image uint8 [H,W,3], boxes [n,4], labels and scores [n], maps [n,h,w], best first; true_boxes [T,4],
-    true_labels [T]; names: label -> class. Solid boxes are predictions, dashed ones ground truth.
+    Maps are those of one decoder layer, mean over heads; solid boxes are predictions, dashed ones ground truth.
+    names: label -> class.
     """
-    shown = min(max_queries, len(boxes))
-    drawn, panels = _grid(1, max_queries + 1, image)
+    shown = min(max_queries, len(example.boxes))
+    maps = example.maps(layer=layer).mean(0, dtype=np.float32)  # [n,h,w]
+    drawn, panels = _grid(1, max_queries + 1, example.image)
     first, *rest = panels[0]
-    first.imshow(image)
-    first.axis("off")
-    first.set_title(f"{len(true_boxes)} object{'s' * (len(true_boxes) != 1)}", loc="left")
-    for box in true_boxes:
+    count = len(example.true_boxes)
+    draw_image(first, example.image, f"{count} object{'s' * (count != 1)}")
+    for box in example.true_boxes:
         draw_box(first, box, "black", dashed=True)
-    for number, axes in enumerate(rest):
-        if number >= shown:
-            axes.set_visible(False)
-            continue
-        colour = PALETTE[number % len(PALETTE)]
-        draw_box(first, boxes[number], colour)
-        draw_map(axes, image, maps[number], extent)
-        draw_box(axes, boxes[number], colour)
-        name = names.get(int(labels[number]), str(labels[number]))
-        axes.set_title(f"{name} {scores[number]:.2f}", loc="left", color=colour)
+    for query, axes in enumerate(rest[:shown]):
+        colour = PALETTE[query % len(PALETTE)]
+        draw_box(first, example.boxes[query], colour)
+        draw_map(axes, example.image, maps[query], example.extent)
+        draw_box(axes, example.boxes[query], colour)
+        axes.set_title(_found(example, query, names), loc="left", color=colour)
+    for axes in rest[shown:]:
+        axes.set_visible(False)
     return drawn
 
 
@@ -120,14 +107,13 @@ def compare_runs(
 
     Each panel shows the map (mean over heads) of the query matched to the object, its box and the class it gave.
     """
+    if not examples:
+        raise Nothing("no run has stored examples with attention")
     first = next(iter(examples.values()))
-    sides = first.true_boxes[:, 2:] - first.true_boxes[:, :2]
-    objects = np.argsort(-sides.prod(1))[:max_objects]
+    objects = _largest_objects(first, max_objects)
     drawn, panels = _grid(len(examples), len(objects) + 1, first.image)
     for row, (run, example) in zip(panels, examples.items(), strict=True):
-        row[0].imshow(example.image)
-        row[0].axis("off")
-        row[0].set_title(run, loc="left", fontweight="bold", fontsize=6)  # names of runs are long
+        draw_image(row[0], example.image, run, fontweight="bold", fontsize=6)  # names of runs are long
         for number, (axes, index) in enumerate(zip(row[1:], objects, strict=True)):
             colour = PALETTE[number % len(PALETTE)]
             draw_box(row[0], example.true_boxes[index], colour, dashed=True)
@@ -139,16 +125,13 @@ def _draw_matched(axes: Axes, example: Example, index: int, names: Mapping[int, 
     """The query matched to object number `index`: its map, its box and the dashed box of the object."""
     (queries,) = np.nonzero(example.matched == index)
     if not len(queries):
-        axes.imshow(example.image, alpha=0.3)
-        axes.axis("off")
-        axes.set_title("no query left", loc="left", color=MUTED)
+        draw_image(axes, example.image, "no query left", alpha=0.3, color=MUTED)
         return
     query = queries[0]
     draw_map(axes, example.image, example.maps(layer=layer)[:, query].mean(0, dtype=np.float32), example.extent)
     draw_box(axes, example.true_boxes[index], colour, dashed=True)
     draw_box(axes, example.boxes[query], colour)
-    label = int(example.labels[query])
-    axes.set_title(f"{names.get(label, label)} {example.scores[query]:.2f}", loc="left", color=colour)
+    axes.set_title(_found(example, query, names), loc="left", color=colour)
 
 
 @styled
@@ -159,9 +142,7 @@ def queries_by_layer(example: Example, names: Mapping[int, str], max_queries: in
     maps = [example.maps(layer=layer).mean(0, dtype=np.float32) for layer in range(layers)]
     for query, (first, *rest) in enumerate(panels):
         colour = PALETTE[query % len(PALETTE)]
-        first.imshow(example.image)
-        first.axis("off")
-        first.set_title(_found(example, query, names), loc="left", color=colour)
+        draw_image(first, example.image, _found(example, query, names), color=colour)
         for layer, axes in enumerate(rest):
             draw_map(axes, example.image, maps[layer][query], example.extent)
             axes.set_title(f"layer {layer + 1}" if query == 0 else "", loc="left")
@@ -171,25 +152,30 @@ def queries_by_layer(example: Example, names: Mapping[int, str], max_queries: in
 
 
 @styled
-def chosen_classes(rows: Sequence[ByClass], names: Mapping[int, str], layer: int = -1) -> Figure:
+def chosen_classes(
+    examples: Mapping[str, Sequence[Example]], names: Mapping[int, str], classes: Sequence[str] = (), layer: int = -1
+) -> Figure:
     """A row per class: the image with its best detection, then the map (mean over heads) in every run.
 
-    rows: as of `best_of_class`. Each run's panel has the box and the class of its own query.
+    examples: those stored of every run; names: label -> class; classes: which to show, () for the first three. Each
+    run's panel has the box and the class of its own query. Raises ValueError for a class that does not exist.
     """
+    labels = chosen_labels(classes, names) if classes else list(names)[:3]
+    rows = [row for row in (best_of_class(examples, label) for label in labels) if row is not None]
+    if not rows:
+        raise Nothing(f"no detections of {', '.join(names[label] for label in labels)} are stored")
     runs = list(rows[0].found)
     pictures = [row.found[row.best][0].image for row in rows]
     tallest = max(pictures, key=lambda picture: picture.shape[0] / picture.shape[1])
     drawn, panels = _grid(len(rows), len(runs) + 1, tallest, header=0.15)
     for number, (row, picture, (first, *rest)) in enumerate(zip(rows, pictures, panels, strict=True)):
         example, query = row.found[row.best]
-        first.imshow(picture)
-        first.axis("off")
-        first.set_title(names.get(row.label, str(row.label)), loc="left", fontweight="bold")
+        draw_image(first, picture, names.get(row.label, str(row.label)), fontweight="bold")
         draw_box(first, example.boxes[query], PALETTE[0])
         for axes, run in zip(rest, runs, strict=True):
             example, query = row.found[run]
             if query is None:
-                _draw_nothing(axes, example.image)
+                draw_image(axes, example.image, alpha=0.3)
             else:
                 maps = example.maps(layer=layer)[:, query].mean(0, dtype=np.float32)
                 draw_map(axes, example.image, maps, example.extent)
@@ -200,31 +186,24 @@ def chosen_classes(rows: Sequence[ByClass], names: Mapping[int, str], layer: int
 
 
 def _found(example: Example, query: int, names: Mapping[int, str]) -> str:
+    """The class and score of a query."""
     label = int(example.labels[query])
     return f"{names.get(label, label)} {example.scores[query]:.2f}"
-
-
-def _draw_nothing(axes: Axes, image: np.ndarray) -> None:
-    axes.imshow(image, alpha=0.3)
-    axes.axis("off")
 
 
 @styled
 def cells_grid(example: Example, max_objects: int = 4) -> Figure:
     """Encoder self-attention: where the cell in the middle of an object looks, mean over heads.
 
-    A column per object, largest first, a row per encoder layer; the cell that asks is outlined. For examples of which
-    `cells_ask`.
+    A column per object, largest first, a row per encoder layer; the cell that asks is outlined.
     """
-    sides = example.true_boxes[:, 2:] - example.true_boxes[:, :2]
-    objects = np.argsort(-sides.prod(1))[:max_objects]
-    centres = example.true_boxes[objects].reshape(-1, 2, 2).mean(1)
+    if not cells_ask(example):
+        raise Nothing("maps of encoder_self are not stored, or their queries are not the cells of one level")
+    centres = example.true_boxes[_largest_objects(example, max_objects)].reshape(-1, 2, 2).mean(1)
     cells = [cell_at(example, x, y) for x, y in centres]
     drawn, panels = _grid(example.shape("encoder_self")[0], len(cells) + 1, example.image)
     for layer, (first, *rest) in enumerate(panels):
-        first.imshow(example.image)
-        first.axis("off")
-        first.set_title(f"encoder layer {layer + 1}", loc="left")
+        draw_image(first, example.image, f"encoder layer {layer + 1}")
         weights = example.maps("encoder_self", layer)
         for number, (cell, axes) in enumerate(zip(cells, rest, strict=True)):
             colour = PALETTE[number % len(PALETTE)]
@@ -235,16 +214,17 @@ def cells_grid(example: Example, max_objects: int = 4) -> Figure:
 
 
 @styled
-def layers_grid(image: np.ndarray, maps: np.ndarray, box: np.ndarray, extent: np.ndarray | None = None) -> Figure:
-    """One query through the decoder: maps [L,H,h,w], a row per layer, a column per head, the mean over heads first."""
+def layers_grid(example: Example, query: int = 0) -> Figure:
+    """One query through the decoder: a row per layer, a column per head, the mean over heads first."""
+    maps = example.maps()[:, :, query]  # [L,H,h,w]
     layers, heads = maps.shape[:2]
-    drawn, panels = _grid(layers, heads + 1, image)
+    drawn, panels = _grid(layers, heads + 1, example.image)
     for layer, row in enumerate(panels):
         columns = [("mean", maps[layer].mean(0, dtype=np.float32))]
         columns += [(f"head {head + 1}", maps[layer, head]) for head in range(heads)]
         for axes, (name, weights) in zip(row, columns, strict=True):
-            draw_map(axes, image, weights, extent)
-            draw_box(axes, box, PALETTE[0])
+            draw_map(axes, example.image, weights, example.extent)
+            draw_box(axes, example.boxes[query], PALETTE[0])
             title = f"layer {layer + 1}, {name}" if name == "mean" else name if layer == 0 else ""
             axes.set_title(title, loc="left", fontsize=6)
     return drawn
@@ -257,9 +237,7 @@ def single_map(
     """The image with a query's box, and its map [h,w] beside it with the share of cells that have any weight."""
     drawn, panels = _grid(1, 2, image, width=0.7)
     left, right = panels[0]
-    left.imshow(image)
-    left.axis("off")
-    left.set_title(title, loc="left")
+    draw_image(left, image, title)
     draw_map(right, image, weights, extent)
     right.set_title(f"{np.count_nonzero(weights)} of {weights.size} cells have weight", loc="left")
     for axes in (left, right):

@@ -106,7 +106,7 @@ def chosen_labels(classes: Sequence[str], names: Mapping[int, str]) -> list[int]
 def best_of_class(examples: Mapping[str, Sequence[Example]], label: int) -> ByClass | None:
     """The most confident detection of a class over the images stored in every run; None if no run found any."""
     by_image = {run: {example.image_id: example for example in stored} for run, stored in examples.items()}
-    shared = set.intersection(*(set(stored) for stored in by_image.values()))
+    shared = set.intersection(*(set(stored) for stored in by_image.values())) if by_image else set()
     _, best, image_id, query = max(
         (
             (example.scores[query], run, image_id, query)

@@ -7,17 +7,27 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import norm
 
-from detrlib.figures.attention import CAPTION_HEIGHT, WIDEST_PANEL, draw_box, draw_map
-from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, figure, run_colours, styled
+from detrlib.figures.attention import WIDEST_PANEL, draw_box, draw_image, draw_map
+from detrlib.figures.style import (
+    CAPTION_HEIGHT,
+    MUTED,
+    PALETTE,
+    TEXT_WIDTH,
+    Nothing,
+    figure,
+    panels,
+    run_colours,
+    styled,
+)
 from detrlib.metrics.faithfulness import image_means
 
 TITLES = {"grad_attention": "grad × attention"}
 METHOD_COLOURS = dict(zip(("raw", "rollout", "relevance", "grad_attention"), PALETTE, strict=False))
 METHOD_COLOURS |= {"box": "#000000", "random": MUTED}
+DIRECTIONS = (("deletion", "lower", "deleted"), ("insertion", "higher", "inserted"))
 BAND = norm.ppf(0.975)  # standard errors either side of a mean that hold 95 % of a normal distribution
 
 
@@ -48,9 +58,7 @@ def explanations_grid(
         height_ratios=heights,
     )
     for number, (row, image) in enumerate(zip(panels, images, strict=True)):
-        row[0].imshow(image)
-        row[0].axis("off")
-        row[0].set_title(titles[number], loc="left", fontsize=7)
+        draw_image(row[0], image, titles[number], fontsize=7)
         for axes, (method, own) in zip(row[1:], maps.items(), strict=True):
             draw_map(axes, image, own[number], extents[number])
             if number == 0:
@@ -61,44 +69,44 @@ def explanations_grid(
 
 
 @styled
-def deletion_insertion_curves(frame: pd.DataFrame, by: str = "method", measure: str = "similarity") -> Figure:
+def deletion_insertion_curves(
+    frame: pd.DataFrame, by: str = "method", measure: str = "similarity", method: str | None = None
+) -> Figure:
     """Mean curves of deletion and of insertion, a line for each value of the column `by`, with 95 % bands over images.
 
-    frame: as `measures/faithfulness_curves.parquet` has it, of one run; or, for by="run", those of several runs with
-    a column run, restricted to one method. Shares of pixels are drawn as square roots, as they were taken, so that
-    the first per cent have room. Raises ValueError where a line would be several.
+    frame: as `measures/faithfulness_curves.parquet` has it (columns method, direction, fraction, measure, mean,
+    standard_error), of one run; or, for by="run", those of several runs with a column run, and the method to show.
+    Shares of pixels are drawn as square roots, as they were taken, so that the first per cent have room. Raises
+    ValueError where a line would be several.
     """
-    lines = frame[frame["measure"] == measure]
+    if frame.empty:
+        raise Nothing("no explanations were tested")
+    lines = frame[frame["measure"] == measure].sort_values("fraction")
+    lines = lines if method is None else lines[lines["method"] == method]
     if lines.duplicated([by, "direction", "fraction"]).any():
         raise ValueError(f"several curves for one {by}; choose one run for by='method', one method for by='run'")
     if lines.empty:
         raise ValueError(f"no curves of {measure!r}; there are {', '.join(frame['measure'].unique())}")
-    names = list(lines[by].unique())
+    names = list(frame[by].unique())
     colours = METHOD_COLOURS if by == "method" else run_colours(names)
-    names.sort(key=list(colours).index)
-    drawn, panels = figure(1.0, 0.38, ncols=2, sharey=True)
-    for axes, direction in zip(panels, ("deletion", "insertion"), strict=True):
-        for name in names:
-            _draw_curve(axes, lines[(lines[by] == name) & (lines["direction"] == direction)], name, colours[name])
-        done = "deleted" if direction == "deletion" else "inserted"
+    drawn, grid = panels(2, 2, height=0.38 * TEXT_WIDTH, sharey=True)
+    for axes, (direction, better, done) in zip(grid, DIRECTIONS, strict=True):
+        for name in sorted(names, key=list(colours).index):
+            line = lines[(lines[by] == name) & (lines["direction"] == direction)]
+            style = "dashed" if name in ("box", "random") else "solid"
+            axes.plot(
+                line["fraction"], line["mean"], color=colours[name], label=TITLES.get(name, name), linestyle=style
+            )
+            low, high = (line["mean"] + sign * BAND * line["standard_error"] for sign in (-1, 1))
+            axes.fill_between(line["fraction"], low, high, color=colours[name], alpha=0.15, lw=0)
         axes.set_xscale("function", functions=(np.sqrt, np.square))
         axes.set(xlabel=f"share of the pixels {done}", xlim=(0, 1), ylim=(0, None))
         axes.set_xticks([0, 0.01, 0.05, 0.2, 0.5, 1], ["0", "1 %", "5 %", "20 %", "50 %", "100 %"])
-        axes.set_title(f"{direction}: {'lower' if direction == 'deletion' else 'higher'} is better", loc="left")
+        axes.set_title(f"{direction}: {better} is better", loc="left")
         axes.grid(axis="y")
-    panels[0].set_ylabel({"iou": "IoU"}.get(measure, measure))
-    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", handlelength=1.4)
+    grid[0].set_ylabel({"iou": "IoU"}.get(measure, measure))
+    drawn.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", handlelength=1.4)
     return drawn
-
-
-def _draw_curve(axes: Axes, line: pd.DataFrame, name: str, colour: str) -> None:
-    """One mean curve with its band; without a band where there is one image only."""
-    line = line.sort_values("fraction")
-    style = "dashed" if name in ("box", "random") else "solid"
-    axes.plot(line["fraction"], line["mean"], color=colour, label=TITLES.get(name, name), linestyle=style)
-    spread = BAND * line["standard_error"]
-    low, high = line["mean"] - spread, line["mean"] + spread
-    axes.fill_between(line["fraction"], low, high, where=spread.notna(), color=colour, alpha=0.15, lw=0)
 
 
 def faithfulness_table(
@@ -121,4 +129,5 @@ def faithfulness_table(
             numbers = pd.concat([columns.mean(), columns.sem().add_suffix(" SE")])
             rows.append({"run": run, "method": method, "images": len(own)} | numbers.to_dict())
     numbers = [f"{direction}{kind}" for kind in ("", " gain") for direction in ("deletion", "insertion")]
-    return pd.DataFrame(rows)[["run", "method", "images", *(name + end for name in numbers for end in ("", " SE"))]]
+    columns = ["run", "method", "images", *(name + end for name in numbers for end in ("", " SE"))]
+    return pd.DataFrame(rows, columns=columns)

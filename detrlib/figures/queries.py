@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torchvision.ops import box_iou
 
 from detrlib.figures.attention import draw_box
-from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, figure, styled
+from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, Nothing, figure, styled
 from detrlib.runs.examples import Example
 
 ON_WHITE = PALETTE[:6]  # black is ground truth elsewhere, and yellow is too pale for a line
@@ -77,6 +77,8 @@ def query_matrix(example: Example, names: Mapping[int, str], layer: int = -1, ma
 
     The last column is what goes to all queries not shown, so that rows sum to 100.
     """
+    if "decoder_self" not in example.sites:
+        raise Nothing("maps of decoder_self are not stored")
     shown = slice(min(max_queries, len(example.boxes)))
     weights = example.maps("decoder_self", layer).mean(0, dtype=np.float32)[shown]  # [n,Q]
     columns = example.queries[shown]

@@ -1,51 +1,94 @@
-"""Figures of results. Every function takes a pandas table and returns a Figure.
+"""Figures of results: pandas tables as `detrlib.runs.results` makes them in, a Figure out.
 
 Runs keep their colour across figures (`style.run_colours`).
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
+from scipy.optimize import isotonic_regression
 
-from detrlib.figures.style import MUTED, figure, run_colours, styled
+from detrlib.figures.style import MUTED, PALETTE, Nothing, figure, panels, run_colours, styled
 
 UNDEFINED = -1  # COCO's value for a number that has no ground truth to be computed from
 LABEL_HEIGHT = 0.14  # inches taken by one line of a direct label
 ALPHA_LIMITS = (1.0, 2.0)  # softmax and sparsemax, the ends of the entmax family that heads choose from
+HOLLOW = {"linestyle": (0, (2, 1.5)), "markerfacecolor": "white"}
 
 
 @styled
 def training_curves(frame: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] | None = None) -> Figure:
-    """One panel per metric, one line per run, over epochs.
+    """One panel per metric, one line per run, over epochs: columns run, epoch, metric, value.
 
-    frame: tidy, with columns run, epoch, metric, value; several values of a run and epoch, such as those of several
-    seeds, are drawn as their mean and a band from the lowest to the highest. labels: what to write above a panel
-    instead of the name of the metric. Raises ValueError for a metric that the frame lacks.
+    Several values of a run and epoch, such as those of several seeds, are drawn as their mean and a band from the
+    lowest to the highest. labels: what to write above a panel instead of the name of the metric. Metrics that the
+    frame lacks have no panel; a line below names them.
     """
-    missing = set(metrics) - set(frame["metric"])
-    if missing:
-        raise ValueError(f"no values of {sorted(missing)}; there are {sorted(frame['metric'].unique())}")
+    titles = {metric: (labels or {}).get(metric, metric) for metric in metrics}
+    missing = f"no values of {', '.join(metric for metric in metrics if not (frame['metric'] == metric).any())}"
+    titles = {metric: title for metric, title in titles.items() if (frame["metric"] == metric).any()}
+    if not titles:
+        raise Nothing(f"{missing}; there are {', '.join(frame['metric'].unique()) or 'none at all'}")
+    drawn, grid = panels(len(titles), 3, height=1.8)
+    _lines_of_metrics(grid, titles, frame, "epoch", ("pi", 100))  # from the lowest to the highest
+    _label_lines(grid[:3][-1])
+    for line in (line for axes in grid for line in axes.get_lines() if len(line.get_xdata()) == 1):
+        line.set_marker("o")
+    if len(titles) < len(metrics):
+        drawn.supxlabel(missing, fontsize=7, color=MUTED)
+    return drawn
+
+
+@styled
+def per_layer(frame: pd.DataFrame, metrics: Mapping[str, str]) -> Figure:
+    """One panel per metric ({name in the frame: what to write above it}), one line per run, over decoder layers.
+
+    frame: columns run, metric, layer (from 0), value, and optionally `state`: values of the first state are drawn
+    solid, those of a second one, such as models before training, dashed. Several values of a run and layer (seeds, or
+    images) are drawn as their mean and a band of one standard deviation.
+    """
+    if frame.empty:
+        raise Nothing(f"no values of {', '.join(metrics)}, none of the runs has attention")
+    frame = frame.assign(layer=frame["layer"] + 1).rename(columns={"layer": "decoder layer"})
+    states = list(frame["state"].unique()) if "state" in frame else []
+    drawn, grid = panels(len(metrics), 3, height=2.1, width=min(1.0, 0.25 + 0.35 * len(metrics)))
+    first = frame[frame["state"] == states[0]] if states else frame
+    if len(states) > 1:
+        second = frame[frame["state"] == states[1]]
+        _lines_of_metrics(grid, metrics, second, "decoder layer", "sd", marker="o", **HOLLOW)
+        drawn.supxlabel(f"solid: {states[0]}, dashed: {states[1]}", fontsize=7, color=MUTED)
+    _lines_of_metrics(grid, metrics, first, "decoder layer", "sd", marker="o")
+    _label_lines(grid[:3][-1])
+    return drawn
+
+
+def _lines_of_metrics(
+    grid: Sequence[Axes], titles: Mapping[str, str], frame: pd.DataFrame, x: str, errorbar: str | tuple, **look
+) -> None:
+    """In the panel of each metric a line per run through its means over `x`, and a band where it has several values."""
     colours = run_colours(frame["run"])
-    drawn, panels = _panels(len(metrics), columns=3, panel_height=1.5)
-    for axes, metric in zip(panels, metrics, strict=True):
-        of_metric = frame[frame["metric"] == metric].dropna(subset="value")
-        for run, values in of_metric.groupby("run", sort=False):
-            line = values.groupby("epoch")["value"].agg(["mean", "min", "max"])
-            single = "o" if len(line) == 1 else None
-            axes.plot(line.index, line["mean"], color=colours[run], label=run, marker=single)
-            _band(axes, line.index, line["min"], line["max"], colours[run])
-        axes.set_title((labels or {}).get(metric, metric), loc="left")
+    for axes, (metric, title) in zip(grid, titles.items(), strict=True):
+        rows = frame[frame["metric"] == metric].dropna(subset="value")
+        before = len(axes.get_lines())
+        names = {"x": x, "y": "value", "hue": "run", "hue_order": list(colours), "palette": colours}
+        band = {"errorbar": errorbar, "err_kws": {"alpha": 0.15, "lw": 0}}
+        sns.lineplot(rows, **names, **band, legend=False, ax=axes, markeredgecolor=None, **look)
+        there = [run for run in colours if (rows["run"] == run).any()]
+        for line, run in zip(axes.get_lines()[before:], there, strict=True):
+            line.set_label(run)
+        axes.set(xlabel=x if axes in grid[-3:] else "", ylabel="")
+        axes.set_title(title, loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.grid(axis="y")
-    for axes in _bottom_panels(panels, columns=3):
-        axes.set_xlabel("epoch")
-    _label_lines(panels[:3][-1])
-    return drawn
 
 
 @styled
@@ -54,59 +97,47 @@ def bars(table: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] 
 
     Missing values and COCO's -1 for "undefined" read n/a.
     """
-    columns = min(len(metrics), 4)
     colours = run_colours(table.index)
-    drawn, panels = _panels(len(metrics), columns, panel_height=0.35 + 0.2 * len(table), sharey=True)
-    for axes, metric in zip(panels, metrics, strict=True):
+    drawn, grid = panels(len(metrics), 4, height=0.65 + 0.2 * len(table), sharey=True)
+    for axes, metric in zip(grid, metrics, strict=True):
         values = table[metric].where(table[metric] != UNDEFINED).astype(float)
-        drawn_bars = axes.barh(
-            range(len(table)), values.fillna(0), height=0.7, color=[colours[run] for run in table.index]
-        )
-        axes.bar_label(drawn_bars, [_short(value) for value in values], padding=2, fontsize=7)
+        draw_bars(axes, values, [_short(value) for value in values], [colours[run] for run in table.index])
         axes.set_title((labels or {}).get(metric, metric), loc="left")
-        axes.set_yticks(range(len(table)), table.index)
-        axes.tick_params(axis="y", length=0)
-        axes.tick_params(axis="x", labelbottom=False, length=0)  # the bars carry their values
-        axes.spines["bottom"].set_visible(False)
-        axes.set_xlim(min(0, values.min()) if values.notna().any() else 0, 1.3 * max(values.fillna(0).max(), 1e-9))
-    panels[0].invert_yaxis()  # the first run on top; the axis is shared
     return drawn
 
 
-@styled
-def per_layer(frame: pd.DataFrame, metrics: Mapping[str, str]) -> Figure:
-    """One panel per metric ({name in the frame: what to write above it}), one line per run, over decoder layers.
+def draw_bars(axes: Axes, values: pd.Series, texts: Sequence[str], colours: Sequence[str]) -> None:
+    """A bar for each of `values`, named by their index, the first on top, and its text at its end."""
+    places = range(len(values))
+    lengths = values.fillna(0).astype(float)
+    drawn = axes.barh(places, lengths, height=0.72, color=colours)
+    axes.bar_label(drawn, texts, padding=2, fontsize=7)
+    axes.set_yticks(places, values.index)
+    axes.set_ylim(max(len(values), 1) - 0.5, -0.5)
+    axes.set_xlim(min(0, lengths.min()), 1.3 * max(lengths.max(), 1e-9))
+    axes.tick_params(length=0, labelbottom=False)
+    axes.spines["bottom"].set_visible(False)
 
-    frame: tidy, with columns run, metric, layer (from 0), value, and optionally `state`: values of the first state are
-    drawn solid, those of a second one, such as models before training, dashed. Several values of a run and layer
-    (seeds, or images) are drawn as their mean and a band of one standard deviation. Raises ValueError when there are
-    no values: no run has attention.
-    """
-    if frame.empty:
-        raise ValueError(f"no values of {', '.join(metrics)} to draw: none of the runs has attention")
-    colours = run_colours(frame["run"])
-    states = list(frame["state"].unique()) if "state" in frame else [None]
-    drawn, panels = _panels(len(metrics), columns=3, panel_height=1.8, width=min(1.0, 0.25 + 0.35 * len(metrics)))
-    for axes, (metric, title) in zip(panels, metrics.items(), strict=True):
-        of_metric = frame[frame["metric"] == metric].dropna(subset="value")
-        for state, style in zip(states, ("solid", (0, (2, 1.5))), strict=False):
-            of_state = of_metric if state is None else of_metric[of_metric["state"] == state]
-            for run, values in of_state.groupby("run", sort=False):
-                layers = values.groupby("layer")["value"].agg(["mean", "std"])
-                label = run if style == "solid" else None
-                filled = colours[run] if style == "solid" else "white"
-                line = {"color": colours[run], "linestyle": style, "marker": "o", "markerfacecolor": filled}
-                axes.plot(layers.index + 1, layers["mean"], label=label, **line)
-                spread = layers["std"].fillna(0)
-                _band(axes, layers.index + 1, layers["mean"] - spread, layers["mean"] + spread, colours[run])
-        axes.set_title(title, loc="left")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(axis="y")
-    for axes in _bottom_panels(panels, columns=3):
-        axes.set_xlabel("decoder layer")
-    if len(states) > 1:
-        drawn.supxlabel(f"solid: {states[0]}, dashed: {states[1]}", fontsize=7, color=MUTED)
-    _label_lines(panels[:3][-1])
+
+@styled
+def alpha_family(alphas: np.ndarray, weights: np.ndarray) -> Figure:
+    """The entmax family: weights [n,K] of every key against alpha [n], and the number of keys with weight."""
+    drawn, (left, right) = figure(1.0, 0.4, ncols=2)
+    for key, values in enumerate(np.transpose(weights), 1):
+        colour = PALETTE[(key - 1) % len(PALETTE)]
+        left.plot(alphas, values, color=colour, linewidth=1.8)
+        left.text(alphas[0] - 0.02, values[0], f"key {key}", color=colour, ha="right", va="center", fontsize=7)
+    left.set_title("weights: weak keys reach zero one by one", loc="left")
+    left.yaxis.tick_right()
+    left.spines["left"].set_visible(False)
+    right.step(alphas, (np.asarray(weights) > 0).sum(1), color="black", where="post", linewidth=1.8)
+    right.set_title("keys with weight", loc="left")
+    right.set_ylim(0, np.shape(weights)[1] + 0.5)
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (left, right):
+        axes.grid(True)
+        axes.set_xticks([1, 1.25, 1.5, 1.75, 2], ["1\nsoftmax", "1.25", "1.5\nentmax15", "1.75", "2\nsparsemax"])
+        axes.set_xlabel("alpha")
     return drawn
 
 
@@ -116,64 +147,73 @@ def alpha_heatmap(alphas: Mapping[str, ArrayLike]) -> Figure:
 
     The colour scale is the same for all figures, from 1 (softmax) to 2 (sparsemax).
     """
-    grids = {run: np.asarray(alpha, dtype=float) for run, alpha in alphas.items()}
-    columns = min(len(grids), 2)
-    layers = max(len(grid) for grid in grids.values())
-    width = 1.0 if columns > 1 else 0.65
-    drawn, panels = _panels(len(grids), columns, panel_height=0.5 + 0.24 * layers, width=width)
-    for axes, (run, grid) in zip(panels, grids.items(), strict=True):
-        image = axes.imshow(grid, cmap="cividis", vmin=ALPHA_LIMITS[0], vmax=ALPHA_LIMITS[1], aspect="auto")
-        for (layer, head), value in np.ndenumerate(grid):
-            shade = "black" if image.norm(value) > 0.55 else "white"
-            axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=6)
-        axes.set_title(run, loc="left")
-        axes.set_xticks(range(grid.shape[1]), range(1, grid.shape[1] + 1))
-        axes.set_yticks(range(grid.shape[0]), range(1, grid.shape[0] + 1))
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set(xlabel="head", ylabel="layer")
-    scale = drawn.colorbar(image, ax=panels, ticks=[1, 1.5, 2], shrink=0.9, pad=0.02)
-    scale.ax.set_yticklabels(["1 softmax", "1.5", "2 sparsemax"])
-    scale.outline.set_visible(False)
+    if not alphas:
+        raise Nothing("none of the runs has learnable alphas")
+    drawn, scale = head_maps(alphas, "cividis", ALPHA_LIMITS, ".2f")
+    scale.set_ticks([1, 1.5, 2], labels=["1 softmax", "1.5", "2 sparsemax"])
     return drawn
+
+
+def head_maps(
+    values: Mapping[str, ArrayLike], colours: str, limits: tuple[float, float], text: str
+) -> tuple[Figure, Colorbar]:
+    """A panel per run with a cell per layer (down) and head (across), and the colour scale of all panels."""
+    grids = {run: np.asarray(grid, dtype=float) for run, grid in values.items()}
+    height = 0.65 + 0.25 * max(len(grid) for grid in grids.values())
+    drawn, axes_of = panels(len(grids), 2, height, width=1.0 if len(grids) > 1 else 0.65)
+    for axes, (run, grid) in zip(axes_of, grids.items(), strict=True):
+        numbered = pd.DataFrame(grid).rename(index=lambda i: i + 1, columns=lambda i: i + 1)
+        draw_cells(axes, numbered, colours, limits, text)
+        axes.set_title(run, loc="left")
+        axes.set(xlabel="head", ylabel="layer")
+    scale = drawn.colorbar(axes.collections[0], ax=axes_of, shrink=0.9, pad=0.02)
+    scale.outline.set_visible(False)
+    return drawn, scale
+
+
+def draw_cells(axes: Axes, table: pd.DataFrame, colours: str, limits: tuple[float, float], text: str) -> None:
+    """A coloured cell for each value of a table, the value written in it; missing ones read as a dash."""
+    sns.heatmap(table, cmap=colours, vmin=limits[0], vmax=limits[1], cbar=False, ax=axes)
+    cells = axes.collections[0]
+    for (row, column), value in np.ndenumerate(table):
+        pale = np.isnan(value) or sns.utils.relative_luminance(cells.to_rgba(value)) > 0.22
+        words = "–" if np.isnan(value) else format(value, text)
+        look = {"ha": "center", "va": "center", "fontsize": 7, "color": "black" if pale else "white"}
+        axes.text(column + 0.5, row + 0.5, words, **look)
+    axes.tick_params(length=0, rotation=0)
 
 
 @styled
 def heads_over_training(
     frame: pd.DataFrame, quantity: str = "alpha", limits: tuple[float, float] | None = ALPHA_LIMITS
 ) -> Figure:
-    """A quantity of every head over epochs: columns run, epoch, layer, head (both from 0), value.
+    """A quantity of every head over epochs: columns run, epoch, layer, head (both from 0), value, and perhaps site.
 
-    A row of panels per run, a column per layer, a line per head. limits: of the quantity, None where it has none.
-    Raises ValueError where a column site holds several.
+    A row of panels per run, and per site where there are several, a column per layer, a line per head. limits: of the
+    quantity, None where it has none.
     """
-    if "site" in frame and frame["site"].nunique() > 1:
-        raise ValueError(f"heads of several sites, {', '.join(frame['site'].unique())}; choose one")
-    runs, layers, heads = (list(frame[column].unique()) for column in ("run", "layer", "head"))
-    layers, heads = sorted(layers), sorted(heads)
-    colours = dict(zip(heads, _head_colours(len(heads)), strict=True))
-    drawn, grid = figure(
-        aspect=(0.35 + 1.15 * len(runs)) / 6.5,
-        nrows=len(runs),
-        ncols=len(layers),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-    )
-    for row, run in zip(grid, runs, strict=True):
-        for axes, layer in zip(row, layers, strict=True):
-            values = frame[(frame["run"] == run) & (frame["layer"] == layer)]
-            for head, line in values.groupby("head"):
-                axes.plot(line["epoch"], line["value"], color=colours[head], lw=1, label=f"head {head + 1}")
-            axes.grid(axis="y")
-            axes.xaxis.set_major_locator(MaxNLocator(2, integer=True))
-        row[0].set_ylabel(f"{run}\n{quantity}")
+    if frame.empty:
+        raise Nothing(f"no {quantity} of heads was logged, none of the runs has learnable alphas")
+    several = "site" in frame and frame["site"].nunique() > 1
+    named = frame.assign(row=frame["run"] + "\n" + frame["site"] if several else frame["run"])
+    named = named.assign(head=[f"head {head + 1}" for head in frame["head"]])
+    rows, layers = named["row"].unique(), sorted(named["layer"].unique())
+    heads = [f"head {head + 1}" for head in range(frame["head"].max() + 1)]
+    colours = dict(zip(heads, sns.color_palette("turbo", len(heads)), strict=True))
+    drawn, grid = panels(len(rows) * len(layers), len(layers), height=1.45, sharex=True, sharey=True)
+    for axes, (row, layer) in zip(grid, product(rows, layers), strict=True):
+        lines = named[(named["row"] == row) & (named["layer"] == layer)]
+        sns.lineplot(lines, x="epoch", y="value", hue="head", palette=colours, lw=1, legend=False, ax=axes)
+        axes.set(xlabel="")
+        axes.set_ylabel(f"{row}\n{quantity}" if layer == layers[0] else "", fontsize=7)
+        axes.set_title(f"layer {layer + 1}" if row == rows[0] else "")
+        axes.grid(axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(2, integer=True))
     if limits:
-        grid[0, 0].set(ylim=(limits[0] - 0.04, limits[1] + 0.04), yticks=[limits[0], sum(limits) / 2, limits[1]])
-    for axes, layer in zip(grid[0], layers, strict=True):
-        axes.set_title(f"layer {layer + 1}")
+        grid[0].set(ylim=(limits[0] - 0.04, limits[1] + 0.04), yticks=[limits[0], sum(limits) / 2, limits[1]])
     drawn.supxlabel("epoch", fontsize=8)
-    drawn.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center", handlelength=1.2)
+    handles = [Line2D([], [], color=colour, lw=1) for colour in colours.values()]
+    drawn.legend(handles, colours, loc="outside right center", handlelength=1.2)
     return drawn
 
 
@@ -184,61 +224,22 @@ def _short(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
 
 
-def _panels(
-    count: int, columns: int, panel_height: float, width: float = 1.0, **arguments
-) -> tuple[Figure, list[Axes]]:
-    """`count` axes in rows of `columns`, each `panel_height` inches high; places left over stay empty."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    aspect = rows * (panel_height + 0.3) / (width * 6.5)
-    drawn, grid = figure(width, aspect, nrows=rows, ncols=columns, squeeze=False, **arguments)
-    for axes in grid.flat[count:]:
-        axes.remove()
-    return drawn, list(grid.flat[:count])
-
-
-def _bottom_panels(panels: Sequence[Axes], columns: int) -> Sequence[Axes]:
-    """Panels with nothing below them: the last one of every column."""
-    return panels[-columns:]
-
-
-def _band(axes: Axes, x: pd.Index, low: pd.Series, high: pd.Series, colour: str) -> None:
-    """A pale band where `low` and `high` differ; one that has no height would leave a trace in print."""
-    if (high > low).any():
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-
-
-def _head_colours(count: int) -> list:
-    """Heads have no order and no meaning shared between layers; evenly spaced hues keep any number apart."""
-    from matplotlib import colormaps
-
-    return list(colormaps["turbo"](np.linspace(0.05, 0.95, count)))
-
-
 def _label_lines(axes: Axes) -> None:
-    """Write each line's label to the right of its end, in its colour, moved apart where ends lie close together."""
-    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]  # others have no label
+    """Write each solid line's label beside its end, in its colour, moved apart where ends lie close together."""
+    lines = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)  # labels refer to the limits as they are now
     ends = np.array([(line.get_ydata()[-1] - low) / (high - low) for line in lines])
     height = axes.get_position().height * axes.figure.get_figheight()
-    for line, place in zip(lines, _spread(ends, LABEL_HEIGHT / height), strict=True):
-        axes.text(
-            1.03, place, line.get_label(), transform=axes.transAxes, va="center", fontsize=7, color=line.get_color()
-        )
+    for line, position in zip(lines, _spread(ends, LABEL_HEIGHT / height), strict=True):
+        look = {"va": "center", "fontsize": 7, "color": line.get_color()}
+        axes.text(1.03, position, line.get_label(), transform=axes.transAxes, **look)
 
 
 def _spread(positions: np.ndarray, gap: float) -> np.ndarray:
     """Positions moved as little as needed to lie at least `gap` apart, in the same order."""
     order = np.argsort(positions, kind="stable")
     steps = gap * np.arange(len(positions))
-    # Pool neighbours whose order would be violated, as in isotonic regression of the positions less the gaps.
-    blocks: list[list[float]] = []
-    for value in positions[order] - steps:
-        blocks.append([value])
-        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    moved = np.concatenate([np.full(len(block), np.mean(block)) for block in blocks]) + steps
-    placed = np.empty_like(moved)
-    placed[order] = moved
-    return placed
+    # Positions less the gaps between them must not fall: the nearest such sequence is their isotonic regression.
+    moved = isotonic_regression(positions[order] - steps).x + steps
+    return moved[np.argsort(order)]

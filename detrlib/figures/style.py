@@ -1,17 +1,24 @@
 """One look for every figure: sizes in text widths, one colour per transform, fonts embedded in the PDF.
 
-Functions that draw carry `@styled`, so that settings apply to their own figures and to nothing else.
+Functions that draw carry `@styled`, so that settings apply to their own figures and to nothing else, and so that a
+function whose data hold nothing of what it draws (`raise Nothing(why)`) returns a figure that says so.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 TEXT_WIDTH = 6.5  # inches, of a printed A4 or letter page
+CAPTION_HEIGHT = 0.25  # inches of a title above an image
 MUTED = "#6b6b6b"  # text and lines that should stay in the background
+NOTHING = "nothing to show"  # label of a figure that only says so
 
 # Okabe and Ito, "Color Universal Design", 2008: distinct for every kind of colour vision. Ordered by contrast on white.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
@@ -55,10 +62,36 @@ STYLE = {
     "lines.markersize": 3.5,
 }
 
-styled = plt.rc_context(STYLE)
+
+class Nothing(ValueError):
+    """There is nothing to draw; the message says why."""
 
 
-@styled
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw with STYLE, and return a figure with the reason where there is nothing to draw."""
+
+    @wraps(draw)
+    def drawn(*arguments, **named) -> Figure:
+        with plt.rc_context(STYLE):
+            try:
+                return draw(*arguments, **named)
+            except Nothing as reason:
+                return _note(f"Nothing to show: {reason}.")
+
+    return drawn
+
+
+def _note(text: str) -> Figure:
+    """A strip with a text in place of a figure; `save` writes none."""
+    text = fill(text, 110)
+    drawn, axes = figure(1.0, 0.04 * (2 + text.count("\n")))
+    drawn.set_label(NOTHING)
+    axes.axis("off")
+    axes.text(0, 0.5, text, color=MUTED, va="center")
+    return drawn
+
+
+@plt.rc_context(STYLE)
 def figure(width: float = 1.0, aspect: float = 0.6, **subplots_arguments):
     """(figure, axes) as of `plt.subplots`, `width` text widths wide and `aspect` times as high as wide.
 
@@ -69,6 +102,35 @@ def figure(width: float = 1.0, aspect: float = 0.6, **subplots_arguments):
     drawn, axes = plt.subplots(figsize=size, **({"layout": "constrained"} | subplots_arguments))
     plt.close(drawn)
     return drawn, axes
+
+
+def panels(
+    count: int, columns: int, height: float, width: float = 1.0, **subplots_arguments
+) -> tuple[Figure, list[Axes]]:
+    """(figure, axes): `count` panels in rows of at most `columns`, each row `height` inches high, titles included.
+
+    Places left over in the last row stay empty.
+    """
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    aspect = rows * height / (width * TEXT_WIDTH)
+    drawn, grid = figure(width, aspect, nrows=rows, ncols=columns, squeeze=False, **subplots_arguments)
+    for axes in grid.flat[count:]:
+        axes.remove()
+    return drawn, list(grid.flat[:count])
+
+
+def image_panels(
+    image: np.ndarray, rows: int, columns: int, widest: float, width: float = 1.0, header: float = 0.0
+) -> tuple[Figure, np.ndarray]:
+    """(figure, axes [rows, columns]): panels in the proportions of `image` [H,W,...], each with room for a title.
+
+    widest: inches of a panel at most, where `width` text widths would allow more; header: inches more above them all.
+    """
+    width = min(width, columns * widest / TEXT_WIDTH)
+    panel = width * TEXT_WIDTH / columns
+    height = rows * (panel * image.shape[0] / image.shape[1] + CAPTION_HEIGHT) + header
+    return figure(width, height / (width * TEXT_WIDTH), nrows=rows, ncols=columns, squeeze=False)
 
 
 def run_colours(runs: Iterable[str]) -> dict[str, str]:
@@ -89,19 +151,20 @@ def run_colours(runs: Iterable[str]) -> dict[str, str]:
     return {run: colours[run] if run in colours else next(next_colour) for run in runs}
 
 
-def save(drawn: Figure, folder: str | Path, name: str, note: str) -> list[Path]:
-    """Write <name>.pdf, <name>.png and <name>.txt to `folder` and return their paths.
+def save(drawn: Figure, name: str, folder: str | Path, note: str) -> Figure:
+    """Write <name>.pdf, <name>.png and <name>.txt to `folder`, none where nothing is shown, and return the figure.
 
     `note` says where the figure comes from (runs, commits, command) and becomes the text file.
     """
+    if drawn.get_label() == NOTHING:
+        return drawn
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{suffix}" for suffix in ("pdf", "png", "txt")]
     with plt.rc_context(STYLE):
-        drawn.savefig(paths[0], metadata={"CreationDate": None})  # the same figure gives the same file
-        drawn.savefig(paths[1])
-    paths[2].write_text(note.rstrip("\n") + "\n")
-    return paths
+        drawn.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})  # the same figure gives the same file
+        drawn.savefig(folder / f"{name}.png")
+    (folder / f"{name}.txt").write_text(note.rstrip("\n") + "\n")
+    return drawn
 
 
 def _transform_in(run: str) -> str | None:

@@ -1,23 +1,22 @@
 """Tables of results as text, for a page (Markdown) and for a thesis (LaTeX)."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
+
+DASH = "–"  # a missing value
 
 
-def markdown_table(
-    table: pd.DataFrame,
-    formats: Mapping[str, str],
-    lower_is_better: Collection[str] = (),
-    unranked: Collection[str] = (),
-) -> str:
+def markdown_table(table: pd.DataFrame, formats: Mapping[str, str], **ranking) -> str:
     """`table` in Markdown, its index first. Arguments and bold values as in `latex_table`."""
-    cells = _cells(table, formats, lower_is_better, unranked, bold="**{}**")
-    rows = [[str(run), *row] for run, row in zip(table.index, cells, strict=True)]
+    texts, best = _cells(table, formats, **ranking)
+    texts = texts.where(~best, "**" + texts + "**")
     header = [str(table.index.name or ""), *map(str, table.columns)]
     alignment = ["---", *["---:"] * len(table.columns)]
+    rows = [[str(name), *row] for name, row in zip(table.index, texts.to_numpy(), strict=True)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, alignment, *rows]) + "\n"
 
 
@@ -36,64 +35,51 @@ def latex_table(
     the same once rounded share the bold, unless all do. Missing values read as a dash. Names are escaped, `caption`
     is LaTeX. Raises ValueError when an argument names a column that does not exist.
     """
-    cells = _cells(table, formats, lower_is_better, unranked, bold=r"\textbf{{{}}}", escape=_escape_latex)
-    rows = [[_escape_latex(str(run)), *row] for run, row in zip(table.index, cells, strict=True)]
-    header = [_escape_latex(str(name)) for name in (table.index.name or "", *table.columns)]
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{caption}}}",
-        rf"\label{{{label}}}",
-        rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
-        r"\toprule",
-        " & ".join(header) + r" \\",
-        r"\midrule",
-        *(" & ".join(row) + r" \\" for row in rows),
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
+    texts, best = _cells(table, formats, lower_is_better, unranked)
+    named = texts.rename_axis(table.index.name or "").reset_index()
+    styler = named.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
+    bold = np.where(best, "textbf:--rwrap;", "")
+    return styler.apply(lambda _: bold, axis=None, subset=texts.columns).to_latex(
+        column_format="l" + "r" * len(texts.columns),
+        caption=caption,
+        label=label,
+        hrules=True,
+        position_float="centering",
+    )
 
 
-def _cells(table, formats, lower_is_better, unranked, bold, escape=str) -> list[list[str]]:
-    """The formatted values, row by row."""
+def _cells(table, formats, lower_is_better=(), unranked=()) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The values as text, and which of them are the best of their column."""
     unknown = {*formats, *lower_is_better, *unranked} - set(table.columns)
     if unknown:
         raise ValueError(f"no columns {sorted(unknown)} in the table; there are {list(table.columns)}")
-    columns = []
-    for name in table.columns:
-        values = table[name]
-        texts = ["–" if pd.isna(value) else escape(format(value, formats.get(name, ""))) for value in values]
+    texts, best = pd.DataFrame(index=table.index, dtype=str), pd.DataFrame(index=table.index, dtype=bool)
+    for name, values in table.items():
+        texts[name] = [DASH if pd.isna(value) else format(value, formats.get(name, "")) for value in values]
+        best[name] = False
         if pd.api.types.is_numeric_dtype(values) and name not in unranked and values.notna().any():
             position = np.nanargmin(values) if name in lower_is_better else np.nanargmax(values)
-            best = texts[position]
-            if any(text not in (best, "–") for text in texts):
-                texts = [bold.format(text) if text == best else text for text in texts]
-        columns.append(texts)
-    return [list(row) for row in zip(*columns, strict=True)]
+            same = texts[name] == texts[name].iloc[position]
+            best[name] = same & ~(same | (texts[name] == DASH)).all()
+    return texts, best
 
 
-def _escape_latex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
+def save_table(table: pd.DataFrame, name: str, caption: str, folder: str | Path, note: str, **ranking) -> Markdown:
+    """Write <name>.md, <name>.tex (labelled tab:<name>) and <name>.txt to `folder`, and return the table to be shown.
 
-
-def save_table(table: pd.DataFrame, folder: Path, name: str, caption: str, note: str, **ranking) -> None:
-    """Write <name>.md, <name>.tex (labelled tab:<name>) and <name>.txt, the `note` of where it comes from.
-
-    Numbers get three decimals; ranking: `lower_is_better` and `unranked` as of `latex_table`.
+    Numbers get three decimals; note: where the table comes from; ranking: `lower_is_better` and `unranked` as of
+    `latex_table`. Of a table without rows nothing is written.
     """
+    if table.empty:
+        return Markdown(f"*{caption} Nothing to show.*")
     formats = {column: ".3f" for column in table if pd.api.types.is_float_dtype(table[column])}
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(markdown_table(table, formats, **ranking))
+    written = markdown_table(table, formats, **ranking)
+    (folder / f"{name}.md").write_text(written)
     (folder / f"{name}.tex").write_text(latex_table(table, formats, caption, f"tab:{name}", **ranking))
     (folder / f"{name}.txt").write_text(note.rstrip("\n") + "\n")
-
-
-def stacked(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Tables of the same columns below each other; an empty one for none."""
-    return pd.concat(tables) if tables else pd.DataFrame()
+    return Markdown(written)
 
 
 def with_spread(spread: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:
@@ -102,7 +88,7 @@ def with_spread(spread: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:
     spread: as of `metrics.statistics.seed_table`. Groups of one seed have no deviation.
     """
     words = [
-        "–" if pd.isna(mean) else f"{mean:.{decimals}f}" + ("" if pd.isna(std) else f" ± {std:.{decimals}f}")
+        DASH if pd.isna(mean) else f"{mean:.{decimals}f}" + ("" if pd.isna(std) else f" ± {std:.{decimals}f}")
         for mean, std in zip(spread["mean"], spread["std"], strict=True)
     ]
     table = spread.assign(words=words).pivot_table(

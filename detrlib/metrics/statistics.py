@@ -18,6 +18,7 @@ from detrlib.metrics.bootstrap import LEVEL, Curves, _batches, average_precision
 from detrlib.metrics.detection import Matches
 
 MEAN_SAMPLING = {"n_resamples": 10_000, "batch": 500}  # means are cheap
+NO_ROWS = pd.DataFrame(columns=["first", "second", "metric", "difference", "low", "high", "p", "images"], dtype=object)
 
 
 # One run, many samples of images
@@ -150,7 +151,7 @@ def compare_runs(
 
     Returns:
         A row per pair: first, second, metric, difference, low, high, p, images, p_adjusted (Holm) and verdict,
-        "established" or "not established" at 5 %.
+        "established" or "not established" at 5 %; no rows for fewer than two runs.
 
     Raises:
         ValueError: the images or annotations of two runs differ.
@@ -165,7 +166,7 @@ def compare_runs(
         samples = (drawn[a], drawn[b]) if a in drawn and b in drawn else None
         found = compare(runs[a], runs[b], metric, resamples, seed, samples)
         rows.append({"first": a, "second": b, "metric": metric, **found})
-    return with_verdicts(pd.DataFrame(rows))
+    return with_verdicts(pd.DataFrame(rows) if rows else NO_ROWS)
 
 
 def with_verdicts(comparisons: pd.DataFrame) -> pd.DataFrame:
@@ -217,7 +218,7 @@ def compare_groups(
             {"first": a, "second": b, "metric": metric, **_compare_seeds(numbers[a], numbers[b])}
             for a, b in pairs or combinations(groups, 2)
         ]
-        found.append(with_verdicts(pd.DataFrame(rows)))
+        found.append(with_verdicts(pd.DataFrame(rows) if rows else NO_ROWS))
     return pd.concat(found, ignore_index=True)
 
 

@@ -252,8 +252,10 @@ def same_image(examples: dict[str, list[Example]], number: int | None = None) ->
     """One image in every run: example `number` of the first run, or None for the one with most annotated objects.
 
     Runs without examples, whose models have no attention, are left out. Raises RunError naming the runs that did not
-    store that image, or when no run is left.
+    store that image, or when no run is left of those given.
     """
+    if not examples:
+        return {}
     examples = {run: stored for run, stored in examples.items() if stored}
     if not examples:
         raise RunError("no run has examples with attention maps; name one whose model has attention")

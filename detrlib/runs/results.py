@@ -182,15 +182,20 @@ def located_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
     return measures(run_dirs, "located")
 
 
-def objects_frame(run_dir: Path) -> pd.DataFrame:
-    """The objects that a run was evaluated on: columns image_id, category, area (of the box), crowd (never).
-
-    Objects of an image beyond the number of queries are matched to none, and missing.
+def objects_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """The objects that the first of the runs was evaluated on: columns image_id, area (of the box), category, crowd
+    (never). Objects of an image beyond the number of queries are matched to none, and missing; no run, no rows.
     """
-    names = load_results(run_dir)["names"]
-    located = load_table(run_dir, "located")
-    once = located[(located["layer"] == 0) & (located["head"] == -1)]
-    return once[["image_id", "area"]].assign(category=[names[str(label)] for label in once["label"]], crowd=False)
+    for run_dir in having(run_dirs, "located"):
+        names, located = class_names(run_dir), load_table(run_dir, "located")
+        once = located[(located["layer"] == 0) & (located["head"] == -1)]
+        return once[["image_id", "area"]].assign(category=[names[label] for label in once["label"]], crowd=False)
+    return pd.DataFrame(columns=["image_id", "area", "category", "crowd"])
+
+
+def class_names(run_dir: Path) -> dict[int, str]:
+    """The classes of a run by their labels."""
+    return {int(label): name for label, name in load_results(run_dir)["names"].items()}
 
 
 def measures(run_dirs: Iterable[Path], name: str) -> pd.DataFrame:
@@ -219,10 +224,10 @@ def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, che
     """Stored interventions on runs, tidy: as of `intervene_run`, with columns run, trained (the
     transform that the run was trained with at the site) and trained_alpha (mean of learned ones; NaN for tvmax).
 
-    images: only rows measured on so many. Raises RunError where rows of different numbers of images would meet, and
-    for a run without rows of these images and this checkpoint.
+    images: only rows measured on so many. No runs: no rows. Raises RunError where rows of different numbers of images
+    would meet, and for a run without rows of these images and this checkpoint.
     """
-    tables = []
+    tables = [pd.DataFrame(columns=["run", "kind", "site", "layer", "images"])]
     for run_dir, label in run_labels(run_dirs).items():
         table = load_table(run_dir, "interventions", MADE_BY)
         table = table[(table["checkpoint"] == checkpoint) & (table["images"] == (images or table["images"]))]
@@ -232,7 +237,7 @@ def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, che
         trained = {site: _trained(run_dir, site) for site in table["site"].unique()}
         names, alphas = ([trained[site][part] for site in table["site"]] for part in (0, 1))
         tables.append(table.assign(run=label, trained=names, trained_alpha=alphas))
-    frame = pd.concat(tables, ignore_index=True)
+    frame = pd.concat(tables[1:] or tables, ignore_index=True)
     if frame["images"].nunique() > 1:
         raise RunError(f"measured on {sorted(frame['images'].unique().tolist())} images; name one of them as `images`")
     return frame

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from detrlib.figures.style import MUTED, PALETTE, figure, run_colours, styled
 
@@ -118,28 +117,6 @@ def simplex_paths(paths: Mapping[str, np.ndarray], title: str) -> Figure:
     axes.axis("off")
     axes.set_title(title, loc="left")
     axes.legend(loc="upper right", handlelength=2.6)
-    return drawn
-
-
-@styled
-def alpha_family(alphas: np.ndarray, weights: np.ndarray) -> Figure:
-    """Weights [n,K] of every key against alpha [n], and the number of keys with weight."""
-    drawn, (left, right) = figure(1.0, 0.4, ncols=2)
-    for key, values in enumerate(np.transpose(weights), 1):
-        colour = PALETTE[(key - 1) % len(PALETTE)]
-        left.plot(alphas, values, color=colour, linewidth=1.8)
-        left.text(alphas[0] - 0.02, values[0], f"key {key}", color=colour, ha="right", va="center", fontsize=7)
-    left.set_title("weights: weak keys reach zero one by one", loc="left")
-    left.yaxis.tick_right()
-    left.spines["left"].set_visible(False)
-    right.step(alphas, (np.asarray(weights) > 0).sum(1), color="black", where="post", linewidth=1.8)
-    right.set_title("keys with weight", loc="left")
-    right.set_ylim(0, np.shape(weights)[1] + 0.5)
-    right.yaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (left, right):
-        axes.grid(True)
-        axes.set_xticks([1, 1.25, 1.5, 1.75, 2], ["1\nsoftmax", "1.25", "1.5\nentmax15", "1.75", "2\nsparsemax"])
-        axes.set_xlabel("alpha")
     return drawn
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from detrlib.figures.attention import draw_box
+from detrlib.figures.attention import draw_box, draw_image
 from detrlib.figures.style import MUTED, PALETTE, figure, styled
 
 
@@ -102,8 +102,7 @@ def boxes_before_and_after(images: Sequence[np.ndarray], stages: Mapping[str, Se
     drawn, panels = figure(0.7, 0.5 * len(stages), nrows=len(stages), ncols=len(images), squeeze=False)
     for row, (title, found) in zip(panels, stages.items(), strict=True):
         for axes, image, (boxes, captions), wanted in zip(row, images, found, truth, strict=True):
-            axes.imshow(image)
-            axes.axis("off")
+            draw_image(axes, image)
             for box in wanted:
                 draw_box(axes, box, "black", dashed=True)
             for number, (box, caption) in enumerate(zip(boxes, captions, strict=True)):

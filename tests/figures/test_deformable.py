@@ -1,8 +1,8 @@
-"""Figures of deformable attention: every function draws small inputs without a warning and shows what it promises."""
+"""Figures of deformable attention and sparse encoders: every function draws small inputs and shows what it promises."""
 
 import numpy as np
 import pytest
-from drawn import leaves_nothing_behind, texts  # noqa: F401
+from drawn import texts
 from matplotlib.colors import to_hex
 
 from detrlib.figures import deformable, style
@@ -14,36 +14,12 @@ EXTENTS = [np.array([5.0, 7.5]), np.array([2.5, 3.75])]  # the last cells reach 
 SHAPES = [(5, 8), (3, 4)]
 
 
-def test_growth_is_logarithmic_and_names_its_lines():
-    drawn = deformable.growth({"dense": ([1, 2, 4], [0.1, 1.6, 25.6])}, {"two": 2}, ("side", "cost"))
-    (axes,) = drawn.axes
-    assert axes.get_xscale() == axes.get_yscale() == "log"
-    assert {"dense", "two", "side", "cost"} <= set(texts(drawn))
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "4"]
-    assert "0.1" in [tick.get_text() for tick in axes.get_yticklabels()]
-
-
-def test_places_lie_over_the_cells_of_each_level():
-    places = np.full((3, 2, 2, 2), 0.5)
-    places[1] = 0.25
-    drawn = deformable.places_on_levels(places, np.array([0.5, 0.5]), SHAPES)
-    assert {"level 1: 5 x 8 cells", "level 2: 3 x 4 cells", "head 3"} <= set(texts(drawn))
-    second = drawn.axes[1].get_lines()[1]  # of head 2
-    assert (second.get_xdata() == 0.25 * 4).all() and (second.get_ydata() == 0.25 * 3).all()
-
-
-def test_cell_shares_write_what_is_not_zero():
-    shares = np.array([[0.25, 0.0], [0.75, 0.0]])
-    drawn = deformable.cell_shares({"a": shares, "b": 2 * shares}, (0.5, 1.2))
-    assert sorted(texts(drawn)) == [".25", ".50", ".75", "1.50", "a", "b"]
-
-
 def test_sampling_points_are_as_large_as_their_weights():
-    places = np.tile([30.0, 20.0], (2, 2, 3, 1))
+    locations = np.tile([30.0, 20.0], (2, 2, 3, 1))
     weights = np.zeros((2, 2, 3))
     weights[0, 1, 0], weights[1, 0, 2] = 0.8, 0.2
     box = np.array([24.0, 14, 36, 26])
-    views = {title: deformable.View(places, weights, box, box + 1) for title in "abcde"}
+    views = {title: deformable.Sampling(locations, weights, box, box + 1) for title in "abcde"}
     drawn = deformable.sampling_points(IMAGE, views, columns=3)
     assert {"a", "e", "level 1", "level 2"} <= set(texts(drawn))
     assert [axes.get_visible() for axes in drawn.axes] == [True] * 5 + [False]
@@ -93,12 +69,3 @@ def test_only_kept_tokens_show_the_image():
     assert {"rho 0.1, level 1", "level 2"} <= set(texts(drawn))
     hidden = drawn.axes[1].images[1].get_alpha()
     assert hidden[0, 3] == 0 and (np.delete(hidden.ravel(), 3) > 0.9).all()
-
-
-def test_costs_are_stacked_and_times_are_lines():
-    parts = {"backbone": [2.0, 2.0], "encoder": [1.0, 2.0]}
-    drawn = deformable.cost_against_ratio(parts, {"encoder": ([0.5, 1], [3, 6])}, {"encoder": 5})
-    left, right = drawn.axes
-    assert [bar.get_y() for bar in left.patches] == [0, 0, 2, 2]
-    assert {"0.5", "dense", "backbone", "milliseconds", "dense, without scores"} <= set(texts(drawn))
-    assert right.get_lines()[1].get_ydata() == [5]

@@ -7,13 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from drawn import leaves_nothing_behind, texts  # noqa: F401
-from matplotlib.colors import to_hex
 from torch import nn
 from torchvision.ops import box_iou
 
 from detrlib.boxes import cxcywh_to_xyxy
-from detrlib.figures import explanations
 from detrlib.metrics.faithfulness import (
     Curves,
     best_match,
@@ -285,59 +282,3 @@ def test_image_means_count_an_image_once():
     found = image_means(areas()[lambda frame: frame["method"] == "raw"])
     assert found["deletion"].tolist() == pytest.approx([0.2, 0.2, 0.1])
     assert found["insertion"].tolist() == pytest.approx([0.8, 0.8, 0.9])
-
-
-# Figures
-
-
-def test_the_table_compares_methods_on_the_same_images():
-    table = explanations.faithfulness_table({"a": areas(), "b": areas(0.1)}).set_index(["run", "method"])
-    raw = table.loc[("a", "raw")]
-    assert raw["images"] == 3
-    assert (raw["deletion"], raw["deletion SE"]) == pytest.approx((0.5 / 3, 0.1 / 3))
-    assert (raw["deletion gain"], raw["deletion gain SE"]) == pytest.approx((0.5 / 3, 0.1 / 3))
-    assert raw["insertion gain"] == pytest.approx(0.5 / 3)
-    assert table.loc[("b", "raw"), "deletion"] == pytest.approx(0.8 / 3)
-    assert (table.loc[("b", "box"), ["deletion gain", "insertion gain SE"]] == 0).all()
-    with pytest.raises(ValueError, match="a was not measured with 'random'; there are raw, box"):
-        explanations.faithfulness_table({"a": areas()}, reference="random")
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("images", [1, 6])
-def test_curves_are_drawn_by_method_with_bands(images):
-    values = torch.rand(images, 2, 3, 5, 3, generator=torch.Generator().manual_seed(0))
-    frame = mean_curves(values, ["raw", "box", "random"], torch.linspace(0, 1, 5) ** 2)
-    drawn = explanations.deletion_insertion_curves(frame, measure="iou")
-    assert {"raw", "box", "random", "IoU"} <= set(texts(drawn))
-    for number, axes in enumerate(drawn.axes):
-        lines = {line.get_label(): line for line in axes.get_lines()}
-        np.testing.assert_allclose(lines["box"].get_ydata(), values[:, number, 1, :, 1].mean(0), rtol=1e-5)
-        assert to_hex(lines["box"].get_color()) == "#000000"
-        if images > 1:
-            band = axes.collections[list(lines).index("box")].get_paths()[0].vertices[:, 1]
-            own = values[:, number, 1, :, 1]
-            assert band.max() == pytest.approx((own.mean(0) + 1.96 * own.std(0) / 6**0.5).max().item(), abs=1e-4)
-
-
-@pytest.mark.filterwarnings("error")
-def test_curves_are_drawn_by_run():
-    values = torch.rand(3, 2, 1, 5, 3, generator=torch.Generator().manual_seed(0))
-    frame = mean_curves(values, ["raw"], torch.linspace(0, 1, 5) ** 2)
-    both = pd.concat([frame.assign(run="softmax-1"), frame.assign(run="sparsemax-1")])
-    assert {"softmax-1", "sparsemax-1"} <= set(texts(explanations.deletion_insertion_curves(both, by="run")))
-    with pytest.raises(ValueError, match="several curves for one method"):
-        explanations.deletion_insertion_curves(both)
-    with pytest.raises(ValueError, match="no curves of 'AP'; there are"):
-        explanations.deletion_insertion_curves(frame, measure="AP")
-
-
-@pytest.mark.filterwarnings("error")
-def test_the_grid_has_a_row_per_detection_and_a_column_per_method():
-    images = [np.zeros((32, 48, 3), np.uint8), np.zeros((40, 40, 3), np.uint8)]
-    maps = {"raw": [np.eye(4), np.eye(5)], "grad_attention": [np.ones((4, 6)), np.zeros((5, 5))]}
-    boxes = np.array([[2.0, 3, 20, 30], [5, 5, 9, 9]])
-    drawn = explanations.explanations_grid(images, boxes, ["star 0.90", "ring 0.50"], maps)
-    assert len(drawn.axes) == 6
-    assert {"raw", "grad × attention", "star 0.90", "ring 0.50"} <= set(texts(drawn))
-    assert all(len(axes.patches) == 2 for axes in drawn.axes)  # a box and its rim

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from drawn import leaves_nothing_behind, texts  # noqa: F401
-from matplotlib.colors import to_hex
 from scipy import stats
 from test_detection import CASES, PUBLISHED, random_detection_task
 from tiny import tiny_config
@@ -16,9 +15,6 @@ from detrlib import runs
 from detrlib.config import save_config
 from detrlib.engine.evaluate import save_results
 from detrlib.errors import RunError
-from detrlib.figures.statistics import differences, spread
-from detrlib.figures.style import PALETTE
-from detrlib.figures.tables import markdown_table
 from detrlib.files import write_json
 from detrlib.metrics import statistics
 from detrlib.metrics.bootstrap import AP_METRICS, Curves, ap_table, average_precision, bootstrap_ap, interval
@@ -30,7 +26,6 @@ from detrlib.metrics.statistics import (
     comparison_table,
     holm,
     seed_table,
-    with_verdicts,
 )
 from detrlib.runs import results as frames
 from detrlib.runs.results import load_matches
@@ -350,13 +345,6 @@ def test_one_good_seed_establishes_a_model_but_no_method():
     assert models["verdict"].tolist() == ["established"] and methods["verdict"].tolist() == ["not established"]
 
 
-def test_the_comparison_in_markdown():
-    table = comparison_table(compare_groups(seeds(a=[0.50, 0.51, 0.49], b=[0.70, 0.71, 0.73]), ["AP"]))
-    header, _, row = markdown_table(table, {}).splitlines()
-    assert header == "| pair | metric | difference | 95 % interval | paired by seed | p (Holm) | verdict |"
-    assert row.startswith("| a − b | AP | −0.213 | −0.245 to −0.182 | ") and row.endswith("| established (3 seeds) |")
-
-
 # --- run folders -----------------------------------------------------------------------------------------------
 
 
@@ -404,32 +392,3 @@ def test_results_frame(tmp_path):
     assert {name: row[name] for name in expected} == expected
     assert row["decoder_cross/gini"] == pytest.approx(0.3) and row["paibb/all"] == 0.5
     assert seed_table(frame, ["AP"])["n"].tolist() == [2]
-
-
-# --- figures ---------------------------------------------------------------------------------------------------
-
-
-def test_differences_are_hollow_where_not_established():
-    table = compare_groups(seeds(a=[0.50, 0.51, 0.49], b=[0.70, 0.71, 0.73], c=[0.6]), ["AP"])
-    drawn = differences(table, {"AP": "average precision"})
-    (axes,) = drawn.axes
-    dots = [line for line in axes.get_lines() if line.get_marker() == "o"]
-    assert [to_hex(dot.get_markerfacecolor()).upper() for dot in dots] == [PALETTE[0], "#FFFFFF", "#FFFFFF"]
-    assert np.allclose([dot.get_xdata()[0] for dot in dots], table["difference"])
-    bars = [line.get_xdata() for line in axes.get_lines() if line.get_marker() == "None"][1:]
-    assert np.allclose(bars, table[["low", "high"]], equal_nan=True)
-    assert {"a − b", "a − c", "b − c", "average precision", "established", "not established"} <= set(texts(drawn))
-    missing = with_verdicts(table.assign(difference=np.nan, p=np.nan))
-    assert " n/a" in texts(differences(missing))
-
-
-def test_spread_has_a_dot_per_seed_and_a_bar_at_the_mean():
-    table = seeds(softmax=[0.5, 0.6, -1], entmax15=[0.55]).assign(gini=0.5)
-    drawn = spread(table, ["AP", "gini"])
-    first = drawn.axes[0]
-    dots = [line.get_xdata().tolist() for line in first.get_lines() if line.get_marker() == "o"]
-    bars = [line.get_xdata()[0] for line in first.get_lines() if line.get_marker() == "None"]
-    assert dots == [[0.5, 0.6], [0.55]] and bars == pytest.approx([0.55, 0.55])
-    assert {"AP", "gini", "softmax", "entmax15"} <= set(texts(drawn))
-    with pytest.raises(ValueError, match=r"no columns \['zeros'\]"):
-        spread(table, ["zeros"])

@@ -6,9 +6,7 @@ import pytest
 from detrlib import runs
 from detrlib.engine.evaluate import split_folder
 from detrlib.errors import RunError
-from detrlib.figures import results, tables
 from detrlib.files import write_json
-from detrlib.metrics import statistics
 from detrlib.runs import results as frames
 
 
@@ -42,9 +40,10 @@ def test_objects_come_once(tmp_path):
     rows = [(7, 3, 64.0, layer, head) for layer in (0, 1) for head in (-1, 0)]
     located = pd.DataFrame(rows, columns=["image_id", "label", "area", "layer", "head"])
     runs.save_tables(tmp_path, {"located": located})
-    assert frames.objects_frame(tmp_path).to_dict("records") == [
+    assert frames.objects_frame([tmp_path / "none", tmp_path]).to_dict("records") == [
         {"image_id": 7, "area": 64.0, "category": "cup", "crowd": False}
     ]
+    assert frames.objects_frame([]).empty
 
 
 def test_published_curves(tmp_path):
@@ -57,30 +56,11 @@ def test_published_curves(tmp_path):
         "metric": ["mAP"] * 2,
         "value": [0.1, 0.2],
     }
-    assert len(results.training_curves(curves, ["mAP"]).axes[0].get_lines()[0].get_xdata()) == 2
     path.write_text("metric,epoch,value\n")
     with pytest.raises(RunError, match=r"curves.csv lacks run; expected columns metric, model"):
         frames.published_curves(path)
     with pytest.raises(RunError, match=r"none.csv is no table of curves"):
         frames.published_curves(tmp_path / "none.csv")
-
-
-def test_spread_over_seeds_in_words(tmp_path):
-    found = pd.DataFrame({"group": ["a", "a", "b"], "seed": [1, 2, 1], "AP": [0.5, 0.7, 0.25]})
-    table = tables.with_spread(statistics.seed_table(found, ["AP"]))
-    assert table.to_dict("index") == {"a": {"AP": "0.600 ± 0.141", "seeds": 2}, "b": {"AP": "0.250", "seeds": 1}}
-    tables.save_table(table, tmp_path / "new", "groups", "Means.", "made here", unranked=["seeds"])
-    assert (tmp_path / "new" / "groups.md").read_text().splitlines()[2] == "| a | 0.600 ± 0.141 | 2 |"
-    assert r"\label{tab:groups}" in (tmp_path / "new" / "groups.tex").read_text()
-    assert (tmp_path / "new" / "groups.txt").read_text() == "made here\n"
-    assert tables.stacked([table, table]).shape == (4, 2) and tables.stacked([]).empty
-
-
-def test_heads_of_several_sites_are_refused():
-    rows = [("a", 0, site, 0, 0, 1.5) for site in ("encoder_self", "decoder_cross")]
-    frame = pd.DataFrame(rows, columns=["run", "epoch", "site", "layer", "head", "value"])
-    with pytest.raises(ValueError, match="heads of several sites, encoder_self, decoder_cross; choose one"):
-        results.heads_over_training(frame)
 
 
 @pytest.mark.parametrize("name", ["maps", "untrained", "..", "a/b"])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from drawn import leaves_nothing_behind, texts  # noqa: F401
+from drawn import texts
 from matplotlib.colors import to_hex
 
 from detrlib.figures import style
@@ -50,12 +50,6 @@ def test_pictures_of_the_simplex():
     assert [axes.images[0].get_array().max() for axes in drawn.axes] == [3, 1]
     drawn = transforms.simplex_paths({"softmax": np.vstack([corner, corner[:, ::-1]])}, "a path")
     assert {"a path", "key 3", "softmax"} <= set(texts(drawn))
-
-
-def test_alpha_family_counts_keys():
-    drawn = transforms.alpha_family([1, 1.5, 2], np.array([[0.5, 0.3, 0.2], [0.6, 0.4, 0], [1, 0, 0]]))
-    assert list(drawn.axes[1].get_lines()[0].get_ydata()) == [3, 2, 1]
-    assert {"key 1", "key 3", "1\nsoftmax"} <= set(texts(drawn))
 
 
 def test_jacobians_share_a_scale_and_write_zeros():

@@ -1,0 +1,53 @@
+"""What a click, a cell or a class means."""
+
+import numpy as np
+import pytest
+
+from detrlib.figures import choices
+
+NAMES = {1: "circle", 2: "square"}
+
+
+def test_a_click_means_the_smallest_box_that_holds_it_or_one_in_reach(make_example):
+    boxes = make_example().boxes
+    assert choices.clicked_query(boxes, 15, 15, 1) == 1
+    assert choices.clicked_query(boxes, 30, 30, 1) == 0
+    assert choices.clicked_query(boxes, 81, 10, 2) == 2
+    assert choices.clicked_query(boxes, 90, 60, 2) is None
+    assert choices.clicked_query(boxes[:0], 1, 1, 5) is None
+
+
+def test_the_same_object_in_another_run_is_that_of_the_match_or_of_the_overlap(make_example):
+    example, other = make_example(), make_example(shift=1)
+    assert [choices.corresponding_query(example, query, other) for query in range(3)] == [1, 2, 0]
+    away = make_example(matched=(-1, -1, -1))
+    away.boxes = away.boxes + 200
+    assert choices.corresponding_query(example, 1, away) is None
+
+
+def test_cells_are_numbered_row_by_row_and_cut_at_the_border(make_example):
+    example = make_example()
+    example.extent = np.array([3.5, 6.0])  # half of the last row of cells lies beyond the image
+    assert choices.cell_at(example, 0, 0) == 0 and choices.cell_at(example, 95, 63) == 23
+    assert choices.cell_at(example, 500, -20) == 5  # outside the image the nearest
+    assert np.allclose(choices.cell_box(example, 7), [15.5, 64 / 3.5 - 0.5, 31.5, 2 * 64 / 3.5 - 0.5])
+    assert choices.cell_box(example, 23)[3] == 63.5
+
+
+def test_cells_ask_only_where_the_encoder_is_stored_and_its_queries_are_cells(make_example):
+    assert not choices.cells_ask(make_example())
+    example = make_example(sites=("encoder_self",))
+    assert choices.cells_ask(example)
+    example.stored["encoder_self"] = example.stored["encoder_self"][:, :, :20]  # tokens were dropped
+    assert not choices.cells_ask(example)
+
+
+def test_classes_are_chosen_by_name_and_by_their_best_detection(stored):
+    assert choices.chosen_labels(["square"], NAMES) == [2]
+    with pytest.raises(ValueError, match="no class 'squares'; did you mean 'square'"):
+        choices.chosen_labels(["squares"], NAMES)
+    runs = {run: list(found.values()) for run, found in stored.items()}
+    best = choices.best_of_class(runs, 2)
+    assert best.best in runs and set(best.found) == set(runs)
+    assert best.found[best.best][0].scores[best.found[best.best][1]] == 0.9
+    assert choices.best_of_class(runs, 5) is None

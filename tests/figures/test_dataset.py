@@ -1,0 +1,81 @@
+"""Figures of a data set: classes, sizes, annotated images and padding."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from drawn import texts
+
+from detrlib.figures import dataset, style
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+IMAGE = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+NAMES = {1: "cat", 2: "dog"}
+BOXES = np.array([[4.0, 6, 30, 40], [20, 10, 60, 44]])
+
+
+def objects(counts, side=40.0):
+    """A frame as of `CocoDataset.frame`: `counts` objects per class and one crowd."""
+    rows = [(1, 0, name, side, side, side**2, False) for name, count in counts.items() for _ in range(count)]
+    rows.append((1, 0, "crowd of cats", 99.0, 99.0, 99.0**2, True))
+    return pd.DataFrame(rows, columns=["image_id", "label", "category", "width", "height", "area", "crowd"])
+
+
+def test_class_histogram_counts_objects_without_crowds():
+    drawn = dataset.class_histogram(objects({"cat": 1, "dog": 3}))
+    (axes,) = drawn.axes
+    assert [bar.get_width() for bar in axes.patches] == [3, 1]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["dog", "cat"]
+    assert {"3  (75.0%)", "1  (25.0%)", "4 objects"} <= set(texts(drawn))
+
+
+def test_class_histogram_sums_up_rare_classes():
+    drawn = dataset.class_histogram(objects({"a": 9, "b": 2, "c": 1}), most=1)
+    assert len(drawn.axes[0].patches) == 1
+    assert "and 2 rarer classes with 3 objects" in texts(drawn)
+
+
+def test_size_distribution_divides_at_cocos_limits():
+    frame = pd.concat([objects({"a": 1}, side) for side in (31.9, 32.0, 95.9, 96.0)])
+    drawn = dataset.size_distribution(frame)
+    (axes,) = drawn.axes
+    assert [line.get_xdata()[0] for line in axes.get_lines()] == [32, 96]
+    assert {"small 25%", "medium 50%", "large 25%"} <= set(texts(drawn))
+    assert sum(bar.get_height() for bar in axes.patches) == 4
+
+
+@pytest.mark.parametrize("draw", [dataset.class_histogram, dataset.size_distribution])
+def test_a_set_without_objects_has_nothing_to_show(draw):
+    assert texts(draw(objects({}))) == ["Nothing to show: there are no objects."]
+
+
+def test_annotated_images_show_boxes_in_the_colour_of_their_class(boxes_in, titles):
+    images = [IMAGE, IMAGE[:20], IMAGE, IMAGE]
+    drawn = dataset.annotated_images(images, [BOXES, BOXES[:1], BOXES[:0], BOXES], [[1, 2], [2], [], [2, 2]], NAMES)
+    assert titles(drawn) == ["48 × 64, 2 objects", "20 × 64, 1 object", "48 × 64, 0 objects", "48 × 64, 2 objects"]
+    cat, dog = style.PALETTE[:2]
+    assert boxes_in(drawn.axes[0], cat) == [tuple(BOXES[0])] and boxes_in(drawn.axes[0], dog) == [tuple(BOXES[1])]
+    assert boxes_in(drawn.axes[2]) == [] and len(boxes_in(drawn.axes[3], dog)) == 2
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["cat", "dog"]
+    alone = dataset.annotated_images([IMAGE], [BOXES[:1]], [[2]], NAMES)
+    assert boxes_in(alone.axes[0], dog) == [tuple(BOXES[0])]  # the same colour without cats
+
+
+def test_annotated_images_write_the_names_of_many_classes_at_the_boxes(titles):
+    many = {label: f"class {label}" for label in range(12)}
+    drawn = dataset.annotated_images([IMAGE], [np.tile(BOXES[0], (12, 1))], [range(12)], many, titles=["photograph"])
+    assert drawn.legends == [] and titles(drawn) == ["photograph"]
+    assert set(many.values()) <= set(texts(drawn))
+
+
+def test_padded_batch_covers_padding_and_nothing_else(boxes_in, titles):
+    mask = np.ones((2, 48, 64), dtype=bool)
+    mask[0, :48, :64] = mask[1, :30, :32] = False
+    drawn = dataset.padded_batch(np.stack([IMAGE, IMAGE]), mask, [BOXES, BOXES[:1]])
+    assert titles(drawn) == ["48 × 64, fills 100%", "30 × 32, fills 31%"]
+    for axes, padding in zip(drawn.axes, mask, strict=True):
+        shown = np.asarray(axes.images[0].get_array())
+        assert (shown[~padding] == IMAGE[~padding]).all()
+        assert set(np.unique(shown[padding])) == (set(dataset.STRIPES) if padding.any() else set())
+    assert [len(boxes_in(axes)) for axes in drawn.axes] == [2, 1]
+    assert "padded to 48 × 64" in texts(drawn)

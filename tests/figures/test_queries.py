@@ -1,0 +1,38 @@
+"""Queries beside objects, and among each other."""
+
+import numpy as np
+import pytest
+from drawn import texts
+
+from detrlib.figures import queries, style
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+NAMES = {1: "circle", 2: "square"}
+
+
+def test_matching_names_objects_and_queries(make_example, boxes_in):
+    example = make_example()
+    drawn = queries.matching(example, NAMES)
+    shown = " ".join(texts(drawn))
+    assert "#1: circle 0.80, 1.00" in shown and "#0: square 0.90" in shown
+    assert boxes_in(drawn.axes[0], style.MUTED) == [tuple(example.boxes[0])]  # confident, and matched to nothing
+    assert len(drawn.axes[1].get_lines()) == 2  # one for each matched pair
+
+
+def test_query_matrix_writes_percent_among_the_queries_shown_and_what_goes_to_others(make_example):
+    example = make_example(sites=("decoder_self",))
+    example.queries = np.array([2, 0, 1])  # their numbers in the model
+    drawn = queries.query_matrix(example, NAMES, layer=0, max_queries=2)
+    weights = 100 * example.maps("decoder_self", 0).mean(0)[:2]  # of the two best, to all three
+    among = weights[:, [2, 0]]
+    assert np.allclose(drawn.axes[0].images[0].get_array(), among, atol=1e-4)
+    written = [f"{value:.0f}" for value in among.ravel()] + [f"{value:.0f}" for value in 100 - among.sum(1)]
+    assert [text.get_text() for text in drawn.axes[0].texts] == written
+    assert {"square #2", "circle #0", "all others"} <= set(texts(drawn))
+
+
+def test_query_matrix_says_that_maps_are_not_stored(make_example):
+    assert texts(queries.query_matrix(make_example(), NAMES)) == [
+        "Nothing to show: maps of decoder_self are not stored."
+    ]

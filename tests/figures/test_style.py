@@ -1,0 +1,70 @@
+"""One look for every figure: colours of transforms, sizes, panels, what is saved, and what is said where nothing is."""
+
+import numpy as np
+import pytest
+from drawn import texts
+
+from detrlib.figures import style
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def test_transforms_and_the_palette_are_distinct():
+    assert len(set(style.COLOURS.values())) == len(style.COLOURS)
+    assert set(style.COLOURS.values()) <= set(style.PALETTE) and len(set(style.PALETTE)) == len(style.PALETTE)
+
+
+@pytest.mark.parametrize("name", style.COLOURS)
+def test_a_transform_keeps_its_colour_whatever_runs_stand_beside_it(name):
+    run = f"shapes_{name}_seed3"
+    for runs in ([run], [run, "baseline"], ["baseline", "other", run], [*(f"x-{n}" for n in style.PALETTE), run]):
+        assert style.run_colours(runs)[run] == style.COLOURS[name]
+
+
+def test_runs_of_one_transform_get_different_colours():
+    colours = style.run_colours(["softmax_a", "softmax_b", "plain"])
+    assert len(set(colours.values())) == 3 and colours["softmax_a"] == style.COLOURS["softmax"]
+    assert colours["plain"] not in style.COLOURS.values()
+    assert len(style.run_colours([f"run{number}" for number in range(20)])) == 20
+
+
+def test_figures_are_as_wide_as_asked_and_styled_for_themselves_only():
+    drawn, _ = style.figure(width=0.5, aspect=2)
+    assert np.allclose(drawn.get_size_inches(), (0.5 * style.TEXT_WIDTH, style.TEXT_WIDTH))
+    assert drawn.dpi == style.STYLE["figure.dpi"]
+
+
+def test_save_writes_pdf_png_and_the_note(tmp_path):
+    drawn, axes = style.figure()
+    axes.set_title("readable text")
+    assert style.save(drawn, "gini", tmp_path / "new", "runs: a, b") is drawn
+    paths = sorted((tmp_path / "new").iterdir())
+    assert [path.name for path in paths] == ["gini.pdf", "gini.png", "gini.txt"]
+    pdf, png, note = (path.read_bytes() for path in paths)
+    assert pdf.startswith(b"%PDF") and b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType, not outlines
+    assert png.startswith(b"\x89PNG") and note == b"runs: a, b\n"
+    style.save(drawn, "gini", tmp_path / "again", "")
+    assert (tmp_path / "again" / "gini.pdf").read_bytes() == pdf
+
+
+def test_panels_stand_in_rows_and_leave_no_empty_one():
+    drawn, panels = style.panels(5, 3, height=1.5, width=0.5)
+    assert len(drawn.axes) == len(panels) == 5
+    assert np.allclose(drawn.get_size_inches(), (0.5 * style.TEXT_WIDTH, 2 * 1.5))
+    assert style.panels(2, 3, height=1.0)[1][1].get_subplotspec().get_geometry()[:2] == (1, 2)
+
+
+def test_panels_of_an_image_have_its_proportions():
+    drawn, panels = style.image_panels(np.zeros((50, 100, 3)), rows=2, columns=2, widest=2.0, header=0.1)
+    assert panels.shape == (2, 2)
+    assert np.allclose(drawn.get_size_inches(), (4.0, 2 * (1.0 + style.CAPTION_HEIGHT) + 0.1))
+
+
+def test_a_figure_of_nothing_says_why_and_is_not_saved(tmp_path):
+    @style.styled
+    def draw():
+        raise style.Nothing("no run has attention")
+
+    drawn = draw()
+    assert texts(drawn) == ["Nothing to show: no run has attention."]
+    assert style.save(drawn, "layers", tmp_path, "note") is drawn and not list(tmp_path.iterdir())

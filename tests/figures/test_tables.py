@@ -1,0 +1,65 @@
+"""Tables in Markdown and LaTeX: numbers to the letter, the best in bold, names escaped."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from detrlib.figures import tables
+
+
+def table():
+    values = {"AP": [0.412, 0.4119, 0.3], "loss": [1.5, np.nan, 0.7], "epochs": [5, 6, 7], "kind": ["x", "y", "z"]}
+    return pd.DataFrame(values, index=pd.Index(["soft_max", "50%", "a & b"], name="run"))
+
+
+ARGUMENTS = {"formats": {"AP": ".2f", "loss": ".1f"}, "lower_is_better": ["loss"], "unranked": ["epochs"]}
+
+
+def test_markdown_table_bolds_the_best():
+    assert tables.markdown_table(table(), **ARGUMENTS).splitlines() == [
+        "| run | AP | loss | epochs | kind |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| soft_max | **0.41** | 1.5 | 5 | x |",
+        "| 50% | **0.41** | – | 6 | y |",
+        "| a & b | 0.30 | **0.7** | 7 | z |",
+    ]
+
+
+def test_latex_table_bolds_the_best_and_escapes_names():
+    lines = tables.latex_table(table(), caption=r"\emph{AP}", label="tab:ap", **ARGUMENTS).splitlines()
+    assert r"\caption{\emph{AP}}" in lines and r"\label{tab:ap}" in lines and r"\begin{tabular}{lrrrr}" in lines
+    start = lines.index(r"\midrule")
+    assert lines[start + 1 : start + 4] == [
+        r"soft\_max & \textbf{0.41} & 1.5 & 5 & x \\",
+        r"50\% & \textbf{0.41} & – & 6 & y \\",
+        r"a \& b & 0.30 & \textbf{0.7} & 7 & z \\",
+    ]
+
+
+def test_tables_without_a_winner_have_no_bold_and_unknown_columns_are_refused():
+    tie = pd.DataFrame({"AP": [0.5, 0.5]}, index=["a", "b"])
+    assert "**" not in tables.markdown_table(tie, {})
+    for wrong in ({"formats": {"ap": ".1f"}}, {"formats": {}, "lower_is_better": ["ap"]}):
+        with pytest.raises(ValueError, match=r"no columns \['ap'\]"):
+            tables.markdown_table(tie, **wrong)
+
+
+def test_saved_tables_have_a_label_and_a_note_and_are_returned(tmp_path):
+    shown = tables.save_table(table(), "main", "All runs.", tmp_path / "new", "made here", lower_is_better=["loss"])
+    assert shown.data == (tmp_path / "new" / "main.md").read_text()
+    assert "| soft_max | **0.412** | 1.500 | 5 | x |" in shown.data
+    latex = (tmp_path / "new" / "main.tex").read_text()
+    assert r"\label{tab:main}" in latex and r"\textbf{0.412}" in latex and r"\caption{All runs.}" in latex
+    assert (tmp_path / "new" / "main.txt").read_text() == "made here\n"
+
+
+def test_a_table_without_rows_says_so_and_is_not_saved(tmp_path):
+    assert "All runs. Nothing to show" in tables.save_table(table()[:0], "main", "All runs.", tmp_path, "").data
+    assert not list(tmp_path.iterdir())
+
+
+def test_spread_over_seeds_in_words():
+    rows = [("a", "AP", 0.6, 0.1414, 2), ("b", "AP", 0.25, np.nan, 1), ("b", "AR", np.nan, np.nan, 0)]
+    words = tables.with_spread(pd.DataFrame(rows, columns=["group", "metric", "mean", "std", "n"]))
+    assert words["AP"].tolist() == ["0.600 ± 0.141", "0.250"] and words["seeds"].tolist() == [2, 1]
+    assert words.loc["b", "AR"] == "–"
