@@ -9,7 +9,7 @@ One row per map, that is per (image_id, site, layer, head, query), with its cell
 Shapes, extents and row groups of the images stand under `detrlib` in the metadata of the file. Only the valid part of a
 grid is stored, no padding. Rows of one image and site lie together, in order, in a row group of their own (of large
 maps: one for each layer), which is all that is read for them. (A parquet filter reads no more either, but looks at the
-statistics of all row groups: 0.8 s and 1.5 GB for the 30,000 of COCO's validation images, against 1 ms.) Any reader of
+statistics of all row groups each time: 0.8 s for the 30,000 of COCO's validation images, against 1 ms.) Any reader of
 parquet can use the files:
 
     SELECT layer, avg(len(weights)) FROM 'maps/*.parquet' GROUP BY layer        -- mean support, of sparse maps
