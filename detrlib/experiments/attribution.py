@@ -61,20 +61,21 @@ def explain(
     sites = True if gradients or "rollout" in methods else ("decoder_cross",)
     with torch.set_grad_enabled(gradients):
         predictions = model(images, padding_mask, need_attention=sites)
-    by_attention = _explained_by_attention(
-        predictions.attention, pad_sequence(list(queries), batch_first=True), methods
-    )
-    if gradients:
-        by_attention |= _explained_by_gradient(predictions, queries, labels)
-    maps = {name: _on_grid(values, predictions.attention, queries) for name, values in by_attention.items()}
+    attention, rows = predictions.attention, pad_sequence(list(queries), batch_first=True)  # filled up with 0
+    by_cell = _explained_by_gradient(predictions, queries, labels) if gradients else {}
+    if "raw" in methods:
+        by_cell["raw"] = _rows(attention.decoder_cross[-1].detach().mean(1), rows)
+    if "rollout" in methods:
+        by_cell["rollout"] = _rows(rollout(mean_over_heads(attention)), rows)
+    maps = {name: _on_grid(values, attention, queries) for name, values in by_cell.items()}
     if "box" in methods:
         boxes = [own[q] for own, q in zip(predictions.boxes.detach(), queries, strict=True)]
         size = tuple(images.shape[2:])
         sizes = [size] * len(images) if padding_mask is None else image_sizes(padding_mask)
-        maps["box"] = _box_maps(boxes, sizes, size, predictions.attention.grid)
+        maps["box"] = _box_maps(boxes, sizes, size, attention.grid)
     if "random" in methods:
         counts = [len(q) for q in queries]
-        maps["random"] = _random_maps(counts, predictions.attention, seeds or [0] * len(counts), images.device)
+        maps["random"] = _random_maps(counts, attention, seeds or [0] * len(counts), images.device)
     return {name: maps[name] for name in methods}
 
 
@@ -102,16 +103,6 @@ def allowed_methods(model: nn.Module, methods: Iterable[str] | None = None) -> t
 def _rows(maps: Tensor, queries: Tensor) -> Tensor:
     """maps [B,Q,K] of queries [B,n] -> [B,n,K]."""
     return maps.gather(1, queries[:, :, None].expand(-1, -1, maps.shape[-1]))
-
-
-def _explained_by_attention(attention: AttentionMaps, rows: Tensor, methods: Sequence[str]) -> dict[str, Tensor]:
-    """Maps [B,most n,K] of the methods that need nothing but attention; rows [B,most n] are filled up with 0."""
-    maps = {}
-    if "raw" in methods:
-        maps["raw"] = _rows(attention.decoder_cross[-1].detach().mean(1), rows)
-    if "rollout" in methods:
-        maps["rollout"] = _rows(rollout(mean_over_heads(attention)), rows)
-    return maps
 
 
 def _explained_by_gradient(
