@@ -202,10 +202,8 @@ def explained_detections(
 
     Raises:
         RunError: no image from there on has a detection of a score of `EXAMPLE_SCORE`.
-        ModelError: the model has no attention.
     """
     cfg, model = load_config(run_dir / "config.yaml"), load_model(run_dir, checkpoint)
-    allowed_methods(model)
     dataset = build_dataset(cfg.data, "val")
     for index in range(image, len(dataset)):
         batch = collate([dataset[index]])
