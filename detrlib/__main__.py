@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from detrlib.errors import ConfigError, DetrlibError
+from detrlib.errors import ConfigError, DetrlibError, RunError
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 
@@ -115,7 +115,7 @@ def evaluate(
     from detrlib.engine.evaluate import evaluate_run
     from detrlib.experiments.predictions import evaluate_predictions
     from detrlib.experiments.transfer import evaluate_on, scored_classes
-    from detrlib.runs.folder import run_path
+    from detrlib.runs.folder import load_results, run_path
 
     overrides = pairs(settings, "--set", "evaluate.paibb=thesis")
     names = pairs(renamed, "--map", "bike=bicycle")
@@ -123,6 +123,11 @@ def evaluate(
         if not (predictions and data) or on or names or by_id or save_as or overrides or checkpoint != "last":
             raise ConfigError("--predictions needs --data, and takes --split and --images besides, nothing else")
         results = evaluate_predictions(run_path(run), predictions, data, split, images=images)
+    elif made_of := load_results(run_path(run)).get("detector"):
+        raise RunError(
+            f"{run_path(run)} is made of {made_of}: it has no model to evaluate, and its results are complete; "
+            "detections in other data make a run of their own (--predictions, --data)"
+        )
     elif on is None:
         if images or names or by_id or save_as:
             raise ConfigError("--images, --map, --by-id and --as belong to data given as --on")
@@ -277,14 +282,16 @@ def costs(
     from detrlib.experiments.costs import cost_table
     from detrlib.models import build_model
 
+    pixels = listed(size, "--size", int)
+    if len(pixels) != 2 or min(pixels) < 1:
+        raise ConfigError(f"--size {size}: expected height and width in pixels, e.g. 800,1066")
     overrides = {"model.num_classes": 91, "model.backbone.weights": "none"} | pairs(settings, "--set", "model.norm=pre")
     model = build_model(load_config(config, overrides).model)
-    height, width = listed(size, "--size", int)
-    table = cost_table({config.stem: model}, (height, width)).drop(columns="model")
+    table = cost_table({config.stem: model}, tuple(pixels)).drop(columns="model")
     if latency:
         from detrlib.benchmarks.latency import measure_latency
 
-        table["milliseconds"] = table["component"].map(measure_latency(model, (height, width)))
+        table["milliseconds"] = table["component"].map(measure_latency(model, tuple(pixels)))
     typer.echo(table.round(2).to_string(index=False))
 
 

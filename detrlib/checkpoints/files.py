@@ -12,7 +12,7 @@ a file is run. Models in them were trained with features next to padding as they
 import argparse
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from detrlib.attention import AlphaEntmax
 from detrlib.checkpoints.names import PROFILING, State, official_state, own_state
 from detrlib.checkpoints.official import backbone_settings, family_of, settings_of
 from detrlib.config import Config, changed_settings, load_config, parse_value, replace
-from detrlib.errors import WeightsError
-from detrlib.files import load_weights, weight_faults
+from detrlib.errors import RunError, WeightsError
+from detrlib.files import load_weights
 from detrlib.models.build import build_model
 from detrlib.models.deformable import DeformableDETR
 from detrlib.models.pretrained import SCRL
@@ -47,13 +47,9 @@ class OfficialCheckpoint:
 
     path: Path
     state: State  # under official names
-    told: dict[str, Any] = field(default_factory=dict)  # dotted settings that the training script wrote down
-    epoch: int | None = None
-
-    @property
-    def family(self) -> str:
-        """ "detr", "deformable" or "sparse"."""
-        return family_of(self.state)
+    family: str  # detr, deformable, or sparse
+    told: dict[str, Any]  # dotted settings that the training script wrote down
+    epoch: int | None
 
 
 def read_official(path: str | Path) -> OfficialCheckpoint:
@@ -72,7 +68,7 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
         raise WeightsError(f"{path}: {error}") from None
     arguments = content.get("args", content.get("hyperparams", {})) if state is not content else {}
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    return OfficialCheckpoint(path, state, _told(arguments, family), content.get("epoch"))
+    return OfficialCheckpoint(path, state, family, _told(arguments, family), content.get("epoch"))
 
 
 def _read(path: Path) -> dict:
@@ -149,12 +145,12 @@ def fill(checkpoint: OfficialCheckpoint, cfg: Config) -> nn.Module:
     """The model of an official file and the settings it has. Raises WeightsError if they do not fit."""
     with torch.device("meta"):  # random weights would only be overwritten
         model = build_model(cfg.model)
-    state = own_state(checkpoint.state)
-    faults = weight_faults(model.state_dict(), state)
-    if faults:
-        shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
-        raise WeightsError(f"{checkpoint.path}: does not fit a {checkpoint.family} model of its sizes: {shown}")
-    load_weights(model.to_empty(device="cpu"), state, checkpoint.path)
+    try:
+        load_weights(model.to_empty(device="cpu"), own_state(checkpoint.state), checkpoint.path)
+    except RunError as error:
+        raise WeightsError(
+            f"{checkpoint.path}: does not fit a {checkpoint.family} model of its sizes: {error}"
+        ) from None
     return model.eval()
 
 

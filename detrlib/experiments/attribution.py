@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from detrlib.boxes import cxcywh_to_xyxy
 from detrlib.errors import ModelError
@@ -56,26 +55,13 @@ def explain(
     Raises:
         ModelError: the model does not allow a method, or has no gradients where one needs them.
     """
-    methods = allowed_methods(model, methods)
-    gradients = any(method in BY_GRADIENT for method in methods)
-    sites = True if gradients or "rollout" in methods else ("decoder_cross",)
-    with torch.set_grad_enabled(gradients):
-        predictions = model(images, padding_mask, need_attention=sites)
-    by_attention = _explained_by_attention(
-        predictions.attention, pad_sequence(list(queries), batch_first=True), methods
-    )
-    if gradients:
-        by_attention |= _explained_by_gradient(predictions, queries, labels)
-    maps = {name: _on_grid(values, predictions.attention, queries) for name, values in by_attention.items()}
-    if "box" in methods:
-        boxes = [own[q] for own, q in zip(predictions.boxes.detach(), queries, strict=True)]
-        size = tuple(images.shape[2:])
-        sizes = [size] * len(images) if padding_mask is None else image_sizes(padding_mask)
-        maps["box"] = _box_maps(boxes, sizes, size, predictions.attention.grid)
-    if "random" in methods:
-        counts = [len(q) for q in queries]
-        maps["random"] = _random_maps(counts, predictions.attention, seeds or [0] * len(counts), images.device)
-    return {name: maps[name] for name in methods}
+    methods, per_image = allowed_methods(model, methods), []
+    for image, (own_queries, own_labels) in enumerate(zip(queries, labels, strict=True)):
+        alone = slice(image, image + 1)
+        mask = None if padding_mask is None else padding_mask[alone]
+        seed = seeds[image] if seeds else 0
+        per_image.append(_explained(model, images[alone], mask, own_queries, own_labels, methods, seed))
+    return {name: [maps[name] for maps in per_image] for name in methods}
 
 
 def allowed_methods(model: nn.Module, methods: Iterable[str] | None = None) -> tuple[str, ...]:
@@ -99,60 +85,66 @@ def allowed_methods(model: nn.Module, methods: Iterable[str] | None = None) -> t
     return methods
 
 
-def _rows(maps: Tensor, queries: Tensor) -> Tensor:
-    """maps [B,Q,K] of queries [B,n] -> [B,n,K]."""
-    return maps.gather(1, queries[:, :, None].expand(-1, -1, maps.shape[-1]))
-
-
-def _explained_by_attention(attention: AttentionMaps, rows: Tensor, methods: Sequence[str]) -> dict[str, Tensor]:
-    """Maps [B,most n,K] of the methods that need nothing but attention; rows [B,most n] are filled up with 0."""
-    maps = {}
-    if "raw" in methods:
-        maps["raw"] = _rows(attention.decoder_cross[-1].detach().mean(1), rows)
-    if "rollout" in methods:
-        maps["rollout"] = _rows(rollout(mean_over_heads(attention)), rows)
-    return maps
-
-
-def _explained_by_gradient(
-    predictions: Predictions, queries: Sequence[Tensor], labels: Sequence[Tensor]
+def _explained(
+    model: nn.Module,
+    images: Tensor,
+    padding_mask: Tensor | None,
+    queries: Tensor,
+    labels: Tensor,
+    methods: Sequence[str],
+    seed: int,
 ) -> dict[str, Tensor]:
-    """Maps [B,most n,K] of the methods that need gradients; those of images with fewer detections end in zeros."""
-    rows, labels = (pad_sequence(list(own), batch_first=True) for own in (queries, labels))  # [B,most n]
-    shape = *rows.shape, predictions.attention.decoder_cross[-1].shape[-1]
-    maps = {name: predictions.logits.new_zeros(shape) for name in BY_GRADIENT}
-    counts = torch.tensor([len(own) for own in queries], device=rows.device)
-    for number, weighted in enumerate(weighted_by_gradient(predictions, rows, labels, counts)):
-        query = rows[:, number : number + 1]
-        maps["grad_attention"][:, number] = _rows(weighted.decoder_cross[-1], query)[:, 0]
-        maps["relevance"][:, number] = _rows(relevance(weighted), query)[:, 0]
+    """{method: maps [n,h,w]} of the detections in a batch of one image."""
+    gradients = any(method in BY_GRADIENT for method in methods)
+    sites = True if gradients or "rollout" in methods else ("decoder_cross",)
+    with torch.set_grad_enabled(gradients):
+        predictions = model(images, padding_mask, need_attention=sites)
+    attention = predictions.attention
+    by_key = _explained_by_gradient(predictions, queries, labels) if gradients else {}
+    if "raw" in methods:
+        by_key["raw"] = attention.decoder_cross[-1].detach().mean(1)[0, queries]
+    if "rollout" in methods:
+        by_key["rollout"] = rollout(mean_over_heads(attention))[0, queries]
+    maps = {name: _on_grid(values, attention) for name, values in by_key.items()}
+    if "box" in methods:
+        canvas = tuple(images.shape[2:])
+        size = canvas if padding_mask is None else image_sizes(padding_mask)[0]
+        maps["box"] = _box_maps(predictions.boxes[0, queries].detach(), size, canvas, attention.grid)
+    if "random" in methods:
+        maps["random"] = _random_maps(len(queries), attention, seed)
     return maps
 
 
-def _on_grid(values: Tensor, attention: AttentionMaps, queries: Sequence[Tensor]) -> list[Tensor]:
-    """Maps [B,most n,K] as those of each image's n detections, [n,h,w], zero at padding."""
+def _explained_by_gradient(predictions: Predictions, queries: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Maps [n,K] of the methods that need gradients."""
+    keys = predictions.attention.decoder_cross[-1].shape[-1]
+    maps = {name: predictions.logits.new_zeros(len(queries), keys) for name in BY_GRADIENT}
+    count = torch.tensor([len(queries)], device=queries.device)
+    for number, weighted in enumerate(weighted_by_gradient(predictions, queries[None], labels[None], count)):
+        maps["grad_attention"][number] = weighted.decoder_cross[-1][0, queries[number]]
+        maps["relevance"][number] = relevance(weighted)[0, queries[number]]
+    return maps
+
+
+def _on_grid(values: Tensor, attention: AttentionMaps) -> Tensor:
+    """Maps [n,K] over keys as maps [n,h,w] over cells, zero at padding."""
     if attention.key_padding is not None:
-        values = values.masked_fill(attention.key_padding[:, None], 0.0)
+        values = values.masked_fill(attention.key_padding, 0.0)
     if attention.polled is not None:
-        values = attention.polled.on_cells(values[:, None])[:, 0]
-    return [own[: len(q)] for own, q in zip(values.unflatten(-1, attention.grid), queries, strict=True)]
+        values = attention.polled.on_cells(values[None, None])[0, 0]
+    return values.unflatten(-1, attention.grid)
 
 
-def _box_maps(
-    boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]], batch_size: tuple[int, int], grid: tuple[int, int]
-) -> list[Tensor]:
+def _box_maps(boxes: Tensor, size: tuple[int, int], canvas: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """The share of every cell that lies in each box, [n,h,w]; boxes [n,4] cxcywh in 0..1 of the image.
 
-    sizes: (height, width) of every image in pixels; batch_size: of the batch, with padding; grid: its cells.
+    size, canvas: height and width in pixels of the image, and with its padding; grid: cells of the canvas.
     """
-    stride = [pixels / cells for pixels, cells in zip(batch_size, grid, strict=True)]
-    maps = []
-    for own, (height, width) in zip(boxes, sizes, strict=True):
-        x0, y0, x1, y1 = cxcywh_to_xyxy(own).clamp(0, 1).unbind(-1)
-        rows = _covered(y0 * height / stride[0], y1 * height / stride[0], grid[0])
-        columns = _covered(x0 * width / stride[1], x1 * width / stride[1], grid[1])
-        maps.append(rows[:, :, None] * columns[:, None])
-    return maps
+    stride = [pixels / cells for pixels, cells in zip(canvas, grid, strict=True)]
+    x0, y0, x1, y1 = cxcywh_to_xyxy(boxes).clamp(0, 1).unbind(-1)
+    rows = _covered(y0 * size[0] / stride[0], y1 * size[0] / stride[0], grid[0])
+    columns = _covered(x0 * size[1] / stride[1], x1 * size[1] / stride[1], grid[1])
+    return rows[:, :, None] * columns[:, None]
 
 
 def _covered(start: Tensor, end: Tensor, cells: int) -> Tensor:
@@ -161,15 +153,10 @@ def _covered(start: Tensor, end: Tensor, cells: int) -> Tensor:
     return (torch.minimum(end[:, None], left + 1) - torch.maximum(start[:, None], left)).clamp(min=0)
 
 
-def _random_maps(
-    counts: Sequence[int], attention: AttentionMaps, seeds: Sequence[int], device: torch.device
-) -> list[Tensor]:
-    """Even noise [n,h,w] over the cells of each image."""
-    maps = []
-    for image, (count, seed) in enumerate(zip(counts, seeds, strict=True)):
-        rows, columns = attention.valid_grid(image)
-        noise = torch.rand(count, rows, columns, generator=torch.Generator().manual_seed(seed))
-        own = torch.zeros(count, *attention.grid, device=device)
-        own[:, :rows, :columns] = noise.to(own)
-        maps.append(own)
+def _random_maps(count: int, attention: AttentionMaps, seed: int) -> Tensor:
+    """Even noise [n,h,w] over the cells of the image."""
+    rows, columns = attention.valid_grid(0)
+    noise = torch.rand(count, rows, columns, generator=torch.Generator().manual_seed(seed))
+    maps = attention.decoder_cross[-1].new_zeros(count, *attention.grid, dtype=noise.dtype)
+    maps[:, :rows, :columns] = noise.to(maps)
     return maps

@@ -42,9 +42,8 @@ ORDER = ("backbone", "input projection", "scoring", "encoder", "proposals", "dec
 
 def component_of(path: str) -> str:
     """The component of the module or parameter at a dotted path."""
-    return next(
-        (name for prefix, name in COMPONENTS.items() if f"{path}.".startswith((f"{prefix}.", f"{prefix}_"))), REST
-    )
+    holding = (name for prefix, name in COMPONENTS.items() if f"{path}.".startswith((f"{prefix}.", f"{prefix}_")))
+    return next(holding, REST)
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:

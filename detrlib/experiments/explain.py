@@ -14,7 +14,7 @@ Legend: n detections of an image, h x w cells, Q queries, C classes, S steps.
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.config import Config, load_config
-from detrlib.data import Batch, CocoDataset, build_dataset, collate
+from detrlib.data import Batch, build_dataset, collate
 from detrlib.engine.evaluate import load_model
 from detrlib.errors import ModelError, RunError
 from detrlib.experiments.attribution import allowed_methods, explain
@@ -118,20 +118,17 @@ def faithfulness_run(
         batch = collate([dataset[index]]).to(device)
         with torch.no_grad():
             predictions = model(batch.images, batch.padding_mask)
-        queries, labels, areas = detections_to_explain(predictions, batch, cfg, min_score, matched)
-        if len(queries):
+        chosen = detections_to_explain(predictions, batch, cfg, min_score, matched)
+        if len(chosen[0]):
             options = {"steps": steps, "replacement": replacement, "batch_size": batch_size}
-            measured = _tested(model, batch, predictions, queries, labels, methods, unit, **options)
-            detections = _described(predictions, batch, queries, labels, areas, dataset)
-            tables.append(_with_areas(detections, methods, measured))
+            table, measured = _tested(model, batch, predictions, chosen, dataset.names, methods, unit, **options)
+            tables.append(table)
             curves.append(measured)
     if not tables:
-        message = (
-            f"{run_dir}: no detection with a score of {min_score} in {images} images; lower min_score (--min-score)"
-        )
+        nothing = f"{run_dir}: no detection with a score of {min_score} in {images} images"
         if not allow_empty:
-            raise RunError(message)
-        logger.warning("%s", message)
+            raise RunError(f"{nothing}; lower min_score (--min-score)")
+        logger.warning("%s; lower min_score", nothing)
         return pd.DataFrame()
     settings = {"images": images, "methods": methods, "steps": steps, "checkpoint": checkpoint, "unit": unit}
     settings |= {"replacement": replacement, "min_score": min_score, "matched": matched, "device": str(device)}
@@ -142,43 +139,35 @@ def _tested(
     model: nn.Module,
     batch: Batch,
     predictions: Predictions,
-    queries: Tensor,
-    labels: Tensor,
+    chosen: tuple[Tensor, Tensor, Tensor],
+    names: Mapping[int, str],
     methods: Sequence[str],
     unit: Unit,
     **options: Any,
-) -> Curves:
-    """Curves of the explanations of n detections in a batch of one image: first all of one method, then of the next."""
-    seed, boxes, padding = batch.targets[0]["image_id"], predictions.boxes[0, queries], batch.mask()[0]
-    maps = explain(model, batch.images, batch.padding_mask, [queries], [labels], methods, [seed])
-    ranks = torch.cat([pixel_ranks(own, padding, unit, seed) for (own,) in maps.values()])
+) -> tuple[pd.DataFrame, Curves]:
+    """Rows and curves of the explanations of n detections in a batch of one image: first all of one method, then of
+    the next. `chosen` is what `detections_to_explain` returns.
+    """
+    queries, labels, areas = chosen
+    image_id, boxes, padding = batch.targets[0]["image_id"], predictions.boxes[0, queries], batch.mask()[0]
+    maps = explain(model, batch.images, batch.padding_mask, [queries], [labels], methods, [image_id])
+    ranks = torch.cat([pixel_ranks(own, padding, unit, image_id) for (own,) in maps.values()])
     repeated = boxes.repeat(len(methods), 1), labels.repeat(len(methods))
-    return faithfulness_curves(model, batch.images[0], padding, *repeated, ranks, **options)
-
-
-def _described(
-    predictions: Predictions, batch: Batch, queries: Tensor, labels: Tensor, areas: Tensor, dataset: CocoDataset
-) -> pd.DataFrame:
-    """A row per detection, without measures."""
-    return pd.DataFrame(
+    curves = faithfulness_curves(model, batch.images[0], padding, *repeated, ranks, **options)
+    detections = pd.DataFrame(
         {
-            "image_id": batch.targets[0]["image_id"],
+            "image_id": image_id,
             "query": queries.tolist(),
             "label": labels.tolist(),
-            "category": [dataset.names[label] for label in labels.tolist()],
+            "category": [names[label] for label in labels.tolist()],
             "score": predictions.class_scores()[0, queries, labels].tolist(),
             "size": [object_size(area) for area in areas.tolist()],
         }
     )
-
-
-def _with_areas(detections: pd.DataFrame, methods: Sequence[str], curves: Curves) -> pd.DataFrame:
-    """`detections`, n rows, once for each method, with the areas under their curves [methods * n,S+1,3]."""
     frame = pd.concat([detections.assign(method=method) for method in methods], ignore_index=True)
-    for direction, areas in zip(("deletion", "insertion"), curves.areas(), strict=True):
-        for measure, column in zip(MEASURES, areas.unbind(1), strict=True):
-            frame[f"{direction}_{measure}"] = column.tolist()
-    return frame
+    for direction, under in zip(("deletion", "insertion"), curves.areas(), strict=True):
+        frame[[f"{direction}_{measure}" for measure in MEASURES]] = under.tolist()
+    return frame, curves
 
 
 def _save(
@@ -189,9 +178,8 @@ def _save(
     write_atomic(folder / "faithfulness.parquet", frame.to_parquet)
     per_image = [torch.stack([one.deletion, one.insertion]).unflatten(1, (len(methods), -1)) for one in curves]
     means = torch.stack([one.mean(2).cpu() for one in per_image])
-    write_atomic(
-        folder / "faithfulness_curves.parquet", mean_curves(means, methods, curves[0].fractions.cpu()).to_parquet
-    )
+    table = mean_curves(means, methods, curves[0].fractions.cpu())
+    write_atomic(folder / "faithfulness_curves.parquet", table.to_parquet)
     cost = {"detections": len(frame) // len(methods), "passes": sum(one.passes for one in curves)}
     write_json(folder / "faithfulness.json", settings | cost | {"seconds": round(time.perf_counter() - start, 1)})
     return frame
@@ -214,10 +202,8 @@ def explained_detections(
 
     Raises:
         RunError: no image from there on has a detection of a score of `EXAMPLE_SCORE`.
-        ModelError: the model has no attention.
     """
     cfg, model = load_config(run_dir / "config.yaml"), load_model(run_dir, checkpoint)
-    allowed_methods(model)
     dataset = build_dataset(cfg.data, "val")
     for index in range(image, len(dataset)):
         batch = collate([dataset[index]])

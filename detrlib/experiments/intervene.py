@@ -95,9 +95,7 @@ def gradual(site: Site, order: Sequence[tuple[int, int]]) -> list[Intervention]:
     """Heads (layer, head) pruned one after the other in the given order (Sec. 4 there)."""
     found = []
     for count, (layer, head) in enumerate(order, start=1):
-        gone: dict[int, list[int]] = {}
-        for this_layer, this_head in order[:count]:
-            gone.setdefault(this_layer, []).append(this_head)
+        gone = {one: [other for at, other in order[:count] if at == one] for one, _ in order[:count]}
         found.append(Intervention("heads", site, partial(pruned, site=site, heads=gone), str(count), layer, head))
     return found
 
@@ -194,7 +192,8 @@ def intervene_run(
     for experiment in tqdm(experiments, desc="interventions", disable=None):
         with experiment.enter(model):
             results = _measure(model, dataset, cfg, accelerator, experiment.site)
-        rows.append(_key(experiment) | where | results)
+        key = {name: getattr(experiment, name) for name in KEY if name not in where}
+        rows.append(key | where | results)
         # Half a series of pruned heads would take the place of a whole one measured before.
         whole = rows if len(rows) == len(experiments) else [row for row in rows if row["kind"] != "heads"]
         table = _together(earlier, _frame(whole))
@@ -232,10 +231,6 @@ def prune_order(run_dir: Path, site: Site, images: int = ORDER_IMAGES, checkpoin
             results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, sites=(), progress=False)
         losses[one.layer, one.head] = _last_loss(results, criterion)
     return sorted(losses, key=losses.get)
-
-
-def _key(experiment: Intervention) -> dict:
-    return {name: getattr(experiment, name) for name in ("kind", "site", "layer", "head", "value")}
 
 
 def _frame(rows: list[dict]) -> pd.DataFrame:

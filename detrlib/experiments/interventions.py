@@ -31,17 +31,14 @@ PLACES = {  # of attention modules, in encoder or decoder layers
 
 
 class ByHead(Transform):
-    """Heads of one layer with transforms of their own. Heads that no group names have no weights: they are pruned."""
+    """Heads of one layer with a transform each, or None: they have no weights, which prunes them."""
 
-    def __init__(self, groups: Sequence[tuple[Transform, Collection[int]]], padding_adds_one: bool):
+    def __init__(self, by_head: Sequence[Transform | None], padding_adds_one: bool):
         super().__init__()
-        self.transforms = nn.ModuleList(transform for transform, _ in groups)
-        self.heads = [sorted(heads) for _, heads in groups]
+        self.by_head = list(by_head)
+        self.transforms = nn.ModuleList(dict.fromkeys(own for own in by_head if own is not None))
+        self.heads = [[head for head, own in enumerate(by_head) if own is one] for one in self.transforms]
         self.padding_adds_one = padding_adds_one  # of those that may take the place of the pruned ones
-
-    def groups(self) -> list[tuple[Transform, set[int]]]:
-        """Each transform and the heads it serves."""
-        return [(transform, set(heads)) for transform, heads in zip(self.transforms, self.heads, strict=True)]
 
     def forward(self, scores: Tensor, padding: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """As `Transform.forward`; padding is that of the keys, [B,1,1,K]."""
@@ -102,7 +99,7 @@ def swapped(
             raise ModelError("tvmax needs keys that form a grid: use it at encoder_self or decoder_cross")
         if isinstance(new, TVMax) and getattr(model.transformer.encoder, "poll", None) is not None:
             raise ModelError("tvmax needs keys that form a grid: those of a model that polls do not")
-        return _with_heads(module, module.transform, new, heads)
+        return _with_heads(module, [new] * module.num_heads, heads)
 
     with _changed(model, site, change, layers):
         yield model
@@ -134,11 +131,8 @@ def fixed_alpha(
     values = values.expand(shape)
 
     def change(layer: int, module: nn.Module) -> Transform:
-        new = module.transform
-        for value in values[layer].unique().tolist():
-            chosen = set((values[layer] == value).nonzero()[:, 0].tolist()) & _known_heads(module, heads)
-            new = _with_heads(module, new, Softmax() if value == 1 else Entmax(value), chosen)
-        return new
+        by_alpha = {value: Softmax() if value == 1 else Entmax(value) for value in values[layer].unique().tolist()}
+        return _with_heads(module, [by_alpha[value] for value in values[layer].tolist()], heads)
 
     with _changed(model, site, change, layers):
         yield model
@@ -151,7 +145,7 @@ def pruned(model: nn.Module, site: Site, heads: Mapping[int, Collection[int]]) -
     """
 
     def change(layer: int, module: nn.Module) -> Transform:
-        return _with_heads(module, module.transform, None, heads[layer])
+        return _with_heads(module, [None] * module.num_heads, heads[layer])
 
     with _changed(model, site, change, heads):
         yield model
@@ -182,28 +176,19 @@ def _place(module: nn.Module, transform: Transform) -> None:
     module.transform = transform.to(module.out_proj.weight.device).train(module.training)
 
 
-def _with_heads(module: nn.Module, now: Transform, new: Transform | None, heads: Collection[int] | None) -> Transform:
-    """The transform `now` of a module with `new` in its place for `heads` that are not pruned; None prunes them."""
-    everything = set(range(module.num_heads))
-    groups = now.groups() if isinstance(now, ByHead) else [(now, everything)]
-    chosen = _known_heads(module, heads) & {head for _, served in groups for head in served}
-    groups = [(transform, served - chosen) for transform, served in groups]
-    if new is not None:
-        new.padding_adds_one = now.padding_adds_one
-        groups.append((new, chosen))
-    groups = [(transform, served) for transform, served in groups if served]
-    if len(groups) == 1 and groups[0][1] == everything:
-        return groups[0][0]
-    return ByHead(groups, now.padding_adds_one)
-
-
-def _known_heads(module: nn.Module, heads: Collection[int] | None) -> set[int]:
-    """All heads for None. Raises ModelError for those that the module lacks."""
-    everything = set(range(module.num_heads))
-    chosen = everything if heads is None else set(heads)
-    if chosen - everything:
-        raise ModelError(f"heads {sorted(chosen)}: a layer has {module.num_heads}, numbered from 0")
-    return chosen
+def _with_heads(module: nn.Module, new: Sequence[Transform | None], heads: Collection[int] | None) -> Transform:
+    """The transform of a module with that of `new` for each of `heads`; None in it prunes, and pruned ones stay so."""
+    now, count = module.transform, module.num_heads
+    chosen = set(range(count) if heads is None else heads)
+    if chosen - set(range(count)):
+        raise ModelError(f"heads {sorted(chosen)}: a layer has {count}, numbered from 0")
+    by_head = list(now.by_head) if isinstance(now, ByHead) else [now] * count
+    for head in chosen:
+        if by_head[head] is not None:
+            by_head[head] = new[head]
+    for transform in filter(None, new):
+        transform.padding_adds_one = now.padding_adds_one
+    return by_head[0] if by_head[0] and len(set(by_head)) == 1 else ByHead(by_head, now.padding_adds_one)
 
 
 def learned_alphas(model: nn.Module, site: Site) -> Tensor:

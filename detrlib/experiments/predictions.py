@@ -11,9 +11,9 @@ from typing import Any
 
 from detrlib.config import Config, load_config, project_path, replace, save_config
 from detrlib.data import build_dataset
-from detrlib.data.classes import locate
 from detrlib.engine.evaluate import save_results
 from detrlib.errors import DataError, RunError
+from detrlib.experiments.transfer import find_data
 from detrlib.files import write_atomic, write_json
 from detrlib.metrics.detection import coco_ap
 from detrlib.runs.folder import environment
@@ -69,7 +69,7 @@ def _config(data: Path, split: str | None, images: Path | None) -> Config:
         cfg = Config(data=load_config(data).data)
         other = {"data.val_split": split, "data.val_images": None, "data.val_annotations": None} if split else {}
         return replace(cfg, other | ({"data.val_images": str(images)} if images else {}))
-    images, annotations = locate(data, images, split, Config().data.val_split)
+    images, annotations = find_data(data, images, split, Config().data.val_split)
     root = str(data if data != annotations else data.parent)
     return replace(
         Config(), {"data.root": root, "data.val_images": str(images), "data.val_annotations": str(annotations)}

@@ -24,14 +24,9 @@ class Layers(NamedTuple):
     decoder_cross: list[Tensor]  # [B,Q,K]
 
 
-def _by_site(attention: AttentionMaps) -> Layers:
-    """All maps [B,H,...], heads not put together yet."""
-    return Layers(list(attention.encoder_self), list(attention.decoder_self), list(attention.decoder_cross))
-
-
 def mean_over_heads(attention: AttentionMaps) -> Layers:
     """The maps of all sites, cut off from gradients: what `rollout` multiplies."""
-    return Layers(*([weights.detach().mean(1) for weights in layers] for layers in _by_site(attention)))
+    return Layers(*([weights.detach().mean(1) for weights in getattr(attention, site)] for site in Layers._fields))
 
 
 def weighted_by_gradient(predictions: Predictions, rows: Tensor, labels: Tensor, counts: Tensor) -> Iterator[Layers]:
@@ -41,7 +36,7 @@ def weighted_by_gradient(predictions: Predictions, rows: Tensor, labels: Tensor,
     of a sum over images is that of each of them. rows, labels [B,most n]: queries and classes of the detections, of
     which the first counts [B] are meant. Raises ModelError for a model without gradients.
     """
-    by_site = _by_site(predictions.attention)
+    by_site = [getattr(predictions.attention, site) for site in Layers._fields]
     maps = [weights for layers in by_site for weights in layers]
     if not all(weights.requires_grad for weights in maps):
         raise ModelError("explanations by gradient need a model with gradients: call model.requires_grad_()")

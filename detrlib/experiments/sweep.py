@@ -152,10 +152,9 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
         logs = "; ".join(f"{log}: {_last_line(log)}" for log in failed)
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {logs}. Call again to retry them.")
     print("drawing figures and tables", flush=True)
-    names = [_within_project(job.folder) for job in jobs]
-    _execute(folder, "attention_maps", {"run_names": names})
-    figures = {"output": _within_project(folder / "figures")}
-    executed = _execute(folder, "thesis_figures", {"run_names": names} | figures)
+    names = {"run_names": [_within_project(job.folder) for job in jobs]}
+    _execute(folder, "attention_maps", names)
+    executed = _execute(folder, "thesis_figures", names | {"output": _within_project(folder / "figures")})
     shrink_pictures(executed)
     table = folder / "figures" / "main_table.md"
     if table.exists():  # an edited notebook need not write it

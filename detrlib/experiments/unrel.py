@@ -38,7 +38,6 @@ CONVENTION = {
     "thesis": "x = xmin, y = ymin, width = xmax - xmin, height = ymax - ymin, whole numbers, not clipped",
 }
 
-
 T = TypeVar("T")
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 # xmin, ymin, xmax, ymax as in the file: pixels counted from 1, both included.
@@ -219,11 +218,8 @@ class _Writer:
                 ids[one.category, one.box] = self._add_object(one.category, photograph.im_id, box)
 
         def side(name: str, category: str, box: Box | None) -> dict:
-            return {
-                name: category,
-                f"{name}_box": self._box(box, width, height),
-                f"{name}_id": ids.get((category, box)),
-            }
+            known = {f"{name}_box": self._box(box, width, height), f"{name}_id": ids.get((category, box))}
+            return {name: category, **known}
 
         relationships = [
             {"predicate": predicate, **side("subject", one.sub, one.sub_box), **side("object", one.obj, one.obj_box)}
@@ -264,8 +260,5 @@ def summary(out: Path, info: dict) -> str:
         lines.append(f"{title}: {', '.join(f'{name} {count}' for name, count in counts.items()) or 'none'}")
     if calls := info["judgement_calls"]:
         lines.append("judgement calls: " + ", ".join(f"{name} as {partner}" for name, partner in calls.items()))
-    unreadable = ", ".join(info["unreadable"]) or "none"
-    lines.append(
-        f"repeated boxes {info['repeated']}, without area {info['without_area']}, pictures not readable: {unreadable}"
-    )
-    return "\n".join(lines)
+    left_out = f"repeated boxes {info['repeated']}, without area {info['without_area']}"
+    return "\n".join([*lines, f"{left_out}, pictures not readable: {', '.join(info['unreadable']) or 'none'}"])

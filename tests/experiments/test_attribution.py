@@ -6,12 +6,11 @@ Legend: B images, H heads, K keys, Q queries, n detections.
 import numpy as np
 import pytest
 import torch
-from detrlib.models.faster_rcnn import FasterRCNN
 from small import padded_batch, small
 from torch import nn
 
 from detrlib.errors import ModelError
-from detrlib.experiments.attribution import METHODS, allowed_methods, explain
+from detrlib.experiments.attribution import METHODS, explain
 from detrlib.experiments.propagation import Layers, relevance, rollout
 
 TRANSFORMS = ("softmax", "sparsemax", "entmax15", "alpha_entmax", "tvmax")
@@ -195,10 +194,3 @@ def test_unknown_methods_and_frozen_models_are_refused():
     explain(model, *arguments, ["raw", "rollout"])
     with pytest.raises(ModelError, match="requires_grad_"):
         explain(model, *arguments, ["relevance"])
-
-
-def test_a_model_without_attention_is_told_so():
-    with torch.device("meta"):
-        model = FasterRCNN("faster_rcnn", 91)
-    with pytest.raises(ModelError, match="Faster R-CNN"):
-        allowed_methods(model)

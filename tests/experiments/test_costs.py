@@ -21,7 +21,7 @@ class ByHand(nn.Module):
         self.transformer.encoder = MultiheadAttention(12, 3, build_transform("sparsemax", 3))
         self.class_embed = nn.ModuleList([nn.Linear(12, 5)])
 
-    def forward(self, images, padding):
+    def forward(self, images, padding=None):
         tokens = self.input_proj(F.relu(self.backbone(images))).flatten(2).transpose(1, 2)
         assert padding is None
         encoded, _ = self.transformer.encoder(tokens, tokens, tokens)

@@ -149,7 +149,8 @@ def test_a_transform_of_ones_own():
 
 
 def test_transforms_by_head_pass_gradients():
-    transform = ByHead([(build_transform("entmax15", 4), {0, 3}), (AlphaEntmax(4, "normal").double(), {2})], False)
+    shared = build_transform("entmax15", 4)
+    transform = ByHead([shared, None, AlphaEntmax(4, "normal").double(), shared], False)
     scores = torch.randn(2, 4, 2, 5, dtype=torch.float64, requires_grad=True)
     padding = torch.zeros(2, 1, 1, 5, dtype=torch.bool)
     padding[1, ..., 4:] = True

@@ -149,3 +149,8 @@ def test_command_line(run_dir, config, tmp_path):
     for wrong in ([], ["--data", str(config), "--by-id"]):
         refused = CliRunner().invoke(app, [*words, *wrong])
         assert refused.exit_code == 1 and "--predictions" in refused.stderr
+
+
+def test_there_is_no_model_to_evaluate(run_dir):
+    refused = CliRunner().invoke(app, ["evaluate", str(run_dir)])
+    assert refused.exit_code == 1 and "other is made of predictions from found.json" in refused.stderr
