@@ -119,8 +119,8 @@ def compare_runs(
             if not len(matched):
                 draw_image(axes, example.image, "no query left", alpha=0.3, color=MUTED)
                 continue
-            _draw_look(axes, example, matched[0], layer, colour)
             draw_box(axes, example.true_boxes[index], colour, dashed=True)
+            _draw_look(axes, example, matched[0], layer, colour)
             axes.set_title(_found(example, matched[0], names), loc="left", color=colour)
     return drawn
 

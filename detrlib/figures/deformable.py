@@ -85,10 +85,8 @@ def level_maps(
         for number, (axes, values, extent) in enumerate(zip(row, levels, extents, strict=True)):
             draw_map(axes, image, values, extent, top)
             if marked is not None:
-                cells = np.argwhere(marked[number])[:, ::-1] + 0.5
-                axes.plot(
-                    *(cells / extent[::-1] * size - 0.5).T, "o", color="black", markersize=4, markeredgecolor="white"
-                )
+                centres = (np.argwhere(marked[number])[:, ::-1] + 0.5) / extent[::-1] * size - 0.5
+                axes.plot(*centres.T, "o", color="black", markersize=4, markeredgecolor="white")
             axes.set_title(f"{title}, level 1" if number == 0 else f"level {number + 1}", loc="left")
     return drawn
 
