@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from detrlib.figures.choices import best_of_class, cell_at, cell_box, cells_ask, chosen_labels
+from detrlib.figures.choices import best_of_class, cell_at, cell_box, cells_ask, chosen_labels, detection
 from detrlib.figures.style import MUTED, PALETTE, Nothing, image_panels, styled
 from detrlib.runs.examples import Example
 
@@ -91,7 +91,7 @@ def detections_with_attention(
         colour = PALETTE[query % len(PALETTE)]
         draw_box(first, example.boxes[query], colour)
         _draw_look(axes, example, query, layer, colour)
-        axes.set_title(_found(example, query, names), loc="left", color=colour)
+        axes.set_title(detection(example, query, names), loc="left", color=colour)
     for axes in rest[shown:]:
         axes.set_visible(False)
     return drawn
@@ -121,7 +121,7 @@ def compare_runs(
                 continue
             draw_box(axes, example.true_boxes[index], colour, dashed=True)
             _draw_look(axes, example, matched[0], layer, colour)
-            axes.set_title(_found(example, matched[0], names), loc="left", color=colour)
+            axes.set_title(detection(example, matched[0], names), loc="left", color=colour)
     return drawn
 
 
@@ -138,7 +138,7 @@ def queries_by_layer(example: Example, names: Mapping[int, str], max_queries: in
     drawn, panels = image_panels(example.image, min(max_queries, len(example.boxes)), layers + 1, WIDEST_PANEL)
     for query, (first, *rest) in enumerate(panels):
         colour = PALETTE[query % len(PALETTE)]
-        draw_image(first, example.image, _found(example, query, names), color=colour)
+        draw_image(first, example.image, detection(example, query, names), color=colour)
         draw_box(first, example.boxes[query], colour)
         for layer, axes in enumerate(rest):
             _draw_look(axes, example, query, layer, colour)
@@ -172,15 +172,9 @@ def chosen_classes(
                 draw_image(axes, example.image, alpha=0.3)
             else:
                 _draw_look(axes, example, query, layer, PALETTE[0])
-            found = "nothing found" if query is None else _found(example, query, names)
+            found = "nothing found" if query is None else detection(example, query, names)
             axes.set_title(f"{run}\n{found}" if number == 0 else found, loc="left")
     return drawn
-
-
-def _found(example: Example, query: int, names: Mapping[int, str]) -> str:
-    """The class and score of a query."""
-    label = int(example.labels[query])
-    return f"{names.get(label, label)} {example.scores[query]:.2f}"
 
 
 @styled

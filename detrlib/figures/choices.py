@@ -28,6 +28,12 @@ def clicked_query(boxes: np.ndarray, x: float, y: float, reach: float) -> int | 
     return best if distance[best] <= reach else None
 
 
+def detection(example: Example, query: int, names: Mapping[int, str]) -> str:
+    """The class and score of a query in words; names: label -> class."""
+    label = int(example.labels[query])
+    return f"{names.get(label, label)} {example.scores[query]:.2f}"
+
+
 def corresponding_query(example: Example, query: int, other: Example) -> int | None:
     """The query of `other`, the same image in another run, that stands for the same object as `query` of `example`.
 

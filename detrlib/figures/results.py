@@ -33,11 +33,11 @@ def training_curves(frame: pd.DataFrame, metrics: Sequence[str], labels: Mapping
     lowest to the highest. labels: what to write above a panel instead of the name of the metric. Metrics that the
     frame lacks have no panel; a line below names them.
     """
-    titles = {metric: (labels or {}).get(metric, metric) for metric in metrics}
-    missing = f"no values of {', '.join(metric for metric in metrics if not (frame['metric'] == metric).any())}"
-    titles = {metric: title for metric, title in titles.items() if (frame["metric"] == metric).any()}
+    there = list(frame["metric"].unique())
+    titles = {metric: (labels or {}).get(metric, metric) for metric in metrics if metric in there}
+    missing = f"no values of {', '.join(metric for metric in metrics if metric not in there)}"
     if not titles:
-        raise Nothing(f"{missing}; there are {', '.join(frame['metric'].unique()) or 'none at all'}")
+        raise Nothing(f"{missing}; there are {', '.join(there) or 'none at all'}")
     drawn, grid = panels(len(titles), 3, height=1.8)
     _lines_of_metrics(grid, titles, frame, "epoch", errorbar=("pi", 100))  # from the lowest to the highest
     _label_lines(grid[:3][-1])

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from detrlib.figures.attention import draw_box, draw_map
-from detrlib.figures.choices import cell_at, cell_box, cells_ask, clicked_query, corresponding_query
+from detrlib.figures.choices import cell_at, cell_box, cells_ask, clicked_query, corresponding_query, detection
 from detrlib.figures.style import MUTED, PALETTE, STYLE, styled
 from detrlib.runs.examples import Example
 
@@ -137,9 +137,8 @@ def described(
     elif query is None:
         return ["nothing found here", ""]
     else:
-        label = int(example.labels[query])
-        first = f"{names.get(label, label)} {example.scores[query]:.2f}"
-        first += ", matched to an object" if example.matched[query] >= 0 else ", matched to no object"
+        matched = "an object" if example.matched[query] >= 0 else "no object"
+        first = f"{detection(example, query, names)}, matched to {matched}"
     if view.site == "decoder_self":
         amount = f"{100 * (1 - weights.sum()):.0f}% of the weight goes to queries not shown"
     else:
