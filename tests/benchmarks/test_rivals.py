@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from detrlib.attention.entmax import entmax
 from detrlib.attention.tvmax import tvmax
 from detrlib.benchmarks import rivals
 from detrlib.benchmarks.rivals import left_out, others, tvmax_by_map
