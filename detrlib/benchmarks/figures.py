@@ -1,4 +1,4 @@
-"""Tables and figures of what `detrlib.benchmark` measured, from its tidy results."""
+"""Tables and figures of what `detrlib.benchmarks.measure` measured, from its tidy results."""
 
 import operator
 
@@ -7,9 +7,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from detrlib.benchmarks.measure import BOTH, FORWARD
 from detrlib.figures.style import MUTED, figure, run_colours, styled
 
-PASSES = ("forward", "forward + backward")
+PASSES = (FORWARD, BOTH)
 TO_SOFTMAX, TO_LIBRARY = "time / softmax", "entmax library / time"
 MARKERS = {"detrlib": "o", "torch": "d", "entmax": "s", "adasplash": "^"}
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from detrlib.figures.choices import best_of_class, cell_at, cell_box, cells_ask, chosen_labels
+from detrlib.figures.choices import best_of_class, cell_at, cell_box, cells_ask, chosen_labels, detection
 from detrlib.figures.style import MUTED, PALETTE, Nothing, image_panels, styled
 from detrlib.runs.examples import Example
 
@@ -19,33 +19,35 @@ MAP_OPACITY = 0.85  # where a map is highest; a cell without weight leaves the i
 WIDEST_PANEL = 1.7  # inches
 
 
-def draw_map(axes: Axes, image: np.ndarray, weights: np.ndarray, extent: np.ndarray | None = None) -> None:
-    """Lay a map [h,w] over a pale grey version of `image` [H,W,3], its highest weight in the brightest colour.
+def draw_map(
+    axes: Axes, image: np.ndarray, weights: np.ndarray, extent: np.ndarray | None = None, top: float | None = None
+) -> None:
+    """Lay a map [h,w] over a pale grey version of `image` [H,W,3].
+
+    extent: as of `lay_cells`; top: the weight of the brightest colour, None: the highest one of this map.
+    """
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    axes.imshow(0.6 * grey + 0.4 * 255, cmap="gray", vmin=0, vmax=255)
+    weights = np.asarray(weights, dtype=np.float32)
+    share = weights / max(weights.max() if top is None else top, 1e-12)
+    lay_cells(axes, image, share, extent, cmap=MAP_COLOURS, alpha=MAP_OPACITY * np.minimum(1.0, 5 * share))
+
+
+def lay_cells(axes: Axes, image: np.ndarray, values: np.ndarray, extent: np.ndarray | None = None, **look) -> None:
+    """Lay cells [h,w] with values in 0..1 over `image`, which is drawn already.
 
     extent: height and width of the image in cells, where the last cells reach beyond it; None: exactly h and w.
     """
     height, width = image.shape[:2]
-    rows, columns = weights.shape if extent is None else extent
-    grey = image @ np.array([0.299, 0.587, 0.114])
-    axes.imshow(0.6 * grey + 0.4 * 255, cmap="gray", vmin=0, vmax=255)
-    weights = np.asarray(weights, dtype=np.float32)
-    share = weights / max(weights.max(), 1e-12)
-    cell_height, cell_width = height / rows, width / columns
+    rows, columns = values.shape if extent is None else extent
+    right, bottom = values.shape[1] * width / columns - 0.5, values.shape[0] * height / rows - 0.5
     # Cells are drawn as what they are, squares; smoothing would show weight where there is none.
-    axes.imshow(
-        share,
-        cmap=MAP_COLOURS,
-        alpha=MAP_OPACITY * np.minimum(1.0, 5 * share),
-        vmin=0,
-        vmax=1,
-        extent=(-0.5, weights.shape[1] * cell_width - 0.5, weights.shape[0] * cell_height - 0.5, -0.5),
-        interpolation="nearest",
-    )
+    axes.imshow(values, vmin=0, vmax=1, extent=(-0.5, right, bottom, -0.5), interpolation="nearest", **look)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     axes.axis("off")
 
 
-def draw_box(axes: Axes, box: np.ndarray, colour: str, dashed: bool = False) -> None:
+def draw_box(axes: Axes, box: np.ndarray, colour: str, dashed: bool = False, caption: str = "") -> None:
     """One box; dashed ones are ground truth. A white rim keeps it visible on any background."""
     x0, y0, x1, y1 = box
     for edge, line_width in (("white", 2.4), (colour, 1.3)):
@@ -53,6 +55,8 @@ def draw_box(axes: Axes, box: np.ndarray, colour: str, dashed: bool = False) -> 
         axes.add_patch(
             Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=line_width, linestyle=style)
         )
+    if caption:
+        axes.text(x0, y0, caption, fontsize=5, color="white", bbox={"facecolor": colour, "lw": 0, "pad": 0.8})
 
 
 def draw_image(axes: Axes, image: np.ndarray, title: str = "", alpha: float = 1.0, **look) -> None:
@@ -67,10 +71,6 @@ def _largest_objects(example: Example, most: int) -> np.ndarray:
     return np.argsort(-sides.prod(1))[:most]
 
 
-def _grid(rows: int, columns: int, image: np.ndarray, **size) -> tuple[Figure, np.ndarray]:
-    return image_panels(image, rows, columns, WIDEST_PANEL, **size)
-
-
 @styled
 def detections_with_attention(
     example: Example, names: Mapping[int, str], layer: int = -1, max_queries: int = 4
@@ -81,8 +81,7 @@ def detections_with_attention(
     names: label -> class.
     """
     shown = min(max_queries, len(example.boxes))
-    maps = example.maps(layer=layer).mean(0, dtype=np.float32)  # [n,h,w]
-    drawn, panels = _grid(1, max_queries + 1, example.image)
+    drawn, panels = image_panels(example.image, 1, max_queries + 1, WIDEST_PANEL)
     first, *rest = panels[0]
     count = len(example.true_boxes)
     draw_image(first, example.image, f"{count} object{'s' * (count != 1)}")
@@ -91,9 +90,8 @@ def detections_with_attention(
     for query, axes in enumerate(rest[:shown]):
         colour = PALETTE[query % len(PALETTE)]
         draw_box(first, example.boxes[query], colour)
-        draw_map(axes, example.image, maps[query], example.extent)
-        draw_box(axes, example.boxes[query], colour)
-        axes.set_title(_found(example, query, names), loc="left", color=colour)
+        _draw_look(axes, example, query, layer, colour)
+        axes.set_title(detection(example, query, names), loc="left", color=colour)
     for axes in rest[shown:]:
         axes.set_visible(False)
     return drawn
@@ -111,43 +109,40 @@ def compare_runs(
         raise Nothing("no run has stored examples with attention")
     first = next(iter(examples.values()))
     objects = _largest_objects(first, max_objects)
-    drawn, panels = _grid(len(examples), len(objects) + 1, first.image)
+    drawn, panels = image_panels(first.image, len(examples), len(objects) + 1, WIDEST_PANEL)
     for row, (run, example) in zip(panels, examples.items(), strict=True):
         draw_image(row[0], example.image, run, fontweight="bold", fontsize=6)  # names of runs are long
         for number, (axes, index) in enumerate(zip(row[1:], objects, strict=True)):
             colour = PALETTE[number % len(PALETTE)]
             draw_box(row[0], example.true_boxes[index], colour, dashed=True)
-            _draw_matched(axes, example, index, names, layer, colour)
+            matched = np.flatnonzero(example.matched == index)
+            if not len(matched):
+                draw_image(axes, example.image, "no query left", alpha=0.3, color=MUTED)
+                continue
+            draw_box(axes, example.true_boxes[index], colour, dashed=True)
+            _draw_look(axes, example, matched[0], layer, colour)
+            axes.set_title(detection(example, matched[0], names), loc="left", color=colour)
     return drawn
 
 
-def _draw_matched(axes: Axes, example: Example, index: int, names: Mapping[int, str], layer: int, colour: str) -> None:
-    """The query matched to object number `index`: its map, its box and the dashed box of the object."""
-    (queries,) = np.nonzero(example.matched == index)
-    if not len(queries):
-        draw_image(axes, example.image, "no query left", alpha=0.3, color=MUTED)
-        return
-    query = queries[0]
+def _draw_look(axes: Axes, example: Example, query: int, layer: int, colour: str) -> None:
+    """Where a query looks in a decoder layer, mean over heads, and its box."""
     draw_map(axes, example.image, example.maps(layer=layer)[:, query].mean(0, dtype=np.float32), example.extent)
-    draw_box(axes, example.true_boxes[index], colour, dashed=True)
     draw_box(axes, example.boxes[query], colour)
-    axes.set_title(_found(example, query, names), loc="left", color=colour)
 
 
 @styled
 def queries_by_layer(example: Example, names: Mapping[int, str], max_queries: int = 4) -> Figure:
     """A row per detection, best first: its box on the image, then its map (mean over heads) in every decoder layer."""
     layers = example.shape()[0]
-    drawn, panels = _grid(min(max_queries, len(example.boxes)), layers + 1, example.image)
-    maps = [example.maps(layer=layer).mean(0, dtype=np.float32) for layer in range(layers)]
+    drawn, panels = image_panels(example.image, min(max_queries, len(example.boxes)), layers + 1, WIDEST_PANEL)
     for query, (first, *rest) in enumerate(panels):
         colour = PALETTE[query % len(PALETTE)]
-        draw_image(first, example.image, _found(example, query, names), color=colour)
+        draw_image(first, example.image, detection(example, query, names), color=colour)
+        draw_box(first, example.boxes[query], colour)
         for layer, axes in enumerate(rest):
-            draw_map(axes, example.image, maps[layer][query], example.extent)
+            _draw_look(axes, example, query, layer, colour)
             axes.set_title(f"layer {layer + 1}" if query == 0 else "", loc="left")
-        for axes in (first, *rest):
-            draw_box(axes, example.boxes[query], colour)
     return drawn
 
 
@@ -166,8 +161,7 @@ def chosen_classes(
         raise Nothing(f"no detections of {', '.join(names[label] for label in labels)} are stored")
     runs = list(rows[0].found)
     pictures = [row.found[row.best][0].image for row in rows]
-    tallest = max(pictures, key=lambda picture: picture.shape[0] / picture.shape[1])
-    drawn, panels = _grid(len(rows), len(runs) + 1, tallest, header=0.15)
+    drawn, panels = image_panels(pictures, len(rows), len(runs) + 1, WIDEST_PANEL, header=0.15)
     for number, (row, picture, (first, *rest)) in enumerate(zip(rows, pictures, panels, strict=True)):
         example, query = row.found[row.best]
         draw_image(first, picture, names.get(row.label, str(row.label)), fontweight="bold")
@@ -177,18 +171,10 @@ def chosen_classes(
             if query is None:
                 draw_image(axes, example.image, alpha=0.3)
             else:
-                maps = example.maps(layer=layer)[:, query].mean(0, dtype=np.float32)
-                draw_map(axes, example.image, maps, example.extent)
-                draw_box(axes, example.boxes[query], PALETTE[0])
-            found = "nothing found" if query is None else _found(example, query, names)
+                _draw_look(axes, example, query, layer, PALETTE[0])
+            found = "nothing found" if query is None else detection(example, query, names)
             axes.set_title(f"{run}\n{found}" if number == 0 else found, loc="left")
     return drawn
-
-
-def _found(example: Example, query: int, names: Mapping[int, str]) -> str:
-    """The class and score of a query."""
-    label = int(example.labels[query])
-    return f"{names.get(label, label)} {example.scores[query]:.2f}"
 
 
 @styled
@@ -201,7 +187,7 @@ def cells_grid(example: Example, max_objects: int = 4) -> Figure:
         raise Nothing("maps of encoder_self are not stored, or their queries are not the cells of one level")
     centres = example.true_boxes[_largest_objects(example, max_objects)].reshape(-1, 2, 2).mean(1)
     cells = [cell_at(example, x, y) for x, y in centres]
-    drawn, panels = _grid(example.shape("encoder_self")[0], len(cells) + 1, example.image)
+    drawn, panels = image_panels(example.image, example.shape("encoder_self")[0], len(cells) + 1, WIDEST_PANEL)
     for layer, (first, *rest) in enumerate(panels):
         draw_image(first, example.image, f"encoder layer {layer + 1}")
         weights = example.maps("encoder_self", layer)
@@ -218,7 +204,7 @@ def layers_grid(example: Example, query: int = 0) -> Figure:
     """One query through the decoder: a row per layer, a column per head, the mean over heads first."""
     maps = example.maps()[:, :, query]  # [L,H,h,w]
     layers, heads = maps.shape[:2]
-    drawn, panels = _grid(layers, heads + 1, example.image)
+    drawn, panels = image_panels(example.image, layers, heads + 1, WIDEST_PANEL)
     for layer, row in enumerate(panels):
         columns = [("mean", maps[layer].mean(0, dtype=np.float32))]
         columns += [(f"head {head + 1}", maps[layer, head]) for head in range(heads)]
@@ -235,7 +221,7 @@ def single_map(
     image: np.ndarray, weights: np.ndarray, box: np.ndarray, title: str, extent: np.ndarray | None = None
 ) -> Figure:
     """The image with a query's box, and its map [h,w] beside it with the share of cells that have any weight."""
-    drawn, panels = _grid(1, 2, image, width=0.7)
+    drawn, panels = image_panels(image, 1, 2, WIDEST_PANEL, width=0.7)
     left, right = panels[0]
     draw_image(left, image, title)
     draw_map(right, image, weights, extent)

@@ -28,6 +28,12 @@ def clicked_query(boxes: np.ndarray, x: float, y: float, reach: float) -> int | 
     return best if distance[best] <= reach else None
 
 
+def detection(example: Example, query: int, names: Mapping[int, str]) -> str:
+    """The class and score of a query in words; names: label -> class."""
+    label = int(example.labels[query])
+    return f"{names.get(label, label)} {example.scores[query]:.2f}"
+
+
 def corresponding_query(example: Example, query: int, other: Example) -> int | None:
     """The query of `other`, the same image in another run, that stands for the same object as `query` of `example`.
 
@@ -107,19 +113,16 @@ def best_of_class(examples: Mapping[str, Sequence[Example]], label: int) -> ByCl
     """The most confident detection of a class over the images stored in every run; None if no run found any."""
     by_image = {run: {example.image_id: example for example in stored} for run, stored in examples.items()}
     shared = set.intersection(*(set(stored) for stored in by_image.values())) if by_image else set()
-    _, best, image_id, query = max(
-        (
-            (example.scores[query], run, image_id, query)
-            for run, stored in by_image.items()
-            for image_id, example in stored.items()
-            if image_id in shared
-            for query in np.flatnonzero(example.labels == label)
-        ),
-        default=(0.0, None, None, None),
-        key=lambda found: found[0],
-    )
-    if best is None:
+    candidates = [
+        (stored[image_id].scores[query], run, image_id, query)
+        for run, stored in by_image.items()
+        for image_id in stored
+        if image_id in shared
+        for query in np.flatnonzero(stored[image_id].labels == label)
+    ]
+    if not candidates:
         return None
+    _, best, image_id, query = max(candidates, key=lambda candidate: candidate[0])
     origin = by_image[best][image_id]
     found = {
         run: (stored[image_id], corresponding_query(origin, query, stored[image_id]))

@@ -91,9 +91,7 @@ def annotated_images(
         size = f"{image.shape[0]} × {image.shape[1]}, {count} object{'s' * (count != 1)}"
         draw_image(axes, image, titles[number] if titles else size)
         for box, label in zip(boxes[number], labels[number], strict=True):
-            draw_box(axes, box, colour_of[int(label)])
-            if not distinct:
-                _write_at(axes, box, names[int(label)])
+            draw_box(axes, box, colour_of[int(label)], caption="" if distinct else names[int(label)])
     if distinct and present:
         patches = [Patch(color=colour_of[label], label=names[label]) for label in present]
         drawn.legend(handles=patches, loc="outside lower center", ncols=len(present), handlelength=1)
@@ -139,9 +137,3 @@ def _gallery(images: Sequence[np.ndarray], extra_height: float = 0.2) -> tuple[F
     for axes in grid:
         axes.set_anchor("N")  # images of a row begin at the same height
     return drawn, grid
-
-
-def _write_at(axes: Axes, box: np.ndarray, name: str) -> None:
-    """A class name in the upper left corner of its box."""
-    backing = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
-    axes.text(box[0], box[1], name, fontsize=5, va="top", bbox=backing, clip_on=True)

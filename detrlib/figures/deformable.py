@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from detrlib.figures.attention import MAP_COLOURS, MAP_OPACITY, draw_box
+from detrlib.figures.attention import draw_box, draw_image, draw_map, lay_cells
 from detrlib.figures.style import MUTED, PALETTE, image_panels, styled
 
 WIDEST_PANEL = 2.1  # inches
@@ -36,7 +36,8 @@ def sampling_points(image: np.ndarray, samplings: Mapping[str, Sampling], column
     """
     drawn, panels = image_panels(image, -(-len(samplings) // columns), min(columns, len(samplings)), WIDEST_PANEL)
     for axes, (title, sampling) in zip(panels.flat, samplings.items(), strict=False):
-        _show(axes, image, pale=0.45)
+        axes.imshow((0.55 * image + 0.45 * 255).astype(np.uint8), extent=(0, image.shape[1], image.shape[0], 0))
+        axes.axis("off")
         draw_box(axes, sampling.reference, MUTED, dashed=True)
         draw_box(axes, sampling.box, "black")
         levels = sampling.locations.shape[1]
@@ -60,13 +61,9 @@ def boxes_on_image(image: np.ndarray, panels: Mapping[str, tuple]) -> Figure:
     """A panel per title with (boxes [n,4], captions of length n, at least as many as are to be written)."""
     drawn, grid = image_panels(image, 1, len(panels), WIDEST_PANEL)
     for axes, (title, (boxes, captions)) in zip(grid[0], panels.items(), strict=True):
-        _show(axes, image)
+        draw_image(axes, image, title)
         for number, (box, caption) in enumerate(zip(boxes, captions, strict=True)):
-            colour = PALETTE[number % len(PALETTE)]
-            draw_box(axes, box, colour)
-            if caption:
-                axes.text(*box[:2], caption, fontsize=5, color="white", bbox={"facecolor": colour, "lw": 0, "pad": 0.8})
-        axes.set_title(title, loc="left")
+            draw_box(axes, box, PALETTE[number % len(PALETTE)], caption=caption)
     return drawn
 
 
@@ -86,12 +83,10 @@ def level_maps(
     for row, (title, levels) in zip(panels, maps.items(), strict=True):
         top = max(values.max() for values in levels)
         for number, (axes, values, extent) in enumerate(zip(row, levels, extents, strict=True)):
-            _show(axes, image @ [0.299, 0.587, 0.114], pale=0.4)
-            share = np.asarray(values, dtype=np.float32) / max(top, 1e-12)
-            _lay(axes, share, extent, size, cmap=MAP_COLOURS, alpha=MAP_OPACITY * np.minimum(1, 5 * share))
+            draw_map(axes, image, values, extent, top)
             if marked is not None:
-                cells = np.argwhere(marked[number])[:, ::-1] + 0.5
-                axes.plot(*(cells / extent[::-1] * size).T, "o", color="black", markersize=4, markeredgecolor="white")
+                centres = (np.argwhere(marked[number])[:, ::-1] + 0.5) / extent[::-1] * size - 0.5
+                axes.plot(*centres.T, "o", color="black", markersize=4, markeredgecolor="white")
             axes.set_title(f"{title}, level 1" if number == 0 else f"level {number + 1}", loc="left")
     return drawn
 
@@ -102,20 +97,9 @@ def kept_tokens(image: np.ndarray, kept: Mapping[str, Sequence[np.ndarray]], ext
     drawn, panels = image_panels(image, len(kept), len(extents), WIDEST_PANEL)
     for row, (title, masks) in zip(panels, kept.items(), strict=True):
         for number, (axes, mask, extent) in enumerate(zip(row, masks, extents, strict=True)):
-            _show(axes, image)
-            hidden = np.where(mask, 0.0, 0.93)
-            _lay(axes, np.ones(mask.shape), extent, np.array(image.shape[1::-1]), cmap="Blues_r", alpha=hidden)
-            axes.set_title(f"{title}, level 1" if number == 0 else f"level {number + 1}", loc="left")
+            draw_image(axes, image, f"{title}, level 1" if number == 0 else f"level {number + 1}")
+            lay_cells(axes, image, np.ones(mask.shape), extent, cmap="Blues_r", alpha=np.where(mask, 0.0, 0.93))
     return drawn
-
-
-def _show(axes: Axes, image: np.ndarray, pale: float = 0.0) -> None:
-    """The image [rows, columns, 3] or [rows, columns] of 0 to 255, mixed with white by the share `pale`."""
-    height, width = image.shape[:2]
-    shown = ((1 - pale) * image + pale * 255).astype(np.uint8)
-    axes.imshow(shown, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    axes.axis("off")
 
 
 def _look_at(axes: Axes, boxes: np.ndarray, size: np.ndarray) -> None:
@@ -124,10 +108,3 @@ def _look_at(axes: Axes, boxes: np.ndarray, size: np.ndarray) -> None:
     share = np.clip(2 * ((high - low) / size).max(), 0.3, 1.0)
     left, top = np.clip((low + high - share * size) / 2, 0, (1 - share) * size)
     axes.set(xlim=(left, left + share * size[0]), ylim=(top + share * size[1], top))
-
-
-def _lay(axes: Axes, values: np.ndarray, extent: np.ndarray, size: np.ndarray, **look) -> None:
-    """Cells [h,w] over an image of `size` (width, height), which is `extent` (height, width) cells large."""
-    height, width = np.array(values.shape) / extent * size[::-1]
-    axes.imshow(values, vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="nearest", **look)
-    axes.set(xlim=(0, size[0]), ylim=(size[1], 0))

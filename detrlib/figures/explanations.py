@@ -11,17 +11,7 @@ from matplotlib.figure import Figure
 from scipy.stats import norm
 
 from detrlib.figures.attention import WIDEST_PANEL, draw_box, draw_image, draw_map
-from detrlib.figures.style import (
-    CAPTION_HEIGHT,
-    MUTED,
-    PALETTE,
-    TEXT_WIDTH,
-    Nothing,
-    figure,
-    panels,
-    run_colours,
-    styled,
-)
+from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, Nothing, image_panels, panels, run_colours, styled
 from detrlib.metrics.faithfulness import image_means
 
 TITLES = {"grad_attention": "grad × attention"}
@@ -44,19 +34,8 @@ def explanations_grid(
     images: n of uint8 [H,W,3], one for each detection; boxes [n,4]; titles: what each detection is; maps: method ->
     n of [h,w]; extents: height and width of each image in cells where the last cells reach beyond it, None: h and w.
     """
-    count, columns = len(images), 1 + len(maps)
-    extents = [None] * count if extents is None else extents
-    width = min(1.0, columns * WIDEST_PANEL / TEXT_WIDTH)
-    panel = width * TEXT_WIDTH / columns
-    heights = [panel * image.shape[0] / image.shape[1] + CAPTION_HEIGHT for image in images]
-    drawn, panels = figure(
-        width,
-        sum(heights) / (width * TEXT_WIDTH),
-        nrows=count,
-        ncols=columns,
-        squeeze=False,
-        height_ratios=heights,
-    )
+    extents = [None] * len(images) if extents is None else extents
+    drawn, panels = image_panels(images, len(images), 1 + len(maps), WIDEST_PANEL)
     for number, (row, image) in enumerate(zip(panels, images, strict=True)):
         draw_image(row[0], image, titles[number], fontsize=7)
         for axes, (method, own) in zip(row[1:], maps.items(), strict=True):

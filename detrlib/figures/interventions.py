@@ -7,13 +7,12 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from detrlib.figures.results import draw_cells, head_maps
+from detrlib.figures.results import draw_cells, draw_runs, head_maps
 from detrlib.figures.style import MUTED, Nothing, figure, run_colours, styled
 
 POINTS = 100  # AP is written in points of 0 to 100, as in papers
@@ -32,12 +31,9 @@ def alpha_sweep(frame: pd.DataFrame) -> Figure:
     drawn, panels = figure(width=0.75, aspect=0.8, nrows=2, sharex=True)
     for axes, measure in zip(panels, ("AP", "zeros"), strict=True):
         scale = POINTS if measure == "AP" else 1
-        values = swept.assign(shown=scale * swept[measure])
-        look = {"palette": colours, "marker": "o", "markeredgecolor": None, "legend": False, "errorbar": None}
-        sns.lineplot(values, x="alpha", y="shown", hue="run", ax=axes, **look)
+        draw_runs(axes, swept.assign(shown=scale * swept[measure]), "alpha", "shown", colours, marker="o")
         for run, colour in colours.items():
             axes.plot(own.loc[run, "trained_alpha"], scale * own.loc[run, measure], **_ring(colour))
-        axes.grid(axis="y")
     panels[0].set_ylabel("AP")
     panels[1].set(ylabel="share of weights that are zero", xlabel="alpha in evaluation (1 softmax, 2 sparsemax)")
     panels[1].set_ylim(-0.03, 1.03)
@@ -82,11 +78,9 @@ def head_pruning(frame: pd.DataFrame) -> Figure:
     rows = rows.assign(heads=rows["value"].astype(int), AP=POINTS * rows["AP"])
     colours = run_colours(pruned["run"])
     drawn, axes = figure(width=0.75, aspect=0.5)
-    look = {"palette": colours, "marker": "o", "markeredgecolor": None, "legend": False, "errorbar": None}
-    sns.lineplot(rows, x="heads", y="AP", hue="run", ax=axes, **look)
+    draw_runs(axes, rows, "heads", "AP", colours, marker="o")
     axes.set(xlabel="heads pruned, least important first", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y")
     drawn.legend(axes.get_lines(), colours, loc="outside right upper")
     return drawn
 

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torchvision.ops import box_iou
 
-from detrlib.figures.attention import draw_box
+from detrlib.figures.attention import draw_box, draw_image
+from detrlib.figures.choices import detection
 from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, Nothing, figure, styled
 from detrlib.runs.examples import Example
 
@@ -28,8 +29,7 @@ def matching(example: Example, names: Mapping[int, str]) -> Figure:
     lines = max(len(example.true_boxes), len(example.boxes)) + 1
     inches = max(panel * height / width + 0.25, lines * LINE_HEIGHT)
     drawn, (picture, lists) = figure(aspect=inches / TEXT_WIDTH, ncols=2, gridspec_kw={"width_ratios": [0.42, 0.58]})
-    picture.imshow(example.image)
-    picture.axis("off")
+    draw_image(picture, example.image)
     for query in np.flatnonzero(example.matched < 0):
         draw_box(picture, example.boxes[query], MUTED)
     for query in np.flatnonzero(example.matched >= 0):
@@ -53,8 +53,7 @@ def _draw_lists(axes: Axes, example: Example, names: Mapping[int, str], lines: i
         axes.text(0.08, number + 1, names.get(int(label), str(label)), va="center")
     overlap = box_iou(torch.from_numpy(example.boxes), torch.from_numpy(example.true_boxes)).numpy()  # [n,T]
     for line, (query, matched) in enumerate(zip(example.queries, example.matched, strict=True), start=1):
-        label = int(example.labels[line - 1])
-        words = f"#{query}: {names.get(label, label)} {example.scores[line - 1]:.2f}"
+        words = f"#{query}: {detection(example, line - 1, names)}"
         if matched >= 0:
             words += f", {overlap[line - 1, matched]:.2f}"
             axes.plot([left, right], [matched + 1, line], color=_colour(matched), marker="o")

@@ -33,13 +33,13 @@ def training_curves(frame: pd.DataFrame, metrics: Sequence[str], labels: Mapping
     lowest to the highest. labels: what to write above a panel instead of the name of the metric. Metrics that the
     frame lacks have no panel; a line below names them.
     """
-    titles = {metric: (labels or {}).get(metric, metric) for metric in metrics}
-    missing = f"no values of {', '.join(metric for metric in metrics if not (frame['metric'] == metric).any())}"
-    titles = {metric: title for metric, title in titles.items() if (frame["metric"] == metric).any()}
+    there = list(frame["metric"].unique())
+    titles = {metric: (labels or {}).get(metric, metric) for metric in metrics if metric in there}
+    missing = f"no values of {', '.join(metric for metric in metrics if metric not in there)}"
     if not titles:
-        raise Nothing(f"{missing}; there are {', '.join(frame['metric'].unique()) or 'none at all'}")
+        raise Nothing(f"{missing}; there are {', '.join(there) or 'none at all'}")
     drawn, grid = panels(len(titles), 3, height=1.8)
-    _lines_of_metrics(grid, titles, frame, "epoch", ("pi", 100))  # from the lowest to the highest
+    _lines_of_metrics(grid, titles, frame, "epoch", errorbar=("pi", 100))  # from the lowest to the highest
     _label_lines(grid[:3][-1])
     for line in (line for axes in grid for line in axes.get_lines() if len(line.get_xdata()) == 1):
         line.set_marker("o")
@@ -64,31 +64,34 @@ def per_layer(frame: pd.DataFrame, metrics: Mapping[str, str]) -> Figure:
     first = frame[frame["state"] == states[0]] if states else frame
     if len(states) > 1:
         second = frame[frame["state"] == states[1]]
-        _lines_of_metrics(grid, metrics, second, "decoder layer", "sd", marker="o", **HOLLOW)
+        _lines_of_metrics(grid, metrics, second, "decoder layer", errorbar="sd", marker="o", **HOLLOW)
         drawn.supxlabel(f"solid: {states[0]}, dashed: {states[1]}", fontsize=7, color=MUTED)
-    _lines_of_metrics(grid, metrics, first, "decoder layer", "sd", marker="o")
+    _lines_of_metrics(grid, metrics, first, "decoder layer", errorbar="sd", marker="o")
     _label_lines(grid[:3][-1])
     return drawn
 
 
-def _lines_of_metrics(
-    grid: Sequence[Axes], titles: Mapping[str, str], frame: pd.DataFrame, x: str, errorbar: str | tuple, **look
-) -> None:
-    """In the panel of each metric a line per run through its means over `x`, and a band where it has several values."""
+def _lines_of_metrics(grid: Sequence[Axes], titles: Mapping[str, str], frame: pd.DataFrame, x: str, **look) -> None:
+    """In the panel of each metric the lines of its runs over `x`."""
     colours = run_colours(frame["run"])
     for axes, (metric, title) in zip(grid, titles.items(), strict=True):
         rows = frame[frame["metric"] == metric].dropna(subset="value")
-        before = len(axes.get_lines())
-        names = {"x": x, "y": "value", "hue": "run", "hue_order": list(colours), "palette": colours}
-        band = {"errorbar": errorbar, "err_kws": {"alpha": 0.15, "lw": 0}}
-        sns.lineplot(rows, **names, **band, legend=False, ax=axes, markeredgecolor=None, **look)
-        there = [run for run in colours if (rows["run"] == run).any()]
-        for line, run in zip(axes.get_lines()[before:], there, strict=True):
-            line.set_label(run)
+        draw_runs(axes, rows, x, "value", colours, **look)
         axes.set(xlabel=x if axes in grid[-3:] else "", ylabel="")
         axes.set_title(title, loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.grid(axis="y")
+
+
+def draw_runs(axes: Axes, rows: pd.DataFrame, x: str, y: str, colours: Mapping[str, str], **look) -> None:
+    """A line per run, labelled with its name, through its means over `x`; look: of the lines, `errorbar` included."""
+    before = len(axes.get_lines())
+    names = {"x": x, "y": y, "hue": "run", "hue_order": list(colours), "palette": colours}
+    look = {"markeredgecolor": None, "errorbar": None, "err_kws": {"alpha": 0.15, "lw": 0}} | look
+    sns.lineplot(rows, **names, **look, legend=False, ax=axes)
+    there = [run for run in colours if (rows["run"] == run).any()]
+    for line, run in zip(axes.get_lines()[before:], there, strict=True):
+        line.set_label(run)
+    axes.grid(axis="y")
 
 
 @styled

@@ -4,7 +4,7 @@ Functions that draw carry `@styled`, so that settings apply to their own figures
 function whose data hold nothing of what it draws (`raise Nothing(why)`) returns a figure that says so.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from itertools import cycle
 from pathlib import Path
@@ -121,16 +121,24 @@ def panels(
 
 
 def image_panels(
-    image: np.ndarray, rows: int, columns: int, widest: float, width: float = 1.0, header: float = 0.0
+    image: np.ndarray | Sequence[np.ndarray],
+    rows: int,
+    columns: int,
+    widest: float,
+    width: float = 1.0,
+    header: float = 0.0,
 ) -> tuple[Figure, np.ndarray]:
     """(figure, axes [rows, columns]): panels in the proportions of `image` [H,W,...], each with room for a title.
 
-    widest: inches of a panel at most, where `width` text widths would allow more; header: inches more above them all.
+    image: one for all, or one for every row; widest: inches of a panel at most, where `width` text widths would allow
+    more; header: inches more above them all.
     """
     width = min(width, columns * widest / TEXT_WIDTH)
     panel = width * TEXT_WIDTH / columns
-    height = rows * (panel * image.shape[0] / image.shape[1] + CAPTION_HEIGHT) + header
-    return figure(width, height / (width * TEXT_WIDTH), nrows=rows, ncols=columns, squeeze=False)
+    images = [image] * rows if isinstance(image, np.ndarray) else image
+    heights = [panel * image.shape[0] / image.shape[1] + CAPTION_HEIGHT for image in images]
+    aspect = (sum(heights) + header) / (width * TEXT_WIDTH)
+    return figure(width, aspect, nrows=rows, ncols=columns, squeeze=False, height_ratios=heights)
 
 
 def run_colours(runs: Iterable[str]) -> dict[str, str]:

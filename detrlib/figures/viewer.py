@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from detrlib.figures.attention import draw_box, draw_map
-from detrlib.figures.choices import cell_at, cell_box, cells_ask, clicked_query, corresponding_query
+from detrlib.figures.choices import cell_at, cell_box, cells_ask, clicked_query, corresponding_query, detection
 from detrlib.figures.style import MUTED, PALETTE, STYLE, styled
 from detrlib.runs.examples import Example
 
@@ -64,7 +64,7 @@ def consistent(view: View, stored: Stored) -> View:
     example = images[image_id]
     beside = "" if view.beside == view.run else view.beside
     site = view.site if view.site in sites(example) else "decoder_cross"
-    layers, heads = example.shape(site)[:2]
+    layer, head = _layer_and_head(changed(view, site=site), example)
     shown = {view.run, beside} - {""}
     origin = view.origin if view.origin in shown and image_id in stored[view.origin] else view.run
     before = stored.get(view.origin, {}).get(image_id)
@@ -79,8 +79,8 @@ def consistent(view: View, stored: Stored) -> View:
         image_id=image_id,
         beside=beside,
         site=site,
-        layer=min(view.layer, layers - 1),
-        head=_head(view, heads),
+        layer=layer,
+        head=head,
         origin=origin,
         query=query,
     )
@@ -105,22 +105,20 @@ def query_in(view: View, stored: Stored, run: str) -> int | None:
 
 
 def weights_in(view: View, example: Example, query: int | None) -> np.ndarray | None:
-    """The map [h,w] of a view, or the weights [n] that go to the queries of the example; None without a query.
-
-    Runs may have fewer layers and heads than the view asks for: then the last layer, and the mean over heads.
-    """
-    layers, heads = example.shape(view.site)[:2]
+    """The map [h,w] of a view, or the weights [n] that go to the queries of the example; None without a query."""
     asking = _cell(view, example) if view.site == "encoder_self" else query
     if asking is None:
         return None
-    weights = example.maps(view.site, min(view.layer, layers - 1))[:, asking]
-    head = _head(view, heads)
+    layer, head = _layer_and_head(view, example)
+    weights = example.maps(view.site, layer)[:, asking]
     weights = weights.mean(0, dtype=np.float32) if head == "mean" else weights[head]
     return weights[example.queries] if view.site == "decoder_self" else weights
 
 
-def _head(view: View, heads: int) -> int | Literal["mean"]:
-    return "mean" if view.head == "mean" or view.head >= heads else view.head
+def _layer_and_head(view: View, example: Example) -> tuple[int, int | Literal["mean"]]:
+    """Those asked for, or, where a run has fewer, the last layer and the mean over heads."""
+    layers, heads = example.shape(view.site)[:2]
+    return min(view.layer, layers - 1), "mean" if view.head == "mean" or view.head >= heads else view.head
 
 
 def _cell(view: View, example: Example) -> int:
@@ -132,22 +130,20 @@ def described(
     view: View, example: Example, query: int | None, weights: np.ndarray | None, names: Mapping[int, str]
 ) -> list[str]:
     """Two lines about a panel: what was found, and which map is shown."""
-    layers, heads = example.shape(view.site)[:2]
-    head = _head(view, heads)
+    layer, head = _layer_and_head(view, example)
     by = "mean over heads" if head == "mean" else f"head {head + 1}"
     if view.site == "encoder_self":
         first = f"cell {_cell(view, example)}"
     elif query is None:
         return ["nothing found here", ""]
     else:
-        label = int(example.labels[query])
-        first = f"{names.get(label, label)} {example.scores[query]:.2f}"
-        first += ", matched to an object" if example.matched[query] >= 0 else ", matched to no object"
+        matched = "an object" if example.matched[query] >= 0 else "no object"
+        first = f"{detection(example, query, names)}, matched to {matched}"
     if view.site == "decoder_self":
         amount = f"{100 * (1 - weights.sum()):.0f}% of the weight goes to queries not shown"
     else:
         amount = f"{np.count_nonzero(weights)} of {weights.size} cells have weight"
-    return [first, f"layer {min(view.layer, layers - 1) + 1}, {by}: {amount}"]
+    return [first, f"layer {layer + 1}, {by}: {amount}"]
 
 
 # --- the picture -----------------------------------------------------------------------------------------------
@@ -181,19 +177,18 @@ def draw_view(figure: Figure, view: View, stored: Stored, names: Mapping[int, st
 
 def _draw_panel(axes: Axes, view: View, example: Example, query: int | None, weights: np.ndarray | None) -> None:
     """The image or the map over it, and the boxes that are wanted; the one clicked is blue, in front of the others."""
-    if view.attention and weights is not None and view.site != "decoder_self":
+    weighed = view.attention and weights is not None
+    if weighed and view.site != "decoder_self":
         draw_map(axes, example.image, weights, example.extent)
     else:
         axes.imshow(example.image)
-    if view.attention and weights is not None and view.site == "decoder_self":
+    if weighed and view.site == "decoder_self":
         _draw_shares(axes, example.boxes, weights)
-    if view.predictions:
-        for number in range(len(example.boxes)):
-            if number != query:
-                draw_box(axes, example.boxes[number], MUTED)
-    if view.truth:
-        for box in example.true_boxes:
-            draw_box(axes, box, "black", dashed=True)
+    for number, box in enumerate(example.boxes if view.predictions else []):
+        if number != query:
+            draw_box(axes, box, MUTED)
+    for box in example.true_boxes if view.truth else []:
+        draw_box(axes, box, "black", dashed=True)
     if view.site == "encoder_self":
         draw_box(axes, cell_box(example, _cell(view, example)), PALETTE[0])
     elif query is not None and view.predictions:

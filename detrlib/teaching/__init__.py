@@ -1,1 +1,6 @@
 """Pictures and exercises of the walkthroughs. Nothing else imports it."""
+
+from detrlib.teaching import deformable, transforms, walkthrough
+from detrlib.teaching.exercises import check
+
+__all__ = ["check", "deformable", "transforms", "walkthrough"]

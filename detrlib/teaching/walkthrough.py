@@ -25,11 +25,7 @@ def padded_batch(images: np.ndarray, padding: np.ndarray, targets: Sequence[tupl
         axes.imshow(np.where(hidden[..., None], 1.0, image))
         _hatch(axes, hidden)
         for box, label in zip(boxes, labels, strict=True):
-            colour = PALETTE[int(label) % len(PALETTE)]
-            draw_box(axes, box, colour)
-            axes.text(
-                *box[:2], names[int(label)], color="white", fontsize=6, bbox={"facecolor": colour, "lw": 0, "pad": 1}
-            )
+            draw_box(axes, box, PALETTE[int(label) % len(PALETTE)], caption=names[int(label)])
         rows, columns = (~hidden).any(1).sum(), (~hidden).any(0).sum()
         axes.set_title(f"{rows} x {columns} pixels, {len(labels)} object{'s' * (len(labels) != 1)}", loc="left")
     return drawn
@@ -106,9 +102,7 @@ def boxes_before_and_after(images: Sequence[np.ndarray], stages: Mapping[str, Se
             for box in wanted:
                 draw_box(axes, box, "black", dashed=True)
             for number, (box, caption) in enumerate(zip(boxes, captions, strict=True)):
-                colour = PALETTE[number % len(PALETTE)]
-                draw_box(axes, box, colour)
-                axes.text(*box[:2], caption, fontsize=5, color="white", bbox={"facecolor": colour, "lw": 0, "pad": 0.8})
+                draw_box(axes, box, PALETTE[number % len(PALETTE)], caption=caption)
         row[0].set_title(title, loc="left", fontweight="bold")
     return drawn
 

@@ -53,9 +53,9 @@ def test_level_maps_cover_the_image_and_share_their_scale():
     assert {"score, level 1", "DAM, level 1", "level 2"} <= set(texts(drawn))
     first, second = (axes.images[1] for axes in drawn.axes[:2])
     assert first.get_array().max() == 1 and second.get_array().max() == pytest.approx(11 / 39)
-    assert first.get_extent() == [0, 64, 40, 0] and drawn.axes[0].get_xlim() == (0, 60)
+    assert first.get_extent() == [-0.5, 63.5, 39.5, -0.5] and drawn.axes[0].get_xlim() == (-0.5, 59.5)
     (dots,) = drawn.axes[0].get_lines()
-    assert dots.get_xydata().tolist() == [[20.0, 12.0]]  # the centre of cell (1, 2), 8 pixels wide
+    assert dots.get_xydata().tolist() == [[19.5, 11.5]]  # the centre of cell (1, 2), 8 pixels wide
 
 
 def test_maps_of_nothing_are_drawn():
