@@ -4,7 +4,6 @@ import json
 
 import nbformat
 import pytest
-from tiny import tiny_config
 
 from detrlib.config import load_config, save_config
 from detrlib.engine import notebooks
@@ -19,10 +18,10 @@ NOTEBOOKS = sorted(path.stem for path in notebooks.NOTEBOOKS.glob("*.ipynb"))
 class TinyRun:
     """One run that the notebooks share: trained by 05, evaluated by 06, whichever test comes first."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, settings):
         self.folder, self.name = folder, str(folder / "run")
         self.config = folder / "tiny.yaml"
-        save_config(tiny_config({"model.attention.decoder_cross": "alpha_entmax"}), self.config)
+        save_config(settings, self.config)
 
     def parameters(self, notebook):
         """Small parameters of a notebook."""
@@ -81,8 +80,9 @@ class TinyRun:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    return TinyRun(tmp_path_factory.mktemp("notebooks"))
+def tiny_run(tmp_path_factory, tiny_config):
+    settings = tiny_config({"model.attention.decoder_cross": "alpha_entmax"})
+    return TinyRun(tmp_path_factory.mktemp("notebooks"), settings)
 
 
 @pytest.mark.slow

@@ -4,70 +4,22 @@ import contextlib
 import copy
 import io
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from detrlib.metrics.detection import METRICS, coco_ap, coco_detections
 
-CASES = Path(__file__).parents[3] / "shared" / "data" / "coco_eval_cases"
 
-
-PUBLISHED = [
-    ("cocoapi_val2014_100", "instances_val2014_100.json", "instances_val2014_fakebbox100_results.json", 0.0),
-    ("detectron2_mini", "gt.json", "detections.json", 0.0),
-    ("faster_coco_eval", "gt_ignore_test.json", "dt_ignore_test.json", 0.1),
-]
-
-
-@pytest.mark.parametrize(("case", "truth", "detections", "lowest_score"), PUBLISHED)
-def test_published_ap(case, truth, detections, lowest_score):
-    folder = CASES / case
-    if not folder.is_dir():
-        pytest.skip(f"published evaluation cases are not at {CASES}")
-    reference = json.loads((folder / "expected.json").read_text())
-    kept = [one for one in json.loads((folder / detections).read_text()) if one["score"] >= lowest_score]
-    result = coco_ap(folder / truth, kept)
+def test_published_ap(published):
+    truth, detections, reference = published
+    result = coco_ap(truth, detections)
     expected = {name: reference["expected"][name] for name in METRICS}
     assert {name: result[name] for name in METRICS} == pytest.approx(expected, rel=0, abs=reference["tolerance"])
 
 
-def test_every_published_case_is_tested():
-    if not CASES.is_dir():
-        pytest.skip(f"published evaluation cases are not at {CASES}")
-    tested = {case for case, *_ in PUBLISHED}
-    assert tested == {path.parent.name for path in CASES.glob("*/expected.json")}
-
-
-def random_detection_task(seed: int, first_annotation: int = 1) -> tuple[dict, list[dict]]:
-    """Ground truth with crowds, an empty image and a class without objects; detections near and far from it."""
-    random = np.random.default_rng(seed)
-    images = [{"id": 10 + i, "height": 400, "width": 400} for i in range(12)]
-    categories = [{"id": i, "name": name} for i, name in [(3, "ant"), (4, "bee"), (9, "cat"), (11, "unused")]]
-    annotations, detections = [], []
-    for image in images[1:]:
-        for _ in range(random.integers(1, 7)):
-            side = random.choice([15, 60, 150])
-            box = np.concatenate([random.uniform(0, 240, 2), side * random.uniform(0.7, 1.3, 2)])
-            category = int(random.choice([3, 4, 9]))
-            annotations.append(
-                {
-                    "id": first_annotation + len(annotations),
-                    "image_id": image["id"],
-                    "category_id": category,
-                    "bbox": box.tolist(),
-                    "area": float(0.8 * box[2] * box[3]),
-                    "iscrowd": int(random.random() < 0.1),
-                }
-            )
-            for _ in range(random.integers(0, 4)):
-                moved = box + random.normal(0, 0.08 * side, 4)
-                corners = np.concatenate([moved[:2], moved[:2] + np.abs(moved[2:])])
-                guess = category if random.random() < 0.8 else int(random.choice([3, 4, 9, 11]))
-                detections += coco_detections(image["id"], corners[None], [random.random()], [guess])
-    return {"images": images, "categories": categories, "annotations": annotations}, detections
+def test_every_published_case_is_tested(published_cases, shared_data):
+    assert published_cases == {path.parent.name for path in shared_data.glob("coco_eval_cases/*/expected.json")}
 
 
 def pycocotools_stats(truth: dict, detections: list[dict]):
@@ -84,7 +36,7 @@ def pycocotools_stats(truth: dict, detections: list[dict]):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_ap_agrees_with_pycocotools(seed, capsys):
+def test_ap_agrees_with_pycocotools(seed, capsys, random_detection_task):
     truth, detections = random_detection_task(seed)
     given = copy.deepcopy((truth, detections))
     result = coco_ap(truth, detections)
@@ -101,7 +53,7 @@ def test_ap_agrees_with_pycocotools(seed, capsys):
         assert result["per_class"][name]["AP50"] == pytest.approx(precision[0].mean())
 
 
-def test_the_official_evaluator_gives_the_same_numbers(capsys):
+def test_the_official_evaluator_gives_the_same_numbers(capsys, random_detection_task):
     """Chosen by evaluate.engine for a number that is to be published."""
     truth, detections = random_detection_task(1)
     given = copy.deepcopy((truth, detections))
@@ -113,11 +65,11 @@ def test_the_official_evaluator_gives_the_same_numbers(capsys):
     assert coco_ap(truth, [], "pycocotools") == coco_ap(truth, [])
 
 
-def test_ap_does_not_depend_on_annotation_ids():
+def test_ap_does_not_depend_on_annotation_ids(random_detection_task):
     assert coco_ap(*random_detection_task(0, first_annotation=0)) == coco_ap(*random_detection_task(0))
 
 
-def test_ap_without_detections_is_zero_where_there_is_ground_truth():
+def test_ap_without_detections_is_zero_where_there_is_ground_truth(random_detection_task):
     truth, _ = random_detection_task(1)
     truth["annotations"] = [one | {"area": 50.0} for one in truth["annotations"]]
     result = coco_ap(truth, [])
@@ -131,13 +83,13 @@ def test_ap_without_detections_is_zero_where_there_is_ground_truth():
     }
 
 
-def test_ap_without_any_object_is_undefined():
+def test_ap_without_any_object_is_undefined(random_detection_task):
     truth, detections = random_detection_task(2)
     result = coco_ap(truth | {"annotations": []}, detections)
     assert {result[name] for name in METRICS} == {-1}
 
 
-def test_detections_of_an_unknown_image_are_refused():
+def test_detections_of_an_unknown_image_are_refused(random_detection_task):
     truth, _ = random_detection_task(0)
     with pytest.raises(ValueError, match="not in the ground truth, such as 999"):
         coco_ap(truth, coco_detections(999, [[0, 0, 5, 5]], [0.5], [3]))

@@ -1,24 +1,15 @@
-"""Statistics of results: AP of any images from matches, what resampling says, and what seeds do."""
+"""Comparisons of runs, of several at once, and of methods over seeds."""
 
 import itertools
-import json
 
 import numpy as np
 import pandas as pd
 import pytest
-from drawn import leaves_nothing_behind, texts  # noqa: F401
 from scipy import stats
-from test_detection import CASES, PUBLISHED, random_detection_task
-from tiny import tiny_config
 
-from detrlib import runs
-from detrlib.config import save_config
-from detrlib.engine.evaluate import save_results
-from detrlib.errors import RunError
-from detrlib.files import write_json
 from detrlib.metrics import statistics
-from detrlib.metrics.bootstrap import AP_METRICS, Curves, ap_table, average_precision, bootstrap_ap, interval
-from detrlib.metrics.detection import Matches, coco_ap, match_detections
+from detrlib.metrics.bootstrap import average_precision
+from detrlib.metrics.detection import coco_ap, match_detections
 from detrlib.metrics.statistics import (
     compare,
     compare_groups,
@@ -27,106 +18,6 @@ from detrlib.metrics.statistics import (
     holm,
     seed_table,
 )
-from detrlib.runs import results as frames
-from detrlib.runs.results import load_matches
-
-
-def six(numbers):
-    return {name: numbers[name] for name in AP_METRICS}
-
-
-# --- AP from matches -------------------------------------------------------------------------------------------
-
-
-def crowded_task(seed):
-    """Equal scores, equal IoU, areas at the ends of ranges, more than 100 detections of one class in an image."""
-    truth, detections = random_detection_task(seed)
-    random = np.random.default_rng(seed)
-    annotations = [one | {"image_id": 11, "category_id": 3} for one in truth["annotations"] if random.random() < 0.7]
-    annotations += [one | {"area": float(random.choice([500, 1024, 9216]))} for one in annotations[:9]]  # twice
-    moved = [
-        one | {"bbox": np.clip(np.add(one["bbox"], random.normal(0, 2, 4)), 0, None).tolist()} for one in 6 * detections
-    ]
-    crowd = [one | {"image_id": 11, "category_id": 3, "score": round(random.random(), 2)} for one in moved]
-    assert len(crowd) > 150
-    detections = [one | {"score": round(one["score"], 1)} for one in detections]
-    return truth | {"annotations": truth["annotations"] + annotations}, crowd + detections
-
-
-@pytest.mark.parametrize("task", [random_detection_task, crowded_task])
-@pytest.mark.parametrize("seed", range(6))
-def test_ap_from_matches_is_that_of_faster_coco_eval(task, seed):
-    truth, detections = task(seed)
-    result = average_precision(match_detections(truth, detections))
-    assert result == pytest.approx(six(coco_ap(truth, detections)), rel=0, abs=1e-9)
-    assert 0 < result["AP"] < 1
-
-
-@pytest.mark.parametrize(("case", "truth", "detections", "lowest_score"), PUBLISHED)
-def test_ap_from_matches_is_the_published_one(case, truth, detections, lowest_score):
-    folder = CASES / case
-    if not folder.is_dir():
-        pytest.skip(f"published evaluation cases are not at {CASES}")
-    reference = json.loads((folder / "expected.json").read_text())
-    kept = [one for one in json.loads((folder / detections).read_text()) if one["score"] >= lowest_score]
-    expected = six(reference["expected"])
-    assert average_precision(match_detections(folder / truth, kept)) == pytest.approx(expected, rel=0, abs=1e-9)
-
-
-def test_ap_from_matches_at_the_ends():
-    truth, detections = random_detection_task(1)
-    nothing = average_precision(match_detections(truth, []))
-    assert nothing == six(coco_ap(truth, [])) and nothing["AP"] == 0
-    without = match_detections(truth | {"annotations": []}, detections)
-    assert set(average_precision(without).values()) == {-1}
-    assert bootstrap_ap(without, 3).isna().all(axis=None)
-    with pytest.raises(ValueError, match="not in the ground truth, such as 999"):
-        match_detections(truth, [detections[0] | {"image_id": 999}])
-
-
-def test_matching_in_small_parts_changes_nothing(monkeypatch):
-    task = crowded_task(0)
-    whole = match_detections(*task)
-    monkeypatch.setattr("detrlib.metrics.detection.PAIRS_AT_ONCE", 7)
-    for part, expected in zip(match_detections(*task), whole, strict=True):
-        pd.testing.assert_frame_equal(part, expected)
-
-
-def test_matches_list_every_image_and_compute_ap_of_any_of_them():
-    truth, detections = random_detection_task(3)
-    matches = match_detections(truth, detections)
-    ids = [image["id"] for image in truth["images"]]
-    assert sorted(set(matches.annotations["image_id"])) == ids
-    some = ids[::2]
-    subset = Matches(*(table[table["image_id"].isin(some)] for table in matches))
-    kept = {
-        "images": [image for image in truth["images"] if image["id"] in some],
-        "annotations": [one for one in truth["annotations"] if one["image_id"] in some],
-    }
-    expected = coco_ap(truth | kept, [one for one in detections if one["image_id"] in some])
-    assert average_precision(subset) == pytest.approx(six(expected), rel=0, abs=1e-9)
-
-
-@pytest.mark.parametrize("at_once", [1, 2**19])
-def test_a_weight_is_a_number_of_copies(monkeypatch, at_once):
-    """The fast way against the literal one: repeat images with everything in them, and match anew."""
-    monkeypatch.setattr("detrlib.metrics.bootstrap.NUMBERS_AT_ONCE", at_once)
-    truth, detections = random_detection_task(4)
-    curves = Curves(match_detections(truth, detections))
-    weights = np.random.default_rng(0).integers(0, 4, (5, len(curves.image_ids)))
-    numbers = curves.ap(weights, AP_METRICS)
-    for row, counts in enumerate(weights):
-        copies = {int(i): [int(i) + 1000 * n for n in range(c)] for i, c in zip(curves.image_ids, counts, strict=True)}
-        repeated = {
-            name: [one | {key: new, "area": one.get("area")} for one in truth[name] for new in copies[one[key]]]
-            for name, key in (("images", "id"), ("annotations", "image_id"))
-        }
-        found = [one | {"image_id": new} for one in detections for new in copies[one["image_id"]]]
-        expected = six(coco_ap(truth | repeated, found))
-        assert {name: np.nan_to_num(numbers[name][row], nan=-1) for name in AP_METRICS} == pytest.approx(expected)
-
-
-# --- resampling ------------------------------------------------------------------------------------------------
 
 
 def worse(detections, share, seed=0):
@@ -136,40 +27,6 @@ def worse(detections, share, seed=0):
         one | {"bbox": [one["bbox"][0] + 0.3 * one["bbox"][2], *one["bbox"][1:]]} if random.random() < share else one
         for one in detections
     ]
-
-
-def test_the_bootstrap_draws_images(monkeypatch):
-    matches = match_detections(*random_detection_task(0))
-    samples = bootstrap_ap(matches, 60, seed=1)
-    assert list(samples.columns) == list(AP_METRICS) and len(samples) == 60
-    pd.testing.assert_frame_equal(samples, bootstrap_ap(matches, 60, seed=1))
-    assert not samples.equals(bootstrap_ap(matches, 60, seed=2))
-    pd.testing.assert_frame_equal(samples[["AP75"]], bootstrap_ap(matches, 60, seed=1, metrics=["AP75"]))
-    monkeypatch.setattr("detrlib.metrics.statistics.IMAGES_AT_ONCE", 240)  # a few samples at a time
-    pd.testing.assert_frame_equal(samples, bootstrap_ap(matches, 60, seed=1))
-    with pytest.raises(ValueError, match="'AR' is none of AP, AP50"):
-        bootstrap_ap(matches, 3, metrics=["AR"])
-
-
-def test_bootstrap_of_two_images_is_the_list_of_all_samples():
-    truth, detections = random_detection_task(0)
-    truth = truth | {"images": truth["images"][1:3]}
-    ids = [image["id"] for image in truth["images"]]
-    truth["annotations"] = [one for one in truth["annotations"] if one["image_id"] in ids]
-    matches = match_detections(truth, [one for one in detections if one["image_id"] in ids])
-    every = Curves(matches).ap(np.array([[2, 0], [1, 1], [0, 2]]), ["AP"])["AP"]
-    samples = bootstrap_ap(matches, 400)["AP"].to_numpy()
-    shares = [np.isclose(samples, value).mean() for value in every]
-    assert len(set(every.round(9))) == 3 and np.allclose(shares, [0.25, 0.5, 0.25], atol=0.08)
-
-
-def test_the_basic_interval_mirrors_percentiles():
-    samples = pd.DataFrame({"a": np.linspace(0, 1, 1001), "b": np.linspace(2, 4, 1001)})
-    ends = interval(pd.Series({"a": 0.4, "b": 3.0}), samples)
-    assert ends["a"].tolist() == pytest.approx([0.8 - 0.975, 0.8 - 0.025])
-    assert ends["b"].tolist() == pytest.approx([2.05, 3.95])
-    table = ap_table(match_detections(*random_detection_task(0)), 200)
-    assert list(table.index) == list(AP_METRICS) and (table["low"] < table["high"]).all()
 
 
 def test_the_interval_of_a_mean_covers_it_as_often_as_it_says(monkeypatch):
@@ -185,7 +42,7 @@ def test_the_interval_of_a_mean_covers_it_as_often_as_it_says(monkeypatch):
 # --- two runs --------------------------------------------------------------------------------------------------
 
 
-def test_comparing_a_run_with_itself_and_with_a_worse_one():
+def test_comparing_a_run_with_itself_and_with_a_worse_one(random_detection_task):
     truth, detections = random_detection_task(2)
     good, same, bad = (match_detections(truth, worse(detections, share)) for share in (0, 0, 0.8))
     equal = compare(good, same, resamples=50)
@@ -199,7 +56,7 @@ def test_comparing_a_run_with_itself_and_with_a_worse_one():
         assert [back["low"], back["high"]] == pytest.approx([-result["high"], -result["low"]])
 
 
-def test_exchanging_images_is_evaluating_exchanged_results():
+def test_exchanging_images_is_evaluating_exchanged_results(random_detection_task):
     """p of four images against all sixteen exchanges, each of them evaluated by faster-coco-eval."""
     truth, detections = random_detection_task(5)
     ids = [image["id"] for image in truth["images"][1:5]]
@@ -243,7 +100,7 @@ def single_values(value):
     return pd.Series(value, index=range(6))
 
 
-def test_runs_on_other_images_are_not_compared():
+def test_runs_on_other_images_are_not_compared(random_detection_task):
     values = pd.Series([0.1, 0.2, 0.3], index=[1, 2, 3])
     with pytest.raises(ValueError, match="1 images are in one run only, such as 3; evaluate both runs on the same"):
         compare(values, values.replace(0.3, np.nan))
@@ -270,7 +127,7 @@ def test_holm_bounds_false_findings():
     assert false == pytest.approx(0.05, abs=0.015) and (p_values <= 0.05).any(1).mean() > 0.35
 
 
-def test_several_runs_are_judged_together():
+def test_several_runs_are_judged_together(random_detection_task):
     truth, detections = random_detection_task(2)
     found = {
         name: match_detections(truth, worse(detections, share)) for name, share in zip("abc", (0, 0, 0.8), strict=True)
@@ -336,59 +193,10 @@ def test_what_seeds_can_establish():
         compare_groups(table, ["AP"], [("a", "z")])
 
 
-def test_one_good_seed_establishes_a_model_but_no_method():
+def test_one_good_seed_establishes_a_model_but_no_method(random_detection_task):
     truth, detections = random_detection_task(2)
     lists = {name: worse(detections, share) for name, share in (("a", 0), ("b", 0.8))}
     models = compare_runs({name: match_detections(truth, found) for name, found in lists.items()}, resamples=100)
     ap = {name: coco_ap(truth, found)["AP"] for name, found in lists.items()}
     methods = compare_groups(seeds(a=[ap["a"], ap["b"]], b=[ap["b"], ap["a"]]), ["AP"])
     assert models["verdict"].tolist() == ["established"] and methods["verdict"].tolist() == ["not established"]
-
-
-# --- run folders -----------------------------------------------------------------------------------------------
-
-
-def test_evaluation_stores_matches(tmp_path):
-    truth, detections = random_detection_task(0)
-    save_results(tmp_path, {"detection": coco_ap(truth, detections)}, detections, truth)
-    stored, made = load_matches(tmp_path), match_detections(truth, detections)
-    for back, before in zip(stored, made, strict=True):
-        pd.testing.assert_frame_equal(back, before)
-    assert average_precision(stored) == pytest.approx(six(runs.load_results(tmp_path)["detection"]))
-    (tmp_path / "measures" / "matches.parquet").write_bytes(b"cut short")
-    with pytest.raises(RunError, match=r"matches\.parquet is not readable .* delete it, then: python -m detrlib"):
-        load_matches(tmp_path)
-    with pytest.raises(RunError, match=r"no .*/matches\.parquet; measure the run \(again\): python -m detrlib"):
-        load_matches(tmp_path / "other")
-
-
-def test_groups_are_names_without_the_seed():
-    labels = [
-        "study/softmax-seed1",
-        "softmax_seed12",
-        "softmax-seed1/test2017",
-        "seed3",
-        "softmax-seed1-long",
-        "softmax-seeds",
-    ]
-    groups = ["study/softmax", "softmax", "softmax/test2017", "seed3", "softmax-seed1-long", "softmax-seeds"]
-    assert [frames.group_of(label) for label in labels] == groups
-
-
-def test_results_frame(tmp_path):
-    for number in (1, 2):
-        folder = tmp_path / f"sparse-seed{number}"
-        folder.mkdir()
-        save_config(
-            tiny_config({"train.seed": number, "model.attention.decoder_cross": "sparsemax"}), folder / "config.yaml"
-        )
-        located = {"all": {"pairs": 4, "paibb": {"mean": [0.1, 0.5]}}}
-        results = {"detection": {"AP": 0.1 * number, "per_class": {}}, "images": 13, "localisation": located}
-        write_json(folder / "results.json", results | {"attention": {"decoder_cross": {"gini": [0.2, 0.4]}}})
-    frame = frames.results_frame(sorted(tmp_path.iterdir()))
-    assert frame["group"].tolist() == ["sparse", "sparse"] and frame["seed"].tolist() == [1, 2]
-    row = frame.iloc[1].to_dict()
-    expected = {"run": "sparse-seed2", "AP": 0.2, "decoder_cross": "sparsemax", "decoder_self": "softmax", "images": 13}
-    assert {name: row[name] for name in expected} == expected
-    assert row["decoder_cross/gini"] == pytest.approx(0.3) and row["paibb/all"] == 0.5
-    assert seed_table(frame, ["AP"])["n"].tolist() == [2]

@@ -4,10 +4,15 @@ import pandas as pd
 import pytest
 
 from detrlib import runs
-from detrlib.engine.evaluate import split_folder
+from detrlib.config import save_config
+from detrlib.engine.evaluate import save_results, split_folder
 from detrlib.errors import RunError
 from detrlib.files import write_json
+from detrlib.metrics.bootstrap import AP_METRICS, average_precision
+from detrlib.metrics.detection import coco_ap, match_detections
+from detrlib.metrics.statistics import seed_table
 from detrlib.runs import results as frames
+from detrlib.runs.results import load_matches
 
 
 def write_results(folder, gini, paibb):
@@ -74,3 +79,61 @@ def test_a_split_does_not_replace_results_on_other_data(tmp_path):
     write_json(tmp_path / "test2017" / "results.json", {"on": "elsewhere.json"})
     with pytest.raises(RunError, match="holds results on other data"):
         split_folder(tmp_path, "test2017")
+
+
+def test_evaluation_stores_matches(tmp_path):
+    boxes = {7: [0, 0, 20, 20], 8: [5, 5, 40, 30]}
+    truth = {
+        "images": [{"id": image, "height": 64, "width": 64} for image in boxes],
+        "categories": [{"id": 3, "name": "cup"}],
+        "annotations": [
+            {"id": image, "image_id": image, "category_id": 3, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+            for image, box in boxes.items()
+        ],
+    }
+    detections = [{"image_id": image, "category_id": 3, "bbox": box, "score": 0.5} for image, box in boxes.items()]
+    detections[1]["bbox"] = [9, 9, 40, 30]
+    save_results(tmp_path, {"detection": coco_ap(truth, detections)}, detections, truth)
+    stored, made = load_matches(tmp_path), match_detections(truth, detections)
+    for back, before in zip(stored, made, strict=True):
+        pd.testing.assert_frame_equal(back, before)
+    assert average_precision(stored) == pytest.approx(
+        {name: runs.load_results(tmp_path)["detection"][name] for name in AP_METRICS}
+    )
+    (tmp_path / "measures" / "matches.parquet").write_bytes(b"cut short")
+    with pytest.raises(RunError, match=r"matches\.parquet"):
+        load_matches(tmp_path)
+    with pytest.raises(RunError, match=r"other.*matches\.parquet"):
+        load_matches(tmp_path / "other")
+
+
+def test_groups_are_names_without_the_seed():
+    labels = [
+        "study/softmax-seed1",
+        "softmax_seed12",
+        "softmax-seed1/test2017",
+        "seed3",
+        "softmax-seed1-long",
+        "softmax-seeds",
+    ]
+    groups = ["study/softmax", "softmax", "softmax/test2017", "seed3", "softmax-seed1-long", "softmax-seeds"]
+    assert [frames.group_of(label) for label in labels] == groups
+
+
+def test_results_frame(tmp_path, tiny_config):
+    for number in (1, 2):
+        folder = tmp_path / f"sparse-seed{number}"
+        folder.mkdir()
+        save_config(
+            tiny_config({"train.seed": number, "model.attention.decoder_cross": "sparsemax"}), folder / "config.yaml"
+        )
+        located = {"all": {"pairs": 4, "paibb": {"mean": [0.1, 0.5]}}}
+        results = {"detection": {"AP": 0.1 * number, "per_class": {}}, "images": 13, "localisation": located}
+        write_json(folder / "results.json", results | {"attention": {"decoder_cross": {"gini": [0.2, 0.4]}}})
+    frame = frames.results_frame(sorted(tmp_path.iterdir()))
+    assert frame["group"].tolist() == ["sparse", "sparse"] and frame["seed"].tolist() == [1, 2]
+    row = frame.iloc[1].to_dict()
+    expected = {"run": "sparse-seed2", "AP": 0.2, "decoder_cross": "sparsemax", "decoder_self": "softmax", "images": 13}
+    assert {name: row[name] for name in expected} == expected
+    assert row["decoder_cross/gini"] == pytest.approx(0.3) and row["paibb/all"] == 0.5
+    assert seed_table(frame, ["AP"])["n"].tolist() == [2]

@@ -1,0 +1,62 @@
+"""Detections whose AP others have published, and random ones."""
+
+import json
+
+import numpy as np
+import pytest
+
+from detrlib.metrics.detection import coco_detections
+
+PUBLISHED = [
+    ("cocoapi_val2014_100", "instances_val2014_100.json", "instances_val2014_fakebbox100_results.json", 0.0),
+    ("detectron2_mini", "gt.json", "detections.json", 0.0),
+    ("faster_coco_eval", "gt_ignore_test.json", "dt_ignore_test.json", 0.1),
+]
+
+
+@pytest.fixture(params=PUBLISHED, ids=lambda case: case[0])
+def published(request, shared_data):
+    """Ground truth and detections of a published evaluation, and what it says: expected numbers and a tolerance."""
+    case, truth, detections, lowest_score = request.param
+    folder = shared_data / "coco_eval_cases" / case
+    kept = [one for one in json.loads((folder / detections).read_text()) if one["score"] >= lowest_score]
+    return folder / truth, kept, json.loads((folder / "expected.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def published_cases():
+    """The names of all that `published` gives."""
+    return {case for case, *_ in PUBLISHED}
+
+
+@pytest.fixture(scope="session")
+def random_detection_task():
+    def random_detection_task(seed: int, first_annotation: int = 1) -> tuple[dict, list[dict]]:
+        """Ground truth with crowds, an empty image and a class without objects; detections near and far from it."""
+        random = np.random.default_rng(seed)
+        images = [{"id": 10 + i, "height": 400, "width": 400} for i in range(12)]
+        categories = [{"id": i, "name": name} for i, name in [(3, "ant"), (4, "bee"), (9, "cat"), (11, "unused")]]
+        annotations, detections = [], []
+        for image in images[1:]:
+            for _ in range(random.integers(1, 7)):
+                side = random.choice([15, 60, 150])
+                box = np.concatenate([random.uniform(0, 240, 2), side * random.uniform(0.7, 1.3, 2)])
+                category = int(random.choice([3, 4, 9]))
+                annotations.append(
+                    {
+                        "id": first_annotation + len(annotations),
+                        "image_id": image["id"],
+                        "category_id": category,
+                        "bbox": box.tolist(),
+                        "area": float(0.8 * box[2] * box[3]),
+                        "iscrowd": int(random.random() < 0.1),
+                    }
+                )
+                for _ in range(random.integers(0, 4)):
+                    moved = box + random.normal(0, 0.08 * side, 4)
+                    corners = np.concatenate([moved[:2], moved[:2] + np.abs(moved[2:])])
+                    guess = category if random.random() < 0.8 else int(random.choice([3, 4, 9, 11]))
+                    detections += coco_detections(image["id"], corners[None], [random.random()], [guess])
+        return {"images": images, "categories": categories, "annotations": annotations}, detections
+
+    return random_detection_task

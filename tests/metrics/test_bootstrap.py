@@ -1,0 +1,142 @@
+"""AP of any images from matches, and what resampling them says."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from detrlib.metrics.bootstrap import AP_METRICS, Curves, ap_table, average_precision, bootstrap_ap, interval
+from detrlib.metrics.detection import Matches, coco_ap, match_detections
+
+
+def six(numbers):
+    return {name: numbers[name] for name in AP_METRICS}
+
+
+# --- AP from matches -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def crowded_task(random_detection_task):
+    def crowded_task(seed):
+        """Equal scores, equal IoU, areas at the ends of ranges, more than 100 detections of one class in an image."""
+        truth, detections = random_detection_task(seed)
+        random = np.random.default_rng(seed)
+        annotations = [
+            one | {"image_id": 11, "category_id": 3} for one in truth["annotations"] if random.random() < 0.7
+        ]
+        annotations += [one | {"area": float(random.choice([500, 1024, 9216]))} for one in annotations[:9]]  # twice
+        moved = [
+            one | {"bbox": np.clip(np.add(one["bbox"], random.normal(0, 2, 4)), 0, None).tolist()}
+            for one in 6 * detections
+        ]
+        crowd = [one | {"image_id": 11, "category_id": 3, "score": round(random.random(), 2)} for one in moved]
+        assert len(crowd) > 150
+        detections = [one | {"score": round(one["score"], 1)} for one in detections]
+        return truth | {"annotations": truth["annotations"] + annotations}, crowd + detections
+
+    return crowded_task
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_ap_from_matches_is_that_of_faster_coco_eval(crowded, seed, crowded_task, random_detection_task):
+    truth, detections = (crowded_task if crowded else random_detection_task)(seed)
+    result = average_precision(match_detections(truth, detections))
+    assert result == pytest.approx(six(coco_ap(truth, detections)), rel=0, abs=1e-9)
+    assert 0 < result["AP"] < 1
+
+
+def test_ap_from_matches_is_the_published_one(published):
+    truth, detections, reference = published
+    expected = six(reference["expected"])
+    assert average_precision(match_detections(truth, detections)) == pytest.approx(expected, rel=0, abs=1e-9)
+
+
+def test_ap_from_matches_at_the_ends(random_detection_task):
+    truth, detections = random_detection_task(1)
+    nothing = average_precision(match_detections(truth, []))
+    assert nothing == six(coco_ap(truth, [])) and nothing["AP"] == 0
+    without = match_detections(truth | {"annotations": []}, detections)
+    assert set(average_precision(without).values()) == {-1}
+    assert bootstrap_ap(without, 3).isna().all(axis=None)
+    with pytest.raises(ValueError, match="not in the ground truth, such as 999"):
+        match_detections(truth, [detections[0] | {"image_id": 999}])
+
+
+def test_matching_in_small_parts_changes_nothing(monkeypatch, crowded_task):
+    task = crowded_task(0)
+    whole = match_detections(*task)
+    monkeypatch.setattr("detrlib.metrics.detection.PAIRS_AT_ONCE", 7)
+    for part, expected in zip(match_detections(*task), whole, strict=True):
+        pd.testing.assert_frame_equal(part, expected)
+
+
+def test_matches_list_every_image_and_compute_ap_of_any_of_them(random_detection_task):
+    truth, detections = random_detection_task(3)
+    matches = match_detections(truth, detections)
+    ids = [image["id"] for image in truth["images"]]
+    assert sorted(set(matches.annotations["image_id"])) == ids
+    some = ids[::2]
+    subset = Matches(*(table[table["image_id"].isin(some)] for table in matches))
+    kept = {
+        "images": [image for image in truth["images"] if image["id"] in some],
+        "annotations": [one for one in truth["annotations"] if one["image_id"] in some],
+    }
+    expected = coco_ap(truth | kept, [one for one in detections if one["image_id"] in some])
+    assert average_precision(subset) == pytest.approx(six(expected), rel=0, abs=1e-9)
+
+
+@pytest.mark.parametrize("at_once", [1, 2**19])
+def test_a_weight_is_a_number_of_copies(monkeypatch, at_once, random_detection_task):
+    """The fast way against the literal one: repeat images with everything in them, and match anew."""
+    monkeypatch.setattr("detrlib.metrics.bootstrap.NUMBERS_AT_ONCE", at_once)
+    truth, detections = random_detection_task(4)
+    curves = Curves(match_detections(truth, detections))
+    weights = np.random.default_rng(0).integers(0, 4, (5, len(curves.image_ids)))
+    numbers = curves.ap(weights, AP_METRICS)
+    for row, counts in enumerate(weights):
+        copies = {int(i): [int(i) + 1000 * n for n in range(c)] for i, c in zip(curves.image_ids, counts, strict=True)}
+        repeated = {
+            name: [one | {key: new, "area": one.get("area")} for one in truth[name] for new in copies[one[key]]]
+            for name, key in (("images", "id"), ("annotations", "image_id"))
+        }
+        found = [one | {"image_id": new} for one in detections for new in copies[one["image_id"]]]
+        expected = six(coco_ap(truth | repeated, found))
+        assert {name: np.nan_to_num(numbers[name][row], nan=-1) for name in AP_METRICS} == pytest.approx(expected)
+
+
+# --- resampling ------------------------------------------------------------------------------------------------
+
+
+def test_the_bootstrap_draws_images(monkeypatch, random_detection_task):
+    matches = match_detections(*random_detection_task(0))
+    samples = bootstrap_ap(matches, 60, seed=1)
+    assert list(samples.columns) == list(AP_METRICS) and len(samples) == 60
+    pd.testing.assert_frame_equal(samples, bootstrap_ap(matches, 60, seed=1))
+    assert not samples.equals(bootstrap_ap(matches, 60, seed=2))
+    pd.testing.assert_frame_equal(samples[["AP75"]], bootstrap_ap(matches, 60, seed=1, metrics=["AP75"]))
+    monkeypatch.setattr("detrlib.metrics.bootstrap.IMAGES_AT_ONCE", 240)  # a few samples at a time
+    pd.testing.assert_frame_equal(samples, bootstrap_ap(matches, 60, seed=1))
+    with pytest.raises(ValueError, match="'AR' is none of AP, AP50"):
+        bootstrap_ap(matches, 3, metrics=["AR"])
+
+
+def test_bootstrap_of_two_images_is_the_list_of_all_samples(random_detection_task):
+    truth, detections = random_detection_task(0)
+    truth = truth | {"images": truth["images"][1:3]}
+    ids = [image["id"] for image in truth["images"]]
+    truth["annotations"] = [one for one in truth["annotations"] if one["image_id"] in ids]
+    matches = match_detections(truth, [one for one in detections if one["image_id"] in ids])
+    every = Curves(matches).ap(np.array([[2, 0], [1, 1], [0, 2]]), ["AP"])["AP"]
+    samples = bootstrap_ap(matches, 400)["AP"].to_numpy()
+    shares = [np.isclose(samples, value).mean() for value in every]
+    assert len(set(every.round(9))) == 3 and np.allclose(shares, [0.25, 0.5, 0.25], atol=0.08)
+
+
+def test_the_basic_interval_mirrors_percentiles(random_detection_task):
+    samples = pd.DataFrame({"a": np.linspace(0, 1, 1001), "b": np.linspace(2, 4, 1001)})
+    ends = interval(pd.Series({"a": 0.4, "b": 3.0}), samples)
+    assert ends["a"].tolist() == pytest.approx([0.8 - 0.975, 0.8 - 0.025])
+    assert ends["b"].tolist() == pytest.approx([2.05, 3.95])
+    table = ap_table(match_detections(*random_detection_task(0)), 200)
+    assert list(table.index) == list(AP_METRICS) and (table["low"] < table["high"]).all()
