@@ -218,7 +218,7 @@ def test_an_image_alone_is_predicted_as_in_a_padded_batch(variant, settings, ass
 
 
 @pytest.mark.parametrize("backbone", [{"name": "resnet18"}, {"name": "resnet50", "dilation": True}])
-def test_padding_changes_nothing_at_the_strides_of_resnets(backbone, CANVAS, deformable, padded_batch):
+def test_padding_changes_nothing_at_the_strides_of_resnets(backbone, deformable, padded_batch):
     model = deformable("sparse", {"levels": 4, "stages": None}, backbone=backbone | {"weights": "none"})
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     with torch.no_grad():

@@ -54,7 +54,7 @@ def test_gather_and_scatter():
     assert changed.tolist() == [[True, False, False, True, False], [False, False, False, False, True]]
 
 
-def test_all_tokens_kept_is_the_dense_encoder(CANVAS, deformable, padded_batch):
+def test_all_tokens_kept_is_the_dense_encoder(deformable, padded_batch):
     sparse, dense = deformable("sparse"), deformable("sparse", {"rho": 1.0})
     assert dense.transformer.enc_mask_predictor is None
     dense.load_state_dict({name: value for name, value in sparse.state_dict().items() if "enc_mask" not in name})
@@ -70,7 +70,7 @@ def test_all_tokens_kept_is_the_dense_encoder(CANVAS, deformable, padded_batch):
     assert torch.equal(alone.logits, expected_alone.logits)  # to the last bit where nothing is padded
 
 
-def test_other_tokens_pass_the_encoder_unchanged(CANVAS, deformable, padded_batch):
+def test_other_tokens_pass_the_encoder_unchanged(deformable, padded_batch):
     model = deformable("sparse")
     seen = {}
     encoder = model.transformer.encoder
@@ -91,7 +91,7 @@ def test_other_tokens_pass_the_encoder_unchanged(CANVAS, deformable, padded_batc
     assert [state.shape[1] for state in seen["states"]] == [int(tokens.kept.sum(1).max())] * 3
 
 
-def test_an_image_keeps_the_same_tokens_alone_and_in_a_batch(CANVAS, deformable, padded_batch):
+def test_an_image_keeps_the_same_tokens_alone_and_in_a_batch(deformable, padded_batch):
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     models = {choice: deformable("sparse", {"token_scores": choice}) for choice in ("masked", "official")}
     differs = {}
