@@ -1,13 +1,15 @@
 """Every notebook from its first to its last cell, the checks on parameters, and sweeps of runs."""
 
 import json
+import shutil
 
 import nbformat
 import pytest
 
-from detrlib.config import load_config, save_config
+from detrlib.config import load_config, replace, save_config
 from detrlib.engine import notebooks
 from detrlib.engine.notebooks import execute_notebook, find_notebook, is_executed
+from detrlib.files import write_json
 
 NOTEBOOKS = sorted(path.stem for path in notebooks.NOTEBOOKS.glob("*.ipynb"))
 
@@ -38,14 +40,14 @@ class TinyRun:
                 "timed_size": [160, 160],
                 "timed_ratios": [0.1, 1.0],
                 "repeats": 1,
-                "count_published": False,
+                "count_published": True,
             },
             "06_train": run | {"config": str(self.config), "overrides": {"train.epochs": 1}, "gpus": 0},
             "07_evaluate": run
-            | {"num_examples": 1, "untrained": True}
+            | {"num_examples": 1, "untrained": True, "explained_images": 2}
             | {"alphas": [1, 2], "swaps": ["softmax"], "prune_heads": True, "intervention_images": 2},
             "08_attention_maps": runs,
-            "09_thesis_figures": runs | {"output": str(self.folder / "figures")},
+            "09_thesis_figures": {"run_names": self.study(), "output": str(self.folder / "figures"), "resamples": 50},
             "10_benchmarks": {
                 "device": "cpu",
                 "threads": 1,
@@ -69,11 +71,26 @@ class TinyRun:
                 values = values | {name: value}
         return values
 
+    def study(self):
+        """The names of copies of the run: two groups of two seeds each, whose AP differ a little."""
+        names = [f"{group}-seed{seed}" for group in ("first", "second") for seed in (1, 2)]
+        for number, name in enumerate(names if (self.folder / "run" / "results.json").exists() else []):
+            folder = self.folder / name
+            if not folder.exists():
+                shutil.copytree(self.folder / "run", folder)
+                save_config(
+                    replace(load_config(folder / "config.yaml"), {"train.seed": number % 2}), folder / "config.yaml"
+                )
+                results = json.loads((folder / "results.json").read_text())
+                results["detection"]["AP"] += 0.01 * number
+                write_json(folder / "results.json", results)
+        return [str(self.folder / name) for name in names]
+
     def execute(self, notebook):
         """Execute a notebook once, and those that it needs before it."""
         output = self.folder / f"{notebook}.ipynb"
         if not is_executed(output):
-            for needed in {"06": ["06_train"], "07": ["07_evaluate"], "08": ["07_evaluate"]}.get(notebook[:2], []):
+            for needed in {"07": ["06_train"], "08": ["07_evaluate"], "09": ["07_evaluate"]}.get(notebook[:2], []):
                 self.execute(needed)
             execute_notebook(notebook, output, self.parameters(notebook))
         return output

@@ -4,13 +4,13 @@ Each has the settings that mean something to it and no others. What cannot be sa
 and the remedy.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 TransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"]
 # tvmax needs keys that form a grid, and those of decoder_self are queries.
-QueryTransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax"]
+QueryTransformName = Literal[tuple(name for name in get_args(TransformName) if name != "tvmax")]
 SiteName = Literal["encoder_self", "decoder_self", "decoder_cross"]
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 

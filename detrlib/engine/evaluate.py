@@ -184,7 +184,7 @@ def evaluate(
     with recorder(cfg, len(dataset), accelerator, run_dir) as record:
         if sites is None or sites:
             folder = run_dir / "measures" if run_dir else None
-            looks = AttentionMeasures(cfg, folder, accelerator.process_index, sites)
+            looks = AttentionMeasures(cfg, folder, accelerator.process_index, accelerator.num_processes, sites)
         bar = tqdm(_share(dataset, cfg, accelerator), desc="evaluating", leave=False, disable=not progress or None)
         for batch in bar:
             batch = batch.to(device)

@@ -49,12 +49,22 @@ class Moments:
 class AttentionMeasures:
     """Sparsity of every site, layer, head and image, and localisation of every matched query, batch by batch.
 
-    folder: where tables of single images and objects go, if given; process: which of the processes that share the
-    data this one is. `sites` are those measured, decoder_cross always among them: a model must be asked for their maps.
-    None: those where sparsity is a question, because the transform is not softmax.
+    Args:
+        cfg: settings of the model, and of `evaluate`.
+        folder: where the tables of single images (`sparsity`) and objects (`located`) go; None: nowhere.
+        process, processes: which of the processes that share the data this one is.
+        sites: those measured beside decoder_cross; None: those where sparsity is a question, because the transform is
+            not softmax. A model must be asked for the maps of `self.sites`.
     """
 
-    def __init__(self, cfg: Config, folder: Path | None = None, process: int = 0, sites: Collection[str] | None = None):
+    def __init__(
+        self,
+        cfg: Config,
+        folder: Path | None = None,
+        process: int = 0,
+        processes: int = 1,
+        sites: Collection[str] | None = None,
+    ):
         self.cfg, self.settings = cfg, cfg.evaluate
         selfs = ("encoder_self", "decoder_self")
         if sites is None:  # maps of the encoder are large
@@ -67,7 +77,7 @@ class AttentionMeasures:
         }
         shape = len(localisation.MEASURES), model.decoder_layers, heads
         self.located = {size: Moments(*shape) for size in ("all", *localisation.SIZES)}
-        self.tables = _open_tables(folder, self.sites, process) if folder else ()
+        self.tables = _open_tables(folder, self.sites, process, processes) if folder else ()
 
     def add(self, predictions: Predictions, batch: Batch, pairs: list[Match]) -> None:
         """Measure one batch whose predictions hold maps; pairs as `match` finds them."""
@@ -77,21 +87,21 @@ class AttentionMeasures:
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         chosen[queries] = True
         chosen = torch.stack([torch.ones_like(chosen), chosen, scores > self.settings.confident_score], 1)  # [B,S,Q]
-        looks = []
         if maps.key_padding is None:
             key_valid = torch.ones(len(scores), math.prod(maps.grid), dtype=torch.bool, device=scores.device)
         else:
             key_valid = ~maps.key_padding
+        looks = []
         for site in self.sites:
             rows = key_valid[:, None] if site == "encoder_self" else chosen  # rows of padding do not count
             valid = None if site == "decoder_self" or self.settings.count_padding else key_valid[:, None, None]
-            found = []
+            measured = []
             for weights in getattr(maps, site):  # [B,H,Q,K]
-                found.append(self._measure(weights, valid, rows))
+                measured.append(self._measure(weights, valid, rows))
                 if site == "decoder_cross":
                     cells = weights if maps.polled is None else maps.polled.on_cells(weights)
                     looks.append(cells[queries[0], :, queries[1]])  # [n,H,K]
-            self._add_sparsity(site, torch.stack(found, 3).cpu(), images)
+            self._add_sparsity(site, torch.stack(measured, 3).cpu(), images)
         if len(queries[0]):
             self._add_located(torch.stack(looks, 1), scores[queries], maps, batch, pairs, images)
 
@@ -119,7 +129,7 @@ class AttentionMeasures:
     def _add_located(
         self, looks: Tensor, scores: Tensor, maps: AttentionMaps, batch: Batch, pairs: list[Match], images: np.ndarray
     ) -> None:
-        """looks [n,L,H,K] and scores [n] of the matched queries."""
+        """looks [n,L,H,K], the maps, and scores [n] of the matched queries."""
         image, index = _flat(pairs, 1)
         boxes, labels = (
             torch.cat([target[name][i] for target, (_, i) in zip(batch.targets, pairs, strict=True)])
@@ -137,34 +147,27 @@ class AttentionMeasures:
         self.located["all"].add(values)
         for number, name in enumerate(localisation.SIZES):
             self.located[name].add(values[size == number])
-        if not self.tables:
-            return
-        pair, layer, head = np.indices((len(values), *values.shape[2:])).reshape(3, -1)
-        of_pair = {
-            "image_id": images[image.cpu().numpy()],
-            "object": index.cpu().numpy(),
-            "label": labels.cpu().numpy(),
-            "area": areas.numpy(),
-            "size": size.numpy(),
-            "score": scores.float().cpu().numpy(),
-        }
-        columns = {name: column[pair] for name, column in of_pair.items()}
-        columns |= {"layer": layer, "head": head + MEAN_HEAD}
-        rows = values.movedim(1, -1).flatten(0, -2).T.numpy()
-        self.tables[1].add(columns | dict(zip(localisation.MEASURES, rows, strict=True)))
+        if self.tables:
+            of_pair = {"object": index, "label": labels, "area": areas, "size": size, "score": scores.float()}
+            of_pair = {"image_id": images[image.cpu().numpy()]} | {k: v.cpu().numpy() for k, v in of_pair.items()}
+            pair, layer, head = np.indices((len(values), *values.shape[2:])).reshape(3, -1)
+            columns = {name: column[pair] for name, column in of_pair.items()}
+            columns |= {"layer": layer, "head": head + MEAN_HEAD}
+            rows = values.movedim(1, -1).flatten(0, -2).T.numpy()
+            self.tables[1].add(columns | dict(zip(localisation.MEASURES, rows, strict=True)))
 
     def close(self) -> list[Tensor]:
-        """Write what the tables still hold in memory, as every process does before one merges them; the `sums`."""
+        """Put the tables of this process in place; its `sums`."""
         for table in self.tables:
             table.close()
         return self.sums()
 
     def merge(self, sums: list[list[Tensor]], tables: bool = True) -> None:
-        """Take over the `sums` of all processes, this one included; one of them puts the tables in place."""
+        """Take over the `sums` of all processes, this one included; tables: of one that removes earlier tables."""
         for moments, parts in zip(self._moments(), zip(*sums, strict=True), strict=True):
             moments.sums = torch.stack(parts).sum(0)
         for table in self.tables if tables else ():
-            table.merge(len(sums))
+            table.remove_earlier()
 
     def sums(self) -> list[Tensor]:
         """All that this process has gathered."""
@@ -174,7 +177,7 @@ class AttentionMeasures:
         return [*self.sparse.values(), *self.located.values()]
 
     def summary(self, learned: dict[str, list[float]]) -> dict:
-        """What results.json holds of attention; learned: alphas [H] by place, such as "decoder_cross.0".
+        """What results.json holds of attention; learned: alphas [H] by module, such as "decoder_cross.0".
 
         attention     site -> measure -> [L]: means over images of means over heads and all queries
         sparsity      site -> "alpha" in effect [L][H], and selection -> "images" and measure -> mean, std, heads
@@ -187,8 +190,8 @@ class AttentionMeasures:
             count, mean, std = moments.results()  # [S,M,L,H+1]
             sparse[site] = {"alpha": alphas_in_effect(self.cfg.model, site, learned)}
             for number, selection in enumerate(_selections(site)):
-                found = _described(sparsity.MEASURES, mean[number], std[number])
-                sparse[site][selection] = {"images": int(count[number].max())} | found
+                measures = _described(sparsity.MEASURES, mean[number], std[number])
+                sparse[site][selection] = {"images": int(count[number].max())} | measures
             attention[site] = {name: sparse[site]["all"][name]["mean"] for name in sparsity.MEASURES}
         for size, moments in self.located.items():
             count, mean, std = moments.results()  # [M,L,H+1]
@@ -201,30 +204,29 @@ class AttentionMeasures:
 def alphas_in_effect(settings: Model, site: str, learned: dict[str, list[float]]) -> list[list[float]] | None:
     """The alpha of entmax that every layer and head of a site works with, [L][H].
 
-    None for other transforms, such as tvmax, and for learned ones that an intervention has replaced.
-
-    learned: values [H] by place, such as "decoder_cross.0", of the transforms that learn theirs.
+    None for other transforms, such as tvmax, and for learned ones that an intervention has replaced. learned: values
+    [H] by module, such as "decoder_cross.0", of the transforms that learn theirs.
     """
     name = settings.transform_at(site)
     layers = range(_layers(settings, site))
     if name == "alpha_entmax":
-        places = [f"{site}.{layer}" for layer in layers]
-        return [learned[place] for place in places] if set(places) <= set(learned) else None
+        modules = [f"{site}.{layer}" for layer in layers]
+        return [learned[module] for module in modules] if set(modules) <= set(learned) else None
     # Deformable attention is a softmax over its samples.
     known = {"softmax": 1.0, "deformable": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": settings.attention.alpha}
     return [[known[name]] * settings.num_heads for _ in layers] if name in known else None
 
 
-def _open_tables(folder: Path, sites: list[str], process: int) -> tuple[Table, Table]:
+def _open_tables(folder: Path, sites: list[str], process: int, processes: int) -> tuple[Table, Table]:
     """sparsity: a row for each image, site, layer, head and selection; located: for each object, layer and head."""
-    place = {"layer": "int16", "head": "int16"}
-    sparse = {"image_id": "int64", "site": "", **place, "queries": "", **dict.fromkeys(sparsity.MEASURES, "float32")}
+    position = {"layer": "int16", "head": "int16"}
+    sparse = {"image_id": "int64", "site": "", **position, "queries": "", **dict.fromkeys(sparsity.MEASURES, "float32")}
     words = {"site": sites, "queries": list(SELECTIONS)}
     of_object = {"image_id": "int64", "object": "int32", "label": "int32", "area": "float32", "size": ""}
-    located = {**of_object, "score": "float32", **place, **dict.fromkeys(localisation.MEASURES, "float32")}
+    located = {**of_object, "score": "float32", **position, **dict.fromkeys(localisation.MEASURES, "float32")}
     return (
-        Table(folder / "sparsity.parquet", sparse, words, process),
-        Table(folder / "located.parquet", located, {"size": list(localisation.SIZES)}, process),
+        Table(folder / "sparsity", sparse, words, process, processes),
+        Table(folder / "located", located, {"size": list(localisation.SIZES)}, process, processes),
     )
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import sparse
 
+from detrlib.errors import ConfigError
 from detrlib.metrics.detection import AREAS, IOU_THRESHOLDS, METRICS, NO_CATEGORY, Matches
 
 AP_METRICS = METRICS[:6]
@@ -75,7 +76,7 @@ class Curves:
 def _cut(metric: str) -> tuple[int, tuple[int, ...]]:
     """The area range and the IoU thresholds, by position, that a metric is a mean over."""
     if metric not in AP_METRICS:
-        raise ValueError(f"{metric!r} is none of {', '.join(AP_METRICS)}")
+        raise ConfigError(f"metric {metric!r} is none of {', '.join(AP_METRICS)}")
     thresholds = {"AP50": (0,), "AP75": (5,)}.get(metric, tuple(range(len(IOU_THRESHOLDS))))
     return list(AREAS).index(metric.partition("_")[2] or "all"), thresholds
 
@@ -132,11 +133,22 @@ IMAGES_AT_ONCE = 2**22  # weights of images in memory together
 def bootstrap_ap(
     matches: Matches, resamples: int = 1000, seed: int = 0, metrics: Sequence[str] = AP_METRICS
 ) -> pd.DataFrame:
-    """AP of `resamples` samples of the images, drawn with replacement: a row per sample, a column per metric.
+    """Compute AP of samples of the images, drawn with replacement.
 
-    NaN where a sample has nothing to be found. The same seed draws the same images for every run on them.
     Assumes that the images are independent draws from those of interest, and says nothing about training anew.
     Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapters 6 and 13.
+
+    Args:
+        matches: of one run, as of `match_detections` or `load_matches`.
+        resamples: how many samples are drawn.
+        seed: the same one draws the same images for every run on them.
+        metrics: some of the six AP.
+
+    Returns:
+        A row per sample, a column per metric; NaN where a sample has nothing to be found.
+
+    Raises:
+        ConfigError: a metric is none of the six.
     """
     curves = Curves(matches)
     parts = [pd.DataFrame(curves.ap(weights, metrics)) for weights in _multiplicities(curves, resamples, seed)]
@@ -146,11 +158,12 @@ def bootstrap_ap(
 def _multiplicities(curves: Curves, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """[R,N] how often each image is drawn, a batch at a time."""
     images, random = len(curves.image_ids), np.random.default_rng(seed)
-    for count in _batches(resamples, images):
+    for count in batches(resamples, images):
         yield random.multinomial(images, np.full(images, 1 / images), size=count).astype(np.int32)
 
 
-def _batches(resamples: int, images: int) -> list[int]:
+def batches(resamples: int, images: int) -> list[int]:
+    """How many resamples of so many images are worked on together, batch by batch."""
     most = max(1, IMAGES_AT_ONCE // images)
     return [min(most, resamples - start) for start in range(0, resamples, most)]
 

@@ -14,14 +14,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from detrlib.metrics.bootstrap import LEVEL, Curves, _batches, average_precision, bootstrap_ap, interval
+from detrlib.errors import ConfigError, DataError
+from detrlib.metrics.bootstrap import LEVEL, Curves, average_precision, batches, bootstrap_ap, interval
 from detrlib.metrics.detection import Matches
 
 MEAN_SAMPLING = {"n_resamples": 10_000, "batch": 500}  # means are cheap
 NO_ROWS = pd.DataFrame(columns=["first", "second", "metric", "difference", "low", "high", "p", "images"], dtype=object)
-
-
-# One run, many samples of images
 
 
 # Two runs on the same images
@@ -35,25 +33,35 @@ def compare(
     seed: int = 0,
     samples: tuple[pd.Series, pd.Series] | None = None,
 ) -> dict:
-    """first - second on the same images: difference, low, high (95 %), p, and how many images.
-
-    Matches are compared by AP, tables by the mean of column `metric` over images (the index, or column image_id; rows
-    of one image are averaged first, undefined ones left out). For AP `resamples` are drawn, for means 10,000. samples:
-    the bootstrap samples of both, as of `bootstrap_ap`, where they are drawn already.
+    """Compare two runs on the same images.
 
     The interval is that of the paired bootstrap, which draws the same images for both (see `bootstrap_ap`, `interval`).
     p is that of a permutation test, two-sided: under the null hypothesis the results of an image could as well be
     exchanged between the runs, which is done at random for each image, independently of the others; for means this is
     flipping signs of differences. It assumes that exchangeability and nothing about distributions. Both speak of two
-    trained models, not of two ways of training. Raises ValueError when the images differ.
-    Source: Efron & Tibshirani 1993, chapters 8, 13 and 15.
+    trained models, not of two ways of training. Source: Efron & Tibshirani 1993, chapters 8, 13 and 15.
+
+    Args:
+        first, second: matches, compared by AP; or tables, compared by the mean of a column over images (the index, or
+            column image_id; rows of one image are averaged first, undefined ones left out).
+        metric: one of the six AP, or the column.
+        resamples: drawn for AP; for means 10,000 are.
+        seed: of what is drawn.
+        samples: the bootstrap samples of both, as of `bootstrap_ap`, where they are drawn already.
+
+    Returns:
+        difference (first - second), low and high (95 %), p, and how many images.
+
+    Raises:
+        DataError: the images or annotations of the runs differ, or are too few.
+        ConfigError: there is no such metric.
     """
     if isinstance(first, Matches):
         return _compare_ap(first, second, metric, resamples, seed, samples)
     a, b = (_per_image(table, metric) for table in (first, second))
     _same_images(a.index, b.index)
     if len(a) < 2:
-        raise ValueError(f"{metric} is defined for {len(a)} images; a comparison over images needs two at least")
+        raise DataError(f"{metric} is defined for {len(a)} images; a comparison over images needs two at least")
     gaps = (a - b).to_numpy()
     test = stats.permutation_test(
         (gaps,), np.mean, permutation_type="samples", rng=np.random.default_rng(seed), **MEAN_SAMPLING
@@ -68,7 +76,7 @@ def compare(
 def _per_image(table: pd.DataFrame | pd.Series, metric: str) -> pd.Series:
     if isinstance(table, pd.DataFrame):
         if metric not in table:
-            raise ValueError(f"no column {metric!r}; there are {list(table.columns)}")
+            raise ConfigError(f"no column {metric!r}; there are {list(table.columns)}")
         table = (table.set_index("image_id") if "image_id" in table else table)[metric]
     return table.dropna().groupby(level=0).mean()
 
@@ -76,7 +84,7 @@ def _per_image(table: pd.DataFrame | pd.Series, metric: str) -> pd.Series:
 def _same_images(first: Iterable[int], second: Iterable[int]) -> None:
     others = set(first) ^ set(second)
     if others:
-        raise ValueError(
+        raise DataError(
             f"{len(others)} images are in one run only, such as {min(others)}; evaluate both runs on the same images"
         )
 
@@ -92,7 +100,7 @@ def _compare_ap(
     a, b = (one.annotations.sort_values(["image_id", "category_id"], ignore_index=True) for one in (first, second))
     _same_images(a["image_id"], b["image_id"])
     if not a.equals(b):
-        raise ValueError("the annotations of the runs differ; evaluate both again on the same annotation file")
+        raise DataError("the annotations of the runs differ; evaluate both again on the same annotation file")
     before, after = (average_precision(one)[metric] for one in (first, second))
     result = {"difference": before - after, "images": a["image_id"].nunique()}
     if before == -1:
@@ -109,7 +117,7 @@ def _exchanged(first: Matches, second: Matches, metric: str, resamples: int, see
     """[R] differences of AP after each image has been exchanged between the runs with probability 1/2."""
     curves, random = Curves(first, second), np.random.default_rng(seed)
     images, parts = len(curves.image_ids), []
-    for count in _batches(resamples, images):
+    for count in batches(resamples, images):
         kept = random.integers(0, 2, (count, images), dtype=np.int32)
         once = np.ones_like(kept)
         one, other = (
@@ -154,7 +162,8 @@ def compare_runs(
         "established" or "not established" at 5 %; no rows for fewer than two runs.
 
     Raises:
-        ValueError: the images or annotations of two runs differ.
+        DataError: the images or annotations of two runs differ.
+        ConfigError: there is no such metric.
     """
     pairs = list(pairs or combinations(runs, 2))
     drawn = {}  # the bootstrap of each run, once for all pairs
@@ -180,10 +189,19 @@ def with_verdicts(comparisons: pd.DataFrame) -> pd.DataFrame:
 
 
 def seed_table(results: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Spread over seeds: a row per group and metric with mean, std (of the sample, n - 1), min, max and n.
+    """Describe the spread over seeds.
 
-    results: a row per run with columns group, seed and the metrics (`frames.results_frame`); missing numbers and COCO's
-    -1 are left out. Raises ValueError when a group has the same seed twice.
+    Args:
+        results: a row per run with columns group, seed and the metrics, as of `results_frame`; missing numbers and
+            COCO's -1 are left out.
+        metrics: some of its columns.
+
+    Returns:
+        A row per group and metric: group, metric, mean, std (of the sample, n - 1), min, max and n.
+
+    Raises:
+        ConfigError: a column is missing.
+        DataError: a group has several runs of one seed.
     """
     values = _by_seed(results, metrics).melt(["group", "seed"], list(metrics), "metric")
     table = values.groupby(["group", "metric"], sort=False)["value"].agg(
@@ -195,22 +213,33 @@ def seed_table(results: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
 def compare_groups(
     results: pd.DataFrame, metrics: Sequence[str], pairs: Sequence[tuple[str, str]] | None = None
 ) -> pd.DataFrame:
-    """Differences of group means over seeds, for all pairs of groups or those given, a row per metric and pair.
+    """Compare the means of groups over seeds.
 
-    Columns: first, second, metric, difference (first - second), low, high (95 %), p, p_adjusted (Holm over the pairs
-    of a metric), verdict, seeds_first, seeds_second; and paired_difference, paired_low, paired_high, paired_p over
-    the seeds that both have (paired_seeds), where these are two or more.
     The verdict is that of Welch's t test, which assumes independent runs with normally distributed results of any two
     variances. The paired t test assumes normal differences, and gains only where a seed does the same to both groups
     (the same images in the same order): it is shown, not judged by. One seed, or no spread at all, establishes
-    nothing, whatever the images of one run say. results: as of `seed_table`.
+    nothing, whatever the images of one run say.
     Source: Welch 1947; Bouthillier et al. 2021, section 4; Holm 1979.
+
+    Args:
+        results, metrics: as of `seed_table`.
+        pairs: names of the groups to compare; None: all.
+
+    Returns:
+        A row per metric and pair: first, second, metric, difference (first - second), low, high (95 %), p, p_adjusted
+        (Holm over the pairs of a metric), verdict, seeds_first, seeds_second; and paired_difference, paired_low,
+        paired_high, paired_p over the seeds that both have (paired_seeds), where these are two or more. No rows for
+        fewer than two groups.
+
+    Raises:
+        ConfigError: a group or a column is missing.
+        DataError: a group has several runs of one seed.
     """
     results = _by_seed(results, metrics)
     groups = list(dict.fromkeys(results["group"]))
     unknown = {name for pair in pairs or () for name in pair} - set(groups)
     if unknown:
-        raise ValueError(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
+        raise ConfigError(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
     found = []
     for metric in metrics:
         numbers = {group: part.set_index("seed")[metric].dropna() for group, part in results.groupby("group")}
@@ -225,11 +254,11 @@ def compare_groups(
 def _by_seed(results: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     missing = {"group", "seed", *metrics} - set(results.columns)
     if missing:
-        raise ValueError(f"no columns {sorted(missing)} in the results; there are {list(results.columns)}")
+        raise ConfigError(f"no columns {sorted(missing)} in the results; there are {list(results.columns)}")
     twice = results[results.duplicated(["group", "seed"])]
     if len(twice):
         group, seed = twice[["group", "seed"]].iloc[0]
-        raise ValueError(f"group {group} has several runs of seed {seed}; leave all but one out, or name them apart")
+        raise DataError(f"group {group} has several runs of seed {seed}; leave all but one out, or name them apart")
     undefined = {name: results[name].where(results[name] != -1) for name in metrics}
     return results.assign(**undefined)
 

@@ -1,7 +1,13 @@
-"""Tables that grow row by row in constant memory: one part per process while rows come in, one file in the end."""
+"""Parquet tables that grow in constant memory: a folder of parts, one written by each process.
+
+Any reader of parquet takes the folder for one table: `pandas.read_parquet("measures/sparsity")`. A part is written
+under a hidden name and appears whole; its name says how many there are, so that some of them are not taken for all.
+"""
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,32 +15,85 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from detrlib.errors import RunError
-from detrlib.files import write_atomic
 
 log = logging.getLogger(__name__)
 
 ROWS = 2**16  # that are kept in memory before they are written
 
 
-class Table:
-    """One part of a parquet file at `path`, that of process number `part`; nothing is at `path` until `merge`.
+def part_files(folder: Path) -> list[Path]:
+    """The parts of the table in `folder`, all of them; none where there is no table.
 
-    schema: the type of each column, as pyarrow calls it. names: of columns that hold words, all words there are; such
-    a column is given as positions in that list.
-    Raises RunError naming the file where it cannot be written.
+    Raises RunError naming the folder when some are missing.
+    """
+    paths = sorted(folder.glob("part-*.parquet"))
+    parts = int(paths[-1].stem.rpartition("-")[2]) if paths else 0
+    if [path.name for path in paths] != [_part_name(part, parts) for part in range(parts)]:
+        raise RunError(
+            f"{folder} holds {len(paths)} of {parts} parts: the evaluation was interrupted, or ran on "
+            "machines that share no disk; evaluate again"
+        )
+    return paths
+
+
+def _part_name(part: int, parts: int) -> str:
+    return f"part-{part:05d}-of-{parts:05d}.parquet"
+
+
+class PartWriter:
+    """Writes part number `part` of the `parts` of the table in `folder`; it is there once it is closed.
+
+    options: of pyarrow's ParquetWriter. Raises RunError naming the file where it cannot be written.
     """
 
-    def __init__(self, path: Path, schema: dict[str, str], names: dict[str, list[str]], part: int = 0):
-        self.path, self.names = path, names
+    def __init__(self, folder: Path, schema: pa.Schema, part: int = 0, parts: int = 1, **options):
+        self.path = folder / _part_name(part, parts)
+        self._temporary = folder / f".{self.path.name}"
+        with self._faults_named():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer = parquet.ParquetWriter(self._temporary, schema, **options)
+
+    def write(self, rows: pa.Table) -> None:
+        """Write rows as one row group."""
+        with self._faults_named():
+            self._writer.write_table(rows, row_group_size=max(len(rows), 1))
+
+    def close(self, keep: bool = True, metadata: dict[str, str] | None = None) -> None:
+        """Put the part in place, with metadata of the file; or, not to be kept, remove it."""
+        try:
+            with self._faults_named():
+                self._writer.add_key_value_metadata(metadata or {})
+                self._writer.close()
+                if keep:
+                    os.replace(self._temporary, self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _faults_named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            fault = f"could not write {self.path}: {error}"
+            raise RunError(f"{fault}; free some space, or mend the folder, and evaluate again") from error
+
+
+class Table:
+    """One process's part of the table in `folder`, to which rows are added.
+
+    schema: the type of each column, as pyarrow calls it. names: of columns that hold words, all words there are; such
+    a column is given as positions in that list. Raises RunError naming the file where it cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, schema: dict[str, str], names: dict[str, list[str]], part: int = 0, parts: int = 1
+    ):
+        self.folder, self.names, self.parts = folder, names, parts
         words = pa.dictionary(pa.int32(), pa.string())
         numbers = {name: pa.type_for_alias(kind) for name, kind in schema.items() if name not in names}
         self._schema = pa.schema([(name, numbers.get(name, words)) for name in schema])
         self._columns, self._rows = [], 0
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = parquet.ParquetWriter(_part(path, part), self._schema)
-        except OSError as error:
-            raise _not_written(path, error) from error
+        self._writer = PartWriter(folder, self._schema, part, parts)
 
     def add(self, columns: dict[str, np.ndarray]) -> None:
         """Add rows: columns of one length, by name."""
@@ -44,32 +103,25 @@ class Table:
             self._flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left, and put the part in place."""
         self._flush()
-        try:
-            self._writer.close()
-        except OSError as error:
-            raise _not_written(self.path, error) from error
+        self._writer.close()
 
-    def merge(self, parts: int) -> None:
-        """Put the closed parts of all processes in place as one file. One process does so for all.
+    def remove_earlier(self) -> None:
+        """Remove what earlier evaluations have left of the table: one process does so, once all parts are closed.
 
         Where parts lie on the disks of other machines there is no table; a warning says so.
         """
-        paths = [_part(self.path, part) for part in range(parts)]
-        missing = [path.name for path in paths if not path.exists()]
+        own = [_part_name(part, self.parts) for part in range(self.parts)]
+        for path in [self.folder.with_suffix(".parquet"), *self.folder.iterdir()]:
+            if path.name not in own:
+                path.unlink(missing_ok=True)
+        missing = [name for name in own if not (self.folder / name).exists()]
         if missing:
             log.warning(
-                "%s is not written: %s are not in this folder; keep the runs of several machines on a disk they share",
-                *(self.path, ", ".join(missing)),
+                "%s is no table: %s are not in this folder; keep the runs of several machines on a disk they share",
+                *(self.folder, ", ".join(missing)),
             )
-            self.path.unlink(missing_ok=True)  # of an evaluation before this one
-        elif parts == 1:
-            os.replace(paths[0], self.path)
-        else:
-            write_atomic(self.path, lambda temporary: _concatenate(paths, temporary, self._schema))
-        for path in paths:
-            path.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         if not self._rows:
@@ -81,24 +133,5 @@ class Table:
             else pa.array(values, self._schema.field(name).type)
             for name, values in columns.items()
         ]
-        try:
-            self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-        except OSError as error:
-            raise _not_written(self.path, error) from error
+        self._writer.write(pa.Table.from_arrays(arrays, schema=self._schema))
         self._columns, self._rows = [], 0
-
-
-def _part(path: Path, part: int) -> Path:
-    return path.with_name(f".{path.name}.{part}")
-
-
-def _concatenate(paths: list[Path], target: Path, schema: pa.Schema) -> None:
-    with parquet.ParquetWriter(target, schema) as writer:
-        for path in paths:
-            with parquet.ParquetFile(path) as file:
-                for group in range(file.num_row_groups):
-                    writer.write_table(file.read_row_group(group))
-
-
-def _not_written(path: Path, error: OSError) -> RunError:
-    return RunError(f"could not write {path}: {error}; free some space, or mend the folder, and evaluate again")

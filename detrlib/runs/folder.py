@@ -6,8 +6,9 @@
         checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
         results.json       final numbers; its presence means: finished
         predictions.json   COCO-format detections           examples/*.npz     images with what was found in them
-        maps/*.parquet     attention maps, see `store`
-        measures/*.parquet of single images and objects: sparsity, localisation, matches that AP is computed from
+        maps/*.parquet     attention maps, see `maps`
+        measures/*         of single images and objects: sparsity, localisation, matches that AP is computed from;
+                           parquet files, or folders of them, one for each process of an evaluation
         *.ipynb            executed notebooks
 
 Files are written to a temporary neighbour and renamed, so a reader or a resumed run never meets half of one; lines of
@@ -31,6 +32,7 @@ import torch
 from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
 from detrlib.errors import RunError
 from detrlib.files import write_atomic, write_json
+from detrlib.metrics.tables import part_files
 
 RUNS = PROJECT / "papermill_runs"
 RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders that are no results of a split
@@ -162,14 +164,32 @@ def save_tables(run_dir: Path, tables: Mapping[str, pd.DataFrame]) -> None:
         write_atomic(run_dir / "measures" / f"{name}.parquet", partial(table.to_parquet, index=False))
 
 
+def has_table(run_dir: Path, name: str) -> bool:
+    """Whether a table of this name was written."""
+    return _table_path(run_dir, name).exists()
+
+
 def load_table(run_dir: Path, name: str, made_by: str = "detrlib evaluate") -> pd.DataFrame:
-    """measures/<name>.parquet of a run. Raises RunError naming the file when there is none, or it is none, and the
-    module that makes it.
+    """Read one of a run's tables.
+
+    Args:
+        run_dir: folder of the run.
+        name: of the table: the file measures/<name>.parquet, or the folder measures/<name> with parts of it.
+        made_by: the command that makes it, for messages.
+
+    Raises:
+        RunError: there is no such table, or it is damaged, or parts of it are missing; names the file or folder.
     """
-    path = run_dir / "measures" / f"{name}.parquet"
+    path = _table_path(run_dir, name)
     if not path.exists():
         raise RunError(f"no {path}; measure the run (again): {made_by} {run_dir}")
+    part_files(path)  # raises where some are missing
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are among these
         raise RunError(f"{path} is not readable ({error}); delete it, then: {made_by} {run_dir}") from error
+
+
+def _table_path(run_dir: Path, name: str) -> Path:
+    folder = run_dir / "measures" / name
+    return folder if any(folder.glob("part-*.parquet")) else folder.with_suffix(".parquet")

@@ -14,14 +14,18 @@ import pandas as pd
 from detrlib.config import load_config
 from detrlib.errors import RunError
 from detrlib.metrics.detection import Matches
-from detrlib.runs.folder import load_results, load_table, read_metrics, run_labels
+from detrlib.runs.folder import has_table, load_results, load_table, read_metrics, run_labels
 
 MADE_BY = "detrlib intervene"
 AP_CUTS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
 def metrics_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
-    """All logged metrics, tidy: columns run, global_step, epoch, metric, value; one row per number."""
+    """Read all logged metrics of runs.
+
+    Returns:
+        A row per number: run, global_step, epoch, metric, value.
+    """
     rows = []
     for run_dir, label in run_labels(run_dirs).items():
         for record in read_metrics(run_dir):
@@ -47,21 +51,26 @@ def published_curves(path: Path) -> pd.DataFrame:
 
 
 def alpha_frame(run_dirs: Iterable[Path], quantity: str = "alpha") -> pd.DataFrame:
-    """Learnable alphas over training: columns run, epoch, site, layer, head, value; empty if there are none.
+    """Read learnable alphas over training.
 
-    One value per epoch, that at its end; epoch 0 is the first one logged. quantity: "alpha", or "pre_alpha_gradient"
-    for the gradient of the parameter behind it, which is logged with training steps: the mean over those of an epoch.
+    Args:
+        quantity: "alpha", as it is at the end of an epoch; or "pre_alpha_gradient", the gradient of the parameter
+            behind it, which is logged with training steps: the mean over those of an epoch.
+
+    Returns:
+        A row per epoch (0 is the first one logged), layer and head: run, epoch, site, layer, head, value; none where
+        nothing is learned.
     """
     frame = metrics_frame(run_dirs)
     alpha = frame[frame.metric.str.startswith(f"{quantity}/")]
     parts = alpha.metric.str.extract(rf"{quantity}/(?P<site>\w+)\.layer_(?P<layer>\d+)-head_(?P<head>\d+)")
     parts = parts.astype({"layer": int, "head": int})
     tidy = pd.concat([alpha[["run", "epoch", "value"]], parts], axis=1)
-    place = ["run", "epoch", "site", "layer", "head"]
+    keys = ["run", "epoch", "site", "layer", "head"]
     if quantity != "alpha":
-        return tidy.groupby(place, sort=False, as_index=False)["value"].mean()
+        return tidy.groupby(keys, sort=False, as_index=False)["value"].mean()
     # A record of an epoch comes before those of the steps after it, which carry the same number.
-    return tidy.drop_duplicates(place).reset_index(drop=True)
+    return tidy.drop_duplicates(keys).reset_index(drop=True)
 
 
 def attention_frame(run_dirs: Iterable[Path], site: str) -> pd.DataFrame:
@@ -76,10 +85,15 @@ def attention_frame(run_dirs: Iterable[Path], site: str) -> pd.DataFrame:
 
 
 def layer_frame(run_dirs: Iterable[Path], site: str = "decoder_cross") -> pd.DataFrame:
-    """Measures of every layer, tidy: columns run, group, state, metric, layer (from 0), value.
+    """Read the measures of every layer.
 
-    state is "trained", and "untrained" for runs that were also evaluated as they were before training; metrics are
-    those of sparsity (means over images, heads and queries) and, at decoder_cross, of localisation (over objects).
+    Returns:
+        A row per number: run, group, state, metric, layer (from 0), value. state is "trained", and "untrained" for
+        runs that were also evaluated as they were before training; metrics are those of sparsity (means over images,
+        heads and queries) and, at decoder_cross, of localisation (over objects).
+
+    Raises:
+        RunError: a run is not finished.
     """
     rows = []
     for run_dir, label in run_labels(run_dirs).items():
@@ -99,8 +113,8 @@ def layer_frame(run_dirs: Iterable[Path], site: str = "decoder_cross") -> pd.Dat
 
 
 def having(run_dirs: Iterable[Path], table: str) -> list[Path]:
-    """The runs for which measures/<table>.parquet was written."""
-    return [run_dir for run_dir in run_dirs if (run_dir / "measures" / f"{table}.parquet").exists()]
+    """The runs for which a table of this name was written, such as "located" or "faithfulness"."""
+    return [run_dir for run_dir in run_dirs if has_table(run_dir, table)]
 
 
 def first_of_groups(run_dirs: Iterable[Path]) -> list[Path]:
@@ -117,9 +131,15 @@ def group_of(label: str) -> str:
 
 
 def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
-    """All headline numbers, one row per run: run, group, seed, architecture, the transform at each site, the twelve of
-    COCO, `<site>/<measure>` (means over layers), `<measure>/<size>` of the last layer for what is measured of matched
-    queries (paibb, paibb_normalised, pointing, distance), images, epoch, seconds; missing where a run has none.
+    """Read all headline numbers.
+
+    Returns:
+        A row per run: run, group, seed, architecture, the transform at each site, the twelve numbers of COCO,
+        `<site>/<measure>` (means over layers), `<measure>/<size>` of the last layer for what is measured of matched
+        queries (paibb, paibb_normalised, pointing, distance), images, epoch, seconds; missing where a run has none.
+
+    Raises:
+        RunError: a run is not finished.
     """
     rows = []
     for run_dir, label in run_labels(run_dirs).items():
@@ -140,9 +160,14 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
 
 
 def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
-    """The main table, one row per run: AP in six cuts, Gini and zeros of decoder cross-attention, PAIBB.
+    """Make the main table.
 
-    The last three are missing (NaN) for models without attention.
+    Returns:
+        A row per run, named by the index: AP in six cuts, Gini and zeros of decoder cross-attention (means over
+        layers), PAIBB (of the last layer); the last three are missing (NaN) for models without attention.
+
+    Raises:
+        RunError: a run is not finished.
     """
     rows = {}
     for run_dir, label in run_labels(run_dirs).items():
@@ -158,9 +183,14 @@ def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
 
 
 def paibb_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
-    """PAIBB by object size, one row per run; `pairs` is how many matched objects it is a mean over.
+    """Read PAIBB by object size.
 
-    Models without attention have 0 pairs and no values.
+    Returns:
+        A row per run, named by the index: all, small, medium, large, and how many pairs of queries and objects `all`
+        is a mean over; 0 pairs and no values for models without attention.
+
+    Raises:
+        RunError: a run is not finished.
     """
     rows = {label: load_results(run_dir).get("paibb", {"pairs": 0}) for run_dir, label in run_labels(run_dirs).items()}
     order = ["all", "small", "medium", "large", "pairs"]
@@ -168,23 +198,37 @@ def paibb_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
 
 
 def sparsity_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
-    """Sparsity of single images: columns run, image_id, site, layer, head, queries (all, matched, confident) and the
-    measures, means over the queries. Images without such queries have no row. Raises RunError where there is none.
+    """Read the sparsity of single images.
+
+    Returns:
+        A row per image, site, layer, head and selection of queries: run, image_id, site, layer, head, queries (all,
+        matched, confident) and the measures, means over the queries; no row where an image has no such queries.
+
+    Raises:
+        RunError: a run was evaluated without, or the table is damaged.
     """
     return measures(run_dirs, "sparsity")
 
 
 def located_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
-    """Where attention of the matched query lies for every object: columns run, image_id, object (its number in the
-    image), label, area (of its box, square pixels of the file), size, score (of the query), layer, head (-1: the mean
-    over heads) and the measures. Raises RunError where there is none.
+    """Read where attention of the matched query lies, for every object.
+
+    Returns:
+        A row per object, layer and head: run, image_id, object (its number in the image), label, area (of its box,
+        square pixels of the file), size, score (of the query), layer, head (-1: the mean over heads) and the measures.
+
+    Raises:
+        RunError: a run was evaluated without, or the table is damaged.
     """
     return measures(run_dirs, "located")
 
 
 def objects_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
-    """The objects that the first of the runs was evaluated on: columns image_id, area (of the box), category, crowd
-    (never). Objects of an image beyond the number of queries are matched to none, and missing; no run, no rows.
+    """List the objects that the first of the runs with measures was evaluated on.
+
+    Returns:
+        A row per object: image_id, area (of the box), category, crowd (never). Objects of an image beyond the number of
+        queries are matched to none, and missing; no rows where no run was measured.
     """
     for run_dir in having(run_dirs, "located"):
         names, located = class_names(run_dir), load_table(run_dir, "located")
@@ -199,7 +243,10 @@ def class_names(run_dir: Path) -> dict[int, str]:
 
 
 def measures(run_dirs: Iterable[Path], name: str) -> pd.DataFrame:
-    """measures/<name>.parquet of several runs in one table, with a column run. Raises RunError where there is none."""
+    """One of the tables in measures/ of several runs together, with a column run before its own.
+
+    Raises RunError naming the run that has none.
+    """
     frames = []
     for run_dir, label in run_labels(run_dirs).items():
         frame = load_table(run_dir, name)
@@ -212,20 +259,27 @@ def measures(run_dirs: Iterable[Path], name: str) -> pd.DataFrame:
 
 def final_alphas(run_dirs: Iterable[Path], site: str = "decoder_cross") -> dict[str, np.ndarray]:
     """Alphas [layers, heads] at the end of training, for the runs that have learnable ones at `site`."""
-    found = {}
+    alphas = {}
     for run_dir, label in run_labels(run_dirs).items():
-        layers = {place: value for place, value in load_results(run_dir)["alpha"].items() if place.startswith(site)}
+        layers = {name: values for name, values in load_results(run_dir)["alpha"].items() if name.startswith(site)}
         if layers:
-            found[label] = np.array([layers[f"{site}.{number}"] for number in range(len(layers))])
-    return found
+            alphas[label] = np.array([layers[f"{site}.{number}"] for number in range(len(layers))])
+    return alphas
 
 
 def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, checkpoint: str = "last") -> pd.DataFrame:
-    """Stored interventions on runs, tidy: as of `intervene_run`, with columns run, trained (the
-    transform that the run was trained with at the site) and trained_alpha (mean of learned ones; NaN for tvmax).
+    """Read stored interventions on runs.
 
-    images: only rows measured on so many. No runs: no rows. Raises RunError where rows of different numbers of images
-    would meet, and for a run without rows of these images and this checkpoint.
+    Args:
+        images: only rows measured on so many; None: all.
+        checkpoint: only rows of this one.
+
+    Returns:
+        Rows as of `intervene_run`, with columns run, trained (the transform that the run was trained with at the site)
+        and trained_alpha (mean of learned ones; NaN for tvmax); none without runs.
+
+    Raises:
+        RunError: rows of different numbers of images would meet, or a run has none of these images and checkpoint.
     """
     tables = [pd.DataFrame(columns=["run", "kind", "site", "layer", "images"])]
     for run_dir, label in run_labels(run_dirs).items():
@@ -246,10 +300,11 @@ def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, che
 def _trained(run_dir: Path, site: str) -> tuple[str, float]:
     """The transform a run was trained with at a site, and its alpha."""
     model = load_config(run_dir / "config.yaml").model
-    name = model.transform_at(site)
-    learned = [a for place, row in load_results(run_dir)["alpha"].items() if place.startswith(f"{site}.") for a in row]
+    transform = model.transform_at(site)
+    alphas = load_results(run_dir)["alpha"]
+    learned = [alpha for name, heads in alphas.items() if name.startswith(f"{site}.") for alpha in heads]
     known = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": model.attention.alpha}
-    return name, float(np.mean(learned)) if learned else known.get(name, float("nan"))
+    return transform, float(np.mean(learned)) if learned else known.get(transform, float("nan"))
 
 
 def provenance(run_dirs: Iterable[Path], made_by: str) -> str:

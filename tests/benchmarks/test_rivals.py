@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from detrlib.attention.entmax import entmax
 from detrlib.attention.tvmax import tvmax
 from detrlib.benchmarks import rivals
-from detrlib.benchmarks.rivals import bisection, left_out, others, tvmax_by_map
+from detrlib.benchmarks.rivals import left_out, others, tvmax_by_map
 
 NAMES = ["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"]
 
@@ -30,15 +29,6 @@ def test_the_loop_over_maps_agrees_with_ours(grid, lam, search):
 def test_as_published_the_loop_is_accurate_to_a_hundredth():
     scores = torch.randn(4, 80, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(tvmax_by_map(scores, (8, 10), 0.1), tvmax(scores, (8, 10), 0.1), rtol=0, atol=2e-2)
-
-
-def test_bisection_agrees_with_newton():
-    scores = 3 * torch.randn(2, 3, 4, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    alphas = torch.tensor([1.1, 1.5, 1.9], dtype=torch.float64)[:, None, None]
-    for alpha in (1.05, 1.5, 2.0, alphas):
-        weights = bisection(scores, alpha)
-        torch.testing.assert_close(weights, entmax(scores, alpha), rtol=0, atol=1e-12)
-        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 4, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_what_is_not_installed_is_left_out(monkeypatch):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from detrlib.config import replace
-from detrlib.data.batch import EpochSampler
 from detrlib.engine import loop as training
 from detrlib.engine import pretrain
 from detrlib.engine.evaluate import evaluate_run
@@ -175,33 +174,6 @@ def test_validation_every_few_epochs_and_always_at_the_end(tmp_path, metrics_wit
     train(tiny_config({"train.epochs": 3, "train.eval_every": 2}), tmp_path)
     judged = [r["epoch"] for r in metrics_without_times(tmp_path) if "detection/AP" in r]
     assert judged == [2, 3]
-
-
-@pytest.mark.parametrize("length, batch, processes", [(33, 8, 1), (33, 8, 2), (33, 12, 3), (5, 8, 2)])
-def test_shards_partition_every_batch(length, batch, processes):
-    def epoch(number, process, processes):
-        sampler = EpochSampler(length, batch, process, processes, seed=3)
-        sampler.epoch = number
-        assert len(list(sampler)) == len(sampler)
-        return list(sampler)
-
-    size = min(batch, length - length % processes)
-    for number in (0, 1):
-        shards = [epoch(number, process, processes) for process in range(processes)]
-        batches = [sorted(itertools.chain(*parts)) for parts in zip(*shards, strict=True)]
-        assert {len(part) for shard in shards for part in shard} == {size // processes}
-        assert len(batches) == length // size
-        if size == batch:
-            assert batches == [sorted(part) for part in epoch(number, 0, 1)]
-        seen = list(itertools.chain(*batches))
-        assert len(set(seen)) == len(seen) and set(seen) <= set(range(length))
-    assert epoch(0, 0, 1) != epoch(1, 0, 1)
-    assert epoch(1, 0, 1) == epoch(1, 0, 1)
-
-
-def test_fewer_images_than_processes_is_refused():
-    with pytest.raises(ConfigError, match="1 training images cannot be shared by 2 processes"):
-        EpochSampler(1, 8, 0, 2, 0)
 
 
 # --- what must be refused, or named ----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Detections whose AP others have published, and random ones."""
+"""Detections to be evaluated: random ones, and cases whose numbers are published."""
 
 import json
 
@@ -14,9 +14,15 @@ PUBLISHED = [
 ]
 
 
-@pytest.fixture(params=PUBLISHED, ids=lambda case: case[0])
+@pytest.fixture
+def published_cases():
+    """The names of all published cases."""
+    return {case for case, *_ in PUBLISHED}
+
+
+@pytest.fixture(params=PUBLISHED, ids=[case for case, *_ in PUBLISHED])
 def published(request, shared_data):
-    """Ground truth and detections of a published evaluation, and what it says: expected numbers and a tolerance."""
+    """One published case: the file of its ground truth, its detections, and what is expected of them."""
     case, truth, detections, lowest_score = request.param
     folder = shared_data / "coco_eval_cases" / case
     kept = [one for one in json.loads((folder / detections).read_text()) if one["score"] >= lowest_score]
@@ -24,15 +30,10 @@ def published(request, shared_data):
 
 
 @pytest.fixture(scope="session")
-def published_cases():
-    """The names of all that `published` gives."""
-    return {case for case, *_ in PUBLISHED}
-
-
-@pytest.fixture(scope="session")
 def random_detection_task():
-    def random_detection_task(seed: int, first_annotation: int = 1) -> tuple[dict, list[dict]]:
-        """Ground truth with crowds, an empty image and a class without objects; detections near and far from it."""
+    """Ground truth with crowds, an empty image and a class without objects; detections near and far from it."""
+
+    def make(seed: int, first_annotation: int = 1) -> tuple[dict, list[dict]]:
         random = np.random.default_rng(seed)
         images = [{"id": 10 + i, "height": 400, "width": 400} for i in range(12)]
         categories = [{"id": i, "name": name} for i, name in [(3, "ant"), (4, "bee"), (9, "cat"), (11, "unused")]]
@@ -59,4 +60,43 @@ def random_detection_task():
                     detections += coco_detections(image["id"], corners[None], [random.random()], [guess])
         return {"images": images, "categories": categories, "annotations": annotations}, detections
 
-    return random_detection_task
+    return make
+
+
+@pytest.fixture(scope="session")
+def crowded_task(random_detection_task):
+    """Equal scores, equal IoU, areas at the ends of ranges, more than 100 detections of one class in an image."""
+
+    def make(seed):
+        truth, detections = random_detection_task(seed)
+        random = np.random.default_rng(seed)
+        annotations = [
+            one | {"image_id": 11, "category_id": 3} for one in truth["annotations"] if random.random() < 0.7
+        ]
+        annotations += [one | {"area": float(random.choice([500, 1024, 9216]))} for one in annotations[:9]]  # twice
+        moved = [
+            one | {"bbox": np.clip(np.add(one["bbox"], random.normal(0, 2, 4)), 0, None).tolist()}
+            for one in 6 * detections
+        ]
+        crowd = [one | {"image_id": 11, "category_id": 3, "score": round(random.random(), 2)} for one in moved]
+        assert len(crowd) > 150
+        detections = [one | {"score": round(one["score"], 1)} for one in detections]
+        return truth | {"annotations": truth["annotations"] + annotations}, crowd + detections
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def worse():
+    """Boxes moved aside in a share of the detections."""
+
+    def make(detections, share, seed=0):
+        random = np.random.default_rng(seed)
+        return [
+            one | {"bbox": [one["bbox"][0] + 0.3 * one["bbox"][2], *one["bbox"][1:]]}
+            if random.random() < share
+            else one
+            for one in detections
+        ]
+
+    return make

@@ -86,7 +86,7 @@ def test_sparsity_is_that_of_single_images(kind, tmp_path, measured, setup):
     summary, _, predictions, pairs = measured(kind, tmp_path, confident_score=threshold)
     maps, scores = predictions.attention, predictions.class_scores().amax(-1)
     keys = ["site", "queries", "image_id", "layer", "head"]
-    table = pd.read_parquet(tmp_path / "sparsity.parquet").astype({"site": str, "queries": str})
+    table = pd.read_parquet(tmp_path / "sparsity").astype({"site": str, "queries": str})
     table = table.set_index(keys).sort_index()
     expected_rows = 0
     sites = ["encoder_self", "decoder_self", "decoder_cross"] if kind == "sparse everywhere" else ["decoder_cross"]
@@ -129,7 +129,7 @@ def test_sparsity_is_that_of_single_images(kind, tmp_path, measured, setup):
 def test_localisation_is_that_of_single_objects(kind, mode, tmp_path, measured):
     summary, batch, predictions, pairs = measured(kind, tmp_path, paibb=mode)
     maps = predictions.attention
-    table = pd.read_parquet(tmp_path / "located.parquet")
+    table = pd.read_parquet(tmp_path / "located")
     assert len(table) == 3 * 3 * 5  # objects, layers, heads and their mean
     table = table.set_index(["image_id", "object", "layer", "head"])
     values, sizes = [], []
@@ -184,7 +184,7 @@ def test_processes_put_together_are_one(tmp_path, setup, small):
     cfg, batch, predictions, pairs = setup("sparse everywhere")
     whole = AttentionMeasures(cfg, tmp_path / "whole")
     whole.add(predictions, batch, pairs)
-    shards = [AttentionMeasures(cfg, tmp_path / "parts", process) for process in range(3)]  # the last has no images
+    shards = [AttentionMeasures(cfg, tmp_path / "parts", process, 3) for process in range(3)]  # the last has no images
     model = small(**MODELS["sparse everywhere"])
     for looks, images in zip(shards, ([0, 2], [1]), strict=False):
         part = Batch(batch.images[images], batch.padding_mask[images], [batch.targets[i] for i in images])
@@ -202,22 +202,11 @@ def test_processes_put_together_are_one(tmp_path, setup, small):
         "located": ["image_id", "object", "layer", "head"],
     }.items():
         one, parts = (
-            pd.read_parquet(tmp_path / folder / f"{name}.parquet").sort_values(keys, ignore_index=True)
+            pd.read_parquet(tmp_path / folder / name).sort_values(keys, ignore_index=True)
             for folder in ("whole", "parts")
         )
         pd.testing.assert_frame_equal(one, parts, rtol=1e-3, atol=1e-5)
-    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["located.parquet", "sparsity.parquet"]
-
-
-def test_tables_on_disks_that_are_not_shared_are_left_out_with_a_warning(tmp_path, caplog, setup):
-    cfg, batch, predictions, pairs = setup("deformable")
-    (tmp_path / "sparsity.parquet").write_text("of an earlier evaluation")
-    looks = AttentionMeasures(cfg, tmp_path)
-    looks.add(predictions, batch, pairs)
-    looks.close()
-    looks.merge([looks.sums()] * 2)
-    assert "sparsity.parquet is not written" in caplog.text and ".sparsity.parquet.1" in caplog.text
-    assert list(tmp_path.iterdir()) == []
+        assert len(list((tmp_path / "parts" / name).iterdir())) == 3
 
 
 def test_moments_leave_out_what_is_not_known():
@@ -329,5 +318,5 @@ def test_settings_of_an_evaluation_can_be_overridden(run, tmp_path):
 def test_runs_without_tables_say_what_to_do(tmp_path):
     with pytest.raises(RunError, match=r"measure the run \(again\)"):
         sparsity_table([tmp_path])
-    with pytest.raises(RunError, match=r"located\.parquet"):
+    with pytest.raises(RunError, match="located"):
         located_table([tmp_path])

@@ -5,10 +5,12 @@ import copy
 import io
 import json
 
+import pandas as pd
 import pytest
 import torch
 
-from detrlib.metrics.detection import METRICS, coco_ap, coco_detections
+from detrlib.metrics.bootstrap import average_precision
+from detrlib.metrics.detection import METRICS, Matches, coco_ap, coco_detections, match_detections
 
 
 def test_published_ap(published):
@@ -18,8 +20,9 @@ def test_published_ap(published):
     assert {name: result[name] for name in METRICS} == pytest.approx(expected, rel=0, abs=reference["tolerance"])
 
 
-def test_every_published_case_is_tested(published_cases, shared_data):
-    assert published_cases == {path.parent.name for path in shared_data.glob("coco_eval_cases/*/expected.json")}
+def test_every_published_case_is_tested(shared_data, published_cases):
+    folders = (shared_data / "coco_eval_cases").glob("*/expected.json")
+    assert published_cases == {path.parent.name for path in folders}
 
 
 def pycocotools_stats(truth: dict, detections: list[dict]):
@@ -102,3 +105,26 @@ def test_detections_hold_plain_numbers():
     assert coco_detections(7, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long)) == []
     with pytest.raises(ValueError, match="shorter"):
         coco_detections(7, torch.zeros(2, 4), torch.zeros(2), torch.zeros(1))
+
+
+def test_matching_in_small_parts_changes_nothing(monkeypatch, crowded_task):
+    task = crowded_task(0)
+    whole = match_detections(*task)
+    monkeypatch.setattr("detrlib.metrics.detection.PAIRS_AT_ONCE", 7)
+    for part, expected in zip(match_detections(*task), whole, strict=True):
+        pd.testing.assert_frame_equal(part, expected)
+
+
+def test_matches_list_every_image_and_compute_ap_of_any_of_them(random_detection_task):
+    truth, detections = random_detection_task(3)
+    matches = match_detections(truth, detections)
+    ids = [image["id"] for image in truth["images"]]
+    assert sorted(set(matches.annotations["image_id"])) == ids
+    some = ids[::2]
+    subset = Matches(*(table[table["image_id"].isin(some)] for table in matches))
+    kept = {
+        "images": [image for image in truth["images"] if image["id"] in some],
+        "annotations": [one for one in truth["annotations"] if one["image_id"] in some],
+    }
+    expected = coco_ap(truth | kept, [one for one in detections if one["image_id"] in some])
+    assert average_precision(subset) == pytest.approx({name: expected[name] for name in METRICS[:6]}, rel=0, abs=1e-9)

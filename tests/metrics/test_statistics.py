@@ -1,4 +1,4 @@
-"""Comparisons of runs, of several at once, and of methods over seeds."""
+"""Two runs on the same images, and several runs of each way of training."""
 
 import itertools
 
@@ -7,26 +7,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from detrlib.errors import ConfigError, DataError
 from detrlib.metrics import statistics
 from detrlib.metrics.bootstrap import average_precision
 from detrlib.metrics.detection import coco_ap, match_detections
-from detrlib.metrics.statistics import (
-    compare,
-    compare_groups,
-    compare_runs,
-    comparison_table,
-    holm,
-    seed_table,
-)
-
-
-def worse(detections, share, seed=0):
-    """Boxes moved aside in a share of the detections."""
-    random = np.random.default_rng(seed)
-    return [
-        one | {"bbox": [one["bbox"][0] + 0.3 * one["bbox"][2], *one["bbox"][1:]]} if random.random() < share else one
-        for one in detections
-    ]
+from detrlib.metrics.statistics import compare, compare_groups, compare_runs, comparison_table, holm, seed_table
 
 
 def test_the_interval_of_a_mean_covers_it_as_often_as_it_says(monkeypatch):
@@ -39,10 +24,7 @@ def test_the_interval_of_a_mean_covers_it_as_often_as_it_says(monkeypatch):
     assert 51 <= covered <= 60  # 57 expected
 
 
-# --- two runs --------------------------------------------------------------------------------------------------
-
-
-def test_comparing_a_run_with_itself_and_with_a_worse_one(random_detection_task):
+def test_comparing_a_run_with_itself_and_with_a_worse_one(random_detection_task, worse):
     truth, detections = random_detection_task(2)
     good, same, bad = (match_detections(truth, worse(detections, share)) for share in (0, 0, 0.8))
     equal = compare(good, same, resamples=50)
@@ -56,7 +38,7 @@ def test_comparing_a_run_with_itself_and_with_a_worse_one(random_detection_task)
         assert [back["low"], back["high"]] == pytest.approx([-result["high"], -result["low"]])
 
 
-def test_exchanging_images_is_evaluating_exchanged_results(random_detection_task):
+def test_exchanging_images_is_evaluating_exchanged_results(random_detection_task, worse):
     """p of four images against all sixteen exchanges, each of them evaluated by faster-coco-eval."""
     truth, detections = random_detection_task(5)
     ids = [image["id"] for image in truth["images"][1:5]]
@@ -102,15 +84,15 @@ def single_values(value):
 
 def test_runs_on_other_images_are_not_compared(random_detection_task):
     values = pd.Series([0.1, 0.2, 0.3], index=[1, 2, 3])
-    with pytest.raises(ValueError, match="1 images are in one run only, such as 3; evaluate both runs on the same"):
+    with pytest.raises(DataError, match="1 images are in one run only, such as 3"):
         compare(values, values.replace(0.3, np.nan))
-    with pytest.raises(ValueError, match="defined for 1 images"):
+    with pytest.raises(DataError, match="defined for 1 images"):
         compare(values[:1], values[:1])
-    with pytest.raises(ValueError, match=r"no column 'zeros'; there are \['gini'\]"):
+    with pytest.raises(ConfigError, match="zeros"):
         compare(values.to_frame("gini"), values.to_frame("gini"), "zeros")
     truth, detections = random_detection_task(0)
     fewer = match_detections(truth | {"annotations": truth["annotations"][1:]}, detections)
-    with pytest.raises(ValueError, match="the annotations of the runs differ"):
+    with pytest.raises(DataError, match="annotations"):
         compare(match_detections(truth, detections), fewer)
 
 
@@ -127,7 +109,7 @@ def test_holm_bounds_false_findings():
     assert false == pytest.approx(0.05, abs=0.015) and (p_values <= 0.05).any(1).mean() > 0.35
 
 
-def test_several_runs_are_judged_together(random_detection_task):
+def test_several_runs_are_judged_together(random_detection_task, worse):
     truth, detections = random_detection_task(2)
     found = {
         name: match_detections(truth, worse(detections, share)) for name, share in zip("abc", (0, 0, 0.8), strict=True)
@@ -142,7 +124,24 @@ def test_several_runs_are_judged_together(random_detection_task):
     assert words["difference"].iloc[0] == "+0.000" and words.index[1] == "a − c"
 
 
-# --- several seeds ---------------------------------------------------------------------------------------------
+def test_a_run_is_resampled_once_however_many_it_is_compared_with(monkeypatch, random_detection_task, worse):
+    truth, detections = random_detection_task(2)
+    found = {
+        name: match_detections(truth, worse(detections, share))
+        for name, share in zip("abc", (0, 0.5, 0.8), strict=True)
+    }
+    table, drawn, real = compare_runs(found, resamples=20, seed=3), [], statistics.bootstrap_ap
+
+    def counted(matches, *arguments):
+        drawn.append(matches)
+        return real(matches, *arguments)
+
+    monkeypatch.setattr(statistics, "bootstrap_ap", counted)
+    compare_runs(found, resamples=20, seed=3)
+    assert len(drawn) == 3
+    for row in table.to_dict("records"):
+        alone = compare(found[row["first"]], found[row["second"]], resamples=20, seed=3)
+        assert {name: row[name] for name in alone} == alone
 
 
 def seeds(**groups):
@@ -157,9 +156,9 @@ def test_seed_table():
     assert rows.loc["a", "AP"].tolist() == pytest.approx([0.4, np.std([0.3, 0.5], ddof=1), 0.3, 0.5, 2])
     assert rows.loc["b", "AP"].isna().tolist() == [False, True, False, False, False]
     assert rows.loc["a", "gini"]["n"] == 3
-    with pytest.raises(ValueError, match="group a has several runs of seed 1"):
+    with pytest.raises(DataError, match="group a has several runs of seed 1"):
         seed_table(pd.concat([seeds(a=[0.3]), seeds(a=[0.4])]), ["AP"])
-    with pytest.raises(ValueError, match=r"no columns \['AR'\]"):
+    with pytest.raises(ConfigError, match="AR"):
         seed_table(seeds(a=[0.3]), ["AR"])
 
 
@@ -189,11 +188,11 @@ def test_what_seeds_can_establish():
     assert found["verdict"].tolist() == ["established", *["not established"] * 2, "established"]
     assert found["p"].isna().tolist() == [False, True, True, False]
     assert comparison_table(found)["verdict"].tolist()[:2] == ["established (3 seeds)", "not established (1 seed)"]
-    with pytest.raises(ValueError, match="no group z; there are a, b, c"):
+    with pytest.raises(ConfigError, match="no group z"):
         compare_groups(table, ["AP"], [("a", "z")])
 
 
-def test_one_good_seed_establishes_a_model_but_no_method(random_detection_task):
+def test_one_good_seed_establishes_a_model_but_no_method(random_detection_task, worse):
     truth, detections = random_detection_task(2)
     lists = {name: worse(detections, share) for name, share in (("a", 0), ("b", 0.8))}
     models = compare_runs({name: match_detections(truth, found) for name, found in lists.items()}, resamples=100)

@@ -82,6 +82,13 @@ def test_examples_are_not_loaded_without_their_maps(stored, tmp_path):
         runs.load_examples(run_dir)
 
 
+def test_a_damaged_example_is_named(stored):
+    run_dir, *_ = stored
+    (run_dir / "examples" / "000000000007.npz").write_bytes(b"PK cut short")
+    with pytest.raises(RunError, match=r"000000000007\.npz"):
+        runs.load_examples(run_dir)
+
+
 def test_examples_of_earlier_versions_ask_for_another_evaluation(stored):
     run_dir, *_ = stored
     path = run_dir / "examples" / "000000000007.npz"

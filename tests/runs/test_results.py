@@ -1,4 +1,4 @@
-"""Saved results as tables, and tables as text."""
+"""Saved results as tables."""
 
 import pandas as pd
 import pytest
@@ -8,11 +8,52 @@ from detrlib.config import save_config
 from detrlib.engine.evaluate import save_results, split_folder
 from detrlib.errors import RunError
 from detrlib.files import write_json
-from detrlib.metrics.bootstrap import AP_METRICS, average_precision
-from detrlib.metrics.detection import coco_ap, match_detections
+from detrlib.metrics.detection import match_detections
 from detrlib.metrics.statistics import seed_table
 from detrlib.runs import results as frames
-from detrlib.runs.results import load_matches
+
+
+def record(step, epoch, **values):
+    return {"global_step": step, "epoch": epoch} | values
+
+
+def test_metrics_and_alphas_as_tidy_tables(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for run_dir in (a, b):
+        run_dir.mkdir()
+    alphas = {"alpha/decoder_cross.layer_0-head_3": 1.25, "alpha/encoder_self.layer_11-head_0": 1.5}
+    runs.append_metrics(a, record(4, 1, **{"train/loss": 2.0}, **alphas))
+    runs.append_metrics(b, record(8, 2, **{"train/loss": float("nan"), "val/AP": 0.25}))
+    frame = frames.metrics_frame([a, b])
+    assert list(frame.columns) == ["run", "global_step", "epoch", "metric", "value"]
+    assert frame[frame.metric == "train/loss"].values.tolist() == [["a", 4, 1, "train/loss", 2.0]]
+    assert frame[frame.run == "b"].values.tolist() == [["b", 8, 2, "val/AP", 0.25]]
+    rows = frames.alpha_frame([a, b])[["run", "epoch", "site", "layer", "head", "value"]].values.tolist()
+    assert rows == [["a", 1, "decoder_cross", 0, 3, 1.25], ["a", 1, "encoder_self", 11, 0, 1.5]]
+    assert len(frames.alpha_frame([b])) == 0 and len(frames.metrics_frame([])) == 0
+
+
+def results(ap):
+    detection = dict.fromkeys(("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"), ap)
+    cross = {"gini": [0.2, 0.4], "zeros": [0.0, 0.5]}
+    return {"detection": detection, "attention": {"decoder_cross": cross}, "paibb": {"all": 0.75}}
+
+
+def test_tables_of_finished_runs(tmp_path):
+    for name, ap in (("b", 0.5), ("a", 0.25)):
+        write_json(tmp_path / name / "results.json", results(ap))
+    (tmp_path / "unfinished").mkdir()
+    found = [tmp_path / "a", tmp_path / "b"]
+    table = frames.results_table(found)
+    assert list(table.index) == ["a", "b"] and table.index.name == "run"
+    assert table.loc["a"].to_dict() == pytest.approx(
+        results(0.25)["detection"] | {"Gini": 0.3, "zeros": 0.25, "PAIBB": 0.75}
+    )
+    layers = frames.attention_frame(found[:1], "decoder_cross").values.tolist()
+    assert layers == [["a", "gini", 0, 0.2], ["a", "gini", 1, 0.4], ["a", "zeros", 0, 0.0], ["a", "zeros", 1, 0.5]]
+    assert len(frames.attention_frame(found, "encoder_self")) == 0
+    with pytest.raises(RunError, match=r"has no results\.json: not a run, or not finished"):
+        frames.results_table([tmp_path / "unfinished"])
 
 
 def write_results(folder, gini, paibb):
@@ -81,30 +122,16 @@ def test_a_split_does_not_replace_results_on_other_data(tmp_path):
         split_folder(tmp_path, "test2017")
 
 
-def test_evaluation_stores_matches(tmp_path):
-    boxes = {7: [0, 0, 20, 20], 8: [5, 5, 40, 30]}
-    truth = {
-        "images": [{"id": image, "height": 64, "width": 64} for image in boxes],
-        "categories": [{"id": 3, "name": "cup"}],
-        "annotations": [
-            {"id": image, "image_id": image, "category_id": 3, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-            for image, box in boxes.items()
-        ],
-    }
-    detections = [{"image_id": image, "category_id": 3, "bbox": box, "score": 0.5} for image, box in boxes.items()]
-    detections[1]["bbox"] = [9, 9, 40, 30]
-    save_results(tmp_path, {"detection": coco_ap(truth, detections)}, detections, truth)
-    stored, made = load_matches(tmp_path), match_detections(truth, detections)
-    for back, before in zip(stored, made, strict=True):
-        pd.testing.assert_frame_equal(back, before)
-    assert average_precision(stored) == pytest.approx(
-        {name: runs.load_results(tmp_path)["detection"][name] for name in AP_METRICS}
-    )
-    (tmp_path / "measures" / "matches.parquet").write_bytes(b"cut short")
+def test_matches_come_back_as_they_were_stored(tmp_path):
+    box = {"image_id": 1, "category_id": 3, "bbox": [4.0, 5.0, 40.0, 30.0]}
+    truth = {"images": [{"id": 1}, {"id": 2}], "categories": [{"id": 3, "name": "cup"}]}
+    truth["annotations"] = [box | {"id": 1, "area": 1200.0, "iscrowd": 0}]
+    detections = [box | {"score": 0.9}, box | {"score": 0.2, "image_id": 2}]
+    save_results(tmp_path, {}, detections, truth)
+    for back, made in zip(frames.load_matches(tmp_path), match_detections(truth, detections), strict=True):
+        pd.testing.assert_frame_equal(back, made)
     with pytest.raises(RunError, match=r"matches\.parquet"):
-        load_matches(tmp_path)
-    with pytest.raises(RunError, match=r"other.*matches\.parquet"):
-        load_matches(tmp_path / "other")
+        frames.load_matches(tmp_path / "other")
 
 
 def test_groups_are_names_without_the_seed():
