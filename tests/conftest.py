@@ -1,5 +1,9 @@
-"""Settings every test shares, made before torch or detrlib is imported; child processes inherit them."""
+"""Settings and small things that tests share; the settings are made before torch is imported, for child processes too.
 
+Helpers are fixtures that give a function: small models and padded batches for them, and the smallest training run.
+"""
+
+import json
 import os
 import shutil
 import tempfile
@@ -12,7 +16,35 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
+os.environ["ACCELERATE_USE_CPU"] = "true"  # runs are compared bit for bit, which no GPU promises
 
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from detrlib.config import Model, load_config
+from detrlib.models import build_model
+
+TINY_RUN = {  # passes through every part of the code: a second on one CPU core
+    "data.shapes": {"train": 32, "val": 13, "size": 64},
+    "data.image_size": 64,
+    "data.augment": "flip",
+    "data.workers": 0,
+    "model.backbone": {"name": "tiny", "weights": "none"},
+    "model.hidden_dim": 32,
+    "model.num_heads": 4,
+    "model.encoder_layers": 1,
+    "model.decoder_layers": 2,
+    "model.feedforward_dim": 32,
+    "model.num_queries": 10,
+    "train.epochs": 2,
+    "train.batch_size": 8,
+    "train.lr": 1e-3,
+    "train.lr_backbone": 1e-3,
+    "train.log_every": 1,
+    "evaluate.examples": 2,
+}
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -35,3 +67,146 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the real sample data (shared/data next to the checkout) is not on this machine")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def model_settings():
+    def model_settings(**settings) -> Model:
+        """The settings of a model, checked like those of a file; sections may be given as dictionaries."""
+        return load_config(overrides={"model": settings}).model
+
+    return model_settings
+
+
+@pytest.fixture(scope="session")
+def small(model_settings, randomise):
+    def small(seed: int = 0, **settings) -> nn.Module:
+        """A small model whose depths, heads and widths are all different; no parameter or statistic is left at zero."""
+        defaults = {
+            "backbone": {"name": "tiny", "weights": "none"},
+            "hidden_dim": 32,
+            "num_heads": 4,
+            "encoder_layers": 2,
+            "decoder_layers": 3,
+            "feedforward_dim": 48,
+            "num_queries": 7,
+            "num_classes": 5,
+        }
+        torch.manual_seed(seed)
+        model = build_model(model_settings(**defaults | settings)).eval()
+        randomise(model)
+        return model
+
+    return small
+
+
+@pytest.fixture(scope="session")
+def randomise():
+    @torch.no_grad()
+    def randomise(model: nn.Module) -> None:
+        """Move biases and norms away from 0 and 1, so that forgetting or swapping one shows."""
+        for name, value in model.state_dict().items():
+            if name.endswith(("bias", "running_mean")):
+                value.add_(0.2 * torch.randn_like(value))
+            elif value.dim() == 1 and name.endswith(("weight", "running_var")):
+                value.mul_(0.5 + 0.7 * torch.rand_like(value))
+            elif "in_proj_weight" in name:
+                value.mul_(4.0)  # attention that looks somewhere, so that queries and images differ
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and not layer.weight.any():
+                nn.init.normal_(layer.weight, std=0.1)  # corrections of boxes and offsets of samples start at zero
+
+    return randomise
+
+
+@pytest.fixture(scope="session")
+def padded_batch():
+    def padded_batch(*sizes: tuple[int, int], canvas: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random images of `sizes` in the corners of a canvas, and their padding."""
+        generator = torch.Generator().manual_seed(1)
+        images, padding = torch.zeros(len(sizes), 3, *canvas), torch.ones(len(sizes), *canvas, dtype=torch.bool)
+        for i, (height, width) in enumerate(sizes):
+            images[i, :, :height, :width] = torch.randn(3, height, width, generator=generator)
+            padding[i, :height, :width] = False
+        return images, padding
+
+    return padded_batch
+
+
+@pytest.fixture(scope="session")
+def trainable():
+    def trainable(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+    return trainable
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    def tiny_config(overrides=None):
+        """The settings of a tiny run with dotted `overrides`."""
+        return load_config(None, TINY_RUN | (overrides or {}))
+
+    return tiny_config
+
+
+@pytest.fixture(scope="session")
+def metrics_without_times():
+    def metrics_without_times(run_dir):
+        """Records of metrics.jsonl without what a clock has measured."""
+        records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        return [{k: v for k, v in record.items() if not k.startswith("extra/")} for record in records]
+
+    return metrics_without_times
+
+
+@pytest.fixture(scope="session")
+def texts():
+    def texts(drawn: Figure) -> list[str]:
+        """Every text of a figure once it is drawn, titles, labels and legends included."""
+        drawn.canvas.draw()
+        return [text.get_text() for text in drawn.findobj(lambda item: hasattr(item, "get_text")) if text.get_text()]
+
+    return texts
+
+
+@pytest.fixture(scope="session")
+def random_boxes():
+    def random_boxes(*shape: int) -> torch.Tensor:
+        """cxcywh boxes within the image."""
+        size = 0.05 + 0.5 * torch.rand(*shape, 2)
+        return torch.cat([size / 2 + torch.rand(*shape, 2) * (1 - size), size], -1)
+
+    return random_boxes
+
+
+@pytest.fixture
+def leaves_nothing_behind():
+    """No figure stays in pyplot's register, and no setting outlives the call that made it."""
+    before = dict(plt.rcParams)
+    yield
+    assert plt.get_fignums() == []
+    assert dict(plt.rcParams) == before
+
+
+@pytest.fixture(scope="session")
+def official_swin_names():
+    def official_swin_names(*more: str) -> set[str]:
+        """Entries of an official Swin-T without its classifier and masks, 181, and those of `more` modules."""
+
+        def both(*modules: str) -> set[str]:
+            return {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+
+        names = both("patch_embed.proj", "patch_embed.norm")
+        for stage, depth in enumerate((2, 2, 6, 2)):
+            for place in (f"layers.{stage}.blocks.{i}" for i in range(depth)):
+                names |= both(*(f"{place}.{part}" for part in ("norm1", "norm2", "attn.qkv", "attn.proj")))
+                names |= both(f"{place}.mlp.fc1", f"{place}.mlp.fc2")
+                names |= {f"{place}.attn.relative_position_bias_table", f"{place}.attn.relative_position_index"}
+            if stage < 3:
+                place = f"layers.{stage}.downsample"
+                names |= both(f"{place}.norm") | {f"{place}.reduction.weight"}
+        assert len(names) == 181
+        return names | both(*more)
+
+    return official_swin_names

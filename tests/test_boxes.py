@@ -1,13 +1,12 @@
 """Boxes against torchvision, and by hand."""
 
 import torch
-from matching import random_boxes
 from torchvision.ops import generalized_box_iou
 
 from detrlib.boxes import cxcywh_to_xyxy, pairwise_giou, xyxy_to_cxcywh
 
 
-def test_giou_is_that_of_torchvision():
+def test_giou_is_that_of_torchvision(random_boxes):
     first, second = cxcywh_to_xyxy(random_boxes(2, 30)), cxcywh_to_xyxy(random_boxes(2, 20))
     found = pairwise_giou(first, second)
     assert found.min() < 0 < found.max()
@@ -23,7 +22,7 @@ def test_giou_by_hand():
     torch.testing.assert_close(found, torch.tensor([[1.0, -1 / 3, 0.25]]))
 
 
-def test_box_formats_invert_each_other():
+def test_box_formats_invert_each_other(random_boxes):
     boxes = random_boxes(5)
     torch.testing.assert_close(xyxy_to_cxcywh(cxcywh_to_xyxy(boxes)), boxes)
     corners = cxcywh_to_xyxy(torch.tensor([0.5, 0.4, 0.2, 0.6]))

@@ -33,21 +33,21 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 500,
+    ".": 480,
     "config": 720,
     "attention": 1200,
-    "attention/kernels": 1000,
-    "models": 1950,
-    "losses": 260,
-    "checkpoints": 600,
-    "data": 1100,
-    "metrics": 1550,
-    "runs": 1000,
-    "engine": 1150,
-    "experiments": 1600,
-    "figures": 1900,
-    "teaching": 600,
-    "benchmarks": 750,
+    "attention/kernels": 1040,
+    "models": 1900,
+    "losses": 310,
+    "checkpoints": 490,
+    "data": 1110,
+    "metrics": 1700,
+    "runs": 1180,
+    "engine": 1260,
+    "experiments": 1900,
+    "figures": 1920,
+    "teaching": 490,
+    "benchmarks": 800,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
 

@@ -12,8 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
-from small import small
-from tiny import metrics_without_times, tiny_config
 from typer.testing import CliRunner
 
 from detrlib import __main__ as commands
@@ -55,13 +53,13 @@ def in_a_process(*words):
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, tiny_config):
     save_config(tiny_config(), tmp_path / "tiny.yaml")
     return tmp_path / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, tiny_config):
     """A finished run with learned alphas."""
     folder = tmp_path_factory.mktemp("runs") / "alpha_entmax-run"
     train(tiny_config({"model.attention.decoder_cross": "alpha_entmax", "train.epochs": 1}), folder)
@@ -77,7 +75,7 @@ def run_dir(trained, tmp_path):
 # --- train -----------------------------------------------------------------------------------------------------
 
 
-def test_from_the_terminal_to_the_end(tmp_path, config):
+def test_from_the_terminal_to_the_end(tmp_path, config, metrics_without_times):
     run_dir = tmp_path / "nested" / "run"
     done = in_a_process("train", config, "--name", run_dir, "--set", "train.epochs=3", "--set", "train.lr=1e-4")
     assert done.returncode == 0, done.stderr
@@ -293,7 +291,7 @@ def test_one_run_of_a_sweep(tmp_path, monkeypatch):
     assert worked_on == [tmp_path]
 
 
-def test_import(tmp_path):
+def test_import(tmp_path, small):
     model = small(backbone={"name": "resnet18", "weights": "none"})
     torch.save({"model": export_official(model)}, tmp_path / "official.pth")
     shown = detrlib("import", tmp_path / "official.pth", "--set", "model.num_heads=4", "--as", tmp_path / "run")

@@ -1,14 +1,15 @@
 """Every notebook from its first to its last cell, the checks on parameters, and sweeps of runs."""
 
 import json
+import shutil
 
 import nbformat
 import pytest
-from tiny import tiny_config
 
-from detrlib.config import load_config, save_config
+from detrlib.config import load_config, replace, save_config
 from detrlib.engine import notebooks
 from detrlib.engine.notebooks import execute_notebook, find_notebook, is_executed
+from detrlib.files import write_json
 
 NOTEBOOKS = sorted(path.stem for path in notebooks.NOTEBOOKS.glob("*.ipynb"))
 
@@ -19,10 +20,10 @@ NOTEBOOKS = sorted(path.stem for path in notebooks.NOTEBOOKS.glob("*.ipynb"))
 class TinyRun:
     """One run that the notebooks share: trained by 05, evaluated by 06, whichever test comes first."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, settings):
         self.folder, self.name = folder, str(folder / "run")
         self.config = folder / "tiny.yaml"
-        save_config(tiny_config({"model.attention.decoder_cross": "alpha_entmax"}), self.config)
+        save_config(settings, self.config)
 
     def parameters(self, notebook):
         """Small parameters of a notebook."""
@@ -32,21 +33,21 @@ class TinyRun:
             "03_attention_transforms": {},
             "02_detr_walkthrough": {},
             "04_deformable_and_sparse": {
-                "run_name": "",
+                "run_name": str(self.folder / "absent"),  # weights are random where there is no such run
                 "config": "papermill_runs/configs/shapes-sparse.yaml",
                 "overrides": {"data.shapes.train": 32, "data.shapes.val": 13},
                 "batch": 4,
                 "timed_size": [160, 160],
                 "timed_ratios": [0.1, 1.0],
                 "repeats": 1,
-                "count_published": False,
+                "count_published": True,
             },
             "06_train": run | {"config": str(self.config), "overrides": {"train.epochs": 1}, "gpus": 0},
             "07_evaluate": run
-            | {"num_examples": 1, "untrained": True}
+            | {"num_examples": 1, "untrained": True, "explained_images": 2}
             | {"alphas": [1, 2], "swaps": ["softmax"], "prune_heads": True, "intervention_images": 2},
             "08_attention_maps": runs,
-            "09_thesis_figures": runs | {"output": str(self.folder / "figures")},
+            "09_thesis_figures": {"run_names": self.study(), "output": str(self.folder / "figures"), "resamples": 50},
             "10_benchmarks": {
                 "device": "cpu",
                 "threads": 1,
@@ -70,19 +71,35 @@ class TinyRun:
                 values = values | {name: value}
         return values
 
+    def study(self):
+        """The names of copies of the run: two groups of two seeds each, whose AP differ a little."""
+        names = [f"{group}-seed{seed}" for group in ("first", "second") for seed in (1, 2)]
+        for number, name in enumerate(names if (self.folder / "run" / "results.json").exists() else []):
+            folder = self.folder / name
+            if not folder.exists():
+                shutil.copytree(self.folder / "run", folder)
+                save_config(
+                    replace(load_config(folder / "config.yaml"), {"train.seed": number % 2}), folder / "config.yaml"
+                )
+                results = json.loads((folder / "results.json").read_text())
+                results["detection"]["AP"] += 0.01 * number
+                write_json(folder / "results.json", results)
+        return [str(self.folder / name) for name in names]
+
     def execute(self, notebook):
         """Execute a notebook once, and those that it needs before it."""
         output = self.folder / f"{notebook}.ipynb"
         if not is_executed(output):
-            for needed in {"06": ["06_train"], "07": ["07_evaluate"], "08": ["07_evaluate"]}.get(notebook[:2], []):
+            for needed in {"07": ["06_train"], "08": ["07_evaluate"], "09": ["07_evaluate"]}.get(notebook[:2], []):
                 self.execute(needed)
             execute_notebook(notebook, output, self.parameters(notebook))
         return output
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    return TinyRun(tmp_path_factory.mktemp("notebooks"))
+def tiny_run(tmp_path_factory, tiny_config):
+    settings = tiny_config({"model.attention.decoder_cross": "alpha_entmax"})
+    return TinyRun(tmp_path_factory.mktemp("notebooks"), settings)
 
 
 @pytest.mark.slow

@@ -8,29 +8,32 @@ import math
 
 import pytest
 import torch
-from samples import SHAPES, TOKENS, by_loops, draw, make_batch, make_module, make_samples
 
 from detrlib.attention.deformable import DeformableAttention, Samples, sample_and_mix, splat
+
+SHAPES = [(4, 5), (2, 3), (1, 1)]  # of the samples that fixtures make
+TOKENS = sum(h * w for h, w in SHAPES)
+
 
 # Sampling
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, [(3, 4)], [(1, 7), (6, 1)]])
 @pytest.mark.parametrize("points", [1, 3])
-def test_values_are_those_of_the_definition(shapes, points):
+def test_values_are_those_of_the_definition(shapes, points, by_loops, draw, make_samples):
     values = draw(2, sum(h * w for h, w in shapes), 3, 4)
     samples = make_samples(shapes, points=points)
     torch.testing.assert_close(sample_and_mix(values, shapes, *samples), by_loops(values, shapes, *samples))
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, [(2, 3)]])
-def test_gradient_is_that_of_finite_differences(shapes):
+def test_gradient_is_that_of_finite_differences(shapes, draw, make_samples):
     values = draw(2, sum(h * w for h, w in shapes), 3, 2).requires_grad_()
     samples = [x.requires_grad_() for x in make_samples(shapes, queries=3)]
     assert torch.autograd.gradcheck(lambda v, x, w: sample_and_mix(v, shapes, x, w), (values, *samples))
 
 
-def test_the_centre_of_a_cell_is_its_token():
+def test_the_centre_of_a_cell_is_its_token(draw):
     values = draw(1, 6, 1, 2)
     centres = torch.tensor([(x, y) for y in (0.25, 0.75) for x in (1 / 6, 0.5, 5 / 6)], dtype=torch.float64)
     found = sample_and_mix(values, [(2, 3)], centres.view(1, 6, 1, 1, 1, 2), torch.ones(1, 6, 1, 1, 1))
@@ -39,7 +42,7 @@ def test_the_centre_of_a_cell_is_its_token():
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("distance", [2.0, 1e4, 1e30, math.inf])
-def test_places_far_outside_give_nothing(distance, axis):
+def test_places_far_outside_give_nothing(distance, axis, draw, make_samples):
     values = draw(1, TOKENS, 3, 4, dtype=torch.float32).requires_grad_()
     locations, weights = make_samples(images=1, dtype=torch.float32)
     locations[..., axis] = locations[..., axis].sign() * distance
@@ -49,7 +52,7 @@ def test_places_far_outside_give_nothing(distance, axis):
     assert all((x == 0).all() for x in (mixed, *gradients))
 
 
-def test_a_place_that_is_no_number_shows():
+def test_a_place_that_is_no_number_shows(draw, make_samples):
     values, (locations, weights) = draw(1, TOKENS, 3, 4), make_samples(images=1)
     locations[0, 1, 2, 0, 0, 1] = math.nan
     mixed = sample_and_mix(values, SHAPES, locations, weights).unflatten(2, (3, 4))
@@ -57,7 +60,7 @@ def test_a_place_that_is_no_number_shows():
     assert mixed.isnan().sum() == 4
 
 
-def test_values_that_are_views_and_no_queries_at_all():
+def test_values_that_are_views_and_no_queries_at_all(draw, make_samples):
     values, samples = draw(2, 3, TOKENS, 4).transpose(1, 2).requires_grad_(), make_samples()
     mixed = sample_and_mix(values, SHAPES, *samples)
     torch.testing.assert_close(mixed, sample_and_mix(values.contiguous(), SHAPES, *samples))
@@ -67,7 +70,7 @@ def test_values_that_are_views_and_no_queries_at_all():
     assert (torch.autograd.grad(mixed.sum(), values)[0] == 0).all()
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_fit_are_refused(draw, make_samples):
     with pytest.raises(ValueError, match="shapes"):
         sample_and_mix(draw(2, TOKENS + 1, 3, 4), SHAPES, *make_samples())
     with pytest.raises(ValueError, match="levels"):
@@ -77,7 +80,7 @@ def test_shapes_that_do_not_fit_are_refused():
 # What tokens receive
 
 
-def test_splat_is_the_gradient_of_what_was_mixed():
+def test_splat_is_the_gradient_of_what_was_mixed(draw, make_samples):
     samples = make_samples()
     values = draw(2, TOKENS, 3, 1).requires_grad_()
     mixed = sample_and_mix(values, SHAPES, *samples)  # [B,Q,H]
@@ -91,7 +94,7 @@ def test_splat_is_the_gradient_of_what_was_mixed():
         torch.testing.assert_close(splat(samples, SHAPES, keep_queries=True)[:, query], expected.sum(1))
 
 
-def test_splat_loses_only_what_is_outside():
+def test_splat_loses_only_what_is_outside(make_samples):
     locations, weights = make_samples()
     inside = Samples(0.5 + 0 * locations, weights)
     torch.testing.assert_close(splat(inside, SHAPES, keep_queries=True).sum(-1), weights.sum((2, 3, 4)))
@@ -109,7 +112,7 @@ def test_splat_without_shift_is_half_a_cell_off():
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_module_is_that_of_another_implementation(size):
+def test_module_is_that_of_another_implementation(size, make_batch, make_module):
     other = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
     from transformers import DeformableDetrConfig
 
@@ -141,7 +144,7 @@ def test_module_is_that_of_another_implementation(size):
         torch.testing.assert_close(mine, their, atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_under_padding_does_not_matter():
+def test_what_is_under_padding_does_not_matter(make_batch, make_module):
     module = make_module()
     query, references, tokens, padding = make_batch(2)
     output, samples = module(query, references, tokens, SHAPES, padding)
@@ -151,7 +154,7 @@ def test_what_is_under_padding_does_not_matter():
     assert not torch.allclose(module(query, references, spoilt, SHAPES)[0], output)
 
 
-def test_initial_weights_look_in_a_ring():
+def test_initial_weights_look_in_a_ring(draw):
     module = DeformableAttention(embed_dim=32, num_heads=8, levels=2, points=3)
     assert {name: tuple(x.shape) for name, x in module.named_parameters()} == {
         "sampling_offsets.weight": (96, 32),
@@ -182,7 +185,7 @@ def test_offsets_from_boxes_are_in_parts_of_them():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [2, 4])
-def test_autocast_keeps_the_digits_of_locations(dtype, size):
+def test_autocast_keeps_the_digits_of_locations(dtype, size, make_batch, make_module):
     module = make_module()
     query, references, tokens, padding = make_batch(size)
     exact, samples = module(query, references, tokens, SHAPES, padding, need_samples=True)
@@ -197,14 +200,14 @@ def test_autocast_keeps_the_digits_of_locations(dtype, size):
     assert all(x.grad.isfinite().all() for x in module.parameters())
 
 
-def test_module_in_half_precision_places_samples_in_float32():
+def test_module_in_half_precision_places_samples_in_float32(make_batch, make_module):
     module = make_module().bfloat16()
     query, references, tokens, padding = make_batch(2)
     output, samples = module(query.bfloat16(), references, tokens.bfloat16(), SHAPES, padding, need_samples=True)
     assert (output.dtype, samples.locations.dtype) == (torch.bfloat16, torch.float32)
 
 
-def test_sizes_that_do_not_fit_are_refused():
+def test_sizes_that_do_not_fit_are_refused(make_batch, make_module):
     with pytest.raises(ValueError, match="multiple"):
         DeformableAttention(embed_dim=30, num_heads=4, levels=3, points=2)
     query, references, tokens, _ = make_batch(3)

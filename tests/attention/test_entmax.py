@@ -3,7 +3,6 @@
 import pytest
 import torch
 from entmax import entmax_bisect
-from scores import by_bisection
 
 from detrlib.attention import entmax as solvers
 from detrlib.attention.entmax import entmax
@@ -27,12 +26,12 @@ def gradients(scores, alpha, upstream):
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("keys", [3, 950])  # the long rows leave keys out, the short ones do not
-def test_weights_in_float32_are_those_of_float64(keys, alpha, scale):
+def test_weights_in_float32_are_those_of_float64(keys, alpha, scale, by_bisection):
     scores = rows(keys, scale)
     torch.testing.assert_close(entmax(scores.float(), alpha).double(), by_bisection(scores, alpha), atol=5e-7, rtol=0)
 
 
-def test_steps_do_not_end_before_the_root():
+def test_steps_do_not_end_before_the_root(by_bisection):
     """Between 1.5 and 2 a small step does not mean that the root is near."""
     hard = torch.tensor([-0.36588633, -0.30654293, -0.26329598, 0.31967798, 0.04227265])
     torch.testing.assert_close(entmax(hard, 1.99).double(), by_bisection(hard, 1.99), atol=5e-7, rtol=0)
@@ -50,7 +49,7 @@ def test_other_alphas_are_refused(alpha):
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("scale", SCALES)
-def test_weights_in_float64_keep_its_digits(alpha, scale):
+def test_weights_in_float64_keep_its_digits(alpha, scale, by_bisection):
     scores = rows(300, scale)
     torch.testing.assert_close(entmax(scores, alpha), by_bisection(scores, alpha), atol=1e-13, rtol=0)
 
@@ -64,7 +63,7 @@ def test_alpha_near_one_is_softmax(beyond, scale):
 
 
 @pytest.mark.parametrize("alpha", [1.05, 1.3, 1.7, 1.95])
-def test_gradient_of_alpha_is_that_of_finite_differences(alpha):
+def test_gradient_of_alpha_is_that_of_finite_differences(alpha, by_bisection):
     scores, upstream, step = rows(300, 2.0), rows(300, 1.0, seed=1), 1e-5
     rise = (by_bisection(scores, alpha + step) - by_bisection(scores, alpha - step)) / (2 * step)
     expected = (rise * upstream).sum(-1, keepdim=True)
@@ -131,7 +130,7 @@ def test_bringing_rows_of_one_alpha_together_changes_nothing(monkeypatch):
     torch.testing.assert_close(found[0], found[1], atol=1e-10, rtol=0)
 
 
-def test_alpha_may_differ_from_row_to_row():
+def test_alpha_may_differ_from_row_to_row(by_bisection):
     scores, alphas = rows(40, 2.0), torch.tensor([1.1, 1.1, 1.9, 1.5, 1.5, 1.2], dtype=torch.float64)
     together = entmax(scores, alphas[:, None])
     for row, alpha, weights in zip(scores, alphas.tolist(), together, strict=True):

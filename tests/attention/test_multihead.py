@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from scores import HEADS, keys_padding, make, random_scores
-from small import small
 from torch import nn
 
 from detrlib.attention import TRANSFORMS, MultiheadAttention, attend, build_transform, multihead
 from detrlib.attention.multihead import ConditionalCrossAttention
 from detrlib.attention.transforms import Softmax
 from detrlib.errors import ConfigError
+
+HEADS = 3  # of the transforms that `make` gives
+
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
 
@@ -28,7 +29,7 @@ def pair():
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_softmax_attention_is_that_of_torch(pair, padded, need_weights):
+def test_softmax_attention_is_that_of_torch(pair, padded, need_weights, keys_padding):
     reference, ours = pair
     query, key, value = (torch.randn(2, n, 24) for n in (5, 7, 7))
     padding = keys_padding()[:, 0, 0] if padded else None
@@ -55,7 +56,7 @@ def test_softmax_attention_starts_as_that_of_torch():
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_fused_attention_is_the_explicit_one(padded):
+def test_fused_attention_is_the_explicit_one(padded, keys_padding, make, random_scores):
     query, key, value = (random_scores(2, HEADS, n, 8, seed=n) for n in (5, 7, 7))
     padding = keys_padding()[:, 0, 0] if padded else None
     fused, none = attend(query, key, value, make("softmax"), padding)
@@ -66,7 +67,7 @@ def test_fused_attention_is_the_explicit_one(padded):
 
 
 @every_transform
-def test_asking_for_weights_changes_nothing(name):
+def test_asking_for_weights_changes_nothing(name, keys_padding, make, random_scores):
     layer = MultiheadAttention(12, HEADS, make(name))
     x, padding = random_scores(2, 7, 12).float(), keys_padding()[:, 0, 0]
     torch.testing.assert_close(layer(x, x, x, padding, (1, 7))[0], layer(x, x, x, padding, (1, 7), True)[0])
@@ -74,7 +75,7 @@ def test_asking_for_weights_changes_nothing(name):
 
 @every_transform
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_dropout_acts_on_mixing_and_not_on_the_returned_weights(name, need_weights):
+def test_dropout_acts_on_mixing_and_not_on_the_returned_weights(name, need_weights, make, random_scores):
     torch.manual_seed(0)
     query, key = random_scores(1, HEADS, 50, 8, scale=0.5).float(), random_scores(1, HEADS, 40, 8, seed=1).float()
     value = torch.eye(40).expand(1, HEADS, 40, 40)  # mixing them shows the weights that were used
@@ -87,14 +88,18 @@ def test_dropout_acts_on_mixing_and_not_on_the_returned_weights(name, need_weigh
         assert torch.equal(weights, clean)
 
 
-def conditional_attention() -> ConditionalCrossAttention:
-    return ConditionalCrossAttention(12, 3, make("entmax15"), dropout=0.5)
+@pytest.fixture(scope="session")
+def conditional_attention(make):
+    def conditional_attention() -> ConditionalCrossAttention:
+        return ConditionalCrossAttention(12, 3, make("entmax15"), dropout=0.5)
+
+    return conditional_attention
 
 
-@pytest.mark.parametrize("build", [lambda: MultiheadAttention(12, 3, make("entmax15"), 0.5), conditional_attention])
-def test_layers_drop_in_training_only(build):
+@pytest.mark.parametrize("conditional", [False, True])
+def test_layers_drop_in_training_only(conditional, conditional_attention, make):
     torch.manual_seed(0)
-    layer = build()
+    layer = conditional_attention() if conditional else MultiheadAttention(12, 3, make("entmax15"), 0.5)
     x = torch.randn(2, 5, 12)
     inputs = (x, x, x) if isinstance(layer, MultiheadAttention) else (x, x, x, x, x)
     runs = {}
@@ -106,7 +111,7 @@ def test_layers_drop_in_training_only(build):
     assert torch.equal(runs[True][0][1], runs[False][0][1])
 
 
-def test_conditional_attention_adds_two_scaled_dot_products():
+def test_conditional_attention_adds_two_scaled_dot_products(keys_padding):
     torch.manual_seed(0)
     content, position, spatial = torch.randn(3, 2, 5, 12)
     memory, memory_position = torch.randn(2, 2, 7, 12)
@@ -128,7 +133,7 @@ def test_conditional_attention_adds_two_scaled_dot_products():
         torch.testing.assert_close(output, layer.out_proj(torch.cat(mixed, -1)))
 
 
-def test_heads_must_divide_the_embedding():
+def test_heads_must_divide_the_embedding(make):
     with pytest.raises(ValueError, match="embed_dim 10 is not a multiple of num_heads 3"):
         MultiheadAttention(10, 3, make("softmax"))
 
@@ -138,7 +143,7 @@ def test_heads_must_divide_the_embedding():
 
 @every_transform
 @pytest.mark.parametrize("padded", [False, True])
-def test_queries_in_parts_give_the_same(monkeypatch, name, padded):
+def test_queries_in_parts_give_the_same(monkeypatch, name, padded, keys_padding, make, random_scores):
     query, key, value = (random_scores(2, HEADS, n, 8, seed=n) for n in (5, 7, 7))
     padding = keys_padding()[:, 0, 0] if padded else None
     transform = make(name).double()
@@ -155,7 +160,7 @@ def test_queries_in_parts_give_the_same(monkeypatch, name, padded):
     torch.testing.assert_close(found, wanted)
 
 
-def test_parts_bound_the_scores(monkeypatch):
+def test_parts_bound_the_scores(monkeypatch, random_scores):
     """The transform never sees more than the limit."""
     seen = []
 
@@ -173,7 +178,7 @@ def test_parts_bound_the_scores(monkeypatch):
     assert sum(seen) == 2 * HEADS * 50 * 60
 
 
-def test_dropout_is_the_same_when_a_part_is_computed_again(monkeypatch):
+def test_dropout_is_the_same_when_a_part_is_computed_again(monkeypatch, make, random_scores):
     monkeypatch.setattr(multihead, "MOST_SCORES", 1)
     query, key = random_scores(1, HEADS, 4, 8), random_scores(1, HEADS, 30, 8, seed=1)
     value = torch.eye(30, dtype=torch.float64).expand(1, HEADS, 30, 30).clone().requires_grad_()
@@ -188,7 +193,7 @@ def test_dropout_is_the_same_when_a_part_is_computed_again(monkeypatch):
 
 @pytest.mark.parametrize("name", ["softmax", "sparsemax", "alpha_entmax"])
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_padding_can_add_one(name, need_weights):
+def test_padding_can_add_one(name, need_weights, keys_padding, make, random_scores):
     query, key, value = (random_scores(2, HEADS, n, 8, seed=n) for n in (5, 7, 7))
     padding, transform = keys_padding()[:, 0, 0], make(name).double()
     hidden = attend(query, key, value, transform, padding)[0]
@@ -201,7 +206,7 @@ def test_padding_can_add_one(name, need_weights):
         assert (weights[..., 5:] > 0).any()
 
 
-def test_switches_reach_the_layers():
+def test_switches_reach_the_layers(small):
     attention = {"decoder_self": "alpha_entmax", "decoder_cross": "alpha_entmax", "alpha_init": "cloned"}
     model = small(attention=attention, compatibility={"alpha_clamped": True, "attention_padding": "add_one"})
     layers = model.transformer.decoder.layers
@@ -214,7 +219,7 @@ def test_switches_reach_the_layers():
     assert not torch.equal(layers[0].self_attn.transform.pre_alpha, layers[0].multihead_attn.transform.pre_alpha)
 
 
-def test_tvmax_needs_a_grid():
+def test_tvmax_needs_a_grid(make, random_scores, small):
     with pytest.raises(ConfigError, match="decoder_self"):
         small(attention={"decoder_self": "tvmax"})
     with pytest.raises(ValueError, match="grid"):

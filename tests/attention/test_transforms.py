@@ -6,12 +6,18 @@ Gradients against finite differences, values against an algorithm of another kin
 import pytest
 import torch
 from entmax import entmax_bisect
-from scores import HEADS, by_bisection, keys_padding, make, random_scores, weights_of
-from small import model_settings
 from torch import nn
 
 from detrlib.attention import TRANSFORMS, AlphaEntmax, MultiheadAttention, Transform, build_transform
 from detrlib.models import alpha_modules, build_model
+
+HEADS = 3  # of the transforms that `make` gives
+
+
+def weights_of(transform: Transform, scores: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+    """For tvmax the keys are a feature map one cell high."""
+    return transform(scores, padding, (1, scores.shape[-1]))
+
 
 SPARSE = [name for name in TRANSFORMS if name != "softmax"]
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
@@ -22,20 +28,20 @@ every_transform = pytest.mark.parametrize("name", TRANSFORMS)
 
 @every_transform
 @pytest.mark.parametrize("padded", [False, True])
-def test_gradient_is_that_of_finite_differences(name, padded):
+def test_gradient_is_that_of_finite_differences(name, padded, keys_padding, make, random_scores):
     transform = make(name).double()
     scores = random_scores(2, HEADS, 2, 7).requires_grad_()
     padding = keys_padding() if padded else None
     assert torch.autograd.gradcheck(lambda z: weights_of(transform, z, padding), scores)
 
 
-def test_gradient_of_entmax_with_a_power_above_two():
+def test_gradient_of_entmax_with_a_power_above_two(random_scores):
     transform = build_transform("entmax", HEADS, alpha=1.25)
     assert torch.autograd.gradcheck(transform, random_scores(2, HEADS, 2, 7, seed=1).requires_grad_())
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_gradient_of_alpha_is_that_of_finite_differences(padded):
+def test_gradient_of_alpha_is_that_of_finite_differences(padded, keys_padding, make, random_scores):
     transform = make("alpha_entmax").double()
     scores, weighting = random_scores(2, HEADS, 4, 7), random_scores(2, HEADS, 4, 7, seed=1)
     padding = keys_padding() if padded else None
@@ -58,7 +64,7 @@ def test_gradient_of_alpha_is_that_of_finite_differences(padded):
 @pytest.mark.parametrize(("name", "alpha"), [("sparsemax", 2.0), ("entmax15", 1.5), ("entmax", 1.3), ("entmax", 1.8)])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_values_agree_with_bisection(name, alpha, scale, dtype):
+def test_values_agree_with_bisection(name, alpha, scale, dtype, by_bisection, make, random_scores):
     scores = random_scores(2, HEADS, 5, 60, scale=scale).to(dtype)
     weights = make(name, alpha)(scores)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-5
@@ -66,14 +72,14 @@ def test_values_agree_with_bisection(name, alpha, scale, dtype):
     torch.testing.assert_close(weights.double(), by_bisection(scores, alpha), rtol=0, atol=tolerance)
 
 
-def test_softmax_is_normalised_exponentials():
+def test_softmax_is_normalised_exponentials(make, random_scores):
     scores = random_scores(2, HEADS, 5, 60)
     expected = scores.exp() / scores.exp().sum(-1, keepdim=True)
     torch.testing.assert_close(make("softmax")(scores), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_learnable_alpha_agrees_with_long_bisection_head_by_head(dtype):
+def test_learnable_alpha_agrees_with_long_bisection_head_by_head(dtype, make, random_scores):
     transform = make("alpha_entmax").to(dtype)
     scores = random_scores(2, HEADS, 5, 60).to(dtype)
     weights = transform(scores)
@@ -84,7 +90,7 @@ def test_learnable_alpha_agrees_with_long_bisection_head_by_head(dtype):
         torch.testing.assert_close(weights[:, head].double(), expected, rtol=0, atol=tolerance)
 
 
-def test_the_family_meets_at_its_named_members():
+def test_the_family_meets_at_its_named_members(make, random_scores):
     scores = random_scores(2, HEADS, 5, 60)
     for alpha, name in [(1.5, "entmax15"), (2.0, "sparsemax")]:
         exact = make(name)(scores)
@@ -94,7 +100,7 @@ def test_the_family_meets_at_its_named_members():
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_only_sparse_transforms_give_exact_zeros(name):
+def test_only_sparse_transforms_give_exact_zeros(name, make, random_scores):
     scores = random_scores(2, HEADS, 5, 60)
     assert (make("softmax")(scores) > 0).all()
     zeros = (weights_of(make(name), scores) == 0).double().mean()
@@ -103,7 +109,7 @@ def test_only_sparse_transforms_give_exact_zeros(name):
 
 @every_transform
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-def test_weights_are_a_distribution_at_every_scale(name, scale):
+def test_weights_are_a_distribution_at_every_scale(name, scale, make, random_scores):
     scores = random_scores(2, HEADS, 5, 950, scale=scale).float()
     weights = weights_of(make(name), scores)
     assert (weights >= 0).all()
@@ -121,7 +127,7 @@ def test_equal_scores_share_equally(alpha):
 
 
 @every_transform
-def test_masking_is_leaving_the_keys_out(name):
+def test_masking_is_leaving_the_keys_out(name, keys_padding, make, random_scores):
     transform = make(name).double()
     scores, weighting = random_scores(2, HEADS, 4, 7), random_scores(2, HEADS, 4, 7, seed=1)
     padding = keys_padding()
@@ -146,14 +152,14 @@ def test_masking_is_leaving_the_keys_out(name):
 
 
 @every_transform
-def test_scores_of_padded_keys_do_not_matter(name):
+def test_scores_of_padded_keys_do_not_matter(name, keys_padding, make, random_scores):
     transform, scores, padding = make(name), random_scores(2, HEADS, 4, 7).float(), keys_padding()
     loud = scores.masked_fill(padding, 1e6)
     assert torch.equal(weights_of(transform, scores, padding), weights_of(transform, loud, padding))
 
 
 @every_transform
-def test_a_fully_padded_row_is_zero_and_has_no_gradient(name):
+def test_a_fully_padded_row_is_zero_and_has_no_gradient(name, keys_padding, make, random_scores):
     transform = make(name)
     scores = random_scores(2, HEADS, 4, 7).float().requires_grad_()
     padding = keys_padding()
@@ -169,7 +175,7 @@ def test_a_fully_padded_row_is_zero_and_has_no_gradient(name):
 
 @every_transform
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_a_fully_padded_image_gives_finite_outputs_and_gradients(name, need_weights):
+def test_a_fully_padded_image_gives_finite_outputs_and_gradients(name, need_weights, make, random_scores):
     layer = MultiheadAttention(12, HEADS, make(name))
     query = random_scores(2, 4, 12).float().requires_grad_()
     padding = torch.tensor([[True] * 5, [False] * 5])
@@ -179,7 +185,7 @@ def test_a_fully_padded_image_gives_finite_outputs_and_gradients(name, need_weig
     assert torch.isfinite(query.grad).all()
 
 
-def test_padding_costs_no_copy_of_the_weights():
+def test_padding_costs_no_copy_of_the_weights(keys_padding, random_scores):
     """Only rows of nothing but padding have to be cleared, and there are hardly ever any."""
 
     class Kept(Transform):
@@ -214,7 +220,7 @@ def test_transforms_are_computed_outside_autocast():
 
 
 @every_transform
-def test_weights_are_float32_inside_autocast(name):
+def test_weights_are_float32_inside_autocast(name, make, random_scores):
     layer = MultiheadAttention(12, HEADS, make(name))
     x = random_scores(2, 50, 12).float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -231,7 +237,7 @@ def test_weights_are_float32_inside_autocast(name):
 
 
 @pytest.mark.parametrize("pre_alpha", [-15.0, -5.0, 0.0, 5.0, 10.0, 14.0])
-def test_alpha_stays_in_its_range_and_never_loses_its_gradient(pre_alpha):
+def test_alpha_stays_in_its_range_and_never_loses_its_gradient(pre_alpha, random_scores):
     transform = AlphaEntmax(HEADS)
     nn.init.constant_(transform.pre_alpha, pre_alpha)
     assert (transform.alpha >= torch.tensor(1.01)).all()
@@ -263,7 +269,7 @@ def test_clamped_alpha_is_the_published_one(pre_alpha):
     assert AlphaEntmax(HEADS, 1.3, clamped=True).alpha.tolist() == pytest.approx([1.3] * HEADS)
 
 
-def test_every_layer_starts_on_its_own():
+def test_every_layer_starts_on_its_own(model_settings):
     sites = dict.fromkeys(("encoder_self", "decoder_self", "decoder_cross"), "alpha_entmax")
     settings = model_settings(
         backbone={"name": "tiny", "weights": "none"},

@@ -1,13 +1,11 @@
 """Times of components add up, and the model is left as it was."""
 
-from small import small
-
 from detrlib.benchmarks import latency, measure
 from detrlib.benchmarks.latency import measure_latency
 from detrlib.experiments.costs import ORDER
 
 
-def test_latency():
+def test_latency(small):
     model = small().train()
     found = measure_latency(model, (96, 128), batch=2, repeats=3, warm_up=1)
     assert model.training
@@ -17,7 +15,7 @@ def test_latency():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_time_within_a_component_counts_once(monkeypatch):
+def test_time_within_a_component_counts_once(monkeypatch, small):
     """A clock that moves by one whenever it is read: heads inside the decoder are not the decoder's."""
     ticks = iter(range(100_000))
     for module in (latency, measure):

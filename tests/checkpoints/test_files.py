@@ -5,31 +5,24 @@ import pickle
 
 import pytest
 import torch
-from official import (
-    CHOICES,
-    FAMILY,
-    R18,
-    SPARSE,
-    TOLD,
-    both,
-    of_small,
-    official_file,
-    official_swin_names,
-    without_memory,
-)
-from small import padded_batch, small, trainable
 from torch import nn
 
 from detrlib.checkpoints.files import export_official, load_official, official_config, read_official
 from detrlib.errors import ConfigError, WeightsError
 from detrlib.models.backbone import build_body
 
+R18 = {"name": "resnet18", "weights": "none", "freeze_stem": True, "mask_padding": False}
+TOLD = {
+    "model.num_heads": 4,
+    "model.dropout": 0.1,
+}
+
+
 # Round trips
 
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_a_model_comes_back_from_an_official_file(name, tmp_path):
-    model, told = of_small(name)
+def test_a_model_comes_back_from_an_official_file(every_small, tmp_path, padded_batch):
+    model, told = every_small
     state = export_official(model)
     torch.save({"model": state, "epoch": 49}, tmp_path / "official.pth")
     again = load_official(tmp_path / "official.pth", told)
@@ -45,8 +38,14 @@ def test_a_model_comes_back_from_an_official_file(name, tmp_path):
         torch.testing.assert_close(again(images, padding).logits, model(images, padding).logits)
 
 
-def test_official_file_of_a_detector_with_swin_t(tmp_path):
-    chosen = {"architecture": "deformable", "classification": "sigmoid", "deformable": FAMILY["two-stage"]}
+def test_official_file_of_a_detector_with_swin_t(
+    tmp_path, official_file, official_swin_names, padded_batch, small, trainable
+):
+    chosen = {
+        "architecture": "deformable",
+        "classification": "sigmoid",
+        "deformable": {"levels": 4, "refine": True, "two_stage": True},
+    }
     model = small(backbone=R18 | {"name": "swin_t"}, **chosen)
     for name, value in model.named_parameters():
         if name.endswith("relative_position_bias_table"):
@@ -54,7 +53,7 @@ def test_official_file_of_a_detector_with_swin_t(tmp_path):
     state = export_official(model)
     prefix = "backbone.0.body."
     names = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
-    assert names == official_swin_names() | both("norm1", "norm2", "norm3")
+    assert names == official_swin_names("norm1", "norm2", "norm3")
     assert state[f"{prefix}layers.2.blocks.4.attn.relative_position_index"].shape == (49, 49)
     assert state[f"{prefix}layers.1.downsample.reduction.weight"].shape == (384, 768)
     path = official_file(tmp_path / "swin.pth", state, num_queries=7)
@@ -71,7 +70,7 @@ def test_official_file_of_a_detector_with_swin_t(tmp_path):
         load_official(official_file(tmp_path / "swin_s.pth", state | other), TOLD)
 
 
-def test_alphas_that_are_not_clamped_are_expressed_as_clamped_ones():
+def test_alphas_that_are_not_clamped_are_expressed_as_clamped_ones(small):
     model = small(backbone=R18, attention={"decoder_cross": "alpha_entmax", "alpha_init": "normal"})
     expected = [layer.multihead_attn.transform.alpha for layer in model.transformer.decoder.layers]
     state = export_official(model)
@@ -89,7 +88,7 @@ def test_alphas_that_are_not_clamped_are_expressed_as_clamped_ones():
         ({}, "backbone"),
     ],
 )
-def test_models_without_official_form_are_not_exported(settings, reason):
+def test_models_without_official_form_are_not_exported(settings, reason, small):
     with pytest.raises(WeightsError, match=reason):
         export_official(small(**settings))
 
@@ -97,8 +96,8 @@ def test_models_without_official_form_are_not_exported(settings, reason):
 # What files say beside their entries
 
 
-def test_arguments_in_the_file_are_used(tmp_path):
-    state = export_official(without_memory(SPARSE))
+def test_arguments_in_the_file_are_used(tmp_path, official_file, without_memory):
+    state = export_official(without_memory("sparse"))
     state = {key: torch.zeros(value.shape) for key, value in state.items()}
     path = official_file(tmp_path / "s.pth", state, rho=0.2, num_queries=100, nheads=8, eff_specific_head=False)
     checkpoint = read_official(path)
@@ -110,7 +109,7 @@ def test_arguments_in_the_file_are_used(tmp_path):
     assert official_config(checkpoint, {"model.deformable.rho": "0.4"}).model.deformable.rho == 0.4
 
 
-def test_dilation_of_dc5_is_told_by_arguments_or_by_the_caller(tmp_path):
+def test_dilation_of_dc5_is_told_by_arguments_or_by_the_caller(tmp_path, official_file, small):
     model = small(backbone=R18 | {"name": "resnet50"})
     path = official_file(tmp_path / "dc5.pth", export_official(model), dilation=True, nheads=4)
     assert load_official(path).backbone.body.layer4[1].conv2.dilation == (2, 2)
@@ -118,7 +117,7 @@ def test_dilation_of_dc5_is_told_by_arguments_or_by_the_caller(tmp_path):
     assert plain.backbone.body.layer4[1].conv2.dilation == (1, 1)
 
 
-def test_thesis_files_name_their_transform(tmp_path):
+def test_thesis_files_name_their_transform(tmp_path, small):
     model = small(backbone=R18, norm="pre", attention={"decoder_cross": "sparsemax", "padding": "add_one"})
     content = {"model": export_official(model), "hyperparams": {"decoder_act": "sparsemax", "nheads": 4}}
     torch.save(content, tmp_path / "thesis.pth")
@@ -128,7 +127,7 @@ def test_thesis_files_name_their_transform(tmp_path):
     assert again.transformer.encoder.norm is not None
 
 
-def test_counters_of_tools_are_ignored(tmp_path):
+def test_counters_of_tools_are_ignored(tmp_path, of_small):
     model, told = of_small("detr")
     counters = {"total_params": torch.zeros(1), "transformer.total_ops": torch.zeros(1)}
     counters |= {"backbone.0.body.bn1.num_batches_tracked": torch.zeros(1)}
@@ -136,7 +135,7 @@ def test_counters_of_tools_are_ignored(tmp_path):
     assert load_official(tmp_path / "counted.pth", told).state_dict().keys() == model.state_dict().keys()
 
 
-def test_runs_of_the_deformable_family_have_its_losses(tmp_path):
+def test_runs_of_the_deformable_family_have_its_losses(tmp_path, of_small, official_file):
     state = export_official(of_small("two-stage")[0])
     path = official_file(tmp_path / "official.pth", state, nheads=4, num_queries=7, lr=2e-4)
     cfg = official_config(read_official(path))
@@ -155,7 +154,7 @@ def test_files_of_backbones_are_named(tmp_path):
             read_official(tmp_path / f"{name}.pth")
 
 
-def test_an_incomplete_file_says_what_is_missing(tmp_path):
+def test_an_incomplete_file_says_what_is_missing(tmp_path, of_small):
     state = export_official(of_small("detr")[0])
     del state["query_embed.weight"]
     torch.save({"model": state}, tmp_path / "half.pth")
@@ -168,13 +167,13 @@ def test_an_incomplete_file_says_what_is_missing(tmp_path):
         load_official(tmp_path / "hole.pth", TOLD)
 
 
-def test_a_wrong_number_of_heads_is_refused(tmp_path):
+def test_a_wrong_number_of_heads_is_refused(tmp_path, of_small, official_file):
     path = official_file(tmp_path / "heads.pth", export_official(of_small("plain")[0]))
     with pytest.raises(ConfigError, match="num_heads"):
         load_official(path, {"model.num_heads": 5})
 
 
-def test_damaged_files(tmp_path):
+def test_damaged_files(tmp_path, of_small, official_file):
     whole = official_file(tmp_path / "whole.pth", export_official(of_small("detr")[0]))
     (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:100_000])
     (tmp_path / "empty.pth").write_bytes(b"")

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from official import COCO, DEFORMABLE, MODELS, SPARSE, without_memory
-from small import trainable
 
 from detrlib.checkpoints.files import export_official, read_official
 from detrlib.checkpoints.names import own_state
@@ -12,10 +10,9 @@ from detrlib.config import Config, replace
 from detrlib.errors import WeightsError
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_published_models(name):
+def test_published_models(published, trainable, without_memory):
     """Number of entries and parameters are those published; the settings are found again from names and shapes."""
-    settings, entries, parameters, told = MODELS[name]
+    settings, entries, parameters, told = published
     model = without_memory(settings)
     state = export_official(model)
     assert entries is None or len(state) == entries
@@ -26,16 +23,16 @@ def test_published_models(name):
     assert {key: value.shape for key, value in again.items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
-def test_sparse_detr_asks_for_its_share_of_tokens():
-    state = export_official(without_memory(SPARSE))
+def test_sparse_detr_asks_for_its_share_of_tokens(without_memory):
+    state = export_official(without_memory("sparse"))
     with pytest.raises(WeightsError, match=r"not written in the file; say it: model\.deformable\.rho=0\.3"):
         settings_of(state)
 
 
-def test_families():
-    assert family_of(export_official(without_memory(COCO))) == "detr"
-    assert family_of(export_official(without_memory(DEFORMABLE))) == "deformable"
-    assert family_of(export_official(without_memory(SPARSE))) == "sparse"
+def test_families(without_memory):
+    assert family_of(export_official(without_memory("detr-r50"))) == "detr"
+    assert family_of(export_official(without_memory("deformable"))) == "deformable"
+    assert family_of(export_official(without_memory("sparse"))) == "sparse"
 
 
 FOREIGN = {

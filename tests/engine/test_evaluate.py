@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import tiny_config
 
 from detrlib.config import replace
 from detrlib.data import build_dataset, collate
@@ -17,14 +16,14 @@ from detrlib.runs.folder import load_results
 
 
 @pytest.fixture(scope="module")
-def untrained():
+def untrained(tiny_config):
     """Settings, a model, and a data set of 13 images."""
     cfg = tiny_config({"model.num_classes": 7, "evaluate.batch_size": 5})
     return cfg, initial_model(cfg).eval(), build_dataset(cfg.data, "val")
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
+def run_dir(tmp_path_factory, tiny_config):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     train(tiny_config({"train.epochs": 1}), folder)
     return folder

@@ -8,7 +8,6 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import STEPS, metrics_without_times, tiny_config
 
 from detrlib.config import PROJECT
 from detrlib.engine import launch as door
@@ -17,6 +16,9 @@ from detrlib.engine.loop import train
 from detrlib.errors import RunError
 from detrlib.files import load_checkpoint
 from detrlib.runs.folder import open_run
+
+STEPS = 4  # per epoch of a tiny run
+
 
 SIGNS_OF_A_CRASH = ("Traceback", "terminate called", "Aborted", "Error", "SIGABRT")
 
@@ -51,7 +53,7 @@ def through_torchrun(cfg, run_dir, capfd):
 @pytest.mark.parametrize(
     "classification, by", [("softmax", through_launch), ("sigmoid", through_torchrun)], ids=["softmax", "sigmoid"]
 )
-def test_two_processes_equal_one(tmp_path, capfd, classification, by):
+def test_two_processes_equal_one(tmp_path, capfd, classification, by, metrics_without_times, tiny_config):
     """With nothing random but the order of images, two halves of a batch must give the gradient of the whole.
 
     What differs is the order of sums: 1e-5 relative in the losses, and 2e-5 at most, 2e-7 on average, in weights
@@ -90,7 +92,7 @@ def test_two_processes_equal_one(tmp_path, capfd, classification, by):
 
 
 @pytest.mark.slow
-def test_the_error_of_a_process_is_in_the_error_of_the_launch(tmp_path):
+def test_the_error_of_a_process_is_in_the_error_of_the_launch(tmp_path, tiny_config):
     cfg = tiny_config({"train.batch_size": 7})
     with pytest.raises(RunError, match=r"train\.batch_size 7") as caught:
         launch(cfg, tmp_path, gpus=0, processes=2)
@@ -98,21 +100,21 @@ def test_the_error_of_a_process_is_in_the_error_of_the_launch(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_breaks_shows_its_last_lines(tmp_path, monkeypatch):
+def test_a_process_that_breaks_shows_its_last_lines(tmp_path, monkeypatch, tiny_config):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "nonsense")  # what no one foresees
     with pytest.raises(RunError, match="nonsense") as caught:
         launch(tiny_config(), tmp_path, gpus=0, processes=2)
     assert 1 < len(str(caught.value).splitlines()) <= door.TAIL + 1
 
 
-def test_a_subprocess_that_would_be_refused_is_not_started(tmp_path, monkeypatch):
+def test_a_subprocess_that_would_be_refused_is_not_started(tmp_path, monkeypatch, tiny_config):
     monkeypatch.setattr(door, "_torchrun", lambda *arguments: pytest.fail("started"))
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(RunError, match="is finished"):
         launch(tiny_config(), tmp_path, gpus=0, processes=2)
 
 
-def test_gpus_and_processes_choose_the_way(tmp_path, monkeypatch):
+def test_gpus_and_processes_choose_the_way(tmp_path, monkeypatch, tiny_config):
     """How many GPUs there are is made up; what would be started is recorded."""
     started = []
     monkeypatch.setattr(door, "train", lambda cfg, run_dir: started.append("here"))

@@ -6,16 +6,16 @@ import math
 
 import pytest
 import torch
-from tiny import STEPS, metrics_without_times, tiny_config
 
 from detrlib.config import replace
-from detrlib.data.batch import EpochSampler
 from detrlib.engine import loop as training
 from detrlib.engine import pretrain
 from detrlib.engine.evaluate import evaluate_run
 from detrlib.engine.loop import train
 from detrlib.errors import ConfigError, NonFiniteLoss, RunError
 from detrlib.files import load_checkpoint, save_checkpoint
+
+STEPS = 4  # per epoch of a tiny run
 
 
 def same(a, b):
@@ -53,7 +53,7 @@ def quick_crops(monkeypatch):
 
 
 @pytest.mark.parametrize("keeps", [False, True])
-def test_alpha_may_be_exempt_from_the_drop(tmp_path, keeps):
+def test_alpha_may_be_exempt_from_the_drop(tmp_path, keeps, metrics_without_times, tiny_config):
     overrides = {"model.attention.decoder_cross": "alpha_entmax", "train.lr_drop": 1, "train.alpha_keeps_lr": keeps}
     train(tiny_config(overrides | {"train.warmup_steps": 2}), tmp_path)
     steps = [record for record in metrics_without_times(tmp_path) if "train/loss" in record]
@@ -71,7 +71,7 @@ def test_alpha_may_be_exempt_from_the_drop(tmp_path, keeps):
 # --- learning, stopping, resuming ------------------------------------------------------------------------------
 
 
-def test_loss_falls_when_a_few_images_are_learned_by_heart(tmp_path):
+def test_loss_falls_when_a_few_images_are_learned_by_heart(tmp_path, metrics_without_times, tiny_config):
     overrides = {"data.train_limit": 4, "data.val_limit": 4, "data.augment": "none", "train.epochs": 60}
     train(tiny_config(overrides | {"train.eval_every": 60, "model.dropout": 0.0}), tmp_path)
     losses = [record["train/loss"] for record in metrics_without_times(tmp_path) if "train/loss" in record]
@@ -105,7 +105,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
-def test_stop_and_resume_equals_an_uninterrupted_run(tmp_path, interrupt, quick_crops, overrides):
+def test_stop_and_resume_equals_an_uninterrupted_run(
+    tmp_path, interrupt, quick_crops, overrides, metrics_without_times, tiny_config
+):
     cfg = tiny_config(overrides)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = train(cfg, whole)
@@ -121,7 +123,7 @@ def test_stop_and_resume_equals_an_uninterrupted_run(tmp_path, interrupt, quick_
     assert json.loads((parts / "results.json").read_text())["epoch"] == 2
 
 
-def test_a_run_stopped_in_its_first_epoch_starts_over(tmp_path, interrupt):
+def test_a_run_stopped_in_its_first_epoch_starts_over(tmp_path, interrupt, metrics_without_times, tiny_config):
     cfg = tiny_config()
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(cfg, whole)
@@ -134,7 +136,7 @@ def test_a_run_stopped_in_its_first_epoch_starts_over(tmp_path, interrupt):
     assert metrics_without_times(parts) == metrics_without_times(whole)
 
 
-def test_the_average_is_judged_rather_than_the_weights(tmp_path):
+def test_the_average_is_judged_rather_than_the_weights(tmp_path, tiny_config):
     """Also in bfloat16, where a copy of the model must not go on calling the original."""
     results = train(tiny_config({"train.ema": 0.999999, "train.precision": "bfloat16"}), tmp_path)
     state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
@@ -145,7 +147,7 @@ def test_the_average_is_judged_rather_than_the_weights(tmp_path):
     assert evaluate_run(tmp_path, "raw")["attention"] != results["attention"]
 
 
-def test_precision_may_change_from_run_to_run_in_one_process(tmp_path):
+def test_precision_may_change_from_run_to_run_in_one_process(tmp_path, metrics_without_times, tiny_config):
     logits = {}
     for precision in ("float32", "bfloat16", "float32"):
         cfg = tiny_config({"train.precision": precision, "train.epochs": 1})
@@ -157,7 +159,7 @@ def test_precision_may_change_from_run_to_run_in_one_process(tmp_path):
     assert low == pytest.approx(first, rel=0.05)
 
 
-def test_best_is_the_epoch_with_the_best_ap(tmp_path, monkeypatch):
+def test_best_is_the_epoch_with_the_best_ap(tmp_path, monkeypatch, tiny_config):
     scores = iter([0.2, 0.5, 0.3, 0.5])
     monkeypatch.setattr(training.Trainer, "_validate", lambda self: {"detection/AP": next(scores), "detection/AP50": 0})
     train(tiny_config({"train.epochs": 4, "train.keep_every": 2}), tmp_path)
@@ -168,43 +170,16 @@ def test_best_is_the_epoch_with_the_best_ap(tmp_path, monkeypatch):
     assert last["epoch"] == 4 and last["best"] == 0.5
 
 
-def test_validation_every_few_epochs_and_always_at_the_end(tmp_path):
+def test_validation_every_few_epochs_and_always_at_the_end(tmp_path, metrics_without_times, tiny_config):
     train(tiny_config({"train.epochs": 3, "train.eval_every": 2}), tmp_path)
     judged = [r["epoch"] for r in metrics_without_times(tmp_path) if "detection/AP" in r]
     assert judged == [2, 3]
 
 
-@pytest.mark.parametrize("length, batch, processes", [(33, 8, 1), (33, 8, 2), (33, 12, 3), (5, 8, 2)])
-def test_shards_partition_every_batch(length, batch, processes):
-    def epoch(number, process, processes):
-        sampler = EpochSampler(length, batch, process, processes, seed=3)
-        sampler.epoch = number
-        assert len(list(sampler)) == len(sampler)
-        return list(sampler)
-
-    size = min(batch, length - length % processes)
-    for number in (0, 1):
-        shards = [epoch(number, process, processes) for process in range(processes)]
-        batches = [sorted(itertools.chain(*parts)) for parts in zip(*shards, strict=True)]
-        assert {len(part) for shard in shards for part in shard} == {size // processes}
-        assert len(batches) == length // size
-        if size == batch:
-            assert batches == [sorted(part) for part in epoch(number, 0, 1)]
-        seen = list(itertools.chain(*batches))
-        assert len(set(seen)) == len(seen) and set(seen) <= set(range(length))
-    assert epoch(0, 0, 1) != epoch(1, 0, 1)
-    assert epoch(1, 0, 1) == epoch(1, 0, 1)
-
-
-def test_fewer_images_than_processes_is_refused():
-    with pytest.raises(ConfigError, match="1 training images cannot be shared by 2 processes"):
-        EpochSampler(1, 8, 0, 2, 0)
-
-
 # --- what must be refused, or named ----------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_is_named_and_kept(tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number_is_named_and_kept(tmp_path, monkeypatch, tiny_config):
     real, steps = training.train_step, itertools.count()
 
     def poisoned(model, *given, **settings):
@@ -225,7 +200,7 @@ def test_a_loss_that_is_no_number_is_named_and_kept(tmp_path, monkeypatch):
     assert train(tiny_config(), tmp_path)["epoch"] == 2  # resumes from the last complete epoch
 
 
-def test_a_finished_run_and_other_settings_are_refused(tmp_path, interrupt):
+def test_a_finished_run_and_other_settings_are_refused(tmp_path, interrupt, tiny_config):
     interrupt(STEPS)
     with pytest.raises(KeyboardInterrupt):
         train(tiny_config(), tmp_path)
@@ -238,7 +213,7 @@ def test_a_finished_run_and_other_settings_are_refused(tmp_path, interrupt):
     assert (tmp_path / "results.json").read_bytes() == before
 
 
-def test_too_few_classes_are_refused_before_anything_is_written(tmp_path):
+def test_too_few_classes_are_refused_before_anything_is_written(tmp_path, tiny_config):
     with pytest.raises(ConfigError, match=r"num_classes 6 is too small: .*instances_train2017.json needs 7 \(largest"):
         train(tiny_config({"model.num_classes": 6}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -247,13 +222,13 @@ def test_too_few_classes_are_refused_before_anything_is_written(tmp_path):
         train(cfg, tmp_path / "run")
 
 
-def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch, tiny_config):
     monkeypatch.setattr(training.Accelerator, "num_processes", 3)
     with pytest.raises(ConfigError, match=r"train.batch_size 8 is not a multiple of the 3 processes"):
         train(tiny_config(), tmp_path)
 
 
-def test_a_checkpoint_of_another_architecture_is_named(tmp_path, interrupt):
+def test_a_checkpoint_of_another_architecture_is_named(tmp_path, interrupt, tiny_config):
     cfg = tiny_config()
     interrupt(STEPS)
     with pytest.raises(KeyboardInterrupt):

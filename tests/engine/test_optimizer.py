@@ -3,21 +3,28 @@
 import itertools
 
 import pytest
-from tiny import tiny_config
 
 from detrlib.engine.optimizer import lr_factor, parameter_groups
 from detrlib.models import alpha_modules, build_model
 
 
-def settings(**values):
-    return tiny_config({f"train.{name}": value for name, value in values.items()}).train
+@pytest.fixture(scope="session")
+def settings(tiny_config):
+    def settings(**values):
+        return tiny_config({f"train.{name}": value for name, value in values.items()}).train
+
+    return settings
 
 
-def model_of(overrides):
-    return build_model(tiny_config({"model.num_classes": 7} | overrides).model)
+@pytest.fixture(scope="session")
+def model_of(tiny_config):
+    def model_of(overrides):
+        return build_model(tiny_config({"model.num_classes": 7} | overrides).model)
+
+    return model_of
 
 
-def test_alpha_has_a_group_of_its_own_found_by_the_type_of_its_module():
+def test_alpha_has_a_group_of_its_own_found_by_the_type_of_its_module(model_of, settings):
     model = model_of({"model.attention.decoder_cross": "alpha_entmax", "model.attention.encoder_self": "alpha_entmax"})
     groups = {group["name"]: group for group in parameter_groups(model, settings(lr=2e-3, lr_backbone=3e-4))}
     alphas = {id(module.pre_alpha) for module in alpha_modules(model).values()}
@@ -32,13 +39,13 @@ def test_alpha_has_a_group_of_its_own_found_by_the_type_of_its_module():
     assert {id(p) for p in groups["backbone"]["params"]} == {id(p) for p in model.backbone.parameters()}
 
 
-def test_the_rate_of_alpha_can_be_set_to_anything_even_zero():
+def test_the_rate_of_alpha_can_be_set_to_anything_even_zero(model_of, settings):
     model = model_of({"model.attention.decoder_cross": "alpha_entmax"})
     rates = [parameter_groups(model, settings(lr_alpha=rate))[-1]["lr"] for rate in (0.5, 0.0)]
     assert rates == [0.5, 0.0]
 
 
-def test_what_places_samples_has_a_group_of_its_own_at_a_tenth_of_the_rate():
+def test_what_places_samples_has_a_group_of_its_own_at_a_tenth_of_the_rate(model_of, settings):
     overrides = {"model.architecture": "deformable", "model.classification": "sigmoid", "model.deformable.levels": 1}
     model = model_of(overrides | {"model.attention.decoder_self": "alpha_entmax"})
     groups = {group["name"]: group for group in parameter_groups(model, settings(lr=2e-3))}
@@ -54,7 +61,7 @@ def test_what_places_samples_has_a_group_of_its_own_at_a_tenth_of_the_rate():
     assert [rate["projections"] for rate in rates] == [0.5, 0.0]
 
 
-def test_no_group_is_empty_and_a_rate_of_zero_freezes_the_backbone():
+def test_no_group_is_empty_and_a_rate_of_zero_freezes_the_backbone(model_of, settings):
     model = model_of({})
     assert [group["name"] for group in parameter_groups(model, settings())] == ["rest", "backbone"]
     groups = parameter_groups(model, settings(lr_backbone=0))
@@ -63,12 +70,12 @@ def test_no_group_is_empty_and_a_rate_of_zero_freezes_the_backbone():
     assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("backbone."))
 
 
-def test_step_schedule_drops_once_after_lr_drop_epochs():
+def test_step_schedule_drops_once_after_lr_drop_epochs(settings):
     cfg = settings(schedule="step", lr_drop=3)
     assert [lr_factor(step, 10, cfg) for step in (0, 29, 30, 500)] == [1.0, 1.0, 0.1, 0.1]
 
 
-def test_cosine_schedule_falls_from_one_to_zero_over_all_epochs():
+def test_cosine_schedule_falls_from_one_to_zero_over_all_epochs(settings):
     cfg = settings(schedule="cosine", epochs=5)
     factors = [lr_factor(step, 10, cfg) for step in range(51)]
     assert factors[0] == 1.0 and factors[25] == pytest.approx(0.5) and factors[50] == pytest.approx(0.0)
@@ -76,7 +83,7 @@ def test_cosine_schedule_falls_from_one_to_zero_over_all_epochs():
     assert lr_factor(60, 10, cfg) == pytest.approx(0.0)
 
 
-def test_constant_schedule_and_warm_up():
+def test_constant_schedule_and_warm_up(settings):
     assert {lr_factor(step, 10, settings(schedule="constant")) for step in range(100)} == {1.0}
     cfg = settings(schedule="cosine", epochs=2, warmup_steps=4)
     factors = [lr_factor(step, 10, cfg) for step in range(20)]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_config
 
 from detrlib.data import build_dataset
 from detrlib.engine import pretrain
@@ -12,7 +11,7 @@ from detrlib.models.backbone import build_body
 
 
 @pytest.fixture(scope="module")
-def dataset():
+def dataset(tiny_config):
     return build_dataset(tiny_config().data, "train", augment=False)
 
 
@@ -32,7 +31,7 @@ def test_crops_are_of_every_object_and_of_background(dataset):
     assert all(torch.equal(*pair) for pair in zip((crops, labels), collect_crops(dataset, 64), strict=True))
 
 
-def test_weights_are_made_once_and_fit_the_backbone(dataset, quick, monkeypatch):
+def test_weights_are_made_once_and_fit_the_backbone(dataset, quick, monkeypatch, tiny_config):
     settings = tiny_config().model.backbone
     before = torch.get_rng_state()
     path = backbone_weights(settings, dataset, image_size=64)

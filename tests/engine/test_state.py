@@ -3,7 +3,6 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import tiny_config
 
 from detrlib.engine.evaluate import initial_model
 from detrlib.engine.state import TrainingState
@@ -12,7 +11,7 @@ from detrlib.files import load_checkpoint
 
 
 @pytest.fixture
-def make():
+def make(tiny_config):
     """A state of a tiny model after some updates with made-up gradients."""
 
     def make(updates=0, **train):

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from tiny import STEPS, tiny_config
 
 from detrlib import runs
 from detrlib.config import PROJECT
@@ -14,6 +13,8 @@ from detrlib.engine import tracking
 from detrlib.engine.loop import train
 from detrlib.engine.tracking import MAIN, panels
 from detrlib.errors import ConfigError
+
+STEPS = 4  # per epoch of a tiny run
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def wandb(monkeypatch, tmp_path):
     wandb.teardown()
 
 
-def test_tracking_offline_needs_no_account_and_groups_metrics(tmp_path, wandb):
+def test_tracking_offline_needs_no_account_and_groups_metrics(tmp_path, wandb, tiny_config):
     cfg = tiny_config({"train.tracking.wandb": "offline", "model.attention.decoder_cross": "alpha_entmax"})
     train(cfg, tmp_path / "run")
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
@@ -73,7 +74,7 @@ def test_main_losses_are_shown_weighted_and_again_as_they_are():
     }
 
 
-def test_a_run_that_goes_on_is_the_same_one_and_may_go_back_in_steps(tmp_path, wandb):
+def test_a_run_that_goes_on_is_the_same_one_and_may_go_back_in_steps(tmp_path, wandb, tiny_config):
     cfg = tiny_config({"train.tracking.wandb": "offline", "train.tracking.group": "mine", "train.epochs": 1})
     run_dir = runs.RUNS / "a-sweep" / tmp_path.name
     tracker = tracking.WandB(cfg, run_dir)
@@ -87,7 +88,7 @@ def test_a_run_that_goes_on_is_the_same_one_and_may_go_back_in_steps(tmp_path, w
     assert [values["global_step"] for values in wandb.logged] == [5, 6, 5]
 
 
-def test_further_services_are_those_that_are_installed(tmp_path, monkeypatch):
+def test_further_services_are_those_that_are_installed(tmp_path, monkeypatch, tiny_config):
     cfg = tiny_config({"train.tracking.also": ["tensorboard"], "train.epochs": 1})
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
     assert tracking.trackers(cfg, tmp_path) == ["tensorboard"]
@@ -97,13 +98,13 @@ def test_further_services_are_those_that_are_installed(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_writes_into_the_run_folder(tmp_path):
+def test_tensorboard_writes_into_the_run_folder(tmp_path, tiny_config):
     pytest.importorskip("tensorboard")
     train(tiny_config({"train.tracking.also": ["tensorboard"], "train.epochs": 1}), tmp_path / "run")
     assert list((tmp_path / "run" / "tracking").glob("events.out.*"))
 
 
-def test_alpha_and_its_gradients_are_logged_by_layer_and_head(tmp_path):
+def test_alpha_and_its_gradients_are_logged_by_layer_and_head(tmp_path, tiny_config):
     train(tiny_config({"model.attention.decoder_cross": "alpha_entmax"}), tmp_path / "run")
     records = [record for record in runs.read_metrics(tmp_path / "run") if "train/loss" in record]
     for record in records:
@@ -117,7 +118,9 @@ def test_alpha_and_its_gradients_are_logged_by_layer_and_head(tmp_path):
     assert len({record["pre_alpha_gradient/decoder_cross.layer_0-head_0"] for record in records}) == len(records)
 
 
-def test_a_service_that_cannot_be_reached_makes_the_run_an_offline_one(tmp_path, wandb, monkeypatch, caplog):
+def test_a_service_that_cannot_be_reached_makes_the_run_an_offline_one(
+    tmp_path, wandb, monkeypatch, caplog, tiny_config
+):
     working = wandb.init
 
     def unreachable(mode, **arguments):

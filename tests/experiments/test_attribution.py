@@ -6,7 +6,6 @@ Legend: B images, H heads, K keys, Q queries, n detections.
 import numpy as np
 import pytest
 import torch
-from small import padded_batch, small
 from torch import nn
 
 from detrlib.errors import ModelError
@@ -40,7 +39,7 @@ class Shifted(nn.Module):
 
 
 @pytest.mark.parametrize("site", ["encoder_self", "decoder_self", "decoder_cross"])
-def test_maps_are_what_the_model_goes_on_with(site):
+def test_maps_are_what_the_model_goes_on_with(site, small):
     """The gradient for a returned map is the difference that moving the weights themselves makes."""
     model = small(norm="pre", attention=everywhere("entmax15")).double()
     images, padding = (torch.randn(1, 3, 16, 24).double(), torch.zeros(1, 16, 24, dtype=torch.bool))
@@ -64,7 +63,7 @@ def test_maps_are_what_the_model_goes_on_with(site):
 
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_every_method_against_its_own_computation(transform, queries):
+def test_every_method_against_its_own_computation(transform, queries, padded_batch, small):
     model = small(attention=everywhere(transform), queries=queries)
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     found = explain(model, images, padding, QUERIES, LABELS)
@@ -100,7 +99,7 @@ def test_every_method_against_its_own_computation(transform, queries):
 
 
 @pytest.mark.parametrize("settings", [{}, {"encoder_layers": 0, "norm": "pre", "queries": "anchor"}])
-def test_maps_of_an_image_alone_are_those_in_a_padded_batch(settings):
+def test_maps_of_an_image_alone_are_those_in_a_padded_batch(settings, padded_batch, small):
     model = small(**settings)
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     together = explain(model, images, padding, QUERIES, LABELS, seeds=[8, 9])
@@ -122,7 +121,7 @@ def test_maps_of_an_image_alone_are_those_in_a_padded_batch(settings):
             assert (maps[:, h:] == 0).all() and (maps[:, :, w:] == 0).all()
 
 
-def test_models_that_favour_padding_are_explained_by_the_image_all_the_same():
+def test_models_that_favour_padding_are_explained_by_the_image_all_the_same(padded_batch, small):
     model = small(attention={"padding": "add_one"})
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     attention = model(images, padding, need_attention=True).attention
@@ -131,7 +130,7 @@ def test_models_that_favour_padding_are_explained_by_the_image_all_the_same():
         assert (first[:, 5:] == 0).all(), method
 
 
-def test_boxes_cover_cells_by_their_share():
+def test_boxes_cover_cells_by_their_share(padded_batch, small):
     model = small()
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     found = explain(model, images, padding, QUERIES, LABELS, ["box"])
@@ -146,7 +145,7 @@ def test_boxes_cover_cells_by_their_share():
                 assert share == pytest.approx(expected, abs=1e-5)
 
 
-def test_images_without_detections_and_labels_that_matter():
+def test_images_without_detections_and_labels_that_matter(padded_batch, small):
     model = small()
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     none = torch.tensor([], dtype=torch.long)
@@ -161,7 +160,7 @@ def test_images_without_detections_and_labels_that_matter():
     torch.testing.assert_close(explain(model, images, padding, *twice)["relevance"][1][:1], plain)
 
 
-def test_noise_has_a_seed():
+def test_noise_has_a_seed(padded_batch, small):
     model = small()
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     one, same, other = (
@@ -172,7 +171,7 @@ def test_noise_has_a_seed():
     assert not torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
-def test_deformable_models_are_explained_by_their_samples_only():
+def test_deformable_models_are_explained_by_their_samples_only(padded_batch, small):
     model = small(architecture="deformable", classification="sigmoid")
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     found = explain(model, images, padding, QUERIES, LABELS)
@@ -185,7 +184,7 @@ def test_deformable_models_are_explained_by_their_samples_only():
         explain(model, images, padding, QUERIES, LABELS, ["raw", "rollout", "relevance"])
 
 
-def test_unknown_methods_and_frozen_models_are_refused():
+def test_unknown_methods_and_frozen_models_are_refused(padded_batch, small):
     model = small()
     arguments = *padded_batch(*SIZES, canvas=CANVAS), QUERIES, LABELS
     with pytest.raises(ModelError, match="unknown explanation lime; there are raw, rollout"):

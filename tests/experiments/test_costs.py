@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small import small
 from torch import nn
 from torch.nn import functional as F
 
@@ -71,12 +70,12 @@ def test_components(path, component):
 
 
 @pytest.mark.parametrize("transform", ["sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"])
-def test_transforms_change_nothing_that_is_counted(transform):
+def test_transforms_change_nothing_that_is_counted(transform, small):
     attention = {"encoder_self": transform, "decoder_cross": transform}
     assert count_flops(small(attention=attention), (64, 96)) == count_flops(small(), (64, 96))
 
 
-def test_counting_leaves_the_model_alone():
+def test_counting_leaves_the_model_alone(small):
     model = small(attention={"decoder_cross": "alpha_entmax"}).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     count_flops(model, (64, 96))
@@ -84,7 +83,7 @@ def test_counting_leaves_the_model_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_cost_table():
+def test_cost_table(small):
     models = {"one": small(), "two": small(queries="anchor")}
     table = cost_table(models, (64, 96))
     assert list(table.columns) == ["model", "component", "parameters", "frozen", "gflops"]

@@ -6,7 +6,6 @@ import logging
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import tiny_config
 
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.config import load_config
@@ -20,7 +19,7 @@ from detrlib.experiments.explain import detections_to_explain, explained_detecti
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
+def run_dir(tmp_path_factory, tiny_config):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     launch(tiny_config({"train.epochs": 1}), folder, gpus=0)
     return folder

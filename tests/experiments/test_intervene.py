@@ -4,8 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small import small
-from tiny import tiny_config
 
 from detrlib.data import collate
 from detrlib.engine.loop import train
@@ -25,7 +23,7 @@ from detrlib.runs.results import interventions_frame
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
+def run_dir(tmp_path_factory, tiny_config):
     """A trained run with learned alphas and an encoder whose maps training does not measure."""
     folder = tmp_path_factory.mktemp("runs") / "alpha_entmax-run"
     cfg = tiny_config({"model.attention.decoder_cross": "alpha_entmax", "train.epochs": 1, "data.shapes.train": 32})
@@ -113,7 +111,7 @@ def test_rows_measure_what_they_say(fresh):
     assert row["AP"] == results["detection"]["AP"]
 
 
-def test_shuffled_alphas_are_those_of_the_layer_in_another_order():
+def test_shuffled_alphas_are_those_of_the_layer_in_another_order(small):
     model = small(attention={"decoder_cross": "alpha_entmax", "alpha_init": "normal"})
     own = learned_alphas(model, "decoder_cross")
     mean, shuffled = (one.enter.keywords["alpha"] for one in rearranged_alphas(model, "decoder_cross"))

@@ -4,18 +4,21 @@ import contextlib
 
 import pytest
 import torch
-from small import padded_batch, small
 
 from detrlib.attention import AlphaEntmax, Transform, build_transform
 from detrlib.errors import ModelError
 from detrlib.experiments.interventions import ByHead, attention_modules, fixed_alpha, learned_alphas, pruned, swapped
 
+SIZES = (96, 128), (70, 101)
 SITES = ("encoder_self", "decoder_self", "decoder_cross")
-IMAGES, PADDING = padded_batch((96, 128), (70, 101), canvas=(96, 128))
 
 
-def model_with(seed=0, **attention):
-    return small(seed, attention=attention)
+@pytest.fixture(scope="session")
+def model_with(small):
+    def model_with(seed=0, **attention):
+        return small(seed, attention=attention)
+
+    return model_with
 
 
 def alphas_of_their_own(model, site):
@@ -26,9 +29,13 @@ def alphas_of_their_own(model, site):
     return model
 
 
-@torch.no_grad()
-def predict(model):
-    return model(IMAGES, PADDING, need_attention=True)
+@pytest.fixture(scope="session")
+def predict(padded_batch):
+    @torch.no_grad()
+    def predict(model):
+        return model(*padded_batch(*SIZES, canvas=(96, 128)), need_attention=True)
+
+    return predict
 
 
 def tensors(found):
@@ -41,17 +48,21 @@ def assert_same(one, other, **tolerance):
         torch.testing.assert_close(a, b, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
-@contextlib.contextmanager
-def untouched(model):
-    """Weights, their names and the very transforms are the same afterwards, and so are predictions, bit for bit."""
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    modules, before = dict(model.named_modules()), predict(model)
-    yield
-    assert list(model.state_dict()) == list(state)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert list(model.named_modules()) == list(modules.items())
-    assert not any(module.training for module in model.modules())
-    assert_same(predict(model), before)
+@pytest.fixture(scope="session")
+def untouched(predict):
+    @contextlib.contextmanager
+    def untouched(model):
+        """Weights, their names and the very transforms are the same afterwards, and so are predictions, bit for bit."""
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        modules, before = dict(model.named_modules()), predict(model)
+        yield
+        assert list(model.state_dict()) == list(state)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert list(model.named_modules()) == list(modules.items())
+        assert not any(module.training for module in model.modules())
+        assert_same(predict(model), before)
+
+    return untouched
 
 
 # --- transforms and alphas -----------------------------------------------------------------------------------------
@@ -59,7 +70,7 @@ def untouched(model):
 
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
 @pytest.mark.parametrize("site", SITES)
-def test_a_swapped_model_is_one_built_with_that_transform(site, queries):
+def test_a_swapped_model_is_one_built_with_that_transform(site, queries, predict, small, untouched):
     for name in ("sparsemax", "entmax15", "tvmax"):
         if (site, name) == ("decoder_self", "tvmax"):
             continue
@@ -75,7 +86,9 @@ def test_a_swapped_model_is_one_built_with_that_transform(site, queries):
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_alpha_one_is_softmax_two_is_sparsemax_and_learned_ones_are_the_model_itself(site):
+def test_alpha_one_is_softmax_two_is_sparsemax_and_learned_ones_are_the_model_itself(
+    site, model_with, predict, untouched
+):
     model = alphas_of_their_own(model_with(**{site: "alpha_entmax"}), site)
     with untouched(model):
         for alpha, name in ((1, "softmax"), (1.5, "entmax15"), (2.0, "sparsemax")):
@@ -88,7 +101,7 @@ def test_alpha_one_is_softmax_two_is_sparsemax_and_learned_ones_are_the_model_it
         assert_same(predict(model), fixed, rtol=1e-4, atol=1e-5)
 
 
-def test_alphas_by_head_and_by_layer_go_where_they_belong():
+def test_alphas_by_head_and_by_layer_go_where_they_belong(model_with, predict):
     model, alphas = model_with(), [1.0, 1.5, 2.0, 1.5]
     one_each = {}
     for alpha in set(alphas):
@@ -104,7 +117,7 @@ def test_alphas_by_head_and_by_layer_go_where_they_belong():
         assert all(module.transform.heads == [[0], [1, 3], [2]] for module in attention_modules(model, "decoder_cross"))
 
 
-def test_some_layers_and_heads_change_and_the_others_do_not():
+def test_some_layers_and_heads_change_and_the_others_do_not(model_with, predict, untouched):
     model = alphas_of_their_own(model_with(decoder_cross="alpha_entmax"), "decoder_cross")
     with untouched(model):
         own = predict(model).attention.decoder_cross
@@ -118,7 +131,7 @@ def test_some_layers_and_heads_change_and_the_others_do_not():
     assert not torch.equal(part[1][:, [0, 3]], own[1][:, [0, 3]])
 
 
-def test_padded_keys_are_treated_as_in_training():
+def test_padded_keys_are_treated_as_in_training(model_with, predict):
     model = model_with(decoder_cross="softmax", padding="add_one")
     sparse = model_with(decoder_cross="sparsemax", padding="add_one")
     given = build_transform("sparsemax", 4)
@@ -138,7 +151,7 @@ class Uniform(Transform):
         return torch.zeros_like(scores).masked_fill(scores.isneginf(), float("-inf")).softmax(-1)
 
 
-def test_a_transform_of_ones_own():
+def test_a_transform_of_ones_own(model_with, predict, untouched):
     model = model_with()
     with untouched(model), swapped(model, "decoder_cross", Uniform(), heads=[2]):
         maps = predict(model).attention
@@ -166,7 +179,7 @@ def test_transforms_by_head_pass_gradients():
 
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
 @pytest.mark.parametrize("site", SITES)
-def test_pruning_is_zeroing_columns_of_the_output_projection(site, queries):
+def test_pruning_is_zeroing_columns_of_the_output_projection(site, queries, predict, small, untouched):
     model = small(queries=queries, attention={site: "alpha_entmax"})
     heads = {0: [1, 2], 1: [0, 1, 2, 3]}
     zeroed = small(queries=queries, attention={site: "alpha_entmax"})
@@ -187,16 +200,16 @@ def test_pruning_is_zeroing_columns_of_the_output_projection(site, queries):
             assert torch.equal(weights[:, kept], getattr(expected.attention, site)[layer][:, kept])
 
 
-def test_maps_make_no_difference_to_what_is_found():
+def test_maps_make_no_difference_to_what_is_found(model_with, padded_batch, predict):
     """Without maps, other code is used wherever a transform allows it."""
     model = model_with()
     with pruned(model, "decoder_cross", {0: [1]}), fixed_alpha(model, "encoder_self", [1, 1.2, 2, 1.5]):
         with torch.no_grad():
-            without = model(IMAGES, PADDING)
+            without = model(*padded_batch(*SIZES, canvas=(96, 128)))
         torch.testing.assert_close(without.logits, predict(model).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_the_order_of_contexts_does_not_matter():
+def test_the_order_of_contexts_does_not_matter(model_with, predict, untouched):
     model = model_with(decoder_cross="entmax15")
     prune = {0: [0], 2: [1, 3]}
     steps = [
@@ -215,7 +228,7 @@ def test_the_order_of_contexts_does_not_matter():
     assert not found[0].attention.decoder_cross[2][:, [1, 3]].any()
 
 
-def test_an_exception_leaves_nothing_behind():
+def test_an_exception_leaves_nothing_behind(model_with, untouched):
     model = alphas_of_their_own(model_with(decoder_cross="alpha_entmax"), "decoder_cross")
     with untouched(model):
         with (
@@ -233,7 +246,7 @@ def test_an_exception_leaves_nothing_behind():
             raise AssertionError("an impossible context was entered")
 
 
-def test_a_model_that_moves_within_takes_its_transforms_along():
+def test_a_model_that_moves_within_takes_its_transforms_along(model_with):
     model = model_with(decoder_cross="alpha_entmax")
     with swapped(model, "decoder_cross", "softmax"):
         model.to("meta")
@@ -257,12 +270,12 @@ def test_a_model_that_moves_within_takes_its_transforms_along():
         (lambda m: pruned(m, "encoder_self", {-1: [0]}), r"layers \[-1\] at encoder_self: the model has 2"),
     ],
 )
-def test_what_a_model_lacks_is_said(context, message):
+def test_what_a_model_lacks_is_said(context, message, model_with):
     with pytest.raises(ValueError, match=message), context(model_with()):
         raise AssertionError("entered")
 
 
-def test_sites_without_scores_or_layers_are_refused():
+def test_sites_without_scores_or_layers_are_refused(model_with, small):
     deformable = small(architecture="deformable", classification="sigmoid", deformable={"levels": 2})
     for site in ("encoder_self", "decoder_cross"):
         with pytest.raises(ModelError, match=f"{site} of this model is deformable.*use decoder_self"):

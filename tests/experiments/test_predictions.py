@@ -5,7 +5,6 @@ import json
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tiny import tiny_config
 from typer.testing import CliRunner
 
 from detrlib.__main__ import app
@@ -23,7 +22,7 @@ from detrlib.runs.results import attention_frame, final_alphas, load_matches, pa
 
 
 @pytest.fixture(scope="module")
-def dataset():
+def dataset(tiny_config):
     return build_dataset(tiny_config().data, "val")
 
 
@@ -40,7 +39,7 @@ def detections(dataset):
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(tmp_path_factory, tiny_config):
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     save_config(tiny_config(), path)
     return path
@@ -68,7 +67,7 @@ def test_average_precision_is_that_of_coco(run_dir, dataset, detections):
     assert [found[name] for name in METRICS] == pytest.approx(theirs.stats.tolist(), abs=1e-6)
 
 
-def test_the_folder_is_that_of_a_run_without_attention(run_dir, dataset):
+def test_the_folder_is_that_of_a_run_without_attention(run_dir, dataset, tiny_config):
     (row,) = results_frame([run_dir]).to_dict("records")
     assert row["architecture"] == "predictions from found.json" and row["images"] == 13
     assert row["decoder_cross"] is None and row["epoch"] is None
@@ -82,7 +81,7 @@ def test_the_folder_is_that_of_a_run_without_attention(run_dir, dataset):
     assert (run_dir / "environment.json").exists() and (run_dir / "predictions.json").exists()
 
 
-def test_it_is_compared_with_a_trained_run_image_by_image(run_dir, tmp_path):
+def test_it_is_compared_with_a_trained_run_image_by_image(run_dir, tmp_path, tiny_config):
     train(tiny_config({"train.epochs": 1}), tmp_path / "trained")
     found = compare(load_matches(run_dir), load_matches(tmp_path / "trained"), resamples=20)
     first, second = results_table([run_dir, tmp_path / "trained"]).AP

@@ -5,9 +5,7 @@ import sys
 import time
 
 import pytest
-import tiny
 import yaml
-from tiny import tiny_config
 
 from detrlib.config import load_config, save_config
 from detrlib.engine.notebooks import is_executed
@@ -17,7 +15,7 @@ from detrlib.experiments.sweep import read_sweep
 
 
 @pytest.fixture
-def sweep_file(tmp_path):
+def sweep_file(tmp_path, tiny_config):
     """A sweep of three tiny runs; values may be changed."""
     save_config(tiny_config(), tmp_path / "base.yaml")
 
@@ -31,12 +29,12 @@ def sweep_file(tmp_path):
     return write
 
 
-def test_a_sweep_is_a_config_for_every_run(sweep_file):
+def test_a_sweep_is_a_config_for_every_run(sweep_file, tiny_config):
     configs, measure = read_sweep(sweep_file())
     assert measure == {} and set(configs) == {"one", "two", "three"}
     assert [configs[name].train.epochs for name in ("one", "two", "three")] == [1, 3, 1]
     assert configs["three"].train.seed == 3 and configs["two"].train.lr == 5e-4
-    assert configs["one"].model.hidden_dim == tiny.SETTINGS["model.hidden_dim"]
+    assert configs["one"].model.hidden_dim == tiny_config().model.hidden_dim
 
 
 def test_a_sweep_over_seeds_repeats_every_run(sweep_file):

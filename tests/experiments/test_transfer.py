@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tiny import tiny_config
 
 from detrlib.config import load_config
 from detrlib.data import build_dataset
@@ -29,7 +28,7 @@ AS_OURS = {11: 1, 3: 2, 40: 1, 7: 6}
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
+def run_dir(tmp_path_factory, tiny_config):
     """A finished tiny run on drawn shapes."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     train(tiny_config({"train.epochs": 1, "model.classification": "sigmoid"}), folder)
@@ -114,7 +113,7 @@ def test_results_say_what_was_scored_and_are_a_run_folder(run_dir, elsewhere):
     assert (run_dir / "results.json").read_bytes() == before
 
 
-def test_labels_from_zero(run_dir, elsewhere, tmp_path):
+def test_labels_from_zero(run_dir, elsewhere, tmp_path, tiny_config):
     """A run that numbers its classes 0..n-1 is scored on its labels, class 0 included."""
     cfg = tiny_config({"train.epochs": 1, "data.contiguous": True, "model.classification": "sigmoid"})
     train(cfg, tmp_path / "run")

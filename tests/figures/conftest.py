@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from drawn import leaves_nothing_behind  # noqa: F401
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -10,6 +9,11 @@ from matplotlib.patches import Rectangle
 from detrlib.runs.examples import Example
 
 BOXES = np.array([[0, 0, 40, 40], [10, 10, 20, 20], [60, 5, 80, 30]], dtype=np.float32)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(leaves_nothing_behind):
+    """Of every test of this folder."""
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from drawn import texts
 
 from detrlib.figures import attention, style
 
@@ -36,7 +35,7 @@ def test_a_map_covers_the_image_or_reaches_beyond_it(make_example):
     assert axes.get_ylim() == (63.5, -0.5)
 
 
-def test_compare_runs_has_a_row_per_run_and_a_column_per_object(make_example, titles):
+def test_compare_runs_has_a_row_per_run_and_a_column_per_object(make_example, titles, texts):
     drawn = attention.compare_runs({"one": make_example(), "two": make_example(matched=(-1, -1, 1))}, NAMES)
     assert titles(drawn) == ["one", "dog 0.40", "cat 0.80", "two", "dog 0.40", "no query left"]  # largest object first
     assert len(drawn.axes[5].images) == 1  # nothing was matched to that object: no map
@@ -52,7 +51,7 @@ def test_queries_by_layer_has_a_row_per_detection_and_a_column_per_layer(make_ex
     assert boxes_in(drawn.axes[5]) == [tuple(example.boxes[1])]
 
 
-def test_chosen_classes_have_a_row_per_class_and_a_column_per_run(stored, titles):
+def test_chosen_classes_have_a_row_per_class_and_a_column_per_run(stored, titles, texts):
     runs = {run: list(examples.values()) for run, examples in stored.items()}
     drawn = attention.chosen_classes(runs, NAMES, ["dog", "cat"])
     assert titles(drawn)[:4] == ["dog", "first\ndog 0.90", "second\ndog 0.80", "cat"] and len(drawn.axes) == 6
@@ -63,7 +62,7 @@ def test_chosen_classes_have_a_row_per_class_and_a_column_per_run(stored, titles
         attention.chosen_classes(runs, NAMES, ["dogs"])
 
 
-def test_cells_grid_shows_where_the_cell_in_the_middle_of_an_object_looks(make_example, titles, boxes_in):
+def test_cells_grid_shows_where_the_cell_in_the_middle_of_an_object_looks(make_example, titles, boxes_in, texts):
     example = make_example(sites=("encoder_self",))
     drawn = attention.cells_grid(example)
     assert titles(drawn) == ["encoder layer 1", "", ""]

@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from drawn import texts
 
 from detrlib.figures import dataset, style
 
@@ -21,7 +20,7 @@ def objects(counts, side=40.0):
     return pd.DataFrame(rows, columns=["image_id", "label", "category", "width", "height", "area", "crowd"])
 
 
-def test_class_histogram_counts_objects_without_crowds():
+def test_class_histogram_counts_objects_without_crowds(texts):
     drawn = dataset.class_histogram(objects({"cat": 1, "dog": 3}))
     (axes,) = drawn.axes
     assert [bar.get_width() for bar in axes.patches] == [3, 1]
@@ -29,13 +28,13 @@ def test_class_histogram_counts_objects_without_crowds():
     assert {"3  (75.0%)", "1  (25.0%)", "4 objects"} <= set(texts(drawn))
 
 
-def test_class_histogram_sums_up_rare_classes():
+def test_class_histogram_sums_up_rare_classes(texts):
     drawn = dataset.class_histogram(objects({"a": 9, "b": 2, "c": 1}), most=1)
     assert len(drawn.axes[0].patches) == 1
     assert "and 2 rarer classes with 3 objects" in texts(drawn)
 
 
-def test_size_distribution_divides_at_cocos_limits():
+def test_size_distribution_divides_at_cocos_limits(texts):
     frame = pd.concat([objects({"a": 1}, side) for side in (31.9, 32.0, 95.9, 96.0)])
     drawn = dataset.size_distribution(frame)
     (axes,) = drawn.axes
@@ -45,7 +44,7 @@ def test_size_distribution_divides_at_cocos_limits():
 
 
 @pytest.mark.parametrize("draw", [dataset.class_histogram, dataset.size_distribution])
-def test_a_set_without_objects_has_nothing_to_show(draw):
+def test_a_set_without_objects_has_nothing_to_show(draw, texts):
     assert texts(draw(objects({}))) == ["Nothing to show: there are no objects."]
 
 
@@ -61,14 +60,14 @@ def test_annotated_images_show_boxes_in_the_colour_of_their_class(boxes_in, titl
     assert boxes_in(alone.axes[0], dog) == [tuple(BOXES[0])]  # the same colour without cats
 
 
-def test_annotated_images_write_the_names_of_many_classes_at_the_boxes(titles):
+def test_annotated_images_write_the_names_of_many_classes_at_the_boxes(titles, texts):
     many = {label: f"class {label}" for label in range(12)}
     drawn = dataset.annotated_images([IMAGE], [np.tile(BOXES[0], (12, 1))], [range(12)], many, titles=["photograph"])
     assert drawn.legends == [] and titles(drawn) == ["photograph"]
     assert set(many.values()) <= set(texts(drawn))
 
 
-def test_padded_batch_covers_padding_and_nothing_else(boxes_in, titles):
+def test_padded_batch_covers_padding_and_nothing_else(boxes_in, titles, texts):
     mask = np.ones((2, 48, 64), dtype=bool)
     mask[0, :48, :64] = mask[1, :30, :32] = False
     drawn = dataset.padded_batch(np.stack([IMAGE, IMAGE]), mask, [BOXES, BOXES[:1]])

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from drawn import texts
 from matplotlib.colors import to_hex
 
 from detrlib.figures import deformable, style
@@ -14,7 +13,7 @@ EXTENTS = [np.array([5.0, 7.5]), np.array([2.5, 3.75])]  # the last cells reach 
 SHAPES = [(5, 8), (3, 4)]
 
 
-def test_sampling_points_are_as_large_as_their_weights():
+def test_sampling_points_are_as_large_as_their_weights(texts):
     locations = np.tile([30.0, 20.0], (2, 2, 3, 1))
     weights = np.zeros((2, 2, 3))
     weights[0, 1, 0], weights[1, 0, 2] = 0.8, 0.2
@@ -38,14 +37,14 @@ def test_surroundings_hold_the_box_and_stay_within_the_image(box):
     assert (right - left) / (bottom - top) == pytest.approx(60 / 40)
 
 
-def test_boxes_with_and_without_captions():
+def test_boxes_with_and_without_captions(texts):
     boxes = np.array([[1.0, 1, 9, 9], [5, 5, 30, 30]])
     drawn = deformable.boxes_on_image(IMAGE, {"one": (boxes, ["star", ""]), "two": (boxes[:0], [])})
     assert sorted(texts(drawn)) == ["one", "star", "two"]
     assert len(drawn.axes[0].patches) == 4  # each with a rim
 
 
-def test_level_maps_cover_the_image_and_share_their_scale():
+def test_level_maps_cover_the_image_and_share_their_scale(texts):
     maps = [np.arange(h * w, dtype=float).reshape(h, w) for h, w in SHAPES]
     marked = [np.zeros(shape, bool) for shape in SHAPES]
     marked[0][1, 2] = True
@@ -62,7 +61,7 @@ def test_maps_of_nothing_are_drawn():
     deformable.level_maps(IMAGE, {"score": [np.zeros(shape) for shape in SHAPES]}, EXTENTS).canvas.draw()
 
 
-def test_only_kept_tokens_show_the_image():
+def test_only_kept_tokens_show_the_image(texts):
     masks = [np.zeros(shape, bool) for shape in SHAPES]
     masks[1][0, 3] = True
     drawn = deformable.kept_tokens(IMAGE, {"rho 0.1": masks}, EXTENTS)

@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from drawn import texts
 from matplotlib.colors import to_hex
 
 from detrlib.figures import explanations
@@ -36,7 +35,7 @@ def test_the_table_compares_methods_on_the_same_images():
 
 
 @pytest.mark.parametrize("images", [1, 6])
-def test_curves_are_drawn_by_method_with_bands(images):
+def test_curves_are_drawn_by_method_with_bands(images, texts):
     values = torch.rand(images, 2, 3, 5, 3, generator=torch.Generator().manual_seed(0))
     frame = mean_curves(values, ["raw", "box", "random"], torch.linspace(0, 1, 5) ** 2)
     drawn = explanations.deletion_insertion_curves(frame, measure="iou")
@@ -51,7 +50,7 @@ def test_curves_are_drawn_by_method_with_bands(images):
             assert band.max() == pytest.approx((own.mean(0) + 1.96 * own.std(0) / 6**0.5).max().item(), abs=1e-4)
 
 
-def test_curves_are_drawn_by_run():
+def test_curves_are_drawn_by_run(texts):
     values = torch.rand(3, 2, 1, 5, 3, generator=torch.Generator().manual_seed(0))
     frame = mean_curves(values, ["raw"], torch.linspace(0, 1, 5) ** 2)
     both = pd.concat([frame.assign(run="softmax-1"), frame.assign(run="sparsemax-1")])
@@ -71,14 +70,14 @@ def test_one_method_of_several_runs_is_chosen():
     np.testing.assert_allclose(line.get_ydata(), values[:, 0, 1, :, 2].mean(0), rtol=1e-5)
 
 
-def test_without_tested_explanations_there_is_nothing_to_show():
+def test_without_tested_explanations_there_is_nothing_to_show(texts):
     assert texts(explanations.deletion_insertion_curves(pd.DataFrame())) == [
         "Nothing to show: no explanations were tested."
     ]
     assert explanations.faithfulness_table({}).empty
 
 
-def test_the_grid_has_a_row_per_detection_and_a_column_per_method():
+def test_the_grid_has_a_row_per_detection_and_a_column_per_method(texts):
     images = [np.zeros((32, 48, 3), np.uint8), np.zeros((40, 40, 3), np.uint8)]
     maps = {"raw": [np.eye(4), np.eye(5)], "grad_attention": [np.ones((4, 6)), np.zeros((5, 5))]}
     boxes = np.array([[2.0, 3, 20, 30], [5, 5, 9, 9]])

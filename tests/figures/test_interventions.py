@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from drawn import texts
 
 from detrlib.figures import interventions as figures
 
@@ -39,7 +38,7 @@ def test_alpha_sweep_marks_what_a_run_was_trained_with():
     assert len(below.get_lines()) == 4
 
 
-def test_transform_swap_writes_trained_by_evaluated():
+def test_transform_swap_writes_trained_by_evaluated(texts):
     drawn = figures.transform_swap(FRAME)
     axes = drawn.axes[0]
     cells = np.reshape(axes.collections[0].get_array(), (2, 3))
@@ -50,7 +49,7 @@ def test_transform_swap_writes_trained_by_evaluated():
     assert [patch.get_x() for patch in axes.patches] == pytest.approx([0.04, 2.04])
 
 
-def test_head_pruning_counts_and_head_importance_is_what_is_lost():
+def test_head_pruning_counts_and_head_importance_is_what_is_lost(texts):
     line = figures.head_pruning(FRAME).axes[0].get_lines()[0]
     assert list(line.get_xdata()) == [0, 1, 2, 10] and list(line.get_ydata()) == pytest.approx([50, 48, 46, 30])
     drops = figures.head_drops(FRAME)
@@ -58,7 +57,7 @@ def test_head_pruning_counts_and_head_importance_is_what_is_lost():
     assert {"+2.0", "-1.0", "softmax-a", "AP points lost"} <= set(texts(figures.head_importance(FRAME)))
 
 
-def test_figures_say_what_a_table_lacks():
+def test_figures_say_what_a_table_lacks(texts):
     (words,) = texts(figures.head_pruning(FRAME[FRAME["kind"].isin(["none", "alpha"])]))
     assert words == "Nothing to show: no rows of kind 'heads' in the table; there are none, alpha."
     draws = (figures.alpha_sweep, figures.transform_swap, figures.head_pruning, figures.head_importance)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from drawn import texts
 
 from detrlib.figures import queries, style
 
@@ -11,7 +10,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 NAMES = {1: "circle", 2: "square"}
 
 
-def test_matching_names_objects_and_queries(make_example, boxes_in):
+def test_matching_names_objects_and_queries(make_example, boxes_in, texts):
     example = make_example()
     drawn = queries.matching(example, NAMES)
     shown = " ".join(texts(drawn))
@@ -20,7 +19,7 @@ def test_matching_names_objects_and_queries(make_example, boxes_in):
     assert len(drawn.axes[1].get_lines()) == 2  # one for each matched pair
 
 
-def test_query_matrix_writes_percent_among_the_queries_shown_and_what_goes_to_others(make_example):
+def test_query_matrix_writes_percent_among_the_queries_shown_and_what_goes_to_others(make_example, texts):
     example = make_example(sites=("decoder_self",))
     example.queries = np.array([2, 0, 1])  # their numbers in the model
     drawn = queries.query_matrix(example, NAMES, layer=0, max_queries=2)
@@ -32,7 +31,7 @@ def test_query_matrix_writes_percent_among_the_queries_shown_and_what_goes_to_ot
     assert {"square #2", "circle #0", "all others"} <= set(texts(drawn))
 
 
-def test_query_matrix_says_that_maps_are_not_stored(make_example):
+def test_query_matrix_says_that_maps_are_not_stored(make_example, texts):
     assert texts(queries.query_matrix(make_example(), NAMES)) == [
         "Nothing to show: maps of decoder_self are not stored."
     ]

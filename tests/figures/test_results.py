@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from drawn import texts
 from matplotlib.colors import to_hex
 
 from detrlib.figures import results, style
@@ -18,7 +17,7 @@ def history():
     return pd.DataFrame(rows, columns=["run", "epoch", "metric", "value"])
 
 
-def test_training_curves_have_a_panel_per_metric_and_a_line_per_run(titles):
+def test_training_curves_have_a_panel_per_metric_and_a_line_per_run(titles, texts):
     drawn = results.training_curves(history(), ["AP", "loss"], {"AP": "average precision"})
     assert titles(drawn) == ["average precision", "loss"]
     for axes in drawn.axes:
@@ -27,7 +26,7 @@ def test_training_curves_have_a_panel_per_metric_and_a_line_per_run(titles):
     assert set(RUNS) <= set(texts(drawn))
 
 
-def test_training_curves_name_metrics_without_values(titles):
+def test_training_curves_name_metrics_without_values(titles, texts):
     drawn = results.training_curves(history(), ["AP", "AR"])
     assert titles(drawn) == ["AP"] and "no values of AR" in texts(drawn)
     (words,) = texts(results.training_curves(history(), ["AR"]))
@@ -49,7 +48,7 @@ def test_training_curves_reach_from_the_lowest_seed_to_the_highest():
     assert (band.min(), band.max()) == pytest.approx((1.1, 2.6))
 
 
-def test_bars_carry_their_values(titles):
+def test_bars_carry_their_values(titles, texts):
     table = pd.DataFrame({"AP": [0.4321, 12.34], "AP_small": [-1.0, np.nan]}, index=RUNS)
     drawn = results.bars(table, ["AP", "AP_small"], {"AP_small": "small"})
     assert titles(drawn) == ["AP", "small"]
@@ -63,7 +62,7 @@ def test_bars_carry_their_values(titles):
     ]
 
 
-def test_per_layer_counts_layers_from_one_and_bands_repeats():
+def test_per_layer_counts_layers_from_one_and_bands_repeats(texts):
     rows = [("gini", run, layer, layer + spread) for run in RUNS for layer in range(3) for spread in (-0.1, 0.1)]
     frame = pd.DataFrame(rows, columns=["metric", "run", "layer", "value"])
     (axes,) = results.per_layer(frame, {"gini": "Gini"}).axes
@@ -75,7 +74,7 @@ def test_per_layer_counts_layers_from_one_and_bands_repeats():
     assert set(RUNS) <= set(texts(axes.figure))
 
 
-def test_per_layer_sets_a_second_state_apart(titles):
+def test_per_layer_sets_a_second_state_apart(titles, texts):
     states = pd.concat(
         pd.DataFrame({"metric": name, "run": RUNS[0], "layer": [0, 1], "value": [shift, 1 + shift], "state": state})
         for name in ("gini", "paibb")
@@ -91,14 +90,14 @@ def test_per_layer_sets_a_second_state_apart(titles):
     assert "solid: trained, dashed: untrained" in texts(drawn)
 
 
-def test_alpha_heatmap_writes_every_value(titles):
+def test_alpha_heatmap_writes_every_value(titles, texts):
     drawn = results.alpha_heatmap({"a": [[1.0, 1.25], [1.5, 2.0], [1.75, 1.1]], "b": [[1.33]]})
     assert titles(drawn)[:2] == ["a", "b"]
     assert {"1.25", "2.00", "1.10", "1.33", "1 softmax", "2 sparsemax"} <= set(texts(drawn))
     assert all(axes.collections[0].get_clim() == (1, 2) for axes in drawn.axes[:2])
 
 
-def test_alpha_over_training_has_a_row_per_run_and_a_column_per_layer():
+def test_alpha_over_training_has_a_row_per_run_and_a_column_per_layer(texts):
     rows = [
         (run, epoch, layer, head, 1.5 + 0.1 * head)
         for run in RUNS
@@ -119,7 +118,7 @@ def test_heads_of_several_sites_have_rows_of_their_own():
     assert [axes.get_ylabel() for axes in drawn.axes] == ["a\nencoder_self\nalpha", "a\ndecoder_cross\nalpha"]
 
 
-def test_alpha_family_counts_keys():
+def test_alpha_family_counts_keys(texts):
     drawn = results.alpha_family([1, 1.5, 2], np.array([[0.5, 0.3, 0.2], [0.6, 0.4, 0], [1, 0, 0]]))
     assert list(drawn.axes[1].get_lines()[0].get_ydata()) == [3, 2, 1]
     assert {"key 1", "key 3", "1\nsoftmax"} <= set(texts(drawn))
@@ -138,6 +137,6 @@ def test_labels_of_close_lines_are_moved_apart_as_little_as_needed():
         lambda: results.heads_over_training(pd.DataFrame(columns=["run", "epoch", "layer", "head", "value"])),
     ],
 )
-def test_runs_without_attention_or_alphas_have_nothing_to_show(draw):
+def test_runs_without_attention_or_alphas_have_nothing_to_show(draw, texts):
     (words,) = texts(draw())
     assert words.startswith("Nothing to show: ") and "none of the runs has" in words.replace("\n", " ")

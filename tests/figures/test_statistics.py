@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from drawn import texts
 from matplotlib.colors import to_hex
 
 from detrlib.figures.statistics import differences, spread
@@ -20,7 +19,7 @@ def seeds(**groups):
     return pd.DataFrame(rows, columns=["group", "seed", "AP"])
 
 
-def test_differences_are_hollow_where_not_established():
+def test_differences_are_hollow_where_not_established(texts):
     table = compare_groups(seeds(a=[0.50, 0.51, 0.49], b=[0.70, 0.71, 0.73], c=[0.6]), ["AP"])
     drawn = differences(table, {"AP": "average precision"})
     (axes,) = drawn.axes
@@ -34,13 +33,13 @@ def test_differences_are_hollow_where_not_established():
     assert " n/a" in texts(differences(missing))
 
 
-def test_one_run_or_group_has_no_differences():
+def test_one_run_or_group_has_no_differences(texts):
     for table in (compare_groups(seeds(a=[0.5, 0.6]), ["AP"]), compare_runs({"a": pd.Series(dtype=float)})):
         assert texts(differences(table)) == ["Nothing to show: there are no two to compare."]
         assert comparison_table(table).empty
 
 
-def test_spread_has_a_dot_per_seed_and_a_bar_at_the_mean():
+def test_spread_has_a_dot_per_seed_and_a_bar_at_the_mean(texts):
     table = seeds(softmax=[0.5, 0.6, -1], entmax15=[0.55]).assign(gini=0.5, empty=np.nan)
     drawn = spread(table, ["AP", "gini", "empty"])
     first = drawn.axes[0]

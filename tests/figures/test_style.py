@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from drawn import texts
 
 from detrlib.figures import style
 
@@ -60,7 +59,7 @@ def test_panels_of_an_image_have_its_proportions():
     assert np.allclose(drawn.get_size_inches(), (4.0, 2 * (1.0 + style.CAPTION_HEIGHT) + 0.1))
 
 
-def test_a_figure_of_nothing_says_why_and_is_not_saved(tmp_path):
+def test_a_figure_of_nothing_says_why_and_is_not_saved(tmp_path, texts):
     @style.styled
     def draw():
         raise style.Nothing("no run has attention")

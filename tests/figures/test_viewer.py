@@ -4,7 +4,6 @@ import base64
 
 import numpy as np
 import pytest
-from drawn import texts
 from matplotlib.backend_bases import MouseEvent
 
 from detrlib.figures.viewer import AttentionViewer, View, clicked, consistent, query_in, weights_in
@@ -48,7 +47,7 @@ def press(viewer, run, x, y):
     viewer.canvas.callbacks.process("button_press_event", MouseEvent("button_press_event", viewer.canvas, *place, 1))
 
 
-def test_the_widget_follows_mouse_and_controls(stored):
+def test_the_widget_follows_mouse_and_controls(stored, texts):
     viewer = AttentionViewer({run: list(found.values()) for run, found in stored.items()}, NAMES, image_id=7)
     assert viewer.view.run == "first" and viewer.view.beside == "second" and viewer.view.layer == 1
     press(viewer, "first", 70, 20)

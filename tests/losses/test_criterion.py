@@ -8,13 +8,16 @@ import math
 
 import pytest
 import torch
-from matching import CLASSES, COSTS, cheapest, random_boxes, random_predictions, random_targets
 from torchvision.ops import generalized_box_iou
 
 from detrlib.boxes import cxcywh_to_xyxy
 from detrlib.config import Loss
-from detrlib.losses import Criterion, match
+from detrlib.losses import Criterion, MatchingCosts, match
 from detrlib.models import Predictions
+
+CLASSES = 4  # of random predictions and targets
+COSTS = MatchingCosts(cost_class=1.5, cost_bbox=4.0, cost_giou=2.5)  # of `cost_of_pair`
+
 
 SETTINGS = {"weight_class": 0.7, "weight_bbox": 3.0, "weight_giou": 1.3, "no_object": 0.2} | COSTS._asdict()
 heads = pytest.mark.parametrize("classification", ["softmax", "sigmoid"])
@@ -28,38 +31,42 @@ def _seed():
 # Losses
 
 
-def losses_in_loops(predictions: Predictions, targets: list[dict]) -> dict[str, float]:
-    """The three losses of one decoder layer, one query at a time."""
-    num_boxes = max(1, sum(len(target["labels"]) for target in targets))
-    sums = {"loss_class": 0.0, "loss_bbox": 0.0, "loss_giou": 0.0}
-    class_weights = 0.0
-    for image, target in enumerate(targets):
-        box_of = dict(cheapest(predictions, image, target))
-        for query, logits in enumerate(predictions.logits[image].detach().double()):
-            box = box_of.get(query)
-            if predictions.classification == "softmax":
-                label = CLASSES if box is None else int(target["labels"][box])
-                weight = SETTINGS["no_object"] if box is None else 1.0
-                sums["loss_class"] += weight * -math.log(logits.exp()[label] / logits.exp().sum())
-                class_weights += weight
-            else:
-                for label, p in enumerate(logits.sigmoid().tolist()):
-                    if box is not None and label == target["labels"][box]:
-                        sums["loss_class"] += 0.25 * (1 - p) ** 2 * -math.log(p)
-                    else:
-                        sums["loss_class"] += 0.75 * p**2 * -math.log(1 - p)
-            if box is not None:
-                found, wanted = predictions.boxes[image, query], target["boxes"][box]
-                sums["loss_bbox"] += (found - wanted).abs().sum().item()
-                corners = cxcywh_to_xyxy(found)[None], cxcywh_to_xyxy(wanted)[None]
-                sums["loss_giou"] += 1 - generalized_box_iou(*corners).item()
-    divisor = {"loss_class": class_weights if predictions.classification == "softmax" else num_boxes}
-    return {name: value / divisor.get(name, num_boxes) for name, value in sums.items()}
+@pytest.fixture(scope="session")
+def losses_in_loops(cheapest):
+    def losses_in_loops(predictions: Predictions, targets: list[dict]) -> dict[str, float]:
+        """The three losses of one decoder layer, one query at a time."""
+        num_boxes = max(1, sum(len(target["labels"]) for target in targets))
+        sums = {"loss_class": 0.0, "loss_bbox": 0.0, "loss_giou": 0.0}
+        class_weights = 0.0
+        for image, target in enumerate(targets):
+            box_of = dict(cheapest(predictions, image, target))
+            for query, logits in enumerate(predictions.logits[image].detach().double()):
+                box = box_of.get(query)
+                if predictions.classification == "softmax":
+                    label = CLASSES if box is None else int(target["labels"][box])
+                    weight = SETTINGS["no_object"] if box is None else 1.0
+                    sums["loss_class"] += weight * -math.log(logits.exp()[label] / logits.exp().sum())
+                    class_weights += weight
+                else:
+                    for label, p in enumerate(logits.sigmoid().tolist()):
+                        if box is not None and label == target["labels"][box]:
+                            sums["loss_class"] += 0.25 * (1 - p) ** 2 * -math.log(p)
+                        else:
+                            sums["loss_class"] += 0.75 * p**2 * -math.log(1 - p)
+                if box is not None:
+                    found, wanted = predictions.boxes[image, query], target["boxes"][box]
+                    sums["loss_bbox"] += (found - wanted).abs().sum().item()
+                    corners = cxcywh_to_xyxy(found)[None], cxcywh_to_xyxy(wanted)[None]
+                    sums["loss_giou"] += 1 - generalized_box_iou(*corners).item()
+        divisor = {"loss_class": class_weights if predictions.classification == "softmax" else num_boxes}
+        return {name: value / divisor.get(name, num_boxes) for name, value in sums.items()}
+
+    return losses_in_loops
 
 
 @heads
 @pytest.mark.parametrize("counts", [(3, 0, 2), (1, 4, 0), (0, 0, 0)])
-def test_loss_is_that_of_plain_loops(classification, counts):
+def test_loss_is_that_of_plain_loops(classification, counts, losses_in_loops, random_predictions, random_targets):
     predictions, targets = random_predictions(3, 5, classification, layers=3), random_targets(*counts)
     total, terms = Criterion(**SETTINGS)(predictions, targets)
     expected = losses_in_loops(predictions, targets)
@@ -74,7 +81,7 @@ def test_loss_is_that_of_plain_loops(classification, counts):
 
 
 @heads
-def test_boxes_without_a_query_cost_nothing(classification):
+def test_boxes_without_a_query_cost_nothing(classification, losses_in_loops, random_predictions, random_targets):
     predictions, targets = random_predictions(2, 3, classification), random_targets(6, 2)
     _, terms = Criterion(**SETTINGS)(predictions, targets)
     expected = losses_in_loops(predictions, targets)
@@ -88,7 +95,7 @@ def test_arguments_are_the_settings_and_so_are_their_defaults():
     assert defaults == dict(Loss())
 
 
-def test_softmax_loss_is_the_weighted_mean_of_torch():
+def test_softmax_loss_is_the_weighted_mean_of_torch(random_predictions, random_targets):
     predictions = random_predictions(1, 5, "softmax")
     targets = random_targets(2)
     queries, boxes = match(predictions, targets, COSTS)[0]
@@ -100,7 +107,7 @@ def test_softmax_loss_is_the_weighted_mean_of_torch():
 
 
 @heads
-def test_auxiliary_losses_can_be_left_out(classification):
+def test_auxiliary_losses_can_be_left_out(classification, random_predictions, random_targets):
     predictions, targets = random_predictions(2, 5, classification, layers=3), random_targets(2, 1)
     without = Criterion(**SETTINGS | {"auxiliary": False})
     total, terms = without(predictions, targets)
@@ -111,7 +118,7 @@ def test_auxiliary_losses_can_be_left_out(classification):
 
 
 @heads
-def test_every_layer_is_matched_anew(classification):
+def test_every_layer_is_matched_anew(classification, random_predictions, random_targets):
     """Layers that found the same boxes in another order have the same losses."""
     last, targets = random_predictions(2, 5, classification), random_targets(3, 2)
     last.auxiliary = [Predictions(last.logits.flip(1), last.boxes.flip(1), classification)]
@@ -121,7 +128,7 @@ def test_every_layer_is_matched_anew(classification):
 
 
 @heads
-def test_no_objects_at_all(classification):
+def test_no_objects_at_all(classification, random_predictions, random_targets):
     predictions, targets = random_predictions(2, 5, classification), random_targets(0, 0)
     total, terms = Criterion(**SETTINGS)(predictions, targets)
     total.backward()
@@ -132,7 +139,7 @@ def test_no_objects_at_all(classification):
 
 
 @heads
-def test_perfect_predictions_have_no_box_loss(classification):
+def test_perfect_predictions_have_no_box_loss(classification, random_predictions, random_targets):
     targets = random_targets(3, 1)
     predictions = random_predictions(2, 5, classification)
     logits, boxes = torch.full_like(predictions.logits, -20.0), predictions.boxes.detach().clone()
@@ -148,14 +155,14 @@ def test_perfect_predictions_have_no_box_loss(classification):
         assert terms[name].item() == pytest.approx(0, abs=1e-5)
 
 
-def test_predictions_that_are_not_numbers_reach_the_loss():
+def test_predictions_that_are_not_numbers_reach_the_loss(random_predictions, random_targets):
     predictions, targets = random_predictions(2, 5, "softmax"), random_targets(2, 1)
     with torch.no_grad():
         predictions.logits[0, 0] = float("nan")
     assert torch.isnan(Criterion(**SETTINGS)(predictions, targets)[0])
 
 
-def test_losses_are_float32_for_bfloat16_predictions():
+def test_losses_are_float32_for_bfloat16_predictions(random_predictions, random_targets):
     exact, targets = random_predictions(2, 5, "softmax"), random_targets(2, 1)
     coarse = Predictions(exact.logits.bfloat16(), exact.boxes.bfloat16())
     total, terms = Criterion(**SETTINGS)(coarse, targets)
@@ -167,7 +174,9 @@ def test_losses_are_float32_for_bfloat16_predictions():
 
 
 @heads
-def test_averaged_gradient_of_two_processes_is_that_of_the_whole_batch(classification):
+def test_averaged_gradient_of_two_processes_is_that_of_the_whole_batch(
+    classification, random_predictions, random_targets
+):
     """Shares of unequal numbers of boxes; one process sees an image without any."""
     whole, targets = random_predictions(4, 6, classification, layers=2), random_targets(5, 1, 0, 3)
     Criterion(**SETTINGS)(whole, targets)[0].backward()
@@ -201,7 +210,7 @@ def test_averaged_gradient_of_two_processes_is_that_of_the_whole_batch(classific
 # What is logged
 
 
-def test_class_error_and_cardinality_error_with_softmax():
+def test_class_error_and_cardinality_error_with_softmax(random_boxes, random_predictions):
     targets = [
         {"labels": torch.tensor([0, 1, 2]), "boxes": random_boxes(3)},
         {"labels": torch.tensor([3]), "boxes": random_boxes(1)},
@@ -219,7 +228,7 @@ def test_class_error_and_cardinality_error_with_softmax():
     assert terms["cardinality_error"].item() == pytest.approx((1 + 1) / 2)
 
 
-def test_class_error_and_cardinality_error_with_sigmoid():
+def test_class_error_and_cardinality_error_with_sigmoid(random_boxes):
     targets = [{"labels": torch.tensor([0, 1]), "boxes": random_boxes(2)}]
     logits, boxes = torch.full((1, 4, CLASSES), -3.0), random_boxes(1, 4)
     boxes[0, :2] = targets[0]["boxes"]

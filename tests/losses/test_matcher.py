@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from matching import COSTS, cheapest, cost_of_pair, random_predictions, random_targets
 from torchvision.ops import sigmoid_focal_loss
 
+from detrlib.losses import MatchingCosts
 from detrlib.losses.matcher import focal_class_cost, match, matching_cost
 from detrlib.models import Predictions
+
+COSTS = MatchingCosts(cost_class=1.5, cost_bbox=4.0, cost_giou=2.5)  # of `cost_of_pair`
+
 
 heads = pytest.mark.parametrize("classification", ["softmax", "sigmoid"])
 
@@ -23,7 +26,9 @@ def as_pairs(matched: tuple[torch.Tensor, torch.Tensor]) -> set[tuple[int, int]]
 
 @heads
 @pytest.mark.parametrize("seed", range(5))
-def test_matching_is_the_cheapest_of_all_assignments(classification, seed):
+def test_matching_is_the_cheapest_of_all_assignments(
+    classification, seed, cheapest, random_predictions, random_targets
+):
     torch.manual_seed(seed)
     predictions, targets = random_predictions(4, 5, classification), random_targets(3, 0, 5, 1)
     found = match(predictions, targets, COSTS)
@@ -32,7 +37,7 @@ def test_matching_is_the_cheapest_of_all_assignments(classification, seed):
 
 
 @heads
-def test_more_boxes_than_queries(classification):
+def test_more_boxes_than_queries(classification, cheapest, random_predictions, random_targets):
     predictions, targets = random_predictions(2, 3, classification), random_targets(6, 2)
     found = match(predictions, targets, COSTS)
     assert [as_pairs(pairs) for pairs in found] == [cheapest(predictions, i, t) for i, t in enumerate(targets)]
@@ -40,7 +45,7 @@ def test_more_boxes_than_queries(classification):
 
 
 @heads
-def test_costs_of_an_image_do_not_depend_on_its_batch(classification):
+def test_costs_of_an_image_do_not_depend_on_its_batch(classification, cost_of_pair, random_predictions, random_targets):
     predictions, targets = random_predictions(3, 5, classification), random_targets(2, 4, 1)
     together = match(predictions, targets, COSTS)
     for image, target in enumerate(targets):

@@ -8,8 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small import padded_batch, small
-from tiny import tiny_config
 
 import detrlib.engine.loop as training
 from detrlib.config import replace
@@ -34,43 +32,55 @@ MODELS = {
 }
 
 
-def batch_of(sizes=SIZES) -> Batch:
-    """Padded images with 2, 0, 1, ... objects; the files were twice as large."""
-    images, padding = padded_batch(*sizes, canvas=(128, 160))
-    targets = []
-    for number, size in enumerate(sizes):
-        count = (2, 0, 1)[number % 3]
-        corners = torch.rand(count, 4, generator=torch.Generator().manual_seed(number))
-        boxes = torch.cat([0.3 + 0.4 * corners[:, :2], 0.05 + 0.5 * corners[:, 2:]], 1)
-        size = torch.tensor(size)
-        target = {"boxes": boxes, "labels": torch.arange(count), "image_id": 40 + number}
-        targets.append(target | {"size": size, "original_size": 2 * size})
-    return Batch(images, padding, targets)
+@pytest.fixture(scope="session")
+def batch_of(padded_batch):
+    def batch_of(sizes=SIZES) -> Batch:
+        """Padded images with 2, 0, 1, ... objects; the files were twice as large."""
+        images, padding = padded_batch(*sizes, canvas=(128, 160))
+        targets = []
+        for number, size in enumerate(sizes):
+            count = (2, 0, 1)[number % 3]
+            corners = torch.rand(count, 4, generator=torch.Generator().manual_seed(number))
+            boxes = torch.cat([0.3 + 0.4 * corners[:, :2], 0.05 + 0.5 * corners[:, 2:]], 1)
+            size = torch.tensor(size)
+            target = {"boxes": boxes, "labels": torch.arange(count), "image_id": 40 + number}
+            targets.append(target | {"size": size, "original_size": 2 * size})
+        return Batch(images, padding, targets)
+
+    return batch_of
 
 
-def setup(kind: str, **evaluate):
-    """A model, its settings, a batch, predictions with maps, and pairs."""
-    model, batch = small(**MODELS[kind]), batch_of()
-    settings = {"num_heads": 4, "encoder_layers": 2, "decoder_layers": 3, "hidden_dim": 32, "num_classes": 5}
-    overrides = {f"model.{key}": value for key, value in (MODELS[kind] | settings).items()}
-    cfg = replace(tiny_config(overrides), {f"evaluate.{key}": value for key, value in evaluate.items()})
-    with torch.no_grad():
-        predictions = model(batch.images, batch.padding_mask, need_attention=True)
-    return cfg, batch, predictions, match(predictions, batch.targets, Criterion(**dict(cfg.loss)).costs)
+@pytest.fixture(scope="session")
+def setup(batch_of, small, tiny_config):
+    def setup(kind: str, **evaluate):
+        """A model, its settings, a batch, predictions with maps, and pairs."""
+        model, batch = small(**MODELS[kind]), batch_of()
+        settings = {"num_heads": 4, "encoder_layers": 2, "decoder_layers": 3, "hidden_dim": 32, "num_classes": 5}
+        overrides = {f"model.{key}": value for key, value in (MODELS[kind] | settings).items()}
+        cfg = replace(tiny_config(overrides), {f"evaluate.{key}": value for key, value in evaluate.items()})
+        with torch.no_grad():
+            predictions = model(batch.images, batch.padding_mask, need_attention=True)
+        return cfg, batch, predictions, match(predictions, batch.targets, Criterion(**dict(cfg.loss)).costs)
+
+    return setup
 
 
-def measured(kind: str, folder=None, **evaluate):
-    cfg, batch, predictions, pairs = setup(kind, **evaluate)
-    looks = AttentionMeasures(cfg, folder)
-    looks.add(predictions, batch, pairs)
-    looks.close()
-    looks.merge([looks.sums()])
-    learned = {f"decoder_cross.{layer}": [1.1, 1.2, 1.3, 1.4] for layer in range(3)}
-    return looks.summary(learned), batch, predictions, pairs
+@pytest.fixture(scope="session")
+def measured(setup):
+    def measured(kind: str, folder=None, **evaluate):
+        cfg, batch, predictions, pairs = setup(kind, **evaluate)
+        looks = AttentionMeasures(cfg, folder)
+        looks.add(predictions, batch, pairs)
+        looks.close()
+        looks.merge([looks.sums()])
+        learned = {f"decoder_cross.{layer}": [1.1, 1.2, 1.3, 1.4] for layer in range(3)}
+        return looks.summary(learned), batch, predictions, pairs
+
+    return measured
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_sparsity_is_that_of_single_images(kind, tmp_path):
+def test_sparsity_is_that_of_single_images(kind, tmp_path, measured, setup):
     """Loops over images, layers, heads and queries without padding give what batches give."""
     threshold = setup(kind)[2].class_scores().amax(-1).median().item()
     summary, _, predictions, pairs = measured(kind, tmp_path, confident_score=threshold)
@@ -116,7 +126,7 @@ def test_sparsity_is_that_of_single_images(kind, tmp_path):
 
 @pytest.mark.parametrize("mode", ["exact", "thesis"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_localisation_is_that_of_single_objects(kind, mode, tmp_path):
+def test_localisation_is_that_of_single_objects(kind, mode, tmp_path, measured):
     summary, batch, predictions, pairs = measured(kind, tmp_path, paibb=mode)
     maps = predictions.attention
     table = pd.read_parquet(tmp_path / "located")
@@ -155,7 +165,7 @@ def test_localisation_is_that_of_single_objects(kind, mode, tmp_path):
         assert summary["paibb"][size] == (pytest.approx(np.mean(of_size), rel=1e-5) if of_size else None)
 
 
-def test_counting_padding_changes_the_number_of_keys_alone():
+def test_counting_padding_changes_the_number_of_keys_alone(measured, setup):
     """Gini indices and zeros as if columns of padding were keys without weight."""
     left_out, counted = (measured("sparse everywhere", count_padding=flag)[0] for flag in (False, True))
     _, _, predictions, _ = setup("sparse everywhere")
@@ -170,7 +180,7 @@ def test_counting_padding_changes_the_number_of_keys_alone():
             assert many > few
 
 
-def test_processes_put_together_are_one(tmp_path):
+def test_processes_put_together_are_one(tmp_path, setup, small):
     cfg, batch, predictions, pairs = setup("sparse everywhere")
     whole = AttentionMeasures(cfg, tmp_path / "whole")
     whole.add(predictions, batch, pairs)
@@ -211,7 +221,7 @@ def test_moments_leave_out_what_is_not_known():
     assert std[1].isnan()
 
 
-def test_alphas_in_effect():
+def test_alphas_in_effect(tiny_config):
     def settings(**attention):
         return tiny_config({"model.attention": attention}).model
 
@@ -229,7 +239,7 @@ def test_alphas_in_effect():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, tiny_config):
     """A trained run, and the weights that its training started from."""
     folder, started = tmp_path_factory.mktemp("measures") / "run", {}
     original = training.Trainer.run

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from small import padded_batch, small
 
 from detrlib.metrics import sparsity as module
 from detrlib.metrics.sparsity import MEASURES, entropy, gini, sparsity, support_size, zeros_ratio
@@ -146,7 +145,7 @@ def test_the_relative_threshold_does_not_depend_on_the_resolution():
     assert (many["zeros_thresholded"] > few["zeros_thresholded"]).any()
 
 
-def test_order_of_the_transforms_in_untrained_models():
+def test_order_of_the_transforms_in_untrained_models(padded_batch, small):
     """softmax < alpha-entmax < entmax15 < sparsemax in Gini index, and softmax has no zeros."""
     images, padding = padded_batch((70, 101), (128, 64), canvas=(128, 160))
     ginis = []

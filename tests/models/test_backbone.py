@@ -3,18 +3,20 @@
 import pytest
 import torch
 import torchvision
-from families import (
-    BACKBONES,
-)
-from small import frozen, padded_batch, randomise, small, trainable
 
 from detrlib.models.backbone import build_backbone, build_body
 from detrlib.models.pretrained import load_weights
 
+BACKBONES = {
+    "tiny": ({"name": "tiny"}, 8),
+    "resnet18": ({"name": "resnet18"}, 32),
+    "resnet50-dilated": ({"name": "resnet50", "dilation": True}, 16),
+}
+
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("mask_padding", [False, True])
-def test_backbone_is_that_of_torchvision(name, mask_padding):
+def test_backbone_is_that_of_torchvision(name, mask_padding, randomise):
     torch.manual_seed(0)
     reference = getattr(torchvision.models, name)(weights=None).eval()
     randomise(reference)
@@ -31,7 +33,7 @@ def test_backbone_is_that_of_torchvision(name, mask_padding):
     torch.testing.assert_close(level.features, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_without_masking_features_depend_on_the_batch():
+def test_without_masking_features_depend_on_the_batch(padded_batch, small):
     """As in the official code; the switch exists for its checkpoints."""
     backbone = small(backbone={"name": "resnet18", "weights": "none", "mask_padding": False}).backbone
     images, padding = padded_batch((70, 101), canvas=(128, 160))
@@ -43,7 +45,7 @@ def test_without_masking_features_depend_on_the_batch():
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_features_outside_an_image_are_zero(backbone):
+def test_features_outside_an_image_are_zero(backbone, padded_batch, small):
     choice, stride = BACKBONES[backbone]
     body = small(backbone=choice | {"weights": "none"}).backbone
     images, padding = padded_batch((70, 101), (128, 64), canvas=(128, 160))
@@ -56,7 +58,7 @@ def test_features_outside_an_image_are_zero(backbone):
     assert (level.features[~outside] != 0).any()
 
 
-def test_stem_is_frozen_when_there_are_weights_to_keep(tmp_path):
+def test_stem_is_frozen_when_there_are_weights_to_keep(tmp_path, frozen, trainable):
     body = build_body("tiny", False)
     torch.save(body.state_dict(), tmp_path / "tiny.pt")
     stem = trainable(body.conv1) + trainable(body.layer1)

@@ -5,11 +5,16 @@ import sys
 
 import pytest
 import torch
-from families import EFFICIENT, SPARSE, TINY
-from small import model_settings, small
 
 from detrlib.errors import ConfigError
 from detrlib.models import build_model
+
+REFINE = {"refine": True}
+TWO_STAGE = REFINE | {"two_stage": True}
+EFFICIENT = TWO_STAGE | {"query_init": "memory", "class_specific_proposals": True}
+SPARSE = EFFICIENT | {"rho": 0.3, "encoder_auxiliary": True}
+TINY = {"levels": 2, "stages": [1, 4], "encoder_points": 3, "decoder_points": 2}
+
 
 BACKBONE = {"name": "tiny", "weights": "none"}
 DEFORMABLE = {"architecture": "deformable", "classification": "sigmoid"}
@@ -30,7 +35,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_mask_says_what_a_mask_of_no_padding_says(family):
+def test_no_mask_says_what_a_mask_of_no_padding_says(family, small):
     """To the last digit; group norms alone take another way to their statistics where there is a mask."""
     model = small(**FAMILIES[family])
     images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
@@ -49,7 +54,7 @@ def test_no_mask_says_what_a_mask_of_no_padding_says(family):
         assert without.attention.key_padding is None and not masked.attention.key_padding.any()
 
 
-def test_settings_that_need_data_are_refused():
+def test_settings_that_need_data_are_refused(model_settings):
     with pytest.raises(ConfigError, match=r"model\.num_classes"):
         build_model(model_settings(backbone=BACKBONE))
     with pytest.raises(ConfigError, match=r"model\.backbone\.weights"):

@@ -5,34 +5,32 @@ Legend: B images, L levels, S tokens of all levels, Q queries, C classes.
 
 import pytest
 import torch
-from families import (
-    CANVAS,
-    EFFICIENT,
-    R50,
-    REFINE,
-    SIZES,
-    SPARSE,
-    TWO_STAGE,
-    VARIANTS,
-    deformable,
-    half_padded,
-    pyramid_of,
-    transformers_backbone_name,
-)
-from small import assert_alone_as_in_batch, model_settings, padded_batch, trainable
 from torch import nn
 
 from detrlib.models import build_model
 from detrlib.models.deformable import proposal_cells
 
+R50 = {"name": "resnet50", "weights": "none", "freeze_stem": True}
+REFINE = {"refine": True}
+TWO_STAGE = REFINE | {"two_stage": True}
+EFFICIENT = TWO_STAGE | {"query_init": "memory", "class_specific_proposals": True}
+SPARSE = EFFICIENT | {"rho": 0.3, "encoder_auxiliary": True}
+VARIANTS = {"plain": {}, "refine": REFINE, "two-stage": TWO_STAGE, "efficient": EFFICIENT, "sparse": SPARSE}
+SIZES, CANVAS = [(70, 101), (128, 64), (97, 160)], (128, 160)
+
+
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def full(**options) -> nn.Module:
-    """A model at full size, with the 91 classes of COCO, without memory behind its parameters."""
-    settings = {"architecture": "deformable", "classification": "sigmoid", "num_queries": 300, "num_classes": 91}
-    with torch.device("meta"):
-        return build_model(model_settings(backbone=R50, feedforward_dim=1024, deformable=options, **settings))
+@pytest.fixture(scope="session")
+def full(model_settings):
+    def full(**options) -> nn.Module:
+        """A model at full size, with the 91 classes of COCO, without memory behind its parameters."""
+        settings = {"architecture": "deformable", "classification": "sigmoid", "num_queries": 300, "num_classes": 91}
+        with torch.device("meta"):
+            return build_model(model_settings(backbone=R50, feedforward_dim=1024, deformable=options, **settings))
+
+    return full
 
 
 # Parameters and names
@@ -49,11 +47,11 @@ def full(**options) -> nn.Module:
         (SPARSE | {"rho": 0.1}, 41_714_805),
     ],
 )
-def test_number_of_trainable_parameters(options, expected):
+def test_number_of_trainable_parameters(options, expected, full, trainable):
     assert trainable(full(**options)) == expected
 
 
-def test_dilation_adds_no_parameters():
+def test_dilation_adds_no_parameters(model_settings, trainable):
     options = {"deformable": {"levels": 1}, "num_queries": 300, "num_classes": 91, "feedforward_dim": 1024}
     with torch.device("meta"):
         settings = model_settings(
@@ -96,7 +94,7 @@ def official_names(variant: str) -> set[str]:
 
 
 @each_variant
-def test_entries_are_those_of_official_checkpoints(variant):
+def test_entries_are_those_of_official_checkpoints(variant, full):
     state = full(**VARIANTS[variant]).state_dict()
     names = {name for name in state if not name.startswith("backbone.")}
     assert names == official_names(variant)
@@ -113,19 +111,23 @@ def test_entries_are_those_of_official_checkpoints(variant):
 # Another implementation
 
 
-def transformers_state(state: dict[str, torch.Tensor], decoder_layers: int) -> dict[str, torch.Tensor]:
-    """Our entries under the names of `transformers`, a shared head once for every layer."""
-    renamed = {}
-    for name, value in state.items():
-        if name.startswith("backbone.body."):
-            renamed["model." + transformers_backbone_name(name.removeprefix("backbone.body."))] = value
-        elif name.startswith(("class_embed", "bbox_embed")):
-            head, number, rest = name.split(".", 2)
-            for i in [number] if f"{head}.1.{rest}" in state else range(decoder_layers):
-                renamed[f"{head}.{i}.{rest}"] = value
-        else:
-            renamed |= transformers_entry("model." + name.removeprefix("transformer."), value)
-    return renamed
+@pytest.fixture(scope="session")
+def transformers_state(transformers_backbone_name):
+    def transformers_state(state: dict[str, torch.Tensor], decoder_layers: int) -> dict[str, torch.Tensor]:
+        """Our entries under the names of `transformers`, a shared head once for every layer."""
+        renamed = {}
+        for name, value in state.items():
+            if name.startswith("backbone.body."):
+                renamed["model." + transformers_backbone_name(name.removeprefix("backbone.body."))] = value
+            elif name.startswith(("class_embed", "bbox_embed")):
+                head, number, rest = name.split(".", 2)
+                for i in [number] if f"{head}.1.{rest}" in state else range(decoder_layers):
+                    renamed[f"{head}.{i}.{rest}"] = value
+            else:
+                renamed |= transformers_entry("model." + name.removeprefix("transformer."), value)
+        return renamed
+
+    return transformers_state
 
 
 def transformers_entry(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -143,7 +145,7 @@ def transformers_entry(name: str, value: torch.Tensor) -> dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("variant", ["plain", "refine", "two-stage", "single-scale"])
-def test_agreement_with_transformers(variant):
+def test_agreement_with_transformers(variant, deformable, padded_batch, transformers_state):
     """The same weights give the same logits and boxes on a padded batch, image sizes being multiples of the strides."""
     transformers = pytest.importorskip("transformers")
     options = {"levels": 1} if variant == "single-scale" else VARIANTS[variant] | {"levels": 4}
@@ -211,12 +213,12 @@ def test_agreement_with_transformers(variant):
     ],
     ids=["two-stages", "extra-level", "single-scale", "learned-position"],
 )
-def test_an_image_alone_is_predicted_as_in_a_padded_batch(variant, settings):
+def test_an_image_alone_is_predicted_as_in_a_padded_batch(variant, settings, assert_alone_as_in_batch, deformable):
     assert_alone_as_in_batch(deformable(variant, **settings))
 
 
 @pytest.mark.parametrize("backbone", [{"name": "resnet18"}, {"name": "resnet50", "dilation": True}])
-def test_padding_changes_nothing_at_the_strides_of_resnets(backbone):
+def test_padding_changes_nothing_at_the_strides_of_resnets(backbone, deformable, padded_batch):
     model = deformable("sparse", {"levels": 4, "stages": None}, backbone=backbone | {"weights": "none"})
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     with torch.no_grad():
@@ -230,7 +232,7 @@ def test_padding_changes_nothing_at_the_strides_of_resnets(backbone):
 # Geometry
 
 
-def test_proposals_grow_from_level_to_level_and_keep_off_the_border():
+def test_proposals_grow_from_level_to_level_and_keep_off_the_border(half_padded, pyramid_of):
     wide = torch.zeros(1, 2, 120, dtype=torch.bool)
     cells = proposal_cells(pyramid_of(wide, wide[:, :1, ::2], wide[:, :1, ::4]))
     sides = cells.logits.sigmoid()[0, :, 2:]
@@ -246,7 +248,7 @@ def test_proposals_grow_from_level_to_level_and_keep_off_the_border():
 
 
 @each_variant
-def test_every_layer_predicts(variant):
+def test_every_layer_predicts(variant, deformable, padded_batch):
     model = deformable(variant)
     predictions = model(*padded_batch((70, 101), (96, 128), canvas=(96, 128)))
     assert len(predictions.auxiliary) == 3
@@ -265,7 +267,7 @@ def test_every_layer_predicts(variant):
 
 
 @each_variant
-def test_every_parameter_learns(variant):
+def test_every_parameter_learns(variant, deformable, padded_batch):
     model = deformable(variant).train()
     predictions = model(*padded_batch((70, 101), (96, 128), canvas=(96, 128)))
     layers = [*predictions.auxiliary, predictions, *predictions.encoder_auxiliary]
@@ -281,12 +283,12 @@ def test_every_parameter_learns(variant):
 
 
 @each_variant
-def test_boxes_keep_their_precision_inside_autocast(variant):
+def test_boxes_keep_their_precision_inside_autocast(variant, deformable, padded_batch):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         predictions = deformable(variant)(*padded_batch((64, 64), (70, 101), canvas=(96, 128)))
     assert all(layer.boxes.dtype == torch.float32 for layer in (*predictions.auxiliary, predictions))
 
 
-def test_too_many_queries_for_the_tokens_of_an_image():
+def test_too_many_queries_for_the_tokens_of_an_image(deformable, padded_batch):
     with pytest.raises(ValueError, match=r"500 queries cannot be proposed by the 320 tokens.*model\.num_queries"):
         deformable("two-stage", num_queries=500)(*padded_batch((64, 64), canvas=(64, 64)))

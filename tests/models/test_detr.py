@@ -5,33 +5,44 @@ Legend: B images, H heads, Q queries, K = h x w cells of the feature map, C clas
 
 import pytest
 import torch
-from families import BACKBONES, SITES, everywhere
-from small import assert_alone_as_in_batch, model_settings, padded_batch, small
 
 from detrlib.attention import TRANSFORMS
 from detrlib.models import build_model
+
+SITES = ("encoder_self", "decoder_self", "decoder_cross")
+BACKBONES = {
+    "tiny": ({"name": "tiny"}, 8),
+    "resnet18": ({"name": "resnet18"}, 32),
+    "resnet50-dilated": ({"name": "resnet50", "dilation": True}, 16),
+}
+
+
+def everywhere(transform: str) -> dict[str, str]:
+    """Settings of a transform at all sites where it can stand."""
+    return {site: transform for site in SITES if (site, transform) != ("decoder_self", "tvmax")}
+
 
 # Padding
 
 
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_an_image_alone_is_predicted_as_in_a_padded_batch(backbone, queries):
+def test_an_image_alone_is_predicted_as_in_a_padded_batch(backbone, queries, assert_alone_as_in_batch, small):
     assert_alone_as_in_batch(small(backbone=BACKBONES[backbone][0] | {"weights": "none"}, queries=queries))
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
-def test_padding_changes_nothing_for_any_transform(transform, queries):
+def test_padding_changes_nothing_for_any_transform(transform, queries, assert_alone_as_in_batch, small):
     assert_alone_as_in_batch(small(attention=everywhere(transform), queries=queries))
 
 
 @pytest.mark.parametrize("settings", [{"norm": "pre"}, {"position": "learned"}, {"classification": "sigmoid"}])
-def test_padding_changes_nothing_for_any_variant(settings):
+def test_padding_changes_nothing_for_any_variant(settings, assert_alone_as_in_batch, small):
     assert_alone_as_in_batch(small(**settings))
 
 
-def test_content_of_padding_does_not_matter():
+def test_content_of_padding_does_not_matter(padded_batch, small):
     model = small()
     images, padding = padded_batch((70, 101), (128, 64), canvas=(128, 160))
     with torch.no_grad():
@@ -45,7 +56,7 @@ def test_content_of_padding_does_not_matter():
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
-def test_attention_maps(transform, queries):
+def test_attention_maps(transform, queries, padded_batch, small):
     model = small(attention=everywhere(transform), queries=queries)
     images, padding = padded_batch((70, 101), (128, 64), canvas=(128, 160))
     with torch.no_grad():
@@ -67,7 +78,7 @@ def test_attention_maps(transform, queries):
     assert not torch.equal(maps.decoder_cross[0], maps.decoder_cross[1])
 
 
-def test_sites_get_the_transforms_chosen_for_them():
+def test_sites_get_the_transforms_chosen_for_them(padded_batch, small):
     model = small(attention={"encoder_self": "entmax15", "decoder_self": "sparsemax", "decoder_cross": "softmax"})
     images, padding = padded_batch((128, 160), canvas=(128, 160))
     with torch.no_grad():
@@ -83,7 +94,7 @@ def test_sites_get_the_transforms_chosen_for_them():
 # Predictions
 
 
-def test_every_layer_predicts():
+def test_every_layer_predicts(padded_batch, small):
     for queries in ("learned", "anchor"):
         for classification, classes in [("softmax", 6), ("sigmoid", 5)]:
             model = small(queries=queries, classification=classification)
@@ -98,7 +109,7 @@ def test_every_layer_predicts():
 
 
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
-def test_every_parameter_learns(queries):
+def test_every_parameter_learns(queries, padded_batch, small):
     attention = dict.fromkeys(SITES, "alpha_entmax")
     model = small(queries=queries, attention=attention, position="learned").train()
     predictions = model(*padded_batch((70, 101), (96, 128), canvas=(96, 128)))
@@ -110,7 +121,7 @@ def test_every_parameter_learns(queries):
     assert still == []
 
 
-def test_anchors_start_as_reference_boxes():
+def test_anchors_start_as_reference_boxes(model_settings, padded_batch):
     torch.manual_seed(0)
     model = build_model(
         model_settings(backbone={"name": "tiny", "weights": "none"}, queries="anchor", num_classes=2)
@@ -123,7 +134,7 @@ def test_anchors_start_as_reference_boxes():
     assert boxes[:, :2].std(0).min() > 0.2
 
 
-def test_every_layer_moves_the_anchors_on():
+def test_every_layer_moves_the_anchors_on(padded_batch, small):
     model = small(queries="anchor")
     step = torch.tensor([0.1, -0.2, 0.3, -0.4])
     with torch.no_grad():
@@ -139,7 +150,7 @@ def test_every_layer_moves_the_anchors_on():
     torch.testing.assert_close(gradient, last_only)
 
 
-def test_attention_to_anchors_spreads_with_the_box():
+def test_attention_to_anchors_spreads_with_the_box(small):
     decoder = small(queries="anchor").transformer.decoder
     with torch.no_grad():
         decoder.expected_size.layers[-1].weight.zero_()
@@ -152,14 +163,14 @@ def test_attention_to_anchors_spreads_with_the_box():
     torch.testing.assert_close(found[..., 16:], place[..., 16:] * width / 0.2)
 
 
-def test_sigmoid_scores_start_near_one_percent():
+def test_sigmoid_scores_start_near_one_percent(model_settings):
     torch.manual_seed(0)
     settings = model_settings(backbone={"name": "tiny", "weights": "none"}, classification="sigmoid", num_classes=3)
     assert build_model(settings).class_embed.bias.sigmoid().tolist() == pytest.approx([0.01] * 3)
 
 
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
-def test_boxes_keep_their_precision_inside_autocast(queries):
+def test_boxes_keep_their_precision_inside_autocast(queries, padded_batch, small):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         predictions = small(queries=queries)(*padded_batch((64, 64), canvas=(64, 64)))
     assert all(layer.boxes.dtype == torch.float32 for layer in (*predictions.auxiliary, predictions))

@@ -5,8 +5,6 @@ Legend: B images, H heads, Q queries, K = h x w cells of the feature map, C clas
 
 import pytest
 import torch
-from families import deformable
-from small import padded_batch
 
 from detrlib.models import AttentionMaps, Predictions
 
@@ -61,7 +59,7 @@ def test_detections_with_sigmoid():
     assert [len(image.scores) for image in everything] == [6, 6]
 
 
-def test_samples_as_maps():
+def test_samples_as_maps(deformable, padded_batch):
     model = deformable("two-stage")
     images, padding = padded_batch((70, 101), (128, 64), canvas=(128, 160))
     with torch.no_grad():
@@ -84,7 +82,7 @@ def test_samples_as_maps():
     assert only.encoder_self.samples == [None] * 2
 
 
-def test_maps_have_their_mass_where_the_points_are():
+def test_maps_have_their_mass_where_the_points_are(deformable, padded_batch):
     model = deformable("two-stage")
     images, padding = padded_batch((128, 64), canvas=(128, 160))
     with torch.no_grad():

@@ -8,8 +8,6 @@ import json
 
 import pytest
 import torch
-from small import assert_alone_as_in_batch, padded_batch, small
-from tiny import tiny_config
 from torch import nn
 
 from detrlib.config import Config, load_config, replace
@@ -26,15 +24,23 @@ SIZES, CANVAS = [(70, 101), (128, 64)], (128, 160)
 SOME = {"ratio": 0.4, "pooled": 3}
 
 
-def polling(queries="learned", transform="softmax", **settings):
-    attention = dict.fromkeys(("encoder_self", "decoder_self", "decoder_cross"), transform)
-    return small(**{"queries": queries, "attention": attention, "polling": SOME} | settings)
+@pytest.fixture(scope="session")
+def polling(small):
+    def polling(queries="learned", transform="softmax", **settings):
+        attention = dict.fromkeys(("encoder_self", "decoder_self", "decoder_cross"), transform)
+        return small(**{"queries": queries, "attention": attention, "polling": SOME} | settings)
+
+    return polling
 
 
-def looked(model):
-    """Predictions of a padded batch with their maps."""
-    with torch.no_grad():
-        return model(*padded_batch(*SIZES, canvas=CANVAS), need_attention=True)
+@pytest.fixture(scope="session")
+def looked(padded_batch):
+    def looked(model):
+        """Predictions of a padded batch with their maps."""
+        with torch.no_grad():
+            return model(*padded_batch(*SIZES, canvas=CANVAS), need_attention=True)
+
+    return looked
 
 
 def sampler(ratio=0.4, pooled=3, dim=8, dtype=torch.float64, **settings):
@@ -47,12 +53,12 @@ def sampler(ratio=0.4, pooled=3, dim=8, dtype=torch.float64, **settings):
 
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
 @pytest.mark.parametrize("settings", [SOME, {"ratio": 0.4, "pooled": 0}, {"ratio": 1.0, "pooled": 3}])
-def test_an_image_alone_is_predicted_as_in_a_padded_batch(queries, settings):
+def test_an_image_alone_is_predicted_as_in_a_padded_batch(queries, settings, assert_alone_as_in_batch, polling):
     assert_alone_as_in_batch(polling(queries, polling=settings))
 
 
 @pytest.mark.parametrize("transform", ["sparsemax", "entmax15", "alpha_entmax"])
-def test_padding_changes_nothing_for_any_transform(transform):
+def test_padding_changes_nothing_for_any_transform(transform, assert_alone_as_in_batch, polling):
     assert_alone_as_in_batch(polling("anchor", transform, norm="pre", position="learned"))
     assert_alone_as_in_batch(polling(encoder_layers=0, attention={"decoder_cross": transform}))
 
@@ -73,7 +79,7 @@ class Modulated(nn.Module):
 
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
 @pytest.mark.parametrize("pooled", [0, 3])
-def test_all_cells_kept_is_plain_detr_on_modulated_features(queries, pooled):
+def test_all_cells_kept_is_plain_detr_on_modulated_features(queries, pooled, looked, polling, small):
     model, plain = polling(queries, polling={"ratio": 1.0, "pooled": pooled}), small(queries=queries)
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if ".poll." not in name})
     plain.input_proj = nn.Sequential(plain.input_proj, Modulated(model.transformer.encoder.poll.score))
@@ -112,7 +118,7 @@ def test_tokens_cell_by_cell(ratio):
             torch.testing.assert_close(found.position[image, n:], shares.T @ places[rest])
 
 
-def test_attention_to_tokens_is_spread_over_the_cells_they_stand_for():
+def test_attention_to_tokens_is_spread_over_the_cells_they_stand_for(looked, polling):
     model = polling(transform="sparsemax")
     predictions = looked(model)
     maps, polled = predictions.attention, predictions.polled
@@ -136,7 +142,7 @@ def test_attention_to_tokens_is_spread_over_the_cells_they_stand_for():
     torch.testing.assert_close(polled.share.sum(-1), torch.ones(2, 3))
 
 
-def test_without_pooling_cells_that_are_not_kept_get_nothing():
+def test_without_pooling_cells_that_are_not_kept_get_nothing(looked, polling):
     predictions = looked(polling(polling={"ratio": 0.25, "pooled": 0}))
     maps, kept = predictions.attention, predictions.polled.kept.mask(320)
     images = maps.as_images("decoder_cross", -1).flatten(-2)
@@ -144,7 +150,7 @@ def test_without_pooling_cells_that_are_not_kept_get_nothing():
     assert not images.masked_select(~kept[:, None, None]).any()
 
 
-def test_sparsity_is_about_the_keys_there_were_to_choose_from():
+def test_sparsity_is_about_the_keys_there_were_to_choose_from(looked, padded_batch, polling):
     """Softmax leaves none of its keys out, though most cells are none; sparsemax leaves out the same on any canvas."""
     ratios = {}
     for transform in ("softmax", "sparsemax"):
@@ -179,7 +185,7 @@ def test_training_draws_a_ratio_and_inference_takes_the_one_it_is_given():
 
 
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
-def test_every_parameter_learns(queries):
+def test_every_parameter_learns(queries, padded_batch, polling):
     model = polling(queries, "alpha_entmax", position="learned").train()
     predictions = model(*padded_batch((70, 101), (96, 128), canvas=(96, 128)))
     layers = (*predictions.auxiliary, predictions)
@@ -204,7 +210,7 @@ def test_where_all_cells_are_kept_gradients_are_numbers():
     assert all(torch.isfinite(parameter.grad).all() for parameter in poll.parameters())
 
 
-def test_the_score_loss_is_the_mean_score_of_the_kept_cells():
+def test_the_score_loss_is_the_mean_score_of_the_kept_cells(looked, polling, small):
     targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.4, 0.5, 0.2, 0.3]])}] * 2
     predictions = looked(polling())
     total, terms = Criterion(weight_poll=2.0)(predictions, targets)
@@ -214,7 +220,7 @@ def test_the_score_loss_is_the_mean_score_of_the_kept_cells():
     assert "loss_poll" not in Criterion()(looked(small()), targets)[1]
 
 
-def test_maps_can_be_spread_inside_and_after_autocast():
+def test_maps_can_be_spread_inside_and_after_autocast(padded_batch, polling):
     model = polling(transform="entmax15")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         maps = model(*padded_batch(*SIZES, canvas=CANVAS), need_attention=True).attention
@@ -239,7 +245,7 @@ def test_the_encoder_costs_what_its_tokens_cost():
         assert count_flops(model, (128, 160))["encoder"] == expected
 
 
-def test_a_run_is_trained_and_measured(tmp_path):
+def test_a_run_is_trained_and_measured(tmp_path, tiny_config):
     cfg = tiny_config({"model.polling": {"ratio": 0.5, "pooled": 4, "train_ratios": [0.3, 0.8]}, "train.epochs": 1})
     results = train(cfg, tmp_path)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -5,8 +5,6 @@ import urllib.error
 import pytest
 import torch
 import torchvision
-from official import both, official_swin_names
-from small import randomise
 from torch import nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
@@ -19,7 +17,7 @@ OFFICIAL = [(torchvisions, official) for official, torchvisions in SWIN_NAMES]
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_scrl_weights_start_a_backbone(prefix, tmp_path):
+def test_scrl_weights_start_a_backbone(prefix, tmp_path, randomise):
     torch.manual_seed(0)
     body = build_body("resnet18", False)
     randomise(body)
@@ -46,7 +44,7 @@ def test_backbone_files_of_other_forms():
 
 
 @pytest.fixture(scope="module")
-def classifier() -> nn.Module:
+def classifier(randomise) -> nn.Module:
     """A Swin-T with no parameter left at its start, and biases of positions that matter."""
     torch.manual_seed(0)
     model = torchvision.models.swin_t(weights=None)
@@ -57,9 +55,9 @@ def classifier() -> nn.Module:
     return model.eval()
 
 
-def test_official_weights_of_a_classifier(classifier, tmp_path):
+def test_official_weights_of_a_classifier(classifier, tmp_path, official_swin_names):
     expected = classifier.state_dict()
-    names = official_swin_names() | both("norm", "head")
+    names = official_swin_names("norm", "head")
     assert {renamed(name, OFFICIAL) for name in expected} == names
     official = {name: expected[renamed(name, SWIN_NAMES)] for name in names}
     official = {k: v.view(49, 49) if k.endswith("position_index") else v for k, v in official.items()}

@@ -4,7 +4,6 @@ Legend: B images, L levels, S tokens of all levels.
 """
 
 import torch
-from families import half_padded, pyramid_of
 
 from detrlib.models.backbone import FeatureMap
 from detrlib.models.position import SinePosition
@@ -27,7 +26,7 @@ def test_group_norm_of_what_is_image_is_torchs():
     assert (first.features[1, :, 5:] == 0).all() and (second.features[1, :, 3:] == 0).all()
 
 
-def test_tokens_lie_at_the_centres_of_their_cells():
+def test_tokens_lie_at_the_centres_of_their_cells(half_padded, pyramid_of):
     pyramid = pyramid_of(half_padded(), half_padded()[:, ::2, ::2])
     centres = cell_centres(pyramid)
     assert centres.shape == (2, 32 + 8, 2)
@@ -41,7 +40,7 @@ def test_tokens_lie_at_the_centres_of_their_cells():
     torch.testing.assert_close(over_levels(boxes, pyramid.ratios)[1, 0, 0], torch.tensor([0.25, 0.375, 0.1, 0.3]))
 
 
-def test_positions_tell_levels_apart():
+def test_positions_tell_levels_apart(half_padded, pyramid_of):
     pyramid = pyramid_of(half_padded(), half_padded()[:, ::2, ::2])
     plain = SinePosition(8, centred=True)(half_padded()[:, ::2, ::2]).flatten(2).transpose(1, 2)
     torch.testing.assert_close(pyramid.position[:, 32:], plain + torch.arange(8.0, 16.0))

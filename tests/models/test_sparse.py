@@ -6,13 +6,18 @@ Legend: B images, S tokens of all levels, k kept tokens.
 import pytest
 import torch
 import torch.nn.functional as F
-from families import CANVAS, SIZES, SPARSE, deformable
-from small import padded_batch
 
 from detrlib.attention.deformable import Samples, splat
 from detrlib.losses.criterion import Criterion, token_losses
 from detrlib.models.outputs import Predictions, Tokens
 from detrlib.models.sparse import Kept, ScoringNetwork, keep_best
+
+REFINE = {"refine": True}
+TWO_STAGE = REFINE | {"two_stage": True}
+EFFICIENT = TWO_STAGE | {"query_init": "memory", "class_specific_proposals": True}
+SPARSE = EFFICIENT | {"rho": 0.3, "encoder_auxiliary": True}
+SIZES, CANVAS = [(70, 101), (128, 64), (97, 160)], (128, 160)
+
 
 WEIGHTS = {"weight_mask": 0.7, "weight_class": 2.0}
 
@@ -49,7 +54,7 @@ def test_gather_and_scatter():
     assert changed.tolist() == [[True, False, False, True, False], [False, False, False, False, True]]
 
 
-def test_all_tokens_kept_is_the_dense_encoder():
+def test_all_tokens_kept_is_the_dense_encoder(deformable, padded_batch):
     sparse, dense = deformable("sparse"), deformable("sparse", {"rho": 1.0})
     assert dense.transformer.enc_mask_predictor is None
     dense.load_state_dict({name: value for name, value in sparse.state_dict().items() if "enc_mask" not in name})
@@ -65,7 +70,7 @@ def test_all_tokens_kept_is_the_dense_encoder():
     assert torch.equal(alone.logits, expected_alone.logits)  # to the last bit where nothing is padded
 
 
-def test_other_tokens_pass_the_encoder_unchanged():
+def test_other_tokens_pass_the_encoder_unchanged(deformable, padded_batch):
     model = deformable("sparse")
     seen = {}
     encoder = model.transformer.encoder
@@ -86,7 +91,7 @@ def test_other_tokens_pass_the_encoder_unchanged():
     assert [state.shape[1] for state in seen["states"]] == [int(tokens.kept.sum(1).max())] * 3
 
 
-def test_an_image_keeps_the_same_tokens_alone_and_in_a_batch():
+def test_an_image_keeps_the_same_tokens_alone_and_in_a_batch(deformable, padded_batch):
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     models = {choice: deformable("sparse", {"token_scores": choice}) for choice in ("masked", "official")}
     differs = {}
@@ -172,7 +177,7 @@ def random_targets(*counts: int) -> list[dict]:
     return [{"labels": torch.randint(5, (len(b),)), "boxes": b} for b in boxes]
 
 
-def test_encoder_losses_have_names_of_their_own_and_count():
+def test_encoder_losses_have_names_of_their_own_and_count(deformable, padded_batch):
     model = deformable("sparse")
     predictions, targets = model(*padded_batch((70, 101), (96, 128), canvas=(96, 128))), random_targets(2, 1)
     total, terms = Criterion(**WEIGHTS)(predictions, targets)
@@ -198,7 +203,7 @@ def test_proposals_of_any_object_learn_class_zero():
 
 
 @pytest.mark.parametrize("variant", ["plain", "refine", "two-stage", "efficient", "sparse"])
-def test_losses_fall_and_no_objects_are_no_trouble(variant):
+def test_losses_fall_and_no_objects_are_no_trouble(variant, deformable, padded_batch):
     model = deformable(variant).train()
     images, padding = padded_batch((70, 101), (96, 128), canvas=(96, 128))
     criterion, targets = Criterion(weight_class=2.0, cost_class=2.0), random_targets(2, 3)
@@ -217,7 +222,7 @@ def test_losses_fall_and_no_objects_are_no_trouble(variant):
     assert min(losses[-3:]) < 0.8 * losses[0]
 
 
-def test_padding_of_tokens_costs_nothing_in_proposals():
+def test_padding_of_tokens_costs_nothing_in_proposals(deformable, padded_batch):
     """The loss of proposals of an image is the same however much padding its batch has."""
     model = deformable("efficient")
     images, padding = padded_batch((64, 96), canvas=(96, 160))
@@ -229,7 +234,7 @@ def test_padding_of_tokens_costs_nothing_in_proposals():
         assert wide[name].item() == pytest.approx(tight[name].item(), rel=1e-4)
 
 
-def test_official_switches_are_built():
+def test_official_switches_are_built(deformable, padded_batch):
     model = deformable("sparse", {"dam": "official", "token_scores": "official"})
     assert model.transformer.enc_mask_predictor.over_padding
     assert model(*padded_batch((64, 64), canvas=(64, 64))).tokens.shift == 0.0

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torchvision
-from small import assert_alone_as_in_batch, frozen, padded_batch, randomise, small
 from torch import nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
@@ -14,23 +13,27 @@ from detrlib.models.backbone import Backbone, build_backbone, image_sizes
 STRIDES = (4, 8, 16, 32)
 
 
-def randomised(module: nn.Module) -> nn.Module:
-    """`module` with no parameter left at its start, and biases of positions that matter."""
-    randomise(module)
-    for part in module.modules():
-        if isinstance(part, ShiftedWindowAttention):
-            nn.init.normal_(part.relative_position_bias_table)
-    return module.eval()
+@pytest.fixture(scope="session")
+def randomised(randomise):
+    def randomised(module: nn.Module) -> nn.Module:
+        """`module` with no parameter left at its start, and biases of positions that matter."""
+        randomise(module)
+        for part in module.modules():
+            if isinstance(part, ShiftedWindowAttention):
+                nn.init.normal_(part.relative_position_bias_table)
+        return module.eval()
+
+    return randomised
 
 
 @pytest.fixture(scope="module")
-def classifier() -> nn.Module:
+def classifier(randomised) -> nn.Module:
     torch.manual_seed(0)
     return randomised(torchvision.models.swin_t(weights=None))
 
 
 @pytest.fixture(scope="module")
-def backbone(classifier, tmp_path_factory) -> Backbone:
+def backbone(classifier, tmp_path_factory, randomise) -> Backbone:
     """All four stages, with the weights of `classifier`, from a file."""
     path = tmp_path_factory.mktemp("weights") / "swin_t.pt"
     torch.save(classifier.state_dict(), path)
@@ -63,7 +66,7 @@ def test_features_are_those_of_torchvision(classifier, backbone, size):
 SIZES = [(70, 101), (232, 64), (97, 30)]  # windows of the second are shifted where those of the others are not
 
 
-def test_features_do_not_depend_on_the_batch(backbone):
+def test_features_do_not_depend_on_the_batch(backbone, padded_batch):
     images, padding = padded_batch(*SIZES, canvas=(240, 128))
     assert image_sizes(padding) == SIZES
     with torch.no_grad():
@@ -78,7 +81,7 @@ def test_features_do_not_depend_on_the_batch(backbone):
         assert (level.features.masked_select(level.padding[:, None]) == 0).all()
 
 
-def test_without_masking_features_depend_on_the_batch(backbone):
+def test_without_masking_features_depend_on_the_batch(backbone, padded_batch):
     """As in the official code; the switch exists for its checkpoints."""
     images, padding = padded_batch((70, 101), canvas=(128, 128))
     official = Backbone(backbone.body, (4,), mask_padding=False).eval()
@@ -95,11 +98,11 @@ FAMILY = {"architecture": "deformable", "classification": "sigmoid", "deformable
 
 
 @pytest.mark.parametrize("settings", [{}, FAMILY], ids=["detr", "deformable"])
-def test_an_image_alone_is_predicted_as_in_a_padded_batch(settings):
+def test_an_image_alone_is_predicted_as_in_a_padded_batch(settings, assert_alone_as_in_batch, randomised, small):
     assert_alone_as_in_batch(randomised(small(backbone=SWIN, **settings)))
 
 
-def test_gradients_and_stochastic_depth(backbone):
+def test_gradients_and_stochastic_depth(backbone, frozen, padded_batch):
     rates = [block.stochastic_depth.p for stage in backbone.body.features[1::2] for block in stage]
     assert rates == pytest.approx([0.2 * i / 11 for i in range(12)])
     assert frozen(backbone) == 304_086  # patches, first stage, its merging

@@ -5,19 +5,23 @@ Legend: B images, H heads, Q queries, K = h x w cells of the feature map, C clas
 
 import pytest
 import torch
-from families import R50, transformers_backbone_name
-from small import frozen, model_settings, padded_batch, randomise, small, trainable
 from torch import nn
 
 from detrlib.attention import build_transform
 from detrlib.models import build_model
 from detrlib.models.transformer import DecoderLayer, EncoderLayer, LayerSettings, Memory
 
+R50 = {"name": "resnet50", "weights": "none", "freeze_stem": True}
 
-def detr(**settings) -> nn.Module:
-    """DETR at full size, with the 91 classes of COCO, without memory behind its parameters."""
-    with torch.device("meta"):
-        return build_model(model_settings(**{"num_classes": 91, "backbone": R50} | settings))
+
+@pytest.fixture(scope="session")
+def detr(model_settings):
+    def detr(**settings) -> nn.Module:
+        """DETR at full size, with the 91 classes of COCO, without memory behind its parameters."""
+        with torch.device("meta"):
+            return build_model(model_settings(**{"num_classes": 91, "backbone": R50} | settings))
+
+    return detr
 
 
 # Parameters
@@ -37,11 +41,11 @@ def detr(**settings) -> nn.Module:
         ({"attention": {"decoder_cross": "alpha_entmax", "alpha_init": "normal"}, "norm": "pre"}, 41_302_928),
     ],
 )
-def test_number_of_trainable_parameters(settings, expected):
+def test_number_of_trainable_parameters(settings, expected, detr, trainable):
     assert trainable(detr(**settings)) == expected
 
 
-def test_parts_of_detr():
+def test_parts_of_detr(detr, frozen, trainable):
     model = detr()
     parts = {
         "transformer": 17_363_456,
@@ -101,7 +105,7 @@ def official_names(pre_norm: bool = False, learned_position: bool = False) -> se
     ("pre_norm", "position", "entries"),
     [(False, "sine", 458), (True, "sine", 460), (False, "learned", 460)],
 )
-def test_entries_are_those_of_official_checkpoints(pre_norm, position, entries):
+def test_entries_are_those_of_official_checkpoints(pre_norm, position, entries, detr):
     state = detr(norm="pre" if pre_norm else "post", position=position).state_dict()
     moved = {"backbone.body.": "backbone.0.body.", "position.": "backbone.1."}
     names = set()
@@ -120,45 +124,53 @@ def test_entries_are_those_of_official_checkpoints(pre_norm, position, entries):
 # Other implementations
 
 
-def transformers_name(name: str) -> str:
-    """Our name of a parameter -> the name in `transformers`, attention projections aside."""
-    name = name.replace("class_embed", "class_labels_classifier").replace("bbox_embed", "bbox_predictor")
-    for ours, theirs in [
-        ("linear1", "mlp.fc1"),
-        ("linear2", "mlp.fc2"),
-        ("norm1", "self_attn_layer_norm"),
-        ("multihead_attn", "encoder_attn"),
-        ("out_proj", "o_proj"),
-        ("input_proj", "input_projection"),
-        ("query_embed", "query_position_embeddings"),
-        ("decoder.norm", "decoder.layernorm"),
-        ("position.row_embed", "position_embedding.row_embeddings"),
-        ("position.col_embed", "position_embedding.column_embeddings"),
-    ]:
-        name = name.replace(ours, theirs)
-    second = "encoder_attn_layer_norm" if "decoder" in name else "final_layer_norm"
-    name = name.replace("norm2", second).replace("norm3", "final_layer_norm")
-    if name.startswith("backbone.body"):
-        name = transformers_backbone_name(name.removeprefix("backbone.body."))
-    return name if name.startswith(("class_labels", "bbox")) else f"model.{name.removeprefix('transformer.')}"
+@pytest.fixture(scope="session")
+def transformers_name(transformers_backbone_name):
+    def transformers_name(name: str) -> str:
+        """Our name of a parameter -> the name in `transformers`, attention projections aside."""
+        name = name.replace("class_embed", "class_labels_classifier").replace("bbox_embed", "bbox_predictor")
+        for ours, theirs in [
+            ("linear1", "mlp.fc1"),
+            ("linear2", "mlp.fc2"),
+            ("norm1", "self_attn_layer_norm"),
+            ("multihead_attn", "encoder_attn"),
+            ("out_proj", "o_proj"),
+            ("input_proj", "input_projection"),
+            ("query_embed", "query_position_embeddings"),
+            ("decoder.norm", "decoder.layernorm"),
+            ("position.row_embed", "position_embedding.row_embeddings"),
+            ("position.col_embed", "position_embedding.column_embeddings"),
+        ]:
+            name = name.replace(ours, theirs)
+        second = "encoder_attn_layer_norm" if "decoder" in name else "final_layer_norm"
+        name = name.replace("norm2", second).replace("norm3", "final_layer_norm")
+        if name.startswith("backbone.body"):
+            name = transformers_backbone_name(name.removeprefix("backbone.body."))
+        return name if name.startswith(("class_labels", "bbox")) else f"model.{name.removeprefix('transformer.')}"
+
+    return transformers_name
 
 
-def transformers_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {}
-    for name, value in state.items():
-        name = transformers_name(name)
-        if "in_proj_" in name:
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                renamed[name.replace("in_proj_", f"{letter}_proj.")] = part
-        else:
-            renamed[name] = value
-    return renamed
+@pytest.fixture(scope="session")
+def transformers_state(transformers_name):
+    def transformers_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        renamed = {}
+        for name, value in state.items():
+            name = transformers_name(name)
+            if "in_proj_" in name:
+                for letter, part in zip("qkv", value.chunk(3), strict=True):
+                    renamed[name.replace("in_proj_", f"{letter}_proj.")] = part
+            else:
+                renamed[name] = value
+        return renamed
+
+    return transformers_state
 
 
 @pytest.mark.parametrize(
     ("backbone", "position"), [("resnet18", "sine"), ("resnet18", "learned"), ("resnet50", "sine")]
 )
-def test_agreement_with_transformers(backbone, position):
+def test_agreement_with_transformers(backbone, position, padded_batch, small, transformers_state):
     """The same weights give the same logits, boxes and attention maps on a padded batch.
 
     Image sizes are multiples of 32: elsewhere the two round the padding of the feature map differently.
@@ -208,7 +220,7 @@ def layer_settings(pre_norm: bool) -> LayerSettings:
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
-def test_layers_without_positions_are_those_of_torch(pre_norm):
+def test_layers_without_positions_are_those_of_torch(pre_norm, randomise):
     torch.manual_seed(0)
     options = {"d_model": 24, "nhead": 3, "dim_feedforward": 40, "batch_first": True, "norm_first": pre_norm}
     tokens, queries = torch.randn(2, 7, 24), torch.randn(2, 5, 24)

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import tiny_config
 
 from detrlib import runs
 from detrlib.config import load_config
@@ -23,7 +22,7 @@ def test_names_lie_under_papermill_runs_and_absolute_paths_are_themselves(tmp_pa
     assert runs.run_path(tmp_path) == tmp_path == runs.run_path(str(tmp_path))
 
 
-def test_opening_a_new_an_unfinished_and_a_finished_run(tmp_path):
+def test_opening_a_new_an_unfinished_and_a_finished_run(tmp_path, tiny_config):
     run_dir, cfg = tmp_path / "a" / "run", tiny_config()
     assert runs.open_run(cfg, run_dir) is False
     assert load_config(run_dir / "config.yaml") == cfg

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from official import of_small, official_file
 from typer.testing import CliRunner
 
 from detrlib.__main__ import app
@@ -14,9 +13,17 @@ from detrlib.files import load_checkpoint
 from detrlib.runs.imported import save_run
 
 
-def test_a_run_of_official_weights(tmp_path):
-    model, told = of_small("detr")
-    path = official_file(tmp_path / "official.pth", export_official(model))
+@pytest.fixture
+def official(small, tmp_path):
+    """A small DETR, and an official file of its weights."""
+    model = small(backbone={"name": "resnet18", "weights": "none", "freeze_stem": True, "mask_padding": False})
+    torch.save({"model": export_official(model), "epoch": 3}, tmp_path / "official.pth")
+    return model, tmp_path / "official.pth"
+
+
+def test_a_run_of_official_weights(official, tmp_path):
+    model, path = official
+    told = {"model.num_heads": 4, "model.dropout": 0.1}
     save_run(path, tmp_path / "run", told | {"data.root": "elsewhere"})
     cfg = load_config(tmp_path / "run" / "config.yaml")
     assert (cfg.data.root, cfg.model.num_heads, cfg.model.compatibility.mask_padding) == ("elsewhere", 4, False)
@@ -28,8 +35,8 @@ def test_a_run_of_official_weights(tmp_path):
         save_run(path, tmp_path / "run", told)
 
 
-def test_command_line(tmp_path):
-    path = official_file(tmp_path / "official.pth", export_official(of_small("detr")[0]))
+def test_command_line(official, tmp_path):
+    _, path = official
     told = ["--set", "model.num_heads=4", "--as", str(tmp_path / "run")]
     shown = CliRunner().invoke(app, ["import", str(path), *told])
     assert shown.exit_code == 0 and (tmp_path / "run" / "config.yaml").exists()

@@ -11,8 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from small import small
-from tiny import tiny_config
 
 from detrlib.data import build_dataset, collate
 from detrlib.engine.evaluate import evaluate
@@ -267,19 +265,23 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch, p
 # --- what an evaluation stores ---------------------------------------------------------------------------------
 
 
-def evaluated(run_dir, overrides=None, **model):
-    """A model that is not trained, its results, and the data set that it was evaluated on."""
-    model = {"model.attention.decoder_cross": "entmax15"} | {f"model.{k}": v for k, v in model.items()}
-    cfg = tiny_config({"model.num_classes": 7, **model, **(overrides or {})})
-    torch.manual_seed(0)
-    model, dataset = build_model(cfg.model).eval(), build_dataset(cfg.data, "val")
-    return model, evaluate(model, dataset, cfg, Accelerator(), run_dir=run_dir)[0], dataset
+@pytest.fixture(scope="session")
+def evaluated(tiny_config):
+    def evaluated(run_dir, overrides=None, **model):
+        """A model that is not trained, its results, and the data set that it was evaluated on."""
+        model = {"model.attention.decoder_cross": "entmax15"} | {f"model.{k}": v for k, v in model.items()}
+        cfg = tiny_config({"model.num_classes": 7, **model, **(overrides or {})})
+        torch.manual_seed(0)
+        model, dataset = build_model(cfg.model).eval(), build_dataset(cfg.data, "val")
+        return model, evaluate(model, dataset, cfg, Accelerator(), run_dir=run_dir)[0], dataset
+
+    return evaluated
 
 
 SITES = ["decoder_cross", "decoder_self", "encoder_self"]
 
 
-def test_maps_of_a_whole_data_set_are_those_of_the_model(tmp_path):
+def test_maps_of_a_whole_data_set_are_those_of_the_model(tmp_path, evaluated):
     overrides = {"evaluate.store_maps": "all", "evaluate.store_sites": SITES, "evaluate.batch_size": 5}
     model, results, dataset = evaluated(tmp_path, overrides)
     opened = AttentionStore(tmp_path)
@@ -301,7 +303,7 @@ def test_maps_of_a_whole_data_set_are_those_of_the_model(tmp_path):
     assert support.tolist() == pytest.approx(results["attention"]["decoder_cross"]["support"], rel=1e-5)
 
 
-def test_examples_alone_are_stored_by_default_and_an_earlier_evaluation_is_forgotten(tmp_path):
+def test_examples_alone_are_stored_by_default_and_an_earlier_evaluation_is_forgotten(tmp_path, evaluated):
     *_, dataset = evaluated(tmp_path, {"evaluate.store_maps": 3})
     first = [dataset[number][1]["image_id"] for number in range(3)]
     assert AttentionStore(tmp_path).images == sorted(first) and len(load_examples(tmp_path)) == 2
@@ -345,7 +347,7 @@ def sample(image_id, height, width):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_processes_share_the_first_images_and_their_examples(tmp_path, count):
+def test_processes_share_the_first_images_and_their_examples(tmp_path, count, small, tiny_config):
     cfg, model = tiny_config({"evaluate.store_maps": 4}), small()
     samples = [sample(image_id, 64, 64) for image_id in range(10, 17)]
     for number in range(count):
@@ -356,7 +358,7 @@ def test_processes_share_the_first_images_and_their_examples(tmp_path, count):
     assert [example.image_id for example in load_examples(tmp_path)] == [10, 11]
 
 
-def test_padding_is_not_stored_neither_as_keys_nor_as_cells_that_ask(tmp_path):
+def test_padding_is_not_stored_neither_as_keys_nor_as_cells_that_ask(tmp_path, small, tiny_config):
     cfg = tiny_config({"evaluate.store_sites": SITES, "evaluate.examples": 3})
     samples = [sample(1, 96, 150), sample(2, 128, 64), sample(3, 70, 192)]
     model = small(attention={"encoder_self": "sparsemax", "decoder_cross": "sparsemax"})
@@ -385,7 +387,7 @@ def model_stride(model):
 
 
 @pytest.mark.parametrize("deformable", [{}, {"refine": True, "two_stage": True, "rho": 0.4}], ids=["dense", "sparse"])
-def test_deformable_attention_is_stored_as_maps_of_the_finest_level(tmp_path, deformable):
+def test_deformable_attention_is_stored_as_maps_of_the_finest_level(tmp_path, deformable, small, tiny_config):
     cfg = tiny_config({"evaluate.store_sites": SITES})
     model = small(architecture="deformable", classification="sigmoid", deformable={"levels": 2, **deformable})
     samples = [sample(1, 64, 128), sample(2, 128, 100)]
@@ -406,7 +408,7 @@ def test_deformable_attention_is_stored_as_maps_of_the_finest_level(tmp_path, de
 # --- settings --------------------------------------------------------------------------------------------------
 
 
-def test_settings_say_what_is_stored():
+def test_settings_say_what_is_stored(tiny_config):
     assert tiny_config().evaluate.store_maps == 0 and tiny_config().evaluate.store_sites == ("decoder_cross",)
     both = tiny_config({"evaluate.store_maps": "all", "evaluate.store_sites": "[decoder_cross, decoder_self]"})
     assert both.evaluate.store_maps == "all" and both.evaluate.store_sites == ("decoder_cross", "decoder_self")

@@ -2,7 +2,6 @@
 
 import pandas as pd
 import pytest
-from tiny import tiny_config
 
 from detrlib import runs
 from detrlib.config import save_config
@@ -148,7 +147,7 @@ def test_groups_are_names_without_the_seed():
     assert [frames.group_of(label) for label in labels] == groups
 
 
-def test_results_frame(tmp_path):
+def test_results_frame(tmp_path, tiny_config):
     for number in (1, 2):
         folder = tmp_path / f"sparse-seed{number}"
         folder.mkdir()

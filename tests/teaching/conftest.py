@@ -1,3 +1,8 @@
 """Figures of the walkthroughs leave nothing behind."""
 
-from drawn import leaves_nothing_behind  # noqa: F401
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(leaves_nothing_behind):
+    """Of every test of this folder."""

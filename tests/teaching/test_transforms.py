@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from drawn import texts
 from matplotlib.colors import to_hex
 
 from detrlib.figures import style
@@ -19,7 +18,7 @@ def test_the_plane_keeps_lengths_and_angles_of_scores_without_their_mean():
     assert np.allclose(np.eye(3) @ transforms.PLANE, transforms.PLANE)
 
 
-def test_weight_bars_write_weights_and_mark_exact_zeros():
+def test_weight_bars_write_weights_and_mark_exact_zeros(texts):
     weights = {"softmax": np.array([0.7, 0.297, 0.003]), "sparsemax": np.array([1.0, 0.0, 0.0])}
     drawn = transforms.weight_bars(np.array([2.0, 1.0, -3.0]), weights)
     assert {"softmax\n3 of 3 keys", "sparsemax\n1 of 3 keys", ".70", ".30", "<.01", "1.00"} <= set(texts(drawn))
@@ -42,7 +41,7 @@ def test_curves_have_one_legend_and_a_colour_per_transform(count):
     assert [line.get_color() for line in lines] == [style.COLOURS[n] for n in ("softmax", "sparsemax", "softmax")]
 
 
-def test_pictures_of_the_simplex():
+def test_pictures_of_the_simplex(texts):
     corner, start = np.array([[1.0, 0, 0]]), np.array([[2.0, -1, -1]])
     supports = {name: np.full((4, 4), n) for n, name in ((3, "softmax"), (1, "sparsemax"))}
     drawn = transforms.simplex_regions(supports, 2.0, dict.fromkeys(supports, (start, corner)))
@@ -65,7 +64,7 @@ def test_newton_steps_are_numbered_where_there_is_room():
     assert [text.get_text() for text in drawn.axes[0].texts] == ["0", "1"]
 
 
-def test_grouped_bars_write_their_values():
+def test_grouped_bars_write_their_values(texts):
     drawn = transforms.grouped_bars(
         {"+1": {"softmax": 0.61, "sparsemax": 0.8}, "-inf": {"softmax": 0, "sparsemax": 0}}, "t", "y"
     )

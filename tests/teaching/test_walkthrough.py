@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from drawn import texts
 
 from detrlib.teaching import walkthrough
 
@@ -12,7 +11,7 @@ IMAGES = np.full((2, 16, 24, 3), 0.5)
 BOX = np.array([[2.0, 3, 9, 12]])
 
 
-def test_padded_batch_names_boxes_and_says_what_is_no_padding():
+def test_padded_batch_names_boxes_and_says_what_is_no_padding(texts):
     padding = np.zeros((2, 16, 24), bool)
     padding[1, :, 12:] = padding[1, 10:] = True
     targets = [(BOX, [1]), (BOX[:0], [])]
@@ -23,7 +22,7 @@ def test_padded_batch_names_boxes_and_says_what_is_no_padding():
     assert len(drawn.axes[1].patches) == 2  # right of and below the image
 
 
-def test_grid_maps_share_their_scale_and_mark_a_cell_each():
+def test_grid_maps_share_their_scale_and_mark_a_cell_each(texts):
     maps = np.stack([np.zeros((3, 4)), np.full((3, 4), 0.5)])
     drawn = walkthrough.grid_maps(maps, ["a", "b"], np.zeros((3, 4), bool), [(0, 1), (2, 3)], "weight")
     assert [axes.images[0].get_clim() for axes in drawn.axes[:2]] == [(0, 0.5)] * 2
@@ -50,7 +49,7 @@ def test_loss_curve_counts_updates_from_one():
     assert line.get_xydata().tolist() == [[1, 3], [2, 2]]
 
 
-def test_boxes_before_and_after_have_a_row_per_stage():
+def test_boxes_before_and_after_have_a_row_per_stage(texts):
     stages = {"before": [(BOX, ["ring 0.1"])], "after": [(BOX + 1, ["star 0.9"])]}
     drawn = walkthrough.boxes_before_and_after(IMAGES[:1], stages, [BOX])
     assert {"before", "after", "ring 0.1", "star 0.9"} <= set(texts(drawn))

@@ -4,8 +4,6 @@ On a machine with a GPU they run on it; elsewhere Triton's interpreter runs them
 a GPU is tested without one, in a process of its own that runs this file.
 """
 
-import importlib
-import importlib.util
 import math
 import os
 import subprocess
@@ -13,35 +11,22 @@ import sys
 
 import pytest
 import torch
-from samples import DEVICE, SHAPES, TOKENS, by_loops, draw, make_batch, make_module, make_samples
 
 from detrlib.attention.deformable import sample_and_mix
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(4, 5), (2, 3), (1, 1)]  # of the samples that fixtures make
+TOKENS = sum(h * w for h, w in SHAPES)
+
 
 @pytest.fixture
-def kernels(monkeypatch):
-    """The kernels' module, for the interpreter if there is no GPU.
-
-    Triton decides at each decorator whether a function is compiled, its own library included, which torchvision may
-    long have imported. The module is imported anew, so that what others have done does not matter.
-    """
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("no Triton on this machine")
-    if DEVICE == "cpu":
-        import triton
-
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-        from triton.language import standard
-
-        for name, function in vars(importlib.reload(standard)).items():
-            if hasattr(triton.language, name):
-                monkeypatch.setattr(triton.language, name, function)
-    return importlib.reload(importlib.import_module("detrlib.attention.kernels.deformable"))
+def kernels(kernel_modules):
+    return kernel_modules["deformable"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("channels", "points", "tile"), [(8, 2, 64), (5, 1, 512), (3, 3, 16)])
-def test_kernels_are_what_they_replace(kernels, dtype, channels, points, tile, monkeypatch):
+def test_kernels_are_what_they_replace(kernels, dtype, channels, points, tile, monkeypatch, draw, make_samples):
     """Several programs, some of them not full, and channels that are no power of two."""
     monkeypatch.setattr(kernels, "TILE", tile)
     values = draw(2, TOKENS, 3, channels).to(dtype).to(DEVICE).requires_grad_()
@@ -60,7 +45,7 @@ def test_kernels_are_what_they_replace(kernels, dtype, channels, points, tile, m
         torch.testing.assert_close(x.double().cpu(), y, atol=2e-5, rtol=1e-5)
 
 
-def test_kernels_agree_with_the_definition(kernels):
+def test_kernels_agree_with_the_definition(kernels, by_loops, draw, make_samples):
     values, samples = draw(1, TOKENS, 2, 4), make_samples(images=1, queries=2, heads=2)
     arguments = [x.float().to(DEVICE) for x in (values, *samples)]
     found = kernels.sample_and_mix(arguments[0], SHAPES, *arguments[1:])
@@ -68,7 +53,7 @@ def test_kernels_agree_with_the_definition(kernels):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # NumPy, about NaN
-def test_kernels_at_places_that_are_far_or_no_numbers(kernels):
+def test_kernels_at_places_that_are_far_or_no_numbers(kernels, draw, make_samples):
     values = draw(1, TOKENS, 3, 4, dtype=torch.float32).to(DEVICE).requires_grad_()
     locations, weights = (x.to(DEVICE) for x in make_samples(images=1, queries=3, dtype=torch.float32))
     for query, distance in enumerate((1.0, 1e30, math.inf)):
@@ -84,7 +69,7 @@ def test_kernels_at_places_that_are_far_or_no_numbers(kernels):
     assert mixed.isnan().sum() == 4
 
 
-def test_kernels_without_queries_and_without_need_of_values(kernels):
+def test_kernels_without_queries_and_without_need_of_values(kernels, draw, make_samples):
     values = draw(2, TOKENS, 3, 4, dtype=torch.float32).to(DEVICE)
     empty = [x.to(DEVICE).requires_grad_() for x in make_samples(queries=0, dtype=torch.float32)]
     mixed = kernels.sample_and_mix(values.requires_grad_(), SHAPES, *empty)
@@ -97,7 +82,7 @@ def test_kernels_without_queries_and_without_need_of_values(kernels):
         torch.testing.assert_close(x, y)
 
 
-def test_double_precision_is_for_plain_pytorch(kernels):
+def test_double_precision_is_for_plain_pytorch(kernels, draw, make_samples):
     values = draw(2, TOKENS, 3, 4).to(DEVICE)
     assert not kernels.supported(values)
     with pytest.raises(TypeError, match="float64"):
@@ -106,7 +91,7 @@ def test_double_precision_is_for_plain_pytorch(kernels):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_module_uses_kernels_on_a_gpu(dtype):
+def test_module_uses_kernels_on_a_gpu(dtype, make_batch, make_module):
     module, (query, references, tokens, padding) = make_module(), make_batch(4)
     expected = module(query, references, tokens, SHAPES, padding)[0]
     moved = (x.to(DEVICE) for x in (query, references, tokens))

@@ -4,19 +4,20 @@ from functools import partial
 
 import pytest
 import torch
-from interpreted import DEVICE, HARD, close, every_alpha, flash, gradients, grows, interpret, quiet, random, spread
-from scores import by_bisection
 from torch.utils.checkpoint import checkpoint
 
 from detrlib.attention.entmax import entmax
 
-pytestmark = quiet
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# NumPy warns about what is no number, where a GPU would not.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+def small_blocks(flash, monkeypatch):
     """The smallest tiles, so that small inputs have many."""
-    interpret(monkeypatch)
     monkeypatch.setattr(flash, "BLOCKS", {2: 16, 4: 16})
 
 
@@ -29,31 +30,41 @@ def explicit(query, key, value, alpha, padding=None, factor=1.0):
     return (entmax(scores.masked_fill(hidden, float("-inf")), alpha).masked_fill(mask, 0.0) * factor) @ value
 
 
-def used_weights(query, key, alpha, padding=None, dropout: float = 0.0, seed: int = 0) -> torch.Tensor:
-    """[B,H,Q,K] that the fused operator mixes values by: what it makes of the identity."""
-    torch.manual_seed(seed)
-    identity = torch.eye(key.shape[2], dtype=key.dtype, device=DEVICE).expand(*key.shape[:3], -1)
-    return flash.sparse_attention(query, key, identity, alpha, padding, dropout)
+@pytest.fixture(scope="session")
+def used_weights(flash):
+    def used_weights(query, key, alpha, padding=None, dropout: float = 0.0, seed: int = 0) -> torch.Tensor:
+        """[B,H,Q,K] that the fused operator mixes values by: what it makes of the identity."""
+        torch.manual_seed(seed)
+        identity = torch.eye(key.shape[2], dtype=key.dtype, device=DEVICE).expand(*key.shape[:3], -1)
+        return flash.sparse_attention(query, key, identity, alpha, padding, dropout)
+
+    return used_weights
 
 
-def check_attention(query, key, value, alpha, padding=None, atol: float = 1e-5, dropout: float = 0.0) -> torch.Tensor:
-    """Compare the mixed values and all gradients with the explicit computation; give back the mixed values."""
-    factor = (used_weights(query, key, alpha, padding, dropout) > 0) / (1 - dropout) if dropout else 1.0
-    inputs, exact = [query, key, value, alpha], grows(query, key, value, alpha)
-    expected = explicit(*exact, padding, factor)
-    weighting = random(*expected.shape, seed=9).to(query.dtype)
-    wanted = gradients(expected, weighting.double(), exact)
-    inputs = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs]
-    torch.manual_seed(0)
-    mixed = flash.sparse_attention(*inputs, padding, dropout)
-    found = gradients(mixed, weighting, inputs)
-    assert mixed.dtype == query.dtype
-    close(mixed, expected, atol)
-    for x, y in zip(found[:3], wanted[:3], strict=True):
-        close(x, y, 3 * atol)
-    if isinstance(alpha, torch.Tensor):
-        close(found[3], wanted[3], atol=10 * atol, rtol=max(1e-4, atol))
-    return mixed
+@pytest.fixture(scope="session")
+def check_attention(close, flash, gradients, grows, random, used_weights):
+    def check_attention(
+        query, key, value, alpha, padding=None, atol: float = 1e-5, dropout: float = 0.0
+    ) -> torch.Tensor:
+        """Compare the mixed values and all gradients with the explicit computation; give back the mixed values."""
+        factor = (used_weights(query, key, alpha, padding, dropout) > 0) / (1 - dropout) if dropout else 1.0
+        inputs, exact = [query, key, value, alpha], grows(query, key, value, alpha)
+        expected = explicit(*exact, padding, factor)
+        weighting = random(*expected.shape, seed=9).to(query.dtype)
+        wanted = gradients(expected, weighting.double(), exact)
+        inputs = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs]
+        torch.manual_seed(0)
+        mixed = flash.sparse_attention(*inputs, padding, dropout)
+        found = gradients(mixed, weighting, inputs)
+        assert mixed.dtype == query.dtype
+        close(mixed, expected, atol)
+        for x, y in zip(found[:3], wanted[:3], strict=True):
+            close(x, y, 3 * atol)
+        if isinstance(alpha, torch.Tensor):
+            close(found[3], wanted[3], atol=10 * atol, rtol=max(1e-4, atol))
+        return mixed
+
+    return check_attention
 
 
 def some_padding(images: int, keys: int) -> torch.Tensor:
@@ -64,35 +75,34 @@ def some_padding(images: int, keys: int) -> torch.Tensor:
     return padding
 
 
-@every_alpha
 @pytest.mark.parametrize("padded", [False, True])
-def test_fused_attention_is_the_explicit_one(alpha, padded):
+def test_fused_attention_is_the_explicit_one(alpha, padded, check_attention, random, spread):
     query, key, value = random(2, 2, 19, 16, scale=2), random(2, 2, 45, 16, seed=1), random(2, 2, 45, 24, seed=2)
     check_attention(query, key, value, spread(alpha, 2), some_padding(2, 45) if padded else None)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 8, 8), (16, 16, 32, 16), (17, 33, 5, 40)])
-def test_fused_attention_of_odd_sizes(sizes):
+def test_fused_attention_of_odd_sizes(sizes, check_attention, random, spread):
     queries, keys, channels, value_channels = sizes
     query, key = random(1, 3, queries, channels, scale=2), random(1, 3, keys, channels, seed=1)
     check_attention(query, key, random(1, 3, keys, value_channels, seed=2), spread("learned", 3))
 
 
-def test_fused_attention_of_heads_that_are_views():
+def test_fused_attention_of_heads_that_are_views(check_attention, random):
     query, key, value = (random(2, n, 2, 8, seed=n).transpose(1, 2) for n in (18, 20, 20))
     check_attention(query, key, value, 1.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16])
 @pytest.mark.parametrize("alpha", [1.5, "learned"])
-def test_fused_attention_in_half_precision(dtype, alpha):
+def test_fused_attention_in_half_precision(dtype, alpha, check_attention, random, spread):
     """The interpreter has no product of bfloat16."""
     query, key, value = (random(1, 2, n, 16, seed=n).to(dtype) for n in (18, 35, 35))
     check_attention(query, key, value, spread(alpha, 2), some_padding(1, 35), atol=2e-2)
 
 
 @pytest.mark.parametrize("alpha", [2.0, 1.5, "learned"])
-def test_fused_attention_of_nothing_but_padding_is_zero(alpha):
+def test_fused_attention_of_nothing_but_padding_is_zero(alpha, check_attention, gradients, random, spread):
     query, key, value = random(2, 2, 5, 16), random(2, 2, 20, 16, seed=1), random(2, 2, 20, 16, seed=2)
     padding = torch.zeros(2, 20, dtype=torch.bool, device=DEVICE)
     padding[0] = True
@@ -104,7 +114,7 @@ def test_fused_attention_of_nothing_but_padding_is_zero(alpha):
 
 
 @pytest.mark.parametrize("alpha", [2.0, 1.5, "learned"])
-def test_tiles_without_weight_are_skipped(alpha):
+def test_tiles_without_weight_are_skipped(alpha, check_attention, flash, random):
     """Each block of queries looks at one block of keys: the values of all others are never touched."""
     blocks = torch.arange(64, device=DEVICE) // 16
     places = torch.nn.functional.one_hot(blocks, 16).float()[None, None]  # [1,1,64,16]
@@ -121,7 +131,7 @@ def test_tiles_without_weight_are_skipped(alpha):
     assert torch.autograd.grad(again[:, :, :32].sum(), query)[0][:, :, :32].isfinite().all()
 
 
-def test_tiles_die_during_the_search_for_the_threshold():
+def test_tiles_die_during_the_search_for_the_threshold(check_attention, random):
     """Blocks well above the first threshold, which is 1 / (alpha - 1) below the largest score, but below the last."""
     key = torch.zeros(1, 1, 48, 16, device=DEVICE)
     key[..., 0] = torch.tensor([0.0, -0.5, -0.9], device=DEVICE).repeat_interleave(16)
@@ -132,7 +142,7 @@ def test_tiles_die_during_the_search_for_the_threshold():
 
 
 @pytest.mark.parametrize("alpha", [2.0, 1.5, 1.3])
-def test_a_query_that_is_no_number_shows(alpha):
+def test_a_query_that_is_no_number_shows(alpha, flash, random):
     query, key, value = (random(1, 1, n, 16, seed=n) for n in (20, 40, 40))
     query[0, 0, [3, 16, 17, 18, 19], 2] = float("nan")  # one of a block, and all of a block
     mixed = flash.sparse_attention(query, key, value, alpha)
@@ -141,19 +151,23 @@ def test_a_query_that_is_no_number_shows(alpha):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_the_last_step_is_small_enough_where_the_curvature_has_no_bound(learned):
+def test_the_last_step_is_small_enough_where_the_curvature_has_no_bound(
+    learned, by_bisection, close, hard, used_weights
+):
     query = torch.zeros(1, 1, 1, 16, device=DEVICE)
-    query[..., :5] = 4 * HARD  # of a scale of 1 / 4: times the identity, those scores
+    query[..., :5] = 4 * hard  # of a scale of 1 / 4: times the identity, those scores
     key = torch.eye(5, 16, device=DEVICE)[None, None]
     alpha = torch.tensor([1.99], device=DEVICE) if learned else 1.99
-    close(used_weights(query, key, alpha)[0, 0], by_bisection(HARD, 1.99), atol=2e-7)
+    close(used_weights(query, key, alpha)[0, 0], by_bisection(hard, 1.99), atol=2e-7)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="sizes for a GPU")
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("channels", [32, 64, 128])
 @pytest.mark.parametrize("alpha", [2.0, 1.5, "learned"])
-def test_fused_attention_at_its_real_size(dtype, atol, channels, alpha, monkeypatch):
+def test_fused_attention_at_its_real_size(
+    dtype, atol, channels, alpha, monkeypatch, check_attention, flash, random, spread
+):
     monkeypatch.setattr(flash, "BLOCKS", {2: 64, 4: 32})
     query, key = (random(2, 4, n, channels, seed=n).to(dtype) for n in (700, 900))
     check_attention(query, key, random(2, 4, 900, 32).to(dtype), spread(alpha, 4), some_padding(2, 900), atol)
@@ -162,12 +176,16 @@ def test_fused_attention_at_its_real_size(dtype, atol, channels, alpha, monkeypa
 # Dropout
 
 
-def dropout_inputs(images: int = 2, queries: int = 32, keys: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys of 2 heads, in several blocks of 16; near alpha = 1 every key has a weight."""
-    return random(images, 2, queries, 16), random(images, 2, keys, 16, seed=1)
+@pytest.fixture(scope="session")
+def dropout_inputs(random):
+    def dropout_inputs(images: int = 2, queries: int = 32, keys: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys of 2 heads, in several blocks of 16; near alpha = 1 every key has a weight."""
+        return random(images, 2, queries, 16), random(images, 2, keys, 16, seed=1)
+
+    return dropout_inputs
 
 
-def test_dropout_drops_its_share_of_weights_and_scales_the_others():
+def test_dropout_drops_its_share_of_weights_and_scales_the_others(close, dropout_inputs, used_weights):
     query, key = dropout_inputs()
     weights, used = (used_weights(query, key, 1.05, dropout=dropout) for dropout in (0.0, 0.2))
     assert (weights > 0).all()
@@ -175,7 +193,7 @@ def test_dropout_drops_its_share_of_weights_and_scales_the_others():
     close(used, weights / 0.8 * (used > 0))
 
 
-def test_dropout_differs_between_images_heads_blocks_queries_keys_and_calls():
+def test_dropout_differs_between_images_heads_blocks_queries_keys_and_calls(dropout_inputs, used_weights):
     query, key = dropout_inputs()
     kept, other = (used_weights(query, key, 1.05, dropout=0.5, seed=seed) > 0 for seed in (0, 1))
     tiles = torch.cat([kept, other]).unfold(2, 16, 16).unfold(3, 16, 16)  # [B,H,2,3,16,16]
@@ -185,7 +203,9 @@ def test_dropout_differs_between_images_heads_blocks_queries_keys_and_calls():
         assert likeness.fill_diagonal_(0).abs().max() < 5 / some.shape[1] ** 0.5
 
 
-def test_dropout_depends_on_the_generator_for_the_cpu_and_leaves_it_alone_where_there_is_none():
+def test_dropout_depends_on_the_generator_for_the_cpu_and_leaves_it_alone_where_there_is_none(
+    dropout_inputs, flash, used_weights
+):
     query, key = dropout_inputs(1, 5, 20)
     first = used_weights(query, key, 1.3, dropout=0.3)
     second = flash.sparse_attention(query, key, key, 1.3, None, 0.3)
@@ -197,7 +217,7 @@ def test_dropout_depends_on_the_generator_for_the_cpu_and_leaves_it_alone_where_
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_the_backward_pass_drops_the_same_weights():
+def test_the_backward_pass_drops_the_same_weights(close, dropout_inputs, flash, gradients, random, used_weights):
     """Where the gradient of the mixed values is the identity, that of the values is the weights."""
     query, key = dropout_inputs(1, 20, 40)
     used = used_weights(query, key, 1.3, dropout=0.4)
@@ -210,12 +230,12 @@ def test_the_backward_pass_drops_the_same_weights():
 
 
 @pytest.mark.parametrize(("alpha", "padded"), [(2.0, False), (1.5, True), ("learned", False), ("learned", True)])
-def test_gradients_with_dropout_are_the_explicit_ones(alpha, padded):
+def test_gradients_with_dropout_are_the_explicit_ones(alpha, padded, check_attention, random, spread):
     query, key, value = random(2, 2, 18, 16, scale=2), random(2, 2, 32, 16, seed=1), random(2, 2, 32, 24, seed=2)
     check_attention(query, key, value, spread(alpha, 2), some_padding(2, 32) if padded else None, dropout=0.3)
 
 
-def test_dropout_is_the_same_when_a_checkpoint_computes_it_again():
+def test_dropout_is_the_same_when_a_checkpoint_computes_it_again(dropout_inputs, flash, gradients, random):
     query, key = dropout_inputs(1, 5, 20)
     found = []
     for run in (flash.sparse_attention, partial(checkpoint, flash.sparse_attention, use_reentrant=False)):
@@ -227,7 +247,7 @@ def test_dropout_is_the_same_when_a_checkpoint_computes_it_again():
     assert torch.equal(*found)
 
 
-def test_dropout_of_everything_leaves_nothing_and_more_is_refused():
+def test_dropout_of_everything_leaves_nothing_and_more_is_refused(dropout_inputs, flash, gradients, random):
     query, key = (x.requires_grad_() for x in dropout_inputs(1, 5, 20))
     mixed = flash.sparse_attention(query, key, key, 1.5, None, 1.0)
     assert (mixed == 0).all()
@@ -239,7 +259,7 @@ def test_dropout_of_everything_leaves_nothing_and_more_is_refused():
 @pytest.mark.skipif(DEVICE == "cpu", reason="sizes for a GPU")
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("alpha", [2.0, 1.5, "learned"])
-def test_dropout_at_its_real_size(dtype, atol, alpha, monkeypatch):
+def test_dropout_at_its_real_size(dtype, atol, alpha, monkeypatch, check_attention, flash, random, spread):
     monkeypatch.setattr(flash, "BLOCKS", {2: 64, 4: 32})
     query, key, value = (random(2, 4, n, 32, seed=n).to(dtype) for n in (700, 128, 128))
     check_attention(query, key, value, spread(alpha, 4), some_padding(2, 128), atol, dropout=0.1)

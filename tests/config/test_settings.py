@@ -1,0 +1,34 @@
+"""Sections of the settings: defaults that fit each other, frozen, and refused where they contradict each other."""
+
+import pytest
+from pydantic import ValidationError
+
+from detrlib.config import Config, load_config
+from detrlib.errors import ConfigError
+
+
+def test_maps_of_decoder_cross_are_always_among_those_that_are_stored():
+    assert load_config(overrides={"evaluate.store_sites": ["decoder_self"]}).evaluate.store_sites == (
+        "decoder_cross",
+        "decoder_self",
+    )
+
+
+def test_settings_are_frozen_at_every_depth():
+    cfg = Config()
+    for section, name in ((cfg, "train"), (cfg.train, "epochs"), (cfg.train.tracking, "group")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"data.cache": True, "data.workers": 2}, r"data\.workers"),
+        ({"data.image_size": 31}, r"data\.image_size"),
+        ({"loss.no_object": 0}, r"loss\.no_object"),
+    ],
+)
+def test_values_out_of_range_and_contradictions_are_named(overrides, named):
+    with pytest.raises(ConfigError, match=named):
+        load_config(overrides=overrides)

@@ -1,0 +1,25 @@
+"""One base for every foreseeable fault, and the built-in kinds that some of them are as well."""
+
+import inspect
+
+import pytest
+
+from detrlib import errors
+
+KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_base_catches_every_kind_with_its_message(kind):
+    with pytest.raises(errors.DetrlibError, match=r"^data\.root: no such folder$"):
+        raise kind("data.root: no such folder")
+
+
+@pytest.mark.parametrize("kind", [errors.ConfigError, errors.DataError, errors.ModelError])
+def test_wrong_values_are_value_errors_as_callers_of_other_libraries_expect(kind):
+    assert issubclass(kind, ValueError)
+
+
+def test_kinds_are_told_apart():
+    others = [kind for kind in KINDS if kind is not errors.DetrlibError]
+    assert not any(issubclass(one, other) for one in others for other in others if one is not other)
