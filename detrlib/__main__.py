@@ -183,7 +183,7 @@ def intervene(
     layer: Annotated[int | None, Option(help="alphas and transforms in this layer only, from 0")] = None,
     learned_alphas: Annotated[bool, Option("--learned-alphas", help="learned ones: their mean, and shuffled")] = False,
     prune_heads: Annotated[bool, Option("--prune-heads", help="every head alone, then one after the other")] = False,
-    order_images: Annotated[int, Option(min=1, help="training images that give the order of heads")] = 200,
+    order_images: Annotated[int, Option(min=1, help="training images that give the order of heads")] = 100,
     limit: Annotated[int | None, Option(min=1, help="the first validation images only")] = None,
     checkpoint: Checkpoint = "last",
 ) -> None:

@@ -25,15 +25,15 @@ def measure_latency(
     components are taken in passes of their own, which wait for the device at every border; the total is not slowed so.
     """
     device = str(next(model.parameters()).device)
-    inputs = torch.rand(batch, 3, *size, device=device), torch.zeros(batch, *size, dtype=torch.bool, device=device)
+    images = torch.rand(batch, 3, *size, device=device)
     training = model.training
     model.eval()
     try:
-        totals = [seconds(lambda: model(*inputs), device) for _ in range(warm_up + repeats)][warm_up:]
+        totals = [seconds(lambda: model(images), device) for _ in range(warm_up + repeats)][warm_up:]
         parts = []
         for _ in range(repeats):
             with _stopwatch(model, device) as spent:
-                whole = seconds(lambda: model(*inputs), device)
+                whole = seconds(lambda: model(images), device)
             parts.append({**spent, REST: whole - spent.total()})
     finally:
         model.train(training)

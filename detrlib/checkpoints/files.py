@@ -68,6 +68,7 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
         raise WeightsError(f"{path}: {error}") from None
     arguments = content.get("args", content.get("hyperparams", {})) if state is not content else {}
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    arguments = arguments if isinstance(arguments, Mapping) else {}
     return OfficialCheckpoint(path, state, family, _told(arguments, family), content.get("epoch"))
 
 

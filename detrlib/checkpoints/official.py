@@ -104,6 +104,8 @@ def _deformable_settings(
 ) -> dict[str, Any]:
     levels = _shape(state, "transformer.level_embed")[0]
     heads = told.get("model.num_heads", known["model.num_heads"])
+    if type(heads) is not int or heads < 1:
+        raise WeightsError(f"model.num_heads is {heads!r}; it must be a whole number from 1")
     two_stage = "transformer.pos_trans.weight" in state
     from_memory = two_stage and _shape(state, "transformer.pos_trans.weight")[0] == known["model.hidden_dim"]
     projections = range(_count(state, r"input_proj\.(\d+)\."))

@@ -38,9 +38,14 @@ GIVEN = {
         "model.attention.encoder_self": ("softmax", "it samples points and scores no keys; choose decoder_self"),
         "model.attention.decoder_cross": ("softmax", "it samples points and scores no keys; choose decoder_self"),
         "model.compatibility.attention_padding": ("hidden", "it hides padding always"),
+        "model.attention.tv_lambda": (None, "it has no tvmax, whose keys form a grid"),
         "model.polling": (None, "it keeps fewer tokens by model.deformable.rho"),
     },
-    "detr": {"model.deformable": (None, "set model.architecture to deformable")},
+    "detr": {
+        "model.deformable": (None, "set model.architecture to deformable"),
+        "model.compatibility.token_scores": (None, "it scores no tokens; that is Sparse DETR"),
+        "model.compatibility.dam": (None, "it scores no tokens; that is Sparse DETR"),
+    },
 }
 
 
@@ -169,7 +174,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _over(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     """`high` over `low`; where it names another architecture, only what that one knows is taken over from `low`."""
     family = high.get(ARCHITECTURE, low.get(ARCHITECTURE))
-    if family != low.get(ARCHITECTURE, "detr") and family in FAMILIES:
+    if isinstance(family, str) and family in FAMILIES and family != low.get(ARCHITECTURE, "detr"):
         low = {key: value for key, value in low.items() if not key.startswith("model.") or key in KNOWN_TO[family]}
     return low | high
 
@@ -217,7 +222,8 @@ DEFAULTS = {name: flat_settings(family(), "model.") for name, family in FAMILIES
 def _checked(settings: dict[str, Any], where: str) -> Config:
     """The settings as sections. Raises ConfigError naming the setting."""
     family = settings.get(ARCHITECTURE, "detr")
-    if str(family).startswith("faster_rcnn"):
+    family = family if isinstance(family, str) else repr(family)
+    if family.startswith("faster_rcnn"):
         raise ConfigError(
             f"{where}{ARCHITECTURE} {family} is no model of this library any more; measure the detections of any "
             "detector with detrlib evaluate NAME --predictions FILE.json --data DATA"

@@ -34,7 +34,7 @@ class ImageRecord(TypedDict):
 
 @with_config(DROP_THE_REST)
 class Annotation(TypedDict):
-    """An object: bbox (x, y, width, height) in pixels; area in square pixels, of its mask where it has one.
+    """An object: bbox (x, y, width, height) in pixels; area in square pixels, in COCO that of its mask.
 
     `read_annotations` fills in a missing id (a running number), area (that of the box) and iscrowd (0).
     """

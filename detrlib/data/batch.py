@@ -44,7 +44,7 @@ def collate(samples: list[tuple[Tensor, dict]], multiple: int = 32) -> Batch:
             that its prediction can be the same too.
 
     Returns:
-        A batch on the device of the images; targets stay as they are.
+        A batch; targets stay as they are.
     """
     images, targets = zip(*samples, strict=True)
     height, width = (_round_up(max(image.shape[axis] for image in images), multiple) for axis in (-2, -1))

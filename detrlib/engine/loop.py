@@ -86,8 +86,8 @@ def train_step(
 def train(cfg: Config, run_dir: Path) -> dict:
     """Train in `run_dir`, or go on where it holds a checkpoint; in each of the processes that torchrun started.
 
-    A process that only trains is faster on a CPU with `keep_freed_memory`, which the command line and `launch` call
-    before, and this function does not: it would change the whole process of a notebook.
+    On a CPU it is faster after `keep_freed_memory`, which the doors (`launch`, torchrun) call and this function does
+    not, since it changes the whole process it is called in.
 
     Args:
         cfg: every setting; train.batch_size is that of all processes together.

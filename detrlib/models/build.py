@@ -135,7 +135,7 @@ def _backbone(settings: Model, weights: str | Path | None, stages: Sequence[int]
     choice = settings.backbone
     weights = choice.weights if weights is None else weights
     if weights == "crops":
-        raise ConfigError("model.backbone.weights 'crops' needs data: use detrlib.pretrain.backbone_weights first")
+        raise ConfigError("model.backbone.weights 'crops' needs data: call engine.pretrain.backbone_weights first")
     if str(weights) not in ("none", "imagenet"):
         weights = project_path(weights)
     # Weights of a checkpoint are still to come when a run resumes: what is trained depends on the settings alone.

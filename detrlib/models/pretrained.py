@@ -27,7 +27,7 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
         raise WeightsError(f"there are no ImageNet weights for '{name}'; set model.backbone.weights to none or crops")
     try:
         return torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter for a file whose hash is wrong
         raise WeightsError(
             f"could not download the ImageNet weights of {name} ({error}). Offline, set model.backbone.weights to the "
             "path of a downloaded state dict, to 'crops' (pretrained on the data at hand) or to 'none'."

@@ -230,7 +230,7 @@ def _load_example(path: Path, store: AttentionStore) -> Example:
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise RunError(f"{path} is damaged ({error}); evaluate the run again") from error
     if "queries" not in values:
-        raise RunError(f"{path} was written before maps had a store of their own; evaluate the run again")
+        raise RunError(f"{path} was written before examples named their queries; evaluate the run again")
     example = Example(int(values.pop("image_id")), **values, stored=store)
     store.sites(example.image_id)  # raises where maps of it are not there
     return example

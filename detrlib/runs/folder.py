@@ -69,7 +69,7 @@ def refuse_other_settings(new: Config, run_dir: Path) -> None:
     before = flat_settings(old)
     # What training fills in from the data is no contradiction to a config that leaves it open.
     changed = [
-        f"{key} was {before[key]}, now {value}"
+        f"{key} was {before.get(key, 'not there')}, now {value}"
         for key, value in changed_settings(new, old).items()
         if not key.startswith(FREE_TO_CHANGE) and not (key == "model.num_classes" and None in (value, before[key]))
     ]

@@ -52,7 +52,7 @@ def test_attention_is_measured_at_the_sites_asked_for(untrained, sites, measured
 def test_losses_do_not_depend_on_how_images_share_batches(untrained):
     cfg, model, dataset = untrained
     cfg = replace(cfg, {"loss.auxiliary": True})
-    criterion = Criterion(cfg.loss)
+    criterion = Criterion(**dict(cfg.loss))
     losses = []
     for size in (5, 13):
         sized = replace(cfg, {"evaluate.batch_size": size})
