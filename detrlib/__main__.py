@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from detrlib.errors import ConfigError, DetrlibError, RunError
+from detrlib.errors import ConfigError, DetrlibError
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 
@@ -115,19 +115,14 @@ def evaluate(
     from detrlib.engine.evaluate import evaluate_run
     from detrlib.experiments.predictions import evaluate_predictions
     from detrlib.experiments.transfer import evaluate_on, scored_classes
-    from detrlib.runs.folder import load_results, run_path
+    from detrlib.runs.folder import run_path
 
     overrides = pairs(settings, "--set", "evaluate.paibb=thesis")
     names = pairs(renamed, "--map", "bike=bicycle")
     if predictions or data:
-        if not (predictions and data) or on or names or by_id or save_as or overrides or checkpoint != "last":
-            raise ConfigError("--predictions needs --data, and takes --split and --images besides, nothing else")
-        results = evaluate_predictions(run_path(run), predictions, data, split, images=images)
-    elif made_of := load_results(run_path(run)).get("detector"):
-        raise RunError(
-            f"{run_path(run)} is made of {made_of}: it has no model to evaluate, and its results are complete; "
-            "detections in other data make a run of their own (--predictions, --data)"
-        )
+        if not (predictions and data) or on or names or by_id or save_as or checkpoint != "last":
+            raise ConfigError("--predictions needs --data, and takes --split, --images and --set besides")
+        results = evaluate_predictions(run_path(run), predictions, data, split, images=images, overrides=overrides)
     elif on is None:
         if images or names or by_id or save_as:
             raise ConfigError("--images, --map, --by-id and --as belong to data given as --on")

@@ -1,11 +1,12 @@
 """A batch of images of different sizes: padded to one size, with a mask that tells image from padding."""
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from detrlib.errors import ConfigError
+from detrlib.errors import ConfigError, DataError
 
 
 class Batch(NamedTuple):
@@ -57,6 +58,17 @@ def collate(samples: list[tuple[Tensor, dict]], multiple: int = 32) -> Batch:
         padded[index, :, :h, :w] = image
         padding_mask[index, :h, :w] = False
     return Batch(padded, padding_mask, list(targets))
+
+
+def batches(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader. A fault of the data that a worker process has met is the one line it is without workers.
+
+    PyTorch hands on an exception of a worker with the worker's traceback for a message.
+    """
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
 
 
 def _round_up(length: int, multiple: int) -> int:

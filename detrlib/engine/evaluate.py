@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from detrlib.config import Config, load_config, replace, save_config
 from detrlib.data import CocoDataset, build_dataset, collate
+from detrlib.data.batch import batches
 from detrlib.engine.pretrain import backbone_weights
 from detrlib.errors import ConfigError, RunError
 from detrlib.files import load_checkpoint, load_weights, write_atomic, write_json
@@ -109,7 +110,14 @@ def load_model(run_dir: Path, checkpoint: str = "last") -> nn.Module:
     """The model of a run, on the CPU, in evaluation mode; averaged weights where the run keeps them.
 
     checkpoint "untrained": the model as it was before training, its pretrained backbone included.
+    Raises RunError for a run that has no such checkpoint, or is made of another detector's predictions.
     """
+    made_of = load_results(run_dir).get("detector") if (run_dir / "results.json").exists() else None
+    if made_of:
+        raise RunError(
+            f"{run_dir} is made of {made_of}: it has no model, and its results are complete; detections in other data "
+            "make a run of their own (detrlib evaluate NAME --predictions FILE --data DATA)"
+        )
     cfg = load_config(run_dir / "config.yaml")
     if checkpoint == UNTRAINED:
         weights = None
@@ -186,7 +194,7 @@ def evaluate(
             folder = run_dir / "measures" if run_dir else None
             looks = AttentionMeasures(cfg, folder, accelerator.process_index, accelerator.num_processes, sites)
         bar = tqdm(_share(dataset, cfg, accelerator), desc="evaluating", leave=False, disable=not progress or None)
-        for batch in bar:
+        for batch in batches(bar):
             batch = batch.to(device)
             wanted = {*looks.sites, *(record.sites(batch) if record else ())} if looks else ()
             with autocast(cfg.train.precision, device):

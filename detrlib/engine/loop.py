@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, build_dataset, collate
-from detrlib.data.batch import EpochSampler
+from detrlib.data.batch import EpochSampler, batches
 from detrlib.engine.evaluate import autocast, evaluate, initial_model, save_results
 from detrlib.engine.pretrain import backbone_weights
 from detrlib.engine.state import TrainingState
@@ -198,7 +198,7 @@ class Trainer:
         sums, quiet = {}, None if accelerator.is_main_process else True
         bar = tqdm(self.loader, desc=f"epoch {state.epoch + 1}/{cfg.epochs}", leave=False, disable=quiet)
         clock = time.perf_counter()
-        for batch in bar:
+        for batch in batches(bar):
             waited = time.perf_counter() - clock
             terms = self._step(batch.to(accelerator.device))
             for name, value in terms.items():

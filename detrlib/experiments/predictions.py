@@ -5,7 +5,7 @@ detrlib evaluate faster-rcnn --predictions detections.json --data papermill_runs
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ FIELDS = ("image_id", "category_id", "bbox", "score")
 
 
 def evaluate_predictions(
-    run_dir: Path, predictions: Path, data: Path, split: str | None = None, *, images: Path | None = None
+    run_dir: Path,
+    predictions: Path,
+    data: Path,
+    split: str | None = None,
+    *,
+    images: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> dict:
     """Make a run folder of the detections that any detector has written in COCO's results format.
 
@@ -33,6 +39,7 @@ def evaluate_predictions(
         data: what the detections are of: a config (its validation split), a COCO-format folder or an annotation file.
         split: another split than the validation split.
         images: the folder of the pictures, if not where `data` has them.
+        overrides: dotted settings of `evaluate`, such as {"evaluate.engine": "pycocotools"}.
 
     Returns:
         What results.json holds: `detector` says where the detections are from; there is no attention in it.
@@ -43,13 +50,13 @@ def evaluate_predictions(
     """
     if run_dir.exists():
         raise RunError(f"{run_dir} is there already; choose another run name, or delete the folder")
-    cfg = _config(project_path(data), split, images and project_path(images))
+    cfg = replace(_config(project_path(data), split, images and project_path(images)), dict(overrides or {}))
     dataset = build_dataset(cfg.data, "val")
     detections = read_detections(predictions, dataset.image_ids, list(dataset.category_ids.values()))
     cfg = replace(cfg, {"model.num_classes": dataset.num_classes})
     results = {
         "detector": f"predictions from {predictions.name}",
-        "detection": coco_ap(dataset.ground_truth, detections),
+        "detection": coco_ap(dataset.ground_truth, detections, cfg.evaluate.engine),
         "images": len(dataset),
         "annotations": dataset.annotations_path.name,
         "alpha": {},
@@ -66,8 +73,10 @@ def evaluate_predictions(
 def _config(data: Path, split: str | None, images: Path | None) -> Config:
     """Settings whose validation data are those asked for; the others, which say nothing here, as by default."""
     if data.suffix in (".yaml", ".yml"):
-        cfg = Config(data=load_config(data).data)
-        other = {"data.val_split": split, "data.val_images": None, "data.val_annotations": None} if split else {}
+        given = load_config(data)
+        cfg = Config(data=given.data, evaluate=given.evaluate)
+        whole = {"data.val_images": None, "data.val_annotations": None, "data.val_limit": None}
+        other = {"data.val_split": split, **whole} if split else {}
         return replace(cfg, other | ({"data.val_images": str(images)} if images else {}))
     images, annotations = find_data(data, images, split, Config().data.val_split)
     root = str(data if data != annotations else data.parent)

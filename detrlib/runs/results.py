@@ -35,6 +35,14 @@ def metrics_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["run", "global_step", "epoch", "metric", "value"])
 
 
+def _evaluated(run_dir: Path) -> dict:
+    """The results of a run. Raises RunError where it was made of official weights and has none yet."""
+    results = load_results(run_dir)
+    if "imported" in results:
+        raise RunError(f"{run_dir} is made of {results['imported']} and not evaluated yet: detrlib evaluate {run_dir}")
+    return results
+
+
 def published_curves(path: Path) -> pd.DataFrame:
     """Curves of other trainings, as of `metrics_frame`: columns run, epoch, metric, value.
 
@@ -143,7 +151,7 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """
     rows = []
     for run_dir, label in run_labels(run_dirs).items():
-        results, cfg = load_results(run_dir), load_config(run_dir / "config.yaml")
+        results, cfg = _evaluated(run_dir), load_config(run_dir / "config.yaml")
         detector = results.get("detector")  # of a run made of predictions, of whose model nothing is known
         sites = ("encoder_self", "decoder_self", "decoder_cross")
         transforms = {site: None if detector else cfg.model.transform_at(site) for site in sites}
@@ -171,7 +179,7 @@ def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """
     rows = {}
     for run_dir, label in run_labels(run_dirs).items():
-        results = load_results(run_dir)
+        results = _evaluated(run_dir)
         cross = results.get("attention", {}).get("decoder_cross", {"gini": np.nan, "zeros": np.nan})
         rows[label] = {
             **{name: results["detection"][name] for name in AP_CUTS},
@@ -239,7 +247,7 @@ def objects_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
 
 def class_names(run_dir: Path) -> dict[int, str]:
     """The classes of a run by their labels."""
-    return {int(label): name for label, name in load_results(run_dir)["names"].items()}
+    return {int(label): name for label, name in _evaluated(run_dir)["names"].items()}
 
 
 def measures(run_dirs: Iterable[Path], name: str) -> pd.DataFrame:
@@ -261,7 +269,7 @@ def final_alphas(run_dirs: Iterable[Path], site: str = "decoder_cross") -> dict[
     """Alphas [layers, heads] at the end of training, for the runs that have learnable ones at `site`."""
     alphas = {}
     for run_dir, label in run_labels(run_dirs).items():
-        layers = {name: values for name, values in load_results(run_dir)["alpha"].items() if name.startswith(site)}
+        layers = {name: values for name, values in _evaluated(run_dir)["alpha"].items() if name.startswith(site)}
         if layers:
             alphas[label] = np.array([layers[f"{site}.{number}"] for number in range(len(layers))])
     return alphas
@@ -301,7 +309,7 @@ def _trained(run_dir: Path, site: str) -> tuple[str, float]:
     """The transform a run was trained with at a site, and its alpha."""
     model = load_config(run_dir / "config.yaml").model
     transform = model.transform_at(site)
-    alphas = load_results(run_dir)["alpha"]
+    alphas = _evaluated(run_dir)["alpha"]
     learned = [alpha for name, heads in alphas.items() if name.startswith(f"{site}.") for alpha in heads]
     known = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": model.attention.alpha}
     return transform, float(np.mean(learned)) if learned else known.get(transform, float("nan"))
@@ -315,7 +323,7 @@ def provenance(run_dirs: Iterable[Path], made_by: str) -> str:
         changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
         device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
         lines.append(f"{label}: commit {known['commit']}{changed}; torch {known['packages']['torch']}; {device}")
-    lines.append("each run: detrlib train <its folder>/config.yaml --name <a new name>")
+    lines.append("each run with a model: detrlib train <its folder>/config.yaml --name <a new name>")
     return "\n".join(lines)
 
 

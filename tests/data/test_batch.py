@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from detrlib.data.batch import EpochSampler, collate
-from detrlib.errors import ConfigError
+from detrlib.data.batch import EpochSampler, batches, collate
+from detrlib.errors import ConfigError, DataError
 
 
 def test_collate_pads_below_and_to_the_right_and_masks_padding():
@@ -50,3 +50,21 @@ def test_shards_partition_every_batch(length, batch, processes):
 def test_fewer_images_than_processes_is_refused():
     with pytest.raises(ConfigError, match=r"1 training images .* 2 processes"):
         EpochSampler(1, 8, 0, 2, 0)
+
+
+class Torn(torch.utils.data.Dataset):
+    """Pictures that cannot be decoded."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        raise DataError(f"{index}.png cannot be read: truncated")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_of_the_data_is_one_line_whichever_process_meets_it(workers):
+    loader = torch.utils.data.DataLoader(Torn(), collate_fn=collate, num_workers=workers)
+    with pytest.raises(DataError) as caught:
+        list(batches(loader))
+    assert str(caught.value) == "0.png cannot be read: truncated"

@@ -150,6 +150,15 @@ def test_command_line(run_dir, config, tmp_path):
         assert refused.exit_code == 1 and "--predictions" in refused.stderr
 
 
-def test_there_is_no_model_to_evaluate(run_dir):
-    refused = CliRunner().invoke(app, ["evaluate", str(run_dir)])
+@pytest.mark.parametrize("command", ["evaluate", "explain", "intervene"])
+def test_there_is_no_model_to_look_into(run_dir, command):
+    refused = CliRunner().invoke(app, [command, str(run_dir)])
     assert refused.exit_code == 1 and "other is made of predictions from found.json" in refused.stderr
+
+
+def test_settings_of_the_evaluation_are_kept(run_dir, config, tmp_path):
+    overrides = {"evaluate.engine": "pycocotools"}
+    results = evaluate_predictions(tmp_path / "run", run_dir / "predictions.json", config, overrides=overrides)
+    assert load_config(tmp_path / "run" / "config.yaml").evaluate.engine == "pycocotools"
+    before = json.loads((run_dir / "results.json").read_text())["detection"]
+    assert results["detection"]["AP"] == pytest.approx(before["AP"], abs=1e-12)

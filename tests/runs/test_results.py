@@ -164,3 +164,10 @@ def test_results_frame(tmp_path, tiny_config):
     assert {name: row[name] for name in expected} == expected
     assert row["decoder_cross/gini"] == pytest.approx(0.3) and row["paibb/all"] == 0.5
     assert seed_table(frame, ["AP"])["n"].tolist() == [2]
+
+
+def test_a_run_of_official_weights_has_no_results_before_it_is_evaluated(tmp_path):
+    write_json(tmp_path / "results.json", {"imported": "detr-r50.pth"})
+    for table in (frames.results_table, frames.results_frame, frames.final_alphas):
+        with pytest.raises(RunError, match="not evaluated yet"):
+            table([tmp_path])
