@@ -90,9 +90,17 @@ def test_every_name_of_every_model_comes_back(published, without_memory):
     assert not any(entry.startswith(("backbone.body.", "position.")) or ".transform." in entry for entry in official)
 
 
-@pytest.mark.parametrize(("name", "pre_norm"), [("detr-r50", False), ("detr-pre-norm", True)])
-def test_official_names_of_detr(name, pre_norm, without_memory):
-    assert set(export_official(without_memory(name))) == official_detr_names(pre_norm)
+@pytest.mark.parametrize(
+    ("name", "kind", "entries"),
+    [
+        ("detr-r50", {}, 458),
+        ("detr-pre-norm", {"pre_norm": True}, 460),
+        ("detr-learned-position", {"learned_position": True}, 460),
+    ],
+)
+def test_official_names_of_detr(name, kind, entries, without_memory):
+    names = set(export_official(without_memory(name)))
+    assert names == official_detr_names(**kind) and len(names) == entries
 
 
 @pytest.mark.parametrize(

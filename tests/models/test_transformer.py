@@ -65,55 +65,13 @@ def test_parts_of_detr(detr, frozen, trainable):
 # Names
 
 
-def official_names(pre_norm: bool = False, learned_position: bool = False) -> set[str]:
-    """Entries of an official DETR R50 checkpoint."""
-
-    def both(*modules: str) -> list[str]:
-        return [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
-
-    def norm(module: str) -> list[str]:
-        return [*both(module), f"{module}.running_mean", f"{module}.running_var"]
-
-    def attention(module: str) -> list[str]:
-        return [f"{module}.in_proj_weight", f"{module}.in_proj_bias", *both(f"{module}.out_proj")]
-
-    names = both("class_embed", *(f"bbox_embed.layers.{i}" for i in range(3)), "input_proj", "transformer.decoder.norm")
-    names += ["query_embed.weight"]
-    for i in range(6):
-        encoder, decoder = f"transformer.encoder.layers.{i}", f"transformer.decoder.layers.{i}"
-        names += attention(f"{encoder}.self_attn")
-        names += both(*(f"{encoder}.{part}" for part in ("linear1", "linear2", "norm1", "norm2")))
-        names += attention(f"{decoder}.self_attn") + attention(f"{decoder}.multihead_attn")
-        names += both(*(f"{decoder}.{part}" for part in ("linear1", "linear2", "norm1", "norm2", "norm3")))
-    body = "backbone.0.body"
-    names += [f"{body}.conv1.weight", *norm(f"{body}.bn1")]
-    for stage, blocks in enumerate((3, 4, 6, 3), start=1):
-        for block in range(blocks):
-            place = f"{body}.layer{stage}.{block}"
-            for i in (1, 2, 3):
-                names += [f"{place}.conv{i}.weight", *norm(f"{place}.bn{i}")]
-        names += [f"{body}.layer{stage}.0.downsample.0.weight", *norm(f"{body}.layer{stage}.0.downsample.1")]
-    if pre_norm:
-        names += both("transformer.encoder.norm")
-    if learned_position:
-        names += ["backbone.1.row_embed.weight", "backbone.1.col_embed.weight"]
-    assert len(names) == len(set(names))
-    return set(names)
-
-
 @pytest.mark.parametrize(
     ("pre_norm", "position", "entries"),
     [(False, "sine", 458), (True, "sine", 460), (False, "learned", 460)],
 )
-def test_entries_are_those_of_official_checkpoints(pre_norm, position, entries, detr):
+def test_entries_have_the_number_and_shapes_of_official_checkpoints(pre_norm, position, entries, detr):
     state = detr(norm="pre" if pre_norm else "post", position=position).state_dict()
-    moved = {"backbone.body.": "backbone.0.body.", "position.": "backbone.1."}
-    names = set()
-    for name in state:
-        prefix = next((prefix for prefix in moved if name.startswith(prefix)), "")
-        names.add(moved.get(prefix, "") + name.removeprefix(prefix))
     assert len(state) == entries
-    assert names == official_names(pre_norm, position == "learned")
     assert state["class_embed.weight"].shape == (92, 256)
     assert state["query_embed.weight"].shape == (100, 256)
     assert state["input_proj.weight"].shape == (256, 2048, 1, 1)
