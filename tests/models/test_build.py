@@ -36,13 +36,13 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_mask_says_what_a_mask_of_no_padding_says(family, small):
-    """To the last digit; group norms alone take another way to their statistics where there is a mask."""
+    """To rounding: with a mask, attention and group norms take other kernels, which differ between processors."""
     model = small(**FAMILIES[family])
     images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         without = model(images, need_attention=True)
         masked = model(images, torch.zeros(2, 96, 128, dtype=torch.bool), need_attention=True)
-    tolerance = 1e-4 if FAMILIES[family].get("architecture") == "deformable" else 0.0
+    tolerance = 1e-4 if FAMILIES[family].get("architecture") == "deformable" else 1e-5
     for one, other in zip((*without.auxiliary, without), (*masked.auxiliary, masked), strict=True):
         torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=tolerance)
         torch.testing.assert_close(one.boxes, other.boxes, rtol=0, atol=tolerance)
