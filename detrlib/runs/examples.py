@@ -118,7 +118,7 @@ class Recorder:
         packed = {site: _packed(predictions, site, len(numbers)) for site in self.wanted if numbers}
         for index, number in enumerate(numbers):
             sites = {site: [layer[index] for layer in layers] for site, layers in packed.items()}
-            extent = _extent(batch, predictions.attention, index).tolist()
+            extent = cells_of(batch, predictions.attention, index).tolist()
             self.maps.add(batch.targets[index]["image_id"], extent, sites)
             if number < self.examples:
                 save_example(self.run_dir, make_example(batch, predictions, pairs, index))
@@ -183,13 +183,26 @@ def make_example(batch: Batch, predictions: Predictions, pairs: list[Match], ind
         "labels": labels[order],
         "scores": scores[order],
         "matched": matched[order],
-        "extent": _extent(batch, predictions.attention, index),
+        "extent": cells_of(batch, predictions.attention, index),
         "queries": order,
     }
     return Example(target["image_id"], **{name: value.cpu().numpy() for name, value in values.items()})
 
 
-def _extent(batch: Batch, maps: AttentionMaps, index: int) -> Tensor:
+def maps_of(predictions: Predictions, site: Site, index: int, queries: Tensor | None = None) -> np.ndarray:
+    """The maps of image number `index`, without padding, in the shape of `Example.maps`, of all layers.
+
+    queries: [n] whose maps are taken at the decoder's sites; None: all. Of the encoder it is always all.
+    """
+    maps, layers = predictions.attention, []
+    for layer in range(len(getattr(maps, site))):
+        weights = (maps.decoder_self[layer] if site == "decoder_self" else maps.as_images(site, layer))[index]
+        weights = _valid(weights, index, site, predictions).float()
+        layers.append((weights if site == "encoder_self" or queries is None else weights[:, queries]).cpu().numpy())
+    return np.stack(layers)
+
+
+def cells_of(batch: Batch, maps: AttentionMaps, index: int) -> Tensor:
     """[2], height and width of an image in cells of the key grid."""
     stride = torch.tensor([s / g for s, g in zip(batch.images.shape[-2:], maps.grid, strict=True)])
     return batch.targets[index]["size"].cpu() / stride

@@ -1,0 +1,283 @@
+"""Any picture through any detector, no annotations needed.
+
+    found = predict("quickstart/softmax", ["photo.jpg", "holiday/"])
+    found[0].to_frame()
+
+    detrlib predict detr-r50 photo.jpg
+
+Pictures are prepared as those of the run's validation are, so that a picture of its data set gives the detections that
+an evaluation gives. Legend: B images, H heads, Q queries, K keys, n detections of a picture.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional
+from tqdm.auto import tqdm
+
+from detrlib.config import Config, load_config
+from detrlib.data import Batch, collate
+from detrlib.data.annotations import listed
+from detrlib.data.augment import build_transform
+from detrlib.data.pictures import Picture, find_pictures, unreadable
+from detrlib.engine.evaluate import DETECTIONS_PER_IMAGE, autocast, load_model
+from detrlib.errors import ConfigError, DataError, ModelError
+from detrlib.metrics.sparsity import sparsity
+from detrlib.models import Predictions
+from detrlib.models.outputs import Site
+from detrlib.runs.detected import Detected
+from detrlib.runs.examples import Example, cells_of, load_examples, maps_of
+from detrlib.runs.folder import load_results, run_path
+
+SCORE = 0.5  # of the detections that are kept
+SHOWN = 1024  # pixels of the longer side of a picture that is kept to be drawn
+BATCH = 4  # pictures that a model sees at a time
+NUMBERS = ("support", "gini", "zeros")  # of `metrics.sparsity`
+
+
+@dataclass
+class Detector:
+    """A model in evaluation mode with what is needed to run it on a picture and to read what it says."""
+
+    label: str  # what it is called where several stand side by side
+    model: nn.Module
+    cfg: Config
+    names: Mapping[int, str]  # label -> class; empty: labels are shown as numbers
+    device: torch.device
+
+    def batch(self, pictures: Sequence[tuple[Picture, Image.Image, tuple[int, int]]]) -> Batch:
+        """Pictures that were read, with their sizes, as an evaluation would give them to this model."""
+        transform, samples = build_transform(self.cfg.data.image_size), []
+        for picture, image, size in pictures:
+            none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+            pixels, boxes, labels = transform(functional.pil_to_tensor(image), *none)
+            target = {"boxes": boxes, "labels": labels, "image_id": picture.image_id}
+            sizes = {"original_size": torch.tensor(size), "size": torch.tensor(pixels.shape[-2:])}
+            samples.append((pixels, target | sizes))
+        return collate(samples).to(self.device)
+
+
+def predict(
+    model_or_run: str | Path | Detector | tuple[nn.Module, Config, Mapping[int, str]],
+    pictures: Any,
+    *,
+    min_score: float = SCORE,
+    attention: bool | Collection[Site] = False,
+    batch_size: int = BATCH,
+    device: str | None = None,
+    checkpoint: str = "last",
+    limit: int | None = None,
+    progress: bool = True,
+) -> list[Detected]:
+    """Run a detector on pictures of one's own.
+
+    Args:
+        model_or_run: name or folder of a run, or a model with its settings and the names of its classes by label.
+        pictures: files, folders, patterns such as "photos/*.jpg", a JSON file that lists images, PIL images, arrays
+            [H,W,3] uint8, tensors [3,H,W]; one or several, see `find_pictures`.
+        min_score: of the detections that are kept, in 0..1.
+        attention: keep the maps of the detections too: True those of decoder_cross, or the sites named.
+        batch_size: pictures that the model sees at a time; with padding hidden it changes nothing but the time.
+        device: "cpu", "cuda" or another of torch's; None: a GPU where there is one.
+        checkpoint: of a run: "last", "best", "epoch-0010" and so on, or "untrained".
+        limit: the first pictures only.
+        progress: show a bar.
+
+    Returns:
+        What was found in each picture, in their order, see `Detected`; with attention, an `Example` and the sparsity
+        of the maps in each.
+
+    Raises:
+        DataError: something given is no picture; every such file is named before the model is run.
+        RunError, WeightsError: there is no such run, or its weights cannot be read.
+        ConfigError: the device is not there, or a score or site is none.
+    """
+    sites, found = sites_of(attention), find_pictures(pictures, limit)
+    if faults := unreadable(found):
+        raise DataError("; ".join(f"{name}: {why}" for name, why in faults.items()))
+    detector = open_detector(model_or_run, device, checkpoint)
+    options = {"min_score": min_score, "sites": sites, "batch_size": batch_size, "progress": progress}
+    return [one for (one,) in predict_each([detector], found, **options)]
+
+
+def predict_each(
+    detectors: Sequence[Detector],
+    pictures: Sequence[Picture],
+    *,
+    min_score: float = SCORE,
+    sites: Collection[Site] = (),
+    batch_size: int = BATCH,
+    left_out: dict[str, str] | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[Detected, ...]]:
+    """What each of several detectors finds in each picture, picture by picture: nothing is kept in memory.
+
+    left_out: where names of files that turn out not to be readable, and why, are put; None: they raise DataError.
+    Otherwise as `predict`.
+    """
+    if not 0 <= min_score <= 1 or batch_size < 1:
+        raise ConfigError(f"min_score {min_score}, batch_size {batch_size}: a score is in 0..1, a batch 1 or more")
+    check_sites(detectors, sites)
+    with tqdm(total=len(pictures), desc="predicting", unit="picture", disable=not progress or None) as bar:
+        for first in range(0, len(pictures), batch_size):
+            readable = []
+            for picture in pictures[first : first + batch_size]:
+                try:
+                    readable.append((picture, *picture.read()))
+                except DataError as error:
+                    if left_out is None:
+                        raise
+                    left_out[picture.name] = str(error).removeprefix(f"{picture.name}: ")
+            if readable:
+                yield from zip(*(_detected(each, readable, min_score, sites) for each in detectors), strict=True)
+            bar.update(min(batch_size, len(pictures) - first))
+
+
+def open_detector(
+    model_or_run: str | Path | Detector | tuple[nn.Module, Config, Mapping[int, str]],
+    device: str | None = None,
+    checkpoint: str = "last",
+) -> Detector:
+    """The model of a run, or one that is given with its settings and names, ready on a device. Raises as `predict`."""
+    where = chosen_device(device)
+    if isinstance(model_or_run, Detector):
+        return model_or_run
+    if isinstance(model_or_run, str | Path):
+        run_dir = run_path(model_or_run)
+        model, cfg = load_model(run_dir, checkpoint), load_config(run_dir / "config.yaml")
+        names = load_results(run_dir).get("names", {}) if (run_dir / "results.json").exists() else {}
+        label = str(model_or_run)
+    else:
+        (model, cfg, names), label = model_or_run, "model"
+    names = {int(number): name for number, name in names.items()}
+    return Detector(label, model.to(where).eval(), cfg, names, where)
+
+
+def examples_of(
+    run: str | Path, pictures: Any = (), min_score: float = SCORE, attention: bool | Collection[Site] = True
+) -> list[Example]:
+    """Pictures of one's own as examples for figures and the viewer; none given: those that the run's evaluation stored.
+
+    Arguments and faults are those of `predict` and `load_examples`.
+    """
+    if not isinstance(pictures, str | Path) and not len(pictures):
+        return load_examples(run_path(run))
+    return [found.example for found in predict(run, pictures, min_score=min_score, attention=attention)]
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU where there is one. Raises ConfigError for one that is not there."""
+    if name is None:
+        return Accelerator().device
+    try:
+        torch.zeros((), device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"device {name!r} is not there ({reason}); cpu always is") from None
+    return torch.device(name)
+
+
+def sites_of(attention: bool | Collection[str]) -> tuple[Site, ...]:
+    """The sites meant by `attention`; decoder_cross is among them where any is. Raises ConfigError for others."""
+    if attention is False or attention is None:
+        return ()
+    sites = () if attention is True else (attention,) if isinstance(attention, str) else tuple(attention)
+    if unknown := [site for site in sites if site not in get_args(Site)]:
+        raise ConfigError(f"attention: no site {unknown[0]!r}; there are {', '.join(get_args(Site))}")
+    return tuple(dict.fromkeys(("decoder_cross", *sites)))
+
+
+def check_sites(detectors: Sequence[Detector], sites: Collection[Site]) -> None:
+    """Raise ModelError naming the detector that has no attention at one of the sites."""
+    for each in detectors:
+        if "encoder_self" in sites and not each.cfg.model.encoder_layers:
+            raise ModelError(f"{each.label}: model.encoder_layers is 0, it has no encoder_self; choose another site")
+
+
+@torch.no_grad()
+def _detected(
+    detector: Detector,
+    pictures: Sequence[tuple[Picture, Image.Image, tuple[int, int]]],
+    min_score: float,
+    sites: Collection[Site],
+) -> list[Detected]:
+    """What a detector finds in a batch of pictures."""
+    batch, results = detector.batch(pictures), []
+    with autocast(detector.cfg.train.precision, detector.device):
+        predictions = detector.model(batch.images, batch.padding_mask, need_attention=tuple(sites))
+    sizes = torch.stack([target["original_size"] for target in batch.targets])
+    every = predictions.detections(sizes, DETECTIONS_PER_IMAGE)
+    for index, ((picture, image, size), found) in enumerate(zip(pictures, every, strict=True)):
+        # Labels between two category ids can be predicted, but name no category.
+        named = [not detector.names or label in detector.names for label in found.labels.tolist()]
+        kept = (found.scores >= min_score) & torch.tensor(named, dtype=torch.bool, device=found.scores.device)
+        boxes, scores, labels, queries = (
+            getattr(found, name)[kept].cpu().numpy() for name in ("boxes", "scores", "labels", "queries")
+        )
+        names = [detector.names.get(label, str(label)) for label in labels.tolist()]
+        one = Detected(picture.name, picture.image_id, size, boxes, scores, labels, names, queries, picture)
+        if sites:
+            one.example = _example(one, image, batch, predictions, index, sites)
+            one.sparsity = sparsity_of(predictions, index, sites, found.queries[kept])
+        results.append(one)
+    return results
+
+
+def _example(
+    found: Detected, image: Image.Image, batch: Batch, predictions: Predictions, index: int, sites: Collection[Site]
+) -> Example:
+    """A picture as an example without annotated objects, with the maps of its detections."""
+    shown = image.copy()
+    shown.thumbnail((SHOWN, SHOWN), Image.Resampling.LANCZOS)
+    pixels = np.asarray(shown)
+    queries = torch.as_tensor(found.queries, device=predictions.logits.device)
+    return Example(
+        image_id=found.image_id,
+        image=pixels,
+        true_boxes=np.zeros((0, 4), dtype=np.float32),
+        true_labels=np.zeros(0, dtype=np.int64),
+        boxes=found.boxes_in(pixels),
+        labels=found.labels,
+        scores=found.scores,
+        matched=np.full(len(found), -1),
+        queries=found.queries,
+        extent=cells_of(batch, predictions.attention, index).numpy(),
+        stored={site: maps_of(predictions, site, index, queries) for site in sites},
+    )
+
+
+def sparsity_of(predictions: Predictions, index: int, sites: Collection[Site], queries: Tensor) -> pd.DataFrame:
+    """How sparse the attention to one picture is, as an evaluation measures it.
+
+    Returns:
+        A row per site, layer (from 0) and choice of rows ("all", and of the decoder "detected": `queries` [n]): means
+        over rows and heads of support (keys with weight), gini, zeros (share of exact zeros), and the number of keys.
+    """
+    maps, rows = predictions.attention, []
+    padding = maps.key_padding
+    for site in sites:
+        for layer, weights in enumerate(getattr(maps, site)):
+            own = weights[index].float()  # [H,Q,K]
+            valid = None if site == "decoder_self" or padding is None else ~padding[index]
+            measured = sparsity(own, valid)
+            keys = own.shape[-1] if valid is None else int(valid.sum())
+            choices = {"all": slice(None), "detected": queries}
+            if site == "encoder_self":  # rows of padding do not count
+                choices = {"all": slice(None) if valid is None or len(valid) != own.shape[1] else valid}
+            for name, choice in choices.items():
+                values = {number: measured[number][:, choice].mean().item() for number in NUMBERS}
+                rows.append({"site": site, "layer": layer, "queries": name, "keys": keys, **values})
+    return pd.DataFrame(rows)
+
+
+def describe_left_out(left_out: Mapping[str, str]) -> str:
+    """In one line, which files were left out and why."""
+    return listed((f"{name}: {why}" for name, why in left_out.items()), 8)

@@ -1,0 +1,203 @@
+"""Pictures of one's own with what was detected in them, runs side by side, and where each detection looked.
+
+Legend: n detections of a picture, L layers, H heads, h x w cells of a map. Boxes are xyxy in pixels.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from detrlib.boxes import xyxy_to_cxcywh
+from detrlib.figures.attention import draw_box, draw_image, draw_map
+from detrlib.figures.choices import cell_at, cells_ask
+from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, Nothing, image_panels, panels, styled
+from detrlib.metrics.localisation import paibb
+from detrlib.metrics.sparsity import gini
+from detrlib.runs.detected import Detected
+
+PANEL = 4.6  # inches, width of a picture beside others
+PROPORTIONS = (0.3, 1.7)  # height / width of a panel at least and at most, however long the picture is
+SMALL_PANEL = 1.9
+MOST = 6  # detections whose maps are drawn
+SHEET = 48  # pictures on a contact sheet
+SITES = {"decoder_cross": "layer", "encoder_self": "encoder layer"}  # whose keys are cells of the picture
+
+
+@dataclass(frozen=True)
+class View:
+    """Which of the maps of a detection is drawn; layers and heads from 0, layers also from the end."""
+
+    site: Literal["decoder_cross", "encoder_self"] = "decoder_cross"
+    layer: int = -1
+    head: int | Literal["mean"] = "mean"
+
+    def of(self, views: Mapping[str, np.ndarray]) -> tuple[str, np.ndarray]:
+        """Title of the layer and maps [n,h,w] among those that `views_of` found.
+
+        Raises Nothing where the layer or the head is none.
+        """
+        layers = [title for title in views if title.startswith(f"{SITES[self.site]} ")]
+        if not -len(layers) <= self.layer < len(layers):
+            raise Nothing(f"there is no layer {self.layer} among {len(layers)} of {self.site}")
+        title = layers[self.layer]
+        column = 0 if self.head == "mean" else self.head + 1
+        if not column < views[title].shape[1]:
+            raise Nothing(f"there is no head {self.head} among {views[title].shape[1] - 1} of {self.site}")
+        return title, views[title][:, column]
+
+    def words(self, title: str) -> str:
+        """Layer and head for a reader."""
+        return f"{title}, {'mean over heads' if self.head == 'mean' else f'head {self.head + 1}'}"
+
+
+def class_colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each class, always the same for the same list of classes."""
+    return {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(dict.fromkeys(names))}
+
+
+def views_of(detected: Detected) -> dict[str, np.ndarray]:
+    """The maps of the detections of a picture by title, each [n,1+H,h,w]: the mean over heads, then every head.
+
+    Of the encoder it is the cell in the middle of the detection that asks. Explanations, scaled to sum one, follow
+    with no heads: [n,1,h,w]. Empty without attention.
+    """
+    example, views = detected.example, {}
+    if example is None:
+        return views
+    for site, title in SITES.items():
+        if site not in example.sites or (site == "encoder_self" and not cells_ask(example)):
+            continue
+        for layer, maps in enumerate(example.maps(site)):
+            if site == "encoder_self":
+                middle = example.boxes.reshape(-1, 2, 2).mean(1)
+                maps = maps[:, [cell_at(example, x, y) for x, y in middle]]
+            maps = maps.swapaxes(0, 1).astype(np.float32)
+            views[f"{title} {layer + 1}"] = np.concatenate([maps.mean(1, keepdims=True), maps], 1)
+    for method, maps in detected.explanations.items():
+        total = maps.sum((1, 2), keepdims=True)
+        views[f"explanation: {method}"] = np.divide(maps, total, out=np.zeros_like(maps), where=total > 0)[:, None]
+    return views
+
+
+def numbers_of(maps: np.ndarray, detected: Detected) -> np.ndarray:
+    """Of maps [m,...,h,w] of the first m detections: cells with weight, Gini and share in the own box, [m,...,3]."""
+    extent = detected.example.extent
+    weights = torch.from_numpy(np.ascontiguousarray(maps))
+    height, width = detected.size
+    corners = torch.from_numpy(detected.boxes[: len(maps)]) / torch.tensor([width, height, width, height])
+    inside = paibb(weights, xyxy_to_cxcywh(corners), tuple(float(cells) for cells in extent))
+    flat = weights.flatten(-2)
+    return torch.stack([(flat > 0).sum(-1), gini(flat), inside], -1).numpy()
+
+
+@styled
+def detections_by_run(picture: Mapping[str, Detected], image: np.ndarray, colours: Mapping[str, str]) -> Figure:
+    """A picture [H,W,3] with its detections, their classes and scores, a panel for each run.
+
+    picture: run -> what it detected in this picture; colours: of the classes.
+    """
+    width = len(picture) * PANEL / TEXT_WIDTH
+    drawn, grid = image_panels(_proportions(image), 1, len(picture), PANEL, width=width)
+    for axes, (run, detected) in zip(grid[0], picture.items(), strict=True):
+        draw_detections(axes, image, detected, colours)
+        count = f"{len(detected)} detection{'' if len(detected) == 1 else 's'}"
+        axes.set_title(f"{run}: {count}", loc="left")
+    return drawn
+
+
+def draw_detections(
+    axes: Axes, image: np.ndarray, detected: Detected, colours: Mapping[str, str], captions: bool = True
+) -> None:
+    """Lay the detections of a picture over it, the best one in front; captions keep inside the picture."""
+    draw_image(axes, image)
+    axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
+    boxes = detected.boxes_in(image)
+    for index in reversed(range(len(detected))):
+        colour = colours[detected.names[index]]
+        draw_box(axes, boxes[index], colour)
+        if captions:
+            x, y = max(boxes[index][0], 0), max(boxes[index][1], 0)
+            inside = y < 0.06 * image.shape[0]
+            look = {"facecolor": colour, "lw": 0, "pad": 1}
+            text = f"{detected.names[index]} {detected.scores[index]:.2f}"
+            va = "top" if inside else "bottom"
+            axes.text(x, y, text, fontsize=5.5, color="white", va=va, bbox=look, clip_on=False, parse_math=False)
+
+
+@styled
+def maps_by_detection(
+    picture: Mapping[str, Detected],
+    image: np.ndarray,
+    colours: Mapping[str, str],
+    view: View | None = None,
+    most: int = MOST,
+) -> Figure:
+    """Where the best `most` detections of a picture looked: a row is a run, one scale for all maps.
+
+    Beside the picture stand the means over its detections and heads, above each map its own numbers: cells with any
+    weight, Gini index, and the share of the weight in the box.
+    """
+    view = view or View()
+    rows = {run: detected for run, detected in picture.items() if len(detected) and views_of(detected)}
+    if not rows:
+        raise Nothing("there is no detection with a map")
+    shown = {run: view.of(views_of(detected)) for run, detected in rows.items()}
+    top = max(float(maps[:most].max()) for _, maps in shown.values())
+    columns = 1 + max(min(len(detected), most) for detected in rows.values())
+    width = columns * SMALL_PANEL / TEXT_WIDTH
+    drawn, grid = image_panels(
+        [_proportions(image)] * len(rows), len(rows), columns, SMALL_PANEL, width=width, header=0.35 * len(rows)
+    )
+    for row, (run, detected) in zip(grid, rows.items(), strict=True):
+        title, maps = shown[run]
+        draw_detections(row[0], image, detected, colours, captions=False)
+        row[0].set_title(f"{run}\n{view.words(title)}\n{_means(detected, title)}", loc="left", fontsize=6)
+        numbers, boxes = numbers_of(maps, detected), detected.boxes_in(image)
+        for index, axes in enumerate(row[1:]):
+            if index >= min(len(detected), most):
+                axes.set_visible(False)
+                continue
+            colour = colours[detected.names[index]]
+            draw_map(axes, image, maps[index], detected.example.extent, top)
+            draw_box(axes, boxes[index], colour)
+            support, concentration, inside = numbers[index]
+            words = f"{support:.0f} of {maps[index].size} cells\nGini {concentration:.2f}, {inside:.0%} in the box"
+            axes.set_title(f"{detected.names[index]} {detected.scores[index]:.2f}\n{words}", loc="left", fontsize=6)
+    return drawn
+
+
+def _means(detected: Detected, title: str) -> str:
+    """The sparsity of a layer in this picture in words."""
+    site = next(site for site, start in SITES.items() if title.startswith(f"{start} "))
+    table, layer = detected.sparsity, int(title.rpartition(" ")[2]) - 1
+    rows = table[(table["site"] == site) & (table["layer"] == layer)]
+    row = rows.iloc[-1]  # of the detections in the decoder, of all cells in the encoder
+    return f"a head: {row['support']:.1f} of {row['keys']} keys, Gini {row['gini']:.2f}, {row['zeros']:.0%} zeros"
+
+
+@styled
+def contact_sheet(thumbnails: Sequence[tuple[str, np.ndarray, Detected]], colours: Mapping[str, str]) -> Figure:
+    """Small pictures with their boxes, up to `SHEET`; thumbnails: title, picture [H,W,3] and detections of each."""
+    shown = thumbnails[:SHEET]
+    if not shown:
+        raise Nothing("there are no pictures")
+    columns = min(len(shown), 4 if len(shown) <= 12 else 6)
+    height = TEXT_WIDTH / columns * 0.8 + 0.2
+    drawn, grid = panels(len(shown), columns, height, min(1.0, columns / 4))
+    for axes, (title, image, detected) in zip(grid, shown, strict=True):
+        draw_detections(axes, image, detected, colours, captions=False)
+        short = title if len(title) <= 22 else f"{title[:10]}…{title[-10:]}"
+        axes.set_title(f"{short}  {len(detected)}", loc="left", fontsize=5.5, color=MUTED, parse_math=False)
+    return drawn
+
+
+def _proportions(image: np.ndarray) -> np.ndarray:
+    """An array in the proportions of a panel for `image`: those of the picture, within bounds."""
+    low, high = PROPORTIONS
+    ratio = min(max(image.shape[0] / image.shape[1], low), high)
+    return np.empty((round(1000 * ratio), 1000, 0))
