@@ -23,19 +23,20 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 
-from detrlib.config import Config, load_config
+from detrlib.config import Config
 from detrlib.data import Batch, collate
 from detrlib.data.annotations import listed
 from detrlib.data.augment import build_transform
 from detrlib.data.pictures import Picture, find_pictures, unreadable
-from detrlib.engine.evaluate import DETECTIONS_PER_IMAGE, autocast, load_model
+from detrlib.engine.evaluate import DETECTIONS_PER_IMAGE, autocast
 from detrlib.errors import ConfigError, DataError, ModelError
 from detrlib.metrics.sparsity import sparsity
 from detrlib.models import Predictions
 from detrlib.models.outputs import Site
 from detrlib.runs.detected import Detected
 from detrlib.runs.examples import Example, cells_of, load_examples, maps_of
-from detrlib.runs.folder import load_results, run_path
+from detrlib.runs.folder import run_path
+from detrlib.runs.sources import build_source, open_source
 
 SCORE = 0.5  # of the detections that are kept
 SHOWN = 1024  # pixels of the longer side of a picture that is kept to be drawn
@@ -80,14 +81,15 @@ def predict(
     """Run a detector on pictures of one's own.
 
     Args:
-        model_or_run: name or folder of a run, or a model with its settings and the names of its classes by label.
+        model_or_run: any name of a model that `open_source` knows (a run, "detr-r50", a file, an id of Hugging Face), or
+            a model with its settings and the names of its classes by label.
         pictures: files, folders, patterns such as "photos/*.jpg", a JSON file that lists images, PIL images, arrays
             [H,W,3] uint8, tensors [3,H,W]; one or several, see `find_pictures`.
         min_score: of the detections that are kept, in 0..1.
         attention: keep the maps of the detections too: True those of decoder_cross, or the sites named.
         batch_size: pictures that the model sees at a time; with padding hidden it changes nothing but the time.
         device: "cpu", "cuda" or another of torch's; None: a GPU where there is one.
-        checkpoint: of a run: "last", "best", "epoch-0010" and so on, or "untrained".
+        checkpoint: of a run: "last", "best", "epoch-0010" and so on.
         limit: the first pictures only.
         progress: show a bar.
 
@@ -151,14 +153,11 @@ def open_detector(
     if isinstance(model_or_run, Detector):
         return model_or_run
     if isinstance(model_or_run, str | Path):
-        run_dir = run_path(model_or_run)
-        model, cfg = load_model(run_dir, checkpoint), load_config(run_dir / "config.yaml")
-        names = load_results(run_dir).get("names", {}) if (run_dir / "results.json").exists() else {}
-        label = str(model_or_run)
+        source = open_source(model_or_run, checkpoint)
+        label, model, cfg, names = source.label, build_source(source), source.cfg, source.names
     else:
         (model, cfg, names), label = model_or_run, "model"
-    names = {int(number): name for number, name in names.items()}
-    return Detector(label, model.to(where).eval(), cfg, names, where)
+    return Detector(label, model.to(where).eval(), cfg, names or {}, where)
 
 
 def examples_of(

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from PIL import Image
 
+from detrlib.figures.attention import MAP_COLOURS, MAP_OPACITY
 from detrlib.figures.predictions import View, class_colours, numbers_of, views_of
-from detrlib.figures.style import overlay_colours
 from detrlib.runs.detected import Detected
 
 LONGEST = 800  # pixels of the longer side of a picture in the page
@@ -89,6 +90,14 @@ def code_weights(weights: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
         codes = np.round(255 + STEPS * np.log2(weights.astype(np.float64)))
     return np.where(weights > 0, codes.clip(1, 255), 0).astype(np.uint8)
+
+
+def overlay_colours() -> tuple[list[int], list[list[int]]]:
+    """RGBA in 0..255 of a cell without weight, and of 256 shares of the highest weight, as `draw_map` draws them."""
+    share = np.linspace(0, 1, 256)
+    ramp = colormaps[MAP_COLOURS](share)
+    ramp[:, 3] = MAP_OPACITY * np.minimum(1.0, 5 * share)
+    return [0, 0, 0, 0], (255 * ramp).round().astype(int).tolist()
 
 
 def _one_run(detected: Detected) -> dict[str, Any]:
