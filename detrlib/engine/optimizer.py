@@ -11,7 +11,7 @@ from detrlib.models import alpha_modules, place_projections
 
 
 def parameter_groups(model: nn.Module, cfg: Train) -> list[dict]:
-    """Named optimiser groups: rest, backbone, projections (to places), alpha (no weight decay), if not empty."""
+    """Named optimiser groups, if not empty: rest, backbone, projections (to sampling locations), alpha (no decay)."""
     special = {id(module.pre_alpha): "alpha" for module in alpha_modules(model).values()}
     special |= {id(parameter): "projections" for parameter in place_projections(model)}
     groups = {"rest": [], "backbone": [], "projections": [], "alpha": []}
