@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from detrlib.errors import ConfigError, DetrlibError
+from detrlib.errors import ConfigError, DataError, DetrlibError
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
+MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
 
 
 class Commands(typer.core.TyperGroup):
@@ -134,6 +135,59 @@ def evaluate(
     typer.echo("  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
     if on:
         typer.echo(scored_classes(results))
+
+
+@app.command()
+def predict(
+    words: Annotated[list[str], Argument(metavar="MODEL... PICTURE...", help="runs or weights; files, folders, globs")],
+    out: Annotated[Path, Option(help="folder of the page, the pictures and predictions.json")] = Path("predictions"),
+    score: Annotated[float, Option(min=0, max=1, help="of the detections that are kept")] = 0.5,
+    attention: Annotated[bool, Option("--attention", help="draw where each detection looks")] = False,
+    site: Annotated[MapSite | None, Option(help="whose maps; default: decoder_cross")] = None,
+    layer: Annotated[int | None, Option(help="from 0, or from the end: -1, the default")] = None,
+    head: Annotated[str | None, Option(help="from 0, or mean, the default")] = None,
+    explanations: Annotated[bool, Option("--explain", help="explain each detection, as explain does")] = False,
+    limit: Annotated[int | None, Option(min=1, help="the first pictures only")] = None,
+    device: Annotated[str | None, Option(help="cpu or cuda; default: a GPU if there is one")] = None,
+    checkpoint: Annotated[str, Option(help="of runs: last, best, epoch-NNNN")] = "last",
+    batch_size: Annotated[int, Option(min=1, help="pictures a model sees at a time")] = 4,
+) -> None:
+    """Show what models detect in pictures of yours, side by side: detrlib predict detr-r50 photo.jpg
+
+    A name is a run, published weights, a file of weights or an id of Hugging Face; what exists as a picture, a folder
+    of pictures, a pattern or a JSON list of images in COCO's format is taken for pictures.
+    """
+    from detrlib.data.pictures import describe, find_pictures, readable
+    from detrlib.engine import predict as engine
+    from detrlib.experiments.explain import explained_each
+    from detrlib.figures.album import Album, check_folder
+    from detrlib.figures.predictions import View
+
+    if head and head != "mean" and not head.isdecimal():
+        raise ConfigError(f"--head {head}: expected a number from 0, or mean")
+    drawn = attention or not (site is layer is head is None)
+    view = View(
+        site or "decoder_cross", -1 if layer is None else layer, int(head) if head and head != "mean" else "mean"
+    )
+    models, named = engine.models_and_pictures(words)
+    pictures, left_out = readable(find_pictures(named, limit))
+    check_folder(out)
+    detectors = engine.open_detectors(models, device, checkpoint)
+    sites = tuple({"decoder_cross", view.site}) if drawn or explanations else ()
+    engine.check_maps(detectors, sites, view.layer, view.head)
+    options = {"min_score": score, "sites": sites, "batch_size": batch_size, "left_out": left_out}
+    found = engine.predict_each(detectors, pictures, **options)
+    album = Album(out, {each.label: each.names for each in detectors}, score=score, view=view, attention=drawn)
+    try:
+        for picture in explained_each(detectors, found) if explanations else found:
+            album.add(picture)
+    finally:
+        page = album.close()
+    for run, count in album.counts().items():
+        typer.echo(f"{run}: {count} detections in {album.pictures} pictures")
+    typer.echo(page)
+    if left_out:
+        raise DataError(f"left out: {describe(left_out)}")
 
 
 @app.command()

@@ -7,7 +7,7 @@ upright first, as every program shows them, and boxes in them refer to that.
 import glob
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,23 +161,37 @@ def find_pictures(pictures: Any, limit: int | None = None) -> list[Picture]:
 
 
 def are_pictures(text: str) -> bool:
-    """Whether a text names pictures that exist: a file of a known kind, a folder, a JSON file, or a pattern."""
+    """Whether a text names pictures that exist: a file of a known kind or content, a folder, a list, or a pattern."""
     path = Path(text)
-    known = path.suffix.lower() in (*SUFFIXES, ".json")
-    return path.is_dir() or (path.is_file() and known) or (not path.exists() and bool(_matches(text)))
+    if path.is_file():
+        return path.suffix.lower() in (*SUFFIXES, ".json") or _fault(path) is None
+    return path.is_dir() or bool(_matches(text))
 
 
-def unreadable(pictures: Iterable[Picture]) -> dict[str, str]:
-    """{name: why} of the files whose header is not that of a picture that can be read."""
-    faults = {}
-    for picture in pictures:
-        if isinstance(picture.source, Path):
-            try:
-                with open_picture(picture.source):
-                    pass
-            except UNREADABLE as error:
-                faults[picture.name] = _why(error)
-    return faults
+def readable(pictures: Sequence[Picture]) -> tuple[list[Picture], dict[str, str]]:
+    """The pictures whose header can be read, and {name: why} of the others; files are not decoded for it.
+
+    Raises DataError naming the files where none is left.
+    """
+    faults = {one.name: _fault(one.source) for one in pictures if isinstance(one.source, Path)}
+    faults = {name: why for name, why in faults.items() if why}
+    if len(faults) == len(pictures):
+        raise DataError(describe(faults))
+    return [one for one in pictures if one.name not in faults], faults
+
+
+def describe(faults: Mapping[str, str]) -> str:
+    """In one line, which files cannot be read and why."""
+    return listed((f"{name}: {why}" for name, why in faults.items()), 8)
+
+
+def _fault(path: Path) -> str | None:
+    """Why the header of a file is none of a picture that can be read; None: it is."""
+    try:
+        with open_picture(path):
+            return None
+    except UNREADABLE as error:
+        return _why(error)
 
 
 def pictures_folder(annotations: Path, first: str, images: Path | None = None) -> Path:

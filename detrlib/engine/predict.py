@@ -9,10 +9,10 @@ Pictures are prepared as those of the run's validation are, so that a picture of
 an evaluation gives. Legend: B images, H heads, Q queries, K keys, n detections of a picture.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ from detrlib.config import Config
 from detrlib.data import Batch, collate
 from detrlib.data.annotations import listed
 from detrlib.data.augment import build_transform
-from detrlib.data.pictures import Picture, find_pictures, unreadable
+from detrlib.data.pictures import Picture, are_pictures, describe, find_pictures, readable
 from detrlib.engine.evaluate import DETECTIONS_PER_IMAGE, autocast
 from detrlib.errors import ConfigError, DataError, ModelError
 from detrlib.metrics.sparsity import sparsity
@@ -35,9 +35,10 @@ from detrlib.models import Predictions
 from detrlib.models.outputs import Site
 from detrlib.runs.detected import Detected
 from detrlib.runs.examples import Example, cells_of, load_examples, maps_of
-from detrlib.runs.folder import run_path
+from detrlib.runs.folder import RUNS, run_path
 from detrlib.runs.sources import build_source, open_source
 
+PUBLISHED = ("detr-r50", "detr-r50-dc5", "detr-r101", "detr-r101-dc5")
 SCORE = 0.5  # of the detections that are kept
 SHOWN = 1024  # pixels of the longer side of a picture that is kept to be drawn
 BATCH = 4  # pictures that a model sees at a time
@@ -81,8 +82,8 @@ def predict(
     """Run a detector on pictures of one's own.
 
     Args:
-        model_or_run: any name of a model that `open_source` knows (a run, "detr-r50", a file, an id of Hugging Face), or
-            a model with its settings and the names of its classes by label.
+        model_or_run: any name of a model that `open_source` knows (a run, "detr-r50", a file, a Hugging Face id), or a
+            model with its settings and the names of its classes by label.
         pictures: files, folders, patterns such as "photos/*.jpg", a JSON file that lists images, PIL images, arrays
             [H,W,3] uint8, tensors [3,H,W]; one or several, see `find_pictures`.
         min_score: of the detections that are kept, in 0..1.
@@ -102,9 +103,9 @@ def predict(
         RunError, WeightsError: there is no such run, or its weights cannot be read.
         ConfigError: the device is not there, or a score or site is none.
     """
-    sites, found = sites_of(attention), find_pictures(pictures, limit)
-    if faults := unreadable(found):
-        raise DataError("; ".join(f"{name}: {why}" for name, why in faults.items()))
+    sites, (found, faults) = sites_of(attention), readable(find_pictures(pictures, limit))
+    if faults:
+        raise DataError(describe(faults))
     detector = open_detector(model_or_run, device, checkpoint)
     options = {"min_score": min_score, "sites": sites, "batch_size": batch_size, "progress": progress}
     return [one for (one,) in predict_each([detector], found, **options)]
@@ -127,7 +128,7 @@ def predict_each(
     """
     if not 0 <= min_score <= 1 or batch_size < 1:
         raise ConfigError(f"min_score {min_score}, batch_size {batch_size}: a score is in 0..1, a batch 1 or more")
-    check_sites(detectors, sites)
+    check_maps(detectors, sites)
     with tqdm(total=len(pictures), desc="predicting", unit="picture", disable=not progress or None) as bar:
         for first in range(0, len(pictures), batch_size):
             readable = []
@@ -158,6 +159,15 @@ def open_detector(
     else:
         (model, cfg, names), label = model_or_run, "model"
     return Detector(label, model.to(where).eval(), cfg, names or {}, where)
+
+
+def open_detectors(names: Sequence[str], device: str | None = None, checkpoint: str = "last") -> list[Detector]:
+    """Several models by name, labelled so that none is called as another. Raises as `predict`."""
+    detectors = [open_detector(name, device, checkpoint) for name in names]
+    labels = [each.label for each in detectors]
+    for each, name in zip(detectors, names, strict=True):
+        each.label = name if labels.count(each.label) > 1 else each.label
+    return detectors
 
 
 def examples_of(
@@ -194,11 +204,40 @@ def sites_of(attention: bool | Collection[str]) -> tuple[Site, ...]:
     return tuple(dict.fromkeys(("decoder_cross", *sites)))
 
 
-def check_sites(detectors: Sequence[Detector], sites: Collection[Site]) -> None:
-    """Raise ModelError naming the detector that has no attention at one of the sites."""
+def check_maps(
+    detectors: Sequence[Detector], sites: Collection[Site], layer: int = -1, head: int | Literal["mean"] = "mean"
+) -> None:
+    """Raise ModelError naming the detector that has no maps at one of the sites, or no such layer or head there."""
     for each in detectors:
-        if "encoder_self" in sites and not each.cfg.model.encoder_layers:
-            raise ModelError(f"{each.label}: model.encoder_layers is 0, it has no encoder_self; choose another site")
+        model = each.cfg.model
+        for site in sites:
+            layers = model.encoder_layers if site == "encoder_self" else model.decoder_layers
+            if not layers:
+                raise ModelError(f"{each.label}: model.encoder_layers is 0, it has no {site}; choose another site")
+            if not -layers <= layer < layers:
+                raise ModelError(f"{each.label}: no layer {layer} at {site}; there are 0 to {layers - 1}, or -1")
+        if head != "mean" and not 0 <= head < model.num_heads:
+            raise ModelError(f"{each.label}: no head {head}; there are 0 to {model.num_heads - 1}, or mean")
+
+
+def models_and_pictures(words: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The words of a command told apart: names of models, and pictures that exist.
+
+    Raises ConfigError for a word that may be both, or none of one of the kinds.
+    """
+    models, pictures = [], []
+    for word in dict.fromkeys(words):
+        folders = [path for path in (RUNS / word, Path(word)) if (path / "config.yaml").is_file()]
+        model = folders or word in PUBLISHED or (Path(word) / "config.json").is_file()
+        picture = are_pictures(word) and Path(word) not in folders and not (Path(word) / "config.json").is_file()
+        if model and picture:
+            other = folders[0] if folders else f"published weights, {word}"
+            raise ConfigError(f"{word!r} may be pictures or a model: write ./{word} for the first, or {other}")
+        (pictures if picture else models).append(word)
+    if not models or not pictures:
+        missing = "no model is named" if not models else f"no pictures are named beside {listed(models)}"
+        raise ConfigError(f"{missing}; name both: detrlib predict detr-r50 photo.jpg")
+    return models, pictures
 
 
 @torch.no_grad()
@@ -275,8 +314,3 @@ def sparsity_of(predictions: Predictions, index: int, sites: Collection[Site], q
                 values = {number: measured[number][:, choice].mean().item() for number in NUMBERS}
                 rows.append({"site": site, "layer": layer, "queries": name, "keys": keys, **values})
     return pd.DataFrame(rows)
-
-
-def describe_left_out(left_out: Mapping[str, str]) -> str:
-    """In one line, which files were left out and why."""
-    return listed((f"{name}: {why}" for name, why in left_out.items()), 8)

@@ -8,12 +8,8 @@ from detrlib.config import Config, Data, project_path, replace
 from detrlib.data import split_paths
 from detrlib.data.annotations import Annotations, read_annotations
 from detrlib.data.classes import ClassMatch, match_classes, translate
-<<<<<<< HEAD
 from detrlib.data.pictures import pictures_folder
-from detrlib.engine.evaluate import evaluate_into, evaluation_config
-=======
 from detrlib.engine.evaluate import evaluate_into, evaluation_config, results_folder
->>>>>>> h-runs
 from detrlib.errors import ConfigError, DataError, RunError
 from detrlib.files import write_json
 from detrlib.runs.folder import load_results

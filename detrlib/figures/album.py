@@ -1,15 +1,16 @@
 """A folder of detections to look through: a picture for each picture, a contact sheet, and a page.
 
-    FOLDER/
-        index.html               everything to click on, in one file
-        contact_sheet.png        all pictures small
-        pictures/<name>.png      detections, runs side by side
-        attention/<name>.png     where they look, with maps
-        explanations/<name>--<run>.png
-        <run>/predictions.json   detections in COCO's results format
-        <run>/images.json        the pictures and classes that they refer to, in COCO's format
+FOLDER/
+    index.html               everything to click on, in one file
+    contact_sheet.png        all pictures small
+    pictures/<name>.png      detections, runs side by side
+    attention/<name>.png     where they look, with maps
+    explanations/<name>--<run>.png
+    <run>/predictions.json   detections in COCO's results format
+    <run>/images.json        the pictures and classes that they refer to, in COCO's format
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from detrlib.figures.style import NOTHING, STYLE
 from detrlib.runs.detected import Detected, save_detected
 
 MOST_IN_PAGE = 100  # pictures; a browser opens a page of some 30 megabytes without complaint
+DRAWN = ("pictures", "attention", "explanations")  # folders of drawn pictures
 OURS = "detrlib predict"  # what our own pictures say that they are made by: only those are replaced
 PIXELS = 1024  # longer side of a picture in a figure
 PAGE_PIXELS, THUMBNAIL = 800, 200
@@ -63,14 +65,111 @@ class Album:
         self.runs = list(names)
         self.classes = [name for of_run in names.values() for name in of_run.values()]
         self.colours = class_colours(self.classes)
-        self.folders = dict(zip(self.runs, _file_names(self.runs), strict=True))
-        self._taken, self._page, self._thumbnails = set(self.folders.values()), [], []
+        self.folders = dict(zip(self.runs, _file_names(self.runs, DRAWN), strict=True))
+        self._taken, self._page, self._thumbnails = set(), [], []
         self._detected = {run: [] for run in self.runs}
         self.pictures = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "index.html").open("a").close()
-            for name in ("pictures", "attention", "explanations"):
+            for name in DRAWN:
                 _remove_ours(folder / name)
         except OSError as error:
             raise RunError(f"{folder}: cannot be written ({error.strerror}); choose another folder (--out)") from None
+
+    def add(self, picture: Sequence[Detected]) -> None:
+        """One picture: what every run detected in it, in the order of the runs. Raises RunError on a full disk."""
+        by_run, first = dict(zip(self.runs, picture, strict=True)), picture[0]
+        image, name = first.image(PIXELS), self._name(first.source.title)
+        self._save(detections_by_run(by_run, image, self.colours), f"pictures/{name}.png")
+        if self.attention:
+            drawn = maps_by_detection(by_run, image, self.colours, self.view)
+            self._save(drawn, f"attention/{name}.png")
+        for run, detected in by_run.items():
+            if detected.explanations and len(detected):
+                self._save(_explained(detected, image), f"explanations/{name}--{self.folders[run]}.png")
+            self._detected[run].append(detected.light())
+        if self.pictures < MOST_IN_PAGE:
+            self._page.append(page_picture(by_run, reduced(image, PAGE_PIXELS)))
+        if self.pictures < SHEET:
+            self._thumbnails.append((first.source.title, reduced(image, THUMBNAIL), self._detected[self.runs[0]][-1]))
+        self.pictures += 1
+
+    def close(self, note: str = "") -> Path:
+        """Write the contact sheet, predictions and the page, whose footer says `note`; returns the page's path."""
+        for run, detected in self._detected.items():
+            save_detected(self.folder / self.folders[run], detected, self.names[run])
+        self._save(contact_sheet(self._thumbnails, self.colours), "contact_sheet.png")
+        if self.pictures > MOST_IN_PAGE:
+            note = f"The first {MOST_IN_PAGE} of {self.pictures} pictures; all are in pictures/. {note}"
+        options = {"title": f"What {', '.join(self.runs)} detected", "note": note, "score": self.score}
+        page = self.folder / "index.html"
+        write_page(page, self._page, self.runs, self.classes, **options, view=self.view)
+        return page
+
+    def counts(self) -> dict[str, int]:
+        """How many detections each run has so far."""
+        return {run: sum(map(len, detected)) for run, detected in self._detected.items()}
+
+    def _name(self, title: str) -> str:
+        """A file name for a picture that no other has."""
+        (name,) = _file_names([Path(title).stem], self._taken)
+        self._taken.add(name.casefold())
+        return name
+
+    def _save(self, drawn: Figure, name: str) -> None:
+        if drawn.get_label() == NOTHING:
+            return
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        with plt.rc_context(STYLE):
+            drawn.savefig(path, metadata={"Software": OURS})
+
+
+def check_folder(folder: Path) -> None:
+    """Raise RunError where a folder cannot be made or written; nothing is made yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "is not yours to write in" if there.is_dir() else "is a file"
+        raise RunError(f"{there} {reason}; choose another folder for the results (--out)")
+
+
+def reduced(image: np.ndarray, longest: int) -> np.ndarray:
+    """A picture [H,W,3] whose longer side has at most `longest` pixels."""
+    smaller = Image.fromarray(image)
+    smaller.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return np.asarray(smaller)
+
+
+def _explained(detected: Detected, image: np.ndarray) -> Figure:
+    """A row for each of the best detections, a column for each explanation."""
+    shown = range(min(len(detected), MOST))
+    titles = [f"{detected.names[i]} {detected.scores[i]:.2f}" for i in shown]
+    maps = {method: list(of_all) for method, of_all in detected.explanations.items()}
+    extents = [detected.example.extent] * len(shown)
+    return explanations_grid([image] * len(shown), detected.boxes_in(image), titles, maps, extents)
+
+
+def _file_names(titles: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
+    """A short name without any sign that a shell or a file system minds, for each title, none twice."""
+    names, taken = [], set(taken)
+    for title in titles:
+        plain = re.sub(r"[^\w.-]+", "-", title).strip("-.")[:80] or "picture"
+        number, name = 1, plain
+        while name.casefold() in taken:
+            number += 1
+            name = f"{plain}-{number}"
+        names.append(name)
+        taken.add(name.casefold())  # "a.png" and "A.png" are one file in some file systems
+    return names
+
+
+def _remove_ours(folder: Path) -> None:
+    for path in folder.glob("*.png"):
+        try:
+            with Image.open(path) as file:
+                ours = file.info.get("Software") == OURS
+        except (OSError, SyntaxError):
+            continue
+        if ours:
+            path.unlink()

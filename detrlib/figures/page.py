@@ -19,7 +19,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from detrlib.figures.attention import MAP_COLOURS, MAP_OPACITY
-from detrlib.figures.predictions import View, class_colours, numbers_of, views_of
+from detrlib.figures.predictions import SITES, View, class_colours, numbers_of, views_of
 from detrlib.runs.detected import Detected
 
 LONGEST = 800  # pixels of the longer side of a picture in the page
@@ -66,6 +66,7 @@ def write_page(
         score: the lowest one that is shown at first.
         view: the map that is shown at first.
     """
+    view = view or View()
     zero, ramp = overlay_colours()
     settings = {
         "runs": list(runs),
@@ -74,8 +75,9 @@ def write_page(
         "steps": STEPS,
         "zero": zero,
         "colours": ramp,
-        "view": view.title if view else "",
-        "head": 0 if view is None or view.head == "mean" else view.head + 1,
+        "site": SITES[view.site],
+        "layer": view.layer,
+        "head": 0 if view.head == "mean" else view.head + 1,
     }
     filled = {"TITLE": escape(title), "NOTE": escape(note), "WIDTH": str(330 * min(len(runs), 3) + 30)}
     filled |= {"SETTINGS": _embedded(settings), "PICTURES": "\n".join(pictures)}

@@ -1,21 +1,24 @@
 """What a detector found in a picture of one's own, and what other programs make of it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from detrlib.data.annotations import listed
 from detrlib.data.pictures import Picture
 from detrlib.errors import ConfigError
+from detrlib.files import write_json
 from detrlib.metrics.detection import coco_detections
 from detrlib.runs.examples import Example
 
 COLUMNS = ("picture", "image_id", "name", "score", "x0", "y0", "x1", "y1", "label", "query")
 
 
-@dataclass
+@dataclass(repr=False)
 class Detected:
     """What a detector found in one picture: n detections, best first.
 
@@ -31,13 +34,21 @@ class Detected:
     labels: np.ndarray  # [n] the model's numbers of classes
     names: list[str]  # n names of classes
     queries: np.ndarray  # [n] whose detections they are; with sigmoids a query may have several
-    source: Picture = field(repr=False)
-    example: Example | None = field(default=None, repr=False)  # with attention: the same rows, with their maps
-    sparsity: pd.DataFrame | None = field(default=None, repr=False)  # of this picture, see `sparsity_of`
-    explanations: dict[str, np.ndarray] = field(default_factory=dict, repr=False)  # method -> [n,h,w]
+    source: Picture
+    example: Example | None = None  # with attention: the same rows, with their maps
+    sparsity: pd.DataFrame | None = None  # of this picture, see `sparsity_of`
+    explanations: dict[str, np.ndarray] = field(default_factory=dict)  # method -> [n,h,w]
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        best = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores, strict=True)]
+        return f"Detected({self.picture}, {self.size[0]} x {self.size[1]}: {listed(best) or 'nothing'})"
+
+    def light(self) -> "Detected":
+        """The same without maps, for those who keep many."""
+        return replace(self, example=None, explanations={})
 
     def image(self, longest: int = 1024) -> np.ndarray:
         """The picture as [H,W,3] uint8, read again, reduced where its longer side has more than `longest` pixels."""
@@ -79,3 +90,24 @@ def all_in_one(found: Sequence[Detected]) -> pd.DataFrame:
     """The detections of several pictures as one table, see `Detected.to_frame`."""
     frames = [one.to_frame() for one in found if len(one)]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
+
+
+def save_detected(folder: Path, detected: Sequence[Detected], names: Mapping[int, str]) -> None:
+    """Write the detections of one detector in COCO's format, so that they can be read without the pictures.
+
+    Args:
+        folder: becomes that of predictions.json, a list of detections as `detrlib evaluate --predictions` takes it, and
+            of images.json, which lists the pictures with their sizes and the classes.
+        detected: what it detected in each picture.
+        names: label -> class; labels are the category ids.
+
+    Raises:
+        RunError: a file cannot be written.
+    """
+    labels = {int(label): name for one in detected for label, name in zip(one.labels, one.names, strict=True)}
+    categories = [{"id": label, "name": name} for label, name in sorted((labels | dict(names)).items())]
+    images = [
+        {"id": one.image_id, "file_name": one.picture, "width": one.size[1], "height": one.size[0]} for one in detected
+    ]
+    write_json(folder / "predictions.json", [row for one in detected for row in one.to_coco()])
+    write_json(folder / "images.json", {"images": images, "annotations": [], "categories": categories})
