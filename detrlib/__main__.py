@@ -177,15 +177,13 @@ def predict(
     engine.check_maps(detectors, sites, view.layer, view.head)
     options = {"min_score": score, "sites": sites, "batch_size": batch_size, "left_out": left_out}
     found = engine.predict_each(detectors, pictures, **options)
-    album = Album(out, {each.label: each.names for each in detectors}, score=score, view=view, attention=drawn)
-    try:
+    names = {each.label: each.names for each in detectors}
+    with Album(out, names, score=score, view=view, attention=drawn) as album:
         for picture in explained_each(detectors, found) if explanations else found:
             album.add(picture)
-    finally:
-        page = album.close()
     for run, count in album.counts().items():
         typer.echo(f"{run}: {count} detections in {album.pictures} pictures")
-    typer.echo(page)
+    typer.echo(album.page)
     if left_out:
         raise DataError(f"left out: {describe(left_out)}")
 

@@ -13,6 +13,7 @@ FOLDER/
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -43,7 +44,7 @@ PAGE_PIXELS, THUMBNAIL = 800, 200
 
 
 class Album:
-    """A folder that is filled picture by picture, in constant memory; `close` writes what needs all of them.
+    """A folder that is filled picture by picture; at the end of a `with` statement what needs all of them is written.
 
     folder: is made; what an earlier album has left there is removed, other files are not touched.
     names: run -> label -> class, of all runs that stand side by side; attention: draw maps, those of `view` first.
@@ -60,18 +61,19 @@ class Album:
         view: View | None = None,
         attention: bool = False,
     ):
-        self.folder, self.names, self.score, self.attention = folder, names, score, attention
+        self.folder, self.page = folder, folder / "index.html"
+        self.names, self.score, self.attention = names, score, attention
         self.view = view or View()
         self.runs = list(names)
         self.classes = [name for of_run in names.values() for name in of_run.values()]
         self.colours = class_colours(self.classes)
         self.folders = dict(zip(self.runs, _file_names(self.runs, DRAWN), strict=True))
-        self._taken, self._page, self._thumbnails = set(), [], []
+        self._taken, self._pages, self._thumbnails = set(), [], []
         self._detected = {run: [] for run in self.runs}
         self.pictures = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "index.html").open("a").close()
+            self.page.open("a").close()
             for name in DRAWN:
                 _remove_ours(folder / name)
         except OSError as error:
@@ -90,22 +92,28 @@ class Album:
                 self._save(_explained(detected, image), f"explanations/{name}--{self.folders[run]}.png")
             self._detected[run].append(detected.light())
         if self.pictures < MOST_IN_PAGE:
-            self._page.append(page_picture(by_run, reduced(image, PAGE_PIXELS)))
+            self._pages.append(page_picture(by_run, reduced(image, PAGE_PIXELS)))
         if self.pictures < SHEET:
-            self._thumbnails.append((first.source.title, reduced(image, THUMBNAIL), self._detected[self.runs[0]][-1]))
+            self._thumbnails.append(reduced(image, THUMBNAIL))
         self.pictures += 1
 
-    def close(self, note: str = "") -> Path:
-        """Write the contact sheet, predictions and the page, whose footer says `note`; returns the page's path."""
+    def __enter__(self) -> "Album":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        with suppress(RunError) if error else nullcontext():  # what was done so far is not lost, nor is the reason
+            self.close()
+
+    def close(self) -> None:
+        """Write what all pictures are needed for: contact sheets, predictions and the page."""
         for run, detected in self._detected.items():
             save_detected(self.folder / self.folders[run], detected, self.names[run])
-        self._save(contact_sheet(self._thumbnails, self.colours), "contact_sheet.png")
-        if self.pictures > MOST_IN_PAGE:
-            note = f"The first {MOST_IN_PAGE} of {self.pictures} pictures; all are in pictures/. {note}"
-        options = {"title": f"What {', '.join(self.runs)} detected", "note": note, "score": self.score}
-        page = self.folder / "index.html"
-        write_page(page, self._page, self.runs, self.classes, **options, view=self.view)
-        return page
+            thumbnails = list(zip(self._thumbnails, detected, strict=False))
+            self._save(contact_sheet(thumbnails, self.colours), f"{self.folders[run]}/contact_sheet.png")
+        more = self.pictures > MOST_IN_PAGE
+        note = f"The first {MOST_IN_PAGE} of {self.pictures} pictures; all of them are in pictures/." if more else ""
+        options = {"title": f"What {' and '.join(self.runs)} detected", "note": note, "score": self.score}
+        write_page(self.page, self._pages, self.runs, self.classes, **options, view=self.view)
 
     def counts(self) -> dict[str, int]:
         """How many detections each run has so far."""

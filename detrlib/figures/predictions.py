@@ -151,7 +151,7 @@ def maps_by_detection(
     columns = 1 + max(min(len(detected), most) for detected in rows.values())
     width = columns * SMALL_PANEL / TEXT_WIDTH
     drawn, grid = image_panels(
-        [_proportions(image)] * len(rows), len(rows), columns, SMALL_PANEL, width=width, header=0.35 * len(rows)
+        [_proportions(image)] * len(rows), len(rows), columns, SMALL_PANEL, width=width, header=0.4 * len(rows)
     )
     for row, (run, detected) in zip(grid, rows.items(), strict=True):
         title, maps = shown[run]
@@ -177,22 +177,25 @@ def _means(detected: Detected, title: str) -> str:
     table, layer = detected.sparsity, int(title.rpartition(" ")[2]) - 1
     rows = table[(table["site"] == site) & (table["layer"] == layer)]
     row = rows.iloc[-1]  # of the detections in the decoder, of all cells in the encoder
-    return f"a head: {row['support']:.1f} of {row['keys']} keys, Gini {row['gini']:.2f}, {row['zeros']:.0%} zeros"
+    numbers = f"Gini {row['gini']:.2f}, {row['zeros']:.0%} zeros"
+    return f"each head: {row['support']:.1f} of {row['keys']} keys,\n{numbers}"
 
 
 @styled
-def contact_sheet(thumbnails: Sequence[tuple[str, np.ndarray, Detected]], colours: Mapping[str, str]) -> Figure:
-    """Small pictures with their boxes, up to `SHEET`; thumbnails: title, picture [H,W,3] and detections of each."""
-    shown = thumbnails[:SHEET]
-    if not shown:
+def contact_sheet(pictures: Sequence[tuple[np.ndarray, Detected]], colours: Mapping[str, str]) -> Figure:
+    """The first `SHEET` pictures, small [H,W,3], with what one run detected in them."""
+    if not pictures:
         raise Nothing("there are no pictures")
+    shown = pictures[:SHEET]
     columns = min(len(shown), 4 if len(shown) <= 12 else 6)
     height = TEXT_WIDTH / columns * 0.8 + 0.2
     drawn, grid = panels(len(shown), columns, height, min(1.0, columns / 4))
-    for axes, (title, image, detected) in zip(grid, shown, strict=True):
+    for axes, (image, detected) in zip(grid, shown, strict=True):
         draw_detections(axes, image, detected, colours, captions=False)
+        title = detected.source.title
         short = title if len(title) <= 22 else f"{title[:10]}…{title[-10:]}"
-        axes.set_title(f"{short}  {len(detected)}", loc="left", fontsize=5.5, color=MUTED, parse_math=False)
+        axes.set_title(f"{short}: {len(detected)}", loc="left", fontsize=5.5, color=MUTED, parse_math=False)
+        axes.set_anchor("NW")
     return drawn
 
 
