@@ -28,8 +28,10 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".jp2"),
 )
 # What Pillow raises, by file type and fault, for a picture it cannot decode.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-MOST_PIXELS = 2**26  # larger pictures of one's own are reduced while they are read
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
+MOST_PIXELS = 2**26  # larger pictures of one's own are reduced while they are read,
+REDUCED = 2**24  # to about that many
+MOST_FAULTS = 8  # named in one line
 TURNED = (5, 6, 7, 8)  # orientations in EXIF that exchange width and height
 
 
@@ -48,7 +50,7 @@ class Picture:
         return self.source.name if isinstance(self.source, Path) else self.name
 
     def read(self) -> tuple[Image.Image, tuple[int, int]]:
-        """The picture in RGB, at most `MOST_PIXELS` large, and the height and width that it has without reduction.
+        """The picture in RGB, reduced where it is huge, and the height and width that it has without reduction.
 
         Raises DataError naming the file that cannot be read.
         """
@@ -56,7 +58,7 @@ class Picture:
             image = _as_image(self.source, self.name)
             return image, (image.height, image.width)
         try:
-            image, size = read_picture(self.source, upright=self.stored is None, most_pixels=MOST_PIXELS)
+            image, size = read_picture(self.source, upright=self.stored is None, reduce=True)
         except UNREADABLE as error:
             raise DataError(f"{self.name}: {_why(error)}") from error
         if self.stored not in (None, size[::-1]):
@@ -71,15 +73,13 @@ class Picture:
         return np.asarray(image)
 
 
-def read_picture(
-    path: Path, upright: bool = False, most_pixels: int | None = None
-) -> tuple[Image.Image, tuple[int, int]]:
+def read_picture(path: Path, upright: bool = False, reduce: bool = False) -> tuple[Image.Image, tuple[int, int]]:
     """A file's picture in RGB, and its height and width.
 
     Args:
         path: any file that Pillow reads.
         upright: turned as its orientation in EXIF says, size included.
-        most_pixels: larger pictures are reduced to about that many, JPEG while it is decoded; the size that is returned
+        reduce: pictures of more than `MOST_PIXELS` become smaller, JPEG while it is decoded; the size that is returned
             stays that of the file.
 
     Raises:
@@ -87,9 +87,10 @@ def read_picture(
     """
     with open_picture(path) as file:
         width, height = file.size
-        if most_pixels and width * height > most_pixels:
-            by = math.sqrt(most_pixels / (width * height))
-            file.thumbnail((math.ceil(width * by), math.ceil(height * by)), Image.Resampling.BOX)
+        if reduce and width * height > MOST_PIXELS:
+            by = math.sqrt(REDUCED / (width * height))
+            wanted = math.ceil(width * by), math.ceil(height * by)
+            file.thumbnail(wanted, Image.Resampling.BOX, reducing_gap=1)
         if not upright:
             return to_rgb(file), (height, width)
         image = to_rgb(ImageOps.exif_transpose(file))
@@ -182,7 +183,8 @@ def readable(pictures: Sequence[Picture]) -> tuple[list[Picture], dict[str, str]
 
 def describe(faults: Mapping[str, str]) -> str:
     """In one line, which files cannot be read and why."""
-    return listed((f"{name}: {why}" for name, why in faults.items()), 8)
+    shown = "; ".join(f"{name}: {why}" for name, why in list(faults.items())[:MOST_FAULTS])
+    return shown + (f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else "")
 
 
 def _fault(path: Path) -> str | None:

@@ -121,7 +121,7 @@ def draw_detections(
         colour = colours[detected.names[index]]
         draw_box(axes, boxes[index], colour)
         if captions:
-            x, y = max(boxes[index][0], 0), max(boxes[index][1], 0)
+            x, y = np.clip(boxes[index][:2], 0, image.shape[1::-1])
             inside = y < 0.06 * image.shape[0]
             look = {"facecolor": colour, "lw": 0, "pad": 1}
             text = f"{detected.names[index]} {detected.scores[index]:.2f}"
@@ -151,7 +151,7 @@ def maps_by_detection(
     columns = 1 + max(min(len(detected), most) for detected in rows.values())
     width = columns * SMALL_PANEL / TEXT_WIDTH
     drawn, grid = image_panels(
-        [_proportions(image)] * len(rows), len(rows), columns, SMALL_PANEL, width=width, header=0.4 * len(rows)
+        [_proportions(image)] * len(rows), len(rows), columns, SMALL_PANEL, width=width, header=0.5 * len(rows)
     )
     for row, (run, detected) in zip(grid, rows.items(), strict=True):
         title, maps = shown[run]
