@@ -197,10 +197,10 @@ def evaluate(
             if criterion is not None:
                 losses.append(_losses(criterion, predictions, batch.targets))
             if looks:
-                pairs = match(predictions, batch.targets, Criterion(**dict(cfg.loss)).costs)
-                looks.add(predictions, batch, pairs)
+                indices = match(predictions, batch.targets, Criterion(**dict(cfg.loss)).costs)
+                looks.add(predictions, batch, indices)
                 if record:
-                    record.add(batch, predictions, pairs)
+                    record.add(batch, predictions, indices)
         sums = [looks.close()] if looks else []
         if accelerator.num_processes > 1:  # comes back once all processes have closed their tables
             detections, losses, sums = (gather_object(x) for x in (detections, losses, sums))
