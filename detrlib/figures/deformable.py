@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from detrlib.figures.attention import draw_box, draw_image, draw_map, lay_cells
+from detrlib.figures.attention import draw_box, draw_image
+from detrlib.figures.overlay import BAR_WIDTH, Panel, draw_maps, lay_cells
 from detrlib.figures.style import MUTED, PALETTE, image_panels, styled
 
 WIDEST_PANEL = 2.1  # inches
@@ -76,14 +77,14 @@ def level_maps(
 ) -> Figure:
     """A row per title with the map [h,w] of every level laid over the image; dots on the cells `marked` [h,w].
 
-    extents: height and width of the image in cells of each level. Colours of a row end at its highest value.
+    extents: height and width of the image in cells of each level. Each row has a linear scale of its own.
     """
-    drawn, panels = image_panels(image, len(maps), len(extents), WIDEST_PANEL)
+    drawn, panels = image_panels(image, len(maps), len(extents), WIDEST_PANEL, beside=BAR_WIDTH)
     size = np.array(image.shape[1::-1])
     for row, (title, levels) in zip(panels, maps.items(), strict=True):
-        top = max(values.max() for values in levels)
-        for number, (axes, values, extent) in enumerate(zip(row, levels, extents, strict=True)):
-            draw_map(axes, image, values, extent, top)
+        laid = [Panel(axes, image, values, extent) for axes, values, extent in zip(row, levels, extents, strict=True)]
+        draw_maps(drawn, laid, logarithmic=False, label=title, measured=False)
+        for number, (axes, extent) in enumerate(zip(row, extents, strict=True)):
             if marked is not None:
                 centres = (np.argwhere(marked[number])[:, ::-1] + 0.5) / extent[::-1] * size - 0.5
                 axes.plot(*centres.T, "o", color="black", markersize=4, markeredgecolor="white")
@@ -98,7 +99,8 @@ def kept_tokens(image: np.ndarray, kept: Mapping[str, Sequence[np.ndarray]], ext
     for row, (title, masks) in zip(panels, kept.items(), strict=True):
         for number, (axes, mask, extent) in enumerate(zip(row, masks, extents, strict=True)):
             draw_image(axes, image, f"{title}, level 1" if number == 0 else f"level {number + 1}")
-            lay_cells(axes, image, np.ones(mask.shape), extent, cmap="Blues_r", alpha=np.where(mask, 0.0, 0.93))
+            veil = np.dstack([np.ones((*mask.shape, 3)), np.where(mask, 0.0, 0.93)])  # white, where nothing is kept
+            lay_cells(axes, image, veil, extent)
     return drawn
 
 

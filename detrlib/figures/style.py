@@ -4,7 +4,7 @@ Functions that draw carry `@styled`, so that settings apply to their own figures
 function whose data hold nothing of what it draws (`raise Nothing(why)`) returns a figure that says so.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from itertools import cycle
 from pathlib import Path
@@ -22,6 +22,8 @@ NOTHING = "nothing to show"  # label of a figure that only says so
 
 # Okabe and Ito, "Color Universal Design", 2008: distinct for every kind of colour vision. Ordered by contrast on white.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+# Of classes: without black, which is ground truth, and yellow, too pale for a line; six of Tol's "muted" follow.
+CLASS_COLOURS = [*PALETTE[:6], "#882255", "#332288", "#999933", "#AA4499", "#117733", "#88CCEE"]
 
 COLOURS = {
     "softmax": "#0072B2",
@@ -127,18 +129,28 @@ def image_panels(
     widest: float,
     width: float = 1.0,
     header: float = 0.0,
+    footer: float = 0.0,
+    beside: float = 0.0,
 ) -> tuple[Figure, np.ndarray]:
     """(figure, axes [rows, columns]): panels in the proportions of `image` [H,W,...], each with room for a title.
 
     image: one for all, or one for every row; widest: inches of a panel at most, where `width` text widths would allow
-    more; header: inches more above them all.
+    more; header: inches more above them all; footer: inches more below each panel; beside: inches to the right of all.
     """
-    width = min(width, columns * widest / TEXT_WIDTH)
-    panel = width * TEXT_WIDTH / columns
+    width = min(width, (columns * widest + beside) / TEXT_WIDTH)
+    panel = (width * TEXT_WIDTH - beside) / columns
     images = [image] * rows if isinstance(image, np.ndarray) else image
-    heights = [panel * image.shape[0] / image.shape[1] + CAPTION_HEIGHT for image in images]
+    heights = [panel * image.shape[0] / image.shape[1] + CAPTION_HEIGHT + footer for image in images]
     aspect = (sum(heights) + header) / (width * TEXT_WIDTH)
     return figure(width, aspect, nrows=rows, ncols=columns, squeeze=False, height_ratios=heights)
+
+
+def class_colour(label: int, names: Mapping[int, str]) -> str:
+    """The colour of a class in every figure: by its position among all classes, grey where it is none of them.
+
+    names: label -> class, of all classes of the data.
+    """
+    return CLASS_COLOURS[sorted(names).index(label) % len(CLASS_COLOURS)] if label in names else MUTED
 
 
 def run_colours(runs: Iterable[str]) -> dict[str, str]:

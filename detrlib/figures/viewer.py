@@ -21,8 +21,9 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from detrlib.figures.attention import draw_box, draw_map
+from detrlib.figures.attention import draw_box
 from detrlib.figures.choices import cell_at, cell_box, cells_ask, clicked_query, corresponding_query, detection
+from detrlib.figures.overlay import draw_map
 from detrlib.figures.style import MUTED, PALETTE, STYLE, styled
 from detrlib.runs.examples import Example
 
