@@ -7,15 +7,17 @@ a file.
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from detrlib.checkpoints.files import official_source
 from detrlib.checkpoints.source import Source, build_source
+from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED, fetch
 from detrlib.config import load_config
 from detrlib.errors import ConfigError, RunError, WeightsError
 from detrlib.files import load_checkpoint
-from detrlib.runs.folder import RUNS, load_results, run_path
+from detrlib.runs.folder import RESERVED, RUNS, load_results, run_path
 
 __all__ = ["Source", "build_source", "open_source", "run_source"]
 
@@ -44,6 +46,9 @@ def open_source(source: str | Path, checkpoint: str = "last", overrides: Mapping
     if path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file():
         _no_overrides(path, overrides)
         return run_source(path.parent.parent, path.stem)
+    if str(source) in (*PUBLISHED, *ELSEWHERE):
+        told = PUBLISHED[str(source)].settings if str(source) in PUBLISHED else {}
+        return replace(official_source(fetch(str(source)), told | dict(overrides or {})), label=str(source))
     if path.is_file():
         return official_source(path, overrides)
     raise WeightsError(_unknown(str(source)))
@@ -81,7 +86,8 @@ def refuse_predictions(run_dir: Path) -> dict:
 
 def _unknown(name: str) -> str:
     """The sentence on a name that nothing has: what is near, and what would do."""
-    runs = [str(file.parent.relative_to(RUNS)) for file in RUNS.glob("**/config.yaml")]
-    near = difflib.get_close_matches(name, runs, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"runs lie in {RUNS}"
-    return f"nothing is named {name!r}; {hint} A run, a name of published weights, a file or folder of weights will do"
+    runs = [file.parent.relative_to(RUNS) for file in sorted(RUNS.glob("**/config.yaml"))]
+    known = [str(run) for run in runs if run.name not in RESERVED] + list(PUBLISHED)
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"published weights are {', '.join(PUBLISHED)}."
+    return f"nothing is named {name!r}; {hint} A run (under {RUNS}), such a name, a file or a folder of weights will do"
