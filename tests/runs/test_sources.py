@@ -91,6 +91,21 @@ def test_published_weights_by_name_come_with_settings_that_their_file_lacks(runs
     (runs / "detr-r50-dc5").rmdir()
 
 
+def test_ids_of_hugging_face_come_last_and_after_names_that_are_near(runs, monkeypatch):
+    asked = []
+
+    def fetch(name):
+        asked.append(name)
+        raise WeightsError(f"{name}: out of reach")
+
+    monkeypatch.setattr(sources, "fetch_huggingface", fetch)
+    with pytest.raises(WeightsError, match="owner/name: out of reach"):
+        open_source("owner/name")
+    with pytest.raises(WeightsError, match="did you mean nested/first"):
+        open_source("nested/firsd")
+    assert asked == ["owner/name"]
+
+
 @pytest.mark.parametrize(
     ("name", "near"), [("nested/fist", "nested/first"), ("detr-r5O", "detr-r50"), ("zzz", "detr-r101-dc5")]
 )
