@@ -33,13 +33,13 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 480,
+    ".": 550,
     "config": 740,
     "attention": 1210,
     "attention/kernels": 1040,
     "models": 1900,
     "losses": 310,
-    "checkpoints": 950,
+    "checkpoints": 1150,
     "data": 1370,
     "metrics": 1700,
     "runs": 1420,
