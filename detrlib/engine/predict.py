@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 
+from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED
 from detrlib.config import Config
 from detrlib.data import Batch, collate
 from detrlib.data.annotations import listed
-from detrlib.data.augment import build_transform
+from detrlib.data.augment import build_augmentation
 from detrlib.data.pictures import Picture, are_pictures, describe, find_pictures, readable
 from detrlib.engine.evaluate import DETECTIONS_PER_IMAGE, autocast
 from detrlib.errors import ConfigError, DataError, ModelError
@@ -38,7 +39,6 @@ from detrlib.runs.examples import Example, cells_of, load_examples, maps_of
 from detrlib.runs.folder import RUNS, run_path
 from detrlib.runs.sources import build_source, open_source
 
-PUBLISHED = ("detr-r50", "detr-r50-dc5", "detr-r101", "detr-r101-dc5")
 SCORE = 0.5  # of the detections that are kept
 SHOWN = 1024  # pixels of the longer side of a picture that is kept to be drawn
 BATCH = 4  # pictures that a model sees at a time
@@ -57,7 +57,7 @@ class Detector:
 
     def batch(self, pictures: Sequence[tuple[Picture, Image.Image, tuple[int, int]]]) -> Batch:
         """Pictures that were read, with their sizes, as an evaluation would give them to this model."""
-        transform, samples = build_transform(self.cfg.data.image_size), []
+        transform, samples = build_augmentation(self.cfg.data.image_size), []
         for picture, image, size in pictures:
             none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
             pixels, boxes, labels = transform(functional.pil_to_tensor(image), *none)
@@ -228,7 +228,7 @@ def models_and_pictures(words: Iterable[str]) -> tuple[list[str], list[str]]:
     models, pictures = [], []
     for word in dict.fromkeys(words):
         folders = [path for path in (RUNS / word, Path(word)) if (path / "config.yaml").is_file()]
-        model = folders or word in PUBLISHED or (Path(word) / "config.json").is_file()
+        model = folders or word in (*PUBLISHED, *ELSEWHERE) or (Path(word) / "config.json").is_file()
         picture = are_pictures(word) and Path(word) not in folders and not (Path(word) / "config.json").is_file()
         if model and picture:
             other = folders[0] if folders else f"published weights, {word}"

@@ -65,8 +65,7 @@ class Album:
         self.names, self.score, self.attention = names, score, attention
         self.view = view or View()
         self.runs = list(names)
-        self.classes = [name for of_run in names.values() for name in of_run.values()]
-        self.colours = class_colours(self.classes)
+        self.colours = class_colours(names.values())
         self.folders = dict(zip(self.runs, _file_names(self.runs, DRAWN), strict=True))
         self._taken, self._pages, self._thumbnails = set(), [], []
         self._detected = {run: [] for run in self.runs}
@@ -113,7 +112,7 @@ class Album:
         more = self.pictures > MOST_IN_PAGE
         note = f"The first {MOST_IN_PAGE} of {self.pictures} pictures; all of them are in pictures/." if more else ""
         options = {"title": f"What {' and '.join(self.runs)} detected", "note": note, "score": self.score}
-        write_page(self.page, self._pages, self.runs, self.classes, **options, view=self.view)
+        write_page(self.page, self._pages, self.runs, self.names.values(), **options, view=self.view)
 
     def counts(self) -> dict[str, int]:
         """How many detections each run has so far."""

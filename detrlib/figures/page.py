@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from PIL import Image
 
-from detrlib.figures.attention import MAP_COLOURS, MAP_OPACITY
-from detrlib.figures.predictions import SITES, View, class_colours, numbers_of, views_of
+from detrlib.figures.overlay import DECADES, PALE, overlay
+from detrlib.figures.predictions import SITES, View, class_colours, numbers_of, text_colour, views_of
 from detrlib.runs.detected import Detected
 
 LONGEST = 800  # pixels of the longer side of a picture in the page
@@ -48,7 +47,7 @@ def write_page(
     path: Path,
     pictures: Iterable[str],
     runs: Sequence[str],
-    names: Iterable[str],
+    names: Iterable[Mapping[int, str]],
     *,
     title: str = "Detections",
     note: str = "",
@@ -61,25 +60,29 @@ def write_page(
         path: of the HTML file.
         pictures: of each picture what `page_picture` returns.
         runs: names of the runs that stand side by side.
-        names: of all classes, in the order in which colours are given.
+        names: label -> class of every run.
         title, note: what stands above and below.
         score: the lowest one that is shown at first.
         view: the map that is shown at first.
     """
     view = view or View()
-    zero, ramp = overlay_colours()
     settings = {
         "runs": list(runs),
-        "classes": class_colours(names),
+        "classes": {name: [colour, text_colour(colour)] for name, colour in class_colours(names).items()},
         "score": score,
         "steps": STEPS,
-        "zero": zero,
-        "colours": ramp,
+        "decades": DECADES,
+        "colours": _ramp(),
         "site": SITES[view.site],
         "layer": view.layer,
         "head": 0 if view.head == "mean" else view.head + 1,
     }
-    filled = {"TITLE": escape(title), "NOTE": escape(note), "WIDTH": str(330 * min(len(runs), 3) + 30)}
+    filled = {
+        "TITLE": escape(title),
+        "NOTE": escape(note),
+        "WIDTH": str(330 * min(len(runs), 3) + 30),
+        "PALE": str(1 - PALE),
+    }
     filled |= {"SETTINGS": _embedded(settings), "PICTURES": "\n".join(pictures)}
     text = files("detrlib.figures").joinpath("page.html").read_text(encoding="utf-8")
     for name, value in filled.items():  # pictures last: what they hold is not looked at
@@ -94,12 +97,10 @@ def code_weights(weights: np.ndarray) -> np.ndarray:
     return np.where(weights > 0, codes.clip(1, 255), 0).astype(np.uint8)
 
 
-def overlay_colours() -> tuple[list[int], list[list[int]]]:
-    """RGBA in 0..255 of a cell without weight, and of 256 shares of the highest weight, as `draw_map` draws them."""
-    share = np.linspace(0, 1, 256)
-    ramp = colormaps[MAP_COLOURS](share)
-    ramp[:, 3] = MAP_OPACITY * np.minimum(1.0, 5 * share)
-    return [0, 0, 0, 0], (255 * ramp).round().astype(int).tolist()
+def _ramp() -> list[list[int]]:
+    """RGBA in 0..255 of 256 weights from the lowest to the highest that has a colour of its own, as figures have it."""
+    colours = overlay(np.geomspace(10.0**-DECADES, 1.0, 256)[None])[0]
+    return (255 * colours).round().astype(int).tolist()
 
 
 def _one_run(detected: Detected) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from typing import Literal
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from detrlib.boxes import xyxy_to_cxcywh
-from detrlib.figures.attention import draw_box, draw_image, draw_map
+from detrlib.figures.attention import draw_box, draw_image
 from detrlib.figures.choices import cell_at, cells_ask
-from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, Nothing, image_panels, panels, styled
+from detrlib.figures.overlay import ROOM, Panel, draw_maps
+from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, panels, styled
 from detrlib.metrics.localisation import paibb
 from detrlib.metrics.sparsity import gini
 from detrlib.runs.detected import Detected
@@ -25,6 +27,7 @@ PROPORTIONS = (0.3, 1.7)  # height / width of a panel at least and at most, howe
 SMALL_PANEL = 1.9
 MOST = 6  # detections whose maps are drawn
 SHEET = 48  # pictures on a contact sheet
+LUMINANCE = (0.299, 0.587, 0.114)
 SITES = {"decoder_cross": "layer", "encoder_self": "encoder layer"}  # whose keys are cells of the picture
 
 
@@ -55,9 +58,17 @@ class View:
         return f"{title}, {'mean over heads' if self.head == 'mean' else f'head {self.head + 1}'}"
 
 
-def class_colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each class, always the same for the same list of classes."""
-    return {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(dict.fromkeys(names))}
+def class_colours(names: Iterable[Mapping[int, str]]) -> dict[str, str]:
+    """The colour of each class by its name; names: label -> class of every run, of which the first one decides."""
+    colours = {}
+    for of_run in names:
+        colours |= {name: class_colour(label, of_run) for label, name in of_run.items() if name not in colours}
+    return colours
+
+
+def text_colour(background: str) -> str:
+    """Black or white, whichever is easier to read."""
+    return "black" if np.dot(to_rgb(background), LUMINANCE) > 0.6 else "white"
 
 
 def views_of(detected: Detected) -> dict[str, np.ndarray]:
@@ -118,7 +129,7 @@ def draw_detections(
     axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
     boxes = detected.boxes_in(image)
     for index in reversed(range(len(detected))):
-        colour = colours[detected.names[index]]
+        colour = colours.get(detected.names[index], MUTED)
         draw_box(axes, boxes[index], colour)
         if captions:
             x, y = np.clip(boxes[index][:2], 0, image.shape[1::-1])
@@ -126,7 +137,8 @@ def draw_detections(
             look = {"facecolor": colour, "lw": 0, "pad": 1}
             text = f"{detected.names[index]} {detected.scores[index]:.2f}"
             va = "top" if inside else "bottom"
-            axes.text(x, y, text, fontsize=5.5, color="white", va=va, bbox=look, clip_on=False, parse_math=False)
+            ink = text_colour(colour)
+            axes.text(x, y, text, fontsize=5.5, color=ink, va=va, bbox=look, parse_math=False)
 
 
 @styled
@@ -137,37 +149,34 @@ def maps_by_detection(
     view: View | None = None,
     most: int = MOST,
 ) -> Figure:
-    """Where the best `most` detections of a picture looked: a row is a run, one scale for all maps.
+    """Where the best `most` detections of a picture looked: a row is a run, the same colour is the same weight.
 
-    Beside the picture stand the means over its detections and heads, above each map its own numbers: cells with any
-    weight, Gini index, and the share of the weight in the box.
+    Over the picture stand the means over its detections and heads, below each map its own numbers, of which the last
+    is the share of the weight inside the box.
     """
     view = view or View()
     rows = {run: detected for run, detected in picture.items() if len(detected) and views_of(detected)}
     if not rows:
         raise Nothing("there is no detection with a map")
-    shown = {run: view.of(views_of(detected)) for run, detected in rows.items()}
-    top = max(float(maps[:most].max()) for _, maps in shown.values())
     columns = 1 + max(min(len(detected), most) for detected in rows.values())
-    width = columns * SMALL_PANEL / TEXT_WIDTH
-    drawn, grid = image_panels(
-        [_proportions(image)] * len(rows), len(rows), columns, SMALL_PANEL, width=width, header=0.5 * len(rows)
-    )
+    width = (columns * SMALL_PANEL + ROOM["beside"]) / TEXT_WIDTH
+    room = ROOM | {"header": 0.45 * len(rows), "width": width}
+    drawn, grid = image_panels([_proportions(image)] * len(rows), len(rows), columns, SMALL_PANEL, **room)
+    looks = []
     for row, (run, detected) in zip(grid, rows.items(), strict=True):
-        title, maps = shown[run]
+        title, maps = view.of(views_of(detected))
         draw_detections(row[0], image, detected, colours, captions=False)
         row[0].set_title(f"{run}\n{view.words(title)}\n{_means(detected, title)}", loc="left", fontsize=6)
-        numbers, boxes = numbers_of(maps, detected), detected.boxes_in(image)
+        boxes = detected.boxes_in(image)
         for index, axes in enumerate(row[1:]):
             if index >= min(len(detected), most):
-                axes.set_visible(False)
+                axes.remove()
                 continue
-            colour = colours[detected.names[index]]
-            draw_map(axes, image, maps[index], detected.example.extent, top)
+            colour = colours.get(detected.names[index], MUTED)
             draw_box(axes, boxes[index], colour)
-            support, concentration, inside = numbers[index]
-            words = f"{support:.0f} of {maps[index].size} cells\nGini {concentration:.2f}, {inside:.0%} in the box"
-            axes.set_title(f"{detected.names[index]} {detected.scores[index]:.2f}\n{words}", loc="left", fontsize=6)
+            axes.set_title(f"{detected.names[index]} {detected.scores[index]:.2f}", loc="left", color=colour)
+            looks.append(Panel(axes, image, maps[index], detected.example.extent, boxes[index]))
+    draw_maps(drawn, looks)
     return drawn
 
 
