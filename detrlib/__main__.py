@@ -143,9 +143,9 @@ def predict(
     out: Annotated[Path, Option(help="folder of the page, the pictures and predictions.json")] = Path("predictions"),
     score: Annotated[float, Option(min=0, max=1, help="of the detections that are kept")] = 0.5,
     attention: Annotated[bool, Option("--attention", help="draw where each detection looks")] = False,
-    site: Annotated[MapSite | None, Option(help="whose maps; default: decoder_cross")] = None,
-    layer: Annotated[int | None, Option(help="from 0, or from the end: -1, the default")] = None,
-    head: Annotated[str | None, Option(help="from 0, or mean, the default")] = None,
+    site: Annotated[MapSite, Option(help="whose maps are drawn")] = "decoder_cross",
+    layer: Annotated[int, Option(help="from 0, or from the end")] = -1,
+    head: Annotated[str, Option(help="from 0, or mean")] = "mean",
     explanations: Annotated[bool, Option("--explain", help="explain each detection, as explain does")] = False,
     limit: Annotated[int | None, Option(min=1, help="the first pictures only")] = None,
     device: Annotated[str | None, Option(help="cpu or cuda; default: a GPU if there is one")] = None,
@@ -163,23 +163,21 @@ def predict(
     from detrlib.figures.album import Album, check_folder
     from detrlib.figures.predictions import View
 
-    if head and head != "mean" and not head.isdecimal():
+    if head != "mean" and not head.isdecimal():
         raise ConfigError(f"--head {head}: expected a number from 0, or mean")
-    drawn = attention or not (site is layer is head is None)
-    view = View(
-        site or "decoder_cross", -1 if layer is None else layer, int(head) if head and head != "mean" else "mean"
-    )
+    view = View(site, layer, "mean" if head == "mean" else int(head))
+    drawn = attention or view != View()
     models, named = engine.models_and_pictures(words)
     pictures, left_out = readable(find_pictures(named, limit))
     check_folder(out)
     detectors = engine.open_detectors(models, device, checkpoint)
     sites = tuple({"decoder_cross", view.site}) if drawn or explanations else ()
-    engine.check_maps(detectors, sites, view.layer, view.head)
+    engine.check_view(detectors, view.site, view.layer, view.head)
     options = {"min_score": score, "sites": sites, "batch_size": batch_size, "left_out": left_out}
-    found = engine.predict_each(detectors, pictures, **options)
+    results = engine.predict_each(detectors, pictures, **options)
     names = {each.label: each.names for each in detectors}
     with Album(out, names, score=score, view=view, attention=drawn) as album:
-        for picture in explained_each(detectors, found) if explanations else found:
+        for picture in explained_each(detectors, results) if explanations else results:
             album.add(picture)
     for run, count in album.counts().items():
         typer.echo(f"{run}: {count} detections in {album.pictures} pictures")

@@ -144,21 +144,21 @@ def find_pictures(pictures: Any, limit: int | None = None) -> list[Picture]:
         DataError: there is no such file, or no picture in it.
     """
     alone = isinstance(pictures, str | Path | Image.Image) or getattr(pictures, "ndim", 0) in (2, 3)
-    found = {}
+    chosen = {}
     for number, given in enumerate([pictures] if alone else pictures, 1):
         if isinstance(given, str | Path):
-            found |= {one.source.absolute(): one for one in _from_path(Path(given))}
+            chosen |= {one.source.absolute(): one for one in _from_path(Path(given))}
         else:
             _as_image(given, f"picture {number}")  # raises what is no picture before anything else is done
-            found[number] = Picture(f"picture {number}", -1, given)
-    found = list(found.values())[:limit]
-    if not found:
+            chosen[number] = Picture(f"picture {number}", -1, given)
+    chosen = list(chosen.values())[:limit]
+    if not chosen:
         raise DataError("no pictures are given: name files, folders, patterns, or give images or arrays")
-    ids = [one.image_id for one in found]
+    ids = [one.image_id for one in chosen]
     if min(ids) < 0 or len(set(ids)) < len(ids):
-        for number, one in enumerate(found, 1):
+        for number, one in enumerate(chosen, 1):
             one.image_id = number
-    return found
+    return chosen
 
 
 def are_pictures(text: str) -> bool:

@@ -1,7 +1,7 @@
 """Any picture through any detector, no annotations needed.
 
-    found = predict("quickstart/softmax", ["photo.jpg", "holiday/"])
-    found[0].to_frame()
+    detected = predict("quickstart/softmax", ["photo.jpg", "holiday/"])
+    detected[0].to_frame()
 
     detrlib predict detr-r50 photo.jpg
 
@@ -28,9 +28,9 @@ from detrlib.config import Config
 from detrlib.data import Batch, collate
 from detrlib.data.annotations import listed
 from detrlib.data.augment import build_augmentation
-from detrlib.data.pictures import Picture, are_pictures, describe, find_pictures, readable
+from detrlib.data.pictures import SUFFIXES, Picture, are_pictures, describe, find_pictures, readable
 from detrlib.engine.evaluate import DETECTIONS_PER_IMAGE, autocast
-from detrlib.errors import ConfigError, DataError, ModelError
+from detrlib.errors import ConfigError, DataError, ModelError, WeightsError
 from detrlib.metrics.sparsity import sparsity
 from detrlib.models import Predictions
 from detrlib.models.outputs import Site
@@ -95,7 +95,7 @@ def predict(
         progress: show a bar.
 
     Returns:
-        What was found in each picture, in their order, see `Detected`; with attention, an `Example` and the sparsity
+        What is detected in each picture, in their order, see `Detected`; with attention, an `Example` and the sparsity
         of the maps in each.
 
     Raises:
@@ -103,12 +103,12 @@ def predict(
         RunError, WeightsError: there is no such run, or its weights cannot be read.
         ConfigError: the device is not there, or a score or site is none.
     """
-    sites, (found, faults) = sites_of(attention), readable(find_pictures(pictures, limit))
+    sites, (chosen, faults) = sites_of(attention), readable(find_pictures(pictures, limit))
     if faults:
         raise DataError(describe(faults))
     detector = open_detector(model_or_run, device, checkpoint)
     options = {"min_score": min_score, "sites": sites, "batch_size": batch_size, "progress": progress}
-    return [one for (one,) in predict_each([detector], found, **options)]
+    return [one for (one,) in predict_each([detector], chosen, **options)]
 
 
 def predict_each(
@@ -128,7 +128,7 @@ def predict_each(
     """
     if not 0 <= min_score <= 1 or batch_size < 1:
         raise ConfigError(f"min_score {min_score}, batch_size {batch_size}: a score is in 0..1, a batch 1 or more")
-    check_maps(detectors, sites)
+    check_sites(detectors, sites)
     with tqdm(total=len(pictures), desc="predicting", unit="picture", disable=not progress or None) as bar:
         for first in range(0, len(pictures), batch_size):
             readable = []
@@ -163,7 +163,13 @@ def open_detector(
 
 def open_detectors(names: Sequence[str], device: str | None = None, checkpoint: str = "last") -> list[Detector]:
     """Several models by name, labelled so that none is called as another. Raises as `predict`."""
-    detectors = [open_detector(name, device, checkpoint) for name in names]
+    detectors = []
+    for name in names:
+        try:
+            detectors.append(open_detector(name, device, checkpoint))
+        except WeightsError as error:
+            lost = "" if Path(name).is_file() else f"; nor is there a picture or a folder {name!r}"
+            raise WeightsError(f"{error}{lost}") from None
     labels = [each.label for each in detectors]
     for each, name in zip(detectors, names, strict=True):
         each.label = name if labels.count(each.label) > 1 else each.label
@@ -179,7 +185,7 @@ def examples_of(
     """
     if not isinstance(pictures, str | Path) and not len(pictures):
         return load_examples(run_path(run))
-    return [found.example for found in predict(run, pictures, min_score=min_score, attention=attention)]
+    return [detected.example for detected in predict(run, pictures, min_score=min_score, attention=attention)]
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -204,35 +210,40 @@ def sites_of(attention: bool | Collection[str]) -> tuple[Site, ...]:
     return tuple(dict.fromkeys(("decoder_cross", *sites)))
 
 
-def check_maps(
-    detectors: Sequence[Detector], sites: Collection[Site], layer: int = -1, head: int | Literal["mean"] = "mean"
-) -> None:
-    """Raise ModelError naming the detector that has no maps at one of the sites, or no such layer or head there."""
+def check_sites(detectors: Sequence[Detector], sites: Collection[Site]) -> None:
+    """Raise ModelError naming the detector that has no attention at one of the sites."""
+    for each in detectors:
+        if "encoder_self" in sites and not each.cfg.model.encoder_layers:
+            raise ModelError(f"{each.label}: model.encoder_layers is 0, it has no encoder_self; choose another site")
+
+
+def check_view(detectors: Sequence[Detector], site: Site, layer: int, head: int | Literal["mean"]) -> None:
+    """Raise ModelError naming the detector that has no map of this layer (from 0, or from the end) and head."""
+    check_sites(detectors, [site])
     for each in detectors:
         model = each.cfg.model
-        for site in sites:
-            layers = model.encoder_layers if site == "encoder_self" else model.decoder_layers
-            if not layers:
-                raise ModelError(f"{each.label}: model.encoder_layers is 0, it has no {site}; choose another site")
-            if not -layers <= layer < layers:
-                raise ModelError(f"{each.label}: no layer {layer} at {site}; there are 0 to {layers - 1}, or -1")
+        layers = model.encoder_layers if site == "encoder_self" else model.decoder_layers
+        if site == "encoder_self" and (model.transform_at(site) == "deformable" or model.polling.ratio):
+            raise ModelError(f"{each.label}: what asks in its encoder are no cells of the picture; draw decoder_cross")
+        if not -layers <= layer < layers:
+            raise ModelError(f"{each.label}: no layer {layer} at {site}; there are 0 to {layers - 1}, or -1")
         if head != "mean" and not 0 <= head < model.num_heads:
             raise ModelError(f"{each.label}: no head {head}; there are 0 to {model.num_heads - 1}, or mean")
 
 
 def models_and_pictures(words: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The words of a command told apart: names of models, and pictures that exist.
+    """The words of a command told apart: names of models, and pictures.
 
-    Raises ConfigError for a word that may be both, or none of one of the kinds.
+    Raises ConfigError for a word that may be both, or where there is none of one kind.
     """
     models, pictures = [], []
     for word in dict.fromkeys(words):
         folders = [path for path in (RUNS / word, Path(word)) if (path / "config.yaml").is_file()]
-        model = folders or word in (*PUBLISHED, *ELSEWHERE) or (Path(word) / "config.json").is_file()
-        picture = are_pictures(word) and Path(word) not in folders and not (Path(word) / "config.json").is_file()
-        if model and picture:
-            other = folders[0] if folders else f"published weights, {word}"
-            raise ConfigError(f"{word!r} may be pictures or a model: write ./{word} for the first, or {other}")
+        own = Path(word) in folders or (Path(word) / "config.json").is_file()  # a run, or a folder of Hugging Face
+        picture = not own and (are_pictures(word) or Path(word).suffix.lower() in SUFFIXES)
+        if picture and (folders or word in (*PUBLISHED, *ELSEWHERE)):
+            other = f"papermill_runs/{word} for the run" if folders else "rename it for the published weights"
+            raise ConfigError(f"{word!r} may be pictures or a model: write ./{word} for the pictures, {other}")
         (pictures if picture else models).append(word)
     if not models or not pictures:
         missing = "no model is named" if not models else f"no pictures are named beside {listed(models)}"
@@ -252,41 +263,41 @@ def _detected(
     with autocast(detector.cfg.train.precision, detector.device):
         predictions = detector.model(batch.images, batch.padding_mask, need_attention=tuple(sites))
     sizes = torch.stack([target["original_size"] for target in batch.targets])
-    every = predictions.detections(sizes, DETECTIONS_PER_IMAGE)
-    for index, ((picture, image, size), found) in enumerate(zip(pictures, every, strict=True)):
+    each = predictions.detections(sizes, DETECTIONS_PER_IMAGE)
+    for index, ((picture, image, size), own) in enumerate(zip(pictures, each, strict=True)):
         # Labels between two category ids can be predicted, but name no category.
-        named = [not detector.names or label in detector.names for label in found.labels.tolist()]
-        kept = (found.scores >= min_score) & torch.tensor(named, dtype=torch.bool, device=found.scores.device)
+        named = [not detector.names or label in detector.names for label in own.labels.tolist()]
+        kept = (own.scores >= min_score) & torch.tensor(named, dtype=torch.bool, device=own.scores.device)
         boxes, scores, labels, queries = (
-            getattr(found, name)[kept].cpu().numpy() for name in ("boxes", "scores", "labels", "queries")
+            getattr(own, name)[kept].cpu().numpy() for name in ("boxes", "scores", "labels", "queries")
         )
         names = [detector.names.get(label, str(label)) for label in labels.tolist()]
         one = Detected(picture.name, picture.image_id, size, boxes, scores, labels, names, queries, picture)
         if sites:
             one.example = _example(one, image, batch, predictions, index, sites)
-            one.sparsity = sparsity_of(predictions, index, sites, found.queries[kept])
+            one.sparsity = sparsity_of(predictions, index, sites, own.queries[kept])
         results.append(one)
     return results
 
 
 def _example(
-    found: Detected, image: Image.Image, batch: Batch, predictions: Predictions, index: int, sites: Collection[Site]
+    detected: Detected, image: Image.Image, batch: Batch, predictions: Predictions, index: int, sites: Collection[Site]
 ) -> Example:
     """A picture as an example without annotated objects, with the maps of its detections."""
     shown = image.copy()
     shown.thumbnail((SHOWN, SHOWN), Image.Resampling.LANCZOS)
     pixels = np.asarray(shown)
-    queries = torch.as_tensor(found.queries, device=predictions.logits.device)
+    queries = torch.as_tensor(detected.queries, device=predictions.logits.device)
     return Example(
-        image_id=found.image_id,
+        image_id=detected.image_id,
         image=pixels,
         true_boxes=np.zeros((0, 4), dtype=np.float32),
         true_labels=np.zeros(0, dtype=np.int64),
-        boxes=found.boxes_in(pixels),
-        labels=found.labels,
-        scores=found.scores,
-        matched=np.full(len(found), -1),
-        queries=found.queries,
+        boxes=detected.boxes_in(pixels),
+        labels=detected.labels,
+        scores=detected.scores,
+        matched=np.full(len(detected), -1),
+        queries=detected.queries,
         extent=cells_of(batch, predictions.attention, index).numpy(),
         stored={site: maps_of(predictions, site, index, queries) for site in sites},
     )

@@ -38,7 +38,7 @@ def page_picture(picture: Mapping[str, Detected], image: np.ndarray) -> str:
         "name": first.picture,
         "size": list(first.size),
         "source": _data_uri(Image.fromarray(image)),
-        "found": [_one_run(detected) for detected in picture.values()],
+        "detected": [_one_run(detected) for detected in picture.values()],
     }
     return f'<script type="application/json" class="picture">{_embedded(values)}</script>'
 

@@ -40,7 +40,7 @@ class View:
     head: int | Literal["mean"] = "mean"
 
     def of(self, views: Mapping[str, np.ndarray]) -> tuple[str, np.ndarray]:
-        """Title of the layer and maps [n,h,w] among those that `views_of` found.
+        """Title of the layer and maps [n,h,w] among those of `views_of`.
 
         Raises Nothing where the layer or the head is none.
         """

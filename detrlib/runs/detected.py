@@ -1,4 +1,4 @@
-"""What a detector found in a picture of one's own, and what other programs make of it."""
+"""What is detected in a picture of one's own, and the same for other programs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ COLUMNS = ("picture", "image_id", "name", "score", "x0", "y0", "x1", "y1", "labe
 
 @dataclass(repr=False)
 class Detected:
-    """What a detector found in one picture: n detections, best first.
+    """What is detected in one picture: n detections, best first.
 
     Boxes are xyxy in pixels of the original picture, turned upright (a list of images in COCO's format says otherwise:
     see `find_pictures`).
@@ -86,9 +86,9 @@ class Detected:
         )
 
 
-def all_in_one(found: Sequence[Detected]) -> pd.DataFrame:
-    """The detections of several pictures as one table, see `Detected.to_frame`."""
-    frames = [one.to_frame() for one in found if len(one)]
+def all_in_one(pictures: Sequence[Detected]) -> pd.DataFrame:
+    """The detections in several pictures as one table, see `Detected.to_frame`."""
+    frames = [one.to_frame() for one in pictures if len(one)]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
 
 
