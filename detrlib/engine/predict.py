@@ -238,11 +238,11 @@ def models_and_pictures(words: Iterable[str]) -> tuple[list[str], list[str]]:
     """
     models, pictures = [], []
     for word in dict.fromkeys(words):
-        folders = [path for path in (RUNS / word, Path(word)) if (path / "config.yaml").is_file()]
-        own = Path(word) in folders or (Path(word) / "config.json").is_file()  # a run, or a folder of Hugging Face
-        picture = not own and (are_pictures(word) or Path(word).suffix.lower() in SUFFIXES)
-        if picture and (folders or word in (*PUBLISHED, *ELSEWHERE)):
-            other = f"papermill_runs/{word} for the run" if folders else "rename it for the published weights"
+        path, run = Path(word), (RUNS / word / "config.yaml").is_file() and not word.startswith(".")
+        model = any((path / name).is_file() for name in ("config.yaml", "config.json"))  # a run, or Hugging Face's
+        picture = not model and (are_pictures(word) or path.suffix.lower() in SUFFIXES)
+        if picture and (run or word in (*PUBLISHED, *ELSEWHERE)):
+            other = f"{RUNS.name}/{word} for the run" if run else "rename it for the published weights"
             raise ConfigError(f"{word!r} may be pictures or a model: write ./{word} for the pictures, {other}")
         (pictures if picture else models).append(word)
     if not models or not pictures:

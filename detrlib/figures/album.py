@@ -12,6 +12,7 @@ FOLDER/
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -129,7 +130,8 @@ class Album:
             return
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
-        with plt.rc_context(STYLE):
+        with plt.rc_context(STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # file names may be in any script
             drawn.savefig(path, metadata={"Software": OURS})
 
 
