@@ -11,7 +11,7 @@ from detrlib.models import alpha_modules, sampling_projections
 
 
 def parameter_groups(model: nn.Module, cfg: Train) -> list[dict]:
-    """Named optimiser groups, if not empty: rest, backbone, projections (to samples), alpha (no weight decay)."""
+    """Named optimiser groups, if not empty: rest, backbone, projections (to sampling locations), alpha (no decay)."""
     special = {id(module.pre_alpha): "alpha" for module in alpha_modules(model).values()}
     special |= {id(parameter): "projections" for parameter in sampling_projections(model)}
     groups = {"rest": [], "backbone": [], "projections": [], "alpha": []}

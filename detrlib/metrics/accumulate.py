@@ -157,7 +157,7 @@ class AttentionMeasures:
             self.tables[1].add(columns | dict(zip(localisation.MEASURES, rows, strict=True)))
 
     def close(self) -> list[Tensor]:
-        """Put the tables of this process in place; its `sums`."""
+        """Let the tables of this process appear under their names; its `sums`."""
         for table in self.tables:
             table.close()
         return self.sums()

@@ -31,7 +31,7 @@ EXAMPLE_SCORE = 0.3  # queries more confident than this are kept in an example, 
 
 @dataclass
 class Example:
-    """One image as the model saw it, what the model found in it, and where it looked for it.
+    """One image as the model saw it, what the model detected in it, and where it looked for it.
 
     Boxes are xyxy in pixels of `image`; n confident or matched queries, best first.
     """
