@@ -122,9 +122,9 @@ class DeformableDETR(nn.Module):
         if self.encoder_auxiliary:
             predictions.encoder_auxiliary = self._encoder_predictions(states[:-1], cells, kept)
         if kept is not None:
-            mask = kept.mask(scores.shape[1])
+            mask, most = kept.mask(scores.shape[1]), kept.index.shape[1]
             samples = decoded.cross_maps
-            predictions.tokens = Tokens(scores, mask, memory.padding, memory.shapes, samples, self.map_shift)
+            predictions.tokens = Tokens(scores, mask, memory.padding, memory.shapes, samples, most, self.map_shift)
         if sites:
             predictions.attention = attention_maps(maps[0], memory.ratios, encoder_samples, decoded)
         return predictions
