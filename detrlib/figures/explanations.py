@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from detrlib.errors import ConfigError
 from detrlib.figures.attention import WIDEST_PANEL, draw_box, draw_image
-from detrlib.figures.overlay import ROOM, Panel, Sharing, draw_maps
+from detrlib.figures.overlay import Panel, Sharing, draw_maps, room
 from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, Nothing, image_panels, panels, run_colours, styled
 from detrlib.metrics.faithfulness import image_means
 
@@ -42,7 +42,7 @@ def explanations_grid(
     have units of their own, hence so has each map a scale. Below it "in box" is the share inside the predicted box.
     """
     extents = [None] * len(images) if extents is None else extents
-    drawn, panels = image_panels(images, len(images), 1 + len(maps), WIDEST_PANEL, **ROOM)
+    drawn, panels = image_panels(images, len(images), 1 + len(maps), WIDEST_PANEL, **room(1 + len(maps), scale))
     laid = []
     for number, (row, image) in enumerate(zip(panels, images, strict=True)):
         draw_image(row[0], image, titles[number], fontsize=7)
