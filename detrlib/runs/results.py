@@ -1,5 +1,7 @@
 """Saved results of runs as tidy pandas tables, for figures, statistics and the main table.
 
+Numbers that COCO calls undefined, -1 in results.json, are missing (NaN) in every table.
+
 Every function takes run folders and reads nothing else; runs carry the names that `run_labels` gives them.
 """
 
@@ -12,7 +14,7 @@ import pandas as pd
 
 from detrlib.config import load_config
 from detrlib.errors import RunError
-from detrlib.metrics.detection import Matches
+from detrlib.metrics.detection import UNDEFINED, Matches
 from detrlib.runs.folder import has_table, load_results, load_table, read_metrics, run_labels
 
 MADE_BY = "detrlib intervene"
@@ -26,23 +28,34 @@ def metrics_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
         run_dirs: folders of runs.
 
     Returns:
-        A row per number: run, global_step, epoch, metric, value.
+        A row per number: run, global_step, epoch, metric, value; none for numbers that are missing or undefined.
     """
     rows = []
     for run_dir, label in run_labels(run_dirs).items():
         for record in read_metrics(run_dir):
             where = {"run": label, "global_step": record["global_step"], "epoch": record["epoch"]}
             numbers = {k: v for k, v in record.items() if k not in ("global_step", "epoch") and v is not None}
+            numbers = {k: v for k, v in numbers.items() if v != UNDEFINED or not k.startswith("detection/")}
             rows += [where | {"metric": name, "value": value} for name, value in numbers.items()]
     return pd.DataFrame(rows, columns=["run", "global_step", "epoch", "metric", "value"])
 
 
 def _evaluated(run_dir: Path) -> dict:
-    """The results of a run. Raises RunError where it was made of official weights and has none yet."""
+    """The results of a run, undefined numbers missing. Raises RunError where it was made of official weights and has
+    none yet.
+    """
     results = load_results(run_dir)
     if "imported" in results:
         raise RunError(f"{run_dir} is made of {results['imported']} and not evaluated yet: detrlib evaluate {run_dir}")
-    return results
+    return results | {"detection": _defined(results.get("detection", {}))}
+
+
+def _defined(numbers: dict) -> dict:
+    """Numbers, or numbers by class, with NaN for COCO's value of undefined ones."""
+    return {
+        name: _defined(value) if isinstance(value, dict) else np.nan if value == UNDEFINED else value
+        for name, value in numbers.items()
+    }
 
 
 def published_curves(path: Path) -> pd.DataFrame:
@@ -202,6 +215,26 @@ def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
 
 
+def class_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """Read AP by class.
+
+    Args:
+        run_dirs: folders of runs.
+
+    Returns:
+        A row per run and class, in order of AP: run, class, AP, AP50; missing for classes without objects.
+
+    Raises:
+        RunError: a run is not finished.
+    """
+    rows = [
+        {"run": label, "class": name, **numbers}
+        for run_dir, label in run_labels(run_dirs).items()
+        for name, numbers in _evaluated(run_dir)["detection"]["per_class"].items()
+    ]
+    return pd.DataFrame(rows).sort_values("AP", ascending=False, ignore_index=True)
+
+
 def paibb_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """Read PAIBB by object size.
 
@@ -322,6 +355,7 @@ def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, che
             asked = f"checkpoint {checkpoint}" + (f" on {images} images" if images else "")
             raise RunError(f"{run_dir}: no interventions of {asked} are stored; measure them: {MADE_BY}")
         trained = {site: _trained(run_dir, site) for site in table["site"].unique()}
+        table = table.replace({name: {UNDEFINED: np.nan} for name in ("AP", "AP50")})
         names, alphas = ([trained[site][part] for site in table["site"]] for part in (0, 1))
         tables.append(table.assign(run=label, trained=names, trained_alpha=alphas))
     frame = pd.concat(tables[1:] or tables, ignore_index=True)
