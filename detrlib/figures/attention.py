@@ -34,7 +34,8 @@ def draw_box(
             Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=line_width, linestyle=style)
         )
     if caption:
-        axes.text(x0, y0, caption, fontsize=5, color="white", bbox={"facecolor": colour, "lw": 0, "pad": 0.8})
+        box = {"facecolor": colour, "lw": 0, "pad": 0.8}
+        axes.text(x0, y0, caption, fontsize=5, color="white", va="top", bbox=box)
 
 
 def draw_image(axes: Axes, image: np.ndarray, title: str = "", alpha: float = 1.0, **look) -> None:

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from detrlib import runs
-from detrlib.config import save_config
+from detrlib.config import load_config, save_config
 from detrlib.engine.evaluate import save_results
 from detrlib.errors import RunError
 from detrlib.files import write_json
@@ -54,6 +54,22 @@ def test_tables_of_finished_runs(tmp_path):
     assert len(frames.attention_frame(found, "encoder_self")) == 0
     with pytest.raises(RunError, match=r"has no results\.json: not a run, or not finished"):
         frames.results_table([tmp_path / "unfinished"])
+
+
+def test_what_coco_calls_undefined_is_missing_in_every_table(tmp_path):
+    """results.json keeps COCO's -1, so that old runs are read the same."""
+    numbers = results(0.5)
+    numbers["detection"] |= {"AP_small": -1, "AR_small": -1.0, "per_class": {"a": {"AP": -1, "AP50": -1}}}
+    numbers["detection"]["per_class"]["b"] = {"AP": 0.5, "AP50": 0.75}
+    run_dir = tmp_path / "a"
+    write_json(run_dir / "results.json", numbers)
+    save_config(load_config(), run_dir / "config.yaml")
+    runs.append_metrics(run_dir, record(4, 1, **{"detection/AP": 0.5, "detection/AP_small": -1}))
+    assert frames.results_table([run_dir]).loc["a"].isna().to_dict()["AP_small"]
+    assert frames.results_frame([run_dir]).iloc[0][["AP_small", "AR_small"]].isna().all()
+    assert frames.metrics_frame([run_dir]).metric.tolist() == ["detection/AP"]
+    by_class = frames.class_table([run_dir])
+    assert by_class["class"].tolist() == ["b", "a"] and by_class.AP.isna().tolist() == [False, True]
 
 
 def write_results(folder, gini, paibb):
