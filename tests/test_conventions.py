@@ -34,8 +34,8 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
     ".": 480,
-    "config": 740,
-    "attention": 1210,
+    "config": 750,
+    "attention": 1220,
     "attention/kernels": 1040,
     "models": 1900,
     "losses": 310,

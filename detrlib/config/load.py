@@ -29,6 +29,8 @@ MOVED = {
     "model.deformable.token_scores": "model.compatibility.token_scores",
     "model.deformable.dam": "model.compatibility.dam",
 }
+# Parameters of published code that are twice a setting, and may be given in place of it.
+DOUBLED = {"model.attention.tv_alpha": "model.attention.tv_lambda"}
 # What is always so in a family that has no setting for it, and why; files that say so are right.
 GIVEN = {
     "deformable": {
@@ -149,11 +151,18 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _settings(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Sections within each other, or dotted names, as dotted settings under their names of today."""
-    flat = {}
-    for key, value in _flat(values).items():
+    given, settings = _flat(values), {}
+    for key, value in given.items():
         _check_known(key, where)
-        flat[MOVED.get(key, key)] = value
-    return flat
+        if (single := DOUBLED.get(key)) is None:
+            settings[MOVED.get(key, key)] = value
+        elif single in given:
+            raise ConfigError(f"{where}: {key} is twice {single}; give one of them")
+        elif isinstance(value, int | float):
+            settings[single] = value / 2
+        else:
+            raise ConfigError(f"{where}: {key} is {value!r}; give a number, twice {single}")
+    return settings
 
 
 def _overrides(values: dict[str, Any]) -> dict[str, Any]:
@@ -261,7 +270,7 @@ def _is_given(key: str, value: Any, family: str, where: str) -> bool:
 
 
 def _check_known(key: str, where: str) -> None:
-    if key in KNOWN or key in MOVED:
+    if key in KNOWN or key in MOVED or key in DOUBLED:
         return
     last = key.split(".")[-1]
     near = difflib.get_close_matches(key, KNOWN, 1, 0.5)

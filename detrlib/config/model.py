@@ -83,7 +83,9 @@ class Attention(QueryAttention):
 
     encoder_self: TransformName = "softmax"
     decoder_cross: TransformName = "softmax"
-    tv_lambda: float = Field(0.1, ge=0.0)  # of "tvmax": price of a step between neighbouring cells
+    # of "tvmax": price of a step between neighbouring cells. In place of it tv_alpha may be given, the parameter of the
+    # published code, which is twice as large: the thesis's 0.1 is a tv_lambda of 0.05
+    tv_lambda: float = Field(0.1, ge=0.0)
 
 
 class Polling(Section):

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
-from detrlib.boxes import cxcywh_to_xyxy
+from detrlib.boxes import cxcywh_to_xyxy, giou
 from detrlib.losses.matcher import Match, MatchingCosts, match
 from detrlib.models.outputs import Polled, Predictions, Tokens
 
@@ -128,10 +128,10 @@ class Criterion(nn.Module):
     def loss_boxes(self, outputs: Predictions, pairs: Pairs, divisors: Divisors) -> Terms:
         """`loss_bbox`, the L1 distance of matched boxes, and `loss_giou`, 1 - GIoU (Carion et al. 2020, Eq. 2)."""
         boxes = outputs.boxes.float()[pairs.image, pairs.query]  # [N,4]
-        giou = generalized_box_iou_loss(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes), reduction="sum")
+        overlap = giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes))  # [N]
         return {
             "loss_bbox": F.l1_loss(boxes, pairs.boxes, reduction="sum") / divisors.boxes,
-            "loss_giou": giou / divisors.boxes,
+            "loss_giou": (1 - overlap).sum() / divisors.boxes,
         }
 
     def _layer_losses(self, outputs: Predictions, targets: list[dict], divisors: Divisors) -> tuple[Pairs, Terms]:

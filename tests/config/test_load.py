@@ -234,6 +234,29 @@ def test_every_known_setting_can_be_overridden_with_its_own_value(overrides):
         assert name in known_settings()
 
 
+def test_the_parameter_of_the_published_tvmax_is_halved(tmp_path):
+    cfg = load_config(overrides={"model.attention.tv_alpha": "0.1"})
+    assert cfg == load_config(overrides={"model.attention.tv_lambda": 0.05})
+    path = tmp_path / "saved.yaml"
+    save_config(cfg, path)
+    assert load_config(path) == cfg  # as tv_lambda
+    assert replace(cfg, {"model.attention.tv_alpha": 1}).model.attention.tv_lambda == 0.5  # over what it stands for
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.attention.tv_alpha": 0.1, "model.attention.tv_lambda": 0.05},
+        {"model.attention.tv_alpha": "strong"},
+        {"model.attention.tv_alpha": -0.1},
+        {"model.attention.tv_alpha": 0.1, "model.architecture": "deformable"},
+    ],
+)
+def test_the_parameter_of_the_published_tvmax_is_refused_beside_ours_and_where_there_is_none(overrides):
+    with pytest.raises(ConfigError, match=r"model\.attention\.tv_"):
+        load_config(overrides=overrides)
+
+
 def test_a_sweep_is_no_config():
     with pytest.raises(ConfigError, match="detrlib sweep"):
         load_config("papermill_runs/configs/quickstart.yaml")
