@@ -42,7 +42,7 @@ CEILINGS = {
     "checkpoints": 490,
     "data": 1110,
     "metrics": 1700,
-    "runs": 1220,
+    "runs": 1240,
     "engine": 1270,
     "experiments": 1880,
     "figures": 2300,

@@ -1,4 +1,6 @@
-"""The run folder, the contract between training and all that reads results: `folder`, `examples`, `maps`, `results`."""
+"""The run folder, the contract between training and all that reads it: `folder`, `examples`, `maps`, `history` (what
+training has logged) and `results`.
+"""
 
 from detrlib.runs.examples import Example, load_examples, same_image
 from detrlib.runs.folder import (
