@@ -16,23 +16,26 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from detrlib.figures.choices import best_of_class, cell_at, cell_box, cells_ask, chosen_labels, detection
-from detrlib.figures.overlay import ROOM, Panel, Sharing, draw_maps
+from detrlib.figures.overlay import Panel, Sharing, draw_maps, room
 from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, styled
 from detrlib.runs.examples import Example
 
 WIDEST_PANEL = 1.7  # inches
 
 
-def draw_box(axes: Axes, box: np.ndarray, colour: str, dashed: bool = False, caption: str = "") -> None:
+def draw_box(
+    axes: Axes, box: np.ndarray, colour: str, dashed: bool = False, caption: str = "", width: float = 1.3
+) -> None:
     """One box; dashed ones are ground truth. A white rim keeps it visible on any background."""
     x0, y0, x1, y1 = box
-    for edge, line_width in (("white", 2.4), (colour, 1.3)):
+    for edge, line_width in (("white", width + 1.1), (colour, width)):
         style = (0, (3, 2)) if dashed else "solid"
         axes.add_patch(
             Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=line_width, linestyle=style)
         )
     if caption:
-        axes.text(x0, y0, caption, fontsize=5, color="white", bbox={"facecolor": colour, "lw": 0, "pad": 0.8})
+        box = {"facecolor": colour, "lw": 0, "pad": 0.8}
+        axes.text(x0, y0, caption, fontsize=5, color="white", va="top", bbox=box)
 
 
 def draw_image(axes: Axes, image: np.ndarray, title: str = "", alpha: float = 1.0, **look) -> None:
@@ -73,7 +76,7 @@ def detections_with_attention(
     of `overlay.draw_maps`.
     """
     shown = min(max_queries, len(example.boxes))
-    drawn, panels = image_panels(example.image, 1, max_queries + 1, WIDEST_PANEL, **ROOM)
+    drawn, panels = image_panels(example.image, 1, max_queries + 1, WIDEST_PANEL, **room(max_queries + 1, scale))
     first, *rest = panels[0]
     count = len(example.true_boxes)
     draw_image(first, example.image, f"{count} object{'s' * (count != 1)}")
@@ -110,7 +113,8 @@ def objects_by_run(
         raise Nothing("no run has stored examples with attention")
     first = next(iter(examples.values()))
     objects = _largest_objects(first, max_objects)
-    drawn, panels = image_panels(first.image, len(examples), len(objects) + 1, WIDEST_PANEL, **ROOM)
+    columns = len(objects) + 1
+    drawn, panels = image_panels(first.image, len(examples), columns, WIDEST_PANEL, **room(columns, scale))
     looks = []
     for row, (run, example) in zip(panels, examples.items(), strict=True):
         draw_image(row[0], example.image, run, fontweight="bold", fontsize=6)  # names of runs are long
@@ -144,7 +148,7 @@ def queries_by_layer(
     """
     layers, looks = example.shape()[0], []
     rows = min(max_queries, len(example.boxes))
-    drawn, panels = image_panels(example.image, rows, layers + 1, WIDEST_PANEL, **ROOM)
+    drawn, panels = image_panels(example.image, rows, layers + 1, WIDEST_PANEL, **room(layers + 1, scale))
     for query, (first, *rest) in enumerate(panels):
         colour = _colour(example, query, names)
         draw_image(first, example.image, detection(example, query, names), color=colour)
@@ -178,7 +182,8 @@ def chosen_classes(
         raise Nothing(f"no detections of {', '.join(names[label] for label in labels)} are stored")
     runs, looks = list(rows[0].queries), []
     pictures = [row.queries[row.best][0].image for row in rows]
-    drawn, panels = image_panels(pictures, len(rows), len(runs) + 1, WIDEST_PANEL, header=0.15, **ROOM)
+    left = room(len(runs) + 1, scale)
+    drawn, panels = image_panels(pictures, len(rows), len(runs) + 1, WIDEST_PANEL, header=0.15, **left)
     for number, (row, picture, (first, *rest)) in enumerate(zip(rows, pictures, panels, strict=True)):
         example, query = row.queries[row.best]
         colour = class_colour(row.label, names)
@@ -217,7 +222,7 @@ def cells_grid(
     centres = example.true_boxes[objects].reshape(-1, 2, 2).mean(1)
     cells = [cell_at(example, x, y) for x, y in centres]
     layers = example.shape("encoder_self")[0]
-    drawn, panels = image_panels(example.image, layers, len(cells) + 1, WIDEST_PANEL, **ROOM)
+    drawn, panels = image_panels(example.image, layers, len(cells) + 1, WIDEST_PANEL, **room(len(cells) + 1, scale))
     for layer, (first, *rest) in enumerate(panels):
         draw_image(first, example.image, f"encoder layer {layer + 1}")
         weights = example.maps("encoder_self", layer)
@@ -246,7 +251,7 @@ def layers_grid(
     """
     maps, looks = example.maps()[:, :, query], []  # [L,H,h,w]
     layers, heads = maps.shape[:2]
-    drawn, panels = image_panels(example.image, layers, heads + 1, WIDEST_PANEL, **ROOM)
+    drawn, panels = image_panels(example.image, layers, heads + 1, WIDEST_PANEL, **room(heads + 1, scale))
     for layer, row in enumerate(panels):
         columns = [("mean", maps[layer].mean(0, dtype=np.float32))]
         columns += [(f"head {head + 1}", maps[layer, head]) for head in range(heads)]
@@ -270,7 +275,7 @@ def single_map(
     colour: str = MUTED,
 ) -> Figure:
     """The image with a query's box, and its map [h,w] beside it; logarithmic: of the colours; colour: of the box."""
-    drawn, panels = image_panels(image, 1, 2, WIDEST_PANEL, width=0.7, **ROOM)
+    drawn, panels = image_panels(image, 1, 2, WIDEST_PANEL, width=0.7, **room(2))
     left, right = panels[0]
     draw_image(left, image, title)
     for axes in (left, right):

@@ -12,8 +12,18 @@ from scipy.stats import norm
 
 from detrlib.errors import ConfigError
 from detrlib.figures.attention import WIDEST_PANEL, draw_box, draw_image
-from detrlib.figures.overlay import ROOM, Panel, Sharing, draw_maps
-from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, Nothing, image_panels, panels, run_colours, styled
+from detrlib.figures.overlay import Panel, Sharing, draw_maps, room
+from detrlib.figures.style import (
+    MUTED,
+    PALETTE,
+    TEXT_WIDTH,
+    Nothing,
+    class_colour,
+    image_panels,
+    panels,
+    run_colours,
+    styled,
+)
 from detrlib.metrics.faithfulness import image_means
 
 TITLES = {"grad_attention": "grad × attention"}
@@ -30,7 +40,8 @@ def explanations_grid(
     titles: Sequence[str],
     maps: Mapping[str, Sequence[np.ndarray]],
     extents: Sequence[np.ndarray] | None = None,
-    colours: Sequence[str] = (),
+    labels: Sequence[int] = (),
+    names: Mapping[int, str] | None = None,
     scale: Sharing = "own",
     logarithmic: bool = True,
 ) -> Figure:
@@ -38,11 +49,12 @@ def explanations_grid(
 
     images: n of uint8 [H,W,3], one for each detection; boxes [n,4]; titles: what each detection is; maps: method ->
     n of [h,w]; extents: height and width of each image in cells where the last cells reach beyond it, None: h and w;
-    colours: of the boxes, those of their classes; scale, logarithmic: of the maps, as of `overlay.draw_maps`. Methods
-    have units of their own, hence so has each map a scale. Below it "in box" is the share inside the predicted box.
+    labels, names: n classes, and label -> class, which colour the boxes; scale, logarithmic: of the maps, as of
+    `overlay.draw_maps`. Methods have units of their own, hence each map has a scale of its own. Below it "in box" is
+    the share inside the predicted box.
     """
     extents = [None] * len(images) if extents is None else extents
-    drawn, panels = image_panels(images, len(images), 1 + len(maps), WIDEST_PANEL, **ROOM)
+    drawn, panels = image_panels(images, len(images), 1 + len(maps), WIDEST_PANEL, **room(1 + len(maps), scale))
     laid = []
     for number, (row, image) in enumerate(zip(panels, images, strict=True)):
         draw_image(row[0], image, titles[number], fontsize=7)
@@ -51,7 +63,7 @@ def explanations_grid(
             if number == 0:
                 axes.set_title(TITLES.get(method, method), loc="left", fontsize=7)
         for axes in row:
-            draw_box(axes, boxes[number], colours[number] if colours else PALETTE[0])
+            draw_box(axes, boxes[number], class_colour(int(labels[number]), names) if len(labels) else PALETTE[0])
     draw_maps(drawn, laid, scale, logarithmic, label="value")
     return drawn
 

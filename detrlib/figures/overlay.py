@@ -30,12 +30,11 @@ Sharing = Literal["shared", "own"]
 
 # From yellow to dark purple: lightness falls evenly, for every kind of colour vision and on a projector.
 COLOURS = LinearSegmentedColormap.from_list("weights", plt.get_cmap("inferno_r")(np.linspace(0.08, 0.9, 256)))
-FAINTEST, DENSEST = 0.5, 0.9  # opacity of the smallest weight above zero, and of the largest
+FAINTEST, DENSEST = 0.45, 0.9  # opacity of the smallest weight above zero, and of the largest
 DECADES = 4  # of a logarithmic scale; weights below them have the colour of its lower end
-PALE = 0.4  # how much of the way to white the grey image goes
+PALE = 0.55  # how much of the way to white the grey image goes
 BAR_WIDTH, BAR_HEIGHT = 0.55, 2.4  # inches of a colour bar with its numbers, and of its length at most
-LINE = 0.1  # inches of a line of numbers below a map
-ROOM = {"footer": 2 * LINE, "beside": BAR_WIDTH}  # for `style.image_panels` where maps are drawn
+WIDE = 6  # columns in which two numbers fit beside each other
 
 
 class Scale(NamedTuple):
@@ -126,6 +125,18 @@ def numbers(
     return words
 
 
+def room(columns: int, scale: Sharing = "shared") -> dict[str, float]:
+    """What `style.image_panels` leaves free for the numbers and the bar of `draw_maps`."""
+    per_line, size = _numbers_look(columns)
+    lines = -(-(3 if scale == "shared" else 4) // per_line)
+    return {"footer": 0.04 + 1.2 * size / 72 * lines, "beside": BAR_WIDTH}
+
+
+def _numbers_look(columns: int) -> tuple[int, int]:
+    """How many numbers fit beside each other below a panel, and the size of their font in points."""
+    return 2 if columns <= WIDE else 1, 5 if columns > WIDE // 2 else 6
+
+
 class Panel(NamedTuple):
     """A map that is to be drawn, for `draw_maps`."""
 
@@ -168,9 +179,13 @@ def draw_maps(
 
 
 def write_numbers(axes: Axes, words: Sequence[str]) -> None:
-    """Write numbers below a map, two in a line."""
-    lines = [", ".join(words[start : start + 2]) for start in range(0, len(words), 2)]
-    axes.text(0, -0.02, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=5, color=MUTED)
+    """Write numbers below a map, in the room left there."""
+    count, size = _numbers_look(axes.get_subplotspec().get_gridspec().ncols)
+    lines = [", ".join(words[start : start + count]) for start in range(0, len(words), count)]
+    look = {"va": "top", "fontsize": size, "color": MUTED, "xycoords": "axes fraction", "textcoords": "offset points"}
+    note = axes.annotate("\n".join(lines), (0, 0), (0, -2), **look)
+    note.set_in_layout(False)  # or images would make way for the longest line
+    axes.set_anchor("N")
 
 
 def colour_bar(beside: Sequence[Axes], scale: Scale, label: str) -> Colorbar:
@@ -184,8 +199,9 @@ def colour_bar(beside: Sequence[Axes], scale: Scale, label: str) -> Colorbar:
     height = (max(tops) - min(bottoms)) * drawn.get_figheight()
     length = min(BAR_HEIGHT, 0.85 * height)
     look = {"shrink": length / height, "aspect": length / 0.09, "pad": 0.015}
-    bar = drawn.colorbar(shown, ax=list(beside), label=label, **look)
+    bar = drawn.colorbar(shown, ax=list(beside), **look)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=6, length=2)
-    bar.ax.set_xlabel("none: 0", fontsize=6, color=MUTED)
+    bar.set_label(label, fontsize=7)
+    bar.ax.set_xlabel("0: no colour", fontsize=6, color=MUTED, loc="left")
     return bar

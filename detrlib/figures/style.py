@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 TEXT_WIDTH = 6.5  # inches, of a printed A4 or letter page
 CAPTION_HEIGHT = 0.25  # inches of a title above an image
 MUTED = "#6b6b6b"  # text and lines that should stay in the background
+DASH = "–"  # a missing value, in figures and in tables
 NOTHING = "nothing to show"  # label of a figure that only says so
 
 # Okabe and Ito, "Color Universal Design", 2008: distinct for every kind of colour vision. Ordered by contrast on white.

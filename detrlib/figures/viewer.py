@@ -17,18 +17,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import MouseEvent
-from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from detrlib.figures.attention import draw_box
 from detrlib.figures.choices import cell_at, cell_box, cells_ask, clicked_query, corresponding_query, detection
-from detrlib.figures.overlay import draw_map
-from detrlib.figures.style import MUTED, PALETTE, STYLE, styled
+from detrlib.figures.overlay import BAR_WIDTH, Panel, Sharing, colour_bar, draw_maps, overlay, scale_of
+from detrlib.figures.style import MUTED, STYLE, class_colour, styled
 from detrlib.runs.examples import Example
 
 Stored = Mapping[str, Mapping[int, Example]]  # by run and image id
-PANEL, TALLEST, TITLE = 3.9, 4.6, 0.7  # inches: width of an image, its largest height, the lines above it
+PANEL, TALLEST, LINES = 3.9, 4.6, 0.8  # inches: width of an image, its largest height, the lines above and below it
 REACH = 0.02  # of the longer side of the image: how far from a box a click still means it
 
 
@@ -48,6 +47,8 @@ class View:
     truth: bool = True
     predictions: bool = True
     attention: bool = True
+    scale: Sharing = "shared"  # of the colours of two runs
+    logarithmic: bool = True
 
 
 # --- what a view means -----------------------------------------------------------------------------------------
@@ -140,11 +141,10 @@ def described(
     else:
         matched = "an object" if example.matched[query] >= 0 else "no object"
         first = f"{detection(example, query, names)}, matched to {matched}"
+    second = f"layer {layer + 1}, {by}"
     if view.site == "decoder_self":
-        amount = f"{100 * (1 - weights.sum()):.0f}% of the weight goes to queries not shown"
-    else:
-        amount = f"{np.count_nonzero(weights)} of {weights.size} cells have weight"
-    return [first, f"layer {layer + 1}, {by}: {amount}"]
+        second += f": {100 * (1 - weights.sum()):.0f}% of the weight goes to queries not shown"
+    return [first, second]
 
 
 # --- the picture -----------------------------------------------------------------------------------------------
@@ -158,8 +158,9 @@ def draw_view(figure: Figure, view: View, stored: Stored, names: Mapping[int, st
     height, width = stored[view.run][view.image_id].image.shape[:2]
     panel = min(PANEL, TALLEST * width / height)
     # Titles need their room, however narrow the image is.
-    figure.set_size_inches(len(runs) * max(panel, 0.85 * PANEL) + 0.1, panel * height / width + TITLE)
-    panels = dict(zip(runs, np.atleast_1d(figure.subplots(1, len(runs))), strict=True))
+    size = len(runs) * max(panel, 0.85 * PANEL) + BAR_WIDTH, panel * height / width + LINES
+    figure.set_size_inches(*size)
+    looks, panels = [], dict(zip(runs, np.atleast_1d(figure.subplots(1, len(runs))), strict=True))
     for run, axes in panels.items():
         axes.axis("off")
         example = stored[run].get(view.image_id)
@@ -170,37 +171,48 @@ def draw_view(figure: Figure, view: View, stored: Stored, names: Mapping[int, st
         else:
             query = query_in(view, stored, run)
             weights = weights_in(view, example, query)
-            _draw_panel(axes, view, example, query, weights)
+            _draw_boxes(axes, view, example, query, names)
+            if view.attention and weights is not None:
+                looks.append((axes, example, query, weights))
+            else:
+                axes.imshow(example.image)
             lines = [run, *described(view, example, query, weights, names)]
             axes.set_title("\n".join(lines), loc="left")
+    _draw_weights(figure, view, looks)
     return panels
 
 
-def _draw_panel(axes: Axes, view: View, example: Example, query: int | None, weights: np.ndarray | None) -> None:
-    """The image or the map over it, and the boxes that are wanted; the one clicked is blue, in front of the others."""
-    weighed = view.attention and weights is not None
-    if weighed and view.site != "decoder_self":
-        draw_map(axes, example.image, weights, example.extent)
-    else:
-        axes.imshow(example.image)
-    if weighed and view.site == "decoder_self":
-        _draw_shares(axes, example.boxes, weights)
+def _draw_boxes(axes: Axes, view: View, example: Example, query: int | None, names: Mapping[int, str]) -> None:
+    """The boxes that are wanted, in the colours of their classes; the one clicked is the thickest, in front."""
+    for box, label in zip(example.true_boxes, example.true_labels, strict=True) if view.truth else []:
+        draw_box(axes, box, class_colour(int(label), names), dashed=True)
+    colours = [class_colour(int(label), names) for label in example.labels]
     for number, box in enumerate(example.boxes if view.predictions else []):
         if number != query:
-            draw_box(axes, box, MUTED)
-    for box in example.true_boxes if view.truth else []:
-        draw_box(axes, box, "black", dashed=True)
+            draw_box(axes, box, colours[number], width=0.8)
     if view.site == "encoder_self":
-        draw_box(axes, cell_box(example, _cell(view, example)), PALETTE[0])
+        draw_box(axes, cell_box(example, _cell(view, example)), "black", width=2.2)
     elif query is not None and view.predictions:
-        draw_box(axes, example.boxes[query], PALETTE[0])
+        draw_box(axes, example.boxes[query], colours[query], width=2.2)
 
 
-def _draw_shares(axes: Axes, boxes: np.ndarray, weights: np.ndarray) -> None:
-    """Fill the boxes of queries, the more of the weight they get the denser."""
-    for (x0, y0, x1, y1), share in zip(boxes, weights / max(weights.max(), 1e-12), strict=True):
-        face = to_rgba(PALETTE[1], 0.75 * float(share))
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=face, edgecolor="none"))
+def _draw_weights(figure: Figure, view: View, looks: Sequence[tuple[Axes, Example, int | None, np.ndarray]]) -> None:
+    """The map of every panel over its image, or, of weights that go to queries, their boxes filled."""
+    if view.site != "decoder_self":
+        asked = [None if view.site == "encoder_self" else example.boxes[query] for _, example, query, _ in looks]
+        maps = [
+            Panel(axes, example.image, weights, example.extent, box)
+            for (axes, example, _, weights), box in zip(looks, asked, strict=True)
+        ]
+        draw_maps(figure, maps, view.scale, view.logarithmic)
+        return
+    scale = scale_of([weights for *_, weights in looks], view.logarithmic)
+    for axes, example, _, weights in looks:
+        axes.imshow(example.image)
+        for (x0, y0, x1, y1), colour in zip(example.boxes, overlay(weights[None], scale)[0], strict=True):
+            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor="none", zorder=0.5))
+    if looks:
+        colour_bar([axes for axes, *_ in looks], scale, "weight")
 
 
 # --- the widget ------------------------------------------------------------------------------------------------
@@ -232,6 +244,7 @@ class AttentionViewer(ipywidgets.VBox):
         self.figure, self.canvas = _clickable_figure(self._click)
         self.controls = self._controls()
         rows = [("run", "beside", "image_id"), ("site", "layer", "head"), ("truth", "predictions", "attention")]
+        rows.append(("scale", "logarithmic"))
         hint = ipywidgets.HTML("Click a detection, in either picture, to see where its query looked.")
         boxes = [ipywidgets.HBox([self.controls[name] for name in row]) for row in rows]
         self.children = (*boxes, hint, self.canvas)
@@ -251,6 +264,8 @@ class AttentionViewer(ipywidgets.VBox):
             "truth": ipywidgets.Checkbox(description="ground truth (dashed)", indent=False),
             "predictions": ipywidgets.Checkbox(description="predictions", indent=False),
             "attention": ipywidgets.Checkbox(description="attention", indent=False),
+            "scale": ipywidgets.Dropdown(options=["shared", "own"], description="scale", **wide),
+            "logarithmic": ipywidgets.Checkbox(description="logarithmic colours", indent=False),
         }
         for name, control in controls.items():
             control.observe(lambda change, name=name: self._changed(name, change["new"]), "value")

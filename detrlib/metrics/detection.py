@@ -33,6 +33,7 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 # Square pixels of the annotation; both ends belong to a range, as in COCO.
 AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 DETECTIONS_PER_CLASS = 100  # of an image and class, the best of which count
+UNDEFINED = -1  # COCO's value for a number that has no ground truth to be computed from; missing (NaN) in our tables
 NO_CATEGORY = -1  # stands for "no annotations" in the row of an image that has none
 PAIRS_AT_ONCE = 2**21  # detections and annotations whose IoU is held in memory together
 
@@ -157,8 +158,8 @@ def _per_class(
 
 
 def _mean_where_defined(values: np.ndarray) -> float:
-    defined = values[values > -1]
-    return float(defined.mean()) if defined.size else -1.0
+    defined = values[values > UNDEFINED]
+    return float(defined.mean()) if defined.size else float(UNDEFINED)
 
 
 # Matches, image by image

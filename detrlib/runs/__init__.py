@@ -1,4 +1,6 @@
-"""The run folder, the contract between training and all that reads results; `sources` finds models by any name."""
+"""The run folder, the contract between training and all that reads it: `folder`, `examples`, `maps`, `history` (what
+training has logged) and `results`; `sources` finds models by any name, `detected` is what they see in other pictures.
+"""
 
 from detrlib.runs.examples import Example, load_examples, same_image
 from detrlib.runs.folder import (

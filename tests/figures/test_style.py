@@ -67,3 +67,12 @@ def test_a_figure_of_nothing_says_why_and_is_not_saved(tmp_path, texts):
     drawn = draw()
     assert texts(drawn) == ["Nothing to show: no run has attention."]
     assert style.save(drawn, "layers", tmp_path, "note") is drawn and not list(tmp_path.iterdir())
+
+
+def test_a_class_has_its_colour_whatever_else_is_shown():
+    names = {3: "triangle", 1: "circle", 7: "star"}
+    assert style.class_colour(3, names) == style.CLASS_COLOURS[1]
+    assert len({style.class_colour(label, names) for label in names}) == 3
+    assert style.class_colour(0, names) == style.MUTED  # no class
+    many = dict.fromkeys(range(91), "class")
+    assert style.class_colour(90, many) in style.CLASS_COLOURS
