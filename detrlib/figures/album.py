@@ -89,7 +89,9 @@ class Album:
             self._save(drawn, f"attention/{name}.png")
         for run, detected in by_run.items():
             if detected.explanations and len(detected):
-                self._save(_explained(detected, image), f"explanations/{name}--{self.folders[run]}.png")
+                self._save(
+                    _explained(detected, image, self.names[run]), f"explanations/{name}--{self.folders[run]}.png"
+                )
             self._detected[run].append(detected.light())
         if self.pictures < MOST_IN_PAGE:
             self._pages.append(page_picture(by_run, reduced(image, PAGE_PIXELS)))
@@ -150,13 +152,14 @@ def reduced(image: np.ndarray, longest: int) -> np.ndarray:
     return np.asarray(smaller)
 
 
-def _explained(detected: Detected, image: np.ndarray) -> Figure:
+def _explained(detected: Detected, image: np.ndarray, names: Mapping[int, str]) -> Figure:
     """A row for each of the best detections, a column for each explanation."""
     shown = range(min(len(detected), MOST))
     titles = [f"{detected.names[i]} {detected.scores[i]:.2f}" for i in shown]
     maps = {method: list(of_all) for method, of_all in detected.explanations.items()}
     extents = [detected.example.extent] * len(shown)
-    return explanations_grid([image] * len(shown), detected.boxes_in(image), titles, maps, extents)
+    look = {"labels": detected.labels.tolist(), "names": names}
+    return explanations_grid([image] * len(shown), detected.boxes_in(image), titles, maps, extents, **look)
 
 
 def _file_names(titles: Iterable[str], taken: Iterable[str] = ()) -> list[str]:

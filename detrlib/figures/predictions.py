@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.figures.attention import draw_box, draw_image
 from detrlib.figures.choices import cell_at, cells_ask
-from detrlib.figures.overlay import ROOM, Panel, draw_maps
+from detrlib.figures.overlay import Panel, draw_maps, room
 from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, panels, styled
 from detrlib.metrics.localisation import paibb
 from detrlib.metrics.sparsity import gini
@@ -159,9 +159,9 @@ def maps_by_detection(
     if not rows:
         raise Nothing("there is no detection with a map")
     columns = 1 + max(min(len(detected), most) for detected in rows.values())
-    width = (columns * SMALL_PANEL + ROOM["beside"]) / TEXT_WIDTH
-    room = ROOM | {"header": 0.45 * len(rows), "width": width}
-    drawn, grid = image_panels([_proportions(image)] * len(rows), len(rows), columns, SMALL_PANEL, **room)
+    free = room(columns)
+    free |= {"header": 0.45 * len(rows), "width": (columns * SMALL_PANEL + free["beside"]) / TEXT_WIDTH}
+    drawn, grid = image_panels([_proportions(image)] * len(rows), len(rows), columns, SMALL_PANEL, **free)
     looks = []
     for row, (run, detected) in zip(grid, rows.items(), strict=True):
         title, maps = view.of(views_of(detected))
