@@ -11,7 +11,7 @@ from detrlib.checkpoints.files import export_official, load_official, official_c
 from detrlib.errors import ConfigError, WeightsError
 from detrlib.models.backbone import build_body
 
-R18 = {"name": "resnet18", "weights": "none", "freeze_stem": True, "mask_padding": False}
+R18 = {"name": "resnet18", "weights": "none", "freeze_stem": True}
 TOLD = {
     "model.num_heads": 4,
     "model.dropout": 0.1,
@@ -118,12 +118,14 @@ def test_dilation_of_dc5_is_told_by_arguments_or_by_the_caller(tmp_path, officia
 
 
 def test_thesis_files_name_their_transform(tmp_path, small):
-    model = small(backbone=R18, norm="pre", attention={"decoder_cross": "sparsemax", "padding": "add_one"})
+    model = small(backbone=R18, norm="pre", attention={"decoder_cross": "sparsemax"})
     content = {"model": export_official(model), "hyperparams": {"decoder_act": "sparsemax", "nheads": 4}}
     torch.save(content, tmp_path / "thesis.pth")
     again = load_official(tmp_path / "thesis.pth")
     transform = again.transformer.decoder.layers[0].multihead_attn.transform
-    assert type(transform).__name__ == "Sparsemax" and transform.padding_adds_one
+    assert type(transform).__name__ == "Sparsemax" and not transform.padding_adds_one
+    as_trained = load_official(tmp_path / "thesis.pth", {"model.compatibility.padding": "thesis"})
+    assert as_trained.transformer.decoder.layers[0].multihead_attn.transform.padding_adds_one
     assert again.transformer.encoder.norm is not None
 
 

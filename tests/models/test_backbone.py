@@ -15,12 +15,12 @@ BACKBONES = {
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("mask_padding", [False, True])
-def test_backbone_is_that_of_torchvision(name, mask_padding, randomise):
+@pytest.mark.parametrize("official", [False, True])
+def test_backbone_is_that_of_torchvision(name, official, randomise):
     torch.manual_seed(0)
     reference = getattr(torchvision.models, name)(weights=None).eval()
     randomise(reference)
-    backbone = build_backbone(name, mask_padding=mask_padding).eval()
+    backbone = build_backbone(name, official_padding=official).eval()
     load_weights(backbone.body, reference.state_dict(), name)
     images = torch.randn(1, 3, 75, 106)
     expected = images
@@ -33,9 +33,8 @@ def test_backbone_is_that_of_torchvision(name, mask_padding, randomise):
     torch.testing.assert_close(level.features, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_without_masking_features_depend_on_the_batch(padded_batch, small):
-    """As in the official code; the switch exists for its checkpoints."""
-    backbone = small(backbone={"name": "resnet18", "weights": "none", "mask_padding": False}).backbone
+def test_official_padding_lets_features_depend_on_the_batch(padded_batch, small):
+    backbone = build_backbone("resnet18", official_padding=True).eval()
     images, padding = padded_batch((70, 101), canvas=(128, 160))
     with torch.no_grad():
         (together,) = backbone(images, padding)
