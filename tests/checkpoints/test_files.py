@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from detrlib.checkpoints.files import export_official, load_official, official_config, read_official
+from detrlib.data import collate
 from detrlib.errors import ConfigError, WeightsError
 from detrlib.models.backbone import build_body
 
@@ -36,6 +37,24 @@ def test_a_model_comes_back_from_an_official_file(every_small, tmp_path, padded_
     images, padding = padded_batch((96, 128), (128, 64), canvas=(128, 160))
     with torch.no_grad():
         torch.testing.assert_close(again(images, padding).logits, model(images, padding).logits)
+
+
+def test_an_import_predicts_images_as_the_official_code_does_alone(every_small, tmp_path):
+    """In batches of odd sizes too; with one setting, batches are predicted as that code predicts them."""
+    model, told = every_small
+    torch.save({"model": export_official(model)}, tmp_path / "official.pth")
+    exact = load_official(tmp_path / "official.pth", told).double()
+    official = load_official(tmp_path / "official.pth", told | {"model.compatibility.padding": "official"}).double()
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(3, *size, generator=generator, dtype=torch.float64) for size in [(123, 189), (193, 67)]]
+    batch = collate([(image, {}) for image in images])
+    with torch.no_grad():
+        together, in_official_batch = (one(batch.images, batch.padding_mask) for one in (exact, official))
+        for number, image in enumerate(images):
+            alone = official(image[None])
+            torch.testing.assert_close(together.logits[number], alone.logits[0], rtol=0, atol=1e-6)
+            torch.testing.assert_close(together.boxes[number], alone.boxes[0], rtol=0, atol=1e-6)
+            assert (in_official_batch.logits[number] - alone.logits[0]).abs().max() > 1e-4
 
 
 def test_official_file_of_a_detector_with_swin_t(

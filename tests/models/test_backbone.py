@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from detrlib.models.backbone import build_backbone, build_body
+from detrlib.models.backbone import build_backbone, build_body, nearest_mask
 from detrlib.models.pretrained import load_weights
 
 BACKBONES = {
@@ -41,6 +41,13 @@ def test_official_padding_lets_features_depend_on_the_batch(padded_batch, small)
         (alone,) = backbone(images[..., :70, :101], padding[..., :70, :101])
     h, w = alone.features.shape[-2:]
     assert (together.features[..., :h, :w] - alone.features).abs().max() > 0.1
+
+
+def test_official_masks_are_those_of_the_nearest_pixel():
+    """Of 101 pixels the official code looks at 0, 25, 50 and 75 for four cells; their own pixels begin at 0, 32, ..."""
+    padding = (torch.arange(101) >= 60).expand(1, 2, 101)
+    assert nearest_mask(padding, (1, 4)).tolist() == [[[False, False, False, True]]]
+    assert padding[:, :1, ::32].tolist() == [[[False, False, True, True]]]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
