@@ -246,8 +246,8 @@ def _support_power(p: Tensor, alpha: float, tiny: float) -> Tensor:
 class _Packing(NamedTuple):
     """Where the W keys of each row that matter stand: in the rows [R,K], and in packed rows [R,W]."""
 
-    index: Tensor  # [N] places in the flattened rows
-    slot: Tensor  # [N] places in the flattened packed rows
+    index: Tensor  # [N] positions in the flattened rows
+    slot: Tensor  # [N] positions in the flattened packed rows
     shape: tuple[int, int]  # (R, W)
 
     def gather(self, rows: Tensor, fill: float) -> Tensor:

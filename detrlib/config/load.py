@@ -297,5 +297,6 @@ def _explain(error: ValidationError) -> str:
         choices = list(FAMILIES) if where == "model.architecture" else re.findall(r"'(\w+)'", message)
         near = difflib.get_close_matches(str(fault["input"]), choices, 1, 0.4) if given else []
         hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = "; write a list, such as [1, 2]" if fault["type"] == "tuple_type" else hint
         lines.append(f"{where}: {message}{given}{hint}" if given else message)
     return "; ".join(dict.fromkeys(lines))

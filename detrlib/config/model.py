@@ -6,7 +6,17 @@ and the remedy.
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 TransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"]
 # tvmax needs keys that form a grid, and those of decoder_self are queries.
@@ -17,6 +27,16 @@ Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_value_is_a_list_of_one(cls, value: Any, info: ValidationInfo) -> Any:
+        """Where a list may stand, `encoder_self` means [encoder_self], and `2,3,4` means [2, 3, 4]."""
+        kind = cls.model_fields[info.field_name].annotation
+        of_any_length = any(get_args(part)[1:] == (...,) for part in (kind, *get_args(kind)))
+        if of_any_length and isinstance(value, str | int):
+            return tuple(part.strip() for part in str(value).split(","))
+        return value
 
 
 class Backbone(Section):
@@ -75,7 +95,7 @@ class Polling(Section):
     train_ratios: tuple[Ratio, Ratio] | None = None
 
 
-class Sampling(Section):
+class DeformableOptions(Section):
     """Deformable DETR, and on top of it the options of Efficient DETR and of Sparse DETR."""
 
     levels: int = Field(4, ge=1)  # of the pyramid; those beyond the stages are made by convolutions of stride 2
@@ -84,7 +104,9 @@ class Sampling(Section):
     decoder_points: int = Field(4, ge=1)
     refine: bool = False  # every decoder layer corrects the boxes of the one before
     two_stage: bool = False  # queries are the encoder's best proposals
-    query_init: Literal["position", "memory"] = "position"  # content of queries: of the proposal's place, or its token
+    query_init: Literal["position", "memory"] = (
+        "position"  # content of queries: from the box of the proposal, or its token
+    )
     class_specific_proposals: bool = False  # proposals predict classes; otherwise only that there is an object
     rho: float = Field(1.0, gt=0.0, le=1.0)  # share of the tokens that the encoder updates; 1: dense encoder
     encoder_auxiliary: bool = False  # a loss after every encoder layer
@@ -221,7 +243,7 @@ class Deformable(Architecture):
 
     architecture: Literal["deformable"] = "deformable"
     attention: QueryAttention = QueryAttention()
-    deformable: Sampling = Sampling()
+    deformable: DeformableOptions = DeformableOptions()
     compatibility: DeformableCompatibility = DeformableCompatibility()
 
     @model_validator(mode="after")

@@ -61,7 +61,7 @@ class Tracking(Section):
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "sparse-attention-detr"
     group: str | None = None
-    # Further services, through Accelerate; tensorboard writes to the folder tracking of the run.
+    # Further services, through Accelerate; those that write files do so in the folder tracking of the run.
     also: tuple[
         Literal["tensorboard", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"], ...
     ] = ()

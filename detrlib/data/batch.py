@@ -47,6 +47,9 @@ def collate(samples: list[tuple[Tensor, dict]], multiple: int = 1) -> Batch:
 
     Returns:
         A batch; targets stay as they are.
+
+    Raises:
+        ValueError: there are no samples.
     """
     images, targets = zip(*samples, strict=True)
     height, width = (_round_up(max(image.shape[axis] for image in images), multiple) for axis in (-2, -1))

@@ -153,7 +153,7 @@ def chosen_classes(
     """A row per class: the image with its best detection, then the map (mean over heads) in every run.
 
     examples: those stored of every run; names: label -> class; classes: which to show, () for the first three. Each
-    run's panel has the box and the class of its own query. Raises ValueError for a class that does not exist.
+    run's panel has the box and the class of its own query. Raises ConfigError for a class that does not exist.
     """
     labels = chosen_labels(classes, names) if classes else list(names)[:3]
     rows = [row for row in (best_of_class(examples, label) for label in labels) if row is not None]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
+from detrlib.errors import ConfigError
 from detrlib.runs.examples import Example
 
 
@@ -99,13 +100,13 @@ class ByClass(NamedTuple):
 
 
 def chosen_labels(classes: Sequence[str], names: Mapping[int, str]) -> list[int]:
-    """Labels of classes by their names. Raises ValueError for a class that does not exist, with the nearest name."""
+    """Labels of classes by their names. Raises ConfigError for a class that does not exist, with the nearest name."""
     labels = {name: label for label, name in names.items()}
     unknown = [name for name in classes if name not in labels]
     if unknown:
         near = difflib.get_close_matches(str(unknown[0]), labels, 1, 0.4)
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(labels)}"
-        raise ValueError(f"no class '{unknown[0]}'; {hint}")
+        raise ConfigError(f"no class '{unknown[0]}'; {hint}")
     return [labels[name] for name in classes]
 
 

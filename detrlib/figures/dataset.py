@@ -99,7 +99,7 @@ def annotated_images(
 
 
 @styled
-def padded_batch(images: np.ndarray, padding_mask: np.ndarray, boxes: Sequence[np.ndarray]) -> Figure:
+def images_with_padding(images: np.ndarray, padding_mask: np.ndarray, boxes: Sequence[np.ndarray]) -> Figure:
     """What the model receives: images uint8 [B,H,W,3], padding_mask [B,H,W] (True = padding, striped), boxes B x [n,4].
 
     Above each image its own size and the share of the batch's pixels that it fills.

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from detrlib.errors import ConfigError
 from detrlib.figures.results import UNDEFINED
 from detrlib.figures.style import MUTED, PALETTE, Nothing, panels, run_colours, styled
 
@@ -53,12 +54,12 @@ def spread(results: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, s
     """A panel per metric and a row per group: one dot per seed, and a bar at their mean.
 
     results: a row per run with a column group and the metrics (`runs.results.results_frame`). Missing values and COCO's
-    -1 for "undefined" are left out, and metrics that have no other. Raises ValueError for a metric that the table
+    -1 for "undefined" are left out, and metrics that have no other. Raises ConfigError for a metric that the table
     lacks.
     """
     missing = {"group", *metrics} - set(results.columns)
     if missing:
-        raise ValueError(f"no columns {sorted(missing)} in the results; there are {list(results.columns)}")
+        raise ConfigError(f"no columns {sorted(missing)} in the results; there are {list(results.columns)}")
     defined = results[list(metrics)].astype(float).replace(UNDEFINED, np.nan).dropna(axis=1, how="all")
     if defined.empty:
         raise Nothing(f"no run has values of {', '.join(metrics)}")

@@ -206,7 +206,7 @@ def token_losses(tokens: Tokens) -> Terms:
     attended = tokens.decoder_map()  # [B,S]
     valid = torch.ones_like(tokens.kept) if tokens.padding is None else ~tokens.padding
     number = tokens.kept.sum(1, keepdim=True)  # [B,1]
-    best = attended.masked_fill(~valid, -1.0).topk(int(number.max()), dim=1).indices
+    best = attended.masked_fill(~valid, -1.0).topk(tokens.most, dim=1).indices
     among_best = (torch.arange(best.shape[1], device=best.device) < number).to(tokens.logits.dtype)
     wanted = torch.zeros_like(tokens.logits).scatter(1, best, among_best)
     entropy = F.binary_cross_entropy_with_logits(tokens.logits, wanted, reduction="none")

@@ -15,7 +15,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from detrlib.models.pretrained import imagenet_weights, load_weights, read_weights
+from detrlib.errors import ConfigError
+from detrlib.models.pretrained import imagenet_weights, load_backbone_weights, read_weights
 from detrlib.models.swin import WIDTHS, swin_body, swin_stages
 
 
@@ -170,7 +171,7 @@ def build_body(
 ) -> nn.Module:
     """The network called `name` without weights. stages: whose maps are used; those of Swin-T get a norm each."""
     if dilation and name not in ("resnet50", "resnet101"):
-        raise ValueError(f"model.backbone.dilation needs bottleneck blocks, which {name} has not; use resnet50")
+        raise ConfigError(f"model.backbone.dilation needs bottleneck blocks, which {name} has not; use resnet50")
     if name == "tiny":
         return TinyBody(norm)
     if name == "swin_t":
@@ -198,7 +199,8 @@ def build_backbone(
     """
     body = build_body(name, dilation, stages=stages)
     if str(weights) != "none":
-        load_weights(body, imagenet_weights(name) if weights == "imagenet" else read_weights(Path(weights)), weights)
+        state = imagenet_weights(name) if weights == "imagenet" else read_weights(Path(weights))
+        load_backbone_weights(body, state, weights)
     if freeze_stem or (freeze_stem is None and str(weights) != "none"):
         for part in body.features[:3] if name == "swin_t" else (body.conv1, body.layer1):
             part.requires_grad_(False)

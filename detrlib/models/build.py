@@ -28,6 +28,10 @@ def build_model(settings: Model, backbone_weights: str | Path | None = None) -> 
         settings: the section `model` of a config.
         backbone_weights: stands in for the settings' own: "none", "imagenet", or a file (see engine/pretrain.py).
 
+    Returns:
+        A `DETR` or a `DeformableDETR`, by the architecture of the settings, on the CPU and in training mode. Both are
+        called as `model(images [B,3,H,W], padding_mask [B,H,W] or None, need_attention)` and return `Predictions`.
+
     Raises:
         ConfigError: the settings need to know the data, as in `num_classes: null` and weights of "crops".
         WeightsError: weights of the backbone cannot be downloaded or read, or are of another one.
@@ -145,23 +149,23 @@ def _backbone(settings: Model, weights: str | Path | None, stages: Sequence[int]
 
 
 def alpha_modules(model: nn.Module) -> dict[str, AlphaEntmax]:
-    """Learnable transforms by place, e.g. "decoder_cross.0" for the first decoder layer's cross-attention."""
-    places = {"encoder.layers": "encoder_self", "self_attn": "decoder_self", "multihead_attn": "decoder_cross"}
-    found = {}
+    """Learnable transforms by site and layer, e.g. "decoder_cross.0" for the first decoder layer's cross-attention."""
+    site_of = {"encoder.layers": "encoder_self", "self_attn": "decoder_self", "multihead_attn": "decoder_cross"}
+    learnable = {}
     for name, module in model.named_modules():
         if isinstance(module, AlphaEntmax):
-            site = next(site for part, site in places.items() if part in name)
-            number = next(part for part in name.split(".") if part.isdigit())
-            found[f"{site}.{number}"] = module
-    return found
+            site = next(site for part, site in site_of.items() if part in name)
+            layer = next(part for part in name.split(".") if part.isdigit())
+            learnable[f"{site}.{layer}"] = module
+    return learnable
 
 
-def place_projections(model: nn.Module) -> list[nn.Parameter]:
+def sampling_projections(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that decide where deformable attention looks; they learn at a rate of their own."""
-    found = []
+    parameters = []
     for module in model.modules():
         if isinstance(module, DeformableAttention):
-            found += module.sampling_offsets.parameters()
+            parameters += module.sampling_offsets.parameters()
         elif isinstance(module, DeformableTransformer) and module.reference_points is not None:
-            found += module.reference_points.parameters()
-    return found
+            parameters += module.reference_points.parameters()
+    return parameters

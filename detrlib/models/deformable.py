@@ -128,8 +128,8 @@ class DeformableDETR(nn.Module):
         if self.encoder_auxiliary:
             predictions.encoder_auxiliary = self._encoder_predictions(states[:-1], cells, kept)
         if kept is not None:
-            mask = kept.mask(scores.shape[1])
-            how = self.map_shift, self.official_padding
+            mask, most = kept.mask(scores.shape[1]), kept.index.shape[1]
+            how = most, self.map_shift, self.official_padding
             predictions.tokens = Tokens(scores, mask, memory.padding, memory.shapes, decoded.cross_maps, *how)
         if sites:
             predictions.attention = attention_maps(maps[0], memory.ratios, encoder_samples, decoded)

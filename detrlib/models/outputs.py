@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detrlib.attention.deformable import Samples, splat
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
+from detrlib.errors import ModelError
 from detrlib.models.sparse import Kept
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
@@ -97,9 +98,9 @@ class AttentionMaps:
     polled: Polled | None = None  # what the keys stand for, where they are not cells
 
     def as_images(self, site: Site, layer: int) -> Tensor:
-        """[B,H,queries,h,w]: keys laid out as the feature map. Raises ValueError where keys are no grid."""
+        """[B,H,queries,h,w]: keys laid out as the feature map. Raises ModelError where keys are no grid."""
         if site == "decoder_self":
-            raise ValueError("the keys of decoder_self are queries, not cells of a feature map")
+            raise ModelError("the keys of decoder_self are queries, not cells of a feature map")
         weights = getattr(self, site)[layer]
         return (weights if self.polled is None else self.polled.on_cells(weights)).unflatten(-1, self.grid)
 
@@ -131,6 +132,7 @@ class Tokens:
     padding: Tensor | None  # [B,S], True = padding
     shapes: list[tuple[int, int]]  # (h, w) of each level
     samples: list[Samples]  # of every decoder layer
+    most: int  # tokens that an image of the batch keeps, as a number that no GPU needs to be asked for
     shift: float = 0.5  # see `splat`
     official_padding: bool = False  # the scoring network learns from padding too, see `token_losses`
 

@@ -23,10 +23,6 @@ class Pyramid(NamedTuple):
     shapes: list[tuple[int, int]]  # (h, w) of each level
     ratios: Tensor  # [B,L,2] shares of the width and of the height of each level that belong to the image
 
-    def of_levels(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Values [B,S] -> the part of each level, [B,h*w]."""
-        return values.split([h * w for h, w in self.shapes], dim=1)
-
 
 def flattened(maps: list[FeatureMap], position: nn.Module, level_embed: Tensor) -> Pyramid:
     """Projected maps as tokens; `position` places them within their level, `level_embed` [L,E] tells levels apart."""

@@ -35,16 +35,16 @@ class Kept(NamedTuple):
 
 def keep_best(scores: Tensor, padding: Tensor | None, ratio: float) -> Kept:
     """The int(ratio * n) + 1 best of the n valid tokens of each image, but no more than n; scores and padding [B,S]."""
-    tokens = scores.shape[1]
+    largest = scores.shape[1]
     if padding is None:
-        valid = torch.full((len(scores),), tokens, device=scores.device)
-        most = min(int(tokens * ratio) + 1, tokens)
+        valid = torch.full((len(scores),), largest, device=scores.device)
     else:
         valid = (~padding).sum(1)
-        most = min(int(int(valid.max()) * ratio) + 1, tokens)
+        # The one number that a GPU is asked for here: otherwise all layers would work on surplus for the padding, too.
+        largest = int(valid.max())
         scores = scores.masked_fill(padding, -torch.inf)
     wanted = ((valid.double() * ratio).long() + 1).minimum(valid)  # [B]
-    best = scores.topk(most, dim=1).indices
+    best = scores.topk(min(int(largest * ratio) + 1, largest), dim=1).indices  # as many as the largest image wants
     index, rank = best.sort(dim=1)  # as tokens lie in memory
     return Kept(index, rank >= wanted[:, None])
 

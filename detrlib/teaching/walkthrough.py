@@ -15,7 +15,9 @@ from detrlib.figures.style import MUTED, PALETTE, figure, styled
 
 
 @styled
-def padded_batch(images: np.ndarray, padding: np.ndarray, targets: Sequence[tuple], names: Mapping[int, str]) -> Figure:
+def batch_with_boxes(
+    images: np.ndarray, padding: np.ndarray, targets: Sequence[tuple], names: Mapping[int, str]
+) -> Figure:
     """The images of a batch side by side, their padding hatched, their boxes named.
 
     images [B,H,W,3] in 0..1, padding [B,H,W] True = padding; targets: (boxes [T,4] in pixels, labels [T]) of each.

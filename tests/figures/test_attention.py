@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from detrlib.errors import ConfigError
 from detrlib.figures import attention, style
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -58,7 +59,7 @@ def test_chosen_classes_have_a_row_per_class_and_a_column_per_run(stored, titles
     assert titles(attention.chosen_classes(runs, NAMES))[0] == "cat"  # the first ones, where none is named
     (words,) = texts(attention.chosen_classes({}, NAMES))
     assert words == "Nothing to show: no detections of cat, dog are stored."
-    with pytest.raises(ValueError, match="dogs"):
+    with pytest.raises(ConfigError, match="dogs"):
         attention.chosen_classes(runs, NAMES, ["dogs"])
 
 

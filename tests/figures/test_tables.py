@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from detrlib.errors import ConfigError
 from detrlib.figures import tables
 
 
@@ -40,7 +41,7 @@ def test_tables_without_a_winner_have_no_bold_and_unknown_columns_are_refused():
     tie = pd.DataFrame({"AP": [0.5, 0.5]}, index=["a", "b"])
     assert "**" not in tables.markdown_table(tie, {})
     for wrong in ({"formats": {"ap": ".1f"}}, {"formats": {}, "lower_is_better": ["ap"]}):
-        with pytest.raises(ValueError, match=r"no columns \['ap'\]"):
+        with pytest.raises(ConfigError, match=r"no columns \['ap'\]"):
             tables.markdown_table(tie, **wrong)
 
 

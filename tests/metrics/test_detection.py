@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from detrlib.errors import DataError
 from detrlib.metrics.bootstrap import average_precision
 from detrlib.metrics.detection import METRICS, Matches, coco_ap, coco_detections, match_detections
 
@@ -94,7 +95,7 @@ def test_ap_without_any_object_is_undefined(random_detection_task):
 
 def test_detections_of_an_unknown_image_are_refused(random_detection_task):
     truth, _ = random_detection_task(0)
-    with pytest.raises(ValueError, match="not in the ground truth, such as 999"):
+    with pytest.raises(DataError, match="not in the ground truth, such as 999"):
         coco_ap(truth, coco_detections(999, [[0, 0, 5, 5]], [0.5], [3]))
 
 

@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from detrlib.models.backbone import build_backbone, build_body, nearest_mask
-from detrlib.models.pretrained import load_weights
+from detrlib.models.pretrained import load_backbone_weights
 
 BACKBONES = {
     "tiny": ({"name": "tiny"}, 8),
@@ -21,7 +21,7 @@ def test_backbone_is_that_of_torchvision(name, official, randomise):
     reference = getattr(torchvision.models, name)(weights=None).eval()
     randomise(reference)
     backbone = build_backbone(name, official_padding=official).eval()
-    load_weights(backbone.body, reference.state_dict(), name)
+    load_backbone_weights(backbone.body, reference.state_dict(), name)
     images = torch.randn(1, 3, 75, 106)
     expected = images
     with torch.no_grad():

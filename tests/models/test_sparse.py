@@ -3,6 +3,8 @@
 Legend: B images, S tokens of all levels, k kept tokens.
 """
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,9 +197,9 @@ def some_tokens(padded: bool = True) -> Tokens:
     if padded:
         padding[1, 18:24] = padding[1, 27:] = True
     logits = torch.randn(2, 30, requires_grad=True)
-    kept = keep_best(logits.detach(), padding, 0.2).mask(30)
+    kept = keep_best(logits.detach(), padding, 0.2)
     samples = [Samples(torch.rand(2, 5, 3, 2, 2, 2), torch.rand(2, 5, 3, 2, 2)) for _ in range(2)]
-    return Tokens(logits, kept, padding if padded else None, shapes, samples)
+    return Tokens(logits, kept.mask(30), padding if padded else None, shapes, samples, kept.index.shape[1])
 
 
 def test_decoder_map_is_what_tokens_give_in_sum():
@@ -205,7 +207,7 @@ def test_decoder_map_is_what_tokens_give_in_sum():
     found = tokens.decoder_map()
     expected = splat(tokens.samples[0], tokens.shapes) + splat(tokens.samples[1], tokens.shapes)
     torch.testing.assert_close(found, expected.masked_fill(tokens.padding, 0.0))
-    shifted = Tokens(tokens.logits, tokens.kept, tokens.padding, tokens.shapes, tokens.samples, shift=0.0).decoder_map()
+    shifted = dataclasses.replace(tokens, shift=0.0).decoder_map()
     assert (shifted - found).abs().max() > 0.1
 
 
@@ -244,11 +246,11 @@ def test_encoder_losses_have_names_of_their_own_and_count(deformable, padded_bat
     model = deformable("sparse")
     predictions, targets = model(*padded_batch((70, 101), (96, 128), canvas=(96, 128))), random_targets(2, 1)
     total, terms = Criterion(**WEIGHTS)(predictions, targets)
-    places = ["", "_0", "_1", "_2", "_enc", "_enc_0", "_enc_1"]
+    suffixes = ["", "_0", "_1", "_2", "_enc", "_enc_0", "_enc_1"]
     weights = {"loss_class": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}
-    names = {f"{name}{place}" for name in weights for place in places} | {"loss_mask"}
+    names = {f"{name}{suffix}" for name in weights for suffix in suffixes} | {"loss_mask"}
     assert {name for name in terms if name.startswith("loss")} == names
-    expected = sum(weight * terms[name + place] for name, weight in weights.items() for place in places)
+    expected = sum(weight * terms[name + suffix] for name, weight in weights.items() for suffix in suffixes)
     torch.testing.assert_close(total, expected + 0.7 * terms["loss_mask"])
     assert not terms["dam_correlation"].requires_grad
 
