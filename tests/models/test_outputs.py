@@ -22,7 +22,7 @@ def numbered_maps() -> AttentionMaps:
 
 @pytest.mark.parametrize(
     ("canvas", "grid", "side"),
-    [((800, 1088), (25, 34), 32), ((800, 1066), (25, 34), 32), ((66, 96), (3, 3), 32), ((99, 57), (13, 8), 8)],
+    [((800, 1088), (25, 34), 32), ((800, 1066), (25, 34), 32), ((66, 66), (3, 3), 32), ((99, 57), (13, 8), 8)],
 )
 def test_cells_are_squares_of_the_stride(canvas, grid, side):
     """66 pixels are three cells of 32, the last of which hangs over, and not three of 22."""
