@@ -88,7 +88,7 @@ def predict(
             [H,W,3] uint8, tensors [3,H,W]; one or several, see `find_pictures`.
         min_score: of the detections that are kept, in 0..1.
         attention: keep the maps of the detections too: True those of decoder_cross, or the sites named.
-        batch_size: pictures that the model sees at a time; with padding hidden it changes nothing but the time.
+        batch_size: pictures that the model sees at a time; it changes nothing but the time where padding is exact.
         device: "cpu", "cuda" or another of torch's; None: a GPU where there is one.
         checkpoint: of a run: "last", "best", "epoch-0010" and so on.
         limit: the first pictures only.
