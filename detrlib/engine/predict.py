@@ -9,6 +9,7 @@ Pictures are prepared as those of the run's validation are, so that a picture of
 an evaluation gives. Legend: B images, H heads, Q queries, K keys, n detections of a picture.
 """
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,8 +196,8 @@ def chosen_device(name: str | None) -> torch.device:
     try:
         torch.zeros((), device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"device {name!r} is not there ({reason}); cpu always is") from None
+        reason = re.split(r"[.\n]", str(error).strip())[0]
+        raise ConfigError(f"device {name!r} is not there ({reason}); cpu always is (device, --device)") from None
     return torch.device(name)
 
 

@@ -80,7 +80,7 @@ def write_page(
     filled = {
         "TITLE": escape(title),
         "NOTE": escape(note),
-        "WIDTH": str(330 * min(len(runs), 3) + 30),
+        "WIDTH": str(max(330 * min(len(runs), 3), 460) + 30),
         "PALE": str(1 - PALE),
     }
     filled |= {"SETTINGS": _embedded(settings), "PICTURES": "\n".join(pictures)}
