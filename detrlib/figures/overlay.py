@@ -115,7 +115,7 @@ def numbers(
     """
     maps = torch.from_numpy(np.asarray(weights, dtype=np.float32))
     measured = {name: float(value) for name, value in sparsity(maps.flatten()).items()}
-    words = [f"{measured['support']:.0f} of {maps.numel()} cells", f"Gini {measured['gini']:.2f}"]
+    words = [f"{measured['support']:.0f}/{maps.numel()} cells", f"Gini {measured['gini']:.2f}"]
     if box is not None:
         height, width = image.shape[:2]
         x0, y0, x1, y1 = np.asarray(box, dtype=np.float64) / [width, height, width, height]
