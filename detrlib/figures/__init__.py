@@ -1,8 +1,8 @@
 """Figures as functions: data in, a matplotlib Figure out. Nothing here computes results or reads a model.
 
 What statistics say is drawn in `results`, `statistics`, `interventions` and `explanations`, what stands in images in
-`attention`, `queries`, `deformable` and `dataset`; `predictions` are of pictures of one's own, which `page`
-and `album` show in a browser and in a folder; `viewer` answers to clicks; `tables` are text.
+`attention`, `queries`, `deformable` and `dataset`, maps by `overlay`; `viewer` answers to clicks; `tables` are text.
+`predictions` are of pictures of one's own, which `album` puts into a folder and `page` into one file for a browser.
 """
 
 # ruff: noqa: F401
@@ -14,6 +14,7 @@ from detrlib.figures import (
     deformable,
     explanations,
     interventions,
+    overlay,
     page,
     predictions,
     queries,

@@ -115,12 +115,13 @@ def numbers(
     """
     maps = torch.from_numpy(np.asarray(weights, dtype=np.float32))
     measured = {name: float(value) for name, value in sparsity(maps.flatten()).items()}
-    words = [f"{measured['support']:.0f} of {maps.numel()} cells", f"Gini {measured['gini']:.2f}"]
+    words = [f"{measured['support']:.0f}/{maps.numel()} cells", f"Gini {measured['gini']:.2f}"]
     if box is not None:
         height, width = image.shape[:2]
         x0, y0, x1, y1 = np.asarray(box, dtype=np.float64) / [width, height, width, height]
         centred = torch.tensor([[(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]])
-        inside = paibb(maps[None], centred, tuple(maps.shape) if extent is None else tuple(map(float, extent)))
+        cells = maps.shape if extent is None else np.minimum(extent, maps.shape)  # rounding may have added to it
+        inside = paibb(maps[None], centred, tuple(map(float, cells)))
         words.append(f"in box {inside.item():.2f}")
     return words
 
@@ -175,7 +176,8 @@ def draw_maps(
         words = numbers(panel.weights, panel.image, panel.box, panel.extent) if measured else []
         write_numbers(panel.axes, words if shared else [*words, f"highest {colours.high:.2g}"])
     shares = scale_of([np.ones(1)], logarithmic)
-    colour_bar([panel.axes for panel in panels], shared or shares, label if shared else f"{label} / highest of its map")
+    words = label if shared else f"{label} / highest of its map"
+    colour_bar(drawn, [panel.axes for panel in panels], shared or shares, words)
 
 
 def write_numbers(axes: Axes, words: Sequence[str]) -> None:
@@ -188,13 +190,12 @@ def write_numbers(axes: Axes, words: Sequence[str]) -> None:
     axes.set_anchor("N")
 
 
-def colour_bar(beside: Sequence[Axes], scale: Scale, label: str) -> Colorbar:
-    """The bar of a scale to the right of panels, in the colours that weights have over a grey image."""
+def colour_bar(drawn: Figure, beside: Sequence[Axes], scale: Scale, label: str) -> Colorbar:
+    """The bar of a scale to the right of panels of a figure, in the colours that weights have over a grey image."""
     steps = np.geomspace if scale.logarithmic else np.linspace
     colours = overlay(steps(scale.low or scale.high / 256, scale.high, 256)[None], scale)[0]
     over_grey = colours[:, 3:] * colours[:, :3] + (1 - colours[:, 3:]) * (PALE + 1) / 2
     shown = ScalarMappable(scale.norm(), LinearSegmentedColormap.from_list("over grey", over_grey))
-    drawn = beside[0].figure
     tops, bottoms = zip(*((spot.y1, spot.y0) for spot in (axes.get_position() for axes in beside)), strict=True)
     height = (max(tops) - min(bottoms)) * drawn.get_figheight()
     length = min(BAR_HEIGHT, 0.85 * height)

@@ -101,5 +101,5 @@ def query_matrix(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title("percent of the weight of a row's query", loc="left")
-    colour_bar([axes], scale, "percent")
+    colour_bar(drawn, [axes], scale, "percent")
     return drawn

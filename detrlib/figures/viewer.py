@@ -212,7 +212,7 @@ def _draw_weights(figure: Figure, view: View, looks: Sequence[tuple[Axes, Exampl
         for (x0, y0, x1, y1), colour in zip(example.boxes, overlay(weights[None], scale)[0], strict=True):
             axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor="none", zorder=0.5))
     if looks:
-        colour_bar([axes for axes, *_ in looks], scale, "weight")
+        colour_bar(figure, [axes for axes, *_ in looks], scale, "weight")
 
 
 # --- the widget ------------------------------------------------------------------------------------------------

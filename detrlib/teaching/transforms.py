@@ -200,7 +200,7 @@ def weight_maps(scores: np.ndarray, maps: Mapping[str, np.ndarray], columns: int
         axes.set_title(title, loc="left")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(True)
-    colour_bar(list(rest), scale, "weight")
+    colour_bar(drawn, list(rest), scale, "weight")
     return drawn
 
 

@@ -103,4 +103,4 @@ def test_single_map_counts_the_cells_with_weight(make_example, titles, texts):
     weights = example.maps()[0, 0, 0]
     drawn = attention.single_map(example.image, weights, example.boxes[0], "a cat")
     assert titles(drawn)[0] == "a cat"
-    assert any(text.startswith(f"{(weights > 0).sum()} of 24 cells") for text in texts(drawn))
+    assert any(text.startswith(f"{(weights > 0).sum()}/24 cells") for text in texts(drawn))

@@ -79,7 +79,7 @@ def test_numbers_below_a_map_are_those_of_the_metrics():
     words = numbers(WEIGHTS, IMAGE, box, extent)
     weights = torch.from_numpy(WEIGHTS)
     inside = paibb(weights[None], torch.tensor([[0.25, 0.25, 0.5, 0.5]]), (1.5, 3.0)).item()
-    assert words == ["5 of 6 cells", f"Gini {gini(weights.flatten()).item():.2f}", f"in box {inside:.2f}"]
+    assert words == ["5/6 cells", f"Gini {gini(weights.flatten()).item():.2f}", f"in box {inside:.2f}"]
     assert numbers(WEIGHTS, IMAGE) == words[:2]
 
 
