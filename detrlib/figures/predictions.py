@@ -97,7 +97,7 @@ def views_of(detected: Detected) -> dict[str, np.ndarray]:
 
 def numbers_of(maps: np.ndarray, detected: Detected) -> np.ndarray:
     """Of maps [m,...,h,w] of the first m detections: cells with weight, Gini and share in the own box, [m,...,3]."""
-    extent = detected.example.extent
+    extent = np.minimum(detected.example.extent, maps.shape[-2:])  # rounding may have added to it
     weights = torch.from_numpy(np.ascontiguousarray(maps))
     height, width = detected.size
     corners = torch.from_numpy(detected.boxes[: len(maps)]) / torch.tensor([width, height, width, height])

@@ -61,7 +61,7 @@ def test_maps_of_detections_in_one_scale_with_the_numbers_of_the_picture(make_de
     own = titles(drawn)
     assert own[0].startswith("first\nlayer 1, mean over heads\neach head: 9.0 of 24 keys")
     assert own[1:4] == ["square 0.90", "circle 0.80", "square 0.40"] and own[4].startswith("second")
-    assert any("of 24 cells" in text for text in texts(drawn)) and any("in box" in text for text in texts(drawn))
+    assert any("/24 cells" in text for text in texts(drawn)) and any("in box" in text for text in texts(drawn))
     weights = views_of(picture["first"])["layer 1"][:, 0]
     highest = overlay(weights[0] / weights.max())  # colours of a map depend on the others
     shown = drawn.axes[1].images[-1].get_array()
