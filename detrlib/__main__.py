@@ -177,8 +177,7 @@ def predict(
     engine.check_view(detectors, view.site, view.layer, view.head)
     options = {"min_score": score, "sites": sites, "batch_size": batch_size, "left_out": left_out}
     results = engine.predict_each(detectors, pictures, **options)
-    names = {each.label: each.names for each in detectors}
-    with Album(out, names, score=score, view=view, attention=drawn) as album:
+    with Album(out, [each.label for each in detectors], score=score, view=view, attention=drawn) as album:
         for picture in explained_each(detectors, results) if explanations else results:
             album.add(picture)
     for run, count in album.counts().items():

@@ -273,7 +273,9 @@ def _detected(
             getattr(own, name)[kept].cpu().numpy() for name in ("boxes", "scores", "labels", "queries")
         )
         names = [detector.names.get(label, str(label)) for label in labels.tolist()]
-        one = Detected(picture.name, picture.image_id, size, boxes, scores, labels, names, queries, picture)
+        one = Detected(
+            picture.name, picture.image_id, size, boxes, scores, labels, names, queries, picture, detector.names
+        )
         if sites:
             one.example = _example(one, image, batch, predictions, index, sites)
             one.sparsity = sparsity_of(predictions, index, sites, own.queries[kept])

@@ -13,7 +13,7 @@ FOLDER/
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from detrlib.figures.predictions import (
     MOST,
     SHEET,
     View,
-    class_colours,
     contact_sheet,
     detections_by_run,
     maps_by_detection,
@@ -48,7 +47,8 @@ class Album:
     """A folder that is filled picture by picture; at the end of a `with` statement what needs all of them is written.
 
     folder: is made; what an earlier album has left there is removed, other files are not touched.
-    names: run -> label -> class, of all runs that stand side by side; attention: draw maps, those of `view` first.
+    runs: the names of those that stand side by side; score: the lowest that is in the folder; attention: draw maps,
+    those of `view` first.
 
     Raises RunError where the folder cannot be written.
     """
@@ -56,17 +56,15 @@ class Album:
     def __init__(
         self,
         folder: Path,
-        names: Mapping[str, Mapping[int, str]],
+        runs: Sequence[str],
         *,
         score: float = 0.5,
         view: View | None = None,
         attention: bool = False,
     ):
         self.folder, self.page = folder, folder / "index.html"
-        self.names, self.score, self.attention = names, score, attention
+        self.runs, self.score, self.attention = list(runs), score, attention
         self.view = view or View()
-        self.runs = list(names)
-        self.colours = class_colours(names.values())
         self.folders = dict(zip(self.runs, _file_names(self.runs, DRAWN), strict=True))
         self._taken, self._pages, self._thumbnails = set(), [], []
         self._detected = {run: [] for run in self.runs}
@@ -83,15 +81,12 @@ class Album:
         """One picture: what every run detected in it, in the order of the runs. Raises RunError on a full disk."""
         by_run, first = dict(zip(self.runs, picture, strict=True)), picture[0]
         image, name = first.image(PIXELS), self._name(first.source.title)
-        self._save(detections_by_run(by_run, image, self.colours), f"pictures/{name}.png")
+        self._save(detections_by_run(by_run, image), f"pictures/{name}.png")
         if self.attention:
-            drawn = maps_by_detection(by_run, image, self.colours, self.view)
-            self._save(drawn, f"attention/{name}.png")
+            self._save(maps_by_detection(by_run, self.view, image), f"attention/{name}.png")
         for run, detected in by_run.items():
             if detected.explanations and len(detected):
-                self._save(
-                    _explained(detected, image, self.names[run]), f"explanations/{name}--{self.folders[run]}.png"
-                )
+                self._save(_explained(detected, image), f"explanations/{name}--{self.folders[run]}.png")
             self._detected[run].append(detected.light())
         if self.pictures < MOST_IN_PAGE:
             self._pages.append(page_picture(by_run, reduced(image, PAGE_PIXELS)))
@@ -109,13 +104,14 @@ class Album:
     def close(self) -> None:
         """Write what all pictures are needed for: contact sheets, predictions and the page."""
         for run, detected in self._detected.items():
-            save_detected(self.folder / self.folders[run], detected, self.names[run])
+            save_detected(self.folder / self.folders[run], detected)
             thumbnails = list(zip(self._thumbnails, detected, strict=False))
-            self._save(contact_sheet(thumbnails, self.colours), f"{self.folders[run]}/contact_sheet.png")
+            self._save(contact_sheet(thumbnails), f"{self.folders[run]}/contact_sheet.png")
         more = self.pictures > MOST_IN_PAGE
         note = f"The first {MOST_IN_PAGE} of {self.pictures} pictures; all of them are in pictures/." if more else ""
         options = {"title": f"What {' and '.join(self.runs)} detected", "note": note, "score": self.score}
-        write_page(self.page, self._pages, self.runs, self.names.values(), **options, view=self.view)
+        classes = [detected[0].classes for detected in self._detected.values() if detected]
+        write_page(self.page, self._pages, self.runs, classes, **options, view=self.view)
 
     def counts(self) -> dict[str, int]:
         """How many detections each run has so far."""
@@ -152,13 +148,13 @@ def reduced(image: np.ndarray, longest: int) -> np.ndarray:
     return np.asarray(smaller)
 
 
-def _explained(detected: Detected, image: np.ndarray, names: Mapping[int, str]) -> Figure:
+def _explained(detected: Detected, image: np.ndarray) -> Figure:
     """A row for each of the best detections, a column for each explanation."""
     shown = range(min(len(detected), MOST))
     titles = [f"{detected.names[i]} {detected.scores[i]:.2f}" for i in shown]
     maps = {method: list(of_all) for method, of_all in detected.explanations.items()}
     extents = [detected.example.extent] * len(shown)
-    look = {"labels": detected.labels.tolist(), "names": names}
+    look = {"labels": detected.labels.tolist(), "names": detected.classes}
     return explanations_grid([image] * len(shown), detected.boxes_in(image), titles, maps, extents, **look)
 
 

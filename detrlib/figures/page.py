@@ -47,7 +47,7 @@ def write_page(
     path: Path,
     pictures: Iterable[str],
     runs: Sequence[str],
-    names: Iterable[Mapping[int, str]],
+    classes: Iterable[Mapping[int, str]],
     *,
     title: str = "Detections",
     note: str = "",
@@ -60,7 +60,7 @@ def write_page(
         path: of the HTML file.
         pictures: of each picture what `page_picture` returns.
         runs: names of the runs that stand side by side.
-        names: label -> class of every run.
+        classes: label -> class of every run.
         title, note: what stands above and below.
         score: the lowest one that is shown at first.
         view: the map that is shown at first.
@@ -68,7 +68,7 @@ def write_page(
     view = view or View()
     settings = {
         "runs": list(runs),
-        "classes": {name: [colour, text_colour(colour)] for name, colour in class_colours(names).items()},
+        "classes": {name: [colour, text_colour(colour)] for name, colour in class_colours(classes).items()},
         "score": score,
         "steps": STEPS,
         "decades": DECADES,

@@ -58,12 +58,16 @@ class View:
         return f"{title}, {'mean over heads' if self.head == 'mean' else f'head {self.head + 1}'}"
 
 
-def class_colours(names: Iterable[Mapping[int, str]]) -> dict[str, str]:
-    """The colour of each class by its name; names: label -> class of every run, of which the first one decides."""
+def class_colours(classes: Iterable[Mapping[int, str]]) -> dict[str, str]:
+    """The colour of each class by its name; classes: label -> class of every run, of which the first one decides."""
     colours = {}
-    for of_run in names:
+    for of_run in classes:
         colours |= {name: class_colour(label, of_run) for label, name in of_run.items() if name not in colours}
     return colours
+
+
+def _colours(picture: Mapping[str, Detected]) -> dict[str, str]:
+    return class_colours(detected.classes for detected in picture.values())
 
 
 def text_colour(background: str) -> str:
@@ -107,11 +111,12 @@ def numbers_of(maps: np.ndarray, detected: Detected) -> np.ndarray:
 
 
 @styled
-def detections_by_run(picture: Mapping[str, Detected], image: np.ndarray, colours: Mapping[str, str]) -> Figure:
-    """A picture [H,W,3] with its detections, their classes and scores, a panel for each run.
+def detections_by_run(picture: Mapping[str, Detected], image: np.ndarray | None = None) -> Figure:
+    """A picture with its detections, their classes and scores, a panel for each run.
 
-    picture: run -> what it detected in this picture; colours: of the classes.
+    picture: run -> what it detected in this picture; image: the picture [H,W,3]; None: it is read again.
     """
+    image, colours = _image(picture, image), _colours(picture)
     width = len(picture) * PANEL / TEXT_WIDTH
     drawn, grid = image_panels(_proportions(image), 1, len(picture), PANEL, width=width)
     for axes, (run, detected) in zip(grid[0], picture.items(), strict=True):
@@ -143,18 +148,14 @@ def draw_detections(
 
 @styled
 def maps_by_detection(
-    picture: Mapping[str, Detected],
-    image: np.ndarray,
-    colours: Mapping[str, str],
-    view: View | None = None,
-    most: int = MOST,
+    picture: Mapping[str, Detected], view: View | None = None, image: np.ndarray | None = None, most: int = MOST
 ) -> Figure:
     """Where the best `most` detections of a picture looked: a row is a run, the same colour is the same weight.
 
     Over the picture stand the means over its detections and heads, below each map its own numbers, of which the last
-    is the share of the weight inside the box.
+    is the share of the weight inside the box. picture, image: as of `detections_by_run`.
     """
-    view = view or View()
+    view, image, colours = view or View(), _image(picture, image), _colours(picture)
     rows = {run: detected for run, detected in picture.items() if len(detected) and views_of(detected)}
     if not rows:
         raise Nothing("there is no detection with a map")
@@ -191,7 +192,7 @@ def _means(detected: Detected, title: str) -> str:
 
 
 @styled
-def contact_sheet(pictures: Sequence[tuple[np.ndarray, Detected]], colours: Mapping[str, str]) -> Figure:
+def contact_sheet(pictures: Sequence[tuple[np.ndarray, Detected]]) -> Figure:
     """The first `SHEET` pictures, small [H,W,3], with what one run detected in them."""
     if not pictures:
         raise Nothing("there are no pictures")
@@ -200,12 +201,16 @@ def contact_sheet(pictures: Sequence[tuple[np.ndarray, Detected]], colours: Mapp
     height = TEXT_WIDTH / columns * 0.8 + 0.2
     drawn, grid = panels(len(shown), columns, height, min(1.0, columns / 4))
     for axes, (image, detected) in zip(grid, shown, strict=True):
-        draw_detections(axes, image, detected, colours, captions=False)
+        draw_detections(axes, image, detected, class_colours([detected.classes]), captions=False)
         title = detected.source.title
         short = title if len(title) <= 22 else f"{title[:10]}…{title[-10:]}"
         axes.set_title(f"{short}: {len(detected)}", loc="left", fontsize=5.5, color=MUTED, parse_math=False)
         axes.set_anchor("NW")
     return drawn
+
+
+def _image(picture: Mapping[str, Detected], image: np.ndarray | None) -> np.ndarray:
+    return next(iter(picture.values())).image() if image is None else image
 
 
 def _proportions(image: np.ndarray) -> np.ndarray:

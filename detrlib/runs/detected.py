@@ -35,6 +35,7 @@ class Detected:
     names: list[str]  # n names of classes
     queries: np.ndarray  # [n] whose detections they are; with sigmoids a query may have several
     source: Picture
+    classes: Mapping[int, str] = field(default_factory=dict)  # all that the model knows, label -> name
     example: Example | None = None  # with attention: the same rows, with their maps
     sparsity: pd.DataFrame | None = None  # of this picture, see `sparsity_of`
     explanations: dict[str, np.ndarray] = field(default_factory=dict)  # method -> [n,h,w]
@@ -92,22 +93,22 @@ def all_in_one(pictures: Sequence[Detected]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
 
 
-def save_detected(folder: Path, detected: Sequence[Detected], names: Mapping[int, str]) -> None:
+def save_detected(folder: Path, detected: Sequence[Detected]) -> None:
     """Write the detections of one detector in COCO's format, so that they can be read without the pictures.
 
     Args:
         folder: becomes that of predictions.json, a list of detections as `detrlib evaluate --predictions` takes it, and
             of images.json, which lists the pictures with their sizes and the classes.
-        detected: what it detected in each picture.
-        names: label -> class; labels are the category ids.
+        detected: what it detected in each picture; labels are the category ids.
 
     Raises:
         RunError: a file cannot be written.
     """
-    labels = {int(label): name for one in detected for label, name in zip(one.labels, one.names, strict=True)}
-    categories = [{"id": label, "name": name} for label, name in sorted((labels | dict(names)).items())]
+    names = {int(label): name for one in detected for label, name in zip(one.labels, one.names, strict=True)}
+    names |= {label: name for one in detected[:1] for label, name in one.classes.items()}
     images = [
         {"id": one.image_id, "file_name": one.picture, "width": one.size[1], "height": one.size[0]} for one in detected
     ]
+    categories = [{"id": label, "name": name} for label, name in sorted(names.items())]
     write_json(folder / "predictions.json", [row for one in detected for row in one.to_coco()])
     write_json(folder / "images.json", {"images": images, "annotations": [], "categories": categories})

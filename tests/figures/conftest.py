@@ -11,6 +11,7 @@ from detrlib.data.pictures import find_pictures
 from detrlib.runs.detected import Detected
 from detrlib.runs.examples import Example
 
+CLASSES = {1: "circle", 2: "square"}
 BOXES = np.array([[0, 0, 40, 40], [10, 10, 20, 20], [60, 5, 80, 30]], dtype=np.float32)
 
 
@@ -59,11 +60,11 @@ def make_detected(make_example):
             setattr(example, name, getattr(example, name)[:count])
         example.stored = {s: m if s == "encoder_self" else m[:, :, :count] for s, m in example.stored.items()}
         (source,) = find_pictures(np.zeros((*size, 3), dtype=np.uint8))
-        names = [{1: "circle", 2: "square"}[label] for label in example.labels]
+        names = [CLASSES[label] for label in example.labels]
         own = [example.boxes, example.scores, example.labels, names, example.queries]
         rows = [("decoder_cross", layer, "detected", 24, 9.0, 0.5, 0.6) for layer in range(2)]
         sparsity = pd.DataFrame(rows, columns=["site", "layer", "queries", "keys", "support", "gini", "zeros"])
-        detected = Detected("picture 1", 7, size, *own, source, example, sparsity)
+        detected = Detected("picture 1", 7, size, *own, source, CLASSES, example, sparsity)
         return detected if attention else detected.light()
 
     return make

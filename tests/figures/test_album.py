@@ -10,8 +10,6 @@ from detrlib.errors import RunError
 from detrlib.figures.album import MOST_IN_PAGE, Album, check_folder
 from detrlib.figures.predictions import View
 
-NAMES = {1: "circle", 2: "square"}
-
 
 def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -20,8 +18,7 @@ def files(folder):
 def test_a_folder_with_everything(tmp_path, make_detected):
     explained = make_detected()
     explained.explanations = {"raw": np.ones((3, 4, 6), dtype=np.float32)}
-    names = {"sweep/one": NAMES, "pictures": NAMES}
-    with Album(tmp_path / "out", names, view=View(layer=0), attention=True) as album:
+    with Album(tmp_path / "out", ["sweep/one", "pictures"], view=View(layer=0), attention=True) as album:
         album.add((explained, make_detected(count=1)))
         album.add((make_detected(attention=False), make_detected(count=0)))
     assert album.counts() == {"sweep/one": 6, "pictures": 1} and album.page == tmp_path / "out" / "index.html"
@@ -40,7 +37,7 @@ def test_a_folder_with_everything(tmp_path, make_detected):
 
 def test_only_pictures_of_our_own_are_replaced(tmp_path, make_detected):
     for count in (2, 1):
-        with Album(tmp_path, {"run": NAMES}) as album:
+        with Album(tmp_path, ["run"]) as album:
             for _ in range(count):
                 album.add((make_detected(attention=False),))
         if count == 2:
@@ -54,14 +51,14 @@ def test_only_pictures_of_our_own_are_replaced(tmp_path, make_detected):
 
 
 def test_what_was_done_is_written_whatever_stops_it(tmp_path, make_detected):
-    with pytest.raises(KeyboardInterrupt), Album(tmp_path, {"run": NAMES}) as album:
+    with pytest.raises(KeyboardInterrupt), Album(tmp_path, ["run"]) as album:
         album.add((make_detected(attention=False),))
         raise KeyboardInterrupt
     assert (tmp_path / "index.html").stat().st_size and (tmp_path / "run" / "predictions.json").exists()
 
 
 def test_file_names_of_any_title(tmp_path, make_detected):
-    with Album(tmp_path, {"run": NAMES}) as album:
+    with Album(tmp_path, ["run"]) as album:
         for title in ("a" * 240 + ".jpg", "../../<b>&\n$(rm).png", "A.png", "a.png", "....png", "日本.jpg"):
             detected = make_detected(attention=False, count=0)
             detected.source.name = title
@@ -73,7 +70,7 @@ def test_file_names_of_any_title(tmp_path, make_detected):
 
 def test_a_page_of_many_pictures_says_what_it_leaves_out(tmp_path, make_detected, monkeypatch):
     monkeypatch.setattr("detrlib.figures.album.MOST_IN_PAGE", 1)
-    with Album(tmp_path, {"run": NAMES}) as album:
+    with Album(tmp_path, ["run"]) as album:
         for _ in range(2):
             album.add((make_detected(attention=False, count=0),))
     assert "The first 1 of 2 pictures" in album.page.read_text() and MOST_IN_PAGE > 50
@@ -87,4 +84,4 @@ def test_folders_that_cannot_be_written(tmp_path):
         check_folder(tmp_path / "file" / "out")
     for folder in ("/proc/none", tmp_path / "file"):
         with pytest.raises(RunError, match=str(folder)):
-            Album(type(tmp_path)(folder), {"run": NAMES})
+            Album(type(tmp_path)(folder), ["run"])

@@ -9,12 +9,10 @@ from detrlib.figures.overlay import overlay
 from detrlib.figures.predictions import View, numbers_of, views_of
 from detrlib.figures.style import NOTHING, Nothing
 
-COLOURS = {"circle": "#0072B2", "square": "#D55E00"}
-
 
 def test_a_panel_for_each_run_with_boxes_classes_and_scores(make_detected, titles, boxes_in, texts):
     picture = {"first": make_detected(), "second": make_detected(count=1)}
-    drawn = predictions.detections_by_run(picture, picture["first"].image(), COLOURS)
+    drawn = predictions.detections_by_run(picture)
     assert titles(drawn) == ["first: 3 detections", "second: 1 detection"]
     assert len(boxes_in(drawn.axes[0], "#0072B2")) == 1 and len(boxes_in(drawn.axes[0], "#D55E00")) == 2
     assert "square 0.90" in texts(drawn) and "circle 0.80" in texts(drawn)
@@ -57,7 +55,7 @@ def test_numbers_are_of_the_map_and_the_own_box(make_detected):
 
 def test_maps_of_detections_in_one_scale_with_the_numbers_of_the_picture(make_detected, titles, texts):
     picture = {"first": make_detected(), "second": make_detected(count=1)}
-    drawn = predictions.maps_by_detection(picture, picture["first"].image(), COLOURS, View(layer=0))
+    drawn = predictions.maps_by_detection(picture, View(layer=0))
     own = titles(drawn)
     assert own[0].startswith("first\nlayer 1, mean over heads\neach head: 9.0 of 24 keys")
     assert own[1:4] == ["square 0.90", "circle 0.80", "square 0.40"] and own[4].startswith("second")
@@ -66,24 +64,24 @@ def test_maps_of_detections_in_one_scale_with_the_numbers_of_the_picture(make_de
     highest = overlay(weights[0] / weights.max())  # colours of a map depend on the others
     shown = drawn.axes[1].images[-1].get_array()
     assert shown.shape == highest.shape and np.array_equal(shown[..., 3] == 0, weights[0] == 0)
-    none = predictions.maps_by_detection({"first": make_detected(attention=False)}, picture["first"].image(), COLOURS)
+    none = predictions.maps_by_detection({"first": make_detected(attention=False)})
     assert none.get_label() == NOTHING
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5000, 3), (3, 5000)])
 def test_figures_of_pictures_of_any_shape_have_a_bearable_size(make_detected, shape):
     detected = make_detected(size=shape)
-    drawn = predictions.detections_by_run({"run": detected}, detected.image(1024), COLOURS)
+    drawn = predictions.detections_by_run({"run": detected})
     width, height = drawn.get_size_inches()
     assert 0.2 < height / width < 2.5
 
 
 def test_contact_sheet(make_detected, titles, boxes_in):
     one = make_detected()
-    drawn = predictions.contact_sheet([(one.image(50), one)] * 60, COLOURS)
+    drawn = predictions.contact_sheet([(one.image(50), one)] * 60)
     assert len(drawn.axes) == predictions.SHEET and titles(drawn)[0] == "picture 1: 3"
     assert len(boxes_in(drawn.axes[0])) == 3
-    assert predictions.contact_sheet([], COLOURS).get_label() == NOTHING
+    assert predictions.contact_sheet([]).get_label() == NOTHING
 
 
 def test_a_class_has_one_colour_in_all_runs_and_text_that_can_be_read():

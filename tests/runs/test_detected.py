@@ -26,6 +26,7 @@ def detected():
         names=["person", "cat"],
         queries=np.array([4, 0]),
         source=Picture("photo.jpg", 7, Image.new("RGB", (40, 20))),
+        classes={1: "person", 2: "bicycle"},
     )
 
 
@@ -51,7 +52,7 @@ def test_in_words_and_in_pixels_of_a_smaller_picture(detected, nothing):
 
 
 def test_in_cocos_format_with_all_that_is_needed_to_read_it(tmp_path, detected, nothing):
-    save_detected(tmp_path / "run", [detected, nothing], {1: "person", 2: "bicycle"})
+    save_detected(tmp_path / "run", [detected, nothing])
     predictions = json.loads((tmp_path / "run" / "predictions.json").read_text())
     assert predictions == detected.to_coco() and predictions[0]["bbox"] == [0, 5, 10, 10]
     content = json.loads((tmp_path / "run" / "images.json").read_text())
