@@ -130,7 +130,7 @@ def room(columns: int, scale: Sharing = "shared") -> dict[str, float]:
     """What `style.image_panels` leaves free for the numbers and the bar of `draw_maps`."""
     per_line, size = _numbers_look(columns)
     lines = -(-(3 if scale == "shared" else 4) // per_line)
-    return {"footer": 0.04 + 1.2 * size / 72 * lines, "beside": BAR_WIDTH}
+    return {"footer": 0.04 + 1.4 * size / 72 * lines, "beside": BAR_WIDTH}
 
 
 def _numbers_look(columns: int) -> tuple[int, int]:
