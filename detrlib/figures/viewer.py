@@ -9,6 +9,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from html import escape
 from typing import Literal
 
 import ipywidgets
@@ -21,13 +22,15 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from detrlib.errors import DetrlibError
 from detrlib.figures.attention import draw_box, draw_map
 from detrlib.figures.choices import cell_at, cell_box, cells_ask, clicked_query, corresponding_query, detection
-from detrlib.figures.style import MUTED, PALETTE, STYLE, styled
+from detrlib.figures.style import MUTED, PALETTE, look, styled
 from detrlib.runs.examples import Example
 
 Stored = Mapping[str, Mapping[int, Example]]  # by run and image id
 PANEL, TALLEST, TITLE = 3.9, 4.6, 0.7  # inches: width of an image, its largest height, the lines above it
+HINT = "Click a detection, in either picture, to see where its query looked."
 REACH = 0.02  # of the longer side of the image: how far from a box a click still means it
 
 
@@ -208,21 +211,22 @@ def _draw_shares(axes: Axes, boxes: np.ndarray, weights: np.ndarray) -> None:
 class AttentionViewer(ipywidgets.VBox):
     """Controls above a picture that answers to clicks.
 
-    examples: as of `load_examples`, by the name of the run; names: label -> class; image_id: shown first, None for
-    the first one stored; layer: the decoder layer shown first, negative ones from the end.
+    examples: by the name of the run, as of `load_examples`, or by image id, which may be computed when they are shown
+    (`engine.examples.ValidationImages`); names: label -> class; image_id: shown first, None for the first one; layer:
+    the decoder layer shown first, negative ones from the end.
 
     Where no browser shows widgets (an executed notebook on a web page, as HTML or in a report) it is a picture.
     """
 
     def __init__(
         self,
-        examples: Mapping[str, Sequence[Example]],
+        examples: Mapping[str, Sequence[Example] | Mapping[int, Example]],
         names: Mapping[int, str],
         image_id: int | None = None,
         layer: int = -1,
     ):
         super().__init__()
-        self.stored = {run: {example.image_id: example for example in found} for run, found in examples.items()}
+        self.stored = {run: _by_id(of_run) for run, of_run in examples.items()}
         self.names = names
         first, *others = self.stored
         image_id = next(iter(self.stored[first])) if image_id is None else image_id
@@ -231,9 +235,9 @@ class AttentionViewer(ipywidgets.VBox):
         self.figure, self.canvas = _clickable_figure(self._click)
         self.controls = self._controls()
         rows = [("run", "beside", "image_id"), ("site", "layer", "head"), ("truth", "predictions", "attention")]
-        hint = ipywidgets.HTML("Click a detection, in either picture, to see where its query looked.")
+        self.hint = ipywidgets.HTML(HINT)
         boxes = [ipywidgets.HBox([self.controls[name] for name in row]) for row in rows]
-        self.children = (*boxes, hint, self.canvas)
+        self.children = (*boxes, self.hint, self.canvas)
         self.show(self.view)
 
     def _controls(self) -> dict[str, ipywidgets.Widget]:
@@ -262,7 +266,7 @@ class AttentionViewer(ipywidgets.VBox):
         layers, heads = example.shape(self.view.site)[:2]
         return {
             "beside": [("no other run", ""), *((run, run) for run in self.stored if run != self.view.run)],
-            "image_id": [(f"{number}: id {image_id}", image_id) for number, image_id in enumerate(images)],
+            "image_id": [(_image_label(number, image_id, images), image_id) for number, image_id in enumerate(images)],
             "site": sites(example),
             "layer": [(str(layer + 1), layer) for layer in range(layers)],
             "head": [("mean", "mean"), *((str(head + 1), head) for head in range(heads))],
@@ -283,8 +287,14 @@ class AttentionViewer(ipywidgets.VBox):
         self.canvas.draw_idle()
 
     def _changed(self, name: str, value) -> None:
-        if not self._writing:
+        if self._writing:
+            return
+        self.hint.value = HINT
+        try:
             self.show(changed(self.view, **{name: value}))
+        except DetrlibError as error:  # of an image that cannot be computed; a widget's errors appear nowhere
+            self.hint.value = escape(str(error))
+            self.show(self.view)
 
     def _click(self, event: MouseEvent) -> None:
         if self.canvas.manager.toolbar.mode:  # the click belongs to zooming or moving the picture
@@ -300,6 +310,16 @@ class AttentionViewer(ipywidgets.VBox):
         return bundle | {"text/plain": "AttentionViewer", "image/png": b64encode(picture.getvalue()).decode()}
 
 
+def _by_id(examples: Sequence[Example] | Mapping[int, Example]) -> Mapping[int, Example]:
+    return examples if isinstance(examples, Mapping) else {example.image_id: example for example in examples}
+
+
+def _image_label(number: int, image_id: int, images: Mapping[int, Example]) -> str:
+    """What the control says of an image, with what went wrong in it where that is known."""
+    title = images.title(image_id) if hasattr(images, "title") else ""
+    return f"{number}: id {image_id}" + (f" ({title})" if title else "")
+
+
 def _clickable_figure(click):
     """An empty figure and its canvas for the browser; `click` is called with every press of a mouse button."""
     backend = matplotlib.get_backend()
@@ -307,7 +327,7 @@ def _clickable_figure(click):
     from ipympl.backend_nbagg import Canvas, FigureManager
 
     plt.switch_backend(backend)  # importing ipympl makes it the backend of all figures
-    figure = Figure(dpi=STYLE["figure.dpi"], layout="constrained")
+    figure = Figure(dpi=look().get("figure.dpi"), layout="constrained")
     canvas = Canvas(figure)
     canvas.header_visible = canvas.footer_visible = canvas.resizable = False
     canvas.toolbar_position = "right"  # on the left it would cover what a panel says
