@@ -33,11 +33,11 @@ def differences(comparisons: pd.DataFrame, labels: Mapping[str, str] | None = No
     for axes, metric in zip(grid, metrics, strict=True):
         axes.axvline(0, color=MUTED, lw=0.8)
         for row in named[named["metric"] == metric].itertuples():
-            place = pairs.index(row.pair)
+            y = pairs.index(row.pair)
             if np.isnan(row.difference):
-                axes.text(0, place, " n/a", va="center", fontsize=7, color=MUTED)
-            axes.plot([row.low, row.high], [place, place], color=PALETTE[0], lw=1.3)
-            axes.plot(row.difference, place, **_mark(row.verdict == "established"))
+                axes.text(0, y, " n/a", va="center", fontsize=7, color=MUTED)
+            axes.plot([row.low, row.high], [y, y], color=PALETTE[0], lw=1.3)
+            axes.plot(row.difference, y, **_mark(row.verdict == "established"))
         axes.set_title((labels or {}).get(metric, metric), loc="left")
         axes.set_xlabel("first − second")
     marks = [Line2D([], [], **_mark(established)) for established in (True, False)]

@@ -84,6 +84,11 @@ def save_table(table: pd.DataFrame, name: str, caption: str, folder: str | Path,
     return Markdown(written)
 
 
+def shown(table: pd.DataFrame, reason: str) -> pd.DataFrame | Markdown:
+    """The table as it is, or a line with the reason where it has no rows."""
+    return Markdown(f"*Nothing to show: {reason}.*") if table.empty else table
+
+
 def with_spread(spread: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:
     """Means over seeds with their standard deviations in words, "0.674 ± 0.006": a row per group, a column per metric.
 

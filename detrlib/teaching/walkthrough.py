@@ -98,8 +98,8 @@ def boxes_before_and_after(images: Sequence[np.ndarray], stages: Mapping[str, Se
     stages: title -> for each image (boxes [n,4], captions of length n); truth: for each image boxes [T,4].
     """
     drawn, panels = figure(0.7, 0.5 * len(stages), nrows=len(stages), ncols=len(images), squeeze=False)
-    for row, (title, found) in zip(panels, stages.items(), strict=True):
-        for axes, image, (boxes, captions), wanted in zip(row, images, found, truth, strict=True):
+    for row, (title, detections) in zip(panels, stages.items(), strict=True):
+        for axes, image, (boxes, captions), wanted in zip(row, images, detections, truth, strict=True):
             draw_image(axes, image)
             for box in wanted:
                 draw_box(axes, box, "black", dashed=True)

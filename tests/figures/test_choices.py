@@ -49,6 +49,6 @@ def test_classes_are_chosen_by_name_and_by_their_best_detection(stored):
         choices.chosen_labels(["squares"], NAMES)
     runs = {run: list(found.values()) for run, found in stored.items()}
     best = choices.best_of_class(runs, 2)
-    assert best.best in runs and set(best.found) == set(runs)
-    assert best.found[best.best][0].scores[best.found[best.best][1]] == 0.9
+    assert best.best in runs and set(best.queries) == set(runs)
+    assert best.queries[best.best][0].scores[best.queries[best.best][1]] == 0.9
     assert choices.best_of_class(runs, 5) is None

@@ -59,6 +59,11 @@ def test_a_table_without_rows_says_so_and_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_table_is_shown_or_the_reason_why_it_has_no_rows():
+    assert tables.shown(table(), "no runs").equals(table())
+    assert tables.shown(table()[:0], "no runs").data == "*Nothing to show: no runs.*"
+
+
 def test_spread_over_seeds_in_words():
     rows = [("a", "AP", 0.6, 0.1414, 2), ("b", "AP", 0.25, np.nan, 1), ("b", "AR", np.nan, np.nan, 0)]
     words = tables.with_spread(pd.DataFrame(rows, columns=["group", "metric", "mean", "std", "n"]))
