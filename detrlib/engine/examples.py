@@ -78,8 +78,12 @@ class ValidationImages(Mapping[int, Example]):
 
     def title(self, image_id: int) -> str:
         """What went wrong in an image, in a few words; empty where that is not known."""
-        row = self.errors.loc[image_id]
-        return f"{row.missed} of {row.objects} missed, {row.false_positives} false" if "missed" in row else ""
+        return self._titles.get(image_id, "")
+
+    @cached_property
+    def _titles(self) -> dict[int, str]:
+        rows = self.errors.itertuples() if "missed" in self.errors else ()
+        return {row.Index: f"{row.missed} of {row.objects} missed, {row.false_positives} false" for row in rows}
 
     @cached_property
     def _model_and_data(self) -> tuple[nn.Module, CocoDataset]:
