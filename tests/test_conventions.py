@@ -34,10 +34,10 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
     ".": 480,
-    "config": 740,
-    "attention": 1210,
+    "config": 770,
+    "attention": 1225,
     "attention/kernels": 1040,
-    "models": 1900,
+    "models": 1910,
     "losses": 310,
     "checkpoints": 490,
     "data": 1110,

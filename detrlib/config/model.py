@@ -83,7 +83,9 @@ class Attention(QueryAttention):
 
     encoder_self: TransformName = "softmax"
     decoder_cross: TransformName = "softmax"
-    tv_lambda: float = Field(0.1, ge=0.0)  # of "tvmax": price of a step between neighbouring cells
+    # of "tvmax": price of a step between neighbouring cells. In place of it tv_alpha may be given, the parameter of the
+    # published code, which is twice as large: the thesis's 0.1 is a tv_lambda of 0.05
+    tv_lambda: float = Field(0.1, ge=0.0)
 
 
 class Polling(Section):
@@ -155,20 +157,22 @@ class DeformableOptions(Section):
 class Compatibility(Section):
     """What published weights depend on, faults included. The defaults are the correct behaviour."""
 
-    mask_padding: bool = True  # False: features near padding depend on the batch, as in the official code
+    # How a batch is padded. exact: an image alone and in any batch is predicted as the official code predicts it alone.
+    # official: in batches, too, as the official code does, where predictions depend on the other images. That code
+    # does not mask features, shrinks masks by nearest neighbour, and counts padding among tokens that are scored.
+    padding: Literal["exact", "official"] = "exact"
     alpha_clamped: bool = False  # alpha by clamping, which has no gradient outside: the thesis's alpha_entmax
 
 
 class DetrCompatibility(Compatibility):
     """Of DETR and the thesis's models with sparse cross-attention."""
 
-    attention_padding: Literal["hidden", "add_one"] = "hidden"  # padded keys of decoder_cross favoured: the thesis
+    padding: Literal["exact", "official", "thesis"] = "exact"  # thesis: official, and decoder_cross favours padded keys
 
 
 class DeformableCompatibility(Compatibility):
     """Of Deformable DETR and Sparse DETR."""
 
-    token_scores: Literal["masked", "official"] = "masked"  # scores of tokens that depend on padding: Sparse DETR
     dam: Literal["exact", "official"] = "exact"  # decoder attention maps half a cell off: Sparse DETR
 
 
@@ -231,10 +235,8 @@ class Detr(Architecture):
                 "model.polling keeps cells that form no grid, which tvmax needs; choose another transform at "
                 "model.attention.encoder_self and model.attention.decoder_cross"
             )
-        if self.compatibility.attention_padding != "hidden":
-            raise ValueError(
-                "model.polling hides padding always; leave model.compatibility.attention_padding at hidden"
-            )
+        if self.compatibility.padding == "thesis":
+            raise ValueError("model.polling hides padding always; set model.compatibility.padding to exact or official")
         return self
 
 

@@ -44,6 +44,7 @@ from detrlib.metrics.faithfulness import (
 )
 from detrlib.metrics.localisation import object_size
 from detrlib.models import Predictions
+from detrlib.models.outputs import cell_side
 from detrlib.runs.examples import EXAMPLE_SCORE, picture
 from detrlib.runs.folder import load_results
 
@@ -220,8 +221,8 @@ def explained_detections(
     queries, labels, scores = queries[best], labels[best], scores[best]
     explanations = explain(model, batch.images, batch.padding_mask, queries, labels)
     size, count = batch.targets[0]["size"], len(queries)
-    stride = torch.tensor([s / g for s, g in zip(batch.images.shape[-2:], predictions.attention.grid, strict=True)])
+    extent = (size / cell_side(batch.images.shape[-2:], predictions.attention.grid)).numpy()
     titles = [f"{dataset.names[label]} {score:.2f}" for label, score in zip(labels.tolist(), scores, strict=True)]
     maps = {name: list(own.cpu().numpy()) for name, own in explanations.items()}
     boxes = to_pixels(cxcywh_to_xyxy(predictions.boxes[0, queries]), size).numpy()
-    return [picture(batch.images[0]).numpy()] * count, boxes, titles, maps, [(size / stride).numpy()] * count
+    return [picture(batch.images[0]).numpy()] * count, boxes, titles, maps, [extent] * count

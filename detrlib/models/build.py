@@ -66,9 +66,9 @@ def _detr(settings: Detr, weights: str | Path | None) -> DETR:
 def _deformable(settings: Deformable, weights: str | Path | None) -> DeformableDETR:
     chosen, published, dim = settings.deformable, settings.compatibility, settings.hidden_dim
     layer = _layer_settings(settings, pre_norm=False)
-    levels = chosen.levels
+    levels, official = chosen.levels, published.padding == "official"
     backbone = _backbone(settings, weights, chosen.backbone_stages())
-    scoring = ScoringNetwork(dim, published.token_scores == "official") if chosen.rho < 1 else None
+    scoring = ScoringNetwork(dim, official) if chosen.rho < 1 else None
     transformer = DeformableTransformer(
         DeformableEncoder(settings.encoder_layers, layer, levels, chosen.encoder_points),
         DeformableDecoder(settings.decoder_layers, layer, levels, chosen.decoder_points, chosen.refine),
@@ -82,7 +82,7 @@ def _deformable(settings: Deformable, weights: str | Path | None) -> DeformableD
     return DeformableDETR(
         backbone,
         _position(settings, centred=True),
-        LevelProjections(backbone.num_channels, levels, dim, published.mask_padding),
+        LevelProjections(backbone.num_channels, levels, dim, official),
         transformer,
         dim,
         settings.num_queries,
@@ -91,6 +91,7 @@ def _deformable(settings: Deformable, weights: str | Path | None) -> DeformableD
         class_specific=chosen.class_specific_proposals,
         encoder_auxiliary=chosen.encoder_auxiliary,
         keep_ratio=chosen.rho,
+        official_padding=official,
         map_shift=0.5 if published.dam == "exact" else 0.0,
     )
 
@@ -128,8 +129,7 @@ def _transform_maker(settings: Model) -> MakeTransform:
             alpha_clamped=settings.compatibility.alpha_clamped,
             tv_lambda=getattr(settings.attention, "tv_lambda", 0.0),
         )
-        favoured = getattr(settings.compatibility, "attention_padding", "hidden") == "add_one"
-        transform.padding_adds_one = favoured and site == "decoder_cross"
+        transform.padding_adds_one = settings.compatibility.padding == "thesis" and site == "decoder_cross"
         return transform
 
     return make
@@ -144,8 +144,8 @@ def _backbone(settings: Model, weights: str | Path | None, stages: Sequence[int]
         weights = project_path(weights)
     # Weights of a checkpoint are still to come when a run resumes: what is trained depends on the settings alone.
     freeze_stem = choice.weights != "none" if choice.freeze_stem is None else choice.freeze_stem
-    masked = settings.compatibility.mask_padding
-    return build_backbone(choice.name, weights, choice.dilation, freeze_stem, masked, stages)
+    official = settings.compatibility.padding != "exact"
+    return build_backbone(choice.name, weights, choice.dilation, freeze_stem, official, stages)
 
 
 def alpha_modules(model: nn.Module) -> dict[str, AlphaEntmax]:

@@ -22,7 +22,7 @@ from detrlib.errors import RunError
 from detrlib.files import write_atomic
 from detrlib.losses.matcher import Match
 from detrlib.models import AttentionMaps, Predictions
-from detrlib.models.outputs import Site
+from detrlib.models.outputs import Site, cell_side
 from detrlib.runs.folder import load_results
 from detrlib.runs.maps import AttentionStore, MapWriter, Packed, clear_maps, pack
 
@@ -209,8 +209,7 @@ def make_example(batch: Batch, predictions: Predictions, indices: list[Match], i
 
 def _extent(batch: Batch, maps: AttentionMaps, index: int) -> Tensor:
     """[2], height and width of an image in cells of the key grid."""
-    stride = torch.tensor([s / g for s, g in zip(batch.images.shape[-2:], maps.grid, strict=True)])
-    return batch.targets[index]["size"].cpu() / stride
+    return batch.targets[index]["size"].cpu() / cell_side(batch.images.shape[-2:], maps.grid)
 
 
 def picture(image: Tensor) -> Tensor:

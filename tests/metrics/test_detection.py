@@ -26,6 +26,19 @@ def test_every_published_case_is_tested(shared_data, published_cases):
     assert published_cases == {path.parent.name for path in folders}
 
 
+@pytest.mark.parametrize("engine", ["faster_coco_eval", "pycocotools"])
+def test_ap_without_crowds_and_with_areas_of_boxes(engine, shared_data):
+    """As in data without masks; what is published of the same detections counts crowds and areas of masks."""
+    folder = shared_data / "coco_eval_cases" / "cocoapi_val2014_100"
+    truth = json.loads((folder / "instances_val2014_100.json").read_text())
+    objects = [one for one in truth["annotations"] if not one["iscrowd"]]
+    truth["annotations"] = [one | {"area": one["bbox"][2] * one["bbox"][3]} for one in objects]
+    detections = json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
+    result = coco_ap(truth, detections, engine)
+    expected = {"AP": 0.503647, "AP50": 0.696973, "AP75": 0.571667}
+    assert {name: result[name] for name in expected} == pytest.approx(expected, rel=0, abs=1e-6)
+
+
 def pycocotools_stats(truth: dict, detections: list[dict]):
     coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
     with contextlib.redirect_stdout(io.StringIO()):
