@@ -2,6 +2,7 @@
 
 What statistics say is drawn in `results`, `statistics`, `interventions` and `explanations`, what stands in images in
 `attention`, `queries`, `deformable` and `dataset`, maps by `overlay`; `viewer` answers to clicks; `tables` are text.
+`figures.save(figure, "name")` writes one for LaTeX.
 """
 
 # ruff: noqa: F401
@@ -19,3 +20,4 @@ from detrlib.figures import (
     style,
     tables,
 )
+from detrlib.figures.style import save
