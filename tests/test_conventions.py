@@ -41,7 +41,7 @@ CEILINGS = {
     "losses": 310,
     "checkpoints": 1150,
     "data": 1420,
-    "metrics": 1700,
+    "metrics": 1730,
     "runs": 1480,
     "engine": 1600,
     "experiments": 1900,

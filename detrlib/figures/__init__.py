@@ -3,6 +3,7 @@
 What statistics say is drawn in `results`, `statistics`, `interventions` and `explanations`, what stands in images in
 `attention`, `queries`, `deformable` and `dataset`, maps by `overlay`; `viewer` answers to clicks; `tables` are text.
 `predictions` are of pictures of one's own, which `album` puts into a folder and `page` into one file for a browser.
+`figures.save(figure, "name")` writes one for LaTeX.
 """
 
 # ruff: noqa: F401
@@ -23,3 +24,4 @@ from detrlib.figures import (
     style,
     tables,
 )
+from detrlib.figures.style import save

@@ -9,6 +9,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from html import escape
 from typing import Literal
 
 import ipywidgets
@@ -20,14 +21,16 @@ from matplotlib.backend_bases import MouseEvent
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from detrlib.errors import DetrlibError
 from detrlib.figures.attention import draw_box
 from detrlib.figures.choices import cell_at, cell_box, cells_ask, clicked_query, corresponding_query, detection
 from detrlib.figures.overlay import BAR_WIDTH, Panel, Sharing, colour_bar, draw_maps, overlay, scale_of
-from detrlib.figures.style import MUTED, STYLE, class_colour, styled
+from detrlib.figures.style import MUTED, class_colour, look, styled
 from detrlib.runs.examples import Example
 
 Stored = Mapping[str, Mapping[int, Example]]  # by run and image id
 PANEL, TALLEST, LINES = 3.9, 4.6, 0.8  # inches: width of an image, its largest height, the lines above and below it
+HINT = "Click a detection, in either picture, to see where its query looked."
 REACH = 0.02  # of the longer side of the image: how far from a box a click still means it
 
 
@@ -173,7 +176,8 @@ def draw_view(figure: Figure, view: View, stored: Stored, names: Mapping[int, st
             weights = weights_in(view, example, query)
             _draw_boxes(axes, view, example, query, names)
             if view.attention and weights is not None:
-                looks.append((axes, example, query, weights))
+                own = None if view.site == "encoder_self" else example.boxes[query]
+                looks.append((Panel(axes, example.image, weights, example.extent, own), example.boxes))
             else:
                 axes.imshow(example.image)
             lines = [run, *described(view, example, query, weights, names)]
@@ -196,23 +200,19 @@ def _draw_boxes(axes: Axes, view: View, example: Example, query: int | None, nam
         draw_box(axes, example.boxes[query], colours[query], width=2.2)
 
 
-def _draw_weights(figure: Figure, view: View, looks: Sequence[tuple[Axes, Example, int | None, np.ndarray]]) -> None:
-    """The map of every panel over its image, or, of weights that go to queries, their boxes filled."""
+def _draw_weights(figure: Figure, view: View, looks: Sequence[tuple[Panel, np.ndarray]]) -> None:
+    """The map of every panel over its image, or, of weights that go to queries, their boxes [n,4] filled."""
+    panels = [panel for panel, _ in looks]
     if view.site != "decoder_self":
-        asked = [None if view.site == "encoder_self" else example.boxes[query] for _, example, query, _ in looks]
-        maps = [
-            Panel(axes, example.image, weights, example.extent, box)
-            for (axes, example, _, weights), box in zip(looks, asked, strict=True)
-        ]
-        draw_maps(figure, maps, view.scale, view.logarithmic)
+        draw_maps(figure, panels, view.scale, view.logarithmic)
         return
-    scale = scale_of([weights for *_, weights in looks], view.logarithmic)
-    for axes, example, _, weights in looks:
-        axes.imshow(example.image)
-        for (x0, y0, x1, y1), colour in zip(example.boxes, overlay(weights[None], scale)[0], strict=True):
-            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor="none", zorder=0.5))
+    scale = scale_of([panel.weights for panel in panels], view.logarithmic)
+    for panel, boxes in looks:
+        panel.axes.imshow(panel.image)
+        for (x0, y0, x1, y1), colour in zip(boxes, overlay(panel.weights[None], scale)[0], strict=True):
+            panel.axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor="none", zorder=0.5))
     if looks:
-        colour_bar(figure, [axes for axes, *_ in looks], scale, "weight")
+        colour_bar(figure, [panel.axes for panel in panels], scale, "weight")
 
 
 # --- the widget ------------------------------------------------------------------------------------------------
@@ -221,21 +221,22 @@ def _draw_weights(figure: Figure, view: View, looks: Sequence[tuple[Axes, Exampl
 class AttentionViewer(ipywidgets.VBox):
     """Controls above a picture that answers to clicks.
 
-    examples: as of `load_examples`, by the name of the run; names: label -> class; image_id: shown first, None for
-    the first one stored; layer: the decoder layer shown first, negative ones from the end.
+    examples: by the name of the run, as of `load_examples`, or by image id, which may be computed when they are shown
+    (`engine.examples.ValidationImages`); names: label -> class; image_id: shown first, None for the first one; layer:
+    the decoder layer shown first, negative ones from the end.
 
     Where no browser shows widgets (an executed notebook on a web page, as HTML or in a report) it is a picture.
     """
 
     def __init__(
         self,
-        examples: Mapping[str, Sequence[Example]],
+        examples: Mapping[str, Sequence[Example] | Mapping[int, Example]],
         names: Mapping[int, str],
         image_id: int | None = None,
         layer: int = -1,
     ):
         super().__init__()
-        self.stored = {run: {example.image_id: example for example in of_run} for run, of_run in examples.items()}
+        self.stored = {run: _by_id(of_run) for run, of_run in examples.items()}
         self.names = names
         first, *others = self.stored
         image_id = next(iter(self.stored[first])) if image_id is None else image_id
@@ -245,9 +246,9 @@ class AttentionViewer(ipywidgets.VBox):
         self.controls = self._controls()
         rows = [("run", "beside", "image_id"), ("site", "layer", "head"), ("truth", "predictions", "attention")]
         rows.append(("scale", "logarithmic"))
-        hint = ipywidgets.HTML("Click a detection, in either picture, to see where its query looked.")
+        self.hint = ipywidgets.HTML(HINT)
         boxes = [ipywidgets.HBox([self.controls[name] for name in row]) for row in rows]
-        self.children = (*boxes, hint, self.canvas)
+        self.children = (*boxes, self.hint, self.canvas)
         self.show(self.view)
 
     def _controls(self) -> dict[str, ipywidgets.Widget]:
@@ -278,7 +279,7 @@ class AttentionViewer(ipywidgets.VBox):
         layers, heads = example.shape(self.view.site)[:2]
         return {
             "beside": [("no other run", ""), *((run, run) for run in self.stored if run != self.view.run)],
-            "image_id": [(f"{number}: id {image_id}", image_id) for number, image_id in enumerate(images)],
+            "image_id": [(_image_label(number, image_id, images), image_id) for number, image_id in enumerate(images)],
             "site": sites(example),
             "layer": [(str(layer + 1), layer) for layer in range(layers)],
             "head": [("mean", "mean"), *((str(head + 1), head) for head in range(heads))],
@@ -299,8 +300,14 @@ class AttentionViewer(ipywidgets.VBox):
         self.canvas.draw_idle()
 
     def _changed(self, name: str, value) -> None:
-        if not self._writing:
+        if self._writing:
+            return
+        self.hint.value = HINT
+        try:
             self.show(changed(self.view, **{name: value}))
+        except DetrlibError as error:  # of an image that cannot be computed; a widget's errors appear nowhere
+            self.hint.value = escape(str(error))
+            self.show(self.view)
 
     def _click(self, event: MouseEvent) -> None:
         if self.canvas.manager.toolbar.mode:  # the click belongs to zooming or moving the picture
@@ -316,6 +323,16 @@ class AttentionViewer(ipywidgets.VBox):
         return bundle | {"text/plain": "AttentionViewer", "image/png": b64encode(picture.getvalue()).decode()}
 
 
+def _by_id(examples: Sequence[Example] | Mapping[int, Example]) -> Mapping[int, Example]:
+    return examples if isinstance(examples, Mapping) else {example.image_id: example for example in examples}
+
+
+def _image_label(number: int, image_id: int, images: Mapping[int, Example]) -> str:
+    """What the control says of an image, with what went wrong in it where that is known."""
+    title = images.title(image_id) if hasattr(images, "title") else ""
+    return f"{number}: id {image_id}" + (f" ({title})" if title else "")
+
+
 def _clickable_figure(click):
     """An empty figure and its canvas for the browser; `click` is called with every press of a mouse button."""
     backend = matplotlib.get_backend()
@@ -323,7 +340,7 @@ def _clickable_figure(click):
     from ipympl.backend_nbagg import Canvas, FigureManager
 
     plt.switch_backend(backend)  # importing ipympl makes it the backend of all figures
-    figure = Figure(dpi=STYLE["figure.dpi"], layout="constrained")
+    figure = Figure(dpi=look().get("figure.dpi"), layout="constrained")
     canvas = Canvas(figure)
     canvas.header_visible = canvas.footer_visible = canvas.resizable = False
     canvas.toolbar_position = "right"  # on the left it would cover what a panel says

@@ -226,6 +226,28 @@ def match_detections(ground_truth: Mapping | str | PathLike, detections: Sequenc
     return Matches(table.astype(compact), counts.astype(compact | dict.fromkeys(AREAS, np.int32)))
 
 
+def errors_by_image(matches: Matches, min_score: float = 0.3) -> pd.DataFrame:
+    """Say how badly each image went, at an IoU of 0.5.
+
+    Args:
+        matches: as of `match_detections` or `load_matches`.
+        min_score: of the detections that count, in 0..1.
+
+    Returns:
+        A row per image, image_id being the index, those with most missed objects first, then those with most false
+        positives: objects (annotated), missed (of them, by all detections that count), false_positives.
+    """
+    objects = matches.annotations.groupby("image_id")["all"].sum()
+    counted = matches.detections[matches.detections["score"] >= min_score]
+    true, ignored = ((counted[f"{kind}_all"] & 1) > 0 for kind in ("true", "ignored"))  # bit 0: IOU_THRESHOLDS[0]
+    true, false = (
+        flags.groupby(counted["image_id"]).sum().reindex(objects.index, fill_value=0)
+        for flags in (true, ~(true | ignored))
+    )
+    table = pd.DataFrame({"objects": objects, "missed": objects - true, "false_positives": false})
+    return table.sort_values(["missed", "false_positives"], ascending=False, kind="stable")
+
+
 def _table(entries: Sequence[Mapping], numbers: Sequence[str]) -> pd.DataFrame:
     """Boxes as columns x, y, w, h beside ids and the `numbers` asked for."""
     boxes = np.array([entry["bbox"] for entry in entries], dtype=float).reshape(-1, 4)

@@ -5,7 +5,6 @@ Numbers that COCO calls undefined, -1 in results.json, are missing (NaN) in ever
 Every function takes run folders and reads nothing else; runs carry the names that `run_labels` gives them.
 """
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pandas as pd
 from detrlib.config import load_config
 from detrlib.errors import RunError
 from detrlib.metrics.detection import UNDEFINED, Matches
-from detrlib.runs.folder import has_table, load_results, load_table, run_labels
+from detrlib.runs.folder import group_of, has_table, load_results, load_table, run_labels
 
 MADE_BY = "detrlib intervene"
 AP_CUTS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -92,11 +91,6 @@ def first_of_groups(run_dirs: Iterable[Path]) -> list[Path]:
     for run_dir, label in run_labels(run_dirs).items():
         first.setdefault(group_of(label), run_dir)
     return list(first.values())
-
-
-def group_of(label: str) -> str:
-    """The name that runs of several seeds share: `label` without "-seed3" or "_seed3" at the end of a folder's name."""
-    return re.sub(r"[-_]seed\d+(?=/|$)", "", label)
 
 
 def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:

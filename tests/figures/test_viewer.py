@@ -1,12 +1,14 @@
 """The viewer: what clicks and controls mean, and that it is a picture where there is no browser."""
 
 import base64
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 from matplotlib.backend_bases import MouseEvent
 from matplotlib.figure import Figure
 
+from detrlib.errors import RunError
 from detrlib.figures.overlay import overlay, scale_of
 from detrlib.figures.viewer import AttentionViewer, View, clicked, consistent, draw_view, query_in, weights_in
 
@@ -102,3 +104,40 @@ def test_without_a_browser_it_is_a_picture(stored):
     bundle = viewer._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert base64.b64decode(bundle["image/png"])[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+class Lazy(Mapping):
+    """Images that are made when they are asked for; the last one cannot be."""
+
+    def __init__(self, make):
+        self.make, self.made = make, []
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter((8, 7, 9))
+
+    def __getitem__(self, image_id):
+        if image_id == 9:
+            raise RunError("no checkpoint <last.pt>")
+        self.made.append(image_id)
+        return self.make(image_id)
+
+    def __contains__(self, image_id):
+        return image_id in (8, 7, 9)
+
+    def title(self, image_id):
+        return "2 of 2 missed" if image_id == 8 else ""
+
+
+def test_images_are_computed_when_they_are_shown(make_example):
+    images = Lazy(make_example)
+    viewer = AttentionViewer({"run": images}, NAMES)
+    labels = [label for label, _ in viewer.controls["image_id"].options]
+    assert labels == ["0: id 8 (2 of 2 missed)", "1: id 7", "2: id 9"] and set(images.made) == {8}
+    viewer.controls["image_id"].value = 7
+    assert viewer.view.image_id == 7 and set(images.made) == {8, 7}
+    viewer.controls["image_id"].value = 9
+    assert "&lt;last.pt&gt;" in viewer.hint.value
+    assert viewer.view.image_id == viewer.controls["image_id"].value == 7
