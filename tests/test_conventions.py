@@ -42,10 +42,10 @@ CEILINGS = {
     "checkpoints": 1150,
     "data": 1420,
     "metrics": 1730,
-    "runs": 1480,
-    "engine": 1600,
+    "runs": 1560,
+    "engine": 1750,
     "experiments": 1900,
-    "figures": 2850,
+    "figures": 2920,
     "teaching": 490,
     "benchmarks": 870,
 }

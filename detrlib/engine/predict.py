@@ -36,8 +36,8 @@ from detrlib.metrics.sparsity import sparsity
 from detrlib.models import Predictions
 from detrlib.models.outputs import Site
 from detrlib.runs.detected import Detected
-from detrlib.runs.examples import Example, cells_of, load_examples, maps_of
-from detrlib.runs.folder import RUNS, run_path
+from detrlib.runs.examples import Example, cells_of, with_maps
+from detrlib.runs.folder import RUNS
 from detrlib.runs.sources import build_source, open_source
 
 SCORE = 0.5  # of the detections that are kept
@@ -177,18 +177,6 @@ def open_detectors(names: Sequence[str], device: str | None = None, checkpoint: 
     return detectors
 
 
-def examples_of(
-    run: str | Path, pictures: Any = (), min_score: float = SCORE, attention: bool | Collection[Site] = True
-) -> list[Example]:
-    """Pictures of one's own as examples for figures and the viewer; none given: those that the run's evaluation stored.
-
-    Arguments and faults are those of `predict` and `load_examples`.
-    """
-    if not isinstance(pictures, str | Path) and not len(pictures):
-        return load_examples(run_path(run))
-    return [detected.example for detected in predict(run, pictures, min_score=min_score, attention=attention)]
-
-
 def chosen_device(name: str | None) -> torch.device:
     """The device of that name; None: a GPU where there is one. Raises ConfigError for one that is not there."""
     if name is None:
@@ -290,8 +278,7 @@ def _example(
     shown = image.copy()
     shown.thumbnail((SHOWN, SHOWN), Image.Resampling.LANCZOS)
     pixels = np.asarray(shown)
-    queries = torch.as_tensor(detected.queries, device=predictions.logits.device)
-    return Example(
+    example = Example(
         image_id=detected.image_id,
         image=pixels,
         true_boxes=np.zeros((0, 4), dtype=np.float32),
@@ -302,8 +289,8 @@ def _example(
         matched=np.full(len(detected), -1),
         queries=detected.queries,
         extent=cells_of(batch, predictions.attention, index).numpy(),
-        stored={site: maps_of(predictions, site, index, queries) for site in sites},
     )
+    return with_maps(example, predictions, sites, index)
 
 
 def sparsity_of(predictions: Predictions, index: int, sites: Collection[Site], queries: Tensor) -> pd.DataFrame:

@@ -33,7 +33,7 @@ from detrlib.figures.predictions import (
     detections_by_run,
     maps_by_detection,
 )
-from detrlib.figures.style import NOTHING, STYLE
+from detrlib.figures.style import NOTHING, look
 from detrlib.runs.detected import Detected, save_detected
 
 MOST_IN_PAGE = 100  # pictures; a browser opens a page of some 30 megabytes without complaint
@@ -128,7 +128,7 @@ class Album:
             return
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
-        with plt.rc_context(STYLE), warnings.catch_warnings():
+        with plt.rc_context(look()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph")  # file names may be in any script
             drawn.savefig(path, metadata={"Software": OURS})
 

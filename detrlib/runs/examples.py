@@ -207,19 +207,6 @@ def make_example(batch: Batch, predictions: Predictions, indices: list[Match], i
     return Example(target["image_id"], **{name: value.cpu().numpy() for name, value in values.items()})
 
 
-def maps_of(predictions: Predictions, site: Site, index: int, queries: Tensor | None = None) -> np.ndarray:
-    """The maps of image number `index`, without padding, in the shape of `Example.maps`, of all layers.
-
-    queries: [n] whose maps are taken at the decoder's sites; None: all. Of the encoder it is always all.
-    """
-    maps, layers = predictions.attention, []
-    for layer in range(len(getattr(maps, site))):
-        weights = (maps.decoder_self[layer] if site == "decoder_self" else maps.as_images(site, layer))[index]
-        weights = _valid(weights, index, site, predictions).float()
-        layers.append((weights if site == "encoder_self" or queries is None else weights[:, queries]).cpu().numpy())
-    return np.stack(layers)
-
-
 def cells_of(batch: Batch, maps: AttentionMaps, index: int) -> Tensor:
     """[2], height and width of an image in cells of the key grid."""
     return batch.targets[index]["size"].cpu() / cell_side(batch.images.shape[-2:], maps.grid)

@@ -17,7 +17,6 @@ from detrlib.engine.loop import train
 from detrlib.engine.predict import (
     check_view,
     chosen_device,
-    examples_of,
     models_and_pictures,
     open_detector,
     open_detectors,
@@ -115,12 +114,6 @@ def test_a_model_with_its_settings_and_names(run_dir, photos):
     detector = open_detector((model, cfg, {2: "square"}))
     named = predict(detector, photos / "a.png", min_score=0, progress=False)[0]
     assert set(named.names) <= {"square"}, "labels without a name are no classes"
-
-
-def test_examples_of_ones_own_pictures_or_those_that_are_stored(run_dir, photos):
-    assert [example.image_id for example in examples_of(run_dir)] == [e.image_id for e in load_examples(run_dir)]
-    own = examples_of(run_dir, [photos / "b.png"], min_score=0)
-    assert own[0].image.shape == (120, 40, 3) and own[0].maps().shape[2] == len(own[0].boxes)
 
 
 def test_several_models_side_by_side_and_files_that_cannot_be_decoded(run_dir, photos):
