@@ -2,6 +2,7 @@
 
     papermill_runs/<run_name>/
         config.yaml        every setting, resolved          environment.json   commit, versions, hardware
+        start.json         what training started from, where that was other weights (`train.start`)
         metrics.jsonl      one line per logged step or epoch, flat "group/name" keys
         checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
         results.json       final numbers; its presence means: finished
@@ -45,6 +46,11 @@ def run_path(name: str | Path) -> Path:
     if path == RUNS:
         raise RunError(f"{str(name)!r} names no run: give a folder under {RUNS.name}/")
     return path
+
+
+def run_name(run_dir: Path) -> str:
+    """What `run_path` makes the folder of."""
+    return str(run_dir.relative_to(RUNS) if run_dir.is_relative_to(RUNS) else run_dir)
 
 
 def open_run(cfg: Config, run_dir: Path) -> bool:

@@ -72,8 +72,8 @@ def alpha_frame(run_dirs: Iterable[Path], quantity: str = "alpha") -> pd.DataFra
     frame = metrics_frame(run_dirs)
     alpha = frame[frame.metric.str.startswith(f"{quantity}/")]
     parts = alpha.metric.str.extract(rf"{quantity}/(?P<site>\w+)\.layer_(?P<layer>\d+)-head_(?P<head>\d+)")
-    parts = parts.astype({"layer": int, "head": int})
-    tidy = pd.concat([alpha[["run", "epoch", "value"]], parts], axis=1)
+    parts = parts.dropna().astype({"layer": int, "head": int})  # annealed ones have neither layer nor head
+    tidy = pd.concat([alpha[["run", "epoch", "value"]], parts], axis=1, join="inner")
     keys = ["run", "epoch", "site", "layer", "head"]
     if quantity != "alpha":
         return tidy.groupby(keys, sort=False, as_index=False)["value"].mean()
@@ -311,8 +311,8 @@ def _trained(run_dir: Path, site: str) -> tuple[str, float]:
     transform = model.transform_at(site)
     alphas = _evaluated(run_dir)["alpha"]
     learned = [alpha for name, heads in alphas.items() if name.startswith(f"{site}.") for alpha in heads]
-    known = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": model.attention.alpha}
-    return transform, float(np.mean(learned)) if learned else known.get(transform, float("nan"))
+    fixed = model.alpha_at(site)
+    return transform, float(np.mean(learned)) if learned else float("nan") if fixed is None else fixed
 
 
 def provenance(run_dirs: Iterable[Path], made_by: str) -> str:

@@ -27,6 +27,10 @@ def test_settings_are_frozen_at_every_depth():
         ({"data.cache": True, "data.workers": 2}, r"data\.workers"),
         ({"data.image_size": 31}, r"data\.image_size"),
         ({"loss.no_object": 0}, r"loss\.no_object"),
+        (
+            {"model.attention.decoder_cross": "entmax15", "model.attention.anneal.epochs": 2, "train.epochs": 1},
+            r"model\.attention\.anneal\.epochs.*train\.epochs",
+        ),
     ],
 )
 def test_values_out_of_range_and_contradictions_are_named(overrides, named):
