@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detrlib.config import Config, Model, flat_settings
+from detrlib.config import Config, Model, flat_settings, project_path
 from detrlib.data import CocoDataset, build_dataset
 from detrlib.data.annotations import listed
 from detrlib.data.classes import find_label
@@ -78,7 +78,9 @@ def starting_model(cfg: Config, train_set: CocoDataset | None = None) -> tuple[n
         train_set = build_dataset(cfg.data, "train")
     if cfg.train.start:
         model = initial_model(cfg, "none")
-        return model, take_over(model, open_source(cfg.train.start), cfg.model, train_set.names)
+        file = project_path(cfg.train.start)
+        source = open_source(file if file.is_file() else cfg.train.start)
+        return model, take_over(model, source, cfg.model, train_set.names)
     weights = backbone_weights(cfg.model.backbone, train_set, cfg.data.image_size) if crops else None
     return initial_model(cfg, weights), None
 

@@ -1,4 +1,4 @@
-"""The run folder, the contract between training and all that reads results: `folder`, `examples`, `maps`, `results`."""
+"""The run folder, the contract between training and all that reads results; `sources` finds models by any name."""
 
 from detrlib.runs.examples import Example, load_examples, same_image
 from detrlib.runs.folder import (
