@@ -34,7 +34,7 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
     ".": 480,
-    "config": 720,
+    "config": 780,
     "attention": 1200,
     "attention/kernels": 1040,
     "models": 1900,
@@ -43,7 +43,7 @@ CEILINGS = {
     "data": 1110,
     "metrics": 1700,
     "runs": 1300,
-    "engine": 1260,
+    "engine": 1470,
     "experiments": 1900,
     "figures": 1920,
     "teaching": 490,

@@ -40,10 +40,13 @@ class Start:
     initialised: list[str]  # entries of transforms that the source has not
     left_out: list[str]  # entries of transforms that the source alone has
     classes: dict[str, list[str]]  # kept, new, left_out
+    names_known: bool  # those of the source; otherwise heads of the same size are taken for those of the same classes
     settings: dict[str, list]  # of the model where they differ: [there, here]
 
     def __str__(self) -> str:
         lines = [f"starts from {self.source}: {len(self.loaded)} of its entries loaded"]
+        if not (self.names_known or self.remade):
+            lines.append("what its classes are called is not known; they are taken for the same")
         if self.remade:
             lines.append(f"class heads made anew: {listed(self.remade, 4)}")
             for what, names in self.classes.items():
@@ -105,6 +108,11 @@ def take_over(model: nn.Module, source: Source, settings: Model, names: Mapping[
     Raises:
         WeightsError: names all entries that do not fit.
     """
+    if source.cfg.model.architecture != settings.architecture:
+        raise WeightsError(
+            f"train.start: {source.label} is of model.architecture {source.cfg.model.architecture}, the model to train "
+            f"of {settings.architecture}; train with its settings, or from another source"
+        )
     own, given = model.state_dict(), dict(source.state)
     initialised = [name for name in own if OF_TRANSFORM in name and name not in given]
     left_out = [name for name in given if OF_TRANSFORM in name and name not in own]
@@ -118,7 +126,7 @@ def take_over(model: nn.Module, source: Source, settings: Model, names: Mapping[
     classes = _same_classes(source, settings, names)
     heads = [name for name in own if name.startswith(HEADS)]
     fit = all(own[name].shape == given[name].shape for name in heads) and source.names in (names, None)
-    remade = [] if fit and _classification(source.cfg.model) == _classification(settings) else heads
+    remade = [] if fit and _kind_of_heads(source.cfg.model) == _kind_of_heads(settings) else heads
     for name in remade:
         rows = _kept_rows(name, classes, source.cfg.model, settings)
         head = own[name].clone()
@@ -132,7 +140,7 @@ def take_over(model: nn.Module, source: Source, settings: Model, names: Mapping[
         "new": [name for label, name in names.items() if label not in kept],
         "left_out": [name for label, name in (source.names or {}).items() if remade and label not in classes.values()],
     }
-    return Start(source.label, loaded, remade, initialised, left_out, found, differing)
+    return Start(source.label, loaded, remade, initialised, left_out, found, source.names is not None, differing)
 
 
 def _differing(there: Model, here: Model) -> dict[str, list]:
@@ -150,23 +158,25 @@ def _comparable(state: Mapping[str, Tensor], without: list[str]) -> dict[str, Te
 
 def _same_classes(source: Source, settings: Model, names: Mapping[int, str]) -> dict[int, int]:
     """Label here -> label there of the classes that both know by the same name, if heads say them in the same way."""
-    if _classification(source.cfg.model) != _classification(settings):
+    if _kind_of_heads(source.cfg.model)[0] != _kind_of_heads(settings)[0]:
         return {}
     theirs = source.names or {}
     found = {label: find_label(name, theirs) for label, name in names.items()}
     return {label: other for label, other in found.items() if other is not None}
 
 
-def _classification(settings: Model) -> str:
-    return getattr(settings, "classification", "sigmoid")
+def _kind_of_heads(settings: Model) -> tuple[str, bool]:
+    """How they say classes, and whether that of proposals has a class that stands for all."""
+    return getattr(settings, "classification", "sigmoid"), _any_object(f"{HEADS}{settings.decoder_layers}.", settings)
 
 
 def _kept_rows(name: str, classes: dict[int, int], there: Model, here: Model) -> dict[int, int]:
     """Row here -> row there of what a class head keeps."""
     if _any_object(name, there) or _any_object(name, here):
         return {0: 0} if _any_object(name, there) and _any_object(name, here) else {}
-    same = _classification(there) == _classification(here) == "softmax"
-    return classes | {-1: -1} if same else classes  # the last one is no-object
+    if {_kind_of_heads(settings)[0] for settings in (there, here)} == {"softmax"}:
+        return classes | {-1: -1}  # no-object
+    return classes
 
 
 def _any_object(name: str, settings: Model) -> bool:

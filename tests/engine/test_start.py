@@ -92,6 +92,9 @@ def test_the_head_of_proposals_keeps_the_class_that_stands_for_all(source_of, st
             assert torch.equal(value, source.state[name][rows[row]] if row in rows else before[name][row])
     before, after, _ = started(source, SPECIFIC)  # whose proposals have classes
     assert torch.equal(after["class_embed.2.weight"], before["class_embed.2.weight"])
+    before, after, _ = started(source, SPECIFIC | {"model.num_classes": 4}, NAMES)
+    assert torch.equal(after["class_embed.2.weight"], before["class_embed.2.weight"])
+    assert torch.equal(after["class_embed.1.weight"][1:], source.state["class_embed.1.weight"][1:])
 
 
 def test_heads_that_say_classes_in_another_way_are_made_anew(source_of, started):
@@ -137,7 +140,7 @@ def test_everything_that_does_not_fit_is_named_at_once(source_of, started):
     named += [f"transformer.{layer}.linear1.bias is (16,)" for layer in ("encoder.layers.0", "decoder.layers.1")]
     named += ["unexpected transformer.decoder.layers.2.norm3.bias"]
     assert [part for part in named if part not in said] == [] and "\n" not in said
-    with pytest.raises(WeightsError, match=r"model\.architecture deformable, there detr"):
+    with pytest.raises(WeightsError, match=r"model\.architecture detr, .* deformable"):
         started(source_of(), DEFORMABLE)
 
 
