@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from detrlib.config.model import Detr, Model, Section, SiteName
 
@@ -73,7 +73,8 @@ FreezableName = Literal["backbone", "encoder", "decoder", "all_but_alpha_and_hea
 class Train(Section):
     # A run, a name or a file whose weights training starts from, instead of those of model.backbone.weights.
     start: str | None = None
-    freeze: tuple[FreezableName, ...] = ()  # parts that are not trained; dropout in them stays as it is
+    # Parts that are not trained; dropout in them stays as it is.
+    freeze: Annotated[tuple[FreezableName, ...], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] = ()
     epochs: int = Field(300, ge=1)
     batch_size: int = Field(16, ge=1)  # over all processes: results do not depend on their number
     lr: float = Field(1e-4, gt=0.0)

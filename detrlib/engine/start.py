@@ -22,7 +22,7 @@ from detrlib.data.classes import find_label
 from detrlib.engine.pretrain import backbone_weights
 from detrlib.errors import WeightsError
 from detrlib.files import weight_faults, write_json
-from detrlib.models import build_model
+from detrlib.models import build_model, set_alphas
 from detrlib.runs.sources import Source, open_source
 
 HEADS = "class_embed."
@@ -52,7 +52,7 @@ class Start:
             for what, names in self.classes.items():
                 lines.append(f"  classes {what.replace('_', ' ')}: {listed(names) or 'none'}")
         for what, names in (("as initialised", self.initialised), ("left out", self.left_out)):
-            lines += [f"{what}: {listed(names, 4)}"] if names else []
+            lines += [f"{what}: {listed(names, 2)}"] if names else []
         if self.settings:
             said = [f"{name} {here} (there {there})" for name, (there, here) in self.settings.items()]
             lines.append(f"settings that differ: {listed(said)}")
@@ -79,13 +79,14 @@ def starting_model(cfg: Config, train_set: CocoDataset | None = None) -> tuple[n
     crops = cfg.model.backbone.weights == "crops" and not cfg.train.start
     if train_set is None and (crops or cfg.train.start):
         train_set = build_dataset(cfg.data, "train")
+    weights = backbone_weights(cfg.model.backbone, train_set, cfg.data.image_size) if crops else None
+    model, start = initial_model(cfg, "none" if cfg.train.start else weights), None
     if cfg.train.start:
-        model = initial_model(cfg, "none")
         file = project_path(cfg.train.start)
         source = open_source(file if file.is_file() else cfg.train.start)
-        return model, take_over(model, source, cfg.model, train_set.names)
-    weights = backbone_weights(cfg.model.backbone, train_set, cfg.data.image_size) if crops else None
-    return initial_model(cfg, weights), None
+        start = take_over(model, source, cfg.model, train_set.names)
+    set_alphas(model, cfg.model.annealed_alphas(0))
+    return model, start
 
 
 def record_start(run_dir: Path, start: Start | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from detrlib.attention.transforms import Entmax
 from detrlib.config import replace
 from detrlib.engine.evaluate import load_model
 from detrlib.engine.loop import train
@@ -175,8 +176,9 @@ def test_other_classes_a_backbone_of_its_own_and_sparse_attention(finished, tmp_
     start = json.loads((tmp_path / "start.json").read_text())
     assert start["remade"] == ["class_embed.weight", "class_embed.bias"] and len(start["classes"]["kept"]) == 6
     there = load_checkpoint(finished / "checkpoints" / "last.pt")["average"]["class_embed.weight"]
-    here = load_model(tmp_path, "untrained").class_embed.weight
-    assert torch.equal(here, there[1:])  # no class had label 0
+    untrained = load_model(tmp_path, "untrained")
+    assert torch.equal(untrained.class_embed.weight, there[1:])  # no class had label 0
+    assert {t.alpha for t in untrained.modules() if isinstance(t, Entmax)} == {1.01}
 
 
 def test_a_run_that_goes_on_does_not_ask_for_what_it_started_from(finished, tmp_path, monkeypatch, tiny_config):
