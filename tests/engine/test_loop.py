@@ -226,6 +226,8 @@ def test_a_loss_that_is_no_number_is_named_and_kept(tmp_path, monkeypatch, tiny_
     assert images.shape == (8, 3, 64, 64) and [t["image_id"] for t in targets] == state["image_ids"]
     assert state["learning_rates"] == {"rest": 1e-3, "backbone": 1e-3}
     monkeypatch.setattr(training, "train_step", real)
+    advised = {"train.start": str(tmp_path), "train.lr": 1e-4, "train.warmup_steps": 2, "train.epochs": 1}
+    assert train(tiny_config(advised), tmp_path / "advised")["epoch"] == 1
     assert train(tiny_config(), tmp_path)["epoch"] == 2  # resumes from the last complete epoch
 
 
