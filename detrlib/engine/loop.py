@@ -233,7 +233,7 @@ class Trainer:
         save_checkpoint(path, state.state_dict() | {"batch": tuple(batch), "image_ids": ids, "learning_rates": rates})
         remedy = "Start again"
         if state.epoch:  # other settings are for another run
-            remedy = f"Start a new run from the last complete epoch, train.start: {runs.run_name(self.run_dir)}, "
+            remedy = f"Start a new run from the last complete epoch, train.start: {runs.run_name(self.run_dir)},"
         return (
             f"{what} at step {state.global_step} (epoch {state.epoch + 1}, learning rates {rates}, "
             f"image ids {ids}). Weights and batch are in {path}. {remedy} with a lower train.lr, train.clip_norm: 0.1, "
