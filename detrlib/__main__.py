@@ -81,8 +81,8 @@ def train(
     from detrlib.runs.folder import run_path
 
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
-    found = launch(cfg, run_path(name), gpus, processes)["detection"]
-    typer.echo(f"AP {found['AP']:.3f}  AP50 {found['AP50']:.3f}  {run_path(name)}")
+    numbers = launch(cfg, run_path(name), gpus, processes)["detection"]
+    typer.echo(f"AP {numbers['AP']:.3f}  AP50 {numbers['AP50']:.3f}  {run_path(name)}")
 
 
 @app.command(hidden=True)
@@ -179,7 +179,7 @@ def intervene(
     learned_alphas: Annotated[bool, Option("--learned-alphas", help="learned ones: their mean, and shuffled")] = False,
     prune_heads: Annotated[bool, Option("--prune-heads", help="every head alone, then one after the other")] = False,
     order_images: Annotated[int, Option(min=1, help="training images that give the order of heads")] = 100,
-    limit: Annotated[int | None, Option(min=1, help="the first validation images only")] = None,
+    images: Annotated[int | None, Option(min=1, help="the first of the validation split; default: all")] = None,
     checkpoint: Checkpoint = "last",
 ) -> None:
     """AP and PAIBB of a trained model with another transform, alpha, or fewer heads."""
@@ -197,7 +197,7 @@ def intervene(
         order_images=order_images,
         checkpoint=checkpoint,
     )
-    table = intervene_run(run_path(run), experiments, limit, checkpoint)
+    table = intervene_run(run_path(run), experiments, images, checkpoint)
     typer.echo(table.drop(columns=["site", "checkpoint"]).round(4).to_string(index=False, na_rep=""))
 
 

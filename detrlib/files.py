@@ -50,7 +50,7 @@ def load_checkpoint(path: Path, needed: Collection[str] = ()) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        there = ", ".join(sorted(found.stem for found in path.parent.glob("*.pt")))
+        there = ", ".join(sorted(other.stem for other in path.parent.glob("*.pt")))
         hint = f"there are {there}" if there else "has the run finished its first epoch?"
         raise RunError(f"no checkpoint {path}; {hint}") from None
     except Exception as error:

@@ -34,20 +34,20 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
     ".": 480,
-    "config": 780,
-    "attention": 1200,
+    "config": 840,
+    "attention": 1225,
     "attention/kernels": 1040,
-    "models": 1900,
+    "models": 1910,
     "losses": 310,
     "checkpoints": 950,
     "data": 1110,
     "metrics": 1700,
-    "runs": 1300,
-    "engine": 1470,
-    "experiments": 1900,
+    "runs": 1310,
+    "engine": 1480,
+    "experiments": 1880,
     "figures": 1920,
     "teaching": 490,
-    "benchmarks": 800,
+    "benchmarks": 870,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
 

@@ -184,7 +184,7 @@ def test_explain(run_dir):
 
 
 def test_intervene(run_dir):
-    words = ["intervene", run_dir, "--limit", 4]
+    words = ["intervene", run_dir, "--images", 4]
     shown = detrlib(
         *(*words, "--alphas", "1", "--transforms", "sparsemax"),
         *("--learned-alphas", "--prune-heads", "--order-images", 4),
@@ -249,7 +249,7 @@ def test_weights_and_data_that_cannot_be_had(run_dir, monkeypatch, tmp_path):
 
 def test_a_damaged_table_of_interventions_is_named_before_anything_is_measured(run_dir):
     (run_dir / "measures" / "interventions.parquet").write_text("half a table")
-    assert "interventions.parquet" in refused("intervene", run_dir, "--alphas", 1, "--limit", 2)
+    assert "interventions.parquet" in refused("intervene", run_dir, "--alphas", 1, "--images", 2)
 
 
 # --- notebooks, sweeps, files ----------------------------------------------------------------------------------

@@ -40,7 +40,6 @@ class TinyRun:
                 "timed_size": [160, 160],
                 "timed_ratios": [0.1, 1.0],
                 "repeats": 1,
-                "count_published": True,
             },
             "06_train": run | {"config": str(self.config), "overrides": {"train.epochs": 1}, "gpus": 0},
             "07_evaluate": run

@@ -2,7 +2,7 @@
 
 In order of reading: `reference` defines the family of transforms in forty lines; `transforms` has all of them as
 modules; `multihead` is attention with any of them; `entmax` and `tvmax` compute weights exactly and fast; `deformable`
-samples places instead of weighing all keys; `kernels` does the same on a GPU.
+samples locations instead of weighing all keys; `kernels` does the same on a GPU.
 """
 
 from detrlib.attention.multihead import ConditionalCrossAttention, MultiheadAttention, attend

@@ -69,6 +69,9 @@ def attend(
 
     Returns:
         Mixed values [B,H,Q,V], and weights [B,H,Q,K] if asked for: before dropout, where the layer looks.
+
+    Raises:
+        ValueError: the transform needs a grid, as tvmax does, and there is none.
     """
     if need_weights:
         return mix(query, key, value, transform, padding, grid, dropout)
@@ -149,13 +152,21 @@ class MultiheadAttention(nn.Module):
         grid: Grid | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output [B,Q,E], and weights [B,H,Q,K] if asked for, else None.
+        """Attend from every query to all keys, with every head.
 
         Args:
             query: [B,Q,E], with position encodings added.
             key: [B,K,E], likewise.
             value: [B,K,E], without.
-            padding, grid, need_weights: as of `attend`.
+            padding: [B,K] bool, True = padding; None: there is none.
+            grid: (h, w) of the feature map whose cells are the keys, where they are such.
+            need_weights: return the weights as well; then none of the faster ways is taken.
+
+        Returns:
+            Output [B,Q,E], and weights [B,H,Q,K] if asked for, else None.
+
+        Raises:
+            ValueError: the transform needs a grid, as tvmax does, and there is none.
         """
         weight, bias = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         projected = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weight, bias, strict=True))

@@ -3,7 +3,8 @@ Attention", Sec. 3): sparsemax of the scores after the total-variation proximal 
 
     prox(y) = argmin_x  1/2 ||x - y||^2 + lam * sum over edges (i, j) of |x_i - x_j|,
 
-where the edges join horizontally and vertically neighbouring valid cells of the key grid.
+where the edges join horizontally and vertically neighbouring valid cells of the key grid. The published code steps by
+half of its alpha, as for ||x - y||^2 + alpha ...: its alpha of 0.1, the thesis's, is a lam of 0.05 here.
 
 Legend: M maps, one per query; h, w the key grid; N = h w cells; E edges. D [E,N] takes differences along edges.
 
@@ -101,7 +102,7 @@ def _solve(y: Tensor, lam: float, away: Tensor | None) -> tuple[Tensor, Tensor, 
     return solution, patches, gap
 
 
-def _pairs(x: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _ends(x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The two ends of the edges of a grid x [h,w,...], as views: upright even, odd, level even, odd."""
     upright = [(x[s:-1:2], x[s + 1 :: 2]) for s in (0, 1)]
     return upright + [(x[:, s:-1:2], x[:, s + 1 :: 2]) for s in (0, 1)]
@@ -109,19 +110,19 @@ def _pairs(x: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _along(edges: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The ends of the edges in x [h,w,M], and what `edges` [E,M] holds for them."""
-    pairs = _pairs(x)
-    parts = edges.split([a.shape[0] * a.shape[1] for a, _ in pairs])
-    return [(a, b, part.view_as(a)) for (a, b), part in zip(pairs, parts, strict=True)]
+    ends = _ends(x)
+    parts = edges.split([a.shape[0] * a.shape[1] for a, _ in ends])
+    return [(a, b, part.view_as(a)) for (a, b), part in zip(ends, parts, strict=True)]
 
 
 def _joined(valid: Tensor) -> Tensor:
     """valid [M,h,w] -> whether both ends of an edge are, [M,E]."""
-    return torch.cat([(a & b).flatten(0, 1) for a, b in _pairs(valid.permute(1, 2, 0))]).t()
+    return torch.cat([(a & b).flatten(0, 1) for a, b in _ends(valid.permute(1, 2, 0))]).t()
 
 
 def _differences(x: Tensor) -> Tensor:
     """D x: [h,w,M] -> [E,M]."""
-    return torch.cat([(a - b).flatten(0, 1) for a, b in _pairs(x)])
+    return torch.cat([(a - b).flatten(0, 1) for a, b in _ends(x)])
 
 
 def _less_flow(y: Tensor, u: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def _label(joined: Tensor, grid: tuple[int, int]) -> Tensor:
     while True:
         least = labels.clone()
         now, new = labels.view(*grid, maps), least.view(*grid, maps)
-        for (a, b, join), (to_a, to_b) in zip(_along(joined, now), _pairs(new), strict=True):
+        for (a, b, join), (to_a, to_b) in zip(_along(joined, now), _ends(new), strict=True):
             lower = torch.where(join, torch.minimum(a, b), count)
             to_a.copy_(torch.minimum(to_a, lower))
             to_b.copy_(torch.minimum(to_b, lower))

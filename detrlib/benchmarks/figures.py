@@ -1,14 +1,17 @@
 """Tables and figures of what `detrlib.benchmarks.measure` measured, from its tidy results."""
 
 import operator
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from detrlib.benchmarks.measure import BOTH, FORWARD
-from detrlib.figures.style import MUTED, figure, run_colours, styled
+from detrlib.benchmarks.measure import BOTH, FORWARD, KEPT
+from detrlib.figures.style import MUTED, figure, run_colours, save, styled
+from detrlib.figures.tables import markdown_table
+from detrlib.files import write_json
 
 PASSES = (FORWARD, BOTH)
 TO_SOFTMAX, TO_LIBRARY = "time / softmax", "entmax library / time"
@@ -21,7 +24,7 @@ def transform_table(results: pd.DataFrame) -> pd.DataFrame:
     """
     measured = results[results.benchmark == "transform"]
     keys = ["case", "transform", "source"]
-    wide = measured.pivot(index=keys, columns="quantity", values="value")
+    wide = measured.pivot(index=keys, columns="quantity", values="value").reindex(columns=[*PASSES, "memory"])
     wide = wide.loc[pd.MultiIndex.from_frame(measured[keys].drop_duplicates())]  # in the order of measurement
     both = wide[PASSES[1]].to_dict()
     table = pd.DataFrame({f"{name} [ms]": 1000 * wide[name] for name in PASSES})
@@ -33,14 +36,25 @@ def transform_table(results: pd.DataFrame) -> pd.DataFrame:
 
 def ratio_table(results: pd.DataFrame, benchmark: str, reference: str) -> pd.DataFrame:
     """Of benchmark "step" or "tvmax": seconds by case, transform and source, and compared to the transform or source
-    called `reference`.
+    called `reference`; and the largest error of a weight, where it was measured.
     """
-    timed = results[(results.benchmark == benchmark) & (results.unit == "s")]
-    table = timed.set_index(["case", "transform", "source"])[["value", "low", "high", "repeats"]]
+    rows = results[results.benchmark == benchmark].set_index(["case", "transform", "source"])
+    table = rows.loc[rows.unit == "s", ["value", "low", "high", "repeats"]]
     table["repeats"] = table.repeats.astype(int)
     references = {key[0]: value for key, value in table.value.items() if reference in key[1:]}
     table[f"time / {reference}"] = [value / references[case] for (case, _, _), value in table.value.items()]
+    errors = rows.loc[rows.quantity == "error", "value"]
+    if len(errors):
+        table["largest error"] = errors.map("{:.1e}".format)
     return table.rename(columns={"value": "median [s]", "low": "quartile 1 [s]", "high": "quartile 3 [s]"})
+
+
+def error_table(results: pd.DataFrame) -> pd.DataFrame:
+    """The largest error of a weight, and the relative one of the gradients of alpha: by transform and source."""
+    measured = results[results.benchmark == "accuracy"]
+    table = measured.pivot(index=["case", "transform"], columns="source", values="value")
+    table = table.loc[pd.MultiIndex.from_frame(measured[["case", "transform"]].drop_duplicates())]  # as measured
+    return table.map("{:.1e}".format, na_action="ignore")
 
 
 def check_targets(results: pd.DataFrame) -> pd.DataFrame:
@@ -49,20 +63,20 @@ def check_targets(results: pd.DataFrame) -> pd.DataFrame:
     errors = results[(results.benchmark == "accuracy") & (results.source == "detrlib")].set_index("case").value
     rows = []
     for name, bound in {"sparsemax": 5, "entmax15": 8, "alpha_entmax": 10}.items():
-        found = times[TO_LIBRARY][times["transform"] == name].min()
-        rows.append((f"{name}: {TO_LIBRARY}, every shape", ">=", bound, found))
+        least = times[TO_LIBRARY][times["transform"] == name].min()
+        rows.append((f"{name}: {TO_LIBRARY}, every shape", ">=", bound, least))
     for name in ("sparsemax", "entmax15"):
         for case in sorted({case for case in times.case if case.startswith("encoder")}):
-            found = times[TO_SOFTMAX][(times["transform"] == name) & (times.case == case)].max()
-            rows.append((f"{name}: {TO_SOFTMAX}, {case}", "<=", 3, found))
+            ratio = times[TO_SOFTMAX][(times["transform"] == name) & (times.case == case)].max()
+            rows.append((f"{name}: {TO_SOFTMAX}, {case}", "<=", 3, ratio))
     rows.append(("largest error of a weight", "<", 1e-6, errors[errors.index == "weights"].max()))
     rows.append(("relative error of the gradients of alpha", "<", 1e-4, errors[errors.index == "alpha gradient"].max()))
     if "step" in results.benchmark.values:
         steps = ratio_table(results, "step", "softmax")["time / softmax"].reset_index()
         for case, bound in {"decoder_cross": 1.05, "all sites": 1.3}.items():
-            for name, found in steps[steps.case == case].set_index("transform")["time / softmax"].items():
+            for name, ratio in steps[steps.case == case].set_index("transform")["time / softmax"].items():
                 if name not in ("softmax", "tvmax"):
-                    rows.append((f"step with {name} at {case} / softmax", "<=", bound, found))
+                    rows.append((f"step with {name} at {case} / softmax", "<=", bound, ratio))
     if "tvmax" in results.benchmark.values:
         loops = ratio_table(results, "tvmax", "detrlib")["time / detrlib"].droplevel(["case", "transform"])
         rows.append(("tvmax: loop as published / time", ">=", 50, loops["loop, as published"]))
@@ -74,6 +88,37 @@ def check_targets(results: pd.DataFrame) -> pd.DataFrame:
     table["wanted"] = [f"{sign} {bound:g}" for _, sign, bound, _ in rows]
     table["measured"] = ["–" if np.isnan(x) else f"{x:.3g}" for *_, x in rows]
     return table.set_index("target")[["wanted", "measured", "met"]]
+
+
+def save_results(results: pd.DataFrame, folder: Path, known: dict) -> list[str]:
+    """Write benchmarks.csv, tables.md with every table, both figures, and `known` as environment.json to `folder`.
+
+    Args:
+        results: rows of all that was measured.
+        folder: made if it is not there.
+        known: of the machine and the settings, as of `measure.environment`.
+
+    Returns:
+        The names of all files in the folder.
+    """
+    write_json(folder / "environment.json", known)
+    results.to_csv(folder / "benchmarks.csv", index=False)
+    tables = {
+        "Transforms": transform_table(results).round(2),
+        "Errors": error_table(results),
+        "TVMax": ratio_table(results, "tvmax", "detrlib").round(3),
+        "Training step": ratio_table(results, "step", "softmax").round(3),
+        "Targets": check_targets(results),
+    }
+    text = ""
+    for title, table in tables.items():
+        flat = table.reset_index().set_index(table.index.names[0])
+        text += f"## {title}\n\n{markdown_table(flat, {}, unranked=flat.columns)}\n" if len(flat) else ""
+    (folder / "tables.md").write_text(text)
+    note = f"made by notebook 10_benchmarks on {known['processor']}, {known['device']}, {known['threads']} threads"
+    save(transform_times(results[~results.case.str.endswith(KEPT)]), "transform_times", folder, note)
+    save(step_ratios(results), "step_ratios", folder, note)
+    return sorted(path.name for path in folder.iterdir())
 
 
 @styled

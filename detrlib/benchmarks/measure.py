@@ -23,8 +23,9 @@ from torch import Tensor
 from detrlib import runs
 from detrlib.attention import AlphaEntmax, build_transform, reference
 from detrlib.attention.transforms import ALPHA_HIGH, ALPHA_LOW
-from detrlib.benchmarks.rivals import Candidate, others, package_version, prox, tvmax_by_map
+from detrlib.benchmarks.rivals import Candidate, left_out, others, package_version, prox, tvmax_by_map
 from detrlib.config import Config, load_config
+from detrlib.engine.loop import keep_freed_memory
 from detrlib.engine.optimizer import parameter_groups
 from detrlib.losses.criterion import Criterion
 from detrlib.models import build_model
@@ -32,6 +33,10 @@ from detrlib.models.outputs import Site
 
 FORWARD, BOTH = "forward", "forward + backward"
 SITES = get_args(Site)
+KEPT = ", memory kept"  # at the end of cases of `measure_keeping_memory`
+NUMBER = ["value", "low", "high", "repeats"]
+KEYS = ["benchmark", "case", "transform", "source", "quantity", "unit"]
+NO_ROWS = pd.DataFrame(columns=[*KEYS, *NUMBER]).astype(dict.fromkeys(NUMBER, float))
 
 
 class Shape(NamedTuple):
@@ -80,7 +85,7 @@ def compare(
                 took = seconds(run, device)
                 taken[name] += [took] if turn else []
     quartiles = {name: [*np.quantile(each, (0.5, 0.25, 0.75)), len(each)] for name, each in taken.items()}
-    table = pd.DataFrame.from_dict(quartiles, orient="index", columns=["value", "low", "high", "repeats"])
+    table = pd.DataFrame.from_dict(quartiles, orient="index", columns=NUMBER)
     return table.astype({"repeats": "Int64"}).rename_axis("candidate")
 
 
@@ -126,8 +131,8 @@ def environment(device: str) -> dict:
     return known | {"packages": known["packages"] | compared, "processor": processor, "device": device}
 
 
-def _rows(benchmark: str, case: str, found: list[Candidate], quantity: str, unit: str, values: list) -> list[dict]:
-    rows = [{"benchmark": benchmark, "case": case, "transform": c.transform, "source": c.source} for c in found]
+def _rows(benchmark: str, case: str, measured: list[Candidate], quantity: str, unit: str, values: list) -> list[dict]:
+    rows = [{"benchmark": benchmark, "case": case, "transform": c.transform, "source": c.source} for c in measured]
     numbers = [value if isinstance(value, dict) else {"value": value} for value in values]
     return [row | {"quantity": quantity, "unit": unit} | n for row, n in zip(rows, numbers, strict=True)]
 
@@ -145,16 +150,16 @@ def implementations(names: list[str], shape: Shape, settings: Settings, compared
 
     Others take one map at a time for tvmax: see `measure_tvmax`.
     """
-    alphas, found = torch.linspace(1.1, 1.9, shape.heads, device=settings.device), []
+    alphas, candidates = torch.linspace(1.1, 1.9, shape.heads, device=settings.device), []
     pre_alpha = torch.logit((alphas - ALPHA_LOW) / (ALPHA_HIGH - ALPHA_LOW))
     told = {"alpha": settings.alpha, "alpha_init": pre_alpha, "tv_lambda": settings.tv_lambda}
     for name in names:
         own = build_transform(name, shape.heads, **told).to(settings.device)
         learned = own.pre_alpha if isinstance(own, AlphaEntmax) else None
-        found.append(Candidate(name, "detrlib", partial(own, grid=shape.grid), learned))
+        candidates.append(Candidate(name, "detrlib", partial(own, grid=shape.grid), learned))
         if compared or name == "softmax":
-            found += others(name, settings.alpha, alphas)
-    return found
+            candidates += others(name, settings.alpha, alphas)
+    return candidates
 
 
 def measure_transforms(
@@ -168,15 +173,26 @@ def measure_transforms(
     for case, shape in shapes.items():
         scores = _random(shape.scores, settings.score_scale, device).requires_grad_()
         gradient = _random(shape.scores, 1.0, device, 1)
-        found = implementations(names, shape, settings, compared)
+        candidates = implementations(names, shape, settings, compared)
         for quantity, make in ((FORWARD, _forward), (BOTH, _forward_and_backward)):
-            passes = {i: make(candidate, scores, gradient) for i, candidate in enumerate(found)}
+            passes = {i: make(candidate, scores, gradient) for i, candidate in enumerate(candidates)}
             times = compare(passes, settings.repeats, settings.limit, device)
-            rows += _rows("transform", case, found, quantity, "s", times.to_dict("records"))
-        both = (_forward_and_backward(candidate, scores, gradient) for candidate in found)
+            rows += _rows("transform", case, candidates, quantity, "s", times.to_dict("records"))
+        both = (_forward_and_backward(candidate, scores, gradient) for candidate in candidates)
         memory = [peak_memory(run, device) / (4 * scores.numel()) for run in both]
-        rows += _rows("transform", case, found, "memory", "maps", memory)
+        rows += _rows("transform", case, candidates, "memory", "maps", memory)
     return pd.DataFrame(rows)
+
+
+def measure_keeping_memory(names: list[str], shapes: Mapping[str, Shape], settings: Settings) -> pd.DataFrame:
+    """As `measure_transforms`, of ours alone, where the process keeps freed memory, as training does (and this process
+    does from now on). No rows on a GPU, whose memory PyTorch keeps anyway.
+    """
+    if settings.device != "cpu":
+        return NO_ROWS
+    keep_freed_memory()
+    named = {name + KEPT: shape for name, shape in shapes.items()}
+    return measure_transforms([name for name in names if name != "tvmax"], named, settings, compared=False)
 
 
 def _forward(candidate: Candidate, scores: Tensor, gradient: Tensor) -> Callable[[], object]:
@@ -198,16 +214,16 @@ def measure_accuracy(names: list[str], shape: Shape, settings: Settings) -> pd.D
     alphas = torch.linspace(1.1, 1.9, shape.heads, device=device, dtype=torch.float64)[:, None, None]  # [H,1,1]
     powers = {"softmax": 1, "sparsemax": 2.0, "entmax15": 1.5, "entmax": settings.alpha, "alpha_entmax": alphas}
     for name in (name for name in names if name != "tvmax"):
-        found = implementations([name], shape, settings)
+        candidates = implementations([name], shape, settings)
         expected = reference.entmax(scores.double(), powers[name])
-        errors = [(_forward(candidate, scores, gradient)() - expected).abs().max().item() for candidate in found]
-        rows += _rows("accuracy", "weights", found, "error", "", errors)
+        errors = [(_forward(candidate, scores, gradient)() - expected).abs().max().item() for candidate in candidates]
+        rows += _rows("accuracy", "weights", candidates, "error", "", errors)
         if name == "alpha_entmax":
             above, below = (reference.entmax(scores.double(), alphas + step) for step in (1e-5, -1e-5))
             expected = ((above - below) / 2e-5 * gradient).sum((0, 2, 3))  # [H]
-            slopes = [_alpha_gradient(candidate, scores, gradient) for candidate in found]
+            slopes = [_alpha_gradient(candidate, scores, gradient) for candidate in candidates]
             errors = [((slope - expected).norm() / expected.norm()).item() for slope in slopes]
-            rows += _rows("accuracy", "alpha gradient", found, "relative error", "", errors)
+            rows += _rows("accuracy", "alpha gradient", candidates, "relative error", "", errors)
     return pd.DataFrame(rows)
 
 
@@ -223,11 +239,13 @@ def _alpha_gradient(candidate: Candidate, scores: Tensor, gradient: Tensor) -> T
 def measure_tvmax(shape: Shape, maps: int, settings: Settings) -> pd.DataFrame:
     """Seconds of tvmax, forward and backward, of all maps at once, and of loops over them on the CPU, which are
     measured on `maps` of them and scaled up. Also the largest error of a weight, on four maps with scores from
-    N(0, (2 tv_lambda)^2), which leave weight to many cells. Needs numba.
+    N(0, (2 tv_lambda)^2), which leave weight to many cells. No rows without numba, which compiles the loops.
     """
+    if "numba" in left_out(settings.device):
+        return NO_ROWS
     by_map = partial(tvmax_by_map, grid=shape.grid, lam=settings.tv_lambda)
     accurate = partial(by_map, search=False, iterations=1000, tolerance=1e-5, digits=4)
-    found = [
+    candidates = [
         *implementations(["tvmax"], shape, settings),
         Candidate("tvmax", "loop, as published", by_map),
         Candidate("tvmax", "loop, linear gradient", partial(by_map, search=False)),
@@ -235,7 +253,7 @@ def measure_tvmax(shape: Shape, maps: int, settings: Settings) -> pd.DataFrame:
     ]
     whole = _random(shape.scores, settings.score_scale, settings.device).flatten(0, 2)  # [B*H*Q,K]
     part, passes = whole[:maps].cpu(), {}
-    for candidate in found:
+    for candidate in candidates:
         scores = (whole if candidate.source == "detrlib" else part).detach().requires_grad_()
         gradient = _random(scores.shape, 1.0, scores.device.type, 1)
         passes[candidate.source] = _forward_and_backward(candidate, scores, gradient)
@@ -245,9 +263,9 @@ def measure_tvmax(shape: Shape, maps: int, settings: Settings) -> pd.DataFrame:
     few = whole[:4] * (2 * settings.tv_lambda / settings.score_scale)
     smooth = [prox(y, settings.tv_lambda, 20000, 1e-9) for y in few.cpu().double().unflatten(1, shape.grid).numpy()]
     expected = reference.entmax(torch.from_numpy(np.stack(smooth)).flatten(1), 2.0)
-    errors = [(candidate.apply(few).cpu() - expected).abs().max().item() for candidate in found]
-    rows = _rows("tvmax", "decoder_cross", found, BOTH, "s", times.to_dict("records"))
-    return pd.DataFrame(rows + _rows("tvmax", "decoder_cross", found, "error", "", errors))
+    errors = [(candidate.apply(few).cpu() - expected).abs().max().item() for candidate in candidates]
+    rows = _rows("tvmax", "decoder_cross", candidates, BOTH, "s", times.to_dict("records"))
+    return pd.DataFrame(rows + _rows("tvmax", "decoder_cross", candidates, "error", "", errors))
 
 
 # Training steps
@@ -257,10 +275,10 @@ def measure_steps(names: list[str], backbone: str, image_size: int, batch: int, 
     """Seconds of a training step of DETR, from images to updated weights, with each transform in the decoder's
     cross-attention alone and at all three sites, beside softmax everywhere. Images and boxes are random.
     """
-    places, steps, size = {"decoder_cross": SITES[-1:], "all sites": SITES}, {}, (image_size, image_size)
+    cases, steps, size = {"decoder_cross": SITES[-1:], "all sites": SITES}, {}, (image_size, image_size)
     # The stem stays frozen, as if there were weights to keep.
     plain = {"model.backbone": {"name": backbone, "weights": "none", "freeze_stem": True}, "model.num_classes": 91}
-    for case, sites in places.items():
+    for case, sites in cases.items():
         for name in names:
             # tvmax needs keys on a grid, and those of decoder_self are none.
             where = {site: name for site in sites if (site, name) != ("decoder_self", "tvmax")}
@@ -269,10 +287,10 @@ def measure_steps(names: list[str], backbone: str, image_size: int, batch: int, 
     softmax = training_step(load_config(None, plain), size, batch, settings.device)
     times = compare({"softmax": softmax} | steps, settings.repeats, settings.limit, settings.device)
     rows = []
-    for case in places:
-        found = [Candidate(name, "detrlib", None) for name in ("softmax", *names)]
+    for case in cases:
+        candidates = [Candidate(name, "detrlib", None) for name in ("softmax", *names)]
         values = times.loc[["softmax", *((case, name) for name in names)]].to_dict("records")
-        rows += _rows("step", case, found, "step", "s", values)
+        rows += _rows("step", case, candidates, "step", "s", values)
     return pd.DataFrame(rows)
 
 

@@ -55,15 +55,15 @@ def others(name: str, alpha: float, alphas: Tensor) -> list[Candidate]:
     """Other implementations of transform `name`. `alpha` is that of "entmax", `alphas` [H] those of alpha_entmax."""
     if name == "softmax":
         return [Candidate(name, "torch", lambda scores: torch.softmax(scores, -1))]
-    missing, found = left_out(alphas.device.type), []
+    missing, candidates = left_out(alphas.device.type), []
     number = {"sparsemax": 2.0, "entmax15": 1.5, "entmax": alpha}.get(name)
     if name != "tvmax" and "entmax" not in missing:
-        found.append(_of_entmax_library(name, alpha, alphas))
+        candidates.append(_of_entmax_library(name, alpha, alphas))
     if number and "adasplash" not in missing:
         import adasplash
 
-        found.append(Candidate(name, "adasplash", lambda scores: adasplash.triton_entmax(scores, alpha=number)))
-    return found
+        candidates.append(Candidate(name, "adasplash", lambda scores: adasplash.triton_entmax(scores, alpha=number)))
+    return candidates
 
 
 def _of_entmax_library(name: str, alpha: float, alphas: Tensor) -> Candidate:

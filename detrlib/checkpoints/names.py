@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detrlib.errors import WeightsError
-from detrlib.models.pretrained import PAIRS, SWIN_NAMES, renamed
+from detrlib.models.pretrained import SWIN_NAMES, TOKEN_PAIRS, renamed
 
 State = dict[str, Tensor]
 
@@ -54,7 +54,7 @@ def own_state(official: Mapping[str, Tensor]) -> State:
         if name.endswith(PROFILING):
             continue
         own = own_name(HEAD.sub(once, name))
-        value = value.flatten() if name.endswith(PAIRS) else value
+        value = value.flatten() if name.endswith(TOKEN_PAIRS) else value
         if not _same(state.setdefault(own, value), value):
             raise WeightsError(f"{name} and {own} are one head in the official model, but differ in this file")
     return state
@@ -69,7 +69,7 @@ def official_state(own: Mapping[str, Tensor], refine: bool = False, layers: int 
     total = 1 + max((int(match["number"]) for _, match in _heads(own)), default=-1)
     state = {}
     for name, value in own.items():
-        value = value.unflatten(0, (math.isqrt(len(value)), -1)) if name.endswith(PAIRS) else value
+        value = value.unflatten(0, (math.isqrt(len(value)), -1)) if name.endswith(TOKEN_PAIRS) else value
         places, head = [official_name(name)], HEAD.match(name)
         if head:
             kind, number, rest = head["kind"], int(head["number"]), name[head.end() :]

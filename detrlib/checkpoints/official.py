@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from detrlib.checkpoints.names import refines
-from detrlib.config.model import Sampling
+from detrlib.config.model import DeformableOptions
 from detrlib.errors import WeightsError
 from detrlib.models.swin import DEPTHS, WIDTHS
 
@@ -91,11 +91,7 @@ def _detr_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "model.num_classes": _shape(state, "class_embed.weight")[0] - 1,  # the last is no-object
     }
     if PRE_ALPHA in state:
-        settings |= {
-            "model.attention.decoder_cross": "alpha_entmax",
-            "model.compatibility.alpha_clamped": True,
-            "model.compatibility.attention_padding": "add_one",
-        }
+        settings |= {"model.attention.decoder_cross": "alpha_entmax", "model.compatibility.alpha_clamped": True}
     return settings
 
 
@@ -110,13 +106,13 @@ def _deformable_settings(
     from_memory = two_stage and _shape(state, "transformer.pos_trans.weight")[0] == known["model.hidden_dim"]
     projections = range(_count(state, r"input_proj\.(\d+)\."))
     of_stages = sum(_shape(state, f"input_proj.{number}.0.weight")[2:] == (1, 1) for number in projections)
-    stages = (2, 3, 4)[-of_stages:]
+    stages, usual = (2, 3, 4)[-of_stages:], DeformableOptions(levels=levels).backbone_stages()
     settings = {
         "model.classification": "sigmoid",
         "model.num_classes": _shape(state, "class_embed.0.weight")[0],
         "model.num_queries": 300 if two_stage else _shape(state, "query_embed.weight")[0],
         "model.deformable.levels": levels,
-        "model.deformable.stages": None if stages == Sampling(levels=levels).backbone_stages() else list(stages),
+        "model.deformable.stages": None if stages == usual else list(stages),
         "model.deformable.refine": refines(state),
         "model.deformable.two_stage": two_stage,
         "model.deformable.query_init": "memory" if from_memory else "position",
@@ -133,7 +129,7 @@ def _deformable_settings(
             raise WeightsError(
                 "a Sparse DETR whose share of kept tokens is not written in the file; say it: model.deformable.rho=0.3"
             )
-        settings |= {"model.compatibility.token_scores": "official", "model.compatibility.dam": "official"}
+        settings["model.compatibility.dam"] = "official"
     return settings
 
 
@@ -160,7 +156,6 @@ def backbone_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "model.backbone.name": name,
         "model.backbone.weights": "none",  # they are in the file
         "model.backbone.freeze_stem": True,
-        "model.compatibility.mask_padding": False,
     }
 
 

@@ -6,7 +6,17 @@ and the remedy.
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 TransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"]
 # tvmax needs keys that form a grid, and those of decoder_self are queries.
@@ -17,6 +27,16 @@ Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_value_is_a_list_of_one(cls, value: Any, info: ValidationInfo) -> Any:
+        """Where a list may stand, `encoder_self` means [encoder_self], and `2,3,4` means [2, 3, 4]."""
+        kind = cls.model_fields[info.field_name].annotation
+        of_any_length = any(get_args(part)[1:] == (...,) for part in (kind, *get_args(kind)))
+        if of_any_length and isinstance(value, str | int):
+            return tuple(part.strip() for part in str(value).split(","))
+        return value
 
 
 class Backbone(Section):
@@ -72,7 +92,9 @@ class Attention(QueryAttention):
 
     encoder_self: TransformName = "softmax"
     decoder_cross: TransformName = "softmax"
-    tv_lambda: float = Field(0.1, ge=0.0)  # of "tvmax": price of a step between neighbouring cells
+    # of "tvmax": price of a step between neighbouring cells. In place of it tv_alpha may be given, the parameter of the
+    # published code, which is twice as large: the thesis's 0.1 is a tv_lambda of 0.05
+    tv_lambda: float = Field(0.1, ge=0.0)
 
 
 class Polling(Section):
@@ -84,7 +106,7 @@ class Polling(Section):
     train_ratios: tuple[Ratio, Ratio] | None = None
 
 
-class Sampling(Section):
+class DeformableOptions(Section):
     """Deformable DETR, and on top of it the options of Efficient DETR and of Sparse DETR."""
 
     levels: int = Field(4, ge=1)  # of the pyramid; those beyond the stages are made by convolutions of stride 2
@@ -93,7 +115,9 @@ class Sampling(Section):
     decoder_points: int = Field(4, ge=1)
     refine: bool = False  # every decoder layer corrects the boxes of the one before
     two_stage: bool = False  # queries are the encoder's best proposals
-    query_init: Literal["position", "memory"] = "position"  # content of queries: of the proposal's place, or its token
+    query_init: Literal["position", "memory"] = (
+        "position"  # content of queries: from the box of the proposal, or its token
+    )
     class_specific_proposals: bool = False  # proposals predict classes; otherwise only that there is an object
     rho: float = Field(1.0, gt=0.0, le=1.0)  # share of the tokens that the encoder updates; 1: dense encoder
     encoder_auxiliary: bool = False  # a loss after every encoder layer
@@ -142,20 +166,22 @@ class Sampling(Section):
 class Compatibility(Section):
     """What published weights depend on, faults included. The defaults are the correct behaviour."""
 
-    mask_padding: bool = True  # False: features near padding depend on the batch, as in the official code
+    # How a batch is padded. exact: an image alone and in any batch is predicted as the official code predicts it alone.
+    # official: in batches, too, as the official code does, where predictions depend on the other images. That code
+    # does not mask features, shrinks masks by nearest neighbour, and counts padding among tokens that are scored.
+    padding: Literal["exact", "official"] = "exact"
     alpha_clamped: bool = False  # alpha by clamping, which has no gradient outside: the thesis's alpha_entmax
 
 
 class DetrCompatibility(Compatibility):
     """Of DETR and the thesis's models with sparse cross-attention."""
 
-    attention_padding: Literal["hidden", "add_one"] = "hidden"  # padded keys of decoder_cross favoured: the thesis
+    padding: Literal["exact", "official", "thesis"] = "exact"  # thesis: official, and decoder_cross favours padded keys
 
 
 class DeformableCompatibility(Compatibility):
     """Of Deformable DETR and Sparse DETR."""
 
-    token_scores: Literal["masked", "official"] = "masked"  # scores of tokens that depend on padding: Sparse DETR
     dam: Literal["exact", "official"] = "exact"  # decoder attention maps half a cell off: Sparse DETR
 
 
@@ -250,10 +276,8 @@ class Detr(Architecture):
                 "model.polling keeps cells that form no grid, which tvmax needs; choose another transform at "
                 "model.attention.encoder_self and model.attention.decoder_cross"
             )
-        if self.compatibility.attention_padding != "hidden":
-            raise ValueError(
-                "model.polling hides padding always; leave model.compatibility.attention_padding at hidden"
-            )
+        if self.compatibility.padding == "thesis":
+            raise ValueError("model.polling hides padding always; set model.compatibility.padding to exact or official")
         return self
 
 
@@ -262,7 +286,7 @@ class Deformable(Architecture):
 
     architecture: Literal["deformable"] = "deformable"
     attention: QueryAttention = QueryAttention()
-    deformable: Sampling = Sampling()
+    deformable: DeformableOptions = DeformableOptions()
     compatibility: DeformableCompatibility = DeformableCompatibility()
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from detrlib.config.model import Detr, Model, Section, SiteName
 
@@ -61,7 +61,7 @@ class Tracking(Section):
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "sparse-attention-detr"
     group: str | None = None
-    # Further services, through Accelerate; tensorboard writes to the folder tracking of the run.
+    # Further services, through Accelerate; those that write files do so in the folder tracking of the run.
     also: tuple[
         Literal["tensorboard", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"], ...
     ] = ()
@@ -73,8 +73,7 @@ FreezableName = Literal["backbone", "encoder", "decoder", "all_but_alpha_and_hea
 class Train(Section):
     # A run, a name or a file whose weights training starts from, instead of those of model.backbone.weights.
     start: str | None = None
-    # Parts that are not trained; dropout in them stays as it is.
-    freeze: Annotated[tuple[FreezableName, ...], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] = ()
+    freeze: tuple[FreezableName, ...] = ()  # parts that are not trained; dropout in them stays as it is
     epochs: int = Field(300, ge=1)
     batch_size: int = Field(16, ge=1)  # over all processes: results do not depend on their number
     lr: float = Field(1e-4, gt=0.0)

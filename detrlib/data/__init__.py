@@ -5,7 +5,7 @@ from typing import Literal
 
 from detrlib.config import Data, project_path
 from detrlib.data.annotations import listed
-from detrlib.data.augment import build_transform
+from detrlib.data.augment import build_augmentation
 from detrlib.data.batch import Batch, collate
 from detrlib.data.coco import CocoDataset
 from detrlib.data.shapes import cache_folder, shapes_folder
@@ -56,7 +56,7 @@ def build_dataset(settings: Data, split: Literal["train", "val"], *, augment: bo
     return CocoDataset(
         images,
         annotations,
-        build_transform(settings.image_size, settings.augment, augment),
+        build_augmentation(settings.image_size, settings.augment, augment),
         contiguous=settings.contiguous,
         strict=settings.strict,
         limit=getattr(settings, f"{split}_limit"),

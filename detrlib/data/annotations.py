@@ -96,17 +96,17 @@ def read_annotations(path: Path) -> Annotations:
 
 
 def first_fault(error: ValidationError, index: str = "[{}]", start: int = 0) -> str:
-    """Place, reason and value of the first fault that pydantic found, and how many more there are.
+    """Field, reason and value of the first fault that pydantic found, and how many more there are.
 
-    index, start: how to write a place in a list, such as annotations[17], and what the first one is called.
+    index, start: how to write a position in a list, such as annotations[17], and what the first one is called.
     """
     fault = error.errors(include_url=False)[0]
     parts = [index.format(part + start) if isinstance(part, int) else f".{part}" for part in fault["loc"]]
-    place = "".join(parts).removeprefix(".")
+    field = "".join(parts).removeprefix(".")
     given = repr(fault["input"])
     given = given if len(given) <= 120 else f"{given[:117]}..."
     more = f", and {error.error_count() - 1} more faults" if error.error_count() > 1 else ""
-    return f"{place}: {fault['msg']} (given {given}){more}" if place else f"{fault['msg']} (given {given})"
+    return f"{field}: {fault['msg']} (given {given}){more}" if field else f"{fault['msg']} (given {given})"
 
 
 def listed(values: Iterable, most: int = 8) -> str:

@@ -13,6 +13,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from detrlib.errors import ConfigError
+
 PAPER_SIZE = 800  # shorter side in validation, pixels; the unit of the lengths below
 LONGEST = 1333
 TRAINING_SIZES = range(480, 801, 32)
@@ -98,17 +100,17 @@ class DetectionTransform:
         return functional.normalize(pixels, MEAN, STD), boxes[visible], labels[visible]
 
 
-def build_transform(
+def build_augmentation(
     image_size: int, recipe: Literal["detr", "flip", "none"] = "detr", train: bool = False
 ) -> DetectionTransform:
-    """The transform of a split: the training recipe, or the plain resize of validation.
+    """What images and boxes of a split pass: the training recipe, or the plain resize of validation.
 
     image_size  shorter side in validation, pixels
     recipe      "detr": flip, random scale, random crop; "flip": flip only; "none": as in validation
-    Raises `ValueError` for an unknown recipe.
+    Raises ConfigError for an unknown recipe.
     """
     if recipe not in ("detr", "flip", "none"):
-        raise ValueError(f"data.augment: unknown recipe {recipe!r}; choose 'detr', 'flip' or 'none'")
+        raise ConfigError(f"data.augment: unknown recipe {recipe!r}; choose 'detr', 'flip' or 'none'")
 
     def scaled(length: int) -> int:
         return max(round(length * image_size / PAPER_SIZE), 1)

@@ -32,7 +32,7 @@ MOST_OBJECTS = 5
 EXTENT = (14 / 128, 68 / 128)  # smallest and largest object, as a share of the image's side
 LEAST_VISIBLE = 0.6  # of an object's area, after others were drawn over it and the image's edge cut it
 OVERSAMPLING = 4  # pixels are averaged over 4 x 4 samples, which smooths the edges
-ATTEMPTS = 20  # places tried for an object before the image goes without it
+ATTEMPTS = 20  # positions tried for an object before the image goes without it
 SERIAL = 256  # below this many images a pool of processes costs more than it saves
 
 
@@ -199,7 +199,7 @@ SHAPES = {
 
 
 def _placed(name: str, size: int, random: np.random.Generator) -> tuple[Shape, float]:
-    """The shape at a random place, size and angle, in pixels, with its extent; up to a fifth lies outside."""
+    """The shape at a random position, size and angle, in pixels, with its extent; up to a fifth lies outside."""
     extent = random.uniform(*EXTENT) * size
     angle = random.uniform(0, 2 * np.pi)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])

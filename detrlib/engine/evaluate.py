@@ -65,7 +65,7 @@ def evaluate_run(
     cfg, folder = evaluation_config(run_dir, overrides), run_dir
     if split:
         whole = {"data.val_images": None, "data.val_annotations": None, "data.val_limit": None}
-        cfg, folder = replace(cfg, {"data.val_split": split, **whole}), split_folder(run_dir, split)
+        cfg, folder = replace(cfg, {"data.val_split": split, **whole}), results_folder(run_dir, split)
     return evaluate_into(folder, run_dir, cfg, checkpoint)
 
 
@@ -97,13 +97,16 @@ def evaluate_into(
     return save_results(folder, results | dict(described or {}), detections, dataset.ground_truth)
 
 
-def split_folder(run_dir: Path, split: str) -> Path:
-    """Where results of another split of the run's own data go. Raises RunError where that is taken."""
-    folder = run_dir / split
+def results_folder(run_dir: Path, name: str, on: Path | None = None) -> Path:
+    """Where results on another split of the run's data go, or on other data, whose annotation file `on` is.
+
+    Raises RunError where the name is reserved, or taken by results on something else.
+    """
+    folder = run_dir / name
     if folder.parent != run_dir or folder.name in ("..", *RESERVED):
-        raise RunError(f"{split!r} cannot name a folder of results in {run_dir}; name a split of the run's data")
-    if (folder / "results.json").exists() and "on" in load_results(folder):
-        raise RunError(f"{folder} holds results on other data; move that folder away first")
+        raise RunError(f"{folder.name!r} cannot name a folder of results in {run_dir}; choose another (--split, --as)")
+    if (folder / "results.json").exists() and load_results(folder).get("on") != (on and str(on)):
+        raise RunError(f"{folder} holds results on other data; choose another name (--as), or move that folder away")
     return folder
 
 
@@ -184,10 +187,10 @@ def evaluate(
             if criterion is not None:
                 losses.append(_losses(criterion, predictions, batch.targets))
             if looks:
-                pairs = match(predictions, batch.targets, Criterion(**dict(cfg.loss)).costs)
-                looks.add(predictions, batch, pairs)
+                indices = match(predictions, batch.targets, Criterion(**dict(cfg.loss)).costs)
+                looks.add(predictions, batch, indices)
                 if record:
-                    record.add(batch, predictions, pairs)
+                    record.add(batch, predictions, indices)
         sums = [looks.close()] if looks else []
         if accelerator.num_processes > 1:  # comes back once all processes have closed their tables
             detections, losses, sums = (gather_object(x) for x in (detections, losses, sums))
@@ -223,7 +226,7 @@ def _results(model: nn.Module, dataset: CocoDataset, cfg: Config, detections: li
         "images": len(dataset),
         "annotations": str(dataset.annotations_path.name),
         "evaluate": cfg.evaluate.model_dump(mode="json"),
-        "alpha": {place: module.alpha.tolist() for place, module in alpha_modules(model).items()},
+        "alpha": {layer: module.alpha.tolist() for layer, module in alpha_modules(model).items()},
         "names": {str(label): name for label, name in dataset.names.items()},
     }
 
@@ -231,10 +234,10 @@ def _results(model: nn.Module, dataset: CocoDataset, cfg: Config, detections: li
 def _detections(predictions: Predictions, targets: list[dict], dataset: CocoDataset) -> list[dict]:
     sizes = torch.stack([target["original_size"] for target in targets])
     rows = []
-    for target, found in zip(targets, predictions.detections(sizes, DETECTIONS_PER_IMAGE), strict=True):
+    for target, detected in zip(targets, predictions.detections(sizes, DETECTIONS_PER_IMAGE), strict=True):
         # Labels between two category ids can be predicted, but name no category.
-        known = torch.tensor([label in dataset.category_ids for label in found.labels.tolist()], dtype=torch.bool)
-        boxes, scores, labels = (x.cpu()[known] for x in (found.boxes, found.scores, found.labels))
+        known = torch.tensor([label in dataset.category_ids for label in detected.labels.tolist()], dtype=torch.bool)
+        boxes, scores, labels = (x.cpu()[known] for x in (detected.boxes, detected.scores, detected.labels))
         ids = [dataset.category_ids[label] for label in labels.tolist()]
         rows += coco_detections(target["image_id"], boxes, scores, ids)
     return rows

@@ -45,7 +45,7 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
     if wanted < 0 or processes < 1:
         raise RunError(f"{wanted} GPUs and {processes} processes asked for; GPUs start at 0, processes at 1")
     if wanted > there:
-        raise RunError(f"{wanted} GPUs asked for, {there} found; use --gpus {there} (0 trains on the CPU)")
+        raise RunError(f"{wanted} GPUs asked for, {there} available; use --gpus {there} (0 trains on the CPU)")
     if wanted and processes > 1:
         raise RunError("processes are for training on the CPU; with GPUs there is one process for each")
     if (wanted, processes) == (min(1, there), 1):

@@ -30,7 +30,7 @@ from detrlib.data.batch import EpochSampler, batches
 from detrlib.engine.evaluate import autocast, evaluate, save_results
 from detrlib.engine.start import initial_model, record_start, starting_model
 from detrlib.engine.state import TrainingState
-from detrlib.engine.tracking import panels, show_messages, trackers
+from detrlib.engine.tracking import TRACKING, panels, show_messages, start_tracking, trackers
 from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss
 from detrlib.files import save_checkpoint
 from detrlib.losses.criterion import Criterion
@@ -100,7 +100,7 @@ def train(cfg: Config, run_dir: Path) -> dict:
         ConfigError, DataError, WeightsError, RunError: something does not fit; before any long work.
         NonFiniteLoss: with everything needed to look into it saved in failure-<process>.pt.
     """
-    accelerator = Accelerator(log_with=trackers(cfg, run_dir), project_dir=run_dir)
+    accelerator = Accelerator(log_with=trackers(cfg, run_dir), project_dir=run_dir / TRACKING)
     if cfg.train.batch_size % accelerator.num_processes:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
@@ -162,7 +162,7 @@ class Trainer:
         self.state = TrainingState(model, cfg, len(self.sampler), accelerator)
         self.criterion = Criterion(lambda x: accelerator.reduce(x, "mean"), **dict(cfg.loss))
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
-        accelerator.init_trackers("tracking")
+        start_tracking(accelerator, cfg)
 
     def run(self, resume: bool) -> dict:
         """Train what is left, evaluate, write the results."""
@@ -183,7 +183,7 @@ class Trainer:
             ap = record.get("detection/AP", -math.inf)
             state.save(self.run_dir / "checkpoints", ap, self.cfg.train.keep_every)
             self._report(record, time.perf_counter() - start)
-        results, detections = evaluate(state.judged, self.val_set, self.cfg, self.accelerator, run_dir=self.run_dir)
+        results, detections = evaluate(state.evaluated, self.val_set, self.cfg, self.accelerator, run_dir=self.run_dir)
         results |= {"checkpoint": "last", "epoch": state.epoch, "global_step": state.global_step}
         if self.accelerator.is_main_process:
             save_results(self.run_dir, results, detections, self.val_set.ground_truth)
@@ -243,7 +243,7 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         criterion = Criterion(**dict(self.cfg.loss))
         results, _ = evaluate(
-            self.state.judged, self.val_set, self.cfg, self.accelerator, criterion=criterion, sites=()
+            self.state.evaluated, self.val_set, self.cfg, self.accelerator, criterion=criterion, sites=()
         )
         numbers = {name: value for name, value in results["detection"].items() if not isinstance(value, dict)}
         record = {f"val/{name}": value for name, value in results["loss"].items()}
@@ -268,8 +268,8 @@ class Trainer:
     def _log(self, values: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
             return
-        for place, module in alpha_modules(self.state.trained).items():
-            values |= _by_head("alpha", place, module.alpha) | _by_head("pre_alpha", place, module.pre_alpha)
+        for layer, module in alpha_modules(self.state.trained).items():
+            values |= _by_head("alpha", layer, module.alpha) | _by_head("pre_alpha", layer, module.pre_alpha)
         values |= {f"alpha/{site}": alpha for site, alpha in self.state.alphas.items()}
         record = {"global_step": self.state.global_step, "epoch": self.state.epoch} | values
         runs.append_metrics(self.run_dir, record)
@@ -277,11 +277,11 @@ class Trainer:
 
     def _report(self, record: dict[str, float], seconds: float) -> None:
         epoch, epochs = self.state.epoch, self.cfg.train.epochs
-        found = ""
+        precision = ""
         if "detection/AP" in record:
-            found = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
+            precision = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
         self.accelerator.print(
-            f"epoch {epoch:3d}/{epochs}  loss {record['epoch/loss']:.3f}  {found}"
+            f"epoch {epoch:3d}/{epochs}  loss {record['epoch/loss']:.3f}  {precision}"
             f"{seconds:.0f} s, about {(epochs - epoch) * seconds / 60:.0f} min left",
             flush=True,
         )
@@ -296,20 +296,20 @@ class Trainer:
 def alpha_gradients(model: nn.Module) -> dict[str, float]:
     """For the log: gradients of pre_alpha per head, and their norm per layer."""
     values = {}
-    for place, module in alpha_modules(model).items():
+    for layer, module in alpha_modules(model).items():
         gradient = module.pre_alpha.grad
         if gradient is None:  # alpha is held fixed
             continue
-        values |= _by_head("pre_alpha_gradient", place, gradient)
-        site, layer = place.split(".")
-        values[f"pre_alpha_gradient_norm/{site}.layer_{layer}"] = gradient.norm().item()
+        values |= _by_head("pre_alpha_gradient", layer, gradient)
+        site, number = layer.split(".")
+        values[f"pre_alpha_gradient_norm/{site}.layer_{number}"] = gradient.norm().item()
     return values
 
 
-def _by_head(what: str, place: str, values: Tensor) -> dict[str, float]:
+def _by_head(what: str, layer: str, values: Tensor) -> dict[str, float]:
     """Names for the log: ("alpha", "decoder_cross.0", [H]) -> {"alpha/decoder_cross.layer_0-head_0": ...}."""
-    site, layer = place.split(".")
-    return {f"{what}/{site}.layer_{layer}-head_{head}": value for head, value in enumerate(values.tolist())}
+    site, number = layer.split(".")
+    return {f"{what}/{site}.layer_{number}-head_{head}": value for head, value in enumerate(values.tolist())}
 
 
 def keep_freed_memory() -> None:

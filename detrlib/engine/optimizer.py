@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from detrlib.config import Train
-from detrlib.models import alpha_modules, place_projections
+from detrlib.models import alpha_modules, sampling_projections
 
 FROZEN = {  # by `train.freeze`, names of parameters
     "backbone": r"backbone\.",
@@ -27,13 +27,13 @@ def freeze(model: nn.Module, cfg: Train) -> None:
 
 
 def parameter_groups(model: nn.Module, cfg: Train) -> list[dict]:
-    """Named optimiser groups: rest, backbone, projections (to places), alpha (no weight decay), if not empty.
+    """Named optimiser groups, if not empty: rest, backbone, projections (to sampling locations), alpha (no decay).
 
     What is not to be trained is frozen first, see `freeze`.
     """
     freeze(model, cfg)
     special = {id(module.pre_alpha): "alpha" for module in alpha_modules(model).values()}
-    special |= {id(parameter): "projections" for parameter in place_projections(model)}
+    special |= {id(parameter): "projections" for parameter in sampling_projections(model)}
     groups = {"rest": [], "backbone": [], "projections": [], "alpha": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

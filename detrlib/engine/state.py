@@ -34,7 +34,7 @@ class TrainingState:
         return self.accelerator.unwrap_model(self.model)
 
     @property
-    def judged(self) -> nn.Module:
+    def evaluated(self) -> nn.Module:
         """The model that is evaluated: the average of its weights where there is one."""
         return self.trained if self.average is None else self.average.module
 

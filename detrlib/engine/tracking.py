@@ -4,13 +4,15 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, WandBTracker, get_available_trackers, on_main_process
 
-from detrlib.config import PROJECT, Config
+from detrlib.config import PROJECT, Config, flat_settings
 from detrlib.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+TRACKING = "tracking"  # folder in a run for the files of services
 MAIN = ("loss", "loss_class", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 
 
@@ -28,6 +30,15 @@ def trackers(cfg: Config, run_dir: Path) -> list[GeneralTracker | str] | None:
         raise ConfigError(f"train.tracking.also: {missing[0]} is not installed; pip install it, or leave it out")
     chosen = [] if settings.wandb == "disabled" else [WandB(cfg, run_dir)]
     return [*chosen, *settings.also] or None
+
+
+def start_tracking(accelerator: Accelerator, cfg: Config) -> None:
+    """Let every service of the accelerator begin a run of `train.tracking.project` with the settings of `cfg`."""
+    settings = {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in flat_settings(cfg).items()
+    }
+    accelerator.init_trackers(cfg.train.tracking.project, settings)
 
 
 class WandB(WandBTracker):
@@ -66,6 +77,9 @@ class WandB(WandBTracker):
             super().start()
         # A resumed run repeats steps since its checkpoint; an axis of our own may go back, W&B's may not.
         self.run.define_metric("*", step_metric="global_step")
+
+    def store_init_configuration(self, values: dict) -> None:
+        """Nothing: the settings were given, in sections, when the run began."""
 
     @on_main_process
     def log(self, values: dict[str, float], step: int | None = None) -> None:

@@ -9,10 +9,10 @@ Methods give every detection, a query with a class, a map over the cells of the 
     box             the predicted box, evenly: needs no attention, and is what the others have to beat
     random          noise
 
-Legend: B images, H heads, K = h x w keys, Q queries, n detections of an image.
+Legend: H heads, K = h x w keys, Q queries, n detections of the image.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from detrlib.experiments.propagation import mean_over_heads, relevance, rollout,
 from detrlib.models import AttentionMaps, Predictions
 from detrlib.models.backbone import image_sizes
 from detrlib.models.deformable import DeformableDETR
+from detrlib.models.outputs import cell_side
 
 METHODS = ("raw", "rollout", "grad_attention", "relevance", "box", "random")
 BY_GRADIENT = ("grad_attention", "relevance")
@@ -31,37 +32,49 @@ OF_ALL_MODELS = ("raw", "box", "random")  # deformable attention has no weights 
 
 def explain(
     model: nn.Module,
-    images: Tensor,
-    padding_mask: Tensor,
-    queries: Sequence[Tensor],
-    labels: Sequence[Tensor],
+    image: Tensor,
+    padding_mask: Tensor | None,
+    queries: Tensor,
+    labels: Tensor,
     methods: Iterable[str] | None = None,
-    seeds: Sequence[int] | None = None,
-) -> dict[str, list[Tensor]]:
-    """Explain detections by maps over the cells of the image: zero at padding, and the same in any batch.
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Explain detections in an image by maps over its cells: zero at padding, and the same whatever it is padded to.
 
     Args:
         model: a detection transformer in evaluation mode.
-        images: [B,3,H,W], normalised and padded as for the model.
-        padding_mask: [B,H,W], True = padding; None: there is none.
-        queries: which queries made the n detections of each image, B tensors [n].
-        labels: what they were detected as, B tensors [n].
+        image: [1,3,H,W], a batch of one, normalised and padded as for the model.
+        padding_mask: [1,H,W], True = padding; None: there is none.
+        queries: which queries made the n detections, [n].
+        labels: what they were detected as, [n].
         methods: names of `METHODS`; None: all that the model allows.
-        seeds: of the noise of each image, B numbers; None: all 0.
+        seed: of the noise.
 
     Returns:
-        {method: B tensors [n,h,w]}, non-negative; only their order within a map has a meaning for all methods.
+        {method: [n,h,w]}, non-negative; only their order within a map has a meaning for all methods.
 
     Raises:
         ModelError: the model does not allow a method, or has no gradients where one needs them.
     """
-    methods, per_image = allowed_methods(model, methods), []
-    for image, (own_queries, own_labels) in enumerate(zip(queries, labels, strict=True)):
-        alone = slice(image, image + 1)
-        mask = None if padding_mask is None else padding_mask[alone]
-        seed = seeds[image] if seeds else 0
-        per_image.append(_explained(model, images[alone], mask, own_queries, own_labels, methods, seed))
-    return {name: [maps[name] for maps in per_image] for name in methods}
+    methods = allowed_methods(model, methods)
+    gradients = any(method in BY_GRADIENT for method in methods)
+    sites = True if gradients or "rollout" in methods else ("decoder_cross",)
+    with torch.set_grad_enabled(gradients):
+        predictions = model(image, padding_mask, need_attention=sites)
+    attention = predictions.attention
+    by_key = _explained_by_gradient(predictions, queries, labels) if gradients else {}
+    if "raw" in methods:
+        by_key["raw"] = attention.decoder_cross[-1].detach().mean(1)[0, queries]
+    if "rollout" in methods:
+        by_key["rollout"] = rollout(mean_over_heads(attention))[0, queries]
+    maps = {name: _on_grid(values, attention) for name, values in by_key.items()}
+    if "box" in methods:
+        canvas = tuple(image.shape[2:])
+        size = canvas if padding_mask is None else image_sizes(padding_mask)[0]
+        maps["box"] = _box_maps(predictions.boxes[0, queries].detach(), size, canvas, attention.grid)
+    if "random" in methods:
+        maps["random"] = _random_maps(len(queries), attention, seed)
+    return {method: maps[method] for method in methods}
 
 
 def allowed_methods(model: nn.Module, methods: Iterable[str] | None = None) -> tuple[str, ...]:
@@ -79,48 +92,17 @@ def allowed_methods(model: nn.Module, methods: Iterable[str] | None = None) -> t
     refused = [name for name in methods if name not in OF_ALL_MODELS]
     if deformable and refused:
         raise ModelError(
-            f"{', '.join(refused)}: deformable attention samples places instead of weighing all cells, so that its "
+            f"{', '.join(refused)}: deformable attention samples locations instead of weighing all cells, so that its "
             f"layers cannot be multiplied; for this model there are {', '.join(OF_ALL_MODELS)}"
         )
     return methods
-
-
-def _explained(
-    model: nn.Module,
-    images: Tensor,
-    padding_mask: Tensor | None,
-    queries: Tensor,
-    labels: Tensor,
-    methods: Sequence[str],
-    seed: int,
-) -> dict[str, Tensor]:
-    """{method: maps [n,h,w]} of the detections in a batch of one image."""
-    gradients = any(method in BY_GRADIENT for method in methods)
-    sites = True if gradients or "rollout" in methods else ("decoder_cross",)
-    with torch.set_grad_enabled(gradients):
-        predictions = model(images, padding_mask, need_attention=sites)
-    attention = predictions.attention
-    by_key = _explained_by_gradient(predictions, queries, labels) if gradients else {}
-    if "raw" in methods:
-        by_key["raw"] = attention.decoder_cross[-1].detach().mean(1)[0, queries]
-    if "rollout" in methods:
-        by_key["rollout"] = rollout(mean_over_heads(attention))[0, queries]
-    maps = {name: _on_grid(values, attention) for name, values in by_key.items()}
-    if "box" in methods:
-        canvas = tuple(images.shape[2:])
-        size = canvas if padding_mask is None else image_sizes(padding_mask)[0]
-        maps["box"] = _box_maps(predictions.boxes[0, queries].detach(), size, canvas, attention.grid)
-    if "random" in methods:
-        maps["random"] = _random_maps(len(queries), attention, seed)
-    return maps
 
 
 def _explained_by_gradient(predictions: Predictions, queries: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Maps [n,K] of the methods that need gradients."""
     keys = predictions.attention.decoder_cross[-1].shape[-1]
     maps = {name: predictions.logits.new_zeros(len(queries), keys) for name in BY_GRADIENT}
-    count = torch.tensor([len(queries)], device=queries.device)
-    for number, weighted in enumerate(weighted_by_gradient(predictions, queries[None], labels[None], count)):
+    for number, weighted in enumerate(weighted_by_gradient(predictions, queries, labels)):
         maps["grad_attention"][number] = weighted.decoder_cross[-1][0, queries[number]]
         maps["relevance"][number] = relevance(weighted)[0, queries[number]]
     return maps
@@ -140,10 +122,10 @@ def _box_maps(boxes: Tensor, size: tuple[int, int], canvas: tuple[int, int], gri
 
     size, canvas: height and width in pixels of the image, and with its padding; grid: cells of the canvas.
     """
-    stride = [pixels / cells for pixels, cells in zip(canvas, grid, strict=True)]
+    side = cell_side(canvas, grid)
     x0, y0, x1, y1 = cxcywh_to_xyxy(boxes).clamp(0, 1).unbind(-1)
-    rows = _covered(y0 * size[0] / stride[0], y1 * size[0] / stride[0], grid[0])
-    columns = _covered(x0 * size[1] / stride[1], x1 * size[1] / stride[1], grid[1])
+    rows = _covered(y0 * size[0] / side, y1 * size[0] / side, grid[0])
+    columns = _covered(x0 * size[1] / side, x1 * size[1] / side, grid[1])
     return rows[:, :, None] * columns[:, None]
 
 

@@ -107,8 +107,8 @@ def _noted(formula: Callable[..., int], counter: FlopCounterMode, counts: Counte
 
 def _component(parents: Iterable[str]) -> str:
     """Of all modules at work, the one whose component comes first."""
-    found = {component_of(path.partition(".")[2]) for path in parents}
-    return next((name for name in dict.fromkeys(COMPONENTS.values()) if name in found), REST)
+    components = {component_of(path.partition(".")[2]) for path in parents}
+    return next((name for name in dict.fromkeys(COMPONENTS.values()) if name in components), REST)
 
 
 def cost_table(models: Mapping[str, nn.Module], size: tuple[int, int] = PUBLISHED_SIZE) -> pd.DataFrame:

@@ -29,7 +29,7 @@ from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.config import Config, load_config
 from detrlib.data import Batch, build_dataset, collate
 from detrlib.engine.evaluate import load_model
-from detrlib.errors import ModelError, RunError
+from detrlib.errors import ConfigError, RunError
 from detrlib.experiments.attribution import allowed_methods, explain
 from detrlib.files import write_atomic, write_json
 from detrlib.losses import Criterion, match
@@ -44,6 +44,7 @@ from detrlib.metrics.faithfulness import (
 )
 from detrlib.metrics.localisation import object_size
 from detrlib.models import Predictions
+from detrlib.models.outputs import cell_side
 from detrlib.runs.examples import EXAMPLE_SCORE, picture
 from detrlib.runs.folder import load_results
 
@@ -105,10 +106,11 @@ def faithfulness_run(
 
     Raises:
         RunError: the run is not finished, or no detection has the score.
+        ConfigError: fewer than one image or two steps.
         ModelError: the model cannot be explained so.
     """
     if images < 1 or steps < 2:
-        raise ModelError(f"{images} images in {steps} steps: there must be one image and two steps at least")
+        raise ConfigError(f"{images} images in {steps} steps: there must be one image and two steps at least")
     load_results(run_dir)
     cfg, model = load_config(run_dir / "config.yaml"), load_model(run_dir, checkpoint)
     methods, device = allowed_methods(model, methods), Accelerator().device
@@ -150,8 +152,8 @@ def _tested(
     """
     queries, labels, areas = chosen
     image_id, boxes, padding = batch.targets[0]["image_id"], predictions.boxes[0, queries], batch.mask()[0]
-    maps = explain(model, batch.images, batch.padding_mask, [queries], [labels], methods, [image_id])
-    ranks = torch.cat([pixel_ranks(own, padding, unit, image_id) for (own,) in maps.values()])
+    maps = explain(model, batch.images, batch.padding_mask, queries, labels, methods, image_id)
+    ranks = torch.cat([pixel_ranks(own, padding, unit, image_id) for own in maps.values()])
     repeated = boxes.repeat(len(methods), 1), labels.repeat(len(methods))
     curves = faithfulness_curves(model, batch.images[0], padding, *repeated, ranks, **options)
     detections = pd.DataFrame(
@@ -217,10 +219,10 @@ def explained_detections(
     scores = predictions.class_scores()[0, queries, labels]
     best = scores.argsort(descending=True)[:most]
     queries, labels, scores = queries[best], labels[best], scores[best]
-    explanations = explain(model, batch.images, batch.padding_mask, [queries], [labels])
+    explanations = explain(model, batch.images, batch.padding_mask, queries, labels)
     size, count = batch.targets[0]["size"], len(queries)
-    stride = torch.tensor([s / g for s, g in zip(batch.images.shape[-2:], predictions.attention.grid, strict=True)])
+    extent = (size / cell_side(batch.images.shape[-2:], predictions.attention.grid)).numpy()
     titles = [f"{dataset.names[label]} {score:.2f}" for label, score in zip(labels.tolist(), scores, strict=True)]
-    maps = {name: list(own.cpu().numpy()) for name, (own,) in explanations.items()}
+    maps = {name: list(own.cpu().numpy()) for name, own in explanations.items()}
     boxes = to_pixels(cxcywh_to_xyxy(predictions.boxes[0, queries]), size).numpy()
-    return [picture(batch.images[0]).numpy()] * count, boxes, titles, maps, [(size / stride).numpy()] * count
+    return [picture(batch.images[0]).numpy()] * count, boxes, titles, maps, [extent] * count

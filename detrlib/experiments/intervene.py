@@ -1,7 +1,6 @@
-"""What a trained model finds with another attention: AP and sparsity with its transform swapped, its alpha fixed, heads
-pruned.
+"""What a trained model detects with another attention: its transform swapped, its alpha fixed, or heads pruned.
 
-    detrlib intervene my-run --alphas 1,1.5,2 --transforms softmax,sparsemax --prune-heads --limit 200
+    detrlib intervene my-run --alphas 1,1.5,2 --transforms softmax,sparsemax --prune-heads --images 200
 
 How a model is changed, and for how long, is said in `detrlib.experiments.interventions`. An `Intervention` is such a
 change with the names under which its results are kept; one of your own needs no more than a context.
@@ -35,7 +34,7 @@ from detrlib.runs.results import MADE_BY
 RESULTS = "measures/interventions.parquet"  # read by `runs.results.interventions_frame`
 KEY = ["kind", "site", "layer", "head", "value", "images", "checkpoint"]
 MEASURES = ["AP", "AP50", "loss", "gini", "zeros", "paibb"]
-ORDER_IMAGES = 100  # of the training split, from which the order of gradual pruning is found
+ORDER_IMAGES = 100  # of the training split, which give the order of gradual pruning
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Intervention:
 
 
 def swaps(site: Site, names: Iterable[str], layer: int | None = None, **settings) -> list[Intervention]:
-    """Each transform of `names` in turn, in all layers or in one; `settings` as of `TransformSettings`."""
+    """Each transform of `names` in turn, in all layers or in one; `settings` as of `build_transform`."""
     layers = None if layer is None else [layer]
     return [
         Intervention(
@@ -61,7 +60,7 @@ def swaps(site: Site, names: Iterable[str], layer: int | None = None, **settings
     ]
 
 
-def sweep(site: Site, alphas: Iterable[float], layer: int | None = None) -> list[Intervention]:
+def fixed_alphas(site: Site, alphas: Iterable[float], layer: int | None = None) -> list[Intervention]:
     """entmax with each alpha in turn, the same for all heads, in all layers or in one."""
     layers = None if layer is None else [layer]
     return [
@@ -84,20 +83,20 @@ def rearranged_alphas(model: nn.Module, site: Site, seed: int = 0) -> list[Inter
 
 def single_heads(model: nn.Module, site: Site) -> list[Intervention]:
     """Every head pruned alone (Michel et al. 2019, "Are Sixteen Heads Really Better than One?", Sec. 3.2)."""
-    places = [(layer, head) for layer, m in enumerate(attention_modules(model, site)) for head in range(m.num_heads)]
+    heads = [(layer, head) for layer, m in enumerate(attention_modules(model, site)) for head in range(m.num_heads)]
     return [
         Intervention("head", site, partial(pruned, site=site, heads={layer: [head]}), "pruned", layer, head)
-        for layer, head in places
+        for layer, head in heads
     ]
 
 
 def gradual(site: Site, order: Sequence[tuple[int, int]]) -> list[Intervention]:
     """Heads (layer, head) pruned one after the other in the given order (Sec. 4 there)."""
-    found = []
+    steps = []
     for count, (layer, head) in enumerate(order, start=1):
         gone = {one: [other for at, other in order[:count] if at == one] for one, _ in order[:count]}
-        found.append(Intervention("heads", site, partial(pruned, site=site, heads=gone), str(count), layer, head))
-    return found
+        steps.append(Intervention("heads", site, partial(pruned, site=site, heads=gone), str(count), layer, head))
+    return steps
 
 
 def plan(
@@ -125,6 +124,9 @@ def plan(
         order_images: training images that give the order of heads.
         checkpoint: as of `evaluate_run`.
 
+    Returns:
+        What `intervene_run` measures: alphas first, then transforms, learned alphas, and heads.
+
     Raises:
         RunError: the run is not finished, or has no such checkpoint.
         ModelError: the model lacks the site, layer, transform or alphas asked for.
@@ -132,15 +134,15 @@ def plan(
     load_results(run_dir)
     settings = load_config(run_dir / "config.yaml").model.attention
     model = load_model(run_dir, checkpoint)
-    found = sweep(site, alphas, layer)
-    found += swaps(site, transforms, layer, alpha=settings.alpha, tv_lambda=getattr(settings, "tv_lambda", 0.0))
+    planned = fixed_alphas(site, alphas, layer)
+    planned += swaps(site, transforms, layer, alpha=settings.alpha, tv_lambda=getattr(settings, "tv_lambda", 0.0))
     if learned:
-        found += rearranged_alphas(model, site)
-    _try(model, found)  # before heads are put in order, which takes a while
+        planned += rearranged_alphas(model, site)
+    _try(model, planned)  # before heads are put in order, which takes a while
     if prune_heads:
         order = prune_order(run_dir, site, order_images, checkpoint)
-        found += single_heads(model, site) + gradual(site, order)
-    return found
+        planned += single_heads(model, site) + gradual(site, order)
+    return planned
 
 
 def _try(model: nn.Module, experiments: Iterable[Intervention]) -> None:
@@ -154,7 +156,7 @@ def _try(model: nn.Module, experiments: Iterable[Intervention]) -> None:
 
 
 def intervene_run(
-    run_dir: Path, experiments: Sequence[Intervention], limit: int | None = None, checkpoint: str = "last"
+    run_dir: Path, experiments: Sequence[Intervention], images: int | None = None, checkpoint: str = "last"
 ) -> pd.DataFrame:
     """Evaluate a finished run under every intervention, and without any, on its validation split.
 
@@ -163,8 +165,8 @@ def intervene_run(
 
     Args:
         run_dir: folder of a finished run.
-        experiments: as of `plan`, `swaps`, `sweep`, ...
-        limit: the first validation images only.
+        experiments: as of `plan`, `swaps`, `fixed_alphas`, ...
+        images: how many validation images, the first ones; None: all.
         checkpoint: as of `evaluate_run`.
 
     Returns:
@@ -178,7 +180,7 @@ def intervene_run(
     """
     load_results(run_dir)
     cfg = load_config(run_dir / "config.yaml")
-    cfg = cfg if limit is None else replace(cfg, {"data.val_limit": limit})
+    cfg = cfg if images is None else replace(cfg, {"data.val_limit": images})
     model = load_model(run_dir, checkpoint)
     sites = list(dict.fromkeys(experiment.site for experiment in experiments)) or ["decoder_cross"]
     for site in sites:

@@ -10,7 +10,6 @@ transform is swapped.
 Legend: B images, L layers of a site, H heads, Q queries, K keys. Layers and heads are numbered from 0.
 """
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -23,7 +22,7 @@ from detrlib.attention.transforms import Entmax, Grid, Softmax, TVMax
 from detrlib.errors import ModelError
 from detrlib.models.outputs import Site
 
-PLACES = {  # of attention modules, in encoder or decoder layers
+ADDRESSES = {  # of attention modules: in the layers of the encoder or decoder, under this name
     "encoder_self": ("encoder", "self_attn"),
     "decoder_self": ("decoder", "self_attn"),
     "decoder_cross": ("decoder", "multihead_attn"),
@@ -56,9 +55,9 @@ class ByHead(Transform):
 
 def attention_modules(model: nn.Module, site: Site) -> list[MultiheadAttention | ConditionalCrossAttention]:
     """The attention modules of a site, first layer to last. Raises ModelError where no keys are scored."""
-    if site not in PLACES:
-        raise ModelError(f"unknown site '{site}'; there are {', '.join(PLACES)}")
-    part, name = PLACES[site]
+    if site not in ADDRESSES:
+        raise ModelError(f"unknown site '{site}'; there are {', '.join(ADDRESSES)}")
+    part, name = ADDRESSES[site]
     layers = getattr(model.transformer, part).layers
     if not layers:
         raise ModelError(f"the model has no {part} layers, so there is nothing to change at {site}")
@@ -75,26 +74,22 @@ def attention_modules(model: nn.Module, site: Site) -> list[MultiheadAttention |
 def swapped(
     model: nn.Module,
     site: Site,
-    transform: str | Transform,
+    transform: str,
     layers: Collection[int] | None = None,
     heads: Collection[int] | None = None,
     **settings,
 ) -> Iterator[nn.Module]:
     """A context in which `site` uses another transform, in all layers and heads or in those given.
 
-    transform: a name, with `settings` as of `TransformSettings`, or an instance, which all layers then share. Padded
-    keys are treated as the model was trained. Raises ModelError for layers or heads that the model lacks and for
-    tvmax at decoder_self, and for an unknown name.
+    transform: a name, with `settings` as of `build_transform`. Padded keys are treated as the model was trained. Raises
+    ModelError for layers or heads that the model lacks and for tvmax at decoder_self, and for an unknown name.
     """
 
     def change(layer: int, module: nn.Module) -> Transform:
-        if isinstance(transform, str):
-            try:
-                new = build_transform(transform, module.num_heads, **settings)
-            except ValueError as error:
-                raise ModelError(str(error)) from None
-        else:
-            new = copy.copy(transform)  # parameters are shared, the treatment of padding is not
+        try:
+            new = build_transform(transform, module.num_heads, **settings)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
         if isinstance(new, TVMax) and site == "decoder_self":
             raise ModelError("tvmax needs keys that form a grid: use it at encoder_self or decoder_cross")
         if isinstance(new, TVMax) and getattr(model.transformer.encoder, "poll", None) is not None:
@@ -164,14 +159,14 @@ def _changed(
     old = {layer: modules[layer].transform for layer in layers}
     try:
         for layer, transform in new.items():
-            _place(modules[layer], transform)
+            _use(modules[layer], transform)
         yield
     finally:
         for layer, transform in old.items():
-            _place(modules[layer], transform)
+            _use(modules[layer], transform)
 
 
-def _place(module: nn.Module, transform: Transform) -> None:
+def _use(module: nn.Module, transform: Transform) -> None:
     """Let a module use a transform. It may have moved to another device while it used another one."""
     module.transform = transform.to(module.out_proj.weight.device).train(module.training)
 

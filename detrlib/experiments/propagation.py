@@ -29,21 +29,18 @@ def mean_over_heads(attention: AttentionMaps) -> Layers:
     return Layers(*([weights.detach().mean(1) for weights in getattr(attention, site)] for site in Layers._fields))
 
 
-def weighted_by_gradient(predictions: Predictions, rows: Tensor, labels: Tensor, counts: Tensor) -> Iterator[Layers]:
-    """A' (Chefer, Gur & Wolf 2021, Eq. 5) for the first detection of every image, then for the second, and so on.
+def weighted_by_gradient(predictions: Predictions, queries: Tensor, labels: Tensor) -> Iterator[Layers]:
+    """A' (Chefer, Gur & Wolf 2021, Eq. 5) of one image for one detection after the other.
 
-    The gradient is that of the logit of the detection's class. Images do not meet in the model, so that the gradient
-    of a sum over images is that of each of them. rows, labels [B,most n]: queries and classes of the detections, of
-    which the first counts [B] are meant. Raises ModelError for a model without gradients.
+    The gradient is that of the logit of the detection's class; queries, labels [n] of the detections in a batch of one
+    image. Raises ModelError for a model without gradients.
     """
     by_site = [getattr(predictions.attention, site) for site in Layers._fields]
     maps = [weights for layers in by_site for weights in layers]
     if not all(weights.requires_grad for weights in maps):
         raise ModelError("explanations by gradient need a model with gradients: call model.requires_grad_()")
-    for number in range(rows.shape[1]):
-        (image,) = (counts > number).nonzero(as_tuple=True)
-        logits = predictions.logits[image, rows[image, number], labels[image, number]]
-        gradients = torch.autograd.grad(logits.sum(), maps, retain_graph=True)
+    for logit in predictions.logits[0, queries, labels]:
+        gradients = torch.autograd.grad(logit, maps, retain_graph=True)
         weighted = ((g * w.detach()).clamp(min=0).mean(1) for g, w in zip(gradients, maps, strict=True))
         yield Layers(*([next(weighted) for _ in layers] for layers in by_site))
 

@@ -67,9 +67,9 @@ class Job:
             return 1.0, "failed"
         if not records:
             return 0.0, "waiting" if self.process is None else "starting"
-        found = [r["detection/AP50"] for r in records if r.get("detection/AP50") is not None]
+        ap50 = [r["detection/AP50"] for r in records if r.get("detection/AP50") is not None]
         done = records[-1]["global_step"] / max(1, self._steps)
-        return min(done, 0.99), f"{done:4.0%}" + (f" AP50 {found[-1]:.2f}" if found else "")
+        return min(done, 0.99), f"{done:4.0%}" + (f" AP50 {ap50[-1]:.2f}" if ap50 else "")
 
     @cached_property
     def _steps(self) -> int:

@@ -8,10 +8,10 @@ from detrlib.config import Config, Data, project_path, replace
 from detrlib.data import split_paths
 from detrlib.data.annotations import Annotations, read_annotations
 from detrlib.data.classes import ClassMatch, match_classes, translate
-from detrlib.engine.evaluate import evaluate_into, evaluation_config
+from detrlib.engine.evaluate import evaluate_into, evaluation_config, results_folder
 from detrlib.errors import ConfigError, DataError, RunError
 from detrlib.files import write_json
-from detrlib.runs.folder import RESERVED, load_results
+from detrlib.runs.folder import load_results
 
 LOWER_BOUND = (
     "Only the classes in 'matched' are scored. Where the data does not annotate every object of them, right detections "
@@ -40,11 +40,16 @@ def evaluate_on(
 
     Args:
         run_dir, checkpoint, overrides: as of `evaluate_run`.
-        on: a COCO-format folder (whose `split` is taken) or an annotation file.
+        on: a COCO-format folder or an annotation file.
+        split: of the folder; None: that of the run's validation where the folder has it, otherwise the only one.
         images: the folder of its pictures, by default near the annotation file.
         names: {their name: our name}, see `match_classes`.
         by_id: categories are those of the run with the same id instead, whatever their names.
         save_as: the folder for the results, named after the data by default.
+
+    Returns:
+        What results.json holds, see `evaluate`, and besides `on` (the annotation file), `matched` {their class: ours},
+        `unmapped` {their class: number of objects}, `unannotated` (our classes), `note`.
 
     Raises:
         DataError, ConfigError, RunError: before anything is written, and as `evaluate_run`.
@@ -53,7 +58,7 @@ def evaluate_on(
     on, images = project_path(on), images and project_path(images)
     images, annotations = find_data(on, images, split, cfg.data.val_split)
     named = on.stem.removeprefix("instances_") if on == annotations else "-".join(filter(None, (on.name, split)))
-    folder = _results_folder(run_dir, save_as or named, annotations)
+    folder = results_folder(run_dir, save_as or named, annotations)
     content = read_annotations(annotations)
     ours = {int(label): name for label, name in load_results(run_dir).get("names", {}).items()}
     match = _match(run_dir, cfg, annotations, content, ours, names or {}, by_id)
@@ -97,15 +102,6 @@ def find_data(data: Path, images: Path | None, split: str | None, usual: str) ->
             return folder, data
     listed = ", ".join(map(str, tried))
     raise DataError(f"{data}: its first picture, {first}, is not in {listed}; give the folder (images, --images)")
-
-
-def _results_folder(run_dir: Path, name: str, annotations: Path) -> Path:
-    folder = run_dir / name
-    if folder.parent != run_dir or folder.name in ("..", *RESERVED):
-        raise RunError(f"{folder.name!r} cannot name a folder of results in {run_dir}; choose another (save_as, --as)")
-    if (folder / "results.json").exists() and load_results(folder).get("on") != str(annotations):
-        raise RunError(f"{folder} holds results on other data; choose another name (save_as, --as)")
-    return folder
 
 
 def _match(

@@ -1,4 +1,4 @@
-"""Attention over images: what a query found and where it looked for it.
+"""Attention over images: what a query detected and where it looked for it.
 
 Legend: n queries, L layers, H heads, h x w cells of the feature map. Boxes are xyxy in pixels of the image given.
 """
@@ -98,7 +98,7 @@ def detections_with_attention(
 
 
 @styled
-def compare_runs(
+def objects_by_run(
     examples: Mapping[str, Example], names: Mapping[int, str], layer: int = -1, max_objects: int = 5
 ) -> Figure:
     """The same image in several runs: a row is a run, a column an annotated object, in order of size.
@@ -153,27 +153,27 @@ def chosen_classes(
     """A row per class: the image with its best detection, then the map (mean over heads) in every run.
 
     examples: those stored of every run; names: label -> class; classes: which to show, () for the first three. Each
-    run's panel has the box and the class of its own query. Raises ValueError for a class that does not exist.
+    run's panel has the box and the class of its own query. Raises ConfigError for a class that does not exist.
     """
     labels = chosen_labels(classes, names) if classes else list(names)[:3]
     rows = [row for row in (best_of_class(examples, label) for label in labels) if row is not None]
     if not rows:
         raise Nothing(f"no detections of {', '.join(names[label] for label in labels)} are stored")
-    runs = list(rows[0].found)
-    pictures = [row.found[row.best][0].image for row in rows]
+    runs = list(rows[0].queries)
+    pictures = [row.queries[row.best][0].image for row in rows]
     drawn, panels = image_panels(pictures, len(rows), len(runs) + 1, WIDEST_PANEL, header=0.15)
     for number, (row, picture, (first, *rest)) in enumerate(zip(rows, pictures, panels, strict=True)):
-        example, query = row.found[row.best]
+        example, query = row.queries[row.best]
         draw_image(first, picture, names.get(row.label, str(row.label)), fontweight="bold")
         draw_box(first, example.boxes[query], PALETTE[0])
         for axes, run in zip(rest, runs, strict=True):
-            example, query = row.found[run]
+            example, query = row.queries[run]
             if query is None:
                 draw_image(axes, example.image, alpha=0.3)
             else:
                 _draw_look(axes, example, query, layer, PALETTE[0])
-            found = "nothing found" if query is None else detection(example, query, names)
-            axes.set_title(f"{run}\n{found}" if number == 0 else found, loc="left")
+            words = "no detection" if query is None else detection(example, query, names)
+            axes.set_title(f"{run}\n{words}" if number == 0 else words, loc="left")
     return drawn
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
+from detrlib.errors import ConfigError
 from detrlib.runs.examples import Example
 
 
@@ -40,9 +41,9 @@ def corresponding_query(example: Example, query: int, other: Example) -> int | N
     It is the one matched to the same object; where `query` is matched to none, the one with the highest IoU, and None
     if nothing overlaps. Images may be of different sizes.
     """
-    found = example.matched[query]
-    same = np.flatnonzero(other.matched == found)
-    if found >= 0 and len(same):
+    matched = example.matched[query]
+    same = np.flatnonzero(other.matched == matched)
+    if matched >= 0 and len(same):
         return int(same[0])
     overlap = box_iou(_shares(example)[query, None], _shares(other))[0]
     return int(overlap.argmax()) if len(overlap) and overlap.max() > 0 else None
@@ -94,23 +95,23 @@ class ByClass(NamedTuple):
     """The best detection of a class, and in every run the query that stands for it."""
 
     label: int
-    found: Mapping[str, tuple[Example, int | None]]  # by run: the image, the query in it, None where it found nothing
+    queries: Mapping[str, tuple[Example, int | None]]  # by run: the image, the query in it, None where there is none
     best: str  # the run with the best detection
 
 
 def chosen_labels(classes: Sequence[str], names: Mapping[int, str]) -> list[int]:
-    """Labels of classes by their names. Raises ValueError for a class that does not exist, with the nearest name."""
+    """Labels of classes by their names. Raises ConfigError for a class that does not exist, with the nearest name."""
     labels = {name: label for label, name in names.items()}
     unknown = [name for name in classes if name not in labels]
     if unknown:
         near = difflib.get_close_matches(str(unknown[0]), labels, 1, 0.4)
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(labels)}"
-        raise ValueError(f"no class '{unknown[0]}'; {hint}")
+        raise ConfigError(f"no class '{unknown[0]}'; {hint}")
     return [labels[name] for name in classes]
 
 
 def best_of_class(examples: Mapping[str, Sequence[Example]], label: int) -> ByClass | None:
-    """The most confident detection of a class over the images stored in every run; None if no run found any."""
+    """The most confident detection of a class over the images stored in every run; None if no run has any."""
     by_image = {run: {example.image_id: example for example in stored} for run, stored in examples.items()}
     shared = set.intersection(*(set(stored) for stored in by_image.values())) if by_image else set()
     candidates = [
@@ -124,8 +125,8 @@ def best_of_class(examples: Mapping[str, Sequence[Example]], label: int) -> ByCl
         return None
     _, best, image_id, query = max(candidates, key=lambda candidate: candidate[0])
     origin = by_image[best][image_id]
-    found = {
+    queries = {
         run: (stored[image_id], corresponding_query(origin, query, stored[image_id]))
         for run, stored in by_image.items()
     }
-    return ByClass(label, found | {best: (origin, int(query))}, best)
+    return ByClass(label, queries | {best: (origin, int(query))}, best)

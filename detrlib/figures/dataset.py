@@ -83,7 +83,7 @@ def annotated_images(
     present = sorted({int(label) for of_image in labels for label in of_image})
     # Where the palette suffices for all classes, each keeps its colour from figure to figure.
     coloured = sorted(names) if len(names) <= len(PALETTE) else present
-    colour_of = {label: PALETTE[place % len(PALETTE)] for place, label in enumerate(coloured)}
+    colour_of = {label: PALETTE[number % len(PALETTE)] for number, label in enumerate(coloured)}
     distinct = len(present) <= len(PALETTE)
     drawn, grid = _gallery(images, LEGEND_HEIGHT if distinct else 0)
     for number, (axes, image) in enumerate(zip(grid, images, strict=True)):
@@ -99,7 +99,7 @@ def annotated_images(
 
 
 @styled
-def padded_batch(images: np.ndarray, padding_mask: np.ndarray, boxes: Sequence[np.ndarray]) -> Figure:
+def images_with_padding(images: np.ndarray, padding_mask: np.ndarray, boxes: Sequence[np.ndarray]) -> Figure:
     """What the model receives: images uint8 [B,H,W,3], padding_mask [B,H,W] (True = padding, striped), boxes B x [n,4].
 
     Above each image its own size and the share of the batch's pixels that it fills.

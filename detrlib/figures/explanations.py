@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import norm
 
+from detrlib.errors import ConfigError
 from detrlib.figures.attention import WIDEST_PANEL, draw_box, draw_image, draw_map
 from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, Nothing, image_panels, panels, run_colours, styled
 from detrlib.metrics.faithfulness import image_means
@@ -63,9 +64,9 @@ def deletion_insertion_curves(
     lines = frame[frame["measure"] == measure].sort_values("fraction")
     lines = lines if method is None else lines[lines["method"] == method]
     if lines.duplicated([by, "direction", "fraction"]).any():
-        raise ValueError(f"several curves for one {by}; choose one run for by='method', one method for by='run'")
+        raise ConfigError(f"several curves for one {by}; choose one run for by='method', one method for by='run'")
     if lines.empty:
-        raise ValueError(f"no curves of {measure!r}; there are {', '.join(frame['measure'].unique())}")
+        raise ConfigError(f"no curves of {measure!r}; there are {', '.join(frame['measure'].unique())}")
     names = list(frame[by].unique())
     colours = METHOD_COLOURS if by == "method" else run_colours(names)
     drawn, grid = panels(2, 2, height=0.38 * TEXT_WIDTH, sharey=True)
@@ -95,13 +96,13 @@ def faithfulness_table(
 
     frames: run -> what `faithfulness_run` returned. Columns run, method, images, deletion, insertion (means of the
     images' means), deletion gain and insertion gain (how much better than `reference` on the same images: positive is
-    better), and of each its standard error, "... SE". Raises ValueError for a frame that lacks `reference`.
+    better), and of each its standard error, "... SE". Raises ConfigError for a frame that lacks `reference`.
     """
     rows = []
     for run, frame in frames.items():
         means = {method: image_means(part, measure) for method, part in frame.groupby("method", sort=False)}
         if reference not in means:
-            raise ValueError(f"{run} was not measured with {reference!r}; there are {', '.join(means)}")
+            raise ConfigError(f"{run} was not measured with {reference!r}; there are {', '.join(means)}")
         for method, own in means.items():
             gain = (own - means[reference]) * [-1, 1]
             columns = own.join(gain.add_suffix(" gain"))

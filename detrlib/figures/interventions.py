@@ -1,6 +1,6 @@
 """Figures of what trained models find with another attention. Every function takes the tidy table of
 `detrlib.runs.results.interventions_frame`, of one site: columns run, kind, site, layer, head, value, AP, zeros,
-trained, trained_alpha. Raises ValueError where the table is of several sites.
+trained, trained_alpha. Raises ConfigError where the table is of several sites.
 """
 
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from detrlib.errors import ConfigError
 from detrlib.figures.results import draw_cells, draw_runs, head_maps
 from detrlib.figures.style import MUTED, Nothing, figure, run_colours, styled
 
@@ -88,7 +89,7 @@ def head_pruning(frame: pd.DataFrame) -> Figure:
 def head_drops(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     """AP that each run loses when one head alone is pruned: {run: [layers, heads]}, negative where AP rises.
 
-    Raises ValueError where no single heads (kind head) were measured.
+    Raises ConfigError where no single heads (kind head) were measured.
     """
     own, alone = _own(frame), _rows(frame, "head")
     return {
@@ -121,7 +122,7 @@ def _own(frame: pd.DataFrame) -> pd.DataFrame:
     if frame.empty:
         raise Nothing("no interventions were measured")
     if frame["site"].nunique() > 1:
-        raise ValueError(f"the table holds several sites, {_listed(frame['site'])}; choose the rows of one")
+        raise ConfigError(f"the table holds several sites, {_listed(frame['site'])}; choose the rows of one")
     return frame[frame["kind"] == "none"].set_index("run")
 
 

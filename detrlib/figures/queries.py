@@ -64,10 +64,10 @@ def _colour(number: int) -> str:
     return ON_WHITE[number % len(ON_WHITE)]
 
 
-def _badge(axes: Axes, place: tuple[float, float], number: int, **arguments) -> None:
+def _badge(axes: Axes, position: tuple[float, float], number: int, **arguments) -> None:
     """The number of an object, from 1, on its colour."""
     box = {"boxstyle": "round,pad=0.2", "facecolor": _colour(number), "edgecolor": "white", "linewidth": 0.6}
-    axes.text(*place, number + 1, color="white", fontsize=6, fontweight="bold", ha="center", va="center", bbox=box)
+    axes.text(*position, number + 1, color="white", fontsize=6, fontweight="bold", ha="center", va="center", bbox=box)
 
 
 @styled

@@ -111,11 +111,11 @@ def bars(table: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] 
 
 def draw_bars(axes: Axes, values: pd.Series, texts: Sequence[str], colours: Sequence[str]) -> None:
     """A bar for each of `values`, named by their index, the first on top, and its text at its end."""
-    places = range(len(values))
+    rows = range(len(values))
     lengths = values.fillna(0).astype(float)
-    drawn = axes.barh(places, lengths, height=0.72, color=colours)
+    drawn = axes.barh(rows, lengths, height=0.72, color=colours)
     axes.bar_label(drawn, texts, padding=2, fontsize=7)
-    axes.set_yticks(places, values.index)
+    axes.set_yticks(rows, values.index)
     axes.set_ylim(max(len(values), 1) - 0.5, -0.5)
     axes.set_xlim(min(0, lengths.min()), 1.3 * max(lengths.max(), 1e-9))
     axes.tick_params(length=0, labelbottom=False)

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from detrlib.errors import ConfigError
 from detrlib.figures.results import UNDEFINED
 from detrlib.figures.style import MUTED, PALETTE, Nothing, panels, run_colours, styled
 
@@ -32,11 +33,11 @@ def differences(comparisons: pd.DataFrame, labels: Mapping[str, str] | None = No
     for axes, metric in zip(grid, metrics, strict=True):
         axes.axvline(0, color=MUTED, lw=0.8)
         for row in named[named["metric"] == metric].itertuples():
-            place = pairs.index(row.pair)
+            y = pairs.index(row.pair)
             if np.isnan(row.difference):
-                axes.text(0, place, " n/a", va="center", fontsize=7, color=MUTED)
-            axes.plot([row.low, row.high], [place, place], color=PALETTE[0], lw=1.3)
-            axes.plot(row.difference, place, **_mark(row.verdict == "established"))
+                axes.text(0, y, " n/a", va="center", fontsize=7, color=MUTED)
+            axes.plot([row.low, row.high], [y, y], color=PALETTE[0], lw=1.3)
+            axes.plot(row.difference, y, **_mark(row.verdict == "established"))
         axes.set_title((labels or {}).get(metric, metric), loc="left")
         axes.set_xlabel("first − second")
     marks = [Line2D([], [], **_mark(established)) for established in (True, False)]
@@ -53,12 +54,12 @@ def spread(results: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, s
     """A panel per metric and a row per group: one dot per seed, and a bar at their mean.
 
     results: a row per run with a column group and the metrics (`runs.results.results_frame`). Missing values and COCO's
-    -1 for "undefined" are left out, and metrics that have no other. Raises ValueError for a metric that the table
+    -1 for "undefined" are left out, and metrics that have no other. Raises ConfigError for a metric that the table
     lacks.
     """
     missing = {"group", *metrics} - set(results.columns)
     if missing:
-        raise ValueError(f"no columns {sorted(missing)} in the results; there are {list(results.columns)}")
+        raise ConfigError(f"no columns {sorted(missing)} in the results; there are {list(results.columns)}")
     defined = results[list(metrics)].astype(float).replace(UNDEFINED, np.nan).dropna(axis=1, how="all")
     if defined.empty:
         raise Nothing(f"no run has values of {', '.join(metrics)}")

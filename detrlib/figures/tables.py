@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
+from detrlib.errors import ConfigError
+
 DASH = "–"  # a missing value
 
 
@@ -33,7 +35,7 @@ def latex_table(
     formats: column -> format specification such as ".1f"; other columns are written as they are. The highest
     number is best, but the lowest in `lower_is_better`; `unranked` columns and text have no best. Values that look
     the same once rounded share the bold, unless all do. Missing values read as a dash. Names are escaped, `caption`
-    is LaTeX. Raises ValueError when an argument names a column that does not exist.
+    is LaTeX. Raises ConfigError when an argument names a column that does not exist.
     """
     texts, best = _cells(table, formats, lower_is_better, unranked)
     named = texts.rename_axis(table.index.name or "").reset_index()
@@ -52,7 +54,7 @@ def _cells(table, formats, lower_is_better=(), unranked=()) -> tuple[pd.DataFram
     """The values as text, and which of them are the best of their column."""
     unknown = {*formats, *lower_is_better, *unranked} - set(table.columns)
     if unknown:
-        raise ValueError(f"no columns {sorted(unknown)} in the table; there are {list(table.columns)}")
+        raise ConfigError(f"no columns {sorted(unknown)} in the table; there are {list(table.columns)}")
     texts, best = pd.DataFrame(index=table.index, dtype=str), pd.DataFrame(index=table.index, dtype=bool)
     for name, values in table.items():
         texts[name] = [DASH if pd.isna(value) else format(value, formats.get(name, "")) for value in values]
@@ -80,6 +82,11 @@ def save_table(table: pd.DataFrame, name: str, caption: str, folder: str | Path,
     (folder / f"{name}.tex").write_text(latex_table(table, formats, caption, f"tab:{name}", **ranking))
     (folder / f"{name}.txt").write_text(note.rstrip("\n") + "\n")
     return Markdown(written)
+
+
+def shown(table: pd.DataFrame, reason: str) -> pd.DataFrame | Markdown:
+    """The table as it is, or a line with the reason where it has no rows."""
+    return Markdown(f"*Nothing to show: {reason}.*") if table.empty else table
 
 
 def with_spread(spread: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:

@@ -43,7 +43,7 @@ class View:
     head: int | Literal["mean"] = "mean"  # the mean over heads
     origin: str = ""  # the run in which `query` was clicked
     query: int | None = None  # None: there is none in this image
-    place: tuple[float, float] = (0.5, 0.5)  # (x, y) of the cell that asks in the encoder, in shares of the image
+    position: tuple[float, float] = (0.5, 0.5)  # (x, y) of the cell that asks in the encoder, in shares of the image
     truth: bool = True
     predictions: bool = True
     attention: bool = True
@@ -91,7 +91,7 @@ def clicked(view: View, stored: Stored, run: str, x: float, y: float) -> View:
     example = stored[run][view.image_id]
     height, width = example.image.shape[:2]
     if view.site == "encoder_self":
-        return changed(view, place=((x + 0.5) / width, (y + 0.5) / height))
+        return changed(view, position=((x + 0.5) / width, (y + 0.5) / height))
     query = clicked_query(example.boxes, x, y, REACH * max(height, width))
     return view if query is None else changed(view, origin=run, query=query)
 
@@ -123,19 +123,19 @@ def _layer_and_head(view: View, example: Example) -> tuple[int, int | Literal["m
 
 def _cell(view: View, example: Example) -> int:
     height, width = example.image.shape[:2]
-    return cell_at(example, view.place[0] * width - 0.5, view.place[1] * height - 0.5)
+    return cell_at(example, view.position[0] * width - 0.5, view.position[1] * height - 0.5)
 
 
 def described(
     view: View, example: Example, query: int | None, weights: np.ndarray | None, names: Mapping[int, str]
 ) -> list[str]:
-    """Two lines about a panel: what was found, and which map is shown."""
+    """Two lines about a panel: which detection, and which map is shown."""
     layer, head = _layer_and_head(view, example)
     by = "mean over heads" if head == "mean" else f"head {head + 1}"
     if view.site == "encoder_self":
         first = f"cell {_cell(view, example)}"
     elif query is None:
-        return ["nothing found here", ""]
+        return ["no detection here", ""]
     else:
         matched = "an object" if example.matched[query] >= 0 else "no object"
         first = f"{detection(example, query, names)}, matched to {matched}"
@@ -222,7 +222,7 @@ class AttentionViewer(ipywidgets.VBox):
         layer: int = -1,
     ):
         super().__init__()
-        self.stored = {run: {example.image_id: example for example in found} for run, found in examples.items()}
+        self.stored = {run: {example.image_id: example for example in of_run} for run, of_run in examples.items()}
         self.names = names
         first, *others = self.stored
         image_id = next(iter(self.stored[first])) if image_id is None else image_id

@@ -21,6 +21,7 @@ from detrlib.losses.matcher import Match
 from detrlib.metrics import localisation, sparsity
 from detrlib.metrics.tables import Table
 from detrlib.models import AttentionMaps, Predictions
+from detrlib.models.outputs import cell_side
 
 SELECTIONS = ("all", "matched", "confident")  # of queries; where queries are cells of the image, "all" alone
 MEAN_HEAD = -1  # in tables, the mean over heads
@@ -79,11 +80,11 @@ class AttentionMeasures:
         self.located = {size: Moments(*shape) for size in ("all", *localisation.SIZES)}
         self.tables = _open_tables(folder, self.sites, process, processes) if folder else ()
 
-    def add(self, predictions: Predictions, batch: Batch, pairs: list[Match]) -> None:
-        """Measure one batch whose predictions hold maps; pairs as `match` finds them."""
+    def add(self, predictions: Predictions, batch: Batch, indices: list[Match]) -> None:
+        """Measure one batch whose predictions hold maps; indices as `match` returns them."""
         maps, scores = predictions.attention, predictions.class_scores().amax(-1)  # [B,Q]
         images = np.array([target["image_id"] for target in batch.targets])
-        queries = _flat(pairs, 0)
+        queries = _flat(indices, 0)
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         chosen[queries] = True
         chosen = torch.stack([torch.ones_like(chosen), chosen, scores > self.settings.confident_score], 1)  # [B,S,Q]
@@ -103,7 +104,7 @@ class AttentionMeasures:
                     looks.append(cells[queries[0], :, queries[1]])  # [n,H,K]
             self._add_sparsity(site, torch.stack(measured, 3).cpu(), images)
         if len(queries[0]):
-            self._add_located(torch.stack(looks, 1), scores[queries], maps, batch, pairs, images)
+            self._add_located(torch.stack(looks, 1), scores[queries], maps, batch, indices, images)
 
     def _measure(self, weights: Tensor, valid: Tensor | None, chosen: Tensor) -> Tensor:
         """Means [B,S,M,H] over chosen rows [B,S,Q] of one layer's weights [B,H,Q,K]; NaN where none is chosen."""
@@ -127,20 +128,20 @@ class AttentionMeasures:
         self.tables[0].add(columns | dict(zip(sparsity.MEASURES, rows[known].T, strict=True)))
 
     def _add_located(
-        self, looks: Tensor, scores: Tensor, maps: AttentionMaps, batch: Batch, pairs: list[Match], images: np.ndarray
+        self, looks: Tensor, scores: Tensor, maps: AttentionMaps, batch: Batch, indices: list[Match], images: np.ndarray
     ) -> None:
         """looks [n,L,H,K], the maps, and scores [n] of the matched queries."""
-        image, index = _flat(pairs, 1)
+        image, index = _flat(indices, 1)
         boxes, labels = (
-            torch.cat([target[name][i] for target, (_, i) in zip(batch.targets, pairs, strict=True)])
+            torch.cat([target[name][i] for target, (_, i) in zip(batch.targets, indices, strict=True)])
             for name in ("boxes", "labels")
         )
         sizes, originals = (
             torch.stack([target[name] for target in batch.targets])[image] for name in ("size", "original_size")
         )
-        stride = sizes.new_tensor(batch.images.shape[-2:]).double() / sizes.new_tensor(maps.grid)
+        extents = sizes.double() / cell_side(batch.images.shape[-2:], maps.grid)
         looks = torch.cat([looks.mean(2, keepdim=True), looks], 2).unflatten(-1, maps.grid)  # [n,L,H+1,h,w]
-        measures = localisation.locate(looks, boxes, sizes / stride, self.settings.paibb, originals)
+        measures = localisation.locate(looks, boxes, extents, self.settings.paibb, originals)
         values = torch.stack([measures[name] for name in localisation.MEASURES], 1).cpu()  # [n,M,L,H+1]
         areas = (boxes[:, 2:].double() * originals.flip(1)).prod(-1).cpu()  # pixels of the file
         size = (areas >= localisation.SMALL).int() + (areas > localisation.LARGE)
@@ -157,7 +158,7 @@ class AttentionMeasures:
             self.tables[1].add(columns | dict(zip(localisation.MEASURES, rows, strict=True)))
 
     def close(self) -> list[Tensor]:
-        """Put the tables of this process in place; its `sums`."""
+        """Let the tables of this process appear under their names; its `sums`."""
         for table in self.tables:
             table.close()
         return self.sums()
@@ -238,11 +239,11 @@ def _layers(settings: Model, site: str) -> int:
     return settings.encoder_layers if site == "encoder_self" else settings.decoder_layers
 
 
-def _flat(pairs: list[Match], side: int) -> tuple[Tensor, Tensor]:
-    """Image numbers and one side of the pairs (0 queries, 1 targets) of all images in a row, [n] and [n]."""
-    index = torch.cat([pair[side] for pair in pairs])
-    counts = torch.tensor([len(pair[side]) for pair in pairs], device=index.device)
-    return torch.arange(len(pairs), device=index.device).repeat_interleave(counts, output_size=len(index)), index
+def _flat(indices: list[Match], side: int) -> tuple[Tensor, Tensor]:
+    """Image numbers and one side of the indices (0 queries, 1 targets) of all images in a row, [n] and [n]."""
+    index = torch.cat([both[side] for both in indices])
+    counts = torch.tensor([len(both[side]) for both in indices], device=index.device)
+    return torch.arange(len(indices), device=index.device).repeat_interleave(counts, output_size=len(index)), index
 
 
 def _described(names: tuple[str, ...], mean: Tensor, std: Tensor) -> dict:

@@ -21,13 +21,13 @@ NUMBERS_AT_ONCE = 2**19  # of a class, worked on together: about what a processo
 
 
 def average_precision(matches: Matches) -> dict[str, float]:
-    """The six AP of `coco_ap` from matches alone; -1 where there is nothing to be found."""
-    curves = Curves(matches)
-    numbers = curves.ap(np.ones((1, len(curves.image_ids)), np.int32), AP_METRICS)
+    """The six AP of `coco_ap` from matches alone; -1 where there is nothing to be detected."""
+    ranked = RankedDetections(matches)
+    numbers = ranked.ap(np.ones((1, len(ranked.image_ids)), np.int32), AP_METRICS)
     return {name: float(np.nan_to_num(values[0], nan=-1)) for name, values in numbers.items()}
 
 
-class Curves:
+class RankedDetections:
     """Detections sorted once, best first in each class, to compute AP under any weights of the images.
 
     A weight is how many times an image is there. Detections are those of one or several lists; image n of list l has
@@ -53,7 +53,7 @@ class Curves:
         return detections.assign(column=column)
 
     def ap(self, weights: np.ndarray, metrics: Sequence[str], images: np.ndarray | None = None) -> dict:
-        """{metric: [R]}, NaN where nothing is to be found; weights [R,columns] of detections, images [R,N] of the
+        """{metric: [R]}, NaN where nothing is to be detected; weights [R,columns] of detections, images [R,N] of the
         annotations if these differ."""
         images = weights if images is None else images
         wanted = {name: _cut(name) for name in metrics}
@@ -65,9 +65,9 @@ class Curves:
             if category in self.classes:
                 values = _class_ap(self.classes[category], weights, [t[:, position] for t in totals], wanted.values())
             for name, (area, thresholds) in wanted.items():
-                found = [values.get((area, t), 0.0) for t in thresholds]
+                precisions = [values.get((area, t), 0.0) for t in thresholds]
                 there = totals[area][:, position] > 0
-                sums[name] += np.where(there, sum(found) / len(thresholds), 0.0)
+                sums[name] += np.where(there, sum(precisions) / len(thresholds), 0.0)
                 defined[name] += there
         with np.errstate(invalid="ignore"):
             return {name: sums[name] / defined[name] for name in wanted}
@@ -106,20 +106,20 @@ def _class_ap(table: pd.DataFrame, weights: np.ndarray, totals: list[np.ndarray]
             used = np.flatnonzero((ignored[special, area] >> threshold & 1) == 0)
             hits = np.flatnonzero(true[special[used], area] >> threshold & 1)
             listed = np.cumsum(own[:, used], axis=1, dtype=np.int32)[:, hits] + before[area][:, used[hits]]
-            found = np.cumsum(own[:, used[hits]], axis=1, dtype=np.int32)
-            result[area, threshold][rows] = _area_under_curve(found, listed, totals[area][rows])
+            hit = np.cumsum(own[:, used[hits]], axis=1, dtype=np.int32)
+            result[area, threshold][rows] = _area_under_curve(hit, listed, totals[area][rows])
     return result
 
 
-def _area_under_curve(found: np.ndarray, listed: np.ndarray, total: np.ndarray) -> np.ndarray:
+def _area_under_curve(hit: np.ndarray, listed: np.ndarray, total: np.ndarray) -> np.ndarray:
     """[R] COCO's interpolated precision, a mean over 101 recall levels, from counts at the true positives.
 
-    found [R,n] true positives and listed [R,n] all detections so far; total [R] annotations. Each true positive
+    hit [R,n] true positives and listed [R,n] all detections so far; total [R] annotations. Each true positive
     stands for the levels that recall passes there, with the highest precision from there on.
     """
-    precision = found / (listed + np.spacing(1))
+    precision = hit / (listed + np.spacing(1))
     highest = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    recall = found / np.maximum(total, 1)[:, None]
+    recall = hit / np.maximum(total, 1)[:, None]
     passed = np.searchsorted(RECALLS, recall.ravel(), side="right").reshape(recall.shape)
     return (np.diff(passed, axis=1, prepend=0) * highest).sum(1) / len(RECALLS)
 
@@ -145,16 +145,16 @@ def bootstrap_ap(
         metrics: some of the six AP.
 
     Returns:
-        A row per sample, a column per metric; NaN where a sample has nothing to be found.
+        A row per sample, a column per metric; NaN where a sample has nothing to be detected.
 
     Raises:
         ConfigError: a metric is none of the six.
     """
-    curves, random = Curves(matches), np.random.default_rng(seed)
-    images, parts = len(curves.image_ids), []
+    ranked, random = RankedDetections(matches), np.random.default_rng(seed)
+    images, parts = len(ranked.image_ids), []
     for count in batches(resamples, images):
         times = random.multinomial(images, np.full(images, 1 / images), size=count)  # [R,N] that each image is drawn
-        parts.append(pd.DataFrame(curves.ap(times.astype(np.int32), metrics)))
+        parts.append(pd.DataFrame(ranked.ap(times.astype(np.int32), metrics)))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -23,6 +23,8 @@ from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import ArrayLike
 from pycocotools import coco, cocoeval
 
+from detrlib.errors import DataError
+
 METRICS = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"),
@@ -63,7 +65,7 @@ def coco_ap(
 
     Args:
         ground_truth: a COCO instances dictionary or the path of its JSON file. Sizes are bins of the annotation's
-            `area` (the segmentation's, in COCO). An annotation takes no part in the score, neither found nor missed,
+            `area` (the segmentation's, in COCO). An annotation takes no part in the score, neither detected nor missed,
             when its `iscrowd` is set.
         detections: a list in COCO's results format. Neither argument is modified.
         engine: the evaluator; pycocotools is the official code, several times slower.
@@ -72,7 +74,7 @@ def coco_ap(
         The twelve numbers (see `METRICS`) as fractions, and `per_class`: {category name: {"AP", "AP50"}}.
 
     Raises:
-        ValueError: a detection belongs to an image that the ground truth does not list.
+        DataError: a detection belongs to an image that the ground truth does not list.
     """
     truth = _boxes_only(ground_truth)
     _check_images([image["id"] for image in truth["images"]], detections)
@@ -96,11 +98,11 @@ def _official(truth: dict, results: list[dict]) -> cocoeval.COCOeval:
         index = coco.COCO()
         index.dataset = truth
         index.createIndex()
-        found = index.loadRes(results) if results else coco.COCO()
+        listed = index.loadRes(results) if results else coco.COCO()
         if not results:  # which loadRes refuses
-            found.dataset = truth | {"annotations": []}
-            found.createIndex()
-        evaluation = cocoeval.COCOeval(index, found, iouType="bbox")
+            listed.dataset = truth | {"annotations": []}
+            listed.createIndex()
+        evaluation = cocoeval.COCOeval(index, listed, iouType="bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -133,8 +135,9 @@ def _boxes_only(ground_truth: Mapping | str | PathLike) -> dict:
 def _check_images(image_ids: Iterable[int], detections: Sequence[Mapping]) -> None:
     unknown = {detection["image_id"] for detection in detections} - set(image_ids)
     if unknown:
-        raise ValueError(
-            f"detections for {len(unknown)} images that are not in the ground truth, such as {min(unknown)}"
+        raise DataError(
+            f"detections for {len(unknown)} images that are not in the ground truth, such as {min(unknown)}; "
+            "give the annotation file that they were made for"
         )
 
 
@@ -168,7 +171,7 @@ class Matches(NamedTuple):
     for each area range `true_<range>` and `ignored_<range>`, whose bit t is set where the detection is a true positive
     (takes no part) at IOU_THRESHOLDS[t]; where neither is set it is a false positive.
     annotations: a row per image and class: image_id, category_id, and `<range>`, the number of annotations to be
-    found; an image without annotations has one row with NO_CATEGORY and zeros, so that every image is listed.
+    detected; an image without annotations has one row with NO_CATEGORY and zeros, so that every image is listed.
     """
 
     detections: pd.DataFrame
@@ -176,12 +179,21 @@ class Matches(NamedTuple):
 
 
 def match_detections(ground_truth: Mapping | str | PathLike, detections: Sequence[Mapping]) -> Matches:
-    """Which detections are true, false or ignored, by COCO's rules; arguments and ValueError as of `coco_ap`.
+    """Say which detections are true, false or ignored, by COCO's rules.
 
     From the best detection of an image and class to the worst, each takes the annotation of highest IoU among those
     that nobody took. Annotations that do not count (crowds, which any number of detections may take, and those
     outside the area range) are taken only where no other fits, and their detections are ignored; so are detections
     outside the area range that took nothing.
+
+    Args:
+        ground_truth, detections: as of `coco_ap`; boxes are in pixels of the image file.
+
+    Returns:
+        Tables of detections and annotations, see `Matches`.
+
+    Raises:
+        DataError: a detection belongs to an image that the ground truth does not list.
     """
     truth = _boxes_only(ground_truth)
     image_ids = np.unique([image["id"] for image in truth["images"]])
@@ -190,16 +202,18 @@ def match_detections(ground_truth: Mapping | str | PathLike, detections: Sequenc
     annotated = _table(truth["annotations"], ("area", "iscrowd"))
     annotated = annotated[annotated["category_id"].isin(category_ids)]
     annotated = annotated.sort_values(["image_id", "category_id"], kind="stable", ignore_index=True)
-    found = _table(detections, ("score",))
-    found = found[found["category_id"].isin(category_ids)].assign(area=lambda table: table["w"] * table["h"])
-    order = np.lexsort((-found["score"], found["category_id"], found["image_id"]))  # keeps the order of equal scores
-    found = found.iloc[order]
-    found = found[found.groupby(["image_id", "category_id"]).cumcount() < DETECTIONS_PER_CLASS].reset_index(drop=True)
+    detected = _table(detections, ("score",))
+    detected = detected[detected["category_id"].isin(category_ids)].assign(area=lambda table: table["w"] * table["h"])
+    # Equal scores keep their order.
+    order = np.lexsort((-detected["score"], detected["category_id"], detected["image_id"]))
+    detected = detected.iloc[order]
+    rank = detected.groupby(["image_id", "category_id"]).cumcount()
+    detected = detected[rank < DETECTIONS_PER_CLASS].reset_index(drop=True)
 
     skipped = _outside(annotated["area"]) | (annotated["iscrowd"] != 0).to_numpy()[:, None]  # [G,A]
-    flags = _match(found, annotated, skipped)
+    flags = _match(detected, annotated, skipped)
     columns = {f"{kind}_{area}": flags[kind][:, a] for kind in flags for a, area in enumerate(AREAS)}
-    table = found[["image_id", "category_id", "score"]].assign(**columns)
+    table = detected[["image_id", "category_id", "score"]].assign(**columns)
     counts = annotated[["image_id", "category_id"]].assign(
         **{area: (~skipped[:, a]).astype(np.int32) for a, area in enumerate(AREAS)}
     )
@@ -225,20 +239,20 @@ def _outside(areas: pd.Series) -> np.ndarray:
     return (areas.to_numpy()[:, None] < low) | (areas.to_numpy()[:, None] > high)
 
 
-def _match(found: pd.DataFrame, annotated: pd.DataFrame, skipped: np.ndarray) -> dict[str, np.ndarray]:
+def _match(detected: pd.DataFrame, annotated: pd.DataFrame, skipped: np.ndarray) -> dict[str, np.ndarray]:
     """ "true" and "ignored" [D,A] of sorted tables, bits over IoU thresholds; skipped [G,A].
 
     All images and classes advance together: first their best detections choose, then their second best.
     """
     every = np.uint16(2 ** len(IOU_THRESHOLDS) - 1)
-    outside = _outside(found["area"])
+    outside = _outside(detected["area"])
     flags = {"true": np.zeros_like(outside, np.uint16), "ignored": np.where(outside, every, np.uint16(0))}
-    detection, annotation, iou = _overlapping(found, annotated)
+    detection, annotation, iou = _overlapping(detected, annotated)
     # In falling order of preference, last first: of equal IoU the later annotation is taken.
     order = np.lexsort((annotation, iou, detection))
     detection, annotation, iou = detection[order], annotation[order], iou[order]
     able, which = np.unique(detection, return_inverse=True)  # detections that overlap with anything
-    turn = found.iloc[able].groupby(["image_id", "category_id"]).cumcount().to_numpy()[which]
+    turn = detected.iloc[able].groupby(["image_id", "category_id"]).cumcount().to_numpy()[which]
     order = np.argsort(turn, kind="stable")
     free = np.ones((*skipped.shape, len(IOU_THRESHOLDS)), bool)  # [G,A,T]
     crowd = (annotated["iscrowd"] != 0).to_numpy()
@@ -258,21 +272,21 @@ def _match(found: pd.DataFrame, annotated: pd.DataFrame, skipped: np.ndarray) ->
     return flags
 
 
-def _overlapping(found: pd.DataFrame, annotated: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _overlapping(detected: pd.DataFrame, annotated: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row numbers of detections and annotations of one image and class with an IoU of at least 0.5, and that IoU.
 
     The IoU with a crowd is the share of the detection that lies inside it.
     """
     names = ["image_id", "category_id"]
-    groups = pd.concat([found[names], annotated[names]]).groupby(names).ngroup().to_numpy()
-    group, groups = groups[: len(found)], groups[len(found) :]
+    groups = pd.concat([detected[names], annotated[names]]).groupby(names).ngroup().to_numpy()
+    group, groups = groups[: len(detected)], groups[len(detected) :]
     begin = np.searchsorted(groups, group)
     count = np.searchsorted(groups, group, side="right") - begin
     ends = np.cumsum(count)
-    theirs, ours = (table[list("xywh")].to_numpy() for table in (annotated, found))
+    theirs, ours = (table[list("xywh")].to_numpy() for table in (annotated, detected))
     crowd, parts = (annotated["iscrowd"] != 0).to_numpy(), []
     cuts = np.searchsorted(ends, np.arange(PAIRS_AT_ONCE, ends[-1] if len(ends) else 0, PAIRS_AT_ONCE))
-    for rows in np.split(np.arange(len(found)), np.unique(cuts)):
+    for rows in np.split(np.arange(len(detected)), np.unique(cuts)):
         d = np.repeat(rows, count[rows])
         g = np.arange(len(d)) - np.repeat(np.cumsum(count[rows]) - count[rows], count[rows]) + begin[d]
         a, b = ours[d], theirs[g]

@@ -21,7 +21,8 @@ from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from detrlib.boxes import cxcywh_to_xyxy
-from detrlib.models.outputs import Predictions
+from detrlib.errors import ConfigError
+from detrlib.models.outputs import Predictions, cell_side
 
 Unit = Literal["cell", "pixel"]
 Replacement = Literal["mean", "blur"]
@@ -44,32 +45,32 @@ class Curves:
 
 
 def pixel_ranks(maps: Tensor, padding: Tensor, unit: Unit = "cell", seed: int = 0) -> Tensor:
-    """The place of every pixel in the order of explanations: maps [n,h,w], padding [H,W] -> [n,H,W], 0 = first.
+    """The rank of every pixel in the order of explanations: maps [n,h,w], padding [H,W] -> [n,H,W], 0 = first.
 
     unit: "cell", all pixels of a cell together; "pixel", by bilinear interpolation between the centres of cells.
     Cells of the same weight, such as the many zeros of sparse attention, come in a random order drawn from `seed`:
     any fixed order would favour some corner of the image. Pixels of padding (True) have rank P: they are never
-    replaced, and weights of cells that are all padding do not matter. Raises ValueError for another unit.
+    replaced, and weights of cells that are all padding do not matter. Raises ConfigError for another unit.
     """
     modes = {"cell": "nearest-exact", "pixel": "bilinear"}
     if unit not in modes:
-        raise ValueError(f"unit {unit!r} must be one of {', '.join(modes)}")
+        raise ConfigError(f"unit {unit!r} must be one of {', '.join(modes)}")
     (height, width), valid = padding.shape, ~padding
     size = int(valid[:, 0].sum()), int(valid[0].sum())
-    stride = height / maps.shape[1], width / maps.shape[2]
-    rows, columns = (-int(-pixels // step) for pixels, step in zip(size, stride, strict=True))
+    side = cell_side(padding.shape, maps.shape[1:])
+    rows, columns = (-(-pixels // side) for pixels in size)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(len(maps), rows, columns, generator=generator, dtype=torch.float64).to(maps.device)
     # Where the image ends its cells end: padding does not bleed into the interpolation.
     both = torch.stack([maps[:, :rows, :columns].double(), noise], 1)  # [n,2,rows,columns]
-    enlarged = F.interpolate(both, (round(rows * stride[0]), round(columns * stride[1])), mode=modes[unit])
+    enlarged = F.interpolate(both, (rows * side, columns * side), mode=modes[unit])
     weights, noise = enlarged[:, :, : size[0], : size[1]].flatten(2).unbind(1)  # [n,P]
     order = noise.argsort(dim=-1, stable=True)
     # In float32 what interpolation between equal weights has rounded differently is equal again.
     order = order.gather(1, weights.float().gather(1, order).argsort(dim=-1, descending=True, stable=True))
     ranks = torch.full((len(maps), height, width), order.shape[1], dtype=torch.int32, device=maps.device)
-    places = torch.arange(order.shape[1], device=maps.device).expand_as(order)
-    ranks[:, : size[0], : size[1]] = torch.empty_like(order).scatter_(1, order, places).unflatten(1, size)
+    positions = torch.arange(order.shape[1], device=maps.device).expand_as(order)
+    ranks[:, : size[0], : size[1]] = torch.empty_like(order).scatter_(1, order, positions).unflatten(1, size)
     return ranks
 
 
@@ -77,7 +78,7 @@ def replacement_image(image: Tensor, padding: Tensor, kind: Replacement = "mean"
     """What deleted pixels become: image [3,H,W], padding [H,W] -> [3,H,W], padding left as it is.
 
     kind: "mean", the mean colour of the image; "blur", the image blurred by a tenth of its shorter side.
-    Raises ValueError for another kind.
+    Raises ConfigError for another kind.
     """
     valid = ~padding
     height, width = int(valid[:, 0].sum()), int(valid[0].sum())
@@ -88,14 +89,14 @@ def replacement_image(image: Tensor, padding: Tensor, kind: Replacement = "mean"
         deviation = BLUR * min(height, width)
         new = gaussian_blur(inside, 2 * int(2 * deviation) + 1, deviation)
     else:
-        raise ValueError(f"replacement {kind!r} must be one of mean, blur")
+        raise ConfigError(f"replacement {kind!r} must be one of mean, blur")
     replaced = image.clone()
     replaced[:, :height, :width] = new
     return replaced
 
 
 def best_match(predictions: Predictions, boxes: Tensor, labels: Tensor) -> Tensor:
-    """How well detections are found again: predictions of n images, one for each of boxes [n,4], labels [n] -> [n,3].
+    """How well detections are recovered: predictions of n images, one for each of boxes [n,4], labels [n] -> [n,3].
 
     Of the Q detections of an image the one that is most similar, by IoU with the box times score of the class, counts:
     its score, its IoU, its similarity (D-RISE's, with the score of the class for what it makes of all scores).
@@ -103,8 +104,8 @@ def best_match(predictions: Predictions, boxes: Tensor, labels: Tensor) -> Tenso
     """
     scores = predictions.class_scores().gather(2, labels[:, None, None].expand(-1, predictions.logits.shape[1], 1))
     scores = scores[..., 0]  # [n,Q]
-    found, wanted = cxcywh_to_xyxy(predictions.boxes.float()), cxcywh_to_xyxy(boxes.float())[:, None]
-    iou = torch.stack([box_iou(own, one)[:, 0] for own, one in zip(found, wanted, strict=True)])  # [n,Q]
+    predicted, wanted = cxcywh_to_xyxy(predictions.boxes.float()), cxcywh_to_xyxy(boxes.float())[:, None]
+    iou = torch.stack([box_iou(own, one)[:, 0] for own, one in zip(predicted, wanted, strict=True)])  # [n,Q]
     similarity, query = (scores * iou).max(-1, keepdim=True)
     return torch.cat([scores.gather(1, query), iou.gather(1, query), similarity], 1)
 
@@ -127,10 +128,10 @@ def faithfulness_curves(
     S the first (s / S)^2 of the pixels are replaced (deletion), or are back in the replaced image (insertion): steps
     grow, since an object is a small part of its image and nearly everything happens while it goes or comes. Both ends
     of the curves are the same pictures for all, so that the model sees 2 + 2 n (S - 1) of them, `batch_size` at a
-    time. Raises ValueError for fewer than one step.
+    time. Raises ConfigError for fewer than one step.
     """
     if steps < 1:
-        raise ValueError(f"steps {steps} must be at least 1")
+        raise ConfigError(f"steps {steps} must be at least 1")
     other = replacement_image(image, padding, replacement)
     total, count = int((~padding).sum()), len(boxes)
     masks = None if total == padding.numel() else padding[None]  # for models, None says that there is no padding

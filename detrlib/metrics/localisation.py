@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
+from detrlib.errors import ConfigError
 
 SMALL, LARGE = 32**2, 96**2  # COCO's limits between object sizes, square pixels
 SIZES = ("small", "medium", "large")
@@ -69,7 +70,7 @@ def paibb(
     boxes_cxcywh [n, 4]: their ground-truth boxes, normalised to the image; parts outside the image are cut off.
     extent: (height, width) of the image measured in cells, image pixels / stride, for all or [n, 2]. It may be
     fractional and at most (h, w), since the last row and column of cells reach past the image whenever the stride does
-    not divide its size; cells beyond those are padding and do not count. Raises ValueError otherwise.
+    not divide its size; cells beyond those are padding and do not count. Raises ConfigError otherwise.
 
     mode "exact": integral of f over the box / integral of f over the image.
     mode "thesis": the procedure behind the published PAIBB of DETR with sparse cross-attention on COCO (softmax .371,
@@ -93,7 +94,7 @@ def _checked(maps: Tensor, boxes_cxcywh: Tensor, extent: Extent) -> tuple[Tensor
     given = torch.as_tensor(extent, dtype=torch.float64, device=maps.device)
     if not ((given > 0) & (given <= given.new_tensor([height, width]))).all():
         wrong = tuple(given.tolist())
-        raise ValueError(f"an image of {wrong} cells (height, width) does not fit a map of {height} x {width}")
+        raise ConfigError(f"an image of {wrong} cells (height, width) does not fit a map of {height} x {width}")
     corners = cxcywh_to_xyxy(boxes_cxcywh.double()).clamp(0, 1)
     return given.expand(len(maps), 2), corners.unflatten(1, (2, 2)).flip(2)
 
@@ -106,7 +107,7 @@ def _integrals(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _functionals(corners: Tensor, extent: Tensor, axis: int, cells: int) -> Tensor:
-    """[n, 3, cells]: integrals of each cell's hat over the box and the image, and of the place times the hat."""
+    """[n, 3, cells]: integrals of each cell's hat over the box and the image, and of the position times the hat."""
     end = extent[:, axis, None]
     start, stop = corners[:, 0, axis, None] * end, corners[:, 1, axis, None] * end
     # One cell more at either side holds the value of its neighbour: that is what "constant beyond" means.
@@ -152,7 +153,7 @@ def _pixel_sums(
 ) -> tuple[Tensor, Tensor]:
     """Sums [n, ...] of the pixels of enlarged maps in the truncated box, and of all."""
     if original_size is None:
-        raise ValueError("PAIBB in mode 'thesis' is counted in pixels of the image file: original_size is needed")
+        raise ConfigError("PAIBB in mode 'thesis' is counted in pixels of the image file: original_size is needed")
     original_size = original_size.expand(len(maps), 2)
     # In float32 and truncated, as the published numbers: which pixels are in the box depends on it.
     pixels = to_pixels(cxcywh_to_xyxy(boxes_cxcywh.float()), original_size).int().unflatten(1, (2, 2)).flip(2)
@@ -160,9 +161,9 @@ def _pixel_sums(
     for axis, cells in enumerate(maps.shape[-2:]):
         size, used = original_size[:, axis, None], extent[:, axis, None].ceil()
         pixel = torch.arange(max(original_size[:, axis].tolist(), default=0), device=maps.device)
-        place = ((pixel + 0.5) * used / size - 0.5).clamp(min=0)  # [n, pixels] in cells from the first centre
-        low = place.long().minimum(used.long() - 1)
-        high, part = (low + 1).minimum(used.long() - 1), place - low
+        position = ((pixel + 0.5) * used / size - 0.5).clamp(min=0)  # [n, pixels] in cells from the first centre
+        low = position.long().minimum(used.long() - 1)
+        high, part = (low + 1).minimum(used.long() - 1), position - low
         in_box = (pixel >= pixels[:, 0, axis, None]) & (pixel < pixels[:, 1, axis, None])
         counted = torch.stack([in_box & (pixel < size), (pixel < size).expand_as(in_box)], 1).double()  # [n, 2, pixels]
         sums = counted.new_zeros(len(maps), 2, cells)

@@ -34,10 +34,11 @@ def sparsity(
 ) -> dict[str, Tensor]:
     """All MEASURES in one go: weights [..., K] -> {name: [...]}.
 
-    gini, support and entropy are the functions below. zeros, zeros_thresholded and zeros_relative are `zeros_ratio`
-    of exact zeros, of weights up to `threshold`, and of weights up to share / K of the K valid keys. Weights shrink
-    as keys grow in number: what a fixed threshold calls zero depends on the resolution of the feature map, what a
-    share of the mean weight 1/K calls zero does not. At 1000 keys the two defaults are the same.
+    gini and entropy are the functions below; support is the number of valid keys above zero. zeros, zeros_thresholded
+    and zeros_relative are `zeros_ratio` of exact zeros, of weights up to `threshold`, and of weights up to share / K of
+    the K valid keys. Weights shrink as keys grow in number: what a fixed threshold calls zero depends on the resolution
+    of the feature map, what a share of the mean weight 1/K calls zero does not. At 1000 keys the two defaults are the
+    same.
     """
 
     def measure(rows: Rows) -> Tensor:
@@ -67,11 +68,6 @@ def zeros_ratio(weights: Tensor, valid: Tensor | None = None, threshold: float =
         return _ratio(_at_most(rows, torch.full_like(rows.total, threshold)[:, None])[:, 0], rows.count)
 
     return _by_rows(measure, weights, valid)
-
-
-def support_size(weights: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Number of valid keys with a weight above zero."""
-    return _by_rows(lambda rows: (rows.ascending > 0).sum(-1).float(), weights, valid)
 
 
 def entropy(weights: Tensor, valid: Tensor | None = None) -> Tensor:

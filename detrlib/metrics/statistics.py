@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from detrlib.errors import ConfigError, DataError
-from detrlib.metrics.bootstrap import LEVEL, Curves, average_precision, batches, bootstrap_ap, interval
+from detrlib.metrics.bootstrap import LEVEL, RankedDetections, average_precision, batches, bootstrap_ap, interval
 from detrlib.metrics.detection import Matches
 
 MEAN_SAMPLING = {"n_resamples": 10_000, "batch": 500}  # means are cheap
@@ -115,13 +115,13 @@ def _compare_ap(
 
 def _exchanged(first: Matches, second: Matches, metric: str, resamples: int, seed: int) -> np.ndarray:
     """[R] differences of AP after each image has been exchanged between the runs with probability 1/2."""
-    curves, random = Curves(first, second), np.random.default_rng(seed)
-    images, parts = len(curves.image_ids), []
+    ranked, random = RankedDetections(first, second), np.random.default_rng(seed)
+    images, parts = len(ranked.image_ids), []
     for count in batches(resamples, images):
         kept = random.integers(0, 2, (count, images), dtype=np.int32)
         once = np.ones_like(kept)
         one, other = (
-            curves.ap(np.hstack([chosen, 1 - chosen]), (metric,), once)[metric] for chosen in (kept, 1 - kept)
+            ranked.ap(np.hstack([chosen, 1 - chosen]), (metric,), once)[metric] for chosen in (kept, 1 - kept)
         )
         parts.append(one - other)
     return np.concatenate(parts)
@@ -173,8 +173,8 @@ def compare_runs(
     rows = []
     for a, b in pairs:
         samples = (drawn[a], drawn[b]) if a in drawn and b in drawn else None
-        found = compare(runs[a], runs[b], metric, resamples, seed, samples)
-        rows.append({"first": a, "second": b, "metric": metric, **found})
+        compared = compare(runs[a], runs[b], metric, resamples, seed, samples)
+        rows.append({"first": a, "second": b, "metric": metric, **compared})
     return with_verdicts(pd.DataFrame(rows) if rows else NO_ROWS)
 
 
@@ -238,15 +238,15 @@ def compare_groups(
     unknown = {name for pair in pairs or () for name in pair} - set(groups)
     if unknown:
         raise ConfigError(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
-    found = []
+    tables = []
     for metric in metrics:
         numbers = {group: part.set_index("seed")[metric].dropna() for group, part in results.groupby("group")}
         rows = [
             {"first": a, "second": b, "metric": metric, **_compare_seeds(numbers[a], numbers[b])}
             for a, b in pairs or combinations(groups, 2)
         ]
-        found.append(with_verdicts(pd.DataFrame(rows) if rows else NO_ROWS))
-    return pd.concat(found, ignore_index=True)
+        tables.append(with_verdicts(pd.DataFrame(rows) if rows else NO_ROWS))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _by_seed(results: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:

@@ -59,7 +59,7 @@ class PartWriter:
             self._writer.write_table(rows, row_group_size=max(len(rows), 1))
 
     def close(self, keep: bool = True, metadata: dict[str, str] | None = None) -> None:
-        """Put the part in place, with metadata of the file; or, not to be kept, remove it."""
+        """Let the part appear under its name, with metadata of the file; or, not to be kept, remove it."""
         try:
             with self._faults_named():
                 self._writer.add_key_value_metadata(metadata or {})
@@ -103,7 +103,7 @@ class Table:
             self._flush()
 
     def close(self) -> None:
-        """Write what is left, and put the part in place."""
+        """Write what is left, and let the part appear."""
         self._flush()
         self._writer.close()
 

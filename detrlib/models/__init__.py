@@ -1,6 +1,6 @@
 """Detection transformers: `build_model(settings)` makes one, `Predictions` is what it returns."""
 
-from detrlib.models.build import alpha_modules, build_model, place_projections, set_alphas
+from detrlib.models.build import alpha_modules, build_model, sampling_projections, set_alphas
 from detrlib.models.outputs import AttentionMaps, Detections, Predictions
 
 __all__ = [
@@ -9,6 +9,6 @@ __all__ = [
     "Predictions",
     "alpha_modules",
     "build_model",
-    "place_projections",
+    "sampling_projections",
     "set_alphas",
 ]

@@ -29,6 +29,10 @@ def build_model(settings: Model, backbone_weights: str | Path | None = None) -> 
         settings: the section `model` of a config.
         backbone_weights: stands in for the settings' own: "none", "imagenet", or a file (see engine/pretrain.py).
 
+    Returns:
+        A `DETR` or a `DeformableDETR`, by the architecture of the settings, on the CPU and in training mode. Both are
+        called as `model(images [B,3,H,W], padding_mask [B,H,W] or None, need_attention)` and return `Predictions`.
+
     Raises:
         ConfigError: the settings need to know the data, as in `num_classes: null` and weights of "crops".
         WeightsError: weights of the backbone cannot be downloaded or read, or are of another one.
@@ -63,9 +67,9 @@ def _detr(settings: Detr, weights: str | Path | None) -> DETR:
 def _deformable(settings: Deformable, weights: str | Path | None) -> DeformableDETR:
     chosen, published, dim = settings.deformable, settings.compatibility, settings.hidden_dim
     layer = _layer_settings(settings, pre_norm=False)
-    levels = chosen.levels
+    levels, official = chosen.levels, published.padding == "official"
     backbone = _backbone(settings, weights, chosen.backbone_stages())
-    scoring = ScoringNetwork(dim, published.token_scores == "official") if chosen.rho < 1 else None
+    scoring = ScoringNetwork(dim, official) if chosen.rho < 1 else None
     transformer = DeformableTransformer(
         DeformableEncoder(settings.encoder_layers, layer, levels, chosen.encoder_points),
         DeformableDecoder(settings.decoder_layers, layer, levels, chosen.decoder_points, chosen.refine),
@@ -79,7 +83,7 @@ def _deformable(settings: Deformable, weights: str | Path | None) -> DeformableD
     return DeformableDETR(
         backbone,
         _position(settings, centred=True),
-        LevelProjections(backbone.num_channels, levels, dim, published.mask_padding),
+        LevelProjections(backbone.num_channels, levels, dim, official),
         transformer,
         dim,
         settings.num_queries,
@@ -88,6 +92,7 @@ def _deformable(settings: Deformable, weights: str | Path | None) -> DeformableD
         class_specific=chosen.class_specific_proposals,
         encoder_auxiliary=chosen.encoder_auxiliary,
         keep_ratio=chosen.rho,
+        official_padding=official,
         map_shift=0.5 if published.dam == "exact" else 0.0,
     )
 
@@ -125,8 +130,7 @@ def _transform_maker(settings: Model) -> MakeTransform:
             alpha_clamped=settings.compatibility.alpha_clamped,
             tv_lambda=getattr(settings.attention, "tv_lambda", 0.0),
         )
-        favoured = getattr(settings.compatibility, "attention_padding", "hidden") == "add_one"
-        transform.padding_adds_one = favoured and site == "decoder_cross"
+        transform.padding_adds_one = settings.compatibility.padding == "thesis" and site == "decoder_cross"
         return transform
 
     return make
@@ -141,39 +145,39 @@ def _backbone(settings: Model, weights: str | Path | None, stages: Sequence[int]
         weights = project_path(weights)
     # Weights of a checkpoint are still to come when a run resumes: what is trained depends on the settings alone.
     freeze_stem = choice.weights != "none" if choice.freeze_stem is None else choice.freeze_stem
-    masked = settings.compatibility.mask_padding
-    return build_backbone(choice.name, weights, choice.dilation, freeze_stem, masked, stages)
+    official = settings.compatibility.padding != "exact"
+    return build_backbone(choice.name, weights, choice.dilation, freeze_stem, official, stages)
 
 
 def alpha_modules(model: nn.Module) -> dict[str, AlphaEntmax]:
-    """Learnable transforms by place, e.g. "decoder_cross.0" for the first decoder layer's cross-attention."""
+    """Learnable transforms by site and layer, e.g. "decoder_cross.0" for the first decoder layer's cross-attention."""
     return _transforms(model, AlphaEntmax)
 
 
 def set_alphas(model: nn.Module, alphas: Mapping[str, float]) -> None:
     """Give transforms with one fixed alpha another one, by site: {"decoder_cross": 1.2}; 1 is softmax."""
-    for place, transform in _transforms(model, Entmax).items():
-        transform.alpha = alphas.get(place.split(".")[0], transform.alpha)
+    for layer, transform in _transforms(model, Entmax).items():
+        transform.alpha = alphas.get(layer.split(".")[0], transform.alpha)
 
 
 def _transforms(model: nn.Module, kind: type[Transform]) -> dict[str, Transform]:
-    """Transforms of a kind by place."""
-    places = {"encoder.layers": "encoder_self", "self_attn": "decoder_self", "multihead_attn": "decoder_cross"}
-    found = {}
+    """Transforms of a kind by site and layer."""
+    site_of = {"encoder.layers": "encoder_self", "self_attn": "decoder_self", "multihead_attn": "decoder_cross"}
+    transforms = {}
     for name, module in model.named_modules():
         if isinstance(module, kind):
-            site = next(site for part, site in places.items() if part in name)
-            number = next(part for part in name.split(".") if part.isdigit())
-            found[f"{site}.{number}"] = module
-    return found
+            site = next(site for part, site in site_of.items() if part in name)
+            layer = next(part for part in name.split(".") if part.isdigit())
+            transforms[f"{site}.{layer}"] = module
+    return transforms
 
 
-def place_projections(model: nn.Module) -> list[nn.Parameter]:
+def sampling_projections(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that decide where deformable attention looks; they learn at a rate of their own."""
-    found = []
+    parameters = []
     for module in model.modules():
         if isinstance(module, DeformableAttention):
-            found += module.sampling_offsets.parameters()
+            parameters += module.sampling_offsets.parameters()
         elif isinstance(module, DeformableTransformer) and module.reference_points is not None:
-            found += module.reference_points.parameters()
-    return found
+            parameters += module.reference_points.parameters()
+    return parameters

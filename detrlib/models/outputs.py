@@ -13,9 +13,21 @@ from torch import Tensor
 
 from detrlib.attention.deformable import Samples, splat
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
+from detrlib.errors import ModelError
 from detrlib.models.sparse import Kept
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
+
+
+def cell_side(canvas: Sequence[int], grid: Sequence[int]) -> int:
+    """Pixels along the sides of the cells of a grid (h, w) over a batch (H, W): the stride, a power of two.
+
+    The last row and column may reach beyond the batch, so that H / h is less where the stride does not divide H.
+    """
+    side = 1
+    while any(-(-pixels // side) > cells for pixels, cells in zip(canvas, grid, strict=True)):
+        side *= 2
+    return side
 
 
 class SampledMaps(Sequence):
@@ -86,9 +98,9 @@ class AttentionMaps:
     polled: Polled | None = None  # what the keys stand for, where they are not cells
 
     def as_images(self, site: Site, layer: int) -> Tensor:
-        """[B,H,queries,h,w]: keys laid out as the feature map. Raises ValueError where keys are no grid."""
+        """[B,H,queries,h,w]: keys laid out as the feature map. Raises ModelError where keys are no grid."""
         if site == "decoder_self":
-            raise ValueError("the keys of decoder_self are queries, not cells of a feature map")
+            raise ModelError("the keys of decoder_self are queries, not cells of a feature map")
         weights = getattr(self, site)[layer]
         return (weights if self.polled is None else self.polled.on_cells(weights)).unflatten(-1, self.grid)
 
@@ -120,7 +132,9 @@ class Tokens:
     padding: Tensor | None  # [B,S], True = padding
     shapes: list[tuple[int, int]]  # (h, w) of each level
     samples: list[Samples]  # of every decoder layer
+    most: int  # tokens that an image of the batch keeps, as a number that no GPU needs to be asked for
     shift: float = 0.5  # see `splat`
+    official_padding: bool = False  # the scoring network learns from padding too, see `token_losses`
 
     @torch.no_grad()
     def decoder_map(self) -> Tensor:

@@ -48,7 +48,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(body: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+def load_backbone_weights(body: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Copy a classifier's weights into `body`, leaving out its head and batch counters; anything else must fit.
 
     Norms of stages, which classifiers have not, stay as they are.
@@ -66,7 +66,7 @@ def load_weights(body: nn.Module, state: dict[str, Tensor], source: str | Path) 
     body.load_state_dict(state)
 
 
-PAIRS = "relative_position_index"  # of the tokens of a window: a table in official files, in one row in torchvision
+TOKEN_PAIRS = "relative_position_index"  # of a window's tokens: a table in official files, in one row in torchvision
 SCRL = "online_network_state_dict"  # where SCRL's files keep the network that others take over
 SCRL_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 # Parts of names of a Swin Transformer: official, torchvision's, which numbers stages and mergers in one row.
@@ -80,9 +80,9 @@ SWIN_NAMES = (
 )
 
 
-def renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """`name` with the first of each pair replaced by the second, where it begins a part between dots."""
-    for before, after in pairs:
+def renamed(name: str, replacements: Iterable[tuple[str, str]]) -> str:
+    """`name` with `before` of each (before, after) replaced by `after`, where it begins a part between dots."""
+    for before, after in replacements:
         name = re.sub(rf"(^|(?<=\.)){re.escape(before)}", after, name)
     return name
 
@@ -106,7 +106,7 @@ def backbone_entries(content: dict) -> dict:
     if "patch_embed.proj.weight" not in content:
         return content
     return {
-        renamed(name, SWIN_NAMES): value.flatten() if name.endswith(PAIRS) else value
+        renamed(name, SWIN_NAMES): value.flatten() if name.endswith(TOKEN_PAIRS) else value
         for name, value in content.items()
         if not name.endswith("attn_mask")
     }

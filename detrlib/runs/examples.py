@@ -22,7 +22,7 @@ from detrlib.errors import RunError
 from detrlib.files import write_atomic
 from detrlib.losses.matcher import Match
 from detrlib.models import AttentionMaps, Predictions
-from detrlib.models.outputs import Site
+from detrlib.models.outputs import Site, cell_side
 from detrlib.runs.folder import load_results
 from detrlib.runs.maps import AttentionStore, MapWriter, Packed, clear_maps, pack
 
@@ -31,7 +31,7 @@ EXAMPLE_SCORE = 0.3  # queries more confident than this are kept in an example, 
 
 @dataclass
 class Example:
-    """One image as the model saw it, what the model found in it, and where it looked for it.
+    """One image as the model saw it, what the model detected in it, and where it looked for it.
 
     Boxes are xyxy in pixels of `image`; n confident or matched queries, best first.
     """
@@ -111,7 +111,7 @@ class Recorder:
         """The sites whose maps are needed of the next batch."""
         return self.wanted if self._numbers(batch) else ()
 
-    def add(self, batch: Batch, predictions: Predictions, pairs: list[Match]) -> None:
+    def add(self, batch: Batch, predictions: Predictions, indices: list[Match]) -> None:
         """Store what is wanted of the next batch."""
         numbers = self._numbers(batch)
         self.next += self.step * len(batch.targets)
@@ -121,7 +121,7 @@ class Recorder:
             extent = _extent(batch, predictions.attention, index).tolist()
             self.maps.add(batch.targets[index]["image_id"], extent, sites)
             if number < self.examples:
-                save_example(self.run_dir, make_example(batch, predictions, pairs, index))
+                save_example(self.run_dir, make_example(batch, predictions, indices, index))
 
 
 @contextmanager
@@ -160,14 +160,14 @@ def _valid(weights: Tensor, image: int, site: Site, predictions: Predictions) ->
     return weights[..., :rows, :columns]
 
 
-def make_example(batch: Batch, predictions: Predictions, pairs: list[Match], index: int) -> Example:
+def make_example(batch: Batch, predictions: Predictions, indices: list[Match], index: int) -> Example:
     """Image number `index` of a batch with its confident and matched queries."""
     target = batch.targets[index]
     size = target["size"]
     height, width = size.tolist()
     scores, labels = predictions.class_scores()[index].max(-1)  # [Q]
     matched = torch.full_like(labels, -1)
-    query, box = pairs[index]
+    query, box = indices[index]
     matched[query] = box
     order = scores.argsort(descending=True)
     order = order[(scores[order] > EXAMPLE_SCORE) | (matched[order] >= 0)]
@@ -191,8 +191,7 @@ def make_example(batch: Batch, predictions: Predictions, pairs: list[Match], ind
 
 def _extent(batch: Batch, maps: AttentionMaps, index: int) -> Tensor:
     """[2], height and width of an image in cells of the key grid."""
-    stride = torch.tensor([s / g for s, g in zip(batch.images.shape[-2:], maps.grid, strict=True)])
-    return batch.targets[index]["size"].cpu() / stride
+    return batch.targets[index]["size"].cpu() / cell_side(batch.images.shape[-2:], maps.grid)
 
 
 def picture(image: Tensor) -> Tensor:

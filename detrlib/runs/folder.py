@@ -6,7 +6,7 @@
         metrics.jsonl      one line per logged step or epoch, flat "group/name" keys
         checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
         results.json       final numbers; its presence means: finished
-        predictions.json   COCO-format detections           examples/*.npz     images with what was found in them
+        predictions.json   COCO-format detections           examples/*.npz     images and their detections
         maps/*.parquet     attention maps, see `maps`
         measures/*         of single images and objects: sparsity, localisation, matches that AP is computed from;
                            parquet files, or folders of them, one for each process of an evaluation
@@ -168,6 +168,18 @@ def run_labels(run_dirs: Iterable[Path]) -> dict[Path, str]:
     while len({run_dir.parts[-depth:] for run_dir in run_dirs}) < len(set(run_dirs)):
         depth += 1
     return {run_dir: "/".join(run_dir.parts[-depth:]) for run_dir in run_dirs}
+
+
+def provenance(run_dirs: Iterable[Path], made_by: str) -> str:
+    """Where a figure comes from: what made it, and of each run the commit, the device and the resolved config."""
+    lines = [f"made by {made_by}"]
+    for run_dir, label in run_labels(run_dirs).items():
+        known = json.loads((run_dir / "environment.json").read_text())
+        changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
+        device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
+        lines.append(f"{label}: commit {known['commit']}{changed}; torch {known['packages']['torch']}; {device}")
+    lines.append("each run with a model: detrlib train <its folder>/config.yaml --name <a new name>")
+    return "\n".join(lines)
 
 
 def save_tables(run_dir: Path, tables: Mapping[str, pd.DataFrame]) -> None:

@@ -167,7 +167,6 @@ def clear_maps(run_dir: Path) -> None:
 class _Image(NamedTuple):
     path: Path
     file: pq.ParquetFile
-    extent: list[float]
     sites: dict[str, dict]  # shape, first_row_group, layers_per_row_group of each
 
 
@@ -191,7 +190,7 @@ class AttentionStore:
                 file = pq.ParquetFile(path, memory_map=True)
                 images = json.loads(file.metadata.metadata[METADATA.encode()])["images"]
                 for image in images:
-                    self._images[image["image_id"]] = _Image(path, file, image["extent"], image["sites"])
+                    self._images[image["image_id"]] = _Image(path, file, image["sites"])
             except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's own errors are among these
                 raise RunError(f"{path} is no part of an attention store ({error}); evaluate the run again") from error
 
@@ -213,10 +212,6 @@ class AttentionStore:
                 "add it to evaluate.store_sites and evaluate again"
             )
         return tuple(sites[site]["shape"])
-
-    def extent(self, image_id: int) -> np.ndarray:
-        """[2], height and width of an image in cells, at most (h, w): the last cells may reach beyond it."""
-        return np.array(self._of(image_id).extent, dtype=np.float32)
 
     def maps(
         self,

@@ -3,7 +3,6 @@
 Every function takes run folders and reads nothing else; runs carry the names that `run_labels` gives them.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +21,9 @@ AP_CUTS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 def metrics_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """Read all logged metrics of runs.
+
+    Args:
+        run_dirs: folders of runs.
 
     Returns:
         A row per number: run, global_step, epoch, metric, value.
@@ -62,6 +64,7 @@ def alpha_frame(run_dirs: Iterable[Path], quantity: str = "alpha") -> pd.DataFra
     """Read learnable alphas over training.
 
     Args:
+        run_dirs: folders of runs.
         quantity: "alpha", as it is at the end of an epoch; or "pre_alpha_gradient", the gradient of the parameter
             behind it, which is logged with training steps: the mean over those of an epoch.
 
@@ -95,6 +98,9 @@ def attention_frame(run_dirs: Iterable[Path], site: str) -> pd.DataFrame:
 def layer_frame(run_dirs: Iterable[Path], site: str = "decoder_cross") -> pd.DataFrame:
     """Read the measures of every layer.
 
+    Args:
+        run_dirs: folders of finished runs.
+
     Returns:
         A row per number: run, group, state, metric, layer (from 0), value. state is "trained", and "untrained" for
         runs that were also evaluated as they were before training; metrics are those of sparsity (means over images,
@@ -110,7 +116,7 @@ def layer_frame(run_dirs: Iterable[Path], site: str = "decoder_cross") -> pd.Dat
             values = dict(results.get("attention", {}).get(site, {}))
             if site == "decoder_cross":
                 located = results.get("localisation", {}).get("all", {})
-                values |= {name: found["mean"] for name, found in located.items() if name != "pairs"}
+                values |= {name: numbers["mean"] for name, numbers in located.items() if name != "pairs"}
             where = {"run": label, "group": group_of(label), "state": state}
             rows += [
                 where | {"metric": name, "layer": layer, "value": value}
@@ -141,6 +147,9 @@ def group_of(label: str) -> str:
 def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """Read all headline numbers.
 
+    Args:
+        run_dirs: folders of finished runs.
+
     Returns:
         A row per run: run, group, seed, architecture, the transform at each site, the twelve numbers of COCO,
         `<site>/<measure>` (means over layers), `<measure>/<size>` of the last layer for what is measured of matched
@@ -170,6 +179,9 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
 def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """Make the main table.
 
+    Args:
+        run_dirs: folders of finished runs.
+
     Returns:
         A row per run, named by the index: AP in six cuts, Gini and zeros of decoder cross-attention (means over
         layers), PAIBB (of the last layer); the last three are missing (NaN) for models without attention.
@@ -193,6 +205,9 @@ def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
 def paibb_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """Read PAIBB by object size.
 
+    Args:
+        run_dirs: folders of finished runs.
+
     Returns:
         A row per run, named by the index: all, small, medium, large, and how many pairs of queries and objects `all`
         is a mean over; 0 pairs and no values for models without attention.
@@ -208,6 +223,9 @@ def paibb_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
 def sparsity_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """Read the sparsity of single images.
 
+    Args:
+        run_dirs: folders of finished runs.
+
     Returns:
         A row per image, site, layer, head and selection of queries: run, image_id, site, layer, head, queries (all,
         matched, confident) and the measures, means over the queries; no row where an image has no such queries.
@@ -221,6 +239,9 @@ def sparsity_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
 def located_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """Read where attention of the matched query lies, for every object.
 
+    Args:
+        run_dirs: folders of finished runs.
+
     Returns:
         A row per object, layer and head: run, image_id, object (its number in the image), label, area (of its box,
         square pixels of the file), size, score (of the query), layer, head (-1: the mean over heads) and the measures.
@@ -233,6 +254,9 @@ def located_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
 
 def objects_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """List the objects that the first of the runs with measures was evaluated on.
+
+    Args:
+        run_dirs: folders of runs.
 
     Returns:
         A row per object: image_id, area (of the box), category, crowd (never). Objects of an image beyond the number of
@@ -279,6 +303,7 @@ def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, che
     """Read stored interventions on runs.
 
     Args:
+        run_dirs: folders of runs that `intervene_run` has measured.
         images: only rows measured on so many; None: all.
         checkpoint: only rows of this one.
 
@@ -313,18 +338,6 @@ def _trained(run_dir: Path, site: str) -> tuple[str, float]:
     learned = [alpha for name, heads in alphas.items() if name.startswith(f"{site}.") for alpha in heads]
     fixed = model.alpha_at(site)
     return transform, float(np.mean(learned)) if learned else float("nan") if fixed is None else fixed
-
-
-def provenance(run_dirs: Iterable[Path], made_by: str) -> str:
-    """Where a figure comes from: what made it, and of each run the commit, the device and the resolved config."""
-    lines = [f"made by {made_by}"]
-    for run_dir, label in run_labels(run_dirs).items():
-        known = json.loads((run_dir / "environment.json").read_text())
-        changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
-        device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
-        lines.append(f"{label}: commit {known['commit']}{changed}; torch {known['packages']['torch']}; {device}")
-    lines.append("each run with a model: detrlib train <its folder>/config.yaml --name <a new name>")
-    return "\n".join(lines)
 
 
 def load_matches(run_dir: Path) -> Matches:

@@ -16,16 +16,16 @@ def check(attempt: Callable, reference: Callable, cases: Iterable[tuple]) -> str
         wanted = torch.as_tensor(reference(*case))
         arguments = ", ".join(str(argument) for argument in case)
         try:
-            found = attempt(
+            result = attempt(
                 *(argument.clone() if isinstance(argument, torch.Tensor) else argument for argument in case)
             )
-            if found is None:
+            if result is None:
                 return "Not solved yet: the function returns None."
-            found = torch.as_tensor(found, dtype=wanted.dtype)
+            result = torch.as_tensor(result, dtype=wanted.dtype)
         except Exception as error:
             return f"Not yet: {type(error).__name__}: {error}\nfor {arguments}"
-        if found.shape != wanted.shape:
-            return f"Not yet: the shape is {list(found.shape)}, wanted {list(wanted.shape)}\nfor {arguments}"
-        if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-5):
-            return f"Not yet: {found}\nwanted {wanted}\nfor {arguments}"
+        if result.shape != wanted.shape:
+            return f"Not yet: the shape is {list(result.shape)}, wanted {list(wanted.shape)}\nfor {arguments}"
+        if not torch.allclose(result, wanted, rtol=1e-4, atol=1e-5):
+            return f"Not yet: {result}\nwanted {wanted}\nfor {arguments}"
     return f"Correct, in all {len(cases)} cases."

@@ -13,8 +13,8 @@ from matplotlib.patches import Patch
 
 from detrlib.figures.style import MUTED, PALETTE, figure, run_colours, styled
 
-# Scores of three keys @ PLANE are their place in the plane of scores that sum to zero, lengths and angles kept;
-# place @ PLANE.T are the scores again, less their mean. The corners of the simplex are at the rows of PLANE.
+# Scores of three keys @ PLANE are their position in the plane of scores that sum to zero, lengths and angles kept;
+# position @ PLANE.T are the scores again, less their mean. The corners of the simplex are at the rows of PLANE.
 PLANE = np.array([[-1, -1], [1, -1], [0, 2]]) / np.sqrt([2, 6])
 SUPPORT_COLOURS = ["#6baed6", "#bdd7e7", "#f1f5fc"]  # of one, two and three keys
 DASHES = ["-", "--", "-.", (0, (1, 1))]  # a later line over an earlier one leaves it visible
@@ -166,9 +166,9 @@ def grouped_bars(groups: Mapping[str, Mapping[str, float]], title: str, label: s
     names = list(next(iter(groups.values())))
     colours, width = run_colours(names), 0.8 / len(names)
     for number, name in enumerate(names):
-        places = np.arange(len(groups)) + (number - (len(names) - 1) / 2) * width
+        positions = np.arange(len(groups)) + (number - (len(names) - 1) / 2) * width
         bars = axes.bar(
-            places, [group[name] for group in groups.values()], 0.9 * width, color=colours[name], label=name
+            positions, [group[name] for group in groups.values()], 0.9 * width, color=colours[name], label=name
         )
         axes.bar_label(bars, fmt=lambda value: f"{value:.2f}" if value else "0", fontsize=7, padding=1)
     axes.set_xticks(range(len(groups)), groups)

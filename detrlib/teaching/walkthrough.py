@@ -15,7 +15,9 @@ from detrlib.figures.style import MUTED, PALETTE, figure, styled
 
 
 @styled
-def padded_batch(images: np.ndarray, padding: np.ndarray, targets: Sequence[tuple], names: Mapping[int, str]) -> Figure:
+def batch_with_boxes(
+    images: np.ndarray, padding: np.ndarray, targets: Sequence[tuple], names: Mapping[int, str]
+) -> Figure:
     """The images of a batch side by side, their padding hatched, their boxes named.
 
     images [B,H,W,3] in 0..1, padding [B,H,W] True = padding; targets: (boxes [T,4] in pixels, labels [T]) of each.
@@ -96,8 +98,8 @@ def boxes_before_and_after(images: Sequence[np.ndarray], stages: Mapping[str, Se
     stages: title -> for each image (boxes [n,4], captions of length n); truth: for each image boxes [T,4].
     """
     drawn, panels = figure(0.7, 0.5 * len(stages), nrows=len(stages), ncols=len(images), squeeze=False)
-    for row, (title, found) in zip(panels, stages.items(), strict=True):
-        for axes, image, (boxes, captions), wanted in zip(row, images, found, truth, strict=True):
+    for row, (title, detections) in zip(panels, stages.items(), strict=True):
+        for axes, image, (boxes, captions), wanted in zip(row, images, detections, truth, strict=True):
             draw_image(axes, image)
             for box in wanted:
                 draw_box(axes, box, "black", dashed=True)

@@ -291,14 +291,14 @@ def test_every_layer_starts_on_its_own(model_settings):
         num_classes=2,
     )
     model = build_model(settings)
-    places = alpha_modules(model)
-    assert set(places) == {
+    learnable = alpha_modules(model)
+    assert set(learnable) == {
         *(f"encoder_self.{i}" for i in range(2)),
         *(f"decoder_self.{i}" for i in range(3)),
         *(f"decoder_cross.{i}" for i in range(3)),
     }
-    assert places["decoder_cross.2"] is model.transformer.decoder.layers[2].multihead_attn.transform
-    assert torch.cat([place.pre_alpha for place in places.values()]).unique().numel() == 8 * 4
+    assert learnable["decoder_cross.2"] is model.transformer.decoder.layers[2].multihead_attn.transform
+    assert torch.cat([module.pre_alpha for module in learnable.values()]).unique().numel() == 8 * 4
     for layers in (model.transformer.encoder.layers, model.transformer.decoder.layers):
         first, second = (layer.self_attn.in_proj_weight for layer in layers[:2])
         assert not torch.equal(first, second)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from detrlib.benchmarks import figures as draw
-from detrlib.benchmarks.measure import BOTH, FORWARD
+from detrlib.benchmarks.measure import BOTH, FORWARD, KEPT, NO_ROWS
 
 
 @pytest.fixture
@@ -52,3 +52,24 @@ def test_figures_show_every_number(results):
     assert shown == [1000, 2000, 12000]
     steps = draw.step_ratios(results)
     assert [round(bar.get_height(), 2) for bar in steps.axes[0].patches] == [1, 1.04]
+
+
+def test_errors_by_transform_and_source(results):
+    assert draw.error_table(results).loc[("weights", "sparsemax"), "detrlib"] == "2.0e-06"
+
+
+def test_tables_of_nothing_are_empty():
+    tables = draw.transform_table(NO_ROWS), draw.ratio_table(NO_ROWS, "tvmax", "detrlib"), draw.error_table(NO_ROWS)
+    assert all(table.empty for table in tables)
+
+
+def test_results_are_saved_with_tables_figures_and_where_they_come_from(results, tmp_path):
+    kept = results[results.benchmark == "transform"].assign(case="encoder" + KEPT)
+    known = {"processor": "a CPU", "device": "cpu", "threads": 1}
+    names = draw.save_results(pd.concat([results, kept]), tmp_path / "benchmarks", known)
+    figures = {f"{name}.{kind}" for name in ("transform_times", "step_ratios") for kind in ("pdf", "png", "txt")}
+    assert set(names) == {"benchmarks.csv", "environment.json", "tables.md"} | figures
+    assert len(pd.read_csv(tmp_path / "benchmarks" / "benchmarks.csv")) == len(results) + len(kept)
+    text = (tmp_path / "benchmarks" / "tables.md").read_text()
+    assert "## Transforms" in text and KEPT in text and "## TVMax" not in text  # nothing was measured of it
+    assert "a CPU, cpu, 1 threads" in (tmp_path / "benchmarks" / "step_ratios.txt").read_text()

@@ -29,7 +29,7 @@ def test_settings_that_contradict_each_other_are_refused():
         (DEFORMABLE | {"model.norm": "pre"}, "model.norm.*post"),
         (DEFORMABLE | {"model.attention.encoder_self": "entmax15"}, "model.attention.encoder_self.*decoder_self"),
         (DEFORMABLE | {"model.attention.decoder_cross": "tvmax"}, "model.attention.decoder_cross.*decoder_self"),
-        (DEFORMABLE | {"model.attention.padding": "add_one"}, "model.compatibility.attention_padding.*at hidden"),
+        (DEFORMABLE | {"model.attention.padding": "add_one"}, "model.compatibility.padding.*'thesis'"),
         (DEFORMABLE | {"model.attention.decoder_self": "tvmax"}, "model.attention.decoder_self"),
         (DEFORMABLE | {"model.deformable.two_stage": True}, "two_stage needs.*model.deformable.refine.*set it to true"),
         (DEFORMABLE | {"model.deformable.query_init": "memory"}, "query_init: memory.*two_stage"),

@@ -14,6 +14,20 @@ def test_maps_of_decoder_cross_are_always_among_those_that_are_stored():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "meant"),
+    [
+        ("train.tracking.also", "tensorboard", ["tensorboard"]),
+        ("evaluate.store_sites", "encoder_self, decoder_self", ["encoder_self", "decoder_self"]),
+        ("model.deformable.stages", 4, [4]),
+        ("model.deformable.stages", "2,3,4", [2, 3, 4]),
+    ],
+)
+def test_values_between_commas_are_a_list_also_if_there_is_one_only(name, given, meant):
+    family = {"model.architecture": "deformable"}
+    assert load_config(overrides=family | {name: given}) == load_config(overrides=family | {name: meant})
+
+
 def test_settings_are_frozen_at_every_depth():
     cfg = Config()
     for section, name in ((cfg, "train"), (cfg.train, "epochs"), (cfg.train.tracking, "group")):
@@ -31,6 +45,8 @@ def test_settings_are_frozen_at_every_depth():
             {"model.attention.decoder_cross": "entmax15", "model.attention.anneal.epochs": 2, "train.epochs": 1},
             r"model\.attention\.anneal\.epochs.*train\.epochs",
         ),
+        ({"evaluate.store_sites": "encoder"}, r"evaluate\.store_sites"),
+        ({"model.polling.train_ratios": 0.3}, r"model\.polling\.train_ratios.*list"),
     ],
 )
 def test_values_out_of_range_and_contradictions_are_named(overrides, named):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detrlib.data.augment import DetectionTransform, RandomSidesCrop, ResizeShorter, build_transform, denormalise
+from detrlib.data.augment import DetectionTransform, RandomSidesCrop, ResizeShorter, build_augmentation, denormalise
 
 RED = (250, 10, 10)
 
@@ -24,13 +24,13 @@ def size_in_detr(image_size, size, max_size=None):
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (500, 333), (333, 500), (1000, 120), (800, 800), (57, 91)])
 def test_validation_resizes_as_detr_does(size):
-    transform = build_transform(800)
+    transform = build_augmentation(800)
     image, _, _ = transform(Image.new("RGB", size), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     assert tuple(image.shape[-2:]) == size_in_detr(size, 800, 1333)
 
 
 def test_training_sizes_are_detrs():
-    any_size = build_transform(800, "detr", train=True).geometry.transforms[1].transforms[0]
+    any_size = build_augmentation(800, "detr", train=True).geometry.transforms[1].transforms[0]
     torch.manual_seed(0)
     drawn = [any_size.make_params([torch.zeros(3, 48, 64)])["size"] for _ in range(200)]
     assert {tuple(size) for size in drawn} == {size_in_detr((64, 48), side, 1333) for side in range(480, 801, 32)}
@@ -50,7 +50,7 @@ def reddish(image):
 
 
 def test_boxes_stay_on_their_pixels_through_every_draw():
-    transform = build_transform(96, "detr", train=True)
+    transform = build_augmentation(96, "detr", train=True)
     kept = 0
     for seed in range(60):
         torch.manual_seed(seed)
@@ -93,7 +93,7 @@ def test_narrow_images_pass_every_recipe(size):
     for recipe in ("detr", "flip", "none"):
         for seed in range(8):
             torch.manual_seed(seed)
-            transform = build_transform(64, recipe, train=True)
+            transform = build_augmentation(64, recipe, train=True)
             boxes = torch.tensor([[0.0, 0, *size]])
             image, boxes, _ = transform(Image.new("RGB", size), boxes, torch.tensor([1]))
             height, width = image.shape[-2:]
@@ -101,7 +101,7 @@ def test_narrow_images_pass_every_recipe(size):
 
 
 def test_a_flip_mirrors_boxes():
-    transform = build_transform(72, "flip", train=True)  # the shorter side as it is
+    transform = build_augmentation(72, "flip", train=True)  # the shorter side as it is
     seen = set()
     for seed in range(12):
         torch.manual_seed(seed)
@@ -114,7 +114,7 @@ def test_a_flip_mirrors_boxes():
 
 def test_a_resize_to_the_same_size_touches_no_pixel():
     image, boxes, labels = with_rectangle()
-    pixels, after, _ = build_transform(72)(image, boxes, labels)
+    pixels, after, _ = build_augmentation(72)(image, boxes, labels)
     assert torch.equal(after, boxes)
     assert np.array_equal((denormalise(pixels) * 255).round().byte().permute(1, 2, 0).numpy(), np.asarray(image))
     assert ResizeShorter([72]).make_params([torch.zeros(3, 72, 96)]) == {"size": None}
@@ -122,7 +122,7 @@ def test_a_resize_to_the_same_size_touches_no_pixel():
 
 def test_validation_and_recipe_none_draw_nothing_at_random():
     results = [
-        build_transform(48, recipe, train)(*with_rectangle())[0]
+        build_augmentation(48, recipe, train)(*with_rectangle())[0]
         for recipe, train in (("detr", False), ("flip", False), ("none", True))
     ]
     assert all(torch.equal(result, results[0]) for result in results)
@@ -130,4 +130,4 @@ def test_validation_and_recipe_none_draw_nothing_at_random():
 
 def test_an_unknown_recipe_is_refused():
     with pytest.raises(ValueError, match="unknown recipe 'mosaic'"):
-        build_transform(64, "mosaic")
+        build_augmentation(64, "mosaic")

@@ -11,7 +11,7 @@ from PIL import Image
 from detrlib.boxes import cxcywh_to_xyxy
 from detrlib.config import Data, Shapes
 from detrlib.data import CocoDataset, build_dataset, collate
-from detrlib.data.augment import build_transform
+from detrlib.data.augment import build_augmentation
 from detrlib.errors import DataError
 from detrlib.metrics.detection import coco_ap, coco_detections
 
@@ -136,7 +136,7 @@ def test_every_kind_of_picture_becomes_rgb(folder):
 
 def test_an_image_without_objects_is_kept(folder):
     paths = folder([annotation(1, image_id=2)], {"1.png": picture(), "2.png": picture()})
-    (_, first), (_, second) = CocoDataset(*paths, transform=build_transform(64, "detr", train=True))
+    (_, first), (_, second) = CocoDataset(*paths, transform=build_augmentation(64, "detr", train=True))
     assert first["boxes"].shape == (0, 4) and first["labels"].shape == (0,) and first["labels"].dtype == torch.int64
     assert (first["image_id"], second["image_id"]) == (1, 2)
 

@@ -1,6 +1,7 @@
 """A pass over a data set: which attention is measured, what losses are means of, and runs that cannot be evaluated."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from accelerate import Accelerator
 
 from detrlib.config import replace
 from detrlib.data import build_dataset, collate
-from detrlib.engine.evaluate import evaluate, evaluate_run, load_model
+from detrlib.engine.evaluate import evaluate, evaluate_run, load_model, results_folder
 from detrlib.engine.loop import train
 from detrlib.engine.start import initial_model
 from detrlib.errors import ConfigError, RunError
+from detrlib.files import write_json
 from detrlib.losses.criterion import Criterion
 from detrlib.runs.folder import load_results
 
@@ -91,3 +93,18 @@ def test_what_cannot_be_evaluated_is_named(run_dir, tmp_path):
         evaluate_run(run_dir, "epoch-0007")
     with pytest.raises(ConfigError, match=r"train\.lr"):
         evaluate_run(run_dir, overrides={"train.lr": 1})
+
+
+@pytest.mark.parametrize("name", ["maps", "untrained", "..", "a/b"])
+def test_a_split_cannot_take_a_folder_of_the_run(tmp_path, name):
+    with pytest.raises(RunError, match="cannot name a folder of results"):
+        results_folder(tmp_path, name)
+
+
+def test_results_do_not_replace_those_on_other_data(tmp_path):
+    assert results_folder(tmp_path, "test2017") == tmp_path / "test2017"
+    write_json(tmp_path / "test2017" / "results.json", {"on": "elsewhere.json"})
+    assert results_folder(tmp_path, "test2017", Path("elsewhere.json")) == tmp_path / "test2017"
+    for other in (None, Path("nowhere.json")):
+        with pytest.raises(RunError, match="test2017 holds results on other data"):
+            results_folder(tmp_path, "test2017", other)

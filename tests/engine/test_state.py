@@ -64,11 +64,13 @@ def test_best_is_the_epoch_with_the_highest_ap_and_some_are_kept_for_good(make, 
     assert last["epoch"] == 4 and last["best"] == 0.5
 
 
-def test_the_average_is_judged_and_follows_the_weights_slowly(make):
+def test_the_average_is_evaluated_and_follows_the_weights_slowly(make):
     start, state = make(), make(updates=2, ema=0.9)
-    first, trained, judged = (next(m.transformer.parameters()) for m in (start.judged, state.trained, state.judged))
-    assert make().judged is not None and start.judged is start.trained
-    assert 0 < (judged - first).abs().mean() < (trained - first).abs().mean()
+    first, trained, averaged = (
+        next(m.transformer.parameters()) for m in (start.evaluated, state.trained, state.evaluated)
+    )
+    assert make().evaluated is not None and start.evaluated is start.trained
+    assert 0 < (averaged - first).abs().mean() < (trained - first).abs().mean()
 
 
 def test_annealed_alphas_follow_from_the_step_alone(make, tmp_path):

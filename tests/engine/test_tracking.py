@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 
 from detrlib import runs
 from detrlib.config import PROJECT
-from detrlib.engine import tracking
+from detrlib.engine import loop, tracking
 from detrlib.engine.loop import train
 from detrlib.engine.tracking import MAIN, panels
 from detrlib.errors import ConfigError
@@ -98,10 +100,40 @@ def test_further_services_are_those_that_are_installed(tmp_path, monkeypatch, ti
     assert not (tmp_path / "run").exists()
 
 
+class Service(GeneralTracker):
+    """Remembers what it is given."""
+
+    name, requires_logging_directory, main_process_only, tracker = "service", False, True, None
+
+    def __init__(self):
+        super().__init__()
+        self.settings, self.logged = {}, []
+
+    def store_init_configuration(self, values):
+        self.settings |= values
+
+    def log(self, values, step=None):
+        self.logged.append(values)
+
+
+def test_other_services_are_given_the_settings_flat_and_plain(tmp_path, monkeypatch, tiny_config):
+    service, projects = Service(), []
+    monkeypatch.setattr(loop, "trackers", lambda cfg, run_dir: [service])
+    real = Accelerator.init_trackers
+    monkeypatch.setattr(
+        Accelerator, "init_trackers", lambda self, *given: (projects.append(given[0]), real(self, *given))[1]
+    )
+    train(tiny_config({"train.tracking.project": "mine", "train.epochs": 1}), tmp_path / "run")
+    assert projects == ["mine"] and service.settings["train.tracking.project"] == "mine"
+    assert service.settings["train.epochs"] == 1 and service.settings["train.lr_alpha"] == "None"
+    assert {type(value) for value in service.settings.values()} <= {bool, int, float, str}
+    assert any("val-AP/AP" in values for values in service.logged)
+
+
 def test_tensorboard_writes_into_the_run_folder(tmp_path, tiny_config):
     pytest.importorskip("tensorboard")
     train(tiny_config({"train.tracking.also": ["tensorboard"], "train.epochs": 1}), tmp_path / "run")
-    assert list((tmp_path / "run" / "tracking").glob("events.out.*"))
+    assert list((tmp_path / "run" / "tracking").rglob("events.out.*"))
 
 
 def test_alpha_and_its_gradients_are_logged_by_layer_and_head(tmp_path, tiny_config):
@@ -139,9 +171,9 @@ def _track(run_dir, timeout, **environment):
     """Track one number online in a process without a terminal; what it prints at the end is the mode."""
     code = (
         "import sys; from pathlib import Path; from detrlib.config import load_config\n"
-        "from accelerate import Accelerator; from detrlib.engine.tracking import trackers\n"
+        "from accelerate import Accelerator; from detrlib.engine.tracking import start_tracking, trackers\n"
         "cfg, run_dir = load_config(None, {'train.tracking.wandb': 'online'}), Path(sys.argv[1])\n"
-        "accelerator = Accelerator(cpu=True, log_with=trackers(cfg, run_dir)); accelerator.init_trackers('tracking')\n"
+        "accelerator = Accelerator(cpu=True, log_with=trackers(cfg, run_dir)); start_tracking(accelerator, cfg)\n"
         "accelerator.log({'train/loss': 2.0}, step=1); mode = accelerator.trackers[0].run.settings.mode\n"
         "accelerator.end_training(); print('mode:', mode)"
     )

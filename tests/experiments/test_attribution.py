@@ -27,6 +27,12 @@ def of_one_image(sites):
     return Layers(*([weights[None] for weights in site] for site in sites))
 
 
+def explained(model, images, padding, image, methods=None, seed=0):
+    """The detections of one image of a padded batch."""
+    alone = slice(image, image + 1)
+    return explain(model, images[alone], padding[alone], QUERIES[image], LABELS[image], methods, seed)
+
+
 class Shifted(nn.Module):
     """A transform whose weights are moved by `change`, as if the model had looked slightly elsewhere."""
 
@@ -66,9 +72,9 @@ def test_maps_are_what_the_model_goes_on_with(site, small):
 def test_every_method_against_its_own_computation(transform, queries, padded_batch, small):
     model = small(attention=everywhere(transform), queries=queries)
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
-    found = explain(model, images, padding, QUERIES, LABELS)
-    assert tuple(found) == METHODS
     for image, (height, width) in enumerate(SIZES):
+        maps = explained(model, images, padding, image)
+        assert tuple(maps) == METHODS
         one = images[image : image + 1, :, :height, :width], padding[image : image + 1, :height, :width]
         h, w = height // 8, width // 8
         for number, (query, label) in enumerate(zip(QUERIES[image], LABELS[image], strict=True)):
@@ -91,7 +97,7 @@ def test_every_method_against_its_own_computation(transform, queries, padded_bat
             for method, own in expected.items():
                 assert own.max() > 0
                 torch.testing.assert_close(
-                    found[method][image][number, :h, :w].flatten().double(),
+                    maps[method][number, :h, :w].flatten().double(),
                     own,
                     rtol=5e-3 if transform != "tvmax" else 2e-2,  # its patches join and part with the last digits
                     atol=(5e-4 if transform != "tvmax" else 1e-2) * own.max().item(),
@@ -102,19 +108,12 @@ def test_every_method_against_its_own_computation(transform, queries, padded_bat
 def test_maps_of_an_image_alone_are_those_in_a_padded_batch(settings, padded_batch, small):
     model = small(**settings)
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
-    together = explain(model, images, padding, QUERIES, LABELS, seeds=[8, 9])
     for image, (height, width) in enumerate(SIZES):
-        alone = explain(
-            model,
-            images[image : image + 1, :, :height, :width],
-            padding[image : image + 1, :height, :width],
-            [QUERIES[image]],
-            [LABELS[image]],
-            seeds=[8 + image],
-        )
+        in_batch = explained(model, images, padding, image, seed=8)
+        alone = explained(model, images[..., :height, :width], padding[..., :height, :width], image, seed=8)
         h, w = height // 8, width // 8
         for method in METHODS:
-            maps, (own,) = together[method][image], alone[method]
+            maps, own = in_batch[method], alone[method]
             assert maps.shape == (len(QUERIES[image]), 8, 8) and own.shape == (len(QUERIES[image]), h, w)
             assert not maps.requires_grad and (maps >= 0).all() and (own.flatten(1).sum(1) > 0).all()
             torch.testing.assert_close(maps[:, :h, :w], own, rtol=1e-2, atol=1e-3 * own.max().item())
@@ -126,21 +125,21 @@ def test_models_that_favour_padding_are_explained_by_the_image_all_the_same(padd
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     attention = model(images, padding, need_attention=True).attention
     assert attention.decoder_cross[-1][0, :, :, attention.key_padding[0]].min() > 0
-    for method, (first, _) in explain(model, images, padding, QUERIES, LABELS).items():
-        assert (first[:, 5:] == 0).all(), method
+    for method, maps in explained(model, images, padding, 0).items():
+        assert (maps[:, 5:] == 0).all(), method
 
 
 def test_boxes_cover_cells_by_their_share(padded_batch, small):
     model = small()
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
-    found = explain(model, images, padding, QUERIES, LABELS, ["box"])
     predictions = model(images, padding)
     for image, (height, width) in enumerate(SIZES):
+        maps = explained(model, images, padding, image, ["box"])["box"]
         for number, query in enumerate(QUERIES[image]):
             cx, cy, w, h = predictions.boxes[image, query].tolist()
             edges = np.clip([cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2], 0, 1) * [width, width, height, height]
             x0, x1, y0, y1 = edges / 8
-            for (row, column), share in np.ndenumerate(found["box"][image][number].numpy()):
+            for (row, column), share in np.ndenumerate(maps[number].numpy()):
                 expected = max(0, min(x1, column + 1) - max(x0, column)) * max(0, min(y1, row + 1) - max(y0, row))
                 assert share == pytest.approx(expected, abs=1e-5)
 
@@ -149,47 +148,43 @@ def test_images_without_detections_and_labels_that_matter(padded_batch, small):
     model = small()
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     none = torch.tensor([], dtype=torch.long)
-    for maps in explain(model, images, padding, [none, none], [none, none]).values():
-        assert [own.shape for own in maps] == [(0, 8, 8)] * 2
-    twice = [none, torch.tensor([5, 5])], [none, torch.tensor([2, 3])]
-    for method, (first, second) in explain(model, images, padding, *twice).items():
-        assert len(first) == 0
-        differ = not torch.equal(second[0], second[1])
+    one = images[1:], padding[1:]
+    for maps in explain(model, *one, none, none).values():
+        assert maps.shape == (0, 8, 8)
+    twice = explain(model, *one, torch.tensor([5, 5]), torch.tensor([2, 3]))
+    for method, maps in twice.items():
+        differ = not torch.equal(maps[0], maps[1])
         assert differ == (method in ("grad_attention", "relevance", "random")), method
-    plain = explain(model, images, padding, QUERIES, LABELS, ["relevance"])["relevance"][1]
-    torch.testing.assert_close(explain(model, images, padding, *twice)["relevance"][1][:1], plain)
+    plain = explained(model, images, padding, 1, ["relevance"])["relevance"]
+    torch.testing.assert_close(twice["relevance"][:1], plain)
 
 
 def test_noise_has_a_seed(padded_batch, small):
     model = small()
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
-    one, same, other = (
-        explain(model, images, padding, QUERIES, LABELS, ["random"], seeds)["random"]
-        for seeds in ([1, 2], [1, 2], [3, 2])
-    )
-    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
-    assert not torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    one, same, other = (explained(model, images, padding, 0, ["random"], seed)["random"] for seed in (1, 1, 3))
+    assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_deformable_models_are_explained_by_their_samples_only(padded_batch, small):
     model = small(architecture="deformable", classification="sigmoid")
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
-    found = explain(model, images, padding, QUERIES, LABELS)
-    assert tuple(found) == ("raw", "box", "random")
+    maps = explained(model, images, padding, 0)
+    assert tuple(maps) == ("raw", "box", "random")
     attention = model(images, padding, need_attention=True).attention
     expected = attention.as_images("decoder_cross", -1).mean(1)[0, QUERIES[0]].detach()
-    torch.testing.assert_close(found["raw"][0][:, :5], expected[:, :5])
-    assert (found["raw"][0][:, 5:] == 0).all() and expected[:, 5:].any()  # places sampled beyond the image
-    with pytest.raises(ModelError, match="rollout, relevance: deformable attention samples places"):
-        explain(model, images, padding, QUERIES, LABELS, ["raw", "rollout", "relevance"])
+    torch.testing.assert_close(maps["raw"][:, :5], expected[:, :5])
+    assert (maps["raw"][:, 5:] == 0).all() and expected[:, 5:].any()  # locations sampled beyond the image
+    with pytest.raises(ModelError, match="rollout, relevance: deformable attention samples locations"):
+        explained(model, images, padding, 0, ["raw", "rollout", "relevance"])
 
 
 def test_unknown_methods_and_frozen_models_are_refused(padded_batch, small):
     model = small()
-    arguments = *padded_batch(*SIZES, canvas=CANVAS), QUERIES, LABELS
+    arguments = *padded_batch(*SIZES, canvas=CANVAS), 0
     with pytest.raises(ModelError, match="unknown explanation lime; there are raw, rollout"):
-        explain(model, *arguments, ["raw", "lime"])
+        explained(model, *arguments, ["raw", "lime"])
     model.requires_grad_(False)
-    explain(model, *arguments, ["raw", "rollout"])
+    explained(model, *arguments, ["raw", "rollout"])
     with pytest.raises(ModelError, match="requires_grad_"):
-        explain(model, *arguments, ["relevance"])
+        explained(model, *arguments, ["relevance"])

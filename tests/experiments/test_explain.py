@@ -12,7 +12,7 @@ from detrlib.config import load_config
 from detrlib.data import build_dataset, collate
 from detrlib.engine.evaluate import load_model
 from detrlib.engine.launch import launch
-from detrlib.errors import ModelError, RunError
+from detrlib.errors import ConfigError, RunError
 from detrlib.experiments import explain as module
 from detrlib.experiments.attribution import METHODS
 from detrlib.experiments.explain import detections_to_explain, explained_detections, faithfulness_run
@@ -51,7 +51,7 @@ def test_all_queries_are_explained_as_their_best_class(run_dir):
 def test_runs_that_cannot_be_measured_are_refused(run_dir, tmp_path):
     with pytest.raises(RunError, match=r"tiny: .*min_score"):
         faithfulness_run(run_dir, 2, min_score=1.1)
-    with pytest.raises(ModelError, match="steps"):
+    with pytest.raises(ConfigError, match="steps"):
         faithfulness_run(run_dir, 2, steps=1)
     with pytest.raises(RunError, match=r"none.*results\.json"):
         faithfulness_run(tmp_path / "none")

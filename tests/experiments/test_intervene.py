@@ -10,13 +10,13 @@ from detrlib.engine.loop import train
 from detrlib.errors import ModelError, RunError
 from detrlib.experiments import intervene as interventions
 from detrlib.experiments.intervene import (
+    fixed_alphas,
     gradual,
     intervene_run,
     prune_order,
     rearranged_alphas,
     single_heads,
     swaps,
-    sweep,
 )
 from detrlib.experiments.interventions import learned_alphas, pruned, swapped
 from detrlib.runs.results import interventions_frame
@@ -54,16 +54,16 @@ def test_without_interventions_a_run_finds_what_it_found(fresh):
 
 def test_rows_are_kept_and_replaced_by_key(fresh):
     cross = "decoder_cross"
-    first = intervene_run(fresh, sweep(cross, [1, 2]) + gradual(cross, [(0, 1), (1, 0), (0, 2)]), limit=5)
+    first = intervene_run(fresh, fixed_alphas(cross, [1, 2]) + gradual(cross, [(0, 1), (1, 0), (0, 2)]), images=5)
     assert list(first["value"]) == ["", "1", "2", "1", "2", "3"] and set(first["images"]) == {5}
     assert first[["layer", "head"]].iloc[-1].tolist() == [0, 2]
-    second = intervene_run(fresh, sweep(cross, [2, 1.5]) + gradual(cross, [(1, 1)]), limit=5)
+    second = intervene_run(fresh, fixed_alphas(cross, [2, 1.5]) + gradual(cross, [(1, 1)]), images=5)
     stored = interventions_frame([fresh])
     assert sorted(stored["kind"] + stored["value"]) == ["alpha1", "alpha1.5", "alpha2", "heads1", "none"]
     assert stored["head"].dropna().tolist() == [1]
     pd.testing.assert_frame_equal(stored.tail(len(second))[second.columns].reset_index(drop=True), second)
     assert first["loss"].iloc[2] == second["loss"].iloc[1]  # alpha 2, measured twice
-    intervene_run(fresh, [], limit=4)
+    intervene_run(fresh, [], images=4)
     with pytest.raises(RunError, match=r"measured on \[4, 5\] images"):
         interventions_frame([fresh])
     assert list(interventions_frame([fresh], images=4)["kind"]) == ["none"]
@@ -73,7 +73,7 @@ def test_rows_are_kept_and_replaced_by_key(fresh):
 
 def test_a_call_cut_short_loses_nothing(fresh, monkeypatch):
     cross, real, calls = "decoder_cross", interventions.evaluate, []
-    before = intervene_run(fresh, sweep(cross, [2]) + gradual(cross, [(0, 1), (0, 2)]), limit=3)
+    before = intervene_run(fresh, fixed_alphas(cross, [2]) + gradual(cross, [(0, 1), (0, 2)]), images=3)
 
     def stopping(*arguments, **named):
         calls.append(arguments)
@@ -83,7 +83,7 @@ def test_a_call_cut_short_loses_nothing(fresh, monkeypatch):
 
     monkeypatch.setattr(interventions, "evaluate", stopping)
     with pytest.raises(KeyboardInterrupt):
-        intervene_run(fresh, sweep(cross, [1, 2]) + gradual(cross, [(1, 0)]), limit=3)
+        intervene_run(fresh, fixed_alphas(cross, [1, 2]) + gradual(cross, [(1, 0)]), images=3)
     stored = interventions_frame([fresh])[before.columns]
     expected = pd.concat([before.iloc[1:], stored.tail(2)], ignore_index=True)
     pd.testing.assert_frame_equal(stored, expected)
@@ -94,9 +94,9 @@ def test_rows_measure_what_they_say(fresh):
     """Against contexts entered by hand; maps of the encoder are measured though they are of softmax."""
     model = loaded(fresh)
     site = "encoder_self"
-    chosen = single_heads(model, site)[2:3] + sweep(site, [2], layer=0)
+    chosen = single_heads(model, site)[2:3] + fixed_alphas(site, [2], layer=0)
     chosen += rearranged_alphas(model, "decoder_cross") + swaps("decoder_cross", ["tvmax"], tv_lambda=0.2)
-    rows = intervene_run(fresh, chosen, limit=5).set_index(["kind", "site"])
+    rows = intervene_run(fresh, chosen, images=5).set_index(["kind", "site"])
     assert rows.loc[("none", site), "zeros"] == 0
     assert rows.loc[("head", site), "zeros"] == pytest.approx(1 / 4)
     assert rows.loc[("alpha", site), "zeros"] > 0.1
@@ -143,7 +143,7 @@ def test_heads_are_put_in_order_of_the_loss_on_training_images(fresh):
 def test_mistakes_show_before_anything_is_measured(fresh, monkeypatch):
     monkeypatch.setattr(interventions, "evaluate", None)
     with pytest.raises(ModelError, match="layers"):
-        intervene_run(fresh, sweep("decoder_cross", [1]) + sweep("decoder_cross", [1], layer=9))
+        intervene_run(fresh, fixed_alphas("decoder_cross", [1]) + fixed_alphas("decoder_cross", [1], layer=9))
     with pytest.raises(RunError, match="not finished"):
         intervene_run(fresh / "nothing", [])
     with pytest.raises(RunError, match="detrlib intervene"):

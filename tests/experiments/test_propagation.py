@@ -57,7 +57,7 @@ def relevance_by_loops(encoder_self, decoder_self, decoder_cross):
 def rollout_of_one_sequence(encoder_self, decoder_self, decoder_cross):
     """Products of (I + A) / 2 over one sequence, queries before cells; what attends to nothing keeps all of itself."""
     queries, keys = decoder_cross[0].shape
-    found = torch.eye(queries + keys, dtype=torch.float64)
+    product = torch.eye(queries + keys, dtype=torch.float64)
 
     def step(first, last, sources, attention):
         matrix = torch.eye(queries + keys, dtype=torch.float64)
@@ -67,10 +67,10 @@ def rollout_of_one_sequence(encoder_self, decoder_self, decoder_cross):
 
     cells, own = slice(queries, queries + keys), slice(0, queries)
     for a in encoder_self:
-        found = step(queries, queries + keys, cells, a) @ found
+        product = step(queries, queries + keys, cells, a) @ product
     for a, cross in zip(decoder_self, decoder_cross, strict=True):
-        found = step(0, queries, cells, cross) @ step(0, queries, own, a) @ found
-    return found[:queries, queries:], found[:queries]
+        product = step(0, queries, cells, cross) @ step(0, queries, own, a) @ product
+    return product[:queries, queries:], product[:queries]
 
 
 @pytest.mark.parametrize("encoder", [0, 2])
@@ -118,16 +118,14 @@ def test_maps_are_averaged_over_heads_and_cut_off_from_gradients():
 
 
 def test_gradients_are_those_of_each_detection_and_negative_products_are_nothing():
-    weights = (torch.rand(2, 3, 4, 6) - 0.5).requires_grad_()
-    rows, labels, counts = torch.tensor([[1, 3], [2, 0]]), torch.tensor([[0, 2], [1, 0]]), torch.tensor([2, 1])
-    first, second = weighted_by_gradient(predictions_of(weights), rows, labels, counts)
+    weights = (torch.rand(1, 3, 4, 6) - 0.5).requires_grad_()
+    queries, labels = torch.tensor([1, 3]), torch.tensor([0, 2])
+    per_detection = list(weighted_by_gradient(predictions_of(weights), queries, labels))
     # The gradient of (c + 1) * sum of w^2 is 2 (c + 1) w, and its product with w is positive.
     square = weights.detach().square()
-    expected = torch.zeros(2, 4, 6)
-    expected[0, 1], expected[1, 2] = 2 * square[0, :, 1].mean(0), 4 * square[1, :, 2].mean(0)
-    torch.testing.assert_close(first.decoder_cross[0], expected)
-    expected = torch.zeros(2, 4, 6)
-    expected[0, 3] = 6 * square[0, :, 3].mean(0)
-    torch.testing.assert_close(second.decoder_cross[0], expected)
+    for layers, query, factor in zip(per_detection, (1, 3), (2, 6), strict=True):
+        expected = torch.zeros(1, 4, 6)
+        expected[0, query] = factor * square[0, :, query].mean(0)
+        torch.testing.assert_close(layers.decoder_cross[0], expected)
     with pytest.raises(ModelError, match="requires_grad_"):
-        next(weighted_by_gradient(predictions_of(weights.detach()), rows, labels, counts))
+        next(weighted_by_gradient(predictions_of(weights.detach()), queries, labels))

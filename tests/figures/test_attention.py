@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from detrlib.errors import ConfigError
 from detrlib.figures import attention, style
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -35,11 +36,11 @@ def test_a_map_covers_the_image_or_reaches_beyond_it(make_example):
     assert axes.get_ylim() == (63.5, -0.5)
 
 
-def test_compare_runs_has_a_row_per_run_and_a_column_per_object(make_example, titles, texts):
-    drawn = attention.compare_runs({"one": make_example(), "two": make_example(matched=(-1, -1, 1))}, NAMES)
+def test_objects_by_run_has_a_row_per_run_and_a_column_per_object(make_example, titles, texts):
+    drawn = attention.objects_by_run({"one": make_example(), "two": make_example(matched=(-1, -1, 1))}, NAMES)
     assert titles(drawn) == ["one", "dog 0.40", "cat 0.80", "two", "dog 0.40", "no query left"]  # largest object first
     assert len(drawn.axes[5].images) == 1  # nothing was matched to that object: no map
-    assert texts(attention.compare_runs({}, NAMES)) == ["Nothing to show: no run has stored examples with attention."]
+    assert texts(attention.objects_by_run({}, NAMES)) == ["Nothing to show: no run has stored examples with attention."]
 
 
 def test_queries_by_layer_has_a_row_per_detection_and_a_column_per_layer(make_example, titles, boxes_in):
@@ -58,7 +59,7 @@ def test_chosen_classes_have_a_row_per_class_and_a_column_per_run(stored, titles
     assert titles(attention.chosen_classes(runs, NAMES))[0] == "cat"  # the first ones, where none is named
     (words,) = texts(attention.chosen_classes({}, NAMES))
     assert words == "Nothing to show: no detections of cat, dog are stored."
-    with pytest.raises(ValueError, match="dogs"):
+    with pytest.raises(ConfigError, match="dogs"):
         attention.chosen_classes(runs, NAMES, ["dogs"])
 
 

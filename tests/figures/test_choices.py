@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from detrlib.errors import ConfigError
 from detrlib.figures import choices
 
 NAMES = {1: "circle", 2: "square"}
@@ -44,10 +45,10 @@ def test_cells_ask_only_where_the_encoder_is_stored_and_its_queries_are_cells(ma
 
 def test_classes_are_chosen_by_name_and_by_their_best_detection(stored):
     assert choices.chosen_labels(["square"], NAMES) == [2]
-    with pytest.raises(ValueError, match="no class 'squares'; did you mean 'square'"):
+    with pytest.raises(ConfigError, match="no class 'squares'; did you mean 'square'"):
         choices.chosen_labels(["squares"], NAMES)
     runs = {run: list(found.values()) for run, found in stored.items()}
     best = choices.best_of_class(runs, 2)
-    assert best.best in runs and set(best.found) == set(runs)
-    assert best.found[best.best][0].scores[best.found[best.best][1]] == 0.9
+    assert best.best in runs and set(best.queries) == set(runs)
+    assert best.queries[best.best][0].scores[best.queries[best.best][1]] == 0.9
     assert choices.best_of_class(runs, 5) is None

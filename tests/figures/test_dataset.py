@@ -67,10 +67,10 @@ def test_annotated_images_write_the_names_of_many_classes_at_the_boxes(titles, t
     assert set(many.values()) <= set(texts(drawn))
 
 
-def test_padded_batch_covers_padding_and_nothing_else(boxes_in, titles, texts):
+def test_images_with_padding_covers_padding_and_nothing_else(boxes_in, titles, texts):
     mask = np.ones((2, 48, 64), dtype=bool)
     mask[0, :48, :64] = mask[1, :30, :32] = False
-    drawn = dataset.padded_batch(np.stack([IMAGE, IMAGE]), mask, [BOXES, BOXES[:1]])
+    drawn = dataset.images_with_padding(np.stack([IMAGE, IMAGE]), mask, [BOXES, BOXES[:1]])
     assert titles(drawn) == ["48 × 64, fills 100%", "30 × 32, fills 31%"]
     for axes, padding in zip(drawn.axes, mask, strict=True):
         shown = np.asarray(axes.images[0].get_array())

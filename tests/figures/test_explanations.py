@@ -6,6 +6,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
+from detrlib.errors import ConfigError
 from detrlib.figures import explanations
 from detrlib.metrics.faithfulness import mean_curves
 
@@ -30,7 +31,7 @@ def test_the_table_compares_methods_on_the_same_images():
     assert raw["insertion gain"] == pytest.approx(0.5 / 3)
     assert table.loc[("b", "raw"), "deletion"] == pytest.approx(0.8 / 3)
     assert (table.loc[("b", "box"), ["deletion gain", "insertion gain SE"]] == 0).all()
-    with pytest.raises(ValueError, match="a was not measured with 'random'; there are raw, box"):
+    with pytest.raises(ConfigError, match="a was not measured with 'random'; there are raw, box"):
         explanations.faithfulness_table({"a": areas()}, reference="random")
 
 
@@ -55,9 +56,9 @@ def test_curves_are_drawn_by_run(texts):
     frame = mean_curves(values, ["raw"], torch.linspace(0, 1, 5) ** 2)
     both = pd.concat([frame.assign(run="softmax-1"), frame.assign(run="sparsemax-1")])
     assert {"softmax-1", "sparsemax-1"} <= set(texts(explanations.deletion_insertion_curves(both, by="run")))
-    with pytest.raises(ValueError, match="several curves for one method"):
+    with pytest.raises(ConfigError, match="several curves for one method"):
         explanations.deletion_insertion_curves(both)
-    with pytest.raises(ValueError, match="no curves of 'AP'; there are"):
+    with pytest.raises(ConfigError, match="no curves of 'AP'; there are"):
         explanations.deletion_insertion_curves(frame, measure="AP")
 
 

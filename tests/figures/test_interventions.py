@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from detrlib.errors import ConfigError
 from detrlib.figures import interventions as figures
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -62,5 +63,5 @@ def test_figures_say_what_a_table_lacks(texts):
     assert words == "Nothing to show: no rows of kind 'heads' in the table; there are none, alpha."
     draws = (figures.alpha_sweep, figures.transform_swap, figures.head_pruning, figures.head_importance)
     assert {texts(draw(FRAME[:0]))[0] for draw in draws} == {"Nothing to show: no interventions were measured."}
-    with pytest.raises(ValueError, match="several sites, decoder_cross, encoder_self"):
+    with pytest.raises(ConfigError, match="several sites, decoder_cross, encoder_self"):
         figures.alpha_sweep(pd.concat([FRAME, FRAME.assign(site="encoder_self")]))

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
+from detrlib.errors import ConfigError
 from detrlib.figures.statistics import differences, spread
 from detrlib.figures.style import PALETTE
 from detrlib.figures.tables import markdown_table
@@ -51,7 +52,7 @@ def test_spread_has_a_dot_per_seed_and_a_bar_at_the_mean(texts):
     assert np.allclose([row[~np.isnan(row).any(1)] for row in bars], [[[0.55, 0]], [[0.55, 1]]])
     assert {"AP", "gini", "softmax", "entmax15"} <= set(texts(drawn)) and len(drawn.axes) == 2
     assert texts(spread(table, ["empty"])) == ["Nothing to show: no run has values of empty."]
-    with pytest.raises(ValueError, match="zeros"):
+    with pytest.raises(ConfigError, match="zeros"):
         spread(table, ["zeros"])
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from detrlib.errors import ConfigError
 from detrlib.figures import tables
 
 
@@ -40,7 +41,7 @@ def test_tables_without_a_winner_have_no_bold_and_unknown_columns_are_refused():
     tie = pd.DataFrame({"AP": [0.5, 0.5]}, index=["a", "b"])
     assert "**" not in tables.markdown_table(tie, {})
     for wrong in ({"formats": {"ap": ".1f"}}, {"formats": {}, "lower_is_better": ["ap"]}):
-        with pytest.raises(ValueError, match=r"no columns \['ap'\]"):
+        with pytest.raises(ConfigError, match=r"no columns \['ap'\]"):
             tables.markdown_table(tie, **wrong)
 
 
@@ -56,6 +57,11 @@ def test_saved_tables_have_a_label_and_a_note_and_are_returned(tmp_path):
 def test_a_table_without_rows_says_so_and_is_not_saved(tmp_path):
     assert "All runs. Nothing to show" in tables.save_table(table()[:0], "main", "All runs.", tmp_path, "").data
     assert not list(tmp_path.iterdir())
+
+
+def test_a_table_is_shown_or_the_reason_why_it_has_no_rows():
+    assert tables.shown(table(), "no runs").equals(table())
+    assert tables.shown(table()[:0], "no runs").data == "*Nothing to show: no runs.*"
 
 
 def test_spread_over_seeds_in_words():

@@ -31,17 +31,17 @@ def test_matching_is_the_cheapest_of_all_assignments(
 ):
     torch.manual_seed(seed)
     predictions, targets = random_predictions(4, 5, classification), random_targets(3, 0, 5, 1)
-    found = match(predictions, targets, COSTS)
-    assert [as_pairs(pairs) for pairs in found] == [cheapest(predictions, i, t) for i, t in enumerate(targets)]
-    assert all(indices.dtype == torch.int64 for pairs in found for indices in pairs)
+    indices = match(predictions, targets, COSTS)
+    assert [as_pairs(both) for both in indices] == [cheapest(predictions, i, t) for i, t in enumerate(targets)]
+    assert all(side.dtype == torch.int64 for both in indices for side in both)
 
 
 @heads
 def test_more_boxes_than_queries(classification, cheapest, random_predictions, random_targets):
     predictions, targets = random_predictions(2, 3, classification), random_targets(6, 2)
-    found = match(predictions, targets, COSTS)
-    assert [as_pairs(pairs) for pairs in found] == [cheapest(predictions, i, t) for i, t in enumerate(targets)]
-    assert [len(queries) for queries, _ in found] == [3, 2]
+    indices = match(predictions, targets, COSTS)
+    assert [as_pairs(both) for both in indices] == [cheapest(predictions, i, t) for i, t in enumerate(targets)]
+    assert [len(queries) for queries, _ in indices] == [3, 2]
 
 
 @heads

@@ -53,7 +53,7 @@ def batch_of(padded_batch):
 @pytest.fixture(scope="session")
 def setup(batch_of, small, tiny_config):
     def setup(kind: str, **evaluate):
-        """A model, its settings, a batch, predictions with maps, and pairs."""
+        """A model, its settings, a batch, predictions with maps, and indices of its match."""
         model, batch = small(**MODELS[kind]), batch_of()
         settings = {"num_heads": 4, "encoder_layers": 2, "decoder_layers": 3, "hidden_dim": 32, "num_classes": 5}
         overrides = {f"model.{key}": value for key, value in (MODELS[kind] | settings).items()}
@@ -68,13 +68,13 @@ def setup(batch_of, small, tiny_config):
 @pytest.fixture(scope="session")
 def measured(setup):
     def measured(kind: str, folder=None, **evaluate):
-        cfg, batch, predictions, pairs = setup(kind, **evaluate)
+        cfg, batch, predictions, indices = setup(kind, **evaluate)
         looks = AttentionMeasures(cfg, folder)
-        looks.add(predictions, batch, pairs)
+        looks.add(predictions, batch, indices)
         looks.close()
         looks.merge([looks.sums()])
         learned = {f"decoder_cross.{layer}": [1.1, 1.2, 1.3, 1.4] for layer in range(3)}
-        return looks.summary(learned), batch, predictions, pairs
+        return looks.summary(learned), batch, predictions, indices
 
     return measured
 
@@ -83,7 +83,7 @@ def measured(setup):
 def test_sparsity_is_that_of_single_images(kind, tmp_path, measured, setup):
     """Loops over images, layers, heads and queries without padding give what batches give."""
     threshold = setup(kind)[2].class_scores().amax(-1).median().item()
-    summary, _, predictions, pairs = measured(kind, tmp_path, confident_score=threshold)
+    summary, _, predictions, indices = measured(kind, tmp_path, confident_score=threshold)
     maps, scores = predictions.attention, predictions.class_scores().amax(-1)
     keys = ["site", "queries", "image_id", "layer", "head"]
     table = pd.read_parquet(tmp_path / "sparsity").astype({"site": str, "queries": str})
@@ -96,7 +96,7 @@ def test_sparsity_is_that_of_single_images(kind, tmp_path, measured, setup):
             per_image = []
             for image in range(len(SIZES)):
                 valid = ~maps.key_padding[image]
-                chosen = {"matched": pairs[image][0], "confident": scores[image] > threshold}
+                chosen = {"matched": indices[image][0], "confident": scores[image] > threshold}
                 rows = chosen.get(selection, slice(None))
                 rows = valid if site == "encoder_self" else rows
                 columns = slice(None) if site == "decoder_self" else valid
@@ -127,7 +127,7 @@ def test_sparsity_is_that_of_single_images(kind, tmp_path, measured, setup):
 @pytest.mark.parametrize("mode", ["exact", "thesis"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_localisation_is_that_of_single_objects(kind, mode, tmp_path, measured):
-    summary, batch, predictions, pairs = measured(kind, tmp_path, paibb=mode)
+    summary, batch, predictions, indices = measured(kind, tmp_path, paibb=mode)
     maps = predictions.attention
     table = pd.read_parquet(tmp_path / "located")
     assert len(table) == 3 * 3 * 5  # objects, layers, heads and their mean
@@ -137,7 +137,7 @@ def test_localisation_is_that_of_single_objects(kind, mode, tmp_path, measured):
         rows, columns = maps.valid_grid(image)
         stride = 128 / maps.grid[0], 160 / maps.grid[1]
         extent = tuple(s / t for s, t in zip(target["size"].tolist(), stride, strict=True))
-        for query, index in zip(*(side.tolist() for side in pairs[image]), strict=True):
+        for query, index in zip(*(side.tolist() for side in indices[image]), strict=True):
             box = target["boxes"][index : index + 1]
             area = (box[0, 2:] * target["original_size"].flip(0)).prod().item()
             for layer in range(3):
@@ -181,9 +181,9 @@ def test_counting_padding_changes_the_number_of_keys_alone(measured, setup):
 
 
 def test_processes_put_together_are_one(tmp_path, setup, small):
-    cfg, batch, predictions, pairs = setup("sparse everywhere")
+    cfg, batch, predictions, indices = setup("sparse everywhere")
     whole = AttentionMeasures(cfg, tmp_path / "whole")
-    whole.add(predictions, batch, pairs)
+    whole.add(predictions, batch, indices)
     shards = [AttentionMeasures(cfg, tmp_path / "parts", process, 3) for process in range(3)]  # the last has no images
     model = small(**MODELS["sparse everywhere"])
     for looks, images in zip(shards, ([0, 2], [1]), strict=False):

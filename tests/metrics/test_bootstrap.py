@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from detrlib.errors import ConfigError
-from detrlib.metrics.bootstrap import AP_METRICS, Curves, ap_table, average_precision, bootstrap_ap, interval
+from detrlib.errors import ConfigError, DataError
+from detrlib.metrics.bootstrap import AP_METRICS, RankedDetections, ap_table, average_precision, bootstrap_ap, interval
 from detrlib.metrics.detection import coco_ap, match_detections
 
 
@@ -35,7 +35,7 @@ def test_ap_from_matches_at_the_ends(random_detection_task):
     without = match_detections(truth | {"annotations": []}, detections)
     assert set(average_precision(without).values()) == {-1}
     assert bootstrap_ap(without, 3).isna().all(axis=None)
-    with pytest.raises(ValueError, match="not in the ground truth, such as 999"):
+    with pytest.raises(DataError, match="not in the ground truth, such as 999"):
         match_detections(truth, [detections[0] | {"image_id": 999}])
 
 
@@ -44,11 +44,11 @@ def test_a_weight_is_a_number_of_copies(monkeypatch, at_once, random_detection_t
     """The fast way against the literal one: repeat images with everything in them, and match anew."""
     monkeypatch.setattr("detrlib.metrics.bootstrap.NUMBERS_AT_ONCE", at_once)
     truth, detections = random_detection_task(4)
-    curves = Curves(match_detections(truth, detections))
-    weights = np.random.default_rng(0).integers(0, 4, (5, len(curves.image_ids)))
-    numbers = curves.ap(weights, AP_METRICS)
+    ranked = RankedDetections(match_detections(truth, detections))
+    weights = np.random.default_rng(0).integers(0, 4, (5, len(ranked.image_ids)))
+    numbers = ranked.ap(weights, AP_METRICS)
     for row, counts in enumerate(weights):
-        copies = {int(i): [int(i) + 1000 * n for n in range(c)] for i, c in zip(curves.image_ids, counts, strict=True)}
+        copies = {int(i): [int(i) + 1000 * n for n in range(c)] for i, c in zip(ranked.image_ids, counts, strict=True)}
         repeated = {
             name: [one | {key: new, "area": one.get("area")} for one in truth[name] for new in copies[one[key]]]
             for name, key in (("images", "id"), ("annotations", "image_id"))
@@ -77,7 +77,7 @@ def test_bootstrap_of_two_images_is_the_list_of_all_samples(random_detection_tas
     ids = [image["id"] for image in truth["images"]]
     truth["annotations"] = [one for one in truth["annotations"] if one["image_id"] in ids]
     matches = match_detections(truth, [one for one in detections if one["image_id"] in ids])
-    every = Curves(matches).ap(np.array([[2, 0], [1, 1], [0, 2]]), ["AP"])["AP"]
+    every = RankedDetections(matches).ap(np.array([[2, 0], [1, 1], [0, 2]]), ["AP"])["AP"]
     samples = bootstrap_ap(matches, 400)["AP"].to_numpy()
     shares = [np.isclose(samples, value).mean() for value in every]
     assert len(set(every.round(9))) == 3 and np.allclose(shares, [0.25, 0.5, 0.25], atol=0.08)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from detrlib.errors import DataError
 from detrlib.metrics.bootstrap import average_precision
 from detrlib.metrics.detection import METRICS, Matches, coco_ap, coco_detections, match_detections
 
@@ -23,6 +24,19 @@ def test_published_ap(published):
 def test_every_published_case_is_tested(shared_data, published_cases):
     folders = (shared_data / "coco_eval_cases").glob("*/expected.json")
     assert published_cases == {path.parent.name for path in folders}
+
+
+@pytest.mark.parametrize("engine", ["faster_coco_eval", "pycocotools"])
+def test_ap_without_crowds_and_with_areas_of_boxes(engine, shared_data):
+    """As in data without masks; what is published of the same detections counts crowds and areas of masks."""
+    folder = shared_data / "coco_eval_cases" / "cocoapi_val2014_100"
+    truth = json.loads((folder / "instances_val2014_100.json").read_text())
+    objects = [one for one in truth["annotations"] if not one["iscrowd"]]
+    truth["annotations"] = [one | {"area": one["bbox"][2] * one["bbox"][3]} for one in objects]
+    detections = json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
+    result = coco_ap(truth, detections, engine)
+    expected = {"AP": 0.503647, "AP50": 0.696973, "AP75": 0.571667}
+    assert {name: result[name] for name in expected} == pytest.approx(expected, rel=0, abs=1e-6)
 
 
 def pycocotools_stats(truth: dict, detections: list[dict]):
@@ -94,7 +108,7 @@ def test_ap_without_any_object_is_undefined(random_detection_task):
 
 def test_detections_of_an_unknown_image_are_refused(random_detection_task):
     truth, _ = random_detection_task(0)
-    with pytest.raises(ValueError, match="not in the ground truth, such as 999"):
+    with pytest.raises(DataError, match="not in the ground truth, such as 999"):
         coco_ap(truth, coco_detections(999, [[0, 0, 5, 5]], [0.5], [3]))
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from detrlib.boxes import cxcywh_to_xyxy
+from detrlib.errors import ConfigError
 from detrlib.metrics.faithfulness import (
     Curves,
     best_match,
@@ -138,11 +139,11 @@ def test_equal_weights_come_in_a_drawn_order(unit):
 
 def test_wrong_units_and_replacements_are_refused():
     image, padding, cells, evidence = case()
-    with pytest.raises(ValueError, match="unit 'patch' must be one of cell, pixel"):
+    with pytest.raises(ConfigError, match="unit 'patch' must be one of cell, pixel"):
         pixel_ranks(cells[None], padding, "patch")
-    with pytest.raises(ValueError, match="replacement 'noise' must be one of mean, blur"):
+    with pytest.raises(ConfigError, match="replacement 'noise' must be one of mean, blur"):
         replacement_image(image, padding, "noise")
-    with pytest.raises(ValueError, match="steps 0"):
+    with pytest.raises(ConfigError, match="steps 0"):
         curves_of(cells[None], image, padding, evidence, steps=0)
 
 

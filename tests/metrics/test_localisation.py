@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from detrlib.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from detrlib.errors import ConfigError
 from detrlib.metrics.localisation import MEASURES, locate, object_size, paibb
 
 
@@ -58,7 +59,7 @@ def test_paibb_of_degenerate_input():
     assert paibb(torch.ones(1, 3, 3), torch.tensor([[0.5, 0.5, 0.0, 1.0]]), (3, 3)).tolist() == [0]
     assert paibb(torch.ones(1, 1, 1), torch.tensor([[0.5, 0.5, 0.5, 0.2]]), (1, 1)).item() == pytest.approx(0.1)
     assert paibb(torch.zeros(0, 3, 3), torch.zeros(0, 4), (3, 3)).shape == (0,)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ConfigError, match="does not fit"):
         paibb(torch.ones(1, 3, 3), whole, (3, 3.5))
 
 
@@ -114,7 +115,7 @@ def test_thesis_mode_needs_pixels_and_gives_a_small_box_none():
     box = torch.tensor([[0.503, 0.5, 0.004, 0.5]])  # between two pixels of 100
     assert paibb(torch.ones(1, 3, 3), box, (3, 3), "thesis", torch.tensor([[100, 100]])).item() == 0
     assert paibb(torch.ones(1, 3, 3), box, (3, 3)).item() == pytest.approx(0.002)
-    with pytest.raises(ValueError, match="original_size is needed"):
+    with pytest.raises(ConfigError, match="original_size is needed"):
         paibb(torch.ones(1, 3, 3), box, (3, 3), "thesis")
 
 

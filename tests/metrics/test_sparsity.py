@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from detrlib.metrics import sparsity as module
-from detrlib.metrics.sparsity import MEASURES, entropy, gini, sparsity, support_size, zeros_ratio
+from detrlib.metrics.sparsity import MEASURES, entropy, gini, sparsity, zeros_ratio
 
-METRICS_OF_WEIGHTS = [gini, zeros_ratio, support_size, entropy]
+METRICS_OF_WEIGHTS = [gini, zeros_ratio, entropy]
 
 
 def sparse_weights(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -23,7 +23,7 @@ def test_uniform_and_one_hot():
     assert gini(uniform).item() == pytest.approx(0, abs=1e-6)
     assert gini(one_hot).item() == pytest.approx(1 - 1 / 50)
     assert (zeros_ratio(uniform).item(), zeros_ratio(one_hot).item()) == (0, pytest.approx(49 / 50))
-    assert (support_size(uniform).item(), support_size(one_hot).item()) == (50, 1)
+    assert [sparsity(weights)["support"].item() for weights in (uniform, one_hot)] == [50, 1]
     assert (entropy(uniform).item(), entropy(one_hot).item()) == (pytest.approx(np.log(50)), 0)
 
 
@@ -114,7 +114,6 @@ def test_all_measures_are_those_of_the_single_functions():
     alone = [gini(weights, valid), zeros_ratio(weights, valid), zeros_ratio(weights, valid, 1e-2)]
     for name, expected in zip(("gini", "zeros", "zeros_thresholded"), alone, strict=True):
         assert torch.equal(found[name], expected)
-    assert torch.equal(found["support"], support_size(weights, valid))
     assert torch.equal(found["entropy"], entropy(weights, valid))
 
 

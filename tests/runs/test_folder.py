@@ -105,3 +105,9 @@ def test_a_damaged_table_is_named_with_what_makes_it(tmp_path, file):
     path.write_bytes(b"cut short")
     with pytest.raises(RunError, match=r"sparsity.*detrlib measure"):
         runs.load_table(tmp_path, "sparsity", made_by="detrlib measure")
+
+
+def test_figures_name_what_made_them(tmp_path):
+    write_json(tmp_path / "run" / "environment.json", runs.environment())
+    first, run, _ = runs.provenance([tmp_path / "run"], "detrlib notebook").splitlines()
+    assert first == "made by detrlib notebook" and run.startswith("run: commit ") and "torch" in run

@@ -98,7 +98,7 @@ def test_what_is_stored_comes_back(run_dir):
     assert opened.images == [4, 9, 70000000000]
     for image_id, sites in IMAGES.items():
         h, w = sites["decoder_cross"].shape[-2:]
-        assert opened.shape(image_id)[3:] == (h, w) and opened.extent(image_id).tolist() == [h - 0.5, w - 0.5]
+        assert opened.shape(image_id)[3:] == (h, w)
         assert opened.sites(image_id) == list(sites)
         for site, maps in sites.items():
             back = opened.maps(image_id, site)
@@ -294,9 +294,7 @@ def test_maps_of_a_whole_data_set_are_those_of_the_model(tmp_path, evaluated):
         wanted = torch.stack(list(getattr(maps, site)), 1).numpy()  # [B,L,H,n,K]
         for index, image_id in enumerate(ids):
             back = opened.maps(image_id, site)
-            assert opened.sites(image_id) == SITES and opened.extent(image_id).tolist() == list(
-                opened.shape(image_id)[3:]
-            )
+            assert opened.sites(image_id) == SITES
             np.testing.assert_allclose(back.reshape(wanted[index].shape), wanted[index], rtol=2**-10, atol=2e-6)
     whole = torch.tensor(np.stack([opened.maps(image_id) for image_id in ids]))  # [B,L,H,Q,h,w]
     support = (whole > 0).sum((-2, -1)).float().mean((0, 2, 3))
@@ -313,7 +311,7 @@ def test_examples_alone_are_stored_by_default_and_an_earlier_evaluation_is_forgo
     for example in examples:
         assert example.shape()[:3] == (2, 4, len(example.scores))
         assert np.array_equal(example.maps(), opened.maps(example.image_id, queries=example.queries))
-        assert np.array_equal(example.extent, opened.extent(example.image_id))
+        assert example.extent.tolist() == list(example.shape()[3:])
     evaluated(tmp_path, {"evaluate.examples": 0})
     assert list((tmp_path / "maps").iterdir()) == list((tmp_path / "examples").iterdir()) == []
 
@@ -372,7 +370,6 @@ def test_padding_is_not_stored_neither_as_keys_nor_as_cells_that_ask(tmp_path, s
         assert (
             (h, w) == together.shape(image_id)[3:] == tuple(math.ceil(s / model_stride(model)) for s in image.shape[1:])
         )
-        np.testing.assert_allclose(alone.extent(image_id), together.extent(image_id))
         assert together.shape(image_id, "encoder_self") == (2, 4, h * w, h, w)
         for site in SITES:
             np.testing.assert_allclose(together.maps(image_id, site), alone.maps(image_id, site), atol=5e-4)

@@ -5,7 +5,7 @@ import pytest
 
 from detrlib import runs
 from detrlib.config import save_config
-from detrlib.engine.evaluate import save_results, split_folder
+from detrlib.engine.evaluate import save_results
 from detrlib.errors import RunError
 from detrlib.files import write_json
 from detrlib.metrics.detection import match_detections
@@ -108,19 +108,6 @@ def test_published_curves(tmp_path):
         frames.published_curves(path)
     with pytest.raises(RunError, match=r"none.csv is no table of curves"):
         frames.published_curves(tmp_path / "none.csv")
-
-
-@pytest.mark.parametrize("name", ["maps", "untrained", "..", "a/b"])
-def test_a_split_cannot_take_a_folder_of_the_run(tmp_path, name):
-    with pytest.raises(RunError, match="cannot name a folder of results"):
-        split_folder(tmp_path, name)
-
-
-def test_a_split_does_not_replace_results_on_other_data(tmp_path):
-    assert split_folder(tmp_path, "test2017") == tmp_path / "test2017"
-    write_json(tmp_path / "test2017" / "results.json", {"on": "elsewhere.json"})
-    with pytest.raises(RunError, match="holds results on other data"):
-        split_folder(tmp_path, "test2017")
 
 
 def test_matches_come_back_as_they_were_stored(tmp_path):

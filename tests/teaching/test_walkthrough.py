@@ -11,11 +11,11 @@ IMAGES = np.full((2, 16, 24, 3), 0.5)
 BOX = np.array([[2.0, 3, 9, 12]])
 
 
-def test_padded_batch_names_boxes_and_says_what_is_no_padding(texts):
+def test_batch_with_boxes_names_boxes_and_says_what_is_no_padding(texts):
     padding = np.zeros((2, 16, 24), bool)
     padding[1, :, 12:] = padding[1, 10:] = True
     targets = [(BOX, [1]), (BOX[:0], [])]
-    drawn = walkthrough.padded_batch(IMAGES, padding, targets, {1: "star"})
+    drawn = walkthrough.batch_with_boxes(IMAGES, padding, targets, {1: "star"})
     assert {"16 x 24 pixels, 1 object", "10 x 12 pixels, 0 objects", "star"} <= set(texts(drawn))
     shown = drawn.axes[1].images[0].get_array()
     assert (shown[padding[1]] == 1).all() and (shown[~padding[1]] == 0.5).all()

@@ -2,7 +2,7 @@
 
 Legend: B images, Q queries, H heads, D channels per head, L levels, P points, S tokens, N = B * Q * H bags: all that a
 head does for a query. A program has a few bags and all their channels, which stay in registers while it goes through
-the L * P places of each. What comes out is that of `attention.deformable`, where the method is written down.
+the L * P locations of each. What comes out is that of `attention.deformable`, where the method is written down.
 """
 
 import functools
@@ -89,13 +89,13 @@ def _bags(N, Q, S, H: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _line(place_ptr, size, mask):
-    """Along one axis: the cell before each place, from -2, and the share of the cell after it. NaN stays NaN."""
-    place = tl.load(place_ptr, mask=mask, other=0.0) * size - 0.5
-    place = tl.where(place < -2, -2.0, place)  # nothing changes beyond, and integers have an end
-    place = tl.where(place > size, size.to(tl.float32), place)
-    low = tl.floor(place)
-    return low.to(tl.int64), place - low
+def _line(position_ptr, size, mask):
+    """Along one axis: the cell before each location, from -2, and the share of the cell after it. NaN stays NaN."""
+    position = tl.load(position_ptr, mask=mask, other=0.0) * size - 0.5
+    position = tl.where(position < -2, -2.0, position)  # nothing changes beyond, and integers have an end
+    position = tl.where(position > size, size.to(tl.float32), position)
+    low = tl.floor(position)
+    return low.to(tl.int64), position - low
 
 
 @triton.jit

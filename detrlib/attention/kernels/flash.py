@@ -11,7 +11,7 @@ weight p = u^c and its slope s = p^(2 - alpha) = u^(c-1): top = (alpha - 1) max 
 step the sum of weights is not exactly one. To divide weights by it is to multiply u by gain = sum^(1 - alpha).
 
 Dropout multiplies each weight, and in the backward pass its gradient g, by 0 or 1 / (1 - dropout). Which of the two is
-not stored but computed again, from the place of the weight and a random number drawn once per call.
+not stored but computed again, from the position of the weight and a random number drawn once per call.
 
 The forward kernel is here, the backward ones are in `flash_backward`.
 """

@@ -62,8 +62,8 @@ def some(flags):
 def drop(x, seed, dropout, head, queries, keys, DROPOUT: tl.constexpr):
     """Multiply a tile by what dropout makes of each weight: 0 or 1 / (1 - dropout).
 
-    A weight's place, not that in the tile, is the counter of the generator: all kernels find the same, no two weights
-    share a number, and nothing can overflow.
+    A weight's position, not that in the tile, is the counter of the generator: all kernels find the same, no two
+    weights share a number, and nothing can overflow.
     """
     if not DROPOUT:
         return x
