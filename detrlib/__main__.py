@@ -238,7 +238,7 @@ def notebook(
 
 @app.command("import")
 def import_weights(
-    path: Annotated[Path, Argument(help="an official checkpoint, e.g. detr-r50-e632da11.pth")],
+    source: Annotated[str, Argument(help="a file of weights, e.g. detr-r50-e632da11.pth")],
     save_as: Annotated[str | None, Option("--as", metavar="RUN", help="make a run of it, to be evaluated")] = None,
     settings: Settings = [],  # noqa: B006
 ) -> None:
@@ -246,11 +246,12 @@ def import_weights(
     from detrlib.checkpoints.files import describe
     from detrlib.runs.folder import run_path
     from detrlib.runs.imported import save_run
+    from detrlib.runs.sources import open_source
 
-    overrides = pairs(settings, "--set", "model.backbone.dilation=true")
-    typer.echo(describe(path, overrides))
+    found = open_source(source, overrides=pairs(settings, "--set", "model.backbone.dilation=true"))
+    typer.echo(describe(found))
     if save_as:
-        save_run(path, run_path(save_as), overrides)
+        save_run(found, run_path(save_as))
 
 
 @app.command()

@@ -1,1 +1,1 @@
-"""Weights from elsewhere: what a file is (`official`), one table of names (`names`), in and out (`files`)."""
+"""Weights from elsewhere: a `source` and what builds it, what a file is (`official`), tables of names, in and out."""

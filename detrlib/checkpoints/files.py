@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from detrlib.attention import AlphaEntmax
 from detrlib.checkpoints.names import PROFILING, State, official_state, own_state
 from detrlib.checkpoints.official import backbone_settings, family_of, settings_of
+from detrlib.checkpoints.source import Source, build_source, coco_names, fitting
 from detrlib.config import Config, changed_settings, load_config, parse_value, replace
-from detrlib.errors import RunError, WeightsError
-from detrlib.files import load_weights
-from detrlib.models.build import build_model
+from detrlib.errors import WeightsError
 from detrlib.models.deformable import DeformableDETR
 from detrlib.models.pretrained import SCRL
 
@@ -129,6 +128,16 @@ def official_config(checkpoint: OfficialCheckpoint, overrides: Mapping[str, Any]
     return replace(load_config(overrides={"data.root": "data/coco"}), settings | overrides)
 
 
+def official_source(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Source:
+    """What an official file is to this library. Raises as `load_official`."""
+    checkpoint = read_official(path)
+    cfg = official_config(checkpoint, overrides)
+    names = coco_names(cfg.model.num_classes)
+    label, state = checkpoint.path.stem, own_state(checkpoint.state)
+    source = Source(label, cfg, state, names, checkpoint.path, checkpoint.epoch or 0)
+    return fitting(source, f"a {checkpoint.family} model")
+
+
 def load_official(path: str | Path, overrides: Mapping[str, Any] | None = None) -> nn.Module:
     """The model of an official file with its weights, on the CPU, in evaluation mode.
 
@@ -137,21 +146,7 @@ def load_official(path: str | Path, overrides: Mapping[str, Any] | None = None) 
     Raises WeightsError if the file is no official checkpoint or does not fit its settings, ConfigError for
     `overrides` that make no sense.
     """
-    checkpoint = read_official(path)
-    return fill(checkpoint, official_config(checkpoint, overrides))
-
-
-def fill(checkpoint: OfficialCheckpoint, cfg: Config) -> nn.Module:
-    """The model of an official file and the settings it has. Raises WeightsError if they do not fit."""
-    with torch.device("meta"):  # random weights would only be overwritten
-        model = build_model(cfg.model)
-    try:
-        load_weights(model.to_empty(device="cpu"), own_state(checkpoint.state), checkpoint.path)
-    except RunError as error:
-        raise WeightsError(
-            f"{checkpoint.path}: does not fit a {checkpoint.family} model of its sizes: {error}"
-        ) from None
-    return model.eval()
+    return build_source(official_source(path, overrides))
 
 
 def export_official(model: nn.Module) -> State:
@@ -177,12 +172,10 @@ def export_official(model: nn.Module) -> State:
     return state
 
 
-def describe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> str:
-    """In words, what an official file is, and the settings of its model. Raises as `load_official`."""
-    checkpoint = read_official(path)
-    cfg = official_config(checkpoint, overrides)
-    model = fill(checkpoint, cfg)
+def describe(source: Source) -> str:
+    """In words, what weights are of, and the settings of their model."""
+    model = build_source(source)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    found = f"{checkpoint.family}, {len(checkpoint.state)} entries, {trained:,} parameters, all but a frozen stem's"
-    changed = changed_settings(cfg, Config()).items()
-    return "\n".join([found, *(f"{name}: {value}" for name, value in changed)])
+    family = source.cfg.model.architecture
+    found = f"{family}, {len(source.state)} entries, {trained:,} parameters, all but a frozen stem's"
+    return "\n".join([found, *(f"{name}: {value}" for name, value in changed_settings(source.cfg, Config()).items())])

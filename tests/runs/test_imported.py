@@ -11,6 +11,7 @@ from detrlib.engine.evaluate import load_model
 from detrlib.errors import RunError
 from detrlib.files import load_checkpoint
 from detrlib.runs.imported import save_run
+from detrlib.runs.sources import open_source
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def official(small, tmp_path):
 def test_a_run_of_official_weights(official, tmp_path):
     model, path = official
     told = {"model.num_heads": 4, "model.dropout": 0.1}
-    save_run(path, tmp_path / "run", told | {"data.root": "elsewhere"})
+    save_run(open_source(path, overrides=told | {"data.root": "elsewhere"}), tmp_path / "run")
     cfg = load_config(tmp_path / "run" / "config.yaml")
     assert (cfg.data.root, cfg.model.num_heads, cfg.model.compatibility.padding) == ("elsewhere", 4, "exact")
     again = load_model(tmp_path / "run")
@@ -32,7 +33,7 @@ def test_a_run_of_official_weights(official, tmp_path):
     known = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     assert (known["epoch"], known["global_step"]) == (3, 0)
     with pytest.raises(RunError, match="there already"):
-        save_run(path, tmp_path / "run", told)
+        save_run(open_source(path, overrides=told), tmp_path / "run")
 
 
 def test_command_line(official, tmp_path):

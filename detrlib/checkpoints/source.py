@@ -1,0 +1,61 @@
+"""Weights as this library has them, wherever they come from: with the settings of their model and names of classes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+from detrlib.checkpoints.names import State
+from detrlib.config import Config
+from detrlib.errors import WeightsError
+from detrlib.files import load_weights, weight_faults
+from detrlib.models.build import build_model, set_alphas
+
+COCO_LABELS = 91  # category ids of COCO run to 90, eleven of them without a class
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights of a model and what is needed to build and to use it; made by `runs.sources.open_source`."""
+
+    label: str  # a short name, for figures
+    cfg: Config
+    state: State  # under the names of this library
+    names: dict[int, str] | None  # label -> name of its class; None: not known
+    path: Path  # the file, for messages
+    epoch: int = 0  # how long it was trained
+
+
+def build_source(source: Source) -> nn.Module:
+    """The model of a source with its weights, on the CPU, in evaluation mode, alphas that are annealed as they were.
+
+    Raises RunError naming the file if its weights are of another architecture than its settings.
+    """
+    model = _without_memory(source).to_empty(device="cpu")  # random weights would only be overwritten
+    load_weights(model, source.state, source.path)
+    set_alphas(model, source.cfg.model.annealed_alphas(source.epoch))
+    return model.eval()
+
+
+def fitting(source: Source, what: str) -> Source:
+    """The same source. Raises WeightsError, in which it is `what`, if its weights and settings do not fit."""
+    faults = weight_faults(_without_memory(source).state_dict(), source.state)
+    if faults:
+        listed = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+        raise WeightsError(f"{source.path}: does not fit {what} of its sizes: {listed}")
+    return source
+
+
+def _without_memory(source: Source) -> nn.Module:
+    with torch.device("meta"):
+        return build_model(source.cfg.model, backbone_weights="none")
+
+
+def coco_names(num_classes: int | None) -> dict[int, str] | None:
+    """Names of COCO's classes by category id, for models that have as many labels as COCO's ids; None for others."""
+    if num_classes != COCO_LABELS:
+        return None
+    names = torchvision.models.get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1").meta["categories"]
+    return {label: name for label, name in enumerate(names) if label and name != "N/A"}

@@ -1,0 +1,87 @@
+"""A model by any name that people have for one: a run, a name of published weights, an id or folder of Hugging Face,
+a file.
+
+    model = build_source(open_source("quickstart/softmax"))
+    model = build_source(open_source("detr-r50"))
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from detrlib.checkpoints.files import official_source
+from detrlib.checkpoints.source import Source, build_source
+from detrlib.config import load_config
+from detrlib.errors import ConfigError, RunError, WeightsError
+from detrlib.files import load_checkpoint
+from detrlib.runs.folder import RUNS, load_results, run_path
+
+__all__ = ["Source", "build_source", "open_source", "run_source"]
+
+
+def open_source(source: str | Path, checkpoint: str = "last", overrides: Mapping[str, Any] | None = None) -> Source:
+    """Find weights by any of their names; no code in a file is run.
+
+    Args:
+        source: a run (name or folder), a name of published weights such as "detr-r50", a file or a folder, or an id of
+            Hugging Face such as "facebook/detr-resnet-50"; looked for in this order.
+        checkpoint: of a run: "last", "best", "epoch-0010" and so on.
+        overrides: dotted settings that a file from elsewhere does not tell, such as {"model.num_heads": 4}.
+
+    Raises:
+        RunError: the run has no model, or no such checkpoint.
+        WeightsError: there is nothing of this name; the message says which names are near. Or the file is damaged, of
+            another model, or cannot be fetched.
+        ConfigError: `overrides` make no sense, or are given for a run, which has settings of its own.
+    """
+    run_dir = run_path(source)
+    path = Path(source).expanduser().absolute()
+    for folder in (run_dir, path):
+        if (folder / "config.yaml").is_file():
+            _no_overrides(folder, overrides)
+            return run_source(folder, checkpoint)
+    if path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file():
+        _no_overrides(path, overrides)
+        return run_source(path.parent.parent, path.stem)
+    if path.is_file():
+        return official_source(path, overrides)
+    raise WeightsError(_unknown(str(source)))
+
+
+def _no_overrides(path: Path, overrides: Mapping[str, Any] | None) -> None:
+    if overrides:
+        raise ConfigError(f"{path}: {next(iter(overrides))} cannot be set: a run has settings of its own")
+
+
+def run_source(run_dir: Path, checkpoint: str = "last") -> Source:
+    """The weights of a run, averaged ones where it keeps them.
+
+    Raises RunError for a run that has no such checkpoint, or is made of another detector's predictions.
+    """
+    results = refuse_predictions(run_dir)
+    cfg = load_config(run_dir / "config.yaml")
+    path = run_dir / "checkpoints" / f"{checkpoint}.pt"
+    content = load_checkpoint(path, ["model"])
+    names = {int(label): name for label, name in results.get("names", {}).items()} or None
+    label = str(run_dir.relative_to(RUNS)) if run_dir.is_relative_to(RUNS) else run_dir.name
+    return Source(label, cfg, content.get("average") or content["model"], names, path, content.get("epoch", 0))
+
+
+def refuse_predictions(run_dir: Path) -> dict:
+    """The results of a run so far. Raises RunError where they are another detector's predictions, without a model."""
+    results = load_results(run_dir) if (run_dir / "results.json").exists() else {}
+    if made_of := results.get("detector"):
+        raise RunError(
+            f"{run_dir} is made of {made_of}: it has no model, and its results are complete; detections in other data "
+            "make a run of their own (detrlib evaluate NAME --predictions FILE --data DATA)"
+        )
+    return results
+
+
+def _unknown(name: str) -> str:
+    """The sentence on a name that nothing has: what is near, and what would do."""
+    runs = [str(file.parent.relative_to(RUNS)) for file in RUNS.glob("**/config.yaml")]
+    near = difflib.get_close_matches(name, runs, 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"runs lie in {RUNS}"
+    return f"nothing is named {name!r}; {hint} A run, a name of published weights, a file or folder of weights will do"

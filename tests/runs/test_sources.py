@@ -1,0 +1,85 @@
+"""A model by any of its names, and what is said of names that nothing has."""
+
+import shutil
+
+import pytest
+import torch
+
+from detrlib.checkpoints.files import export_official
+from detrlib.checkpoints.source import COCO_LABELS
+from detrlib.engine.evaluate import load_model
+from detrlib.engine.loop import train
+from detrlib.errors import ConfigError, RunError, WeightsError
+from detrlib.files import load_checkpoint, save_checkpoint, write_json
+from detrlib.runs import sources
+from detrlib.runs.sources import build_source, open_source
+
+R18 = {"name": "resnet18", "weights": "none", "freeze_stem": True, "mask_padding": False}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, tiny_config):
+    folder = tmp_path_factory.mktemp("runs") / "nested" / "first"
+    train(tiny_config({"train.epochs": 1, "train.ema": 0.5}), folder)
+    return folder
+
+
+@pytest.fixture
+def runs(run_dir, monkeypatch):
+    """The folder of all runs, in which there is one, nested/first."""
+    folder = run_dir.parent.parent
+    monkeypatch.setattr(sources, "RUNS", folder)
+    monkeypatch.setattr(sources, "run_path", lambda name: folder / name)
+    return folder
+
+
+def equal(ours: dict, theirs: dict) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_run_by_name_and_by_folder_has_averaged_weights_and_names_of_classes(runs, run_dir, monkeypatch):
+    by_name = open_source("nested/first")
+    assert (by_name.label, by_name.epoch) == ("nested/first", 1)
+    assert by_name.names[1] == "circle" and len(by_name.names) == by_name.cfg.model.num_classes - 1
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / "last.pt")
+    assert equal(by_name.state, checkpoint["average"]) and not equal(by_name.state, checkpoint["model"])
+    model = build_source(by_name)
+    assert not model.training and equal(model.state_dict(), load_model(run_dir).state_dict())
+    monkeypatch.chdir(runs / "nested")
+    for name in (run_dir, "first", run_dir / "checkpoints" / "last.pt"):
+        assert equal(open_source(name).state, by_name.state)
+    with pytest.raises(RunError, match=r"epoch-0007.*there are best, last"):
+        open_source("nested/first", "epoch-0007")
+    with pytest.raises(ConfigError, match=r"model\.num_heads"):
+        open_source("nested/first", overrides={"model.num_heads": 2})
+
+
+def test_runs_made_of_predictions_have_no_model(run_dir, tmp_path):
+    folder = shutil.copytree(run_dir, tmp_path / "of-predictions")
+    write_json(folder / "results.json", {"detector": "detections.json"})
+    with pytest.raises(RunError, match=r"of-predictions.*no model"):
+        open_source(folder)
+
+
+def test_a_checkpoint_of_another_architecture_is_named_when_it_is_built(run_dir, tmp_path):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    save_checkpoint(folder / "checkpoints" / "last.pt", {"model": {"weight": torch.ones(2)}})
+    with pytest.raises(RunError, match=r"last\.pt.*another architecture"):
+        build_source(open_source(folder))
+
+
+def test_an_official_file_comes_with_names_of_coco(small, tmp_path):
+    for classes, names in ((COCO_LABELS, 80), (5, 0)):
+        model = small(backbone=R18, num_classes=classes)
+        torch.save({"model": export_official(model), "epoch": 3}, tmp_path / "official.pth")
+        source = open_source(tmp_path / "official.pth", overrides={"model.num_heads": 4})
+        assert (source.label, source.epoch) == ("official", 3)
+        assert equal(build_source(source).state_dict(), model.state_dict())
+        assert len(source.names or {}) == names
+        assert not names or (source.names[1], source.names[90]) == ("person", "toothbrush")
+
+
+@pytest.mark.parametrize(("name", "near"), [("nested/fist", "nested/first"), ("zzz", "")])
+def test_a_name_that_nothing_has(runs, name, near):
+    with pytest.raises(WeightsError, match=f"'{name}'.*{near}"):
+        open_source(name)
