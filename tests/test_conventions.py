@@ -34,10 +34,10 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
     ".": 550,
-    "config": 770,
+    "config": 840,
     "attention": 1225,
     "attention/kernels": 1040,
-    "models": 1910,
+    "models": 1930,
     "losses": 310,
     "checkpoints": 1150,
     "data": 1420,

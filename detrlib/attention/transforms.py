@@ -61,7 +61,7 @@ class Softmax(Transform):
 
 
 class Entmax(Transform):
-    """entmax with one fixed `alpha`, above 1 and at most 2."""
+    """entmax with one `alpha`, above 1 and at most 2. Training may move it, also to 1, where it is softmax."""
 
     def __init__(self, alpha: float):
         super().__init__()
@@ -70,7 +70,7 @@ class Entmax(Transform):
         self.alpha = alpha
 
     def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
-        return entmax_unchecked(scores, self.alpha)
+        return entmax_unchecked(scores, self.alpha) if self.alpha >= LEAST_ALPHA else scores.softmax(-1)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"

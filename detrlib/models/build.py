@@ -1,6 +1,6 @@
 """From settings to a model: the one place where configuration and architecture meet."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 
 from detrlib.attention import AlphaEntmax, Transform, build_transform
 from detrlib.attention.deformable import DeformableAttention
+from detrlib.attention.transforms import Entmax
 from detrlib.config import Deformable, Detr, Model, project_path
 from detrlib.errors import ConfigError
 from detrlib.models.backbone import Backbone, build_backbone
@@ -150,14 +151,25 @@ def _backbone(settings: Model, weights: str | Path | None, stages: Sequence[int]
 
 def alpha_modules(model: nn.Module) -> dict[str, AlphaEntmax]:
     """Learnable transforms by site and layer, e.g. "decoder_cross.0" for the first decoder layer's cross-attention."""
+    return _transforms(model, AlphaEntmax)
+
+
+def set_alphas(model: nn.Module, alphas: Mapping[str, float]) -> None:
+    """Give transforms with one fixed alpha another one, by site: {"decoder_cross": 1.2}; 1 is softmax."""
+    for layer, transform in _transforms(model, Entmax).items():
+        transform.alpha = alphas.get(layer.split(".")[0], transform.alpha)
+
+
+def _transforms(model: nn.Module, kind: type[Transform]) -> dict[str, Transform]:
+    """Transforms of a kind by site and layer."""
     site_of = {"encoder.layers": "encoder_self", "self_attn": "decoder_self", "multihead_attn": "decoder_cross"}
-    learnable = {}
+    transforms = {}
     for name, module in model.named_modules():
-        if isinstance(module, AlphaEntmax):
+        if isinstance(module, kind):
             site = next(site for part, site in site_of.items() if part in name)
             layer = next(part for part in name.split(".") if part.isdigit())
-            learnable[f"{site}.{layer}"] = module
-    return learnable
+            transforms[f"{site}.{layer}"] = module
+    return transforms
 
 
 def sampling_projections(model: nn.Module) -> list[nn.Parameter]:

@@ -2,6 +2,7 @@
 
     papermill_runs/<run_name>/
         config.yaml        every setting, resolved          environment.json   commit, versions, hardware
+        start.json         what training started from, where that was other weights (`train.start`)
         metrics.jsonl      one line per logged step or epoch, flat "group/name" keys
         checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
         results.json       final numbers; its presence means: finished

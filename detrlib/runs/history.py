@@ -59,8 +59,8 @@ def alpha_frame(run_dirs: Iterable[Path], quantity: str = "alpha") -> pd.DataFra
     frame = metrics_frame(run_dirs)
     alpha = frame[frame.metric.str.startswith(f"{quantity}/")]
     parts = alpha.metric.str.extract(rf"{quantity}/(?P<site>\w+)\.layer_(?P<layer>\d+)-head_(?P<head>\d+)")
-    parts = parts.astype({"layer": int, "head": int})
-    tidy = pd.concat([alpha[["run", "epoch", "value"]], parts], axis=1)
+    parts = parts.dropna().astype({"layer": int, "head": int})  # annealed ones have neither layer nor head
+    tidy = pd.concat([alpha[["run", "epoch", "value"]], parts], axis=1, join="inner")
     keys = ["run", "epoch", "site", "layer", "head"]
     if quantity != "alpha":
         return tidy.groupby(keys, sort=False, as_index=False)["value"].mean()

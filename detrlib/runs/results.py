@@ -306,8 +306,8 @@ def _trained(run_dir: Path, site: str) -> tuple[str, float]:
     transform = model.transform_at(site)
     alphas = _evaluated(run_dir)["alpha"]
     learned = [alpha for name, heads in alphas.items() if name.startswith(f"{site}.") for alpha in heads]
-    known = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": model.attention.alpha}
-    return transform, float(np.mean(learned)) if learned else known.get(transform, float("nan"))
+    fixed = model.alpha_at(site)
+    return transform, float(np.mean(learned)) if learned else float("nan") if fixed is None else fixed
 
 
 def load_matches(run_dir: Path) -> Matches:

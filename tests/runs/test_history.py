@@ -16,6 +16,7 @@ def test_metrics_and_alphas_as_tidy_tables(tmp_path):
     for run_dir in (a, b):
         run_dir.mkdir()
     alphas = {"alpha/decoder_cross.layer_0-head_3": 1.25, "alpha/encoder_self.layer_11-head_0": 1.5}
+    alphas["alpha/decoder_self"] = 1.125  # annealed, not learned
     runs.append_metrics(a, record(4, 1, **{"train/loss": 2.0}, **alphas))
     runs.append_metrics(b, record(8, 2, **{"train/loss": float("nan"), "val/AP": 0.25}))
     frame = history.metrics_frame([a, b])
