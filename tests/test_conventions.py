@@ -43,7 +43,7 @@ CEILINGS = {
     "data": 1420,
     "metrics": 1730,
     "runs": 1560,
-    "engine": 1750,
+    "engine": 1980,
     "experiments": 1900,
     "figures": 2920,
     "teaching": 490,
