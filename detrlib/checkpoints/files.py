@@ -4,9 +4,10 @@
     detrlib import detr-r50-e632da11.pth --as official-r50
     detrlib evaluate official-r50                                       its AP on COCO
 
-Files of DETR, of its variants with sparse cross-attention, of Deformable DETR and of Sparse DETR are known. No code in
-a file is run. Models in them were trained with features next to padding as they come, so they are built with
-`model.compatibility.mask_padding: false`; with true, images in padded batches give other detections than published.
+Files of DETR, of its variants with sparse cross-attention, of Conditional DETR, of Deformable DETR and of Sparse DETR
+are known. No code in a file is run. Models in them were trained with features next to padding as they come, so they are
+built with `model.compatibility.mask_padding: false`; with true, images in padded batches give other detections than
+published.
 """
 
 import argparse
@@ -127,7 +128,7 @@ def official_config(checkpoint: OfficialCheckpoint, overrides: Mapping[str, Any]
         settings = settings_of(checkpoint.state, told)
     except WeightsError as error:
         raise WeightsError(f"{checkpoint.path}: {error}") from None
-    if checkpoint.family in ("deformable", "sparse"):
+    if settings.get("model.classification") == "sigmoid":
         settings |= {"loss.cost_class": 2.0, "loss.weight_class": 2.0}
     return replace(load_config(overrides={"data.root": "data/coco"}), settings | overrides)
 
