@@ -34,13 +34,22 @@ def entmax(scores: Tensor, alpha: float | Tensor) -> Tensor:
 
     alpha from 1 + 1e-6 to 2: a number, or a tensor that broadcasts to [..., 1] and then gets a gradient (Correia et al.
     2019, Prop. 1). Rows should share alphas, as those of a head do: one of its own for each of them is 25 times slower.
-    Scores of -inf get weight zero; a row of nothing else is not allowed. Raises ValueError for another number.
+    Scores of -inf get weight zero; a row of nothing else is not allowed. Raises ValueError for an alpha out of range,
+    for which a GPU is waited for where it holds alpha: a layer whose alpha cannot leave the range calls
+    `entmax_unchecked`.
     """
+    alphas = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float64)
+    wrong = alphas[~((alphas >= LEAST_ALPHA) & (alphas <= 2))].tolist()  # not a number is among them
+    if wrong:
+        raise ValueError(f"alpha {wrong[0]:g} must lie between 1 + 1e-6 and 2; 1 itself is a softmax")
+    return entmax_unchecked(scores, alpha)
+
+
+def entmax_unchecked(scores: Tensor, alpha: float | Tensor) -> Tensor:
+    """`entmax` of an alpha that is known to be in its range."""
     if not scores.numel():
         return scores.softmax(-1)
     if not isinstance(alpha, Tensor):
-        if not LEAST_ALPHA <= alpha <= 2:
-            raise ValueError(f"alpha {alpha} must lie between 1 + 1e-6 and 2; 1 itself is a softmax")
         return _Entmax.apply(scores, float(alpha))
     # At 2 itself keys without weight would count, since 0 ** 0 is 1. The bound must not stop the gradient.
     below_two = alpha + (alpha.clamp(max=2 - 1e-6) - alpha).detach()

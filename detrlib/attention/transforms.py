@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from detrlib.attention.entmax import LEAST_ALPHA, entmax
+from detrlib.attention.entmax import LEAST_ALPHA, entmax_unchecked
 from detrlib.attention.tvmax import tvmax
 
 ALPHA_LOW, ALPHA_HIGH = 1.01, 2.0  # range of a learnable alpha
@@ -61,7 +61,7 @@ class Softmax(Transform):
 
 
 class Entmax(Transform):
-    """entmax with one fixed `alpha`, above 1 and at most 2."""
+    """entmax with one `alpha`, above 1 and at most 2. Training may move it, also to 1, where it is softmax."""
 
     def __init__(self, alpha: float):
         super().__init__()
@@ -70,7 +70,7 @@ class Entmax(Transform):
         self.alpha = alpha
 
     def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
-        return entmax(scores, self.alpha)
+        return entmax_unchecked(scores, self.alpha) if self.alpha >= LEAST_ALPHA else scores.softmax(-1)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
@@ -123,7 +123,7 @@ class AlphaEntmax(Transform):
         return ALPHA_LOW + (ALPHA_HIGH - ALPHA_LOW) * share
 
     def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
-        return entmax(scores, self.alpha.to(scores.dtype)[:, None, None])  # [H,1,1]
+        return entmax_unchecked(scores, self.alpha.to(scores.dtype)[:, None, None])  # [H,1,1]
 
     def extra_repr(self) -> str:
         return f"num_heads={len(self.pre_alpha)}, clamped={self.clamped}"
@@ -132,7 +132,7 @@ class AlphaEntmax(Transform):
 class TVMax(Transform):
     """Sparsemax of scores smoothed by total variation over the key grid: weights form patches (Martins et al. 2021).
 
-    `tv_lambda`: the price of a step between neighbouring cells; 0 is sparsemax.
+    `tv_lambda`: the price of a step between neighbouring cells; 0 is sparsemax. Half of the published code's alpha.
     """
 
     def __init__(self, tv_lambda: float):
@@ -155,7 +155,7 @@ class TransformSettings(NamedTuple):
     alpha: float = 1.5  # of entmax
     alpha_init: float | str | Tensor = 1.5  # of alpha_entmax, as its `initial`
     alpha_clamped: bool = False  # of alpha_entmax
-    tv_lambda: float = 0.1  # of tvmax
+    tv_lambda: float = 0.1  # of tvmax: half of the alpha of the published code
 
 
 TRANSFORMS = {

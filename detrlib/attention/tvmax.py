@@ -3,7 +3,8 @@ Attention", Sec. 3): sparsemax of the scores after the total-variation proximal 
 
     prox(y) = argmin_x  1/2 ||x - y||^2 + lam * sum over edges (i, j) of |x_i - x_j|,
 
-where the edges join horizontally and vertically neighbouring valid cells of the key grid.
+where the edges join horizontally and vertically neighbouring valid cells of the key grid. The published code steps by
+half of its alpha, as for ||x - y||^2 + alpha ...: its alpha of 0.1, the thesis's, is a lam of 0.05 here.
 
 Legend: M maps, one per query; h, w the key grid; N = h w cells; E edges. D [E,N] takes differences along edges.
 

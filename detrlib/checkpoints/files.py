@@ -5,9 +5,10 @@
     detrlib evaluate official-r50                                       its AP on COCO
 
 Files of DETR, of its variants with sparse cross-attention, of Conditional DETR, of Deformable DETR and of Sparse DETR
-are known. No code in a file is run. Models in them were trained with features next to padding as they come, so they are
-built with `model.compatibility.mask_padding: false`; with true, images in padded batches give other detections than
-published.
+are known. No code in a file is run. Whatever its batch, an image is predicted as the official code predicts it alone.
+In a batch that code lets predictions depend on the other images, and so on `evaluate.batch_size`:
+`model.compatibility.padding: official` repeats it, and `thesis` for the variants with sparse cross-attention, whose
+code favours padding.
 """
 
 import argparse
@@ -115,8 +116,6 @@ def _told(arguments: Mapping[str, Any], family: str) -> dict[str, Any]:
     }
     if not told.get("model.deformable.rho", 1.0):
         del told["model.deformable.rho"]  # 0 was their word for a dense encoder
-    if "decoder_act" in arguments and family == "detr":
-        told["model.compatibility.attention_padding"] = "add_one"
     return told
 
 

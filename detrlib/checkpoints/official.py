@@ -97,11 +97,7 @@ def _detr_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
             "model.num_classes": _shape(state, "class_embed.weight")[0],
         }
     if PRE_ALPHA in state:
-        settings |= {
-            "model.attention.decoder_cross": "alpha_entmax",
-            "model.compatibility.alpha_clamped": True,
-            "model.compatibility.attention_padding": "add_one",
-        }
+        settings |= {"model.attention.decoder_cross": "alpha_entmax", "model.compatibility.alpha_clamped": True}
     return settings
 
 
@@ -139,7 +135,7 @@ def _deformable_settings(
             raise WeightsError(
                 "a Sparse DETR whose share of kept tokens is not written in the file; say it: model.deformable.rho=0.3"
             )
-        settings |= {"model.compatibility.token_scores": "official", "model.compatibility.dam": "official"}
+        settings["model.compatibility.dam"] = "official"
     return settings
 
 
@@ -166,7 +162,6 @@ def backbone_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "model.backbone.name": name,
         "model.backbone.weights": "none",  # they are in the file
         "model.backbone.freeze_stem": True,
-        "model.compatibility.mask_padding": False,
     }
 
 

@@ -11,7 +11,7 @@ from detrlib.checkpoints.names import State
 from detrlib.config import Config
 from detrlib.errors import WeightsError
 from detrlib.files import load_weights, weight_faults
-from detrlib.models.build import build_model
+from detrlib.models.build import build_model, set_alphas
 
 COCO_LABELS = 91  # category ids of COCO run to 90, eleven of them without a class
 
@@ -29,12 +29,13 @@ class Source:
 
 
 def build_source(source: Source) -> nn.Module:
-    """The model of a source with its weights, on the CPU, in evaluation mode.
+    """The model of a source with its weights, on the CPU, in evaluation mode, alphas that are annealed as they were.
 
     Raises RunError naming the file if its weights are of another architecture than its settings.
     """
     model = _without_memory(source).to_empty(device="cpu")  # random weights would only be overwritten
     load_weights(model, source.state, source.path)
+    set_alphas(model, source.cfg.model.annealed_alphas(source.epoch))
     return model.eval()
 
 

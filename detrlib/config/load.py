@@ -21,14 +21,22 @@ from detrlib.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parents[2]
 
+PADDING = "model.compatibility.padding"
 # Settings that have moved; files and overrides that use the old names keep working.
 MOVED = {
-    "model.backbone.mask_padding": "model.compatibility.mask_padding",
-    "model.attention.padding": "model.compatibility.attention_padding",
+    "model.backbone.mask_padding": PADDING,
+    "model.compatibility.mask_padding": PADDING,
+    "model.attention.padding": PADDING,
+    "model.compatibility.attention_padding": PADDING,
+    "model.deformable.token_scores": PADDING,
+    "model.compatibility.token_scores": PADDING,
     "model.attention.alpha_clamped": "model.compatibility.alpha_clamped",
-    "model.deformable.token_scores": "model.compatibility.token_scores",
     "model.deformable.dam": "model.compatibility.dam",
 }
+# Parameters of published code that are twice a setting, and may be given in place of it.
+DOUBLED = {"model.attention.tv_alpha": "model.attention.tv_lambda"}
+# What three settings said before they were one; where they differ the last of these counts.
+PADDING_WAS = {"exact": (True, "masked", "hidden"), "official": (False, "official"), "thesis": ("add_one",)}
 # What is always so in a family that has no setting for it, and why; files that say so are right.
 GIVEN = {
     "deformable": {
@@ -37,13 +45,11 @@ GIVEN = {
         "model.norm": ("post", "its layers are those of the published weights"),
         "model.attention.encoder_self": ("softmax", "it samples points and scores no keys; choose decoder_self"),
         "model.attention.decoder_cross": ("softmax", "it samples points and scores no keys; choose decoder_self"),
-        "model.compatibility.attention_padding": ("hidden", "it hides padding always"),
         "model.attention.tv_lambda": (None, "it has no tvmax, whose keys form a grid"),
         "model.polling": (None, "it keeps fewer tokens by model.deformable.rho"),
     },
     "detr": {
         "model.deformable": (None, "set model.architecture to deformable"),
-        "model.compatibility.token_scores": (None, "it scores no tokens; that is Sparse DETR"),
         "model.compatibility.dam": (None, "it scores no tokens; that is Sparse DETR"),
     },
 }
@@ -149,11 +155,29 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _settings(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Sections within each other, or dotted names, as dotted settings under their names of today."""
-    flat = {}
-    for key, value in _flat(values).items():
+    given, settings, padding = _flat(values), {}, []
+    for key, value in given.items():
         _check_known(key, where)
-        flat[MOVED.get(key, key)] = value
-    return flat
+        if key in DOUBLED:
+            settings[DOUBLED[key]] = _half(key, value, given, where)
+            continue
+        now = MOVED.get(key, key)
+        if now == PADDING != key:
+            value = next((today for today, before in PADDING_WAS.items() if value in before), value)
+            padding.append(value)
+        settings[now] = value
+    if padding:
+        settings[PADDING] = max(padding, key=lambda value: [*PADDING_WAS, value].index(value))
+    return settings
+
+
+def _half(key: str, value: Any, given: dict[str, Any], where: str) -> float:
+    """The setting that a parameter of published code is twice of."""
+    if DOUBLED[key] in given:
+        raise ConfigError(f"{where}: {key} is twice {DOUBLED[key]}; give one of them")
+    if not isinstance(value, int | float):
+        raise ConfigError(f"{where}: {key} is {value!r}; give a number, twice {DOUBLED[key]}")
+    return value / 2
 
 
 def _overrides(values: dict[str, Any]) -> dict[str, Any]:
@@ -261,7 +285,7 @@ def _is_given(key: str, value: Any, family: str, where: str) -> bool:
 
 
 def _check_known(key: str, where: str) -> None:
-    if key in KNOWN or key in MOVED:
+    if key in KNOWN or key in MOVED or key in DOUBLED:
         return
     last = key.split(".")[-1]
     near = difflib.get_close_matches(key, KNOWN, 1, 0.5)

@@ -69,6 +69,14 @@ def _start_of_alpha(value: float | str) -> float | str:
     return value
 
 
+class Anneal(Section):
+    """From dense to sparse: alphas that start near softmax and move, step by step, to those of their transforms."""
+
+    epochs: float = Field(0.0, ge=0.0)  # until they have arrived, 0.8 for example; 0: they are there from the start
+    start: float = Field(1.01, ge=1.0, lt=2.0)  # 1 is softmax itself; kernels on a GPU begin at 1.01
+    sites: tuple[SiteName, ...] | None = None  # None: all of sparsemax, entmax15 or entmax
+
+
 class QueryAttention(Section):
     """Transforms where only queries attend to each other by scores, and what any of them needs."""
 
@@ -76,6 +84,7 @@ class QueryAttention(Section):
     alpha: float = Field(1.5, ge=1.000001, le=2.0)  # of "entmax", fixed
     # of "alpha_entmax"; "normal": pre_alpha from N(0, 1); "cloned": so too, but one draw for all layers of a site
     alpha_init: Annotated[float | Literal["normal", "cloned"], AfterValidator(_start_of_alpha)] = 1.5
+    anneal: Anneal = Anneal()
 
 
 class Attention(QueryAttention):
@@ -83,7 +92,9 @@ class Attention(QueryAttention):
 
     encoder_self: TransformName = "softmax"
     decoder_cross: TransformName = "softmax"
-    tv_lambda: float = Field(0.1, ge=0.0)  # of "tvmax": price of a step between neighbouring cells
+    # of "tvmax": price of a step between neighbouring cells. In place of it tv_alpha may be given, the parameter of the
+    # published code, which is twice as large: the thesis's 0.1 is a tv_lambda of 0.05
+    tv_lambda: float = Field(0.1, ge=0.0)
 
 
 class Polling(Section):
@@ -155,20 +166,22 @@ class DeformableOptions(Section):
 class Compatibility(Section):
     """What published weights depend on, faults included. The defaults are the correct behaviour."""
 
-    mask_padding: bool = True  # False: features near padding depend on the batch, as in the official code
+    # How a batch is padded. exact: an image alone and in any batch is predicted as the official code predicts it alone.
+    # official: in batches, too, as the official code does, where predictions depend on the other images. That code
+    # does not mask features, shrinks masks by nearest neighbour, and counts padding among tokens that are scored.
+    padding: Literal["exact", "official"] = "exact"
     alpha_clamped: bool = False  # alpha by clamping, which has no gradient outside: the thesis's alpha_entmax
 
 
 class DetrCompatibility(Compatibility):
     """Of DETR and the thesis's models with sparse cross-attention."""
 
-    attention_padding: Literal["hidden", "add_one"] = "hidden"  # padded keys of decoder_cross favoured: the thesis
+    padding: Literal["exact", "official", "thesis"] = "exact"  # thesis: official, and decoder_cross favours padded keys
 
 
 class DeformableCompatibility(Compatibility):
     """Of Deformable DETR and Sparse DETR."""
 
-    token_scores: Literal["masked", "official"] = "masked"  # scores of tokens that depend on padding: Sparse DETR
     dam: Literal["exact", "official"] = "exact"  # decoder attention maps half a cell off: Sparse DETR
 
 
@@ -195,9 +208,41 @@ class Architecture(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _annealed_sites_have_an_alpha(self):
+        anneal = self.attention.anneal
+        if not anneal.epochs:
+            return self
+        sites = anneal.sites or get_args(SiteName)
+        fixed = [site for site in sites if (self.alpha_at(site) or 1.0) > 1.0]
+        if not fixed or (anneal.sites and fixed != list(sites)):
+            found = ", ".join(f"{site} {self.transform_at(site)}" for site in sites if site not in fixed)
+            raise ValueError(
+                f"model.attention.anneal moves alphas of sparsemax, entmax15 and entmax, not those of {found}; choose "
+                "one of them there, or name other sites in model.attention.anneal.sites"
+            )
+        return self
+
     def transform_at(self, site: SiteName) -> str:
         """The transform of a site's scores, or "deformable" where points are sampled instead of keys scored."""
         return getattr(self.attention, site, "deformable")
+
+    def alpha_at(self, site: SiteName) -> float | None:
+        """The alpha of a site's transform, or None where it is learned or there is none."""
+        fixed = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": self.attention.alpha}
+        return fixed.get(self.transform_at(site))
+
+    def annealed_alphas(self, epochs: float) -> dict[SiteName, float]:
+        """The alphas of `attention.anneal` by site after `epochs` of training; none where nothing is annealed.
+
+        A straight line from the start to the alpha of the transform, which is met exactly.
+        """
+        anneal = self.attention.anneal
+        if not anneal.epochs:
+            return {}
+        aims = {site: self.alpha_at(site) for site in anneal.sites or get_args(SiteName)}
+        left = max(0.0, 1 - epochs / anneal.epochs)
+        return {site: left * anneal.start + (1 - left) * aim for site, aim in aims.items() if aim not in (None, 1.0)}
 
 
 class Detr(Architecture):
@@ -233,10 +278,8 @@ class Detr(Architecture):
                 "model.polling keeps cells that form no grid, which tvmax needs; choose another transform at "
                 "model.attention.encoder_self and model.attention.decoder_cross"
             )
-        if self.compatibility.attention_padding != "hidden":
-            raise ValueError(
-                "model.polling hides padding always; leave model.compatibility.attention_padding at hidden"
-            )
+        if self.compatibility.padding == "thesis":
+            raise ValueError("model.polling hides padding always; set model.compatibility.padding to exact or official")
         return self
 
 

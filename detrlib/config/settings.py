@@ -67,7 +67,13 @@ class Tracking(Section):
     ] = ()
 
 
+FreezableName = Literal["backbone", "encoder", "decoder", "all_but_alpha_and_heads"]
+
+
 class Train(Section):
+    # A run, a name or a file whose weights training starts from, instead of those of model.backbone.weights.
+    start: str | None = None
+    freeze: tuple[FreezableName, ...] = ()  # parts that are not trained; dropout in them stays as it is
     epochs: int = Field(300, ge=1)
     batch_size: int = Field(16, ge=1)  # over all processes: results do not depend on their number
     lr: float = Field(1e-4, gt=0.0)
@@ -120,6 +126,16 @@ class Config(Section):
         if "encoder_self" in self.evaluate.store_sites and not self.model.encoder_layers:
             raise ValueError(
                 "evaluate.store_sites: model.encoder_layers is 0, there is no encoder_self to store; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _alpha_arrives(self):
+        needed = self.model.attention.anneal.epochs
+        if needed > self.train.epochs:
+            raise ValueError(
+                f"model.attention.anneal.epochs {needed} is more than train.epochs {self.train.epochs}: alpha would "
+                "not arrive; lower it, or train longer"
             )
         return self
 

@@ -32,17 +32,18 @@ class Batch(NamedTuple):
         return Batch(moved(self.images), moved(self.padding_mask), targets)
 
 
-def collate(samples: list[tuple[Tensor, dict]], multiple: int = 32) -> Batch:
-    """Pad images with zeros, below and to the right, to one size, and put them into one batch.
+def collate(samples: list[tuple[Tensor, dict]], multiple: int = 1) -> Batch:
+    """Pad images with zeros, below and to the right, to the size of the largest, and put them into one batch.
+
+    The batch is as official code makes it. Cells of a feature map lie on the same pixels whether an image comes alone
+    or beside larger ones, so that its prediction can be the same too.
 
     Whether a batch has padding is known here, and from here on by `padding_mask`, which is None if it has none: nobody
     needs to ask a tensor on a GPU.
 
     Args:
         samples: images [3,h,w] with their targets, as data sets return them.
-        multiple: height and width of the batch are divisible by it, in pixels. Where it is the stride of the backbone,
-            each cell of the feature map covers the same pixels whether an image comes alone or beside larger ones, so
-            that its prediction can be the same too.
+        multiple: height and width of the batch are divisible by it, in pixels.
 
     Returns:
         A batch; targets stay as they are.

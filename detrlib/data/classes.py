@@ -69,7 +69,7 @@ def _labels_by_name(theirs: Mapping[int, str], ours: Mapping[int, str], names: M
     labels = {}
     for id, name in theirs.items():
         if given.get(id, name):
-            label = _require(given[id], ours, "the model") if id in given else _find(name, ours)
+            label = _require(given[id], ours, "the model") if id in given else find_label(name, ours)
             if label is not None:
                 labels[id] = label
     if not labels:
@@ -81,7 +81,7 @@ def _labels_by_name(theirs: Mapping[int, str], ours: Mapping[int, str], names: M
     return labels
 
 
-def _find(name: str, among: Mapping[int, str]) -> int | None:
+def find_label(name: str, among: Mapping[int, str]) -> int | None:
     """The key whose name is `name`, literally or else up to case, spaces and underscores; None if there is none."""
     literal = [key for key, other in among.items() if other == name]
     alike = literal or [key for key, other in among.items() if _plain(other) == _plain(name)]
@@ -91,7 +91,7 @@ def _find(name: str, among: Mapping[int, str]) -> int | None:
 
 
 def _require(name: str, among: Mapping[int, str], where: str) -> int:
-    key = _find(name, among)
+    key = find_label(name, among)
     if key is None:
         near = difflib.get_close_matches(name, list(among.values()), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {listed(among.values(), MOST_NAMES)}"

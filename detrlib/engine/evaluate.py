@@ -24,13 +24,13 @@ from tqdm.auto import tqdm
 from detrlib.config import Config, load_config, replace, save_config
 from detrlib.data import CocoDataset, build_dataset, collate
 from detrlib.data.batch import batches
-from detrlib.engine.pretrain import backbone_weights
+from detrlib.engine.start import starting_model
 from detrlib.errors import ConfigError, RunError
 from detrlib.files import load_checkpoint, write_atomic, write_json
 from detrlib.losses import Criterion, match
 from detrlib.metrics.accumulate import AttentionMeasures
 from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
-from detrlib.models import Predictions, alpha_modules, build_model
+from detrlib.models import Predictions, alpha_modules
 from detrlib.models.outputs import Site
 from detrlib.runs.examples import recorder
 from detrlib.runs.folder import RESERVED, environment, load_results, save_tables
@@ -113,23 +113,13 @@ def results_folder(run_dir: Path, name: str, on: Path | None = None) -> Path:
 def load_model(run_dir: Path, checkpoint: str = "last") -> nn.Module:
     """The model of a run, on the CPU, in evaluation mode; averaged weights where the run keeps them.
 
-    checkpoint "untrained": the model as it was before training, its pretrained backbone included.
+    checkpoint "untrained": the model as it was before training, its pretrained backbone or `train.start` included.
     Raises RunError for a run that has no such checkpoint, or is made of another detector's predictions.
     """
     if checkpoint != UNTRAINED:
         return build_source(run_source(run_dir, checkpoint))
     refuse_predictions(run_dir)
-    cfg, weights = load_config(run_dir / "config.yaml"), None
-    if cfg.model.backbone.weights == "crops":
-        weights = backbone_weights(cfg.model.backbone, build_dataset(cfg.data, "train"), cfg.data.image_size)
-    return initial_model(cfg, weights).eval()
-
-
-def initial_model(cfg: Config, weights: str | Path | None = None) -> nn.Module:
-    """The model that training starts from: weights follow from cfg.train.seed alone, those of the backbone given."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.train.seed)
-        return build_model(cfg.model, weights)
+    return starting_model(load_config(run_dir / "config.yaml"))[0].eval()
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

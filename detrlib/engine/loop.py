@@ -27,8 +27,8 @@ from detrlib import runs
 from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, build_dataset, collate
 from detrlib.data.batch import EpochSampler, batches
-from detrlib.engine.evaluate import autocast, evaluate, initial_model, save_results
-from detrlib.engine.pretrain import backbone_weights
+from detrlib.engine.evaluate import autocast, evaluate, save_results
+from detrlib.engine.start import initial_model, record_start, starting_model
 from detrlib.engine.state import TrainingState
 from detrlib.engine.tracking import TRACKING, panels, show_messages, start_tracking, trackers
 from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss
@@ -110,10 +110,12 @@ def train(cfg: Config, run_dir: Path) -> dict:
     with accelerator.main_process_first():
         # The others find the run begun with the same settings, which is no reason to resume.
         resume = runs.open_run(cfg, run_dir) and (run_dir / "checkpoints" / "last.pt").exists()
-        weights = None
-        if cfg.model.backbone.weights == "crops":
-            weights = backbone_weights(cfg.model.backbone, train_set, cfg.data.image_size)
-    trainer = Trainer(cfg, run_dir, accelerator, train_set, val_set, "none" if resume else weights)
+        model, start = (initial_model(cfg, "none"), None) if resume else starting_model(cfg, train_set)
+    if start:
+        accelerator.print(start)
+    if accelerator.is_main_process and not resume:
+        record_start(run_dir, start)
+    trainer = Trainer(cfg, run_dir, accelerator, train_set, val_set, model)
     try:
         return trainer.run(resume)
     except KeyboardInterrupt:
@@ -143,7 +145,7 @@ class Trainer:
         accelerator: Accelerator,
         train_set: CocoDataset,
         val_set: CocoDataset,
-        weights: str | Path | None,
+        model: nn.Module,
     ):
         self.cfg, self.run_dir, self.accelerator, self.val_set = cfg, run_dir, accelerator, val_set
         set_seed(cfg.train.seed)
@@ -157,7 +159,7 @@ class Trainer:
             num_workers=cfg.data.workers,
             pin_memory=accelerator.device.type == "cuda",
         )
-        self.state = TrainingState(initial_model(cfg, weights), cfg.train, len(self.sampler), accelerator)
+        self.state = TrainingState(model, cfg, len(self.sampler), accelerator)
         self.criterion = Criterion(lambda x: accelerator.reduce(x, "mean"), **dict(cfg.loss))
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
         start_tracking(accelerator, cfg)
@@ -229,10 +231,13 @@ class Trainer:
         ids = [target["image_id"] for target in batch.targets]
         path = self.run_dir / f"failure-{self.accelerator.process_index}.pt"
         save_checkpoint(path, state.state_dict() | {"batch": tuple(batch), "image_ids": ids, "learning_rates": rates})
+        remedy = "Start again"
+        if state.epoch:  # other settings are for another run
+            remedy = f"Start a new run from the last complete epoch, train.start: {runs.run_name(self.run_dir)},"
         return (
             f"{what} at step {state.global_step} (epoch {state.epoch + 1}, learning rates {rates}, "
-            f"image ids {ids}). Weights and batch are in {path}; the last complete epoch is in checkpoints/last.pt. "
-            "Try a lower train.lr, train.clip_norm: 0.1, train.warmup_steps, or train.precision: float32."
+            f"image ids {ids}). Weights and batch are in {path}. {remedy} with a lower train.lr, train.clip_norm: 0.1, "
+            "train.warmup_steps, or train.precision: float32."
         )
 
     def _validate(self) -> dict[str, float]:
@@ -265,6 +270,7 @@ class Trainer:
             return
         for layer, module in alpha_modules(self.state.trained).items():
             values |= _by_head("alpha", layer, module.alpha) | _by_head("pre_alpha", layer, module.pre_alpha)
+        values |= {f"alpha/{site}": alpha for site, alpha in self.state.alphas.items()}
         record = {"global_step": self.state.global_step, "epoch": self.state.epoch} | values
         runs.append_metrics(self.run_dir, record)
         self.accelerator.log(panels(record, self.criterion.weights), step=self.state.global_step)

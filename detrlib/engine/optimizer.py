@@ -1,6 +1,7 @@
 """What each parameter learns at: named groups with rates of their own, and the schedule that all follow."""
 
 import math
+import re
 from collections.abc import Callable
 
 import torch
@@ -9,15 +10,32 @@ from torch import nn
 from detrlib.config import Train
 from detrlib.models import alpha_modules, sampling_projections
 
+FROZEN = {  # by `train.freeze`, names of parameters
+    "backbone": r"backbone\.",
+    "encoder": r"transformer\.encoder\.",
+    "decoder": r"transformer\.decoder\.",
+    "all_but_alpha_and_heads": r"(?!.*\.transform\.|class_embed\.|bbox_embed\.)",  # alpha: all that transforms learn
+}
+
+
+def freeze(model: nn.Module, cfg: Train) -> None:
+    """Leave out of training what `train.freeze` names, and the backbone if its rate is zero."""
+    parts = [FROZEN[name] for name in cfg.freeze] + ([] if cfg.lr_backbone else [FROZEN["backbone"]])
+    for name, parameter in model.named_parameters():
+        if any(re.match(part, name) for part in parts):
+            parameter.requires_grad_(False)
+
 
 def parameter_groups(model: nn.Module, cfg: Train) -> list[dict]:
-    """Named optimiser groups, if not empty: rest, backbone, projections (to sampling locations), alpha (no decay)."""
+    """Named optimiser groups, if not empty: rest, backbone, projections (to sampling locations), alpha (no decay).
+
+    What is not to be trained is frozen first, see `freeze`.
+    """
+    freeze(model, cfg)
     special = {id(module.pre_alpha): "alpha" for module in alpha_modules(model).values()}
     special |= {id(parameter): "projections" for parameter in sampling_projections(model)}
     groups = {"rest": [], "backbone": [], "projections": [], "alpha": []}
     for name, parameter in model.named_parameters():
-        if name.startswith("backbone."):
-            parameter.requires_grad_(parameter.requires_grad and cfg.lr_backbone > 0)
         if parameter.requires_grad:
             group = "backbone" if name.startswith("backbone.") else special.get(id(parameter), "rest")
             groups[group].append(parameter)

@@ -8,23 +8,25 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from detrlib.config import Train
+from detrlib.config import Config
 from detrlib.engine.optimizer import lr_factors, parameter_groups
 from detrlib.files import load_checkpoint, load_weights, save_checkpoint
+from detrlib.models import set_alphas
 
 
 class TrainingState:
     """A model, its moving average if there is one, its optimiser, and how far they have come."""
 
-    def __init__(self, model: nn.Module, cfg: Train, steps_per_epoch: int, accelerator: Accelerator):
-        self.accelerator = accelerator
-        optimizer = torch.optim.AdamW(parameter_groups(model, cfg), weight_decay=cfg.weight_decay)
-        factors = lr_factors(optimizer, steps_per_epoch, cfg)
+    def __init__(self, model: nn.Module, cfg: Config, steps_per_epoch: int, accelerator: Accelerator):
+        self.accelerator, self.steps_per_epoch, self.annealed = accelerator, steps_per_epoch, cfg.model.annealed_alphas
+        optimizer = torch.optim.AdamW(parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
+        factors = lr_factors(optimizer, steps_per_epoch, cfg.train)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        average = get_ema_multi_avg_fn(cfg.ema)
-        self.average = AveragedModel(self.trained, multi_avg_fn=average) if cfg.ema else None
+        average = get_ema_multi_avg_fn(cfg.train.ema)
+        self.average = AveragedModel(self.trained, multi_avg_fn=average) if cfg.train.ema else None
         self.epoch, self.global_step, self.best = 0, 0, -math.inf
+        self._anneal()
 
     @property
     def trained(self) -> nn.Module:
@@ -41,12 +43,23 @@ class TrainingState:
         """By name of the optimiser's group."""
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
+    @property
+    def alphas(self) -> dict[str, float]:
+        """Of the sites that are annealed; they follow from the step alone."""
+        return self.annealed(self.global_step / max(1, self.steps_per_epoch))
+
+    def _anneal(self) -> None:
+        if alphas := self.alphas:
+            set_alphas(self.trained, alphas)
+            set_alphas(self.judged, alphas)
+
     def advance(self) -> None:
         """After an update of the weights: what moves along with them."""
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.trained)
         self.global_step += 1
+        self._anneal()
 
     def state_dict(self) -> dict:
         """All of it, as last.pt holds it."""
@@ -62,7 +75,12 @@ class TrainingState:
         }
 
     def save(self, folder: Path, ap: float, keep_every: int = 0) -> None:
-        """Write the checkpoints of a complete epoch, on the main process; best.pt where `ap` is the highest so far."""
+        """Write the checkpoints of a complete epoch, on the main process; best.pt where `ap` is the highest so far.
+
+        While alphas are annealed there is no best: it would be that of a denser model than the one that is trained.
+        """
+        if self.alphas != self.annealed(math.inf):
+            ap = -math.inf
         better, self.best = ap > self.best, max(ap, self.best)
         if not self.accelerator.is_main_process:
             return
@@ -84,3 +102,4 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.global_step, self.best = state["epoch"], state["global_step"], state["best"]
         self.schedule.last_epoch = state["schedule"]  # the rates themselves came with the optimiser
+        self._anneal()

@@ -23,6 +23,7 @@ from detrlib.experiments.propagation import mean_over_heads, relevance, rollout,
 from detrlib.models import AttentionMaps, Predictions
 from detrlib.models.backbone import image_sizes
 from detrlib.models.deformable import DeformableDETR
+from detrlib.models.outputs import cell_side
 
 METHODS = ("raw", "rollout", "grad_attention", "relevance", "box", "random")
 BY_GRADIENT = ("grad_attention", "relevance")
@@ -121,10 +122,10 @@ def _box_maps(boxes: Tensor, size: tuple[int, int], canvas: tuple[int, int], gri
 
     size, canvas: height and width in pixels of the image, and with its padding; grid: cells of the canvas.
     """
-    stride = [pixels / cells for pixels, cells in zip(canvas, grid, strict=True)]
+    side = cell_side(canvas, grid)
     x0, y0, x1, y1 = cxcywh_to_xyxy(boxes).clamp(0, 1).unbind(-1)
-    rows = _covered(y0 * size[0] / stride[0], y1 * size[0] / stride[0], grid[0])
-    columns = _covered(x0 * size[1] / stride[1], x1 * size[1] / stride[1], grid[1])
+    rows = _covered(y0 * size[0] / side, y1 * size[0] / side, grid[0])
+    columns = _covered(x0 * size[1] / side, x1 * size[1] / side, grid[1])
     return rows[:, :, None] * columns[:, None]
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
-from detrlib.boxes import cxcywh_to_xyxy
+from detrlib.boxes import cxcywh_to_xyxy, giou
 from detrlib.losses.matcher import Match, MatchingCosts, match
 from detrlib.models.outputs import Polled, Predictions, Tokens
 
@@ -128,10 +128,10 @@ class Criterion(nn.Module):
     def loss_boxes(self, outputs: Predictions, pairs: Pairs, divisors: Divisors) -> Terms:
         """`loss_bbox`, the L1 distance of matched boxes, and `loss_giou`, 1 - GIoU (Carion et al. 2020, Eq. 2)."""
         boxes = outputs.boxes.float()[pairs.image, pairs.query]  # [N,4]
-        giou = generalized_box_iou_loss(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes), reduction="sum")
+        overlap = giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes))  # [N]
         return {
             "loss_bbox": F.l1_loss(boxes, pairs.boxes, reduction="sum") / divisors.boxes,
-            "loss_giou": giou / divisors.boxes,
+            "loss_giou": (1 - overlap).sum() / divisors.boxes,
         }
 
     def _layer_losses(self, outputs: Predictions, targets: list[dict], divisors: Divisors) -> tuple[Pairs, Terms]:
@@ -200,7 +200,7 @@ def token_losses(tokens: Tokens) -> Terms:
     """`loss_mask`: does the scoring network find the tokens the decoder looks at most (Roh et al. 2022, Eq. 5)?
 
     Binary cross-entropy against the best tokens of the decoder attention map, as many as the image keeps: mean over
-    its valid tokens, then over images. (The official code takes the mean over the padding of the batch as well.)
+    its valid tokens, then over images; with `official_padding` over the padding of the batch as well.
     Logged only: `dam_correlation`, share of the decoder attention map on kept tokens, and that of every level.
     """
     attended = tokens.decoder_map()  # [B,S]
@@ -210,7 +210,8 @@ def token_losses(tokens: Tokens) -> Terms:
     among_best = (torch.arange(best.shape[1], device=best.device) < number).to(tokens.logits.dtype)
     wanted = torch.zeros_like(tokens.logits).scatter(1, best, among_best)
     entropy = F.binary_cross_entropy_with_logits(tokens.logits, wanted, reduction="none")
-    losses = {"loss_mask": ((entropy * valid).sum(1) / valid.sum(1)).mean()}
+    counted = torch.ones_like(valid) if tokens.official_padding else valid
+    losses = {"loss_mask": ((entropy * counted).sum(1) / counted.sum(1)).mean()}
     sizes = [h * w for h, w in tokens.shapes]
     parts = [(attended, tokens.kept), *zip(attended.split(sizes, 1), tokens.kept.split(sizes, 1), strict=True)]
     shares = [((amount * kept).sum(1) / amount.sum(1).clamp(min=1e-8)).mean() for amount, kept in parts]

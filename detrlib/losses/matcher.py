@@ -69,8 +69,7 @@ def match(outputs: Predictions, targets: list[dict], costs: MatchingCosts) -> li
         boxes than queries, some boxes stay unmatched.
     """
     labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
-    # Padded with boxes of some size: empty ones would divide by zero.
-    boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True, padding_value=0.5)
+    boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True)
     # Where predictions are not numbers any assignment will do: the loss will not be a number either, and says more.
     cost = matching_cost(outputs, labels, boxes, costs).nan_to_num().cpu().numpy()
     indices = []

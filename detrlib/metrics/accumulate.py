@@ -21,6 +21,7 @@ from detrlib.losses.matcher import Match
 from detrlib.metrics import localisation, sparsity
 from detrlib.metrics.tables import Table
 from detrlib.models import AttentionMaps, Predictions
+from detrlib.models.outputs import cell_side
 
 SELECTIONS = ("all", "matched", "confident")  # of queries; where queries are cells of the image, "all" alone
 MEAN_HEAD = -1  # in tables, the mean over heads
@@ -138,9 +139,9 @@ class AttentionMeasures:
         sizes, originals = (
             torch.stack([target[name] for target in batch.targets])[image] for name in ("size", "original_size")
         )
-        stride = sizes.new_tensor(batch.images.shape[-2:]).double() / sizes.new_tensor(maps.grid)
+        extents = sizes.double() / cell_side(batch.images.shape[-2:], maps.grid)
         looks = torch.cat([looks.mean(2, keepdim=True), looks], 2).unflatten(-1, maps.grid)  # [n,L,H+1,h,w]
-        measures = localisation.locate(looks, boxes, sizes / stride, self.settings.paibb, originals)
+        measures = localisation.locate(looks, boxes, extents, self.settings.paibb, originals)
         values = torch.stack([measures[name] for name in localisation.MEASURES], 1).cpu()  # [n,M,L,H+1]
         areas = (boxes[:, 2:].double() * originals.flip(1)).prod(-1).cpu()  # pixels of the file
         size = (areas >= localisation.SMALL).int() + (areas > localisation.LARGE)

@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from detrlib.boxes import cxcywh_to_xyxy
 from detrlib.errors import ConfigError
-from detrlib.models.outputs import Predictions
+from detrlib.models.outputs import Predictions, cell_side
 
 Unit = Literal["cell", "pixel"]
 Replacement = Literal["mean", "blur"]
@@ -57,13 +57,13 @@ def pixel_ranks(maps: Tensor, padding: Tensor, unit: Unit = "cell", seed: int = 
         raise ConfigError(f"unit {unit!r} must be one of {', '.join(modes)}")
     (height, width), valid = padding.shape, ~padding
     size = int(valid[:, 0].sum()), int(valid[0].sum())
-    stride = height / maps.shape[1], width / maps.shape[2]
-    rows, columns = (-int(-pixels // step) for pixels, step in zip(size, stride, strict=True))
+    side = cell_side(padding.shape, maps.shape[1:])
+    rows, columns = (-(-pixels // side) for pixels in size)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(len(maps), rows, columns, generator=generator, dtype=torch.float64).to(maps.device)
     # Where the image ends its cells end: padding does not bleed into the interpolation.
     both = torch.stack([maps[:, :rows, :columns].double(), noise], 1)  # [n,2,rows,columns]
-    enlarged = F.interpolate(both, (round(rows * stride[0]), round(columns * stride[1])), mode=modes[unit])
+    enlarged = F.interpolate(both, (rows * side, columns * side), mode=modes[unit])
     weights, noise = enlarged[:, :, : size[0], : size[1]].flatten(2).unbind(1)  # [n,P]
     order = noise.argsort(dim=-1, stable=True)
     # In float32 what interpolation between equal weights has rounded differently is equal again.

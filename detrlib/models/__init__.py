@@ -1,6 +1,14 @@
 """Detection transformers: `build_model(settings)` makes one, `Predictions` is what it returns."""
 
-from detrlib.models.build import alpha_modules, build_model, sampling_projections
+from detrlib.models.build import alpha_modules, build_model, sampling_projections, set_alphas
 from detrlib.models.outputs import AttentionMaps, Detections, Predictions
 
-__all__ = ["AttentionMaps", "Detections", "Predictions", "alpha_modules", "build_model", "sampling_projections"]
+__all__ = [
+    "AttentionMaps",
+    "Detections",
+    "Predictions",
+    "alpha_modules",
+    "build_model",
+    "sampling_projections",
+    "set_alphas",
+]

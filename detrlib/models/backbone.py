@@ -47,33 +47,35 @@ class FeatureMap:
 class Backbone(nn.Module):
     """Images [B,3,H,W] and their padding [B,H,W] or None -> feature maps of `stages` (1 to 4), fine to coarse.
 
-    num_channels: of each of these maps. mask_padding: hold everything outside an image at zero after every
-    normalisation, as the convolutions' own zero padding would, so that an image gives the same features alone and
-    in a padded batch.
+    num_channels: of each of these maps. Everything outside an image is held at zero after every normalisation, as the
+    convolutions' own zero padding would, so that an image gives the same features alone and in a padded batch.
+    official_padding: as in the official code, padding is an image like any other, and its masks are shrunk otherwise.
     """
 
-    def __init__(self, body: nn.Module, stages: Sequence[int] = (4,), mask_padding: bool = True):
+    def __init__(self, body: nn.Module, stages: Sequence[int] = (4,), official_padding: bool = False):
         super().__init__()
         self.body = body.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
         self.stages = tuple(stages)
         self.num_channels = [stage_channels(body, stage) for stage in self.stages]
-        self.mask_padding = mask_padding
+        self.official_padding = official_padding
 
     def forward(self, images: Tensor, padding: Tensor | None) -> list[FeatureMap]:
-        masks = {} if padding is None else masks_by_size(padding)
-        masked = self.mask_padding and padding is not None
+        masked = padding is not None and not self.official_padding
+        masks = masks_by_size(padding) if masked else {}
 
         def inside(x: Tensor) -> Tensor:
             return x.masked_fill(masks[x.shape[-2:]][:, None], 0.0) if masked else x
 
         if isinstance(self.body, SwinTransformer):
             # How windows lie depends on the sizes as numbers: with padding, a GPU is asked for them, once.
-            maps = swin_stages(self.body, images, inside, image_sizes(padding) if masked else None)
+            sizes = image_sizes(padding) if masked else None
+            maps = swin_stages(self.body, images, inside, sizes, self.official_padding)
         else:
             maps = residual_stages(self.body, images, inside)
-        return [
-            FeatureMap(x, masks.get(x.shape[-2:])) for number, x in enumerate(maps, start=1) if number in self.stages
-        ]
+        maps = [x for number, x in enumerate(maps, start=1) if number in self.stages]
+        if padding is None or masked:
+            return [FeatureMap(x, masks.get(x.shape[-2:])) for x in maps]
+        return [FeatureMap(x, nearest_mask(padding, x.shape[-2:])) for x in maps]
 
 
 def masks_by_size(padding: Tensor) -> dict[torch.Size, Tensor]:
@@ -83,6 +85,14 @@ def masks_by_size(padding: Tensor) -> dict[torch.Size, Tensor]:
         masks[padding.shape[-2:]] = padding
         padding = padding[:, ::2, ::2]
     return masks
+
+
+def nearest_mask(padding: Tensor, grid: Sequence[int]) -> Tensor:
+    """Padding [B,H,W] of a grid (h, w) as the official code has it: of the pixel at each cell's share of the batch.
+
+    Where strides do not divide the size of the batch, that pixel is not the first one of the cell.
+    """
+    return F.interpolate(padding[None].float(), size=tuple(grid)).bool()[0]
 
 
 def image_sizes(padding: Tensor) -> list[tuple[int, int]]:
@@ -178,7 +188,7 @@ def build_backbone(
     weights: str | Path = "none",
     dilation: bool = False,
     freeze_stem: bool | None = None,
-    mask_padding: bool = True,
+    official_padding: bool = False,
     stages: Sequence[int] = (4,),
 ) -> Backbone:
     """A backbone by name; `weights` is "none", "imagenet" (torchvision's) or the path of a state dict.
@@ -194,4 +204,4 @@ def build_backbone(
     if freeze_stem or (freeze_stem is None and str(weights) != "none"):
         for part in body.features[:3] if name == "swin_t" else (body.conv1, body.layer1):
             part.requires_grad_(False)
-    return Backbone(body, stages, mask_padding)
+    return Backbone(body, stages, official_padding)

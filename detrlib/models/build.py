@@ -1,6 +1,6 @@
 """From settings to a model: the one place where configuration and architecture meet."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 
 from detrlib.attention import AlphaEntmax, Transform, build_transform
 from detrlib.attention.deformable import DeformableAttention
+from detrlib.attention.transforms import Entmax
 from detrlib.config import Deformable, Detr, Model, project_path
 from detrlib.errors import ConfigError
 from detrlib.models.backbone import Backbone, build_backbone
@@ -67,9 +68,9 @@ def _detr(settings: Detr, weights: str | Path | None) -> DETR:
 def _deformable(settings: Deformable, weights: str | Path | None) -> DeformableDETR:
     chosen, published, dim = settings.deformable, settings.compatibility, settings.hidden_dim
     layer = _layer_settings(settings, pre_norm=False)
-    levels = chosen.levels
+    levels, official = chosen.levels, published.padding == "official"
     backbone = _backbone(settings, weights, chosen.backbone_stages())
-    scoring = ScoringNetwork(dim, published.token_scores == "official") if chosen.rho < 1 else None
+    scoring = ScoringNetwork(dim, official) if chosen.rho < 1 else None
     transformer = DeformableTransformer(
         DeformableEncoder(settings.encoder_layers, layer, levels, chosen.encoder_points),
         DeformableDecoder(settings.decoder_layers, layer, levels, chosen.decoder_points, chosen.refine),
@@ -83,7 +84,7 @@ def _deformable(settings: Deformable, weights: str | Path | None) -> DeformableD
     return DeformableDETR(
         backbone,
         _position(settings, centred=True),
-        LevelProjections(backbone.num_channels, levels, dim, published.mask_padding),
+        LevelProjections(backbone.num_channels, levels, dim, official),
         transformer,
         dim,
         settings.num_queries,
@@ -92,6 +93,7 @@ def _deformable(settings: Deformable, weights: str | Path | None) -> DeformableD
         class_specific=chosen.class_specific_proposals,
         encoder_auxiliary=chosen.encoder_auxiliary,
         keep_ratio=chosen.rho,
+        official_padding=official,
         map_shift=0.5 if published.dam == "exact" else 0.0,
     )
 
@@ -129,8 +131,7 @@ def _transform_maker(settings: Model) -> MakeTransform:
             alpha_clamped=settings.compatibility.alpha_clamped,
             tv_lambda=getattr(settings.attention, "tv_lambda", 0.0),
         )
-        favoured = getattr(settings.compatibility, "attention_padding", "hidden") == "add_one"
-        transform.padding_adds_one = favoured and site == "decoder_cross"
+        transform.padding_adds_one = settings.compatibility.padding == "thesis" and site == "decoder_cross"
         return transform
 
     return make
@@ -145,20 +146,31 @@ def _backbone(settings: Model, weights: str | Path | None, stages: Sequence[int]
         weights = project_path(weights)
     # Weights of a checkpoint are still to come when a run resumes: what is trained depends on the settings alone.
     freeze_stem = choice.weights != "none" if choice.freeze_stem is None else choice.freeze_stem
-    masked = settings.compatibility.mask_padding
-    return build_backbone(choice.name, weights, choice.dilation, freeze_stem, masked, stages)
+    official = settings.compatibility.padding != "exact"
+    return build_backbone(choice.name, weights, choice.dilation, freeze_stem, official, stages)
 
 
 def alpha_modules(model: nn.Module) -> dict[str, AlphaEntmax]:
     """Learnable transforms by site and layer, e.g. "decoder_cross.0" for the first decoder layer's cross-attention."""
+    return _transforms(model, AlphaEntmax)
+
+
+def set_alphas(model: nn.Module, alphas: Mapping[str, float]) -> None:
+    """Give transforms with one fixed alpha another one, by site: {"decoder_cross": 1.2}; 1 is softmax."""
+    for layer, transform in _transforms(model, Entmax).items():
+        transform.alpha = alphas.get(layer.split(".")[0], transform.alpha)
+
+
+def _transforms(model: nn.Module, kind: type[Transform]) -> dict[str, Transform]:
+    """Transforms of a kind by site and layer."""
     site_of = {"encoder.layers": "encoder_self", "self_attn": "decoder_self", "multihead_attn": "decoder_cross"}
-    learnable = {}
+    transforms = {}
     for name, module in model.named_modules():
-        if isinstance(module, AlphaEntmax):
+        if isinstance(module, kind):
             site = next(site for part, site in site_of.items() if part in name)
             layer = next(part for part in name.split(".") if part.isdigit())
-            learnable[f"{site}.{layer}"] = module
-    return learnable
+            transforms[f"{site}.{layer}"] = module
+    return transforms
 
 
 def sampling_projections(model: nn.Module) -> list[nn.Parameter]:

@@ -50,6 +50,8 @@ class DeformableDETR(nn.Module):
     Heads are those of the decoder layers (one for all without refinement), of the proposals, and of the encoder layers
     but the last, in this order. keep_ratio: share of the tokens that the encoder updates, if there is a scoring
     network. class_specific: proposals are judged by their best class, not by the one that stands for any object.
+    official_padding: padding, and what lies next to the border, is proposed and learned from like any token, as the
+    whole image, as in the official code.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class DeformableDETR(nn.Module):
         class_specific: bool = False,
         encoder_auxiliary: bool = False,
         keep_ratio: float = 1.0,
+        official_padding: bool = False,
         map_shift: float = 0.5,
     ):
         super().__init__()
@@ -79,6 +82,7 @@ class DeformableDETR(nn.Module):
         self.bbox_embed = nn.ModuleList(MLP(dim, dim, 4, num_layers=3) for _ in range(heads))
         self.num_queries, self.two_stage, self.class_specific = num_queries, two_stage, class_specific
         self.encoder_auxiliary, self.keep_ratio, self.map_shift = encoder_auxiliary, keep_ratio, map_shift
+        self.official_padding = official_padding
         self._start_at_references()
 
     def _start_at_references(self) -> None:
@@ -104,9 +108,11 @@ class DeformableDETR(nn.Module):
             ModelError: images are too small to propose as many queries as the model has.
         """
         sites = get_args(Site) if need_attention is True else need_attention or ()
-        maps = self.input_proj(self.backbone(images, padding_mask))
+        maps = self.input_proj(self.backbone(images, padding_mask), padding_mask)
         pyramid = flattened(maps, self.position, self.transformer.level_embed)
         cells = proposal_cells(pyramid) if self.two_stage else None
+        if cells is not None and self.official_padding:
+            cells = cells._replace(logits=cells.logits.masked_fill(~cells.valid[..., None], torch.inf))
         scores, kept = self._keep(pyramid, cells)
         memory, states, encoder_samples = self.transformer.encoder(pyramid, kept, "encoder_self" in sites)
         proposals = None
@@ -123,8 +129,8 @@ class DeformableDETR(nn.Module):
             predictions.encoder_auxiliary = self._encoder_predictions(states[:-1], cells, kept)
         if kept is not None:
             mask, most = kept.mask(scores.shape[1]), kept.index.shape[1]
-            samples = decoded.cross_maps
-            predictions.tokens = Tokens(scores, mask, memory.padding, memory.shapes, samples, most, self.map_shift)
+            how = most, self.map_shift, self.official_padding
+            predictions.tokens = Tokens(scores, mask, memory.padding, memory.shapes, decoded.cross_maps, *how)
         if sites:
             predictions.attention = attention_maps(maps[0], memory.ratios, encoder_samples, decoded)
         return predictions
@@ -153,7 +159,7 @@ class DeformableDETR(nn.Module):
         proposals = self._token_predictions(self.transformer.judged(memory.tokens, cells.valid), cells, number)
         proposals.any_object = not self.class_specific
         score = proposals.logits.amax(-1) if self.class_specific else proposals.logits[..., 0]
-        best = score.masked_fill(~cells.valid, -torch.inf).topk(self.num_queries, dim=1).indices  # [B,Q]
+        best = score.topk(self.num_queries, dim=1).indices  # [B,Q]
         boxes, tokens = (
             values.gather(1, best[..., None].expand(-1, -1, values.shape[-1]))
             for values in (proposals.boxes, memory.tokens)
@@ -162,7 +168,9 @@ class DeformableDETR(nn.Module):
 
     def _token_predictions(self, features: Tensor, cells: Cells, number: int) -> Predictions:
         """What tokens with `features` [B,S,E] predict by head `number`, as corrections of their cells."""
-        logits = self.class_embed[number](features).masked_fill(~cells.valid[..., None], NOWHERE)
+        logits = self.class_embed[number](features)
+        if not self.official_padding:
+            logits = logits.masked_fill(~cells.valid[..., None], NOWHERE)
         return Predictions(logits, (self.bbox_embed[number](features).float() + cells.logits).sigmoid(), "sigmoid")
 
     def _encoder_predictions(self, states: list[Tensor], cells: Cells, kept: Kept | None) -> list[Predictions]:

@@ -65,9 +65,9 @@ class DeformableEncoder(nn.Module):
         position, reference_points = memory.position, over_levels(cell_centres(memory), memory.ratios)
         if kept is not None:
             position, reference_points = kept.gather(position), kept.gather(reference_points)
+        x = memory.tokens if kept is None else kept.gather(memory.tokens)
         states, all_samples = [], []
         for layer in self.layers:
-            x = memory.tokens if kept is None else kept.gather(memory.tokens)
             x, samples = layer(x, position, reference_points, memory, need_samples)
             memory = memory._replace(tokens=x if kept is None else kept.scatter(memory.tokens, x))
             states.append(x)

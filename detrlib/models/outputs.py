@@ -19,6 +19,17 @@ from detrlib.models.sparse import Kept
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 
 
+def cell_side(canvas: Sequence[int], grid: Sequence[int]) -> int:
+    """Pixels along the sides of the cells of a grid (h, w) over a batch (H, W): the stride, a power of two.
+
+    The last row and column may reach beyond the batch, so that H / h is less where the stride does not divide H.
+    """
+    side = 1
+    while any(-(-pixels // side) > cells for pixels, cells in zip(canvas, grid, strict=True)):
+        side *= 2
+    return side
+
+
 class SampledMaps(Sequence):
     """Deformable attention as maps over the cells of the finest level, one [B,H,Q,K] per layer, made when asked for.
 
@@ -123,6 +134,7 @@ class Tokens:
     samples: list[Samples]  # of every decoder layer
     most: int  # tokens that an image of the batch keeps, as a number that no GPU needs to be asked for
     shift: float = 0.5  # see `splat`
+    official_padding: bool = False  # the scoring network learns from padding too, see `token_losses`
 
     @torch.no_grad()
     def decoder_map(self) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from detrlib.attention.deformable import wide
-from detrlib.models.backbone import FeatureMap
+from detrlib.models.backbone import FeatureMap, nearest_mask
 
 
 class Pyramid(NamedTuple):
@@ -66,11 +66,11 @@ def over_levels(reference_points: Tensor, ratios: Tensor) -> Tensor:
 class LevelProjections(nn.ModuleList):
     """Feature maps -> `levels` maps of E channels: 1 x 1 convolutions, and 3 x 3 of stride 2 for levels beyond them.
 
-    Each is followed by a group norm. mask_padding: statistics are those of the image alone and everything outside it
-    is held at zero, so that batches do not matter; False: padding takes part, as in the official code.
+    Each is followed by a group norm, whose statistics are those of the image alone; everything outside it is held at
+    zero, so that batches do not matter. official_padding: padding takes part, as in the official code.
     """
 
-    def __init__(self, num_channels: Sequence[int], levels: int, dim: int, mask_padding: bool = True):
+    def __init__(self, num_channels: Sequence[int], levels: int, dim: int, official_padding: bool = False):
         convolutions = [nn.Conv2d(channels, dim, kernel_size=1) for channels in num_channels]
         for extra in range(levels - len(num_channels)):
             before = dim if extra else num_channels[-1]
@@ -80,10 +80,10 @@ class LevelProjections(nn.ModuleList):
             nn.init.zeros_(convolution.bias)
         groups = math.gcd(32, dim)
         super().__init__(nn.Sequential(convolution, nn.GroupNorm(groups, dim)) for convolution in convolutions)
-        self.mask_padding = mask_padding
+        self.official_padding = official_padding
 
-    def forward(self, maps: list[FeatureMap]) -> list[FeatureMap]:
-        """Maps [B,C,h,w], fine to coarse -> L maps [B,E,h,w]."""
+    def forward(self, maps: list[FeatureMap], padding_mask: Tensor | None = None) -> list[FeatureMap]:
+        """Maps [B,C,h,w], fine to coarse, of images with padding_mask [B,H,W] -> L maps [B,E,h,w]."""
         projected = []
         for number, (convolution, norm) in enumerate(self):
             if number < len(maps):
@@ -92,8 +92,12 @@ class LevelProjections(nn.ModuleList):
                 level = maps[-1] if number == len(maps) else projected[-1]
                 padding = None if level.padding is None else level.padding[:, ::2, ::2]
             x = convolution(level.features)
-            masked = self.mask_padding and padding is not None
-            projected.append(FeatureMap(group_norm(norm, x, padding) if masked else norm(x), padding))
+            if padding is None or self.official_padding:
+                x = norm(x)
+                padding = None if padding is None else nearest_mask(padding_mask, x.shape[-2:])
+            else:
+                x = group_norm(norm, x, padding)
+            projected.append(FeatureMap(x, padding))
         return projected
 
 

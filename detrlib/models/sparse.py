@@ -52,23 +52,27 @@ def keep_best(scores: Tensor, padding: Tensor | None, ratio: float) -> Kept:
 class ScoringNetwork(nn.Module):
     """How much the decoder will look at a token: from its own features and the mean of all (Roh et al. 2022, Sec. 3.2).
 
-    over_padding: the mean takes padding for tokens, so that scores depend on the batch, as in the official code.
+    official_padding: the mean takes padding for tokens, so that scores depend on the batch, and padding has the lowest
+    score of the batch, as in the official code.
     """
 
-    def __init__(self, dim: int, over_padding: bool = False):
+    def __init__(self, dim: int, official_padding: bool = False):
         super().__init__()
         self.layer1 = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
         self.layer2 = nn.Sequential(
             nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 1)
         )
-        self.over_padding = over_padding
+        self.official_padding = official_padding
 
     def forward(self, tokens: Tensor, padding: Tensor | None) -> Tensor:
         """tokens [B,S,E], padding [B,S] -> logits [B,S]."""
         own, shared = self.layer1(tokens).chunk(2, -1)  # [B,S,E/2]
-        if padding is None or self.over_padding:
+        if padding is None or self.official_padding:
             mean = shared.mean(1, keepdim=True)
         else:
             count = (~padding).sum(1)[:, None, None]
             mean = shared.masked_fill(padding[..., None], 0.0).sum(1, keepdim=True) / count
-        return self.layer2(torch.cat([own, mean.expand_as(own)], -1)).squeeze(-1).float()
+        logits = self.layer2(torch.cat([own, mean.expand_as(own)], -1)).squeeze(-1).float()
+        if padding is not None and self.official_padding:
+            logits = logits.masked_fill(padding, logits.min())
+        return logits

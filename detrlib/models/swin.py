@@ -4,7 +4,8 @@ Windows are laid from the upper left corner of an image, and what is missing to 
 in torchvision and in the official code. Here the zeros of an image are the same whatever the batch: tokens outside an
 image are zero when attention looks at them, and beyond the whole windows that the image would have alone no token is
 seen from inside. An axis that one window covers is not shifted; this, too, is decided by the image and not by the
-batch. (The official code for detection shifts there as well, in images of at most 224 pixels; torchvision does not.)
+batch. (The official code for detection shifts there as well, in images of at most 224 pixels, which `always_shift`
+asks for; torchvision does not.)
 
 Legend: B images, C channels, H heads, M side of a window, T = M * M tokens of a window, N windows; h x w tokens, in
 whole windows; R = B, or 1 if all images fill the batch.
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
+from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer
 
 PATCH = 4  # pixels, the side of a patch
 DEPTHS = (2, 2, 6, 2)  # blocks of the stages of Swin-T
@@ -38,7 +39,11 @@ def swin_body(stages: Sequence[int]) -> SwinTransformer:
 
 
 def swin_stages(
-    body: SwinTransformer, images: Tensor, inside: Callable[[Tensor], Tensor], sizes: Sequence[Size] | None
+    body: SwinTransformer,
+    images: Tensor,
+    inside: Callable[[Tensor], Tensor],
+    sizes: Sequence[Size] | None,
+    always_shift: bool = False,
 ) -> Iterator[Tensor]:
     """Images [B,3,H,W] -> maps of the four stages [B,C,h,w], strides 4 to 32, normalised where the body has a norm.
 
@@ -52,7 +57,9 @@ def swin_stages(
     grids = sizes and [(_parts(height, PATCH), _parts(width, PATCH)) for height, width in sizes]
     for number in range(len(DEPTHS)):
         for block in body.features[2 * number + 1]:
-            x = _block(block, x, within, grids)
+            attended = window_attention(block.attn, within(block.norm1(x)), grids, always_shift)
+            x = x + block.stochastic_depth(attended)
+            x = x + block.stochastic_depth(block.mlp(block.norm2(x)))
         norm = getattr(body, f"norm{number}", None)
         yield inside((norm(x) if norm else x).permute(0, 3, 1, 2))
         if number + 1 < len(DEPTHS):
@@ -60,17 +67,13 @@ def swin_stages(
             grids = grids and [(_parts(height, 2), _parts(width, 2)) for height, width in grids]
 
 
-def _block(
-    block: SwinTransformerBlock, x: Tensor, within: Callable[[Tensor], Tensor], grids: Sequence[Size] | None
+def window_attention(
+    attention: ShiftedWindowAttention, x: Tensor, grids: Sequence[Size] | None = None, always_shift: bool = False
 ) -> Tensor:
-    x = x + block.stochastic_depth(window_attention(block.attn, within(block.norm1(x)), grids))
-    return x + block.stochastic_depth(block.mlp(block.norm2(x)))
-
-
-def window_attention(attention: ShiftedWindowAttention, x: Tensor, grids: Sequence[Size] | None = None) -> Tensor:
     """Attention among the tokens [B,h,w,C] of every window, with the parameters of `attention`.
 
     grids: rows and columns of tokens of every image, the rest of `x` being zero; None: all of it, as in torchvision.
+    always_shift: axes of one window too.
     """
     height, width = x.shape[1:3]
     side = attention.window_size[0]
@@ -79,7 +82,8 @@ def window_attention(attention: ShiftedWindowAttention, x: Tensor, grids: Sequen
     reaches = [(side * _parts(rows, side), side * _parts(columns, side)) for rows, columns in grids]
     alike = {}  # images by their shift
     for number, reach in enumerate(reaches):
-        shift = tuple(step if size > side else 0 for step, size in zip(attention.shift_size, reach, strict=True))
+        axes = zip(attention.shift_size, reach, strict=True)
+        shift = tuple(step if size > side or always_shift else 0 for step, size in axes)
         alike.setdefault(shift, []).append(number)
     if len(alike) == 1:
         (shift,) = alike

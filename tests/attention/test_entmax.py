@@ -45,6 +45,16 @@ def test_steps_do_not_end_before_the_root(by_bisection):
 def test_other_alphas_are_refused(alpha):
     with pytest.raises(ValueError, match="alpha"):
         entmax(rows(7, 1.0), alpha)
+    for of_rows in (torch.tensor(alpha), torch.tensor([[1.5]] * 5 + [[alpha]], requires_grad=True)):
+        with pytest.raises(ValueError, match="alpha"):
+            entmax(rows(7, 1.0), of_rows.double())
+
+
+def test_both_ends_of_the_range_are_in_it():
+    for dtype in (torch.float32, torch.float64):
+        scores, alphas = rows(7, 1.0).to(dtype), torch.tensor([[1 + 1e-6], [2.0]] * 3, dtype=dtype)
+        torch.testing.assert_close(entmax(scores, alphas)[1::2], entmax(scores[1::2], 2.0), rtol=0, atol=1e-5)
+        torch.testing.assert_close(entmax(scores, alphas)[::2], scores[::2].softmax(-1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)

@@ -208,7 +208,7 @@ def test_padding_can_add_one(name, need_weights, keys_padding, make, random_scor
 
 def test_switches_reach_the_layers(small):
     attention = {"decoder_self": "alpha_entmax", "decoder_cross": "alpha_entmax", "alpha_init": "cloned"}
-    model = small(attention=attention, compatibility={"alpha_clamped": True, "attention_padding": "add_one"})
+    model = small(attention=attention, compatibility={"alpha_clamped": True, "padding": "thesis"})
     layers = model.transformer.decoder.layers
     for site in ("self_attn", "multihead_attn"):
         first, *others = (getattr(layer, site).transform for layer in layers)

@@ -9,6 +9,8 @@ from entmax import entmax_bisect
 from torch import nn
 
 from detrlib.attention import TRANSFORMS, AlphaEntmax, MultiheadAttention, Transform, build_transform
+from detrlib.attention.entmax import entmax
+from detrlib.attention.transforms import Entmax
 from detrlib.models import alpha_modules, build_model
 
 HEADS = 3  # of the transforms that `make` gives
@@ -97,6 +99,13 @@ def test_the_family_meets_at_its_named_members(make, random_scores):
         torch.testing.assert_close(make("entmax", alpha)(scores), exact, rtol=0, atol=1e-10)
     learnable = build_transform("alpha_entmax", HEADS, alpha_init=1.5).double()
     torch.testing.assert_close(learnable(scores), make("entmax15")(scores), rtol=0, atol=1e-6)
+
+
+def test_an_alpha_that_training_moves_begins_at_softmax(random_scores):
+    scores, moved = random_scores(2, 3, 5, 16), Entmax(1.5)
+    for alpha, expected in ((1.0, scores.softmax(-1)), (1.01, entmax(scores, 1.01)), (1.5, entmax(scores, 1.5))):
+        moved.alpha = alpha
+        assert torch.equal(moved(scores), expected)
 
 
 @pytest.mark.parametrize("name", SPARSE)

@@ -12,7 +12,6 @@ from detrlib.models import build_model
 OFFICIAL_BACKBONE = {
     "model.backbone.weights": "none",
     "model.backbone.freeze_stem": True,
-    "model.backbone.mask_padding": False,
 }
 COCO = {"model.num_classes": 91} | OFFICIAL_BACKBONE
 DEFORMABLE = COCO | {
@@ -29,11 +28,10 @@ EFFICIENT = TWO_STAGE | {
 SPARSE = EFFICIENT | {
     "model.deformable.rho": 0.1,
     "model.deformable.encoder_auxiliary": True,
-    "model.deformable.token_scores": "official",
     "model.deformable.dam": "official",
 }
 SWIN = {"model.backbone.name": "swin_t"}
-THESIS = COCO | {"model.norm": "pre", "model.attention.padding": "add_one"}
+THESIS = COCO | {"model.norm": "pre"}
 ALPHA = THESIS | {"model.attention.decoder_cross": "alpha_entmax", "model.attention.alpha_clamped": True}
 
 # settings, entries of the official file, trainable parameters, and what the file cannot tell
@@ -58,13 +56,13 @@ MODELS = {
 }
 
 # Small models with every number its own
-R18 = {"name": "resnet18", "weights": "none", "freeze_stem": True, "mask_padding": False}
+R18 = {"name": "resnet18", "weights": "none", "freeze_stem": True}
 CHOICES = {
     "detr": {},
     "detr-pre-norm": {"norm": "pre"},
     "detr-learned": {"position": "learned"},
     "conditional": {"queries": "conditional", "classification": "sigmoid"},
-    "alpha": {"attention": {"decoder_cross": "alpha_entmax", "alpha_clamped": True, "padding": "add_one"}},
+    "alpha": {"attention": {"decoder_cross": "alpha_entmax", "alpha_clamped": True}},
 }
 FAMILY = {
     "plain": {"levels": 3, "encoder_points": 2, "decoder_points": 3},
@@ -79,7 +77,6 @@ FAMILY = {
         "class_specific_proposals": True,
         "encoder_auxiliary": True,
         "rho": 0.3,
-        "token_scores": "official",
         "dam": "official",
     },
 }

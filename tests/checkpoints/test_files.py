@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from detrlib.checkpoints.files import export_official, load_official, official_config, read_official
+from detrlib.data import collate
 from detrlib.errors import ConfigError, WeightsError
 from detrlib.models.backbone import build_body
 
-R18 = {"name": "resnet18", "weights": "none", "freeze_stem": True, "mask_padding": False}
+R18 = {"name": "resnet18", "weights": "none", "freeze_stem": True}
 TOLD = {
     "model.num_heads": 4,
     "model.dropout": 0.1,
@@ -36,6 +37,24 @@ def test_a_model_comes_back_from_an_official_file(every_small, tmp_path, padded_
     images, padding = padded_batch((96, 128), (128, 64), canvas=(128, 160))
     with torch.no_grad():
         torch.testing.assert_close(again(images, padding).logits, model(images, padding).logits)
+
+
+def test_an_import_predicts_images_as_the_official_code_does_alone(every_small, tmp_path):
+    """In batches of odd sizes too; with one setting, batches are predicted as that code predicts them."""
+    model, told = every_small
+    torch.save({"model": export_official(model)}, tmp_path / "official.pth")
+    exact = load_official(tmp_path / "official.pth", told).double()
+    official = load_official(tmp_path / "official.pth", told | {"model.compatibility.padding": "official"}).double()
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(3, *size, generator=generator, dtype=torch.float64) for size in [(123, 189), (193, 67)]]
+    batch = collate([(image, {}) for image in images])
+    with torch.no_grad():
+        together, in_official_batch = (one(batch.images, batch.padding_mask) for one in (exact, official))
+        for number, image in enumerate(images):
+            alone = official(image[None])
+            torch.testing.assert_close(together.logits[number], alone.logits[0], rtol=0, atol=1e-6)
+            torch.testing.assert_close(together.boxes[number], alone.boxes[0], rtol=0, atol=1e-6)
+            assert (in_official_batch.logits[number] - alone.logits[0]).abs().max() > 1e-4
 
 
 def test_official_file_of_a_detector_with_swin_t(
@@ -118,12 +137,14 @@ def test_dilation_of_dc5_is_told_by_arguments_or_by_the_caller(tmp_path, officia
 
 
 def test_thesis_files_name_their_transform(tmp_path, small):
-    model = small(backbone=R18, norm="pre", attention={"decoder_cross": "sparsemax", "padding": "add_one"})
+    model = small(backbone=R18, norm="pre", attention={"decoder_cross": "sparsemax"})
     content = {"model": export_official(model), "hyperparams": {"decoder_act": "sparsemax", "nheads": 4}}
     torch.save(content, tmp_path / "thesis.pth")
     again = load_official(tmp_path / "thesis.pth")
     transform = again.transformer.decoder.layers[0].multihead_attn.transform
-    assert type(transform).__name__ == "Sparsemax" and transform.padding_adds_one
+    assert type(transform).__name__ == "Sparsemax" and not transform.padding_adds_one
+    as_trained = load_official(tmp_path / "thesis.pth", {"model.compatibility.padding": "thesis"})
+    assert as_trained.transformer.decoder.layers[0].multihead_attn.transform.padding_adds_one
     assert again.transformer.encoder.norm is not None
 
 

@@ -165,11 +165,19 @@ def test_a_file_of_another_architecture_takes_over_what_both_know(write):
 def test_settings_that_have_moved_are_found_under_their_old_names(write):
     old = "model: {backbone: {mask_padding: false}, attention: {padding: add_one, alpha_clamped: true}}"
     compatibility = load_config(write("old.yaml", old)).model.compatibility
-    assert compatibility.model_dump() == {
-        "mask_padding": False,
-        "alpha_clamped": True,
-        "attention_padding": "add_one",
-    }
+    assert compatibility.model_dump() == {"padding": "thesis", "alpha_clamped": True}
+    for old, new in [
+        ({"mask_padding": True, "attention_padding": "hidden"}, "exact"),
+        ({"mask_padding": False, "attention_padding": "hidden"}, "official"),
+        ({"attention_padding": "add_one", "mask_padding": False}, "thesis"),
+    ]:
+        assert load_config(overrides={"model.compatibility": old}).model.compatibility.padding == new
+    for old, new in [((True, "masked"), "exact"), ((False, "masked"), "official"), ((True, "official"), "official")]:
+        old = dict(zip(("mask_padding", "token_scores"), old, strict=True))
+        overrides = DEFORMABLE | {"model.compatibility": old}
+        assert load_config(overrides=overrides).model.compatibility.padding == new
+    with pytest.raises(ConfigError, match=r"model\.compatibility\.padding.*'sometimes'"):
+        load_config(overrides={"model.backbone.mask_padding": "sometimes"})
     sparse = load_config(overrides=DEFORMABLE | {"model.deformable.dam": "official"}).model
     assert sparse.compatibility.dam == "official"
 
@@ -232,6 +240,29 @@ def test_every_known_setting_can_be_overridden_with_its_own_value(overrides):
     for name, value in flat_settings(cfg).items():
         assert load_config(overrides=overrides | {name: value}) == cfg, name
         assert name in known_settings()
+
+
+def test_the_parameter_of_the_published_tvmax_is_halved(tmp_path):
+    cfg = load_config(overrides={"model.attention.tv_alpha": "0.1"})
+    assert cfg == load_config(overrides={"model.attention.tv_lambda": 0.05})
+    path = tmp_path / "saved.yaml"
+    save_config(cfg, path)
+    assert load_config(path) == cfg  # as tv_lambda
+    assert replace(cfg, {"model.attention.tv_alpha": 1}).model.attention.tv_lambda == 0.5  # over what it stands for
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.attention.tv_alpha": 0.1, "model.attention.tv_lambda": 0.05},
+        {"model.attention.tv_alpha": "strong"},
+        {"model.attention.tv_alpha": -0.1},
+        {"model.attention.tv_alpha": 0.1, "model.architecture": "deformable"},
+    ],
+)
+def test_the_parameter_of_the_published_tvmax_is_refused_beside_ours_and_where_there_is_none(overrides):
+    with pytest.raises(ConfigError, match=r"model\.attention\.tv_"):
+        load_config(overrides=overrides)
 
 
 def test_a_sweep_is_no_config():

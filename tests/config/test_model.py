@@ -29,7 +29,7 @@ def test_settings_that_contradict_each_other_are_refused():
         (DEFORMABLE | {"model.norm": "pre"}, "model.norm.*post"),
         (DEFORMABLE | {"model.attention.encoder_self": "entmax15"}, "model.attention.encoder_self.*decoder_self"),
         (DEFORMABLE | {"model.attention.decoder_cross": "tvmax"}, "model.attention.decoder_cross.*decoder_self"),
-        (DEFORMABLE | {"model.attention.padding": "add_one"}, "model.compatibility.attention_padding.*at hidden"),
+        (DEFORMABLE | {"model.attention.padding": "add_one"}, "model.compatibility.padding.*'thesis'"),
         (DEFORMABLE | {"model.attention.decoder_self": "tvmax"}, "model.attention.decoder_self"),
         (DEFORMABLE | {"model.deformable.two_stage": True}, "two_stage needs.*model.deformable.refine.*set it to true"),
         (DEFORMABLE | {"model.deformable.query_init": "memory"}, "query_init: memory.*two_stage"),
@@ -99,3 +99,39 @@ def test_attention_that_cannot_be_is_refused(overrides, named):
 
 def test_configs_know_every_transform():
     assert set(get_args(TransformName)) == set(TRANSFORMS)
+
+
+ANNEAL = "model.attention.anneal"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({f"{ANNEAL}.epochs": 1}, rf"{ANNEAL}.*encoder_self softmax.*{ANNEAL}\.sites"),
+        ({f"{ANNEAL}.epochs": 1, "model.attention.decoder_cross": "alpha_entmax"}, "decoder_cross alpha_entmax"),
+        (
+            {f"{ANNEAL}.epochs": 1, f"{ANNEAL}.sites": ["decoder_self"], "model.attention.decoder_cross": "entmax15"},
+            "decoder_self softmax",
+        ),
+        (DEFORMABLE | {f"{ANNEAL}.epochs": 1, f"{ANNEAL}.sites": ["decoder_cross"]}, "decoder_cross deformable"),
+        ({f"{ANNEAL}.start": 0.99}, rf"{ANNEAL}\.start"),
+    ],
+)
+def test_annealing_of_what_has_no_fixed_alpha_is_refused(overrides, named):
+    with pytest.raises(ConfigError, match=named):
+        load_config(overrides=overrides)
+
+
+def test_alphas_move_on_a_line_from_the_start_to_the_transform_s_own():
+    attention = {"encoder_self": "sparsemax", "decoder_self": "entmax15", "decoder_cross": "entmax", "alpha": 1.3}
+    cfg = load_config(overrides={"model.attention": attention | {"anneal": {"epochs": 2, "start": 1.1}}})
+    halfway = {"encoder_self": 1.55, "decoder_self": 1.3, "decoder_cross": 1.2}
+    assert cfg.model.annealed_alphas(0) == dict.fromkeys(halfway, 1.1)
+    assert cfg.model.annealed_alphas(1) == pytest.approx(halfway)
+    aims = {"encoder_self": 2.0, "decoder_self": 1.5, "decoder_cross": 1.3}
+    assert cfg.model.annealed_alphas(2) == cfg.model.annealed_alphas(7.5) == aims  # exactly
+    chosen = load_config(
+        overrides={"model.attention": attention | {"anneal": {"epochs": 2, "sites": ["encoder_self"]}}}
+    )
+    assert chosen.model.annealed_alphas(2) == {"encoder_self": 2.0}
+    assert load_config(overrides={"model.attention": attention}).model.annealed_alphas(0) == {}

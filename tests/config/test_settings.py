@@ -41,6 +41,10 @@ def test_settings_are_frozen_at_every_depth():
         ({"data.cache": True, "data.workers": 2}, r"data\.workers"),
         ({"data.image_size": 31}, r"data\.image_size"),
         ({"loss.no_object": 0}, r"loss\.no_object"),
+        (
+            {"model.attention.decoder_cross": "entmax15", "model.attention.anneal.epochs": 2, "train.epochs": 1},
+            r"model\.attention\.anneal\.epochs.*train\.epochs",
+        ),
         ({"evaluate.store_sites": "encoder"}, r"evaluate\.store_sites"),
         ({"model.polling.train_ratios": 0.3}, r"model\.polling\.train_ratios.*list"),
     ],

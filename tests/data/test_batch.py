@@ -11,17 +11,18 @@ from detrlib.errors import ConfigError, DataError
 
 def test_collate_pads_below_and_to_the_right_and_masks_padding():
     samples = [(torch.rand(3, 40, 65), {"image_id": 1}), (torch.rand(3, 64, 32), {"image_id": 2})]
+    assert collate(samples, multiple=32).images.shape == (2, 3, 64, 96)
     batch = collate(samples)
-    assert batch.images.shape == (2, 3, 64, 96) and batch.padding_mask.shape == (2, 64, 96)
+    assert batch.images.shape == (2, 3, 64, 65) and batch.padding_mask.shape == (2, 64, 65)
     assert batch.padding_mask.dtype == torch.bool
     for (image, target), padded, mask, kept in zip(samples, *batch, strict=True):
         height, width = image.shape[-2:]
         assert torch.equal(padded[:, :height, :width], image) and kept is target
         assert not mask[:height, :width].any() and mask[height:].all() and mask[:, width:].all()
         assert not padded[:, mask].any()
-    unpadded = collate([(torch.rand(3, 64, 32), {})])
+    unpadded = collate([(torch.rand(3, 63, 32), {})])
     assert unpadded.padding_mask is None and not unpadded.mask().any()
-    assert unpadded.to("cpu").padding_mask is None and unpadded.mask().shape == (1, 64, 32)
+    assert unpadded.to("cpu").padding_mask is None and unpadded.mask().shape == (1, 63, 32)
     assert torch.equal(batch.mask(), batch.padding_mask)
 
 

@@ -9,8 +9,9 @@ from accelerate import Accelerator
 
 from detrlib.config import replace
 from detrlib.data import build_dataset, collate
-from detrlib.engine.evaluate import evaluate, evaluate_run, initial_model, load_model, results_folder
+from detrlib.engine.evaluate import evaluate, evaluate_run, load_model, results_folder
 from detrlib.engine.loop import train
+from detrlib.engine.start import initial_model
 from detrlib.errors import ConfigError, RunError
 from detrlib.files import write_json
 from detrlib.losses.criterion import Criterion
@@ -67,16 +68,6 @@ def test_losses_do_not_depend_on_how_images_share_batches(untrained):
     for name, value in terms.items():
         assert losses[0][name] == pytest.approx(value.item(), rel=1e-4), name
         assert losses[1][name] == pytest.approx(value.item(), rel=1e-4), name
-
-
-def test_the_model_that_training_starts_from_depends_on_the_seed_alone(untrained):
-    cfg, model, _ = untrained
-    torch.rand(3)
-    before = torch.get_rng_state()
-    again, other = initial_model(cfg), initial_model(replace(cfg, {"train.seed": 1}))
-    assert torch.equal(torch.get_rng_state(), before)
-    first, second, third = (next(m.transformer.parameters()) for m in (model, again, other))
-    assert torch.equal(first, second) and not torch.equal(first, third)
 
 
 def test_another_split_has_a_folder_of_its_own(run_dir):

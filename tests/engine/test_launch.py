@@ -92,6 +92,29 @@ def test_two_processes_equal_one(tmp_path, capfd, classification, by, metrics_wi
 
 
 @pytest.mark.slow
+def test_two_processes_start_freeze_and_anneal_alike(tmp_path, capfd, tiny_config, metrics_without_times):
+    """What is not trained gets no gradient, which processes must not wait for."""
+    train(tiny_config({"train.epochs": 1}), tmp_path / "dense")
+    sparse = {"model.attention.decoder_cross": "entmax15", "model.attention.anneal.epochs": 1.5}
+    chosen = {"train.start": str(tmp_path / "dense"), "train.freeze": ["backbone", "encoder"]}
+    printed = through_launch(tiny_config(sparse | chosen), tmp_path / "sparse", capfd)
+    assert [sign for sign in SIGNS_OF_A_CRASH if sign in printed] == [] and printed.count("starts from dense") == 1
+    before, after = (
+        load_checkpoint(tmp_path / run / "checkpoints" / "last.pt")["model"] for run in ("dense", "sparse")
+    )
+    moved = {
+        name.split(".")[1 if name.startswith("transformer") else 0]
+        for name in after
+        if not torch.equal(after[name], before[name])
+    }
+    assert moved == {"input_proj", "decoder", "query_embed", "class_embed", "bbox_embed"}
+    alphas = [
+        record["alpha/decoder_cross"] for record in metrics_without_times(tmp_path / "sparse") if "train/loss" in record
+    ]
+    assert alphas[-1] == 1.5 and alphas == sorted(alphas) and len(alphas) == 2 * STEPS
+
+
+@pytest.mark.slow
 def test_the_error_of_a_process_is_in_the_error_of_the_launch(tmp_path, tiny_config):
     cfg = tiny_config({"train.batch_size": 7})
     with pytest.raises(RunError, match=r"train\.batch_size 7") as caught:

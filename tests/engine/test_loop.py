@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 
-from detrlib.config import replace
+from detrlib.config import load_config, replace, save_config
 from detrlib.engine import loop as training
 from detrlib.engine import pretrain
-from detrlib.engine.evaluate import evaluate_run
+from detrlib.engine.evaluate import evaluate_run, load_model
 from detrlib.engine.loop import train
 from detrlib.errors import ConfigError, NonFiniteLoss, RunError
+from detrlib.experiments.interventions import attention_modules
 from detrlib.files import load_checkpoint, save_checkpoint
 
 STEPS = 4  # per epoch of a tiny run
@@ -89,6 +90,10 @@ VARIANTS = {
         "train.schedule": "cosine",
         "train.warmup_steps": 5,
         "train.alpha_keeps_lr": True,
+    },
+    "annealed average": {
+        "model.attention": {"decoder_cross": "entmax15", "anneal": {"epochs": 1.5}},
+        "train.ema": 0.9,
     },
     "frozen stem": {"model.backbone": {"name": "tiny", "weights": "crops"}},
     "sparse encoder": {
@@ -176,6 +181,29 @@ def test_validation_every_few_epochs_and_always_at_the_end(tmp_path, metrics_wit
     assert judged == [2, 3]
 
 
+# --- from dense to sparse --------------------------------------------------------------------------------------
+
+
+def test_annealed_alphas_are_logged_judged_by_and_arrive(tmp_path, metrics_without_times, tiny_config):
+    """Steps of an epoch are fewer than the epochs of annealing times them, so that alpha arrives within one."""
+    anneal = {"model.attention.anneal": {"epochs": 1.5, "start": 1.0, "sites": ["decoder_cross"]}}
+    sites = {"model.attention.decoder_cross": "sparsemax", "model.attention.decoder_self": "entmax15"}
+    results = train(tiny_config(sites | anneal | {"train.keep_every": 1}), tmp_path)
+    records = metrics_without_times(tmp_path)
+    alphas = [record["alpha/decoder_cross"] for record in records if "train/loss" in record]
+    assert alphas == pytest.approx([1 + min(1, step / (1.5 * STEPS)) for step in range(1, 2 * STEPS + 1)])
+    assert alphas[-1] == 2.0 and not any("alpha/decoder_self" in record for record in records)
+
+    halfway = load_model(tmp_path, "epoch-0001")
+    found = [module.transform.alpha for module in attention_modules(halfway, "decoder_cross")]
+    assert found == pytest.approx([1 + 1 / 1.5] * 2)
+    assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["epoch"] == 2
+    plain = load_config(tmp_path / "config.yaml", {"model.attention.anneal.epochs": 0})
+    save_config(plain, tmp_path / "config.yaml")
+    again = evaluate_run(tmp_path)
+    assert {**again, "seconds": 0} == {**results, "seconds": 0}
+
+
 # --- what must be refused, or named ----------------------------------------------------------------------------
 
 
@@ -190,6 +218,7 @@ def test_a_loss_that_is_no_number_is_named_and_kept(tmp_path, monkeypatch, tiny_
     monkeypatch.setattr(training, "train_step", poisoned)
     with pytest.raises(NonFiniteLoss, match=rf"loss is nan at step {STEPS + 1} \(epoch 2.*'rest': 0.001") as caught:
         train(tiny_config(), tmp_path)
+    assert f"train.start: {tmp_path}" in str(caught.value)
     state = load_checkpoint(tmp_path / "failure-0.pt")
     assert len(set(state["image_ids"])) == 8 and str(state["image_ids"]) in str(caught.value)
     assert str(tmp_path / "failure-0.pt") in str(caught.value)
@@ -197,6 +226,8 @@ def test_a_loss_that_is_no_number_is_named_and_kept(tmp_path, monkeypatch, tiny_
     assert images.shape == (8, 3, 64, 64) and [t["image_id"] for t in targets] == state["image_ids"]
     assert state["learning_rates"] == {"rest": 1e-3, "backbone": 1e-3}
     monkeypatch.setattr(training, "train_step", real)
+    advised = {"train.start": str(tmp_path), "train.lr": 1e-4, "train.warmup_steps": 2, "train.epochs": 1}
+    assert train(tiny_config(advised), tmp_path / "advised")["epoch"] == 1
     assert train(tiny_config(), tmp_path)["epoch"] == 2  # resumes from the last complete epoch
 
 

@@ -3,7 +3,10 @@
 import itertools
 
 import pytest
+import torch
 
+from detrlib.engine.evaluate import load_model
+from detrlib.engine.loop import train
 from detrlib.engine.optimizer import lr_factor, parameter_groups
 from detrlib.models import alpha_modules, build_model
 
@@ -68,6 +71,34 @@ def test_no_group_is_empty_and_a_rate_of_zero_freezes_the_backbone(model_of, set
     assert [group["name"] for group in groups] == ["rest"]
     assert not any(p.requires_grad for p in model.backbone.parameters())
     assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("backbone."))
+
+
+def part_of(name):
+    """Which part of a model a parameter belongs to."""
+    if name.startswith("backbone."):
+        return "backbone"
+    for part in ("encoder", "decoder"):
+        if name.startswith(f"transformer.{part}."):
+            return "alpha" if name.endswith("pre_alpha") else part
+    return "heads" if name.startswith(("class_embed.", "bbox_embed.")) else "rest"
+
+
+@pytest.mark.parametrize(
+    ("frozen", "moving"),
+    [
+        (["backbone"], {"alpha", "encoder", "decoder", "heads", "rest"}),
+        (["encoder", "backbone"], {"alpha", "decoder", "heads", "rest"}),
+        (["decoder"], {"backbone", "encoder", "heads", "rest"}),  # its alphas are a part of it
+        (["all_but_alpha_and_heads"], {"alpha", "heads"}),
+    ],
+    ids=lambda value: "-".join(sorted(value)),
+)
+def test_what_is_frozen_does_not_change_by_a_bit_and_everything_else_does(frozen, moving, tmp_path, tiny_config):
+    learned = {"model.attention.decoder_cross": "alpha_entmax", "train.freeze": frozen, "train.epochs": 1}
+    train(tiny_config(learned | {"train.ema": 0.5, "train.weight_decay": 0.1}), tmp_path)
+    before, after = (dict(load_model(tmp_path, which).named_parameters()) for which in ("untrained", "last"))
+    moved = {name: not torch.equal(before[name], value) for name, value in after.items()}
+    assert moved == {name: part_of(name) in moving for name in after}
 
 
 def test_step_schedule_drops_once_after_lr_drop_epochs(settings):

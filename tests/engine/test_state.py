@@ -4,7 +4,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from detrlib.engine.evaluate import initial_model
+from detrlib.attention.transforms import Entmax
+from detrlib.engine.start import initial_model
 from detrlib.engine.state import TrainingState
 from detrlib.errors import RunError
 from detrlib.files import load_checkpoint
@@ -15,9 +16,9 @@ def make(tiny_config):
     """A state of a tiny model after some updates with made-up gradients."""
 
     def make(updates=0, **train):
-        overrides = {f"train.{name}": value for name, value in train.items()}
+        overrides = {name if "." in name else f"train.{name}": value for name, value in train.items()}
         cfg = tiny_config({"model.num_classes": 7, "train.schedule": "cosine"} | overrides)
-        state = TrainingState(initial_model(cfg), cfg.train, steps_per_epoch=4, accelerator=Accelerator(cpu=True))
+        state = TrainingState(initial_model(cfg), cfg, steps_per_epoch=4, accelerator=Accelerator(cpu=True))
         generator = torch.Generator().manual_seed(0)
         for _ in range(updates):
             for parameter in state.model.parameters():
@@ -70,6 +71,26 @@ def test_the_average_is_evaluated_and_follows_the_weights_slowly(make):
     )
     assert make().evaluated is not None and start.evaluated is start.trained
     assert 0 < (averaged - first).abs().mean() < (trained - first).abs().mean()
+
+
+def test_annealed_alphas_follow_from_the_step_alone(make, tmp_path):
+    annealed = {"model.attention.decoder_cross": "entmax15", "model.attention.anneal.epochs": 1.25, "ema": 0.9}
+
+    def alphas(state):
+        models = (state.trained, state.judged)
+        return {t.alpha for model in models for t in model.modules() if isinstance(t, Entmax)}
+
+    states = {updates: make(updates, **annealed) for updates in (0, 2, 4, 5, 8)}
+    for updates, state in states.items():
+        assert alphas(state) == {state.alphas["decoder_cross"]}
+        assert state.alphas["decoder_cross"] == pytest.approx(1.01 + 0.49 * min(1.0, updates / 5))
+    assert alphas(states[5]) == alphas(states[8]) == {1.5}
+
+    for updates in (4, 8):  # the best of a sparse model is no denser one
+        states[updates].save(tmp_path / str(updates), ap=0.5)
+    assert [(tmp_path / name / "best.pt").exists() for name in ("4", "8")] == [False, True]
+    states[0].restore(tmp_path / "4" / "last.pt")
+    assert alphas(states[0]) == alphas(states[4])
 
 
 def test_a_checkpoint_without_the_optimizer_is_named(make, tmp_path):

@@ -54,9 +54,9 @@ def losses_in_loops(cheapest):
                         else:
                             sums["loss_class"] += 0.75 * p**2 * -math.log(1 - p)
                 if box is not None:
-                    found, wanted = predictions.boxes[image, query], target["boxes"][box]
-                    sums["loss_bbox"] += (found - wanted).abs().sum().item()
-                    corners = cxcywh_to_xyxy(found)[None], cxcywh_to_xyxy(wanted)[None]
+                    predicted, wanted = predictions.boxes[image, query], target["boxes"][box]
+                    sums["loss_bbox"] += (predicted - wanted).abs().sum().item()
+                    corners = cxcywh_to_xyxy(predicted)[None], cxcywh_to_xyxy(wanted)[None]
                     sums["loss_giou"] += 1 - generalized_box_iou(*corners).item()
         divisor = {"loss_class": class_weights if predictions.classification == "softmax" else num_boxes}
         return {name: value / divisor.get(name, num_boxes) for name, value in sums.items()}
@@ -139,8 +139,12 @@ def test_no_objects_at_all(classification, random_predictions, random_targets):
 
 
 @heads
-def test_perfect_predictions_have_no_box_loss(classification, random_predictions, random_targets):
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_perfect_predictions_have_no_box_loss(scale, classification, random_predictions, random_targets):
+    """Exactly none, however small the boxes are."""
     targets = random_targets(3, 1)
+    for target in targets:
+        target["boxes"][:, 2:] *= scale
     predictions = random_predictions(2, 5, classification)
     logits, boxes = torch.full_like(predictions.logits, -20.0), predictions.boxes.detach().clone()
     if classification == "softmax":
@@ -150,9 +154,8 @@ def test_perfect_predictions_have_no_box_loss(classification, random_predictions
             logits[image, 4 - index, label] = 20.0
             boxes[image, 4 - index] = box
     _, terms = Criterion(**SETTINGS)(Predictions(logits, boxes, classification), targets)
-    assert terms["loss_bbox"] == terms["class_error"] == terms["cardinality_error"] == 0
-    for name in ("loss_giou", "loss_class"):
-        assert terms[name].item() == pytest.approx(0, abs=1e-5)
+    assert terms["loss_bbox"] == terms["loss_giou"] == terms["class_error"] == terms["cardinality_error"] == 0
+    assert terms["loss_class"].item() == pytest.approx(0, abs=1e-5)
 
 
 def test_predictions_that_are_not_numbers_reach_the_loss(random_predictions, random_targets):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from detrlib.data import collate
 from detrlib.models.backbone import FeatureMap
 from detrlib.models.position import SinePosition
 from detrlib.models.pyramid import flattened
@@ -76,6 +77,53 @@ def half_padded():
         return padding
 
     return half_padded
+
+
+@pytest.fixture(scope="session")
+def assert_as_transformers():
+    @torch.no_grad()
+    def assert_as_transformers(official: nn.Module, reference: nn.Module, exact: nn.Module, *sizes: tuple[int, int]):
+        """The same weights give the same logits and boxes on images of odd sizes, in batches as `collate` makes them.
+
+        `official` predicts a batch as `reference` does; `exact` predicts every image of it as `reference` does alone.
+        Batches of the reference are those of its own processor. In double precision: features of random weights are so
+        large that float32 would round by more.
+        """
+        transformers = pytest.importorskip("transformers")
+        processor = transformers.DetrImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
+        generator = torch.Generator().manual_seed(1)
+        images = [torch.randn(3, *size, generator=generator) for size in sizes]
+        exact.load_state_dict(official.state_dict())
+        for model in (official, reference, exact):
+            model.double().eval()
+
+        def theirs(images):
+            given = processor(images=images, return_tensors="pt")
+            return reference(pixel_values=given["pixel_values"].double(), pixel_mask=given["pixel_mask"])
+
+        def ours(model, images):
+            batch = collate([(image, {}) for image in images])
+            return model(batch.images.double(), batch.padding_mask)
+
+        def assert_close(found, number, expected, row):
+            torch.testing.assert_close(found.logits[number], expected.logits[row], rtol=0, atol=1e-5)
+            boxes = expected.pred_boxes[row]
+            torch.testing.assert_close(found.boxes[number], boxes, rtol=0, atol=1e-5, check_dtype=False)
+
+        expected, together, independent = theirs(images), ours(official, images), ours(exact, images)
+        for number, image in enumerate(images):
+            alone = theirs([image])
+            assert_close(together, number, expected, number)
+            assert_close(independent, number, alone, 0)
+            for model in (official, exact):
+                assert_close(ours(model, [image]), 0, alone, 0)
+            if image.shape[1:] != together_shape(images):  # the reference depends on the batch, so that this was a test
+                assert (alone.logits[0] - expected.logits[number]).abs().max() > 1e-3
+
+    def together_shape(images):
+        return tuple(max(image.shape[axis] for image in images) for axis in (1, 2))
+
+    return assert_as_transformers
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from detrlib.models.backbone import build_backbone, build_body
+from detrlib.models.backbone import build_backbone, build_body, nearest_mask
 from detrlib.models.pretrained import load_backbone_weights
 
 BACKBONES = {
@@ -15,12 +15,12 @@ BACKBONES = {
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("mask_padding", [False, True])
-def test_backbone_is_that_of_torchvision(name, mask_padding, randomise):
+@pytest.mark.parametrize("official", [False, True])
+def test_backbone_is_that_of_torchvision(name, official, randomise):
     torch.manual_seed(0)
     reference = getattr(torchvision.models, name)(weights=None).eval()
     randomise(reference)
-    backbone = build_backbone(name, mask_padding=mask_padding).eval()
+    backbone = build_backbone(name, official_padding=official).eval()
     load_backbone_weights(backbone.body, reference.state_dict(), name)
     images = torch.randn(1, 3, 75, 106)
     expected = images
@@ -33,15 +33,21 @@ def test_backbone_is_that_of_torchvision(name, mask_padding, randomise):
     torch.testing.assert_close(level.features, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_without_masking_features_depend_on_the_batch(padded_batch, small):
-    """As in the official code; the switch exists for its checkpoints."""
-    backbone = small(backbone={"name": "resnet18", "weights": "none", "mask_padding": False}).backbone
+def test_official_padding_lets_features_depend_on_the_batch(padded_batch, small):
+    backbone = build_backbone("resnet18", official_padding=True).eval()
     images, padding = padded_batch((70, 101), canvas=(128, 160))
     with torch.no_grad():
         (together,) = backbone(images, padding)
         (alone,) = backbone(images[..., :70, :101], padding[..., :70, :101])
     h, w = alone.features.shape[-2:]
     assert (together.features[..., :h, :w] - alone.features).abs().max() > 0.1
+
+
+def test_official_masks_are_those_of_the_nearest_pixel():
+    """Of 101 pixels the official code looks at 0, 25, 50 and 75 for four cells; their own pixels begin at 0, 32, ..."""
+    padding = (torch.arange(101) >= 60).expand(1, 2, 101)
+    assert nearest_mask(padding, (1, 4)).tolist() == [[[False, False, False, True]]]
+    assert padding[:, :1, ::32].tolist() == [[[False, False, True, True]]]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -22,7 +22,7 @@ FAMILIES = {
     "detr": {},
     "resnet": {"backbone": {"name": "resnet18", "weights": "none"}},
     "swin": {"backbone": {"name": "swin_t", "weights": "none"}},
-    "unmasked backbone": {"backbone": BACKBONE | {"mask_padding": False}},
+    "official padding": {"compatibility": {"padding": "official"}},
     "pre-norm, learned positions": {"norm": "pre", "position": "learned"},
     "anchors": {"queries": "anchor", "classification": "sigmoid"},
     "conditional": {"queries": "conditional", "classification": "sigmoid"},

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from detrlib.models import AttentionMaps, Predictions
+from detrlib.models.outputs import cell_side
 
 
 def numbered_maps() -> AttentionMaps:
@@ -17,6 +18,15 @@ def numbered_maps() -> AttentionMaps:
     return AttentionMaps(
         [torch.arange(128.0).view(2, 1, 8, 8)], [torch.zeros(2, 1, 3, 3)], [cross], (2, 4), padding.flatten(1)
     )
+
+
+@pytest.mark.parametrize(
+    ("canvas", "grid", "side"),
+    [((800, 1088), (25, 34), 32), ((800, 1066), (25, 34), 32), ((66, 66), (3, 3), 32), ((99, 57), (13, 8), 8)],
+)
+def test_cells_are_squares_of_the_stride(canvas, grid, side):
+    """66 pixels are three cells of 32, the last of which hangs over, and not three of 22."""
+    assert cell_side(canvas, grid) == side
 
 
 def test_maps_as_images():

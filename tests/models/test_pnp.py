@@ -264,7 +264,7 @@ def test_a_run_is_trained_and_measured(tmp_path, tiny_config):
         ({"model.polling": {"ratio": 0.3, "train_ratios": [0.3, 1.2]}}, "model.polling.train_ratios"),
         ({"model.polling.ratio": 0.3, "model.attention.decoder_cross": "tvmax"}, "no grid, which tvmax needs"),
         ({"model.polling.ratio": 0.3, "model.attention.encoder_self": "tvmax"}, "no grid, which tvmax needs"),
-        ({"model.polling.ratio": 0.3, "model.attention.padding": "add_one"}, "model.compatibility.attention_padding"),
+        ({"model.polling.ratio": 0.3, "model.attention.padding": "add_one"}, "model.compatibility.padding"),
         (
             {"model.polling.ratio": 0.3, "model.architecture": "deformable"},
             "model.polling.ratio.*model.deformable.rho",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from detrlib.attention.deformable import Samples, splat
+from detrlib.data import collate
 from detrlib.losses.criterion import Criterion, token_losses
 from detrlib.models.outputs import Predictions, Tokens
 from detrlib.models.sparse import Kept, ScoringNetwork, keep_best
@@ -95,7 +96,7 @@ def test_other_tokens_pass_the_encoder_unchanged(deformable, padded_batch):
 
 def test_an_image_keeps_the_same_tokens_alone_and_in_a_batch(deformable, padded_batch):
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
-    models = {choice: deformable("sparse", {"token_scores": choice}) for choice in ("masked", "official")}
+    models = {choice: deformable("sparse", compatibility={"padding": choice}) for choice in ("exact", "official")}
     differs = {}
     for choice, model in models.items():
         with torch.no_grad():
@@ -103,10 +104,10 @@ def test_an_image_keeps_the_same_tokens_alone_and_in_a_batch(deformable, padded_
             alone = model(images[:1, :, :70, :101], padding[:1, :70, :101]).tokens
         inside = ~together.padding[0]
         differs[choice] = (together.logits[0, inside] - alone.logits[0]).abs().max().item()
-        if choice == "masked":
+        if choice == "exact":
             assert torch.equal(together.kept[0, inside], alone.kept[0])
             assert not together.kept[0, ~inside].any()
-    assert differs["masked"] < 1e-4 < 1e-3 < differs["official"]
+    assert differs["exact"] < 1e-4 < 1e-3 < differs["official"]
 
 
 def test_scores_mix_what_a_token_is_with_what_the_image_is():
@@ -119,8 +120,70 @@ def test_scores_mix_what_a_token_is_with_what_the_image_is():
     assert ((network(other, None) - scores)[0, :5] != 0).all()
     padding = torch.tensor([[False] * 5 + [True]])
     torch.testing.assert_close(network(other, padding)[0, :5], network(tokens[:, :5], None)[0])
-    network.over_padding = True
-    torch.testing.assert_close(network(other, padding), network(other, None))
+    network.official_padding = True
+    torch.testing.assert_close(network(other, padding)[0, :5], network(other, None)[0, :5])
+    assert network(other, padding)[0, 5] == network(other, None).min()
+
+
+@pytest.fixture(scope="session")
+def official_tokens():
+    def official_tokens(model, images: torch.Tensor, padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and kept tokens [B,S] of the official code, from the projected maps of its Deformable DETR."""
+        maps = model.input_proj(model.backbone(images, padding), padding)
+        hidden = torch.cat([level.key_padding for level in maps], 1)
+        tokens, centres = [], []
+        for level, embed in zip(maps, model.transformer.level_embed, strict=True):
+            position = model.position(level.padding) + embed[:, None, None]
+            tokens.append((level.features + position).flatten(2).mT)
+            valid = ~level.padding
+            axes = [(valid[:, 0].sum(1), level.grid[1]), (valid[:, :, 0].sum(1), level.grid[0])]
+            x, y = ((torch.arange(cells) + 0.5) / count[:, None] for count, cells in axes)
+            centres.append(torch.stack([x[:, None].expand(level.padding.shape), y[:, :, None].expand_as(valid)], -1))
+        inside = torch.cat([((c > 0.01) & (c < 0.99)).all(-1).flatten(1) for c in centres], 1)
+        tokens = torch.cat(tokens, 1).masked_fill((hidden | ~inside)[..., None], 0.0)
+        network = model.transformer.enc_mask_predictor
+        own, shared = network.layer1(
+            model.transformer.enc_output_norm(model.transformer.enc_output(tokens))
+        ).tensor_split(2, -1)
+        scores = network.layer2(torch.cat([own, shared.mean(1, keepdim=True).expand_as(own)], -1))[..., 0]
+        scores = scores.masked_fill(hidden, scores.min())
+        kept = torch.zeros_like(hidden)
+        for image, number in enumerate(((~hidden).sum(1) * model.keep_ratio).int() + 1):
+            kept[image, scores[image].topk(int(number)).indices] = True
+        return scores, kept
+
+    return official_tokens
+
+
+def test_official_padding_is_that_of_the_official_code(deformable, official_tokens):
+    """Images of odd sizes in batches as `collate` makes them; an exact model keeps the tokens of each image alone."""
+    options = {"levels": 4, "stages": None}, {"name": "resnet18", "weights": "none"}
+    models = {}
+    for choice in ("official", "exact"):
+        compatibility = {"padding": choice, "dam": "official"}
+        model = deformable("sparse", options[0], backbone=options[1], compatibility=compatibility)
+        models[choice] = model.double()
+    images = [torch.randn(3, *size, dtype=torch.float64) for size in [(123, 189), (193, 67)]]
+    batch = collate([(image, {}) for image in images])
+    with torch.no_grad():
+        official, exact = (models[choice](*batch[:2]).tokens for choice in ("official", "exact"))
+        scores, kept = official_tokens(models["official"], *batch[:2])
+        torch.testing.assert_close(official.logits, scores.float())
+        assert torch.equal(official.kept, kept)
+        attended = sum(splat(samples, official.shapes, 0.0) for samples in official.samples)
+        best = attended.masked_fill(official.padding, -1.0).topk(int(kept.sum(1).max()), dim=1).indices
+        wanted = torch.zeros_like(official.logits)
+        for image, number in enumerate(kept.sum(1).tolist()):
+            wanted[image, best[image, :number]] = 1.0
+        expected = F.multilabel_soft_margin_loss(official.logits, wanted)
+        torch.testing.assert_close(token_losses(official)["loss_mask"], expected)
+        for number, image in enumerate(images):
+            alone = torch.zeros(1, *image.shape[1:], dtype=torch.bool)
+            scores, kept = official_tokens(models["official"], image[None], alone)
+            inside = ~exact.padding[number]
+            torch.testing.assert_close(exact.logits[number, inside], scores[0].float(), rtol=0, atol=1e-5)
+            assert torch.equal(exact.kept[number, inside], kept[0])
+            assert kept[0].sum() < kept.shape[1]
 
 
 # Losses
@@ -237,7 +300,8 @@ def test_padding_of_tokens_costs_nothing_in_proposals(deformable, padded_batch):
 
 
 def test_official_switches_are_built(deformable, padded_batch):
-    model = deformable("sparse", {"dam": "official", "token_scores": "official"})
-    assert model.transformer.enc_mask_predictor.over_padding
-    assert model(*padded_batch((64, 64), canvas=(64, 64))).tokens.shift == 0.0
+    model = deformable("sparse", compatibility={"dam": "official", "padding": "official"})
+    assert model.transformer.enc_mask_predictor.official_padding
+    tokens = model(*padded_batch((64, 64), canvas=(64, 64))).tokens
+    assert tokens.shift == 0.0 and tokens.official_padding
     assert SPARSE["rho"] == model.keep_ratio == 0.3

@@ -1,5 +1,7 @@
 """Swin-T as a backbone: torchvision's features, and images independent of their batch."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -81,15 +83,61 @@ def test_features_do_not_depend_on_the_batch(backbone, padded_batch):
         assert (level.features.masked_select(level.padding[:, None]) == 0).all()
 
 
-def test_without_masking_features_depend_on_the_batch(backbone, padded_batch):
-    """As in the official code; the switch exists for its checkpoints."""
+def test_official_padding_lets_features_depend_on_the_batch(backbone, padded_batch):
     images, padding = padded_batch((70, 101), canvas=(128, 128))
-    official = Backbone(backbone.body, (4,), mask_padding=False).eval()
+    official = Backbone(backbone.body, (4,), official_padding=True).eval()
     with torch.no_grad():
         (together,) = official(images, padding)
         (alone,) = official(images[..., :70, :101], padding[..., :70, :101])
     h, w = alone.features.shape[-2:]
     assert (together.features[..., :h, :w] - alone.features).abs().max() > 0.1
+
+
+def attended_pair_by_pair(attention: ShiftedWindowAttention, x: torch.Tensor) -> torch.Tensor:
+    """Attention of the official code for tokens [h,w,C], from one large table of who sees whom.
+
+    Axes are padded with zeros to whole windows of M tokens, and cut after rolling them back by s tokens: the last
+    window holds, apart from each other, M - s tokens of the end and s of the beginning.
+    """
+    (height, width), side, heads = x.shape[:2], attention.window_size[0], attention.num_heads
+    lengths = [-(-size // side) * side for size in (height, width)]
+    tokens = torch.zeros(*lengths, x.shape[2], dtype=x.dtype)
+    tokens[:height, :width] = x
+    together, within = torch.tensor(True), []
+    for axis, (length, shift) in enumerate(zip(lengths, attention.shift_size, strict=True)):
+        rolled = (torch.arange(length) - shift) % length
+        region = (rolled >= length - side).int() + (rolled >= length - shift) if shift else torch.zeros(length)
+        label = 3 * (rolled // side) + region
+        label, place = (v[:, None].expand(lengths) if axis == 0 else v.expand(lengths) for v in (label, rolled % side))
+        together = together & (label.flatten()[:, None] == label.flatten())
+        within.append(place.flatten()[:, None] - place.flatten() + side - 1)
+    bias = attention.relative_position_bias_table[within[0] * (2 * side - 1) + within[1]].permute(2, 0, 1)
+    query, key, value = attention.qkv(tokens.flatten(0, 1)).unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
+    scores = query @ key.mT / query.shape[-1] ** 0.5 + bias
+    mixed = scores.masked_fill(~together, -torch.inf).softmax(-1) @ value
+    return attention.proj(mixed.transpose(0, 1).flatten(1)).unflatten(0, lengths)[:height, :width]
+
+
+# Of 40 x 90 pixels the last stages have 3 x 6 and 2 x 3 tokens, less than a window, which official code shifts too.
+@pytest.mark.parametrize("size", [(40, 90), (230, 61)])
+def test_official_padding_is_that_of_the_official_code(backbone, size):
+    body = copy.deepcopy(backbone.body).double()
+    official, exact = (Backbone(body, (1, 2, 3, 4), choice).eval() for choice in (True, False))
+    images = torch.zeros(1, 3, *(-(-side // 4) * 4 for side in size), dtype=torch.float64)
+    images[..., : size[0], : size[1]] = torch.randn(1, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        found = official(images[..., : size[0], : size[1]], None)
+        x = official.body.features[0](images)[0]
+        for number, level in enumerate(found):
+            for block in official.body.features[2 * number + 1]:
+                x = x + attended_pair_by_pair(block.attn, block.norm1(x))
+                x = x + block.mlp(block.norm2(x))
+            expected = official.body.get_submodule(f"norm{number}")(x).permute(2, 0, 1)
+            torch.testing.assert_close(level.features[0], expected, rtol=0, atol=1e-8)
+            if number < 3:
+                x = official.body.features[2 * number + 2](x)
+        unshifted = exact(images[..., : size[0], : size[1]], None)
+        assert (unshifted[-1].features - found[-1].features).abs().max() > 1e-3
 
 
 SWIN = {"name": "swin_t", "weights": "none", "freeze_stem": True}

@@ -125,19 +125,24 @@ def transformers_state(transformers_name):
     return transformers_state
 
 
-@pytest.mark.parametrize(
-    ("backbone", "position"), [("resnet18", "sine"), ("resnet18", "learned"), ("resnet50", "sine")]
-)
-def test_agreement_with_transformers(backbone, position, padded_batch, small, transformers_state):
-    """The same weights give the same logits, boxes and attention maps on a padded batch.
+@pytest.fixture(scope="session")
+def pair(small, transformers_state):
+    def pair(backbone: str, position: str = "sine", **chosen) -> tuple[nn.Module, nn.Module]:
+        """A model that treats padding as official code, and that of `transformers` with the same weights."""
+        transformers = pytest.importorskip("transformers")
+        choice = {"backbone": {"name": backbone, "weights": "none"} | chosen, "position": position}
+        model = small(compatibility={"padding": "official"}, **choice)
+        reference = transformers.DetrForObjectDetection(transformers_config(backbone == "resnet18", position)).eval()
+        reference.load_state_dict(transformers_state(model.state_dict()))  # strict: nothing may be left over
+        return model, reference
 
-    Image sizes are multiples of 32: elsewhere the two round the padding of the feature map differently.
-    """
+    return pair
+
+
+def transformers_config(basic: bool, position: str):
     transformers = pytest.importorskip("transformers")
-    model = small(backbone={"name": backbone, "weights": "none", "mask_padding": False}, position=position)
-    basic = backbone == "resnet18"
     widths = [64, 128, 256, 512]
-    config = transformers.DetrConfig(
+    return transformers.DetrConfig(
         use_timm_backbone=False,
         backbone_config=transformers.ResNetConfig(
             layer_type="basic" if basic else "bottleneck",
@@ -157,9 +162,15 @@ def test_agreement_with_transformers(backbone, position, padded_batch, small, tr
         num_labels=5,
         attn_implementation="eager",
     )
-    reference = transformers.DetrForObjectDetection(config).eval()
-    reference.load_state_dict(transformers_state(model.state_dict()))  # strict: nothing may be left over
-    images, padding = padded_batch((96, 128), (128, 64), canvas=(128, 160))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "position"), [("resnet18", "sine"), ("resnet18", "learned"), ("resnet50", "sine")]
+)
+def test_agreement_with_transformers(backbone, position, pair, padded_batch):
+    """The same weights give the same logits, boxes and attention maps on a padded batch."""
+    model, reference = pair(backbone, position)
+    images, padding = padded_batch((93, 128), (127, 60), canvas=(127, 163))
     images = images.double()  # features of random weights are so large that float32 would round maps by 1e-3
     with torch.no_grad():
         ours = model.double()(images, padding, need_attention=True)
@@ -171,6 +182,19 @@ def test_agreement_with_transformers(backbone, position, padded_batch, small, tr
         for mine, other in zip(getattr(ours.attention, site), getattr(theirs, name), strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
     assert ours.logits.std(1).min() > 0.002  # queries differ, so that agreement means something
+
+
+@pytest.mark.parametrize(("backbone", "dilation"), [("resnet18", False), ("resnet50", False), ("resnet50", True)])
+def test_batches_of_images_are_those_of_transformers(backbone, dilation, assert_as_transformers, pair, small):
+    official, reference = pair(backbone, dilation=dilation)
+    if dilation:  # `transformers` has DC5 in models of timm alone
+        for number, block in enumerate(reference.model.backbone.model.encoder.stages[3].layers):
+            middle = block.layer[1].convolution
+            middle.stride, middle.dilation, middle.padding = (1, 1), (1 + (number > 0),) * 2, (1 + (number > 0),) * 2
+            if number == 0:
+                block.shortcut.convolution.stride = (1, 1)
+    exact = small(backbone={"name": backbone, "weights": "none", "dilation": dilation})
+    assert_as_transformers(official, reference, exact, (63, 107), (101, 59))
 
 
 def layer_settings(pre_norm: bool) -> LayerSettings:

@@ -17,7 +17,7 @@ from detrlib.runs.sources import open_source
 @pytest.fixture
 def official(small, tmp_path):
     """A small DETR, and an official file of its weights."""
-    model = small(backbone={"name": "resnet18", "weights": "none", "freeze_stem": True, "mask_padding": False})
+    model = small(backbone={"name": "resnet18", "weights": "none", "freeze_stem": True})
     torch.save({"model": export_official(model), "epoch": 3}, tmp_path / "official.pth")
     return model, tmp_path / "official.pth"
 
@@ -27,7 +27,7 @@ def test_a_run_of_official_weights(official, tmp_path):
     told = {"model.num_heads": 4, "model.dropout": 0.1}
     save_run(open_source(path, overrides=told | {"data.root": "elsewhere"}), tmp_path / "run")
     cfg = load_config(tmp_path / "run" / "config.yaml")
-    assert (cfg.data.root, cfg.model.num_heads, cfg.model.compatibility.mask_padding) == ("elsewhere", 4, False)
+    assert (cfg.data.root, cfg.model.num_heads, cfg.model.compatibility.padding) == ("elsewhere", 4, "exact")
     again = load_model(tmp_path / "run")
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
     known = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
