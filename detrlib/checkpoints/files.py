@@ -4,10 +4,11 @@
     detrlib import detr-r50-e632da11.pth --as official-r50
     detrlib evaluate official-r50                                       its AP on COCO
 
-Files of DETR, of its variants with sparse cross-attention, of Deformable DETR and of Sparse DETR are known. No code in
-a file is run. Whatever its batch, an image is predicted as the official code predicts it alone. In a batch that code
-lets predictions depend on the other images, and so on `evaluate.batch_size`: `model.compatibility.padding: official`
-repeats it, and `thesis` for the variants with sparse cross-attention, whose code favours padding.
+Files of DETR, of its variants with sparse cross-attention, of Conditional DETR, of Deformable DETR and of Sparse DETR
+are known. No code in a file is run. Whatever its batch, an image is predicted as the official code predicts it alone.
+In a batch that code lets predictions depend on the other images, and so on `evaluate.batch_size`:
+`model.compatibility.padding: official` repeats it, and `thesis` for the variants with sparse cross-attention, whose
+code favours padding.
 """
 
 import argparse
@@ -126,7 +127,7 @@ def official_config(checkpoint: OfficialCheckpoint, overrides: Mapping[str, Any]
         settings = settings_of(checkpoint.state, told)
     except WeightsError as error:
         raise WeightsError(f"{checkpoint.path}: {error}") from None
-    if checkpoint.family in ("deformable", "sparse"):
+    if settings.get("model.classification") == "sigmoid":
         settings |= {"loss.cost_class": 2.0, "loss.weight_class": 2.0}
     return replace(load_config(overrides={"data.root": "data/coco"}), settings | overrides)
 

@@ -27,7 +27,12 @@ from detrlib.files import write_atomic, write_json
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 PREPROCESSOR = "preprocessor_config.json"
-FAMILIES = {"detr": "detr", "deformable_detr": "deformable"}  # model_type there: family here
+# model_type there: family of names, and class of models
+FAMILIES = {
+    "detr": ("detr", "DetrForObjectDetection"),
+    "conditional_detr": ("conditional", "ConditionalDetrForObjectDetection"),
+    "deformable_detr": ("deformable", "DeformableDetrForObjectDetection"),
+}
 
 # What models of transformers always are.
 ONLY = {
@@ -45,6 +50,7 @@ ONLY = {
     "model.deformable.encoder_auxiliary": False,
     "model.backbone.dilation": False,  # which its own ResNets have not
 }
+CONDITIONAL = {"model.queries": "conditional", "model.classification": "sigmoid"}  # but of Conditional DETR
 # Kind, channels and number of blocks of each stage.
 BASIC, BOTTLENECK = ("basic", [64, 128, 256, 512]), ("bottleneck", [256, 512, 1024, 2048])
 RESNETS = {
@@ -99,7 +105,7 @@ def read_huggingface(folder: Path) -> tuple[OfficialCheckpoint, dict[int, str] |
     Raises WeightsError naming the file that is missing, damaged, or of a model that this library has not.
     """
     path, config = folder / "config.json", _read_json(folder / "config.json")
-    family = FAMILIES.get(config.get("model_type"))
+    family, _ = FAMILIES.get(config.get("model_type"), (None, None))
     if family is None:
         known = ", ".join(FAMILIES)
         raise WeightsError(f"{path}: model_type is {config.get('model_type')!r}; of Hugging Face's, {known} are known")
@@ -208,7 +214,8 @@ def write_huggingface(source: Source, folder: Path) -> None:
     """
     config = their_config(source)
     model = build_source(source)
-    pairs = [(official, theirs) for theirs, official in pairs_of(source.cfg.model.architecture)]
+    family, _ = FAMILIES[config["model_type"]]
+    pairs = [(official, theirs) for theirs, official in pairs_of(family)]
     state: State = {}
     for name, value in export_official(model).items():
         name, value = translated(name, pairs), value.clone().contiguous()  # a head that has two names is saved twice
@@ -225,7 +232,9 @@ def write_huggingface(source: Source, folder: Path) -> None:
 def their_config(source: Source) -> dict[str, Any]:
     """What config.json says of a model. Raises WeightsError naming the setting that no model of transformers has."""
     settings, model = flat_settings(source.cfg), source.cfg.model
-    for name, value in ONLY.items():
+    deformable = model.architecture == "deformable"
+    conditional = not deformable and model.queries == "conditional"
+    for name, value in (ONLY | CONDITIONAL if conditional else ONLY).items():
         if settings.get(name, value) != value:
             raise WeightsError(
                 f"transformers has no model with {name} {settings[name]}, only with {value}; write a .safetensors file"
@@ -235,14 +244,14 @@ def their_config(source: Source) -> dict[str, Any]:
             f"model.backbone.name {model.backbone.name} is not written for transformers, only {', '.join(RESNETS)}; "
             "write a .safetensors file"
         )
-    deformable = model.architecture == "deformable"
+    kind = "conditional_detr" if conditional else "deformable_detr" if deformable else "detr"
     stages = model.deformable.backbone_stages() if deformable else (4,)
     layer, widths, depths = RESNETS[model.backbone.name]
     names = source.names or {label: f"LABEL_{label}" for label in range(model.num_classes)}
     labels = {label: names.get(label, "N/A") for label in range(model.num_classes)}
     config = {
-        "model_type": "deformable_detr" if deformable else "detr",
-        "architectures": ["DeformableDetrForObjectDetection" if deformable else "DetrForObjectDetection"],
+        "model_type": kind,
+        "architectures": [FAMILIES[kind][1]],
         "d_model": model.hidden_dim,
         "encoder_layers": model.encoder_layers,
         "decoder_layers": model.decoder_layers,

@@ -54,6 +54,10 @@ OF_FAMILY = {
         ("model.input_proj.", "input_proj."),
     ),
 }
+OF_FAMILY["conditional"] = (
+    ("model.decoder.layers.#.encoder_attn.", "transformer.decoder.layers.#.cross_attn."),
+    *OF_FAMILY["detr"],
+)
 ALL_ELSE = (("model.", "transformer."),)  # heads, without either, have the same names on both sides
 # Names as they were before transformers 5, and what newer ones put before timm's.
 OLDER = (

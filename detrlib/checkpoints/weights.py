@@ -47,6 +47,7 @@ ELSEWHERE = {
     "deformable-detr": "github.com/fundamentalvision/Deformable-DETR",
     "deformable-detr-refine": "github.com/fundamentalvision/Deformable-DETR",
     "deformable-detr-two-stage": "github.com/fundamentalvision/Deformable-DETR",
+    "conditional-detr": "github.com/Atten4Vis/ConditionalDETR",
     "sparse-detr": "github.com/kakaobrain/sparse-detr",
     "efficient-detr": "github.com/kakaobrain/sparse-detr",
 }

@@ -28,6 +28,7 @@ DEFORMABLE = {"model.architecture": "deformable"}
 CHOICES = {
     "detr": {},
     "learned-position": {"model.position": "learned"},
+    "conditional": {"model.queries": "conditional", "model.classification": "sigmoid"},
     "resnet50": {"model.backbone.name": "resnet50"},
     "deformable": DEFORMABLE | {"model.deformable.encoder_points": 3},
     "one-level": DEFORMABLE | {"model.deformable.levels": 1},
@@ -44,6 +45,10 @@ def source_of(randomise):
         cfg = replace(Config(), SIZES | chosen)
         model = build_model(cfg.model)
         randomise(model)
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if "query_" in name:  # queries that differ
+                    value.mul_(5)
         return Source("small", cfg, model.state_dict(), names, Path("small.pt"))
 
     return source_of
@@ -118,6 +123,7 @@ def test_files_of_timm_and_of_pickle(source_of, tmp_path):
         ({"model.norm": "pre"}, r"model\.norm"),
         ({"model.attention.decoder_cross": "sparsemax"}, r"model\.attention\.decoder_cross sparsemax"),
         ({"model.queries": "anchor"}, r"model\.queries"),
+        ({"model.queries": "conditional"}, r"model\.classification"),
         ({"model.backbone.name": "tiny"}, r"model\.backbone\.name"),
         ({"model.backbone.name": "resnet50", "model.backbone.dilation": True}, r"model\.backbone\.dilation"),
         (CHOICES["two-stage"] | {"model.deformable.rho": 0.3}, r"model\.deformable\.rho"),

@@ -14,6 +14,11 @@ CASES = [
         "transformer.decoder.layers.3.multihead_attn.q_proj.weight",
     ),
     ("detr", "class_labels_classifier.weight", "class_embed.weight"),
+    (
+        "conditional",
+        "model.decoder.layers.1.encoder_attn.out_proj.bias",
+        "transformer.decoder.layers.1.cross_attn.out_proj.bias",
+    ),
     ("deformable", "class_embed.5.weight", "class_embed.5.weight"),
     ("deformable", "model.level_embed", "transformer.level_embed"),
     (
@@ -33,9 +38,10 @@ def test_names_are_translated_both_ways(family, theirs, official):
 
 def test_every_name_of_a_model_comes_back(every_small):
     model, _ = every_small
-    family = "deformable" if hasattr(model, "two_stage") else "detr"
-    pairs = pairs_of(family)
-    for name in export_official(model):
+    state = export_official(model)
+    conditional = "transformer.decoder.ref_point_head.layers.0.weight" in state
+    pairs = pairs_of("deformable" if hasattr(model, "two_stage") else "conditional" if conditional else "detr")
+    for name in state:
         theirs = translated(name, [(after, before) for before, after in pairs])
         assert translated(theirs, pairs) == name
         assert not theirs.startswith(("transformer.", "backbone."))
