@@ -196,11 +196,13 @@ def _fault(path: Path) -> str | None:
         return _why(error)
 
 
-def pictures_folder(annotations: Path, first: str, images: Path | None = None) -> Path:
+def pictures_folder(
+    annotations: Path, first: str, images: Path | None = None, remedy: str = "move the file near them"
+) -> Path:
     """The folder of an annotation file's pictures, the first of which is named `first`.
 
     It is `images`; if that is None, the COCO layout's folder of the same split, a folder "images" beside the file, or
-    the file's own, whichever holds the first picture. Raises DataError naming those tried.
+    the file's own, whichever holds the first picture. Raises DataError naming those tried, and the remedy.
     """
     split = annotations.stem.removeprefix("instances_").removeprefix("image_info_")
     near = annotations.parent
@@ -209,7 +211,7 @@ def pictures_folder(annotations: Path, first: str, images: Path | None = None) -
         if (folder / first).is_file():
             return folder
     places = ", ".join(map(str, tried))
-    raise DataError(f"{annotations}: its first picture, {first}, is not in {places}; give their folder (images)")
+    raise DataError(f"{annotations}: its first picture, {first}, is not in {places}; {remedy}")
 
 
 def _from_path(path: Path) -> list[Picture]:

@@ -93,7 +93,8 @@ def find_data(data: Path, images: Path | None, split: str | None, usual: str) ->
         return split_paths(Data(root=str(data), val_split=split, val_images=images and str(images)), "val")
     if split:
         raise ConfigError(f"split {split} (--split) belongs to a folder; {data} is one annotation file")
-    return pictures_folder(data, read_annotations(data)["images"][0]["file_name"], images), data
+    first, remedy = read_annotations(data)["images"][0]["file_name"], "give their folder (images, --images)"
+    return pictures_folder(data, first, images, remedy), data
 
 
 def _match(
