@@ -238,7 +238,7 @@ def notebook(
 
 @app.command("import")
 def import_weights(
-    source: Annotated[str, Argument(help="a file of weights, e.g. detr-r50-e632da11.pth")],
+    source: Annotated[str, Argument(metavar="FILE|NAME", help="e.g. detr-r50, a file, a folder or id of Hugging Face")],
     save_as: Annotated[str | None, Option("--as", metavar="RUN", help="make a run of it, to be evaluated")] = None,
     settings: Settings = [],  # noqa: B006
 ) -> None:
@@ -252,6 +252,20 @@ def import_weights(
     typer.echo(describe(found))
     if save_as:
         save_run(found, run_path(save_as))
+
+
+@app.command()
+def export(
+    run: Annotated[str, Argument(metavar="RUN|NAME", help="a run, or whatever import takes")],
+    path: Annotated[Path, Argument(help="FILE.safetensors, FILE.pth (official names), or a folder (Hugging Face)")],
+    layout: Annotated[Literal["safetensors", "official", "huggingface"] | None, Option("--format")] = None,
+    checkpoint: Checkpoint = "last",
+) -> None:
+    """Write the weights of a model for other programs: safetensors, the official layout, or Hugging Face's."""
+    from detrlib.checkpoints.export import export as write
+    from detrlib.runs.sources import open_source
+
+    typer.echo(write(open_source(run, checkpoint), path, layout))
 
 
 @app.command()

@@ -33,13 +33,13 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 480,
+    ".": 510,
     "config": 840,
-    "attention": 1225,
+    "attention": 1260,
     "attention/kernels": 1040,
-    "models": 1940,
+    "models": 2020,
     "losses": 310,
-    "checkpoints": 950,
+    "checkpoints": 1210,
     "data": 1110,
     "metrics": 1730,
     "runs": 1490,

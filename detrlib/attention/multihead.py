@@ -213,7 +213,7 @@ class ConditionalCrossAttention(nn.Module):
         -> output [B,Q,E], weights [B,H,Q,K] or None.
         """
         query, key = self.query_content(content), self.key_content(memory)
-        key_position = self.key_position(memory_position)
+        key_position = self.key_position(memory_position.to(memory.dtype))
         if self.query_position is not None:
             query, key = query + self.query_position(position), key + key_position
         heads = (query, self.query_spatial(spatial), key, key_position, self.value(memory))
@@ -222,4 +222,29 @@ class ConditionalCrossAttention(nn.Module):
         query = torch.cat([query, spatial], -1)  # [B,H,Q,2D]
         dropout = self.dropout if self.training else 0.0
         mixed, weights = attend(query, key, value, self.transform, padding, grid, dropout, need_weights)
+        return self.out_proj(merge_heads(mixed)), weights
+
+
+class ConditionalSelfAttention(nn.Module):
+    """Self-attention that projects content and position by matrices of their own (Conditional DETR's decoder)."""
+
+    def __init__(self, embed_dim: int, num_heads: int, transform: Transform, dropout: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.transform = transform
+        self.query_content = nn.Linear(embed_dim, embed_dim)
+        self.query_position = nn.Linear(embed_dim, embed_dim)
+        self.key_content = nn.Linear(embed_dim, embed_dim)
+        self.key_position = nn.Linear(embed_dim, embed_dim)
+        self.value = nn.Linear(embed_dim, embed_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, content: Tensor, position: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """content, position [B,Q,E] -> output [B,Q,E], weights [B,H,Q,Q] or None."""
+        query = self.query_content(content) + self.query_position(position)
+        key = self.key_content(content) + self.key_position(position)
+        query, key, value = (split_heads(x, self.num_heads) for x in (query, key, self.value(content)))
+        dropout = self.dropout if self.training else 0.0
+        mixed, weights = attend(query, key, value, self.transform, dropout=dropout, need_weights=need_weights)
         return self.out_proj(merge_heads(mixed)), weights

@@ -4,16 +4,18 @@
     detrlib import detr-r50-e632da11.pth --as official-r50
     detrlib evaluate official-r50                                       its AP on COCO
 
-Files of DETR, of its variants with sparse cross-attention, of Deformable DETR and of Sparse DETR are known. No code in
-a file is run. Whatever its batch, an image is predicted as the official code predicts it alone. In a batch that code
-lets predictions depend on the other images, and so on `evaluate.batch_size`: `model.compatibility.padding: official`
-repeats it, and `thesis` for the variants with sparse cross-attention, whose code favours padding.
+Files of DETR, of its variants with sparse cross-attention, of Conditional DETR, of Deformable DETR and of Sparse DETR
+are known. No code in a file is run. Whatever its batch, an image is predicted as the official code predicts it alone.
+In a batch that code lets predictions depend on the other images, and so on `evaluate.batch_size`:
+`model.compatibility.padding: official` repeats it, and `thesis` for the variants with sparse cross-attention, whose
+code favours padding.
 """
 
 import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from detrlib.models.pretrained import SCRL
 TOLD = {
     "nheads": "model.num_heads",
     "num_queries": "model.num_queries",
+    "dropout": "model.dropout",
     "dilation": "model.backbone.dilation",
     "rho": "model.deformable.rho",
     "eff_specific_head": "model.deformable.class_specific_proposals",
@@ -55,7 +58,7 @@ class OfficialCheckpoint:
 def read_official(path: str | Path) -> OfficialCheckpoint:
     """An official file, on the CPU. Raises WeightsError saying what the file is instead, with a remedy."""
     path = Path(path).expanduser()
-    content = _read(path)
+    content = read_checkpoint(path)
     if SCRL in content:
         raise WeightsError(f"{path}: SCRL weights of a backbone; give the file as model.backbone.weights")
     state = content.get("model", content)
@@ -72,7 +75,8 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
     return OfficialCheckpoint(path, state, family, _told(arguments, family), content.get("epoch"))
 
 
-def _read(path: Path) -> dict:
+def read_checkpoint(path: Path) -> dict:
+    """What torch has saved in a file; no code in it is run. Raises WeightsError saying what the file is instead."""
     if not path.is_file():
         raise WeightsError(f"no file {path}")
     try:
@@ -123,7 +127,7 @@ def official_config(checkpoint: OfficialCheckpoint, overrides: Mapping[str, Any]
         settings = settings_of(checkpoint.state, told)
     except WeightsError as error:
         raise WeightsError(f"{checkpoint.path}: {error}") from None
-    if checkpoint.family in ("deformable", "sparse"):
+    if settings.get("model.classification") == "sigmoid":
         settings |= {"loss.cost_class": 2.0, "loss.weight_class": 2.0}
     return replace(load_config(overrides={"data.root": "data/coco"}), settings | overrides)
 
@@ -131,10 +135,14 @@ def official_config(checkpoint: OfficialCheckpoint, overrides: Mapping[str, Any]
 def official_source(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Source:
     """What an official file is to this library. Raises as `load_official`."""
     checkpoint = read_official(path)
-    cfg = official_config(checkpoint, overrides)
-    names = coco_names(cfg.model.num_classes)
-    label, state = checkpoint.path.stem, own_state(checkpoint.state)
-    source = Source(label, cfg, state, names, checkpoint.path, checkpoint.epoch or 0)
+    source = translated_source(checkpoint, checkpoint.path.stem, overrides)
+    return replace_fields(source, names=coco_names(source.cfg.model.num_classes))
+
+
+def translated_source(checkpoint: OfficialCheckpoint, label: str, overrides: Mapping[str, Any] | None = None) -> Source:
+    """Entries under official names under those of this library, with the settings of their model."""
+    cfg, state = official_config(checkpoint, overrides), own_state(checkpoint.state)
+    source = Source(label, cfg, state, None, checkpoint.path, checkpoint.epoch or 0)
     return fitting(source, f"a {checkpoint.family} model")
 
 

@@ -23,18 +23,36 @@ NAMES = (
     ("multihead_attn.pre_alpha", "multihead_attn.transform.pre_alpha"),
     *SWIN_NAMES,
 )
+# Of Conditional DETR's decoder; in that of DETR the last row is not so.
+CONDITIONAL = (
+    *(
+        (f"{letters}_{theirs}_proj.", f"{attention}.{ours}.")
+        for letters, attention in (("sa", "self_attn"), ("ca", "multihead_attn"))
+        for theirs, ours in (
+            ("qcontent", "query_content"),
+            ("qpos", "query_position"),
+            ("qpos_sine", "query_spatial"),
+            ("kcontent", "key_content"),
+            ("kpos", "key_position"),
+            ("v", "value"),
+        )
+    ),
+    ("query_scale.", "content_scale."),
+    ("ref_point_head.", "reference_point."),
+    ("cross_attn.out_proj.", "multihead_attn.out_proj."),
+)
 PROFILING = ("total_params", "total_ops", "num_batches_tracked")  # counters that tools left in official files
 HEAD = re.compile(r"(?P<place>(?:transformer\.(?:encoder|decoder)\.)?)(?P<kind>class|bbox)_embed\.(?P<number>\d+)\.")
 
 
 def own_name(official: str) -> str:
     """The name in this library of an official entry."""
-    return renamed(official, NAMES)
+    return renamed(official, (*NAMES, *CONDITIONAL))
 
 
-def official_name(own: str) -> str:
-    """The official name of an entry of this library."""
-    return renamed(own, [(ours, theirs) for theirs, ours in NAMES])
+def official_name(own: str, conditional: bool = False) -> str:
+    """The official name of an entry of this library, or of one of Conditional DETR."""
+    return renamed(own, [(ours, theirs) for theirs, ours in (*NAMES, *(CONDITIONAL if conditional else ()))])
 
 
 def own_state(official: Mapping[str, Tensor]) -> State:
@@ -67,10 +85,11 @@ def official_state(own: Mapping[str, Tensor], refine: bool = False, layers: int 
     encoder_heads: the last of the heads are those of encoder layers.
     """
     total = 1 + max((int(match["number"]) for _, match in _heads(own)), default=-1)
+    conditional = any(name.startswith("transformer.decoder.reference_point.") for name in own)
     state = {}
     for name, value in own.items():
         value = value.unflatten(0, (math.isqrt(len(value)), -1)) if name.endswith(TOKEN_PAIRS) else value
-        places, head = [official_name(name)], HEAD.match(name)
+        places, head = [official_name(name, conditional)], HEAD.match(name)
         if head:
             kind, number, rest = head["kind"], int(head["number"]), name[head.end() :]
             if not refine:

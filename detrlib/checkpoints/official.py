@@ -29,8 +29,8 @@ FOREIGN = (
     ),
     (r"(conv1|layer1|patch_embed|features)\.", "a backbone alone", "give it as model.backbone.weights"),
     (
-        r".*\b(ca_qcontent_proj|refpoint_embed)\b",
-        "a file of Conditional DETR or a relative",
+        r".*\b(refpoint_embed)\b",
+        "a file of DAB-DETR or a relative",
         "this model is not known here",
     ),
     (r".*\b(label_enc|tgt_embed)\b", "a file of DINO or DN-DETR", "this model is not known here"),
@@ -90,6 +90,12 @@ def _detr_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "model.num_queries": _shape(state, "query_embed.weight")[0],
         "model.num_classes": _shape(state, "class_embed.weight")[0] - 1,  # the last is no-object
     }
+    if "transformer.decoder.ref_point_head.layers.0.weight" in state:
+        settings |= {
+            "model.queries": "conditional",
+            "model.classification": "sigmoid",
+            "model.num_classes": _shape(state, "class_embed.weight")[0],
+        }
     if PRE_ALPHA in state:
         settings |= {"model.attention.decoder_cross": "alpha_entmax", "model.compatibility.alpha_clamped": True}
     return settings

@@ -252,7 +252,9 @@ class Detr(Architecture):
     attention: Attention = Attention()
     polling: Polling = Polling()
     norm: Literal["post", "pre"] = "post"
-    queries: Literal["learned", "anchor"] = "learned"  # "anchor": 4-d reference boxes, conditional cross-attention
+    # learned: positions; conditional: positions that stand for points, as in Conditional DETR; anchor: reference boxes,
+    # as in DAB-DETR. The last two have conditional cross-attention.
+    queries: Literal["learned", "conditional", "anchor"] = "learned"
     classification: Literal["softmax", "sigmoid"] = "softmax"  # softmax adds a no-object class
     compatibility: DetrCompatibility = DetrCompatibility()
 

@@ -19,7 +19,7 @@ from detrlib.models.pnp import PollAndPool
 from detrlib.models.position import LearnedPosition, SinePosition
 from detrlib.models.pyramid import LevelProjections
 from detrlib.models.sparse import ScoringNetwork
-from detrlib.models.transformer import AnchorDecoder, Decoder, Encoder, LayerSettings, MakeTransform
+from detrlib.models.transformer import AnchorDecoder, Decoder, Encoder, LayerSettings, MakeTransform, PointDecoder
 
 
 def build_model(settings: Model, backbone_weights: str | Path | None = None) -> DETR | DeformableDETR:
@@ -46,10 +46,11 @@ def build_model(settings: Model, backbone_weights: str | Path | None = None) -> 
 def _detr(settings: Detr, weights: str | Path | None) -> DETR:
     layer = _layer_settings(settings, pre_norm=settings.norm == "pre")
     anchors = settings.queries == "anchor"
-    if anchors:
-        decoder = AnchorDecoder(settings.decoder_layers, layer, settings.position_temperature)
-    else:
+    if settings.queries == "learned":
         decoder = Decoder(settings.decoder_layers, layer)
+    else:
+        kind = AnchorDecoder if anchors else PointDecoder
+        decoder = kind(settings.decoder_layers, layer, settings.position_temperature)
     poll, polling = None, settings.polling
     if polling.ratio is not None:
         poll = PollAndPool(settings.hidden_dim, polling.ratio, polling.pooled, polling.train_ratios)

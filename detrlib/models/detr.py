@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from detrlib.models.backbone import Backbone
 from detrlib.models.outputs import AttentionMaps, Predictions, Site
-from detrlib.models.transformer import MLP, AnchorDecoder, Decoded, Decoder, Encoder, Memory
+from detrlib.models.transformer import MLP, AnchorDecoder, Decoded, Decoder, Encoder, Memory, PointDecoder
 
 
 class Transformer(nn.Module):
     """Encoder and decoder under one name, as official checkpoints have them."""
 
-    def __init__(self, encoder: Encoder, decoder: Decoder | AnchorDecoder):
+    def __init__(self, encoder: Encoder, decoder: Decoder | PointDecoder | AnchorDecoder):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
@@ -36,7 +36,7 @@ def _xavier(parameter: Tensor) -> None:
 class DETR(nn.Module):
     """Images to a fixed set of boxes with classes.
 
-    queries: "learned" positions [Q,E], or "anchor" reference boxes [Q,4].
+    queries: "learned" or "conditional" positions [Q,E], or "anchor" reference boxes [Q,4].
     classification: "softmax" over C classes and no-object, or "sigmoid" per class.
     """
 
@@ -62,18 +62,19 @@ class DETR(nn.Module):
         self.classification = classification
         if anchors:
             self._start_at_anchors()
+        if not isinstance(transformer.decoder, Decoder):  # the first corrections of boxes are zero
+            nn.init.zeros_(self.bbox_embed.layers[-1].weight)
+            nn.init.zeros_(self.bbox_embed.layers[-1].bias)
         if classification == "sigmoid":
             # A prior probability of 1 % for every class keeps the first focal losses small (Lin et al. 2017, Sec. 4.1).
             nn.init.constant_(self.class_embed.bias, -math.log(99.0))
 
     def _start_at_anchors(self) -> None:
-        """Reference boxes spread evenly over the image, a quarter of it wide; the first corrections are zero."""
+        """Reference boxes spread evenly over the image, a quarter of it wide."""
         centres = torch.quasirandom.SobolEngine(2).draw(len(self.query_embed.weight)).clamp(0.05, 0.95)
         boxes = torch.cat([centres, torch.full_like(centres, 0.25)], dim=1)
         with torch.no_grad():
             self.query_embed.weight.copy_(torch.logit(boxes))
-            self.bbox_embed.layers[-1].weight.zero_()
-            self.bbox_embed.layers[-1].bias.zero_()
 
     def forward(
         self, images: Tensor, padding_mask: Tensor | None = None, need_attention: bool | Collection[Site] = False

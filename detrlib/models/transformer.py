@@ -10,12 +10,13 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detrlib.attention import ConditionalCrossAttention, MultiheadAttention, Transform
+from detrlib.attention import ConditionalCrossAttention, ConditionalSelfAttention, MultiheadAttention, Transform
 from detrlib.attention.deformable import Samples
 from detrlib.models.outputs import Polled
-from detrlib.models.position import sine_of_boxes
+from detrlib.models.position import sine, sine_of_boxes
 
 MakeTransform = Callable[[str], Transform]  # site -> a transform of its own, freshly initialised
 
@@ -102,8 +103,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, settings: LayerSettings):
         super().__init__()
-        dim, heads, dropout = settings.dim, settings.num_heads, settings.dropout
-        self.self_attn = MultiheadAttention(dim, heads, settings.transform("decoder_self"), dropout)
+        dim, dropout = settings.dim, settings.dropout
+        self.self_attn = self.build_self_attention(settings)
         self.multihead_attn = self.build_cross_attention(settings)
         self.linear1 = nn.Linear(dim, settings.feedforward_dim)
         self.linear2 = nn.Linear(settings.feedforward_dim, dim)
@@ -112,6 +113,16 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.pre_norm = settings.pre_norm
+
+    def build_self_attention(self, settings: LayerSettings) -> nn.Module:
+        return MultiheadAttention(
+            settings.dim, settings.num_heads, settings.transform("decoder_self"), settings.dropout
+        )
+
+    def compare(self, x: Tensor, position: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of query content `x` [B,Q,E] at `position` [B,Q,E]."""
+        query = key = x + position
+        return self.self_attn(query, key, x, need_weights=need_attention)
 
     def build_cross_attention(self, settings: LayerSettings) -> nn.Module:
         return MultiheadAttention(
@@ -128,8 +139,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Query content x and position [B,Q,E] -> content [B,Q,E], weights [B,H,Q,Q] and [B,H,Q,K] or None."""
         y = self.norm1(x) if self.pre_norm else x
-        query = key = y + position
-        y, self_map = self.self_attn(query, key, y, need_weights=need_attention)
+        y, self_map = self.compare(y, position, need_attention)
         x = x + self.dropout(y) if self.pre_norm else self.norm1(x + self.dropout(y))
         y = self.norm2(x) if self.pre_norm else x
         y, cross_map = self.look(y, position, memory, need_attention, **where)
@@ -180,6 +190,51 @@ class ConditionalDecoderLayer(DecoderLayer):
         return self.multihead_attn(
             x, position, spatial, memory.tokens, memory.position, memory.padding, memory.grid, need_attention
         )
+
+
+class PointDecoderLayer(ConditionalDecoderLayer):
+    """A conditional layer whose self-attention, too, projects content and position apart."""
+
+    def build_self_attention(self, settings: LayerSettings) -> nn.Module:
+        transform = settings.transform("decoder_self")
+        return ConditionalSelfAttention(settings.dim, settings.num_heads, transform, settings.dropout)
+
+    def compare(self, x: Tensor, position: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of query content `x` [B,Q,E] at `position` [B,Q,E]."""
+        return self.self_attn(x, position, need_attention)
+
+
+class PointDecoder(nn.Module):
+    """Queries are learned positions, each of which stands for a point (Meng et al. 2021, "Conditional DETR", Sec. 3.3).
+
+    Where a query looks is the encoding of its point, transformed by its content; boxes are corrections of the point.
+    """
+
+    def __init__(self, num_layers: int, settings: LayerSettings, temperature: float):
+        super().__init__()
+        dim = settings.dim
+        self.layers = nn.ModuleList(PointDecoderLayer(settings, first=i == 0) for i in range(num_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.reference_point = MLP(dim, dim, 2, 2)
+        self.content_scale = MLP(dim, dim, dim, 2)
+        self.temperature = temperature
+
+    def forward(self, queries: Tensor, memory: Memory, box_head: nn.Module, need_attention: bool = False) -> Decoded:
+        """queries [Q,E] -> what each layer returns."""
+        position = queries.expand(len(memory.tokens), -1, -1)
+        point = self.reference_point(position).float().sigmoid()  # [B,Q,2] x, y
+        encoding = sine(point.flip(-1), position.shape[-1] // 2, self.temperature).flatten(-2).to(position.dtype)
+        start = F.pad(torch.logit(point, eps=1e-5), (0, 2))
+        x = torch.zeros_like(position)
+        decoded = Decoded([], [], [], [])
+        for number, layer in enumerate(self.layers):
+            spatial = encoding * self.content_scale(x) if number else encoding  # the first layer has no content yet
+            x, self_map, cross_map = layer(x, position, memory, need_attention, spatial=spatial)
+            state = self.norm(x)
+            boxes = (box_head(state).float() + start).sigmoid()
+            for values, value in zip(decoded, (state, boxes, self_map, cross_map), strict=True):
+                values.append(value)
+        return decoded
 
 
 class AnchorDecoder(nn.Module):

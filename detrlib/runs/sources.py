@@ -6,16 +6,21 @@ a file.
 """
 
 import difflib
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from detrlib.checkpoints.export import read_own
 from detrlib.checkpoints.files import official_source
+from detrlib.checkpoints.huggingface import fetch_huggingface, huggingface_source
 from detrlib.checkpoints.source import Source, build_source
+from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED, fetch
 from detrlib.config import load_config
 from detrlib.errors import ConfigError, RunError, WeightsError
 from detrlib.files import load_checkpoint
-from detrlib.runs.folder import RUNS, load_results, run_path
+from detrlib.runs.folder import RESERVED, RUNS, load_results, run_path
 
 __all__ = ["Source", "build_source", "open_source", "run_source"]
 
@@ -44,14 +49,23 @@ def open_source(source: str | Path, checkpoint: str = "last", overrides: Mapping
     if path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file():
         _no_overrides(path, overrides)
         return run_source(path.parent.parent, path.stem)
+    if str(source) in (*PUBLISHED, *ELSEWHERE):
+        told = PUBLISHED[str(source)].settings if str(source) in PUBLISHED else {}
+        return replace(official_source(fetch(str(source)), told | dict(overrides or {})), label=str(source))
+    if path.suffix == ".safetensors" and path.is_file():
+        _no_overrides(path, overrides)
+        return read_own(path)
     if path.is_file():
         return official_source(path, overrides)
-    raise WeightsError(_unknown(str(source)))
+    if path.is_dir():
+        return huggingface_source(path, overrides)
+    _refuse_near_names(str(source))
+    return replace(huggingface_source(fetch_huggingface(str(source)), overrides), label=str(source))
 
 
 def _no_overrides(path: Path, overrides: Mapping[str, Any] | None) -> None:
     if overrides:
-        raise ConfigError(f"{path}: {next(iter(overrides))} cannot be set: a run has settings of its own")
+        raise ConfigError(f"{path}: {next(iter(overrides))} cannot be set: it has settings of its own")
 
 
 def run_source(run_dir: Path, checkpoint: str = "last") -> Source:
@@ -79,9 +93,16 @@ def refuse_predictions(run_dir: Path) -> dict:
     return results
 
 
-def _unknown(name: str) -> str:
-    """The sentence on a name that nothing has: what is near, and what would do."""
-    runs = [str(file.parent.relative_to(RUNS)) for file in RUNS.glob("**/config.yaml")]
-    near = difflib.get_close_matches(name, runs, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"runs lie in {RUNS}"
-    return f"nothing is named {name!r}; {hint} A run, a name of published weights, a file or folder of weights will do"
+def _refuse_near_names(name: str) -> None:
+    """Raise WeightsError for what is no id of Hugging Face's, or is more likely a misspelt name of something here."""
+    runs = [file.parent.relative_to(RUNS) for file in sorted(RUNS.glob("**/config.yaml"))]
+    known = [str(run) for run in runs if run.name not in RESERVED] + [*PUBLISHED, *ELSEWHERE]
+    an_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+    near = difflib.get_close_matches(name, known, 3, 0.8 if an_id else 0.5)
+    if an_id and not near:
+        return
+    hint = f"did you mean {' or '.join(near)}?" if near else f"published weights are {', '.join(PUBLISHED)}."
+    raise WeightsError(
+        f"nothing is named {name!r}; {hint} A run (under {RUNS}), a name of published weights, a file, a folder, or an "
+        "id of Hugging Face (owner/name) will do"
+    )

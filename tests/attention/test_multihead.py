@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from detrlib.attention import TRANSFORMS, MultiheadAttention, attend, build_transform, multihead
-from detrlib.attention.multihead import ConditionalCrossAttention
+from detrlib.attention.multihead import ConditionalCrossAttention, ConditionalSelfAttention
 from detrlib.attention.transforms import Softmax
 from detrlib.errors import ConfigError
 
@@ -224,3 +224,18 @@ def test_tvmax_needs_a_grid(make, random_scores, small):
         small(attention={"decoder_self": "tvmax"})
     with pytest.raises(ValueError, match="grid"):
         make("tvmax")(random_scores(1, HEADS, 2, 7))
+
+
+def test_conditional_self_attention_is_plain_where_content_and_position_share_their_matrices():
+    torch.manual_seed(0)
+    plain = MultiheadAttention(12, 3, build_transform("sparsemax", 3)).eval()
+    layer = ConditionalSelfAttention(12, 3, build_transform("sparsemax", 3)).eval()
+    weights, state = plain.in_proj_weight.chunk(3), {}
+    for name, weight in zip(("query", "key"), weights, strict=False):
+        for part in ("content", "position"):
+            state |= {f"{name}_{part}.weight": weight, f"{name}_{part}.bias": torch.zeros(12)}
+    state |= {"value.weight": weights[2], "value.bias": torch.zeros(12)}
+    layer.load_state_dict(state | {f"out_proj.{name}": value for name, value in plain.out_proj.state_dict().items()})
+    content, position = torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    query = content + position
+    torch.testing.assert_close(layer(content, position, True), plain(query, query, content, need_weights=True))

@@ -61,6 +61,7 @@ CHOICES = {
     "detr": {},
     "detr-pre-norm": {"norm": "pre"},
     "detr-learned": {"position": "learned"},
+    "conditional": {"queries": "conditional", "classification": "sigmoid"},
     "alpha": {"attention": {"decoder_cross": "alpha_entmax", "alpha_clamped": True}},
 }
 FAMILY = {

@@ -41,7 +41,7 @@ FOREIGN = {
     "own": ({"backbone.body.conv1.weight": 1, "transformer.decoder.norm.weight": 1}, "this library itself.*load_model"),
     "transformers": ({"model.decoder.layers.0.fc1.weight": 1}, "transformers package.*official file"),
     "resnet": ({"conv1.weight": 1, "layer1.0.conv1.weight": 1, "fc.weight": 1}, r"backbone alone.*backbone\.weights"),
-    "conditional": ({"transformer.decoder.layers.0.ca_qcontent_proj.weight": 1}, "Conditional DETR"),
+    "dab": ({"transformer.decoder.layers.0.ca_qcontent_proj.weight": 1, "refpoint_embed.weight": 1}, "DAB-DETR"),
     "faster-rcnn": (
         {"backbone.body.conv1.weight": 1, "roi_heads.box_head.fc6.weight": 1},
         "another detector.*--predictions",

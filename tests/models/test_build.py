@@ -25,6 +25,7 @@ FAMILIES = {
     "official padding": {"compatibility": {"padding": "official"}},
     "pre-norm, learned positions": {"norm": "pre", "position": "learned"},
     "anchors": {"queries": "anchor", "classification": "sigmoid"},
+    "conditional": {"queries": "conditional", "classification": "sigmoid"},
     "alpha-entmax": {"attention": dict.fromkeys(("encoder_self", "decoder_self", "decoder_cross"), "alpha_entmax")},
     "tvmax": {"attention": {"encoder_self": "tvmax", "decoder_cross": "tvmax"}},
     "poll and pool": {"polling": {"ratio": 0.3, "pooled": 4}},

@@ -44,3 +44,22 @@ def test_command_line(official, tmp_path):
     assert "detr, " in shown.output and "model.backbone.name: resnet18" in shown.output
     refused = CliRunner().invoke(app, ["import", str(tmp_path / "absent.pth")])
     assert refused.exit_code == 1 and "absent.pth" in refused.stderr
+
+
+def test_a_model_is_exported_and_imported_again(official, tmp_path):
+    model, path = official
+    run = str(tmp_path / "run")
+    for words in (
+        ["import", str(path), "--set", "model.num_heads=4", "--as", run],
+        ["export", run, str(tmp_path / "model.safetensors")],
+        ["export", str(tmp_path / "model.safetensors"), str(tmp_path / "folder")],
+        ["import", str(tmp_path / "folder"), "--as", str(tmp_path / "again")],
+    ):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+    again = load_model(tmp_path / "again")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    refused = CliRunner().invoke(app, ["export", run, str(tmp_path / "model.onnx")])
+    assert refused.exit_code == 1 and "model.onnx" in refused.stderr
+    misspelt = CliRunner().invoke(app, ["import", "detr-r5O"])
+    assert misspelt.exit_code == 1 and "detr-r50" in misspelt.stderr

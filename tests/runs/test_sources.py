@@ -79,7 +79,36 @@ def test_an_official_file_comes_with_names_of_coco(small, tmp_path):
         assert not names or (source.names[1], source.names[90]) == ("person", "toothbrush")
 
 
-@pytest.mark.parametrize(("name", "near"), [("nested/fist", "nested/first"), ("zzz", "")])
+def test_published_weights_by_name_come_with_settings_that_their_file_lacks(runs, small, tmp_path, monkeypatch):
+    model = small(backbone=R18 | {"name": "resnet50"})
+    torch.save({"model": export_official(model)}, tmp_path / "file.pth")
+    monkeypatch.setattr(sources, "fetch", {"detr-r50-dc5": tmp_path / "file.pth"}.get)
+    source = open_source("detr-r50-dc5", overrides={"model.num_heads": 4})
+    assert source.label == "detr-r50-dc5"
+    assert source.cfg.model.backbone.dilation and source.cfg.model.num_heads == 4
+    (runs / "detr-r50-dc5").mkdir()
+    assert open_source("detr-r50-dc5", overrides={"model.num_heads": 4}).label == "detr-r50-dc5"
+    (runs / "detr-r50-dc5").rmdir()
+
+
+def test_ids_of_hugging_face_come_last_and_after_names_that_are_near(runs, monkeypatch):
+    asked = []
+
+    def fetch(name):
+        asked.append(name)
+        raise WeightsError(f"{name}: out of reach")
+
+    monkeypatch.setattr(sources, "fetch_huggingface", fetch)
+    with pytest.raises(WeightsError, match="owner/name: out of reach"):
+        open_source("owner/name")
+    with pytest.raises(WeightsError, match="did you mean nested/first"):
+        open_source("nested/firsd")
+    assert asked == ["owner/name"]
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("nested/fist", "nested/first"), ("detr-r5O", "detr-r50"), ("zzz", "detr-r101-dc5")]
+)
 def test_a_name_that_nothing_has(runs, name, near):
     with pytest.raises(WeightsError, match=f"'{name}'.*{near}"):
         open_source(name)

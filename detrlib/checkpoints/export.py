@@ -1,0 +1,99 @@
+"""A model in a file or folder of its own, for other programs or for this one.
+
+detrlib export my-run model.safetensors     names of this library; settings and names of classes stand in the file
+detrlib export my-run model.pth             as the official code writes and reads
+detrlib export my-run model/                as Hugging Face's transformers writes and reads
+"""
+
+import json
+from pathlib import Path
+from typing import Literal, get_args
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from detrlib.checkpoints.files import export_official
+from detrlib.checkpoints.huggingface import write_huggingface
+from detrlib.checkpoints.source import Source, build_source, fitting
+from detrlib.config import load_config
+from detrlib.errors import ConfigError, WeightsError
+from detrlib.files import save_checkpoint, write_atomic
+
+Layout = Literal["safetensors", "official", "huggingface"]
+BY_SUFFIX: dict[str, Layout] = {
+    ".safetensors": "safetensors",
+    ".pth": "official",
+    ".pt": "official",
+    "": "huggingface",
+}
+SETTINGS, NAMES = "detrlib.settings", "detrlib.names"  # in the metadata of a file
+
+
+def export(source: Source, path: Path, layout: Layout | None = None) -> Path:
+    """Write weights for others.
+
+    Args:
+        source: see `runs.sources.open_source`.
+        path: a file, or a folder for Hugging Face's layout; must not be there yet.
+        layout: "safetensors", "official" or "huggingface"; None: by the suffix .safetensors, .pth or none.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ConfigError: the suffix says nothing.
+        WeightsError: there is something at `path`, or others have no such model; names the setting.
+        RunError: the file cannot be written.
+    """
+    layout = layout or BY_SUFFIX.get(path.suffix)
+    if layout is None:
+        known = ", ".join(suffix for suffix in BY_SUFFIX if suffix)
+        raise ConfigError(
+            f"{path}: no layout is known by the suffix {path.suffix}; use {known}, a folder, or one of "
+            f"--format {', '.join(get_args(Layout))}"
+        )
+    if path.exists():
+        raise WeightsError(f"{path} is there already; choose another name, or delete it")
+    write = {"safetensors": write_own, "official": write_official, "huggingface": write_huggingface}[layout]
+    write(source, path)
+    return path
+
+
+def write_own(source: Source, path: Path) -> None:
+    """A safetensors file with the names of this library, whose metadata hold settings and names of classes."""
+    state = {name: value.contiguous() for name, value in build_source(source).state_dict().items()}
+    metadata = {"format": "pt", SETTINGS: json.dumps(source.cfg.model_dump(mode="json"))}
+    if source.names:
+        metadata[NAMES] = json.dumps(source.names)
+    write_atomic(path, lambda temporary: save_file(state, temporary, metadata))
+
+
+def read_own(path: Path) -> Source:
+    """What `write_own` has written. Raises WeightsError naming a file that is damaged, or another program's."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: damaged, or cut short ({error}); download it again") from None
+    if SETTINGS not in metadata:
+        raise WeightsError(
+            f"{path}: names no settings of its model, as files of detrlib export do; of Hugging Face's, give the "
+            "folder, in which config.json stands beside it"
+        )
+    cfg = load_config(overrides=json.loads(metadata[SETTINGS]))
+    names = {int(label): name for label, name in json.loads(metadata.get(NAMES, "{}")).items()} or None
+    return fitting(Source(path.stem, cfg, state, names, path), "a model")
+
+
+def write_official(source: Source, path: Path) -> None:
+    """A file with official names under "model" and, as the training scripts leave them, arguments under "args"."""
+    model = source.cfg.model
+    arguments = {"nheads": model.num_heads, "num_queries": model.num_queries, "dropout": model.dropout}
+    arguments["dilation"] = model.backbone.dilation
+    if model.architecture == "deformable":
+        chosen = model.deformable
+        arguments |= {"rho": chosen.rho if chosen.rho < 1 else 0.0}
+        arguments |= {"eff_specific_head": chosen.class_specific_proposals}
+    state = {name: value.contiguous() for name, value in export_official(build_source(source)).items()}
+    save_checkpoint(path, {"model": state, "epoch": source.epoch, "args": arguments})
