@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from detrlib.errors import ConfigError, DetrlibError
+from detrlib.errors import ConfigError, DataError, DetrlibError
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
+MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
 
 
 class Commands(typer.core.TyperGroup):
@@ -136,6 +137,54 @@ def evaluate(
     typer.echo("  ".join(f"{name} {word}" for name, word in words.items()))
     if on:
         typer.echo(scored_classes(results))
+
+
+@app.command()
+def predict(
+    words: Annotated[list[str], Argument(metavar="MODEL... PICTURE...", help="runs or weights; files, folders, globs")],
+    out: Annotated[Path, Option(help="folder of the page, the pictures and predictions.json")] = Path("predictions"),
+    score: Annotated[float, Option(min=0, max=1, help="of the detections that are kept")] = 0.5,
+    attention: Annotated[bool, Option("--attention", help="draw where each detection looks")] = False,
+    site: Annotated[MapSite, Option(help="whose maps are drawn")] = "decoder_cross",
+    layer: Annotated[int, Option(help="from 0, or from the end")] = -1,
+    head: Annotated[str, Option(help="from 0, or mean")] = "mean",
+    explanations: Annotated[bool, Option("--explain", help="explain each detection, as explain does")] = False,
+    limit: Annotated[int | None, Option(min=1, help="the first pictures only")] = None,
+    device: Annotated[str | None, Option(help="cpu or cuda; default: a GPU if there is one")] = None,
+    checkpoint: Annotated[str, Option(help="of runs: last, best, epoch-NNNN")] = "last",
+    batch_size: Annotated[int, Option(min=1, help="pictures a model sees at a time")] = 4,
+) -> None:
+    """Show what models detect in pictures of yours, side by side: detrlib predict detr-r50 photo.jpg
+
+    A name is a run, published weights, a file of weights or an id of Hugging Face; what exists as a picture, a folder
+    of pictures, a pattern or a JSON list of images in COCO's format is taken for pictures.
+    """
+    from detrlib.data.pictures import describe, find_pictures, readable
+    from detrlib.engine import predict as engine
+    from detrlib.experiments.explain import explained_each
+    from detrlib.figures.album import Album, check_folder
+    from detrlib.figures.predictions import View
+
+    if head != "mean" and not head.isdecimal():
+        raise ConfigError(f"--head {head}: expected a number from 0, or mean")
+    view = View(site, layer, "mean" if head == "mean" else int(head))
+    drawn = attention or view != View()
+    models, named = engine.models_and_pictures(words)
+    pictures, left_out = readable(find_pictures(named, limit))
+    check_folder(out)
+    detectors = engine.open_detectors(models, device, checkpoint)
+    sites = tuple({"decoder_cross", view.site}) if drawn or explanations else ()
+    engine.check_view(detectors, view.site, view.layer, view.head)
+    options = {"min_score": score, "sites": sites, "batch_size": batch_size, "left_out": left_out}
+    results = engine.predict_each(detectors, pictures, **options)
+    with Album(out, [each.label for each in detectors], score=score, view=view, attention=drawn) as album:
+        for picture in explained_each(detectors, results) if explanations else results:
+            album.add(picture)
+    for run, count in album.counts().items():
+        typer.echo(f"{run}: {count} detections in {album.pictures} pictures")
+    typer.echo(album.page)
+    if left_out:
+        raise DataError(f"left out: {describe(left_out)}")
 
 
 @app.command()

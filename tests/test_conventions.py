@@ -33,23 +33,24 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 510,
+    ".": 550,
     "config": 840,
     "attention": 1260,
     "attention/kernels": 1040,
     "models": 2020,
     "losses": 310,
     "checkpoints": 1210,
-    "data": 1110,
+    "data": 1420,
     "metrics": 1730,
-    "runs": 1490,
-    "engine": 1640,
-    "experiments": 1880,
-    "figures": 2360,
+    "runs": 1560,
+    "engine": 1980,
+    "experiments": 1900,
+    "figures": 2920,
     "teaching": 490,
     "benchmarks": 870,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
+LONGEST_COMMANDS = 420  # the command line: every option of every command is a line
 
 
 def relative(path):
@@ -157,7 +158,8 @@ def test_public_functions_and_classes_have_docstrings(path):
 
 @each([path for folder in ("detrlib", "tests") for path in sorted((PROJECT / folder).rglob("*.py"))])
 def test_files_stay_short(path):
-    assert len(path.read_text().splitlines()) <= (LONGEST_FILE if path.is_relative_to(LIBRARY) else 450)
+    longest = LONGEST_FILE if path.is_relative_to(LIBRARY) else 450
+    assert len(path.read_text().splitlines()) <= (LONGEST_COMMANDS if path.name == "__main__.py" else longest)
 
 
 @each(MODULES)

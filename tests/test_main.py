@@ -174,6 +174,64 @@ def test_evaluate_on_other_data(run_dir, tmp_path):
     assert "--map disc" in refused(*words, "--map", "disc")
 
 
+@pytest.fixture
+def photos(tmp_path):
+    """Two pictures, one of them under a name that is markup."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.png", "<img src=x onerror=alert(1)>.png"):
+        Image.effect_noise((90, 50), 60).save(folder / name)
+    return folder
+
+
+def test_predict(run_dir, photos, tmp_path):
+    out = tmp_path / "out"
+    words = ["predict", run_dir, photos, "--score", 0.01, "--out", out]
+    shown = detrlib(*words)
+    assert shown.splitlines()[0].startswith("run: ") and shown.splitlines()[-1] == str(out / "index.html")
+    assert len(list((out / "pictures").iterdir())) == 2 and not (out / "attention").exists()
+    assert "<img src=x" not in (out / "index.html").read_text()
+    shutil.copytree(run_dir, tmp_path / "other")
+    detrlib(*words, tmp_path / "other", "--attention", "--head", 1, "--layer", 0, "--explain", "--limit", 1)
+    predictions = json.loads((out / "other" / "predictions.json").read_text())
+    assert predictions == json.loads((out / "run" / "predictions.json").read_text())
+    assert {row["image_id"] for row in predictions} == {1}
+    assert len(list((out / "attention").iterdir())) == 1 and len(list((out / "explanations").iterdir())) == 2
+    assert "explanation: relevance" in (out / "index.html").read_text()
+
+
+def test_predict_leaves_out_what_cannot_be_read_and_says_so(run_dir, photos, tmp_path):
+    (photos / "text.jpg").write_text("no picture")
+    content = (photos / "a.png").read_bytes()
+    (photos / "cut.png").write_bytes(content[: len(content) // 2])
+    line = refused("predict", run_dir, photos, "--out", tmp_path / "out")
+    assert "text.jpg" in line and "cut.png" in line
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
+    assert "text.jpg" in refused("predict", run_dir, photos / "text.jpg", "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_predictions_that_cannot_be_made(run_dir, photos, tmp_path):
+    out = ["--out", tmp_path / "out"]
+    picture = photos / "a.png"
+    for words, named in (
+        (["no-such-run", picture], "no-such-run"),
+        ([run_dir, photos / "absent.jpg"], "absent.jpg"),
+        ([run_dir, f"{photos}/*.gif"], "*.gif"),
+        ([run_dir], "no pictures"),
+        ([picture], "no model"),
+        ([run_dir, picture, "--device", "cuda:99"], "cuda:99"),
+        ([run_dir, picture, "--checkpoint", "epoch-0099"], "epoch-0099"),
+        ([run_dir, picture, "--layer", 7], "no layer 7"),
+        ([run_dir, picture, "--head", 7], "no head 7"),
+        ([run_dir, picture, "--head", "first"], "--head first"),
+    ):
+        assert named in refused("predict", *words, *out)
+    assert "--score" in refused("predict", run_dir, picture, "--score", 2, code=2)
+    assert "a.png is a file" in refused("predict", run_dir, picture, "--out", picture)
+    assert not (tmp_path / "out").exists()
+
+
 def test_explain(run_dir):
     words = ["explain", run_dir, "--images", 3, "--steps", 3, "--min-score", 0]
     assert "deletion_similarity" in detrlib(*words, "--methods", "raw,random")
@@ -323,7 +381,18 @@ def test_costs(config):
 
 def test_every_command_has_a_line_of_help():
     shown = detrlib("--help")
-    for command in ("train", "evaluate", "explain", "intervene", "sweep", "notebook", "import", "unrel", "costs"):
+    for command in (
+        "train",
+        "evaluate",
+        "predict",
+        "explain",
+        "intervene",
+        "sweep",
+        "notebook",
+        "import",
+        "unrel",
+        "costs",
+    ):
         assert f"\n  {command} " in shown
         assert "Usage" in detrlib(command, "--help")
     assert "prepare" not in shown and "sweep-run" not in shown

@@ -7,7 +7,6 @@ from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
@@ -17,12 +16,10 @@ from torchvision.transforms.v2 import functional
 
 from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.data.annotations import Annotation, Annotations, ImageRecord, listed, read_annotations
+from detrlib.data.pictures import UNREADABLE, open_picture, read_picture
 from detrlib.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-# What Pillow raises, by file type and fault, for a picture it cannot decode.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class CocoDataset(Dataset):
@@ -111,8 +108,7 @@ class CocoDataset(Dataset):
         path = self.images_path / record["file_name"]
         try:
             # The orientation in EXIF is ignored, because COCO's annotations refer to the pixels as they are stored.
-            with Image.open(path) as file:
-                image = _to_rgb(file)
+            image, _ = read_picture(path)
         except UNREADABLE as error:
             raise DataError(
                 f"{path}: not readable as an image ({error}); {self._used_by(record)}; replace it or remove its entry"
@@ -216,7 +212,7 @@ class CocoDataset(Dataset):
 
 def _size_from_header(path: Path) -> tuple[int, int]:
     try:
-        with Image.open(path) as file:
+        with open_picture(path) as file:
             return file.size
     except UNREADABLE as error:
         raise DataError(f"{path}: not readable as an image ({error}); replace it or remove its entry") from error
@@ -237,13 +233,3 @@ def _mention(record: ImageRecord, annotations: list[Annotation]) -> str:
     if not annotations:
         return f"image id {record['id']}, which has no annotations"
     return f"image id {record['id']}, annotation ids {listed(a['id'] for a in annotations)}"
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Greyscale, palette, CMYK and images with transparency as RGB; transparency itself is discarded."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow would clip 16-bit values to 255, which turns most of the picture white.
-        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")

@@ -1,11 +1,13 @@
-"""Any validation image of a run with its detections and maps: what is stored is read, the rest is computed.
+"""Any image with its detections and maps: of a run's validation data what is stored is read, the rest is computed.
 
-An evaluation stores the first images of the split; which of all went badly is known only after it.
+An evaluation stores the first images of the split; which of all went badly is known only after it. Pictures of one's
+own have no objects to compare with.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from detrlib.config import load_config
 from detrlib.data import CocoDataset, build_dataset, collate
 from detrlib.engine.evaluate import load_model
+from detrlib.engine.predict import predict
 from detrlib.errors import DataError, RunError
 from detrlib.losses import Criterion, match
 from detrlib.metrics.detection import errors_by_image
@@ -104,7 +107,42 @@ class ValidationImages(Mapping[int, Example]):
         return with_maps(make_example(batch, predictions, indices, 0), predictions, self.sites)
 
 
-def one_image(images: Mapping[str, ValidationImages], image_id: int | None = None) -> dict[str, Example]:
+class OwnPictures(Mapping[int, Example]):
+    """Pictures of one's own by number, in the order given: what a model detects in them is computed at once.
+
+    They are examples without annotated objects, for all figures of examples. Arguments and faults are those of
+    `predict`; sites: whose maps are wanted, None: decoder_cross.
+    """
+
+    def __init__(self, model: str | Path, pictures: Any, sites: Sequence[Site] | None = None):
+        self.detected = predict(model, pictures, min_score=EXAMPLE_SCORE, attention=sites or True)
+        self.stored = {one.image_id: one.example for one in self.detected}
+        rows = [(one.image_id, 0, len(one), one.picture) for one in self.detected]
+        self.errors = pd.DataFrame(rows, columns=["image_id", "objects", "detections", "picture"]).set_index("image_id")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, image_id: int) -> Example:
+        return self.stored[image_id]
+
+    def title(self, image_id: int) -> str:
+        """The name of its file."""
+        return Path(self.errors.loc[image_id, "picture"]).name
+
+
+def open_images(
+    run_dir: Path, sites: Sequence[Site] | None = None, pictures: Any = ()
+) -> ValidationImages | OwnPictures:
+    """The validation images of a run, or, where `pictures` are given, those of one's own; see the two classes."""
+    own = isinstance(pictures, str | Path) or len(pictures) > 0
+    return OwnPictures(run_dir, pictures, sites) if own else ValidationImages(run_dir, sites)
+
+
+def one_image(images: Mapping[str, ValidationImages | OwnPictures], image_id: int | None = None) -> dict[str, Example]:
     """Take one image in every run.
 
     Args:

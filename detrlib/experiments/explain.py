@@ -13,8 +13,10 @@ Legend: n detections of an image, h x w cells, Q queries, C classes, S steps.
 """
 
 import logging
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.config import Config, load_config
 from detrlib.data import Batch, build_dataset, collate
 from detrlib.engine.evaluate import load_model
+from detrlib.engine.predict import Detector
 from detrlib.errors import ConfigError, RunError
 from detrlib.experiments.attribution import allowed_methods, explain
 from detrlib.files import write_atomic, write_json
@@ -45,6 +48,7 @@ from detrlib.metrics.faithfulness import (
 from detrlib.metrics.localisation import object_size
 from detrlib.models import Predictions
 from detrlib.models.outputs import cell_side
+from detrlib.runs.detected import Detected
 from detrlib.runs.examples import EXAMPLE_SCORE, picture
 from detrlib.runs.folder import load_results
 
@@ -236,3 +240,28 @@ def explained_detections(
     boxes = to_pixels(cxcywh_to_xyxy(predictions.boxes[0, queries]), size).numpy()
     images = [picture(batch.images[0]).numpy()] * count
     return images, boxes, titles, maps, [extent] * count, labels.numpy(), dataset.names
+
+
+def explain_detected(detector: Detector, detected: Detected, methods: Iterable[str] | None = None) -> Detected:
+    """Explain what a detector found in a picture of one's own, which is read again.
+
+    Returns the same with `explanations` {method: [n,h,w]} of its detections, over the cells of the picture. Arguments
+    and faults are those of `explain`; DataError where the picture is no longer there.
+    """
+    batch = detector.batch([(detected.source, *detected.source.read())])
+    queries, labels = (torch.from_numpy(x).to(detector.device) for x in (detected.queries, detected.labels))
+    maps = explain(detector.model, batch.images, batch.padding_mask, queries, labels, methods, detected.image_id)
+    rows, columns = (math.ceil(cells) for cells in detected.example.extent)
+    own = {method: of_all[:, :rows, :columns].cpu().numpy() for method, of_all in maps.items()}
+    return replace(detected, explanations=own)
+
+
+def explained_each(
+    detectors: Sequence[Detector], pictures: Iterable[Sequence[Detected]], methods: Iterable[str] | None = None
+) -> Iterator[tuple[Detected, ...]]:
+    """What `predict_each` yields for several detectors, with explanations of all detections."""
+    for of_each in pictures:
+        yield tuple(
+            explain_detected(detector, one, methods) if len(one) else one
+            for detector, one in zip(detectors, of_each, strict=True)
+        )

@@ -8,6 +8,7 @@ from detrlib.config import Config, Data, project_path, replace
 from detrlib.data import split_paths
 from detrlib.data.annotations import Annotations, read_annotations
 from detrlib.data.classes import ClassMatch, match_classes, translate
+from detrlib.data.pictures import pictures_folder
 from detrlib.engine.evaluate import evaluate_into, evaluation_config, results_folder
 from detrlib.errors import ConfigError, DataError, RunError
 from detrlib.files import write_json
@@ -81,9 +82,7 @@ def find_data(data: Path, images: Path | None, split: str | None, usual: str) ->
     """Image folder and annotation file of other data: a COCO-format folder, or the annotation file itself.
 
     Of a folder `split` is taken; if that is None, the `usual` one where it is there, otherwise the only one.
-    Pictures of a file are in `images`; if that is None, in the COCO layout's folder of the same split, in a folder
-    "images" beside the file, or beside the file itself, whichever holds the first one. Raises DataError, and
-    ConfigError for a split of a file.
+    Pictures of a file are where `pictures_folder` finds them. Raises DataError, and ConfigError for a split of a file.
     """
     if data.suffix != ".json":
         there = sorted(path.stem.removeprefix("instances_") for path in data.glob("annotations/instances_*.json"))
@@ -94,14 +93,7 @@ def find_data(data: Path, images: Path | None, split: str | None, usual: str) ->
         return split_paths(Data(root=str(data), val_split=split, val_images=images and str(images)), "val")
     if split:
         raise ConfigError(f"split {split} (--split) belongs to a folder; {data} is one annotation file")
-    first = read_annotations(data)["images"][0]["file_name"]
-    layout = data.parent.parent / data.stem.removeprefix("instances_")
-    tried = [images] if images else [layout, data.parent / "images", data.parent]
-    for folder in tried:
-        if (folder / first).is_file():
-            return folder, data
-    listed = ", ".join(map(str, tried))
-    raise DataError(f"{data}: its first picture, {first}, is not in {listed}; give the folder (images, --images)")
+    return pictures_folder(data, read_annotations(data)["images"][0]["file_name"], images), data
 
 
 def _match(

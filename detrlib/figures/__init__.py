@@ -2,11 +2,13 @@
 
 What statistics say is drawn in `results`, `statistics`, `interventions` and `explanations`, what stands in images in
 `attention`, `queries`, `deformable` and `dataset`, maps by `overlay`; `viewer` answers to clicks; `tables` are text.
+`predictions` are of pictures of one's own, which `album` puts into a folder and `page` into one file for a browser.
 `figures.save(figure, "name")` writes one for LaTeX.
 """
 
 # ruff: noqa: F401
 from detrlib.figures import (
+    album,
     attention,
     choices,
     dataset,
@@ -14,6 +16,8 @@ from detrlib.figures import (
     explanations,
     interventions,
     overlay,
+    page,
+    predictions,
     queries,
     results,
     statistics,

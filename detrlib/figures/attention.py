@@ -15,7 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from detrlib.figures.choices import best_of_class, cell_at, cell_box, cells_ask, chosen_labels, detection
+from detrlib.figures.choices import (
+    best_of_class,
+    cell_at,
+    cell_box,
+    cells_ask,
+    chosen_labels,
+    detection,
+    matched_query,
+    same_detection,
+)
 from detrlib.figures.overlay import Panel, Sharing, draw_maps, room
 from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, styled
 from detrlib.runs.examples import Example
@@ -45,9 +54,14 @@ def draw_image(axes: Axes, image: np.ndarray, title: str = "", alpha: float = 1.
     axes.set_title(title, loc="left", **look)
 
 
-def _largest_objects(example: Example, most: int) -> np.ndarray:
-    sides = example.true_boxes[:, 2:] - example.true_boxes[:, :2]
-    return np.argsort(-sides.prod(1))[:most]
+def _objects(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes and labels of the annotated objects, or, in a picture without any, of the detections."""
+    annotated = len(example.true_boxes) > 0
+    return (example.true_boxes, example.true_labels) if annotated else (example.boxes, example.labels)
+
+
+def _largest(boxes: np.ndarray, most: int) -> np.ndarray:
+    return np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(1))[:most]
 
 
 def _colour(example: Example, query: int, names: Mapping[int, str]) -> str:
@@ -106,30 +120,36 @@ def objects_by_run(
     """The same image in several runs: a row is a run, a column an annotated object, in order of size.
 
     Each panel shows the map (mean over heads) of the query matched to the object, its box and the class it gave; "in
-    box" is the share of the weight inside the annotated box, which is dashed: PAIBB. scale, logarithmic: of the
-    colours, as of `overlay.draw_maps`.
+    box" is the share of the weight inside the annotated box, which is dashed: PAIBB. In a picture without annotated
+    objects a column is a detection of the first run, the best one first, and what other runs have in its place. scale,
+    logarithmic: of the colours, as of `overlay.draw_maps`.
     """
     if not examples:
         raise Nothing("no run has stored examples with attention")
     first = next(iter(examples.values()))
-    objects = _largest_objects(first, max_objects)
+    annotated = len(first.true_boxes) > 0
+    objects = _largest(first.true_boxes, max_objects) if annotated else range(min(max_objects, len(first.boxes)))
     columns = len(objects) + 1
     drawn, panels = image_panels(first.image, len(examples), columns, WIDEST_PANEL, **room(columns, scale))
     looks = []
     for row, (run, example) in zip(panels, examples.items(), strict=True):
         draw_image(row[0], example.image, run, fontweight="bold", fontsize=6)  # names of runs are long
         for number, (axes, index) in enumerate(zip(row[1:], objects, strict=True), start=1):
-            truth, colour = example.true_boxes[index], class_colour(int(example.true_labels[index]), names)
-            draw_box(row[0], truth, colour, dashed=True, caption=str(number))
-            matched = np.flatnonzero(example.matched == index)
-            if not len(matched):
+            query = matched_query(example, index) if annotated else same_detection(first, index, example)
+            if annotated:
+                truth, colour = example.true_boxes[index], class_colour(int(example.true_labels[index]), names)
+                draw_box(row[0], truth, colour, dashed=True, caption=str(number))
+            if query is None:
                 draw_image(axes, example.image, f"{number} no query left", alpha=0.3, color=MUTED)
                 continue
-            draw_box(axes, truth, colour, dashed=True)
-            given = _colour(example, matched[0], names)
-            draw_box(axes, example.boxes[matched[0]], given)
-            axes.set_title(f"{number} {detection(example, matched[0], names)}", loc="left", color=given)
-            looks.append(_look(axes, example, matched[0], layer, truth))
+            given = _colour(example, query, names)
+            if annotated:
+                draw_box(axes, truth, colour, dashed=True)
+            else:
+                draw_box(row[0], example.boxes[query], given, caption=str(number))
+            draw_box(axes, example.boxes[query], given)
+            axes.set_title(f"{number} {detection(example, query, names)}", loc="left", color=given)
+            looks.append(_look(axes, example, query, layer, truth if annotated else None))
     draw_maps(drawn, looks, scale, logarithmic)
     return drawn
 
@@ -212,14 +232,15 @@ def cells_grid(
 ) -> Figure:
     """Encoder self-attention: where the cell in the middle of an object looks, mean over heads.
 
-    A column per object, largest first, a row per encoder layer; the cell that asks is outlined in the colour of the
-    object's class, "in box" is the share of the weight inside the object's box. scale, logarithmic: of the colours, as
-    of `overlay.draw_maps`.
+    A column per object, largest first, or per detection where none are annotated, a row per encoder layer; the cell
+    that asks is outlined in the colour of the object's class, "in box" is the share of the weight inside the object's
+    box. scale, logarithmic: of the colours, as of `overlay.draw_maps`.
     """
     if not cells_ask(example):
         raise Nothing("maps of encoder_self are not stored, or their queries are not the cells of one level")
-    objects, looks = _largest_objects(example, max_objects), []
-    centres = example.true_boxes[objects].reshape(-1, 2, 2).mean(1)
+    (boxes, labels), looks = _objects(example), []
+    objects = _largest(boxes, max_objects)
+    centres = boxes[objects].reshape(-1, 2, 2).mean(1)
     cells = [cell_at(example, x, y) for x, y in centres]
     layers = example.shape("encoder_self")[0]
     drawn, panels = image_panels(example.image, layers, len(cells) + 1, WIDEST_PANEL, **room(len(cells) + 1, scale))
@@ -227,9 +248,9 @@ def cells_grid(
         draw_image(first, example.image, f"encoder layer {layer + 1}")
         weights = example.maps("encoder_self", layer)
         for index, cell, axes in zip(objects, cells, rest, strict=True):
-            label = int(example.true_labels[index])
+            label = int(labels[index])
             mean = weights[:, cell].mean(0, dtype=np.float32)
-            looks.append(Panel(axes, example.image, mean, example.extent, example.true_boxes[index]))
+            looks.append(Panel(axes, example.image, mean, example.extent, boxes[index]))
             axes.set_title(names.get(label, str(label)) if layer == 0 else "", loc="left")
             for panel in (first, axes):
                 draw_box(panel, cell_box(example, cell), class_colour(label, names))

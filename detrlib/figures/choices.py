@@ -49,6 +49,17 @@ def corresponding_query(example: Example, query: int, other: Example) -> int | N
     return int(overlap.argmax()) if len(overlap) and overlap.max() > 0 else None
 
 
+def matched_query(example: Example, index: int) -> int | None:
+    """The query matched to annotated object number `index`, None if there was none left for it."""
+    matched = np.flatnonzero(example.matched == index)
+    return int(matched[0]) if len(matched) else None
+
+
+def same_detection(example: Example, query: int, other: Example) -> int | None:
+    """`query` itself in its own example, the corresponding one in another."""
+    return query if other is example else corresponding_query(example, query, other)
+
+
 def _shares(example: Example) -> torch.Tensor:
     """The boxes [n,4] in 0..1 of the image."""
     height, width = example.image.shape[:2]

@@ -1,5 +1,5 @@
 """The run folder, the contract between training and all that reads it: `folder`, `examples`, `maps`, `history` (what
-training has logged) and `results`; `sources` finds models by any name.
+training has logged) and `results`; `sources` finds models by any name, `detected` is what they see in other pictures.
 """
 
 from detrlib.runs.examples import Example, load_examples, same_image

@@ -119,7 +119,7 @@ class Recorder:
         packed = {site: _packed(predictions, site, len(numbers)) for site in wanted}
         for index, number in enumerate(numbers):
             sites = {site: [layer[index] for layer in layers] for site, layers in packed.items()}
-            extent = _extent(batch, predictions.attention, index).tolist()
+            extent = cells_of(batch, predictions.attention, index).tolist()
             self.maps.add(batch.targets[index]["image_id"], extent, sites)
             if number < self.examples:
                 save_example(self.run_dir, make_example(batch, predictions, indices, index))
@@ -201,13 +201,13 @@ def make_example(batch: Batch, predictions: Predictions, indices: list[Match], i
         "labels": labels[order],
         "scores": scores[order],
         "matched": matched[order],
-        "extent": _extent(batch, predictions.attention, index),
+        "extent": cells_of(batch, predictions.attention, index),
         "queries": order,
     }
     return Example(target["image_id"], **{name: value.cpu().numpy() for name, value in values.items()})
 
 
-def _extent(batch: Batch, maps: AttentionMaps, index: int) -> Tensor:
+def cells_of(batch: Batch, maps: AttentionMaps, index: int) -> Tensor:
     """[2], height and width of an image in cells of the key grid."""
     return batch.targets[index]["size"].cpu() / cell_side(batch.images.shape[-2:], maps.grid)
 

@@ -4,12 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from detrlib import runs
 from detrlib.config import load_config, replace, save_config
 from detrlib.engine import examples
 from detrlib.engine.evaluate import evaluate_run
-from detrlib.engine.examples import ValidationImages, one_image
+from detrlib.engine.examples import OwnPictures, ValidationImages, one_image, open_images
 from detrlib.engine.loop import train
 from detrlib.errors import DataError, RunError
 from detrlib.files import write_json
@@ -124,3 +125,18 @@ def test_data_that_changed_and_runs_that_are_not_finished_are_refused(without_ex
     runs.open_run(load_config(config), tmp_path / "begun")
     with pytest.raises(RunError, match=r"results\.json"):
         ValidationImages(tmp_path / "begun")
+
+
+def test_pictures_of_ones_own_are_examples_without_objects(run_dir, tmp_path):
+    assert isinstance(open_images(run_dir), ValidationImages)
+    random = np.random.default_rng(0)
+    for name, shape in {"a.png": (50, 90, 3), "b.png": (80, 40, 3)}.items():
+        Image.fromarray(random.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / name)
+    own = open_images(run_dir, ["encoder_self"], tmp_path)
+    assert isinstance(own, OwnPictures) and list(own) == [1, 2] == list(own.stored) and own.title(2) == "b.png"
+    assert own[2].image.shape == (80, 40, 3) and own[2].sites == ["decoder_cross", "encoder_self"]
+    assert own.errors["detections"].tolist() == [len(own[1].boxes), len(own[2].boxes)]
+    assert one_image({"one": own, "two": own}) == {"one": own[1], "two": own[1]}
+    assert len(open_images(run_dir, pictures=str(tmp_path / "b.png"))) == 1
+    with pytest.raises(DataError, match=r"absent\.jpg"):
+        open_images(run_dir, pictures=[tmp_path / "absent.jpg"])

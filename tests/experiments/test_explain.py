@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,17 @@ from detrlib.config import load_config
 from detrlib.data import build_dataset, collate
 from detrlib.engine.evaluate import load_model
 from detrlib.engine.launch import launch
+from detrlib.engine.predict import open_detector, predict
 from detrlib.errors import ConfigError, RunError
 from detrlib.experiments import explain as module
 from detrlib.experiments.attribution import METHODS
-from detrlib.experiments.explain import detections_to_explain, explained_detections, faithfulness_run
+from detrlib.experiments.explain import (
+    detections_to_explain,
+    explain_detected,
+    explained_detections,
+    explained_each,
+    faithfulness_run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +122,23 @@ def test_images_without_detections_are_passed_over_until_none_is_left(finding, m
     monkeypatch.setattr(module, "EXAMPLE_SCORE", 1.1)
     with pytest.raises(RunError, match=r"tiny: .* from image 2 on"):
         explained_detections(finding, image=2)
+
+
+def test_what_is_detected_in_a_picture_of_ones_own_is_explained(run_dir):
+    """As `explain` does it, over the cells of the picture alone."""
+    detector = open_detector(str(run_dir))
+    noise = np.random.default_rng(0).integers(0, 255, (50, 90, 3), dtype=np.uint8)
+    ((one,),) = [predict(detector, noise, min_score=0, attention=True, progress=False)]
+    explained = explain_detected(detector, one, ["raw", "box"])
+    rows, columns = one.example.shape()[-2:]
+    assert {name: maps.shape for name, maps in explained.explanations.items()} == {
+        name: (len(one), rows, columns) for name in ("raw", "box")
+    }
+    assert np.allclose(explained.explanations["raw"], one.example.maps(layer=-1).mean(0), atol=1e-5)
+    ((again, none),) = explained_each([detector, detector], [(one, one_without_rows(one))], ["raw"])
+    assert list(again.explanations) == ["raw"] and none.explanations == {}
+
+
+def one_without_rows(detected):
+    rows = ("boxes", "scores", "labels", "queries")
+    return replace(detected, **{name: getattr(detected, name)[:0] for name in rows}, names=[])

@@ -1,13 +1,17 @@
 """What tests of figures share: examples with random maps, and what a figure shows."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from detrlib.data.pictures import find_pictures
+from detrlib.runs.detected import Detected
 from detrlib.runs.examples import Example
 
+CLASSES = {1: "circle", 2: "square"}
 BOXES = np.array([[0, 0, 40, 40], [10, 10, 20, 20], [60, 5, 80, 30]], dtype=np.float32)
 
 
@@ -42,6 +46,26 @@ def make_example():
             queries=np.arange(3),
             stored={"decoder_cross": weights} | {site: own[site] for site in sites},
         )
+
+    return make
+
+
+@pytest.fixture
+def make_detected(make_example):
+    """Makes detections in a black picture: the first `count` queries of an example, with its maps unless not wanted."""
+
+    def make(count=3, attention=True, size=(64, 96), **options):
+        example = make_example(**options)
+        for name in ("boxes", "labels", "scores", "queries", "matched"):
+            setattr(example, name, getattr(example, name)[:count])
+        example.stored = {s: m if s == "encoder_self" else m[:, :, :count] for s, m in example.stored.items()}
+        (source,) = find_pictures(np.zeros((*size, 3), dtype=np.uint8))
+        names = [CLASSES[label] for label in example.labels]
+        own = [example.boxes, example.scores, example.labels, names, example.queries]
+        rows = [("decoder_cross", layer, "detected", 24, 9.0, 0.5, 0.6) for layer in range(2)]
+        sparsity = pd.DataFrame(rows, columns=["site", "layer", "queries", "keys", "support", "gini", "zeros"])
+        detected = Detected("picture 1", 7, size, *own, source, CLASSES, example, sparsity)
+        return detected if attention else detected.light()
 
     return make
 

@@ -54,6 +54,19 @@ def test_objects_by_run_has_a_row_per_run_and_a_column_per_object(make_example, 
     assert texts(attention.objects_by_run({}, NAMES)) == ["Nothing to show: no run has stored examples with attention."]
 
 
+def test_without_annotated_objects_runs_are_compared_by_detections_of_the_first(make_example, titles, boxes_in, shows):
+    one, two = make_example(sites=("encoder_self",)), make_example(shift=1)
+    for example in (one, two):
+        example.true_boxes, example.true_labels = example.true_boxes[:0], example.true_labels[:0]
+        example.matched[:] = -1
+    two.boxes[2] += 1000  # the second detection of the first run then overlaps the other one most
+    drawn = attention.objects_by_run({"one": one, "two": two}, NAMES, max_objects=2)
+    assert titles(drawn)[:6] == ["one", "1 dog 0.90", "2 cat 0.80", "two", "1 dog 0.80", "2 dog 0.80"]
+    assert boxes_in(drawn.axes[1]) == [tuple(one.boxes[0])] == boxes_in(drawn.axes[4]) == boxes_in(drawn.axes[5])
+    cells = attention.cells_grid(one, NAMES, max_objects=2)
+    assert titles(cells)[:3] == ["encoder layer 1", "dog", "dog"]
+
+
 def test_queries_by_layer_has_a_row_per_detection_and_a_column_per_layer(make_example, titles, boxes_in, shows):
     example = make_example()
     drawn = attention.queries_by_layer(example, NAMES, max_queries=2)

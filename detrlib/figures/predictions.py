@@ -1,0 +1,220 @@
+"""Pictures of one's own with what was detected in them, runs side by side, and where each detection looked.
+
+Legend: n detections of a picture, L layers, H heads, h x w cells of a map. Boxes are xyxy in pixels.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from detrlib.boxes import xyxy_to_cxcywh
+from detrlib.figures.attention import draw_box, draw_image
+from detrlib.figures.choices import cell_at, cells_ask
+from detrlib.figures.overlay import Panel, draw_maps, room
+from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, panels, styled
+from detrlib.metrics.localisation import paibb
+from detrlib.metrics.sparsity import gini
+from detrlib.runs.detected import Detected
+
+PANEL = 4.6  # inches, width of a picture beside others
+PROPORTIONS = (0.3, 1.7)  # height / width of a panel at least and at most, however long the picture is
+SMALL_PANEL = 1.9
+MOST = 6  # detections whose maps are drawn
+SHEET = 48  # pictures on a contact sheet
+LUMINANCE = (0.299, 0.587, 0.114)
+SITES = {"decoder_cross": "layer", "encoder_self": "encoder layer"}  # whose keys are cells of the picture
+
+
+@dataclass(frozen=True)
+class View:
+    """Which of the maps of a detection is drawn; layers and heads from 0, layers also from the end."""
+
+    site: Literal["decoder_cross", "encoder_self"] = "decoder_cross"
+    layer: int = -1
+    head: int | Literal["mean"] = "mean"
+
+    def of(self, views: Mapping[str, np.ndarray]) -> tuple[str, np.ndarray]:
+        """Title of the layer and maps [n,h,w] among those of `views_of`.
+
+        Raises Nothing where the layer or the head is none.
+        """
+        layers = [title for title in views if title.startswith(f"{SITES[self.site]} ")]
+        if not -len(layers) <= self.layer < len(layers):
+            raise Nothing(f"there is no layer {self.layer} among {len(layers)} of {self.site}")
+        title = layers[self.layer]
+        column = 0 if self.head == "mean" else self.head + 1
+        if not column < views[title].shape[1]:
+            raise Nothing(f"there is no head {self.head} among {views[title].shape[1] - 1} of {self.site}")
+        return title, views[title][:, column]
+
+    def words(self, title: str) -> str:
+        """Layer and head for a reader."""
+        return f"{title}, {'mean over heads' if self.head == 'mean' else f'head {self.head + 1}'}"
+
+
+def class_colours(classes: Iterable[Mapping[int, str]]) -> dict[str, str]:
+    """The colour of each class by its name; classes: label -> class of every run, of which the first one decides."""
+    colours = {}
+    for of_run in classes:
+        colours |= {name: class_colour(label, of_run) for label, name in of_run.items() if name not in colours}
+    return colours
+
+
+def _colours(picture: Mapping[str, Detected]) -> dict[str, str]:
+    return class_colours(detected.classes for detected in picture.values())
+
+
+def text_colour(background: str) -> str:
+    """Black or white, whichever is easier to read."""
+    return "black" if np.dot(to_rgb(background), LUMINANCE) > 0.6 else "white"
+
+
+def views_of(detected: Detected) -> dict[str, np.ndarray]:
+    """The maps of the detections of a picture by title, each [n,1+H,h,w]: the mean over heads, then every head.
+
+    Of the encoder it is the cell in the middle of the detection that asks. Explanations, scaled to sum one, follow
+    with no heads: [n,1,h,w]. Empty without attention.
+    """
+    example, views = detected.example, {}
+    if example is None:
+        return views
+    for site, title in SITES.items():
+        if site not in example.sites or (site == "encoder_self" and not cells_ask(example)):
+            continue
+        for layer, maps in enumerate(example.maps(site)):
+            if site == "encoder_self":
+                middle = example.boxes.reshape(-1, 2, 2).mean(1)
+                maps = maps[:, [cell_at(example, x, y) for x, y in middle]]
+            maps = maps.swapaxes(0, 1).astype(np.float32)
+            views[f"{title} {layer + 1}"] = np.concatenate([maps.mean(1, keepdims=True), maps], 1)
+    for method, maps in detected.explanations.items():
+        total = maps.sum((1, 2), keepdims=True)
+        views[f"explanation: {method}"] = np.divide(maps, total, out=np.zeros_like(maps), where=total > 0)[:, None]
+    return views
+
+
+def numbers_of(maps: np.ndarray, detected: Detected) -> np.ndarray:
+    """Of maps [m,...,h,w] of the first m detections: cells with weight, Gini and share in the own box, [m,...,3]."""
+    extent = np.minimum(detected.example.extent, maps.shape[-2:])  # rounding may have added to it
+    weights = torch.from_numpy(np.ascontiguousarray(maps))
+    height, width = detected.size
+    corners = torch.from_numpy(detected.boxes[: len(maps)]) / torch.tensor([width, height, width, height])
+    inside = paibb(weights, xyxy_to_cxcywh(corners), tuple(float(cells) for cells in extent))
+    flat = weights.flatten(-2)
+    return torch.stack([(flat > 0).sum(-1), gini(flat), inside], -1).numpy()
+
+
+@styled
+def detections_by_run(picture: Mapping[str, Detected], image: np.ndarray | None = None) -> Figure:
+    """A picture with its detections, their classes and scores, a panel for each run.
+
+    picture: run -> what it detected in this picture; image: the picture [H,W,3]; None: it is read again.
+    """
+    image, colours = _image(picture, image), _colours(picture)
+    width = len(picture) * PANEL / TEXT_WIDTH
+    drawn, grid = image_panels(_proportions(image), 1, len(picture), PANEL, width=width)
+    for axes, (run, detected) in zip(grid[0], picture.items(), strict=True):
+        draw_detections(axes, image, detected, colours)
+        count = f"{len(detected)} detection{'' if len(detected) == 1 else 's'}"
+        axes.set_title(f"{run}: {count}", loc="left")
+    return drawn
+
+
+def draw_detections(
+    axes: Axes, image: np.ndarray, detected: Detected, colours: Mapping[str, str], captions: bool = True
+) -> None:
+    """Lay the detections of a picture over it, the best one in front; captions keep inside the picture."""
+    draw_image(axes, image)
+    axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
+    boxes = detected.boxes_in(image)
+    for index in reversed(range(len(detected))):
+        colour = colours.get(detected.names[index], MUTED)
+        draw_box(axes, boxes[index], colour)
+        if captions:
+            x, y = np.clip(boxes[index][:2], 0, image.shape[1::-1])
+            inside = y < 0.06 * image.shape[0]
+            look = {"facecolor": colour, "lw": 0, "pad": 1}
+            text = f"{detected.names[index]} {detected.scores[index]:.2f}"
+            va = "top" if inside else "bottom"
+            ink = text_colour(colour)
+            axes.text(x, y, text, fontsize=5.5, color=ink, va=va, bbox=look, parse_math=False)
+
+
+@styled
+def maps_by_detection(
+    picture: Mapping[str, Detected], view: View | None = None, image: np.ndarray | None = None, most: int = MOST
+) -> Figure:
+    """Where the best `most` detections of a picture looked: a row is a run, the same colour is the same weight.
+
+    Over the picture stand the means over its detections and heads, below each map its own numbers, of which the last
+    is the share of the weight inside the box. picture, image: as of `detections_by_run`.
+    """
+    view, image, colours = view or View(), _image(picture, image), _colours(picture)
+    rows = {run: detected for run, detected in picture.items() if len(detected) and views_of(detected)}
+    if not rows:
+        raise Nothing("there is no detection with a map")
+    columns = 1 + max(min(len(detected), most) for detected in rows.values())
+    free = room(columns)
+    free |= {"header": 0.45 * len(rows), "width": (columns * SMALL_PANEL + free["beside"]) / TEXT_WIDTH}
+    drawn, grid = image_panels([_proportions(image)] * len(rows), len(rows), columns, SMALL_PANEL, **free)
+    looks = []
+    for row, (run, detected) in zip(grid, rows.items(), strict=True):
+        title, maps = view.of(views_of(detected))
+        draw_detections(row[0], image, detected, colours, captions=False)
+        row[0].set_title(f"{run}\n{view.words(title)}\n{_means(detected, title)}", loc="left", fontsize=6)
+        boxes = detected.boxes_in(image)
+        for index, axes in enumerate(row[1:]):
+            if index >= min(len(detected), most):
+                axes.remove()
+                continue
+            colour = colours.get(detected.names[index], MUTED)
+            draw_box(axes, boxes[index], colour)
+            axes.set_title(f"{detected.names[index]} {detected.scores[index]:.2f}", loc="left", color=colour)
+            looks.append(Panel(axes, image, maps[index], detected.example.extent, boxes[index]))
+    draw_maps(drawn, looks)
+    return drawn
+
+
+def _means(detected: Detected, title: str) -> str:
+    """The sparsity of a layer in this picture in words."""
+    site = next(site for site, start in SITES.items() if title.startswith(f"{start} "))
+    table, layer = detected.sparsity, int(title.rpartition(" ")[2]) - 1
+    rows = table[(table["site"] == site) & (table["layer"] == layer)]
+    row = rows.iloc[-1]  # of the detections in the decoder, of all cells in the encoder
+    numbers = f"Gini {row['gini']:.2f}, {row['zeros']:.0%} zeros"
+    return f"each head: {row['support']:.1f} of {row['keys']} keys,\n{numbers}"
+
+
+@styled
+def contact_sheet(pictures: Sequence[tuple[np.ndarray, Detected]]) -> Figure:
+    """The first `SHEET` pictures, small [H,W,3], with what one run detected in them."""
+    if not pictures:
+        raise Nothing("there are no pictures")
+    shown = pictures[:SHEET]
+    columns = min(len(shown), 4 if len(shown) <= 12 else 6)
+    height = TEXT_WIDTH / columns * 0.8 + 0.2
+    drawn, grid = panels(len(shown), columns, height, min(1.0, columns / 4))
+    for axes, (image, detected) in zip(grid, shown, strict=True):
+        draw_detections(axes, image, detected, class_colours([detected.classes]), captions=False)
+        title = detected.source.title
+        short = title if len(title) <= 22 else f"{title[:10]}…{title[-10:]}"
+        axes.set_title(f"{short}: {len(detected)}", loc="left", fontsize=5.5, color=MUTED, parse_math=False)
+        axes.set_anchor("NW")
+    return drawn
+
+
+def _image(picture: Mapping[str, Detected], image: np.ndarray | None) -> np.ndarray:
+    return next(iter(picture.values())).image() if image is None else image
+
+
+def _proportions(image: np.ndarray) -> np.ndarray:
+    """An array in the proportions of a panel for `image`: those of the picture, within bounds."""
+    low, high = PROPORTIONS
+    ratio = min(max(image.shape[0] / image.shape[1], low), high)
+    return np.empty((round(1000 * ratio), 1000, 0))

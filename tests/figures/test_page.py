@@ -1,0 +1,74 @@
+"""The page: everything in one file, nothing from outside, and no markup from names of files and classes."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detrlib.figures.page import STEPS, code_weights, page_picture, write_page
+from detrlib.figures.predictions import View, views_of
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">@NOTE@.png'
+
+
+def scripts(text, kind):
+    return [json.loads(found) for found in re.findall(rf'<script type="application/json" {kind}>(.*?)</script>', text)]
+
+
+@pytest.fixture
+def page(tmp_path, make_detected):
+    """The page of two runs and one picture, whose file and class have names that are markup."""
+    picture = {"first": make_detected(), HOSTILE: make_detected(count=0)}
+    picture["first"].source.source = Path("/nowhere") / HOSTILE.replace("/", "\u2215")
+    picture["first"].names[0] = HOSTILE
+    pictures = [page_picture(picture, np.zeros((64, 96, 3), dtype=np.uint8))]
+    names = [{1: "circle", 2: HOSTILE}, {1: "circle"}]
+    write_page(tmp_path / "index.html", pictures, list(picture), names, title=HOSTILE, note=HOSTILE, view=View(layer=0))
+    return (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_names_are_text_and_never_markup(page):
+    assert "alert(1)</script>" not in page and "<img src=x" not in page
+    (picture,), (settings,) = scripts(page, 'class="picture"'), scripts(page, 'id="settings"')
+    assert picture["detected"][0]["names"] == [HOSTILE, "circle", "square"] and "alert(1)" in picture["title"]
+    assert settings["runs"] == ["first", HOSTILE] and set(settings["classes"]) == {"circle", HOSTILE}
+    assert page.count("innerHTML") == 0 and "textContent = text" in page
+
+
+def test_nothing_is_loaded_from_elsewhere(page):
+    assert "default-src 'none'" in page
+    addresses = re.findall(r"""(?:src|href)=["']([^"']+)""", page) + re.findall(r"https?://[^\s\"']+", page)
+    assert set(addresses) <= {"http://www.w3.org/2000/svg"}
+    assert not re.findall(r"@[A-Z]+@", page.replace("@NOTE@", "")), "a place that was not filled"
+
+
+def test_pictures_boxes_and_maps_are_embedded(page, make_detected):
+    (picture,), (settings,) = scripts(page, 'class="picture"'), scripts(page, 'id="settings"')
+    assert picture["source"].startswith("data:image/png;base64,") and picture["size"] == [64, 96]
+    first, second = picture["detected"]
+    assert first["boxes"][2] == [60, 5, 20, 25] and second == {"boxes": [], "scores": [], "names": []}
+    maps, views = first["maps"], views_of(make_detected())
+    assert maps["views"] == ["layer 1", "layer 2"] and maps["heads"] == [3, 3] and maps["cells"] == [4, 6]
+    assert np.array(maps["numbers"]).shape == (3, 2, 4, 3)
+    sheet = Image.open(io.BytesIO(base64.b64decode(maps["sheets"][1].partition(",")[2])))
+    tile = np.asarray(sheet)[4:8, 2 * 6 : 3 * 6]  # the second layer, its second head
+    assert np.array_equal(tile, code_weights(views["layer 2"][1, 2]))
+    assert settings["layer"] == 0 and settings["head"] == 0 and len(settings["colours"]) == 256
+
+
+def test_photographs_are_embedded_small(make_detected):
+    text = page_picture({"run": make_detected()}, np.zeros((600, 800, 3), dtype=np.uint8))
+    assert "data:image/jpeg;base64," in text
+
+
+def test_codes_of_weights_are_exact_about_zero_and_close_elsewhere():
+    weights = np.array([0.0, 1e-30, 2.0**-24, 1e-4, 0.03, 0.5, 1.0])
+    codes = code_weights(weights)
+    assert codes[0] == 0 and (codes[1:] > 0).all() and codes[-1] == 255
+    back = 2.0 ** ((codes[2:].astype(float) - 255) / STEPS)
+    assert np.allclose(back, weights[2:], rtol=0.04)
