@@ -51,7 +51,7 @@ class TrainingState:
     def _anneal(self) -> None:
         if alphas := self.alphas:
             set_alphas(self.trained, alphas)
-            set_alphas(self.judged, alphas)
+            set_alphas(self.evaluated, alphas)
 
     def advance(self) -> None:
         """After an update of the weights: what moves along with them."""

@@ -77,7 +77,7 @@ def test_annealed_alphas_follow_from_the_step_alone(make, tmp_path):
     annealed = {"model.attention.decoder_cross": "entmax15", "model.attention.anneal.epochs": 1.25, "ema": 0.9}
 
     def alphas(state):
-        models = (state.trained, state.judged)
+        models = (state.trained, state.evaluated)
         return {t.alpha for model in models for t in model.modules() if isinstance(t, Entmax)}
 
     states = {updates: make(updates, **annealed) for updates in (0, 2, 4, 5, 8)}
