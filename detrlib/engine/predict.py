@@ -169,7 +169,8 @@ def open_detectors(names: Sequence[str], device: str | None = None, checkpoint: 
         try:
             detectors.append(open_detector(name, device, checkpoint))
         except WeightsError as error:
-            lost = "" if Path(name).is_file() else f"; nor is there a picture or a folder {name!r}"
+            known = Path(name).is_file() or name in (*PUBLISHED, *ELSEWHERE)
+            lost = "" if known else f"; nor is there a picture or a folder {name!r}"
             raise WeightsError(f"{error}{lost}") from None
     labels = [each.label for each in detectors]
     for each, name in zip(detectors, names, strict=True):
