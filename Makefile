@@ -47,7 +47,9 @@ lab: .venv/.ready  ## open JupyterLab
 
 # The stamp is written last, so an interrupted installation starts afresh.
 .venv/.ready: pyproject.toml requirements.lock
-	@set -e; rm -f $@; \
+	@set -e; \
+	if [ -L .venv ]; then echo "error: .venv is a link to $$(readlink .venv), which make would alter. Remove the link to let make build an environment here, or use what it links to:  make -o $@ $(MAKECMDGOALS)"; exit 1; fi; \
+	rm -f $@; \
 	if [ -n "$(PYTHON)" ]; then names="$(PYTHON)"; else names="python3.14 python3.13 python3.12 python3.11 python3 python"; fi; \
 	wanted="import sys; sys.exit(sys.version_info < (3, 11))"; found=; python=; \
 	for name in $$names; do \

@@ -115,6 +115,7 @@ def evaluate(
     from detrlib.engine.evaluate import evaluate_run
     from detrlib.experiments.predictions import evaluate_predictions
     from detrlib.experiments.transfer import evaluate_on, scored_classes
+    from detrlib.metrics.detection import UNDEFINED
     from detrlib.runs.folder import run_path
 
     overrides = pairs(settings, "--set", "evaluate.paibb=thesis")
@@ -131,7 +132,8 @@ def evaluate(
         chosen = {"images": images, "names": names, "by_id": by_id, "save_as": save_as}
         results = evaluate_on(run_path(run), on, checkpoint, split, overrides=overrides, **chosen)
     numbers = {name: value for name, value in results["detection"].items() if name != "per_class"}
-    typer.echo("  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+    words = {name: "–" if value == UNDEFINED else f"{value:.3f}" for name, value in numbers.items()}
+    typer.echo("  ".join(f"{name} {word}" for name, word in words.items()))
     if on:
         typer.echo(scored_classes(results))
 

@@ -149,7 +149,7 @@ def test_a_run_is_prepared_once_for_several_nodes(tmp_path, config):
 
 def test_evaluate(run_dir):
     shown = detrlib("evaluate", run_dir, "--checkpoint", "untrained", "--set", "evaluate.paibb=thesis")
-    assert shown.startswith("AP ") and "AR_100" in shown
+    assert shown.startswith("AP ") and "AR_100" in shown and "AP_large –" in shown  # 64 pixels: none is large
     results = json.loads((run_dir / "untrained" / "results.json").read_text())
     assert results["evaluate"]["paibb"] == "thesis" and results["epoch"] == 0
     detrlib("evaluate", run_dir, "--split", "train2017")

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import tomllib
 
@@ -165,3 +166,15 @@ def test_no_large_file_is_committed():
     study = {path: size for path, size in sizes.items() if path.is_relative_to(PROJECT / "papermill_runs" / "study")}
     assert sum(study.values()) < 5_000_000  # results of the study, to be seen without running it
     assert [relative(path) for path, size in sizes.items() if size > 600_000 and path not in study] == []
+
+
+def test_make_leaves_an_environment_that_is_linked_alone(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / ".ready").touch()
+    (tmp_path / "checkout").mkdir()
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(PROJECT / name, tmp_path / "checkout")
+    (tmp_path / "checkout" / ".venv").symlink_to(tmp_path / "elsewhere")
+    done = subprocess.run(["make", "-B", "setup"], cwd=tmp_path / "checkout", capture_output=True, text=True)
+    assert done.returncode != 0 and ".venv is a link to" in done.stdout + done.stderr
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == [".ready"]

@@ -6,8 +6,8 @@
 
 Files of DETR, of its variants with sparse cross-attention, of Deformable DETR and of Sparse DETR are known. No code in
 a file is run. Whatever its batch, an image is predicted as the official code predicts it alone. In a batch that code
-lets predictions depend on the other images: `model.compatibility.padding: official` repeats it, and `thesis` for the
-variants with sparse cross-attention, whose code favours padding.
+lets predictions depend on the other images, and so on `evaluate.batch_size`: `model.compatibility.padding: official`
+repeats it, and `thesis` for the variants with sparse cross-attention, whose code favours padding.
 """
 
 import argparse

@@ -189,7 +189,15 @@ def _save(
 
 def explained_detections(
     run_dir: Path, image: int = 0, most: int = 3, checkpoint: str = "last"
-) -> tuple[list[np.ndarray], np.ndarray, list[str], dict[str, list[np.ndarray]], list[np.ndarray]]:
+) -> tuple[
+    list[np.ndarray],
+    np.ndarray,
+    list[str],
+    dict[str, list[np.ndarray]],
+    list[np.ndarray],
+    np.ndarray,
+    dict[int, str],
+]:
     """Explain the best detections of the first validation image, from number `image` on, that has any.
 
     Args:
@@ -200,7 +208,8 @@ def explained_detections(
 
     Returns:
         What `figures.explanations.explanations_grid` draws, for n detections: n times the image uint8 [H,W,3]; boxes
-        [n,4] xyxy in its pixels; n titles; {method: n maps [h,w]}; n times the image's height and width in cells.
+        [n,4] xyxy in its pixels; n titles; {method: n maps [h,w]}; n times the image's height and width in cells;
+        n labels; the classes by their labels.
 
     Raises:
         RunError: no image from there on has a detection of a score of `EXAMPLE_SCORE`.
@@ -225,4 +234,5 @@ def explained_detections(
     titles = [f"{dataset.names[label]} {score:.2f}" for label, score in zip(labels.tolist(), scores, strict=True)]
     maps = {name: list(own.cpu().numpy()) for name, own in explanations.items()}
     boxes = to_pixels(cxcywh_to_xyxy(predictions.boxes[0, queries]), size).numpy()
-    return [picture(batch.images[0]).numpy()] * count, boxes, titles, maps, [extent] * count
+    images = [picture(batch.images[0]).numpy()] * count
+    return images, boxes, titles, maps, [extent] * count, labels.numpy(), dataset.names

@@ -1,7 +1,8 @@
 """Figures as functions: data in, a matplotlib Figure out. Nothing here computes results or reads a model.
 
 What statistics say is drawn in `results`, `statistics`, `interventions` and `explanations`, what stands in images in
-`attention`, `queries`, `deformable` and `dataset`; `viewer` answers to clicks; `tables` are text.
+`attention`, `queries`, `deformable` and `dataset`, maps by `overlay`; `viewer` answers to clicks; `tables` are text.
+`figures.save(figure, "name")` writes one for LaTeX.
 """
 
 # ruff: noqa: F401
@@ -12,9 +13,11 @@ from detrlib.figures import (
     deformable,
     explanations,
     interventions,
+    overlay,
     queries,
     results,
     statistics,
     style,
     tables,
 )
+from detrlib.figures.style import save

@@ -1,5 +1,10 @@
 """Attention over images: what a query detected and where it looked for it.
 
+Maps are drawn by `overlay`: a cell without colour has a weight of exactly zero, the same colour is the same weight in
+all panels of a figure unless `sharing` is "own", and below each map stand its support, its Gini index and the share of
+the weight inside the box named in the docstring. Solid boxes are predictions, dashed ones ground truth, both in the
+colour of their class; numbers tell objects of one class apart.
+
 Legend: n queries, L layers, H heads, h x w cells of the feature map. Boxes are xyxy in pixels of the image given.
 """
 
@@ -11,52 +16,26 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from detrlib.figures.choices import best_of_class, cell_at, cell_box, cells_ask, chosen_labels, detection
-from detrlib.figures.style import MUTED, PALETTE, Nothing, image_panels, styled
+from detrlib.figures.overlay import Panel, Sharing, draw_maps, room
+from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, styled
 from detrlib.runs.examples import Example
 
-MAP_COLOURS = "YlOrRd"
-MAP_OPACITY = 0.85  # where a map is highest; a cell without weight leaves the image as it is
 WIDEST_PANEL = 1.7  # inches
 
 
-def draw_map(
-    axes: Axes, image: np.ndarray, weights: np.ndarray, extent: np.ndarray | None = None, top: float | None = None
+def draw_box(
+    axes: Axes, box: np.ndarray, colour: str, dashed: bool = False, caption: str = "", width: float = 1.3
 ) -> None:
-    """Lay a map [h,w] over a pale grey version of `image` [H,W,3].
-
-    extent: as of `lay_cells`; top: the weight of the brightest colour, None: the highest one of this map.
-    """
-    grey = image @ np.array([0.299, 0.587, 0.114])
-    axes.imshow(0.6 * grey + 0.4 * 255, cmap="gray", vmin=0, vmax=255)
-    weights = np.asarray(weights, dtype=np.float32)
-    share = weights / max(weights.max() if top is None else top, 1e-12)
-    lay_cells(axes, image, share, extent, cmap=MAP_COLOURS, alpha=MAP_OPACITY * np.minimum(1.0, 5 * share))
-
-
-def lay_cells(axes: Axes, image: np.ndarray, values: np.ndarray, extent: np.ndarray | None = None, **look) -> None:
-    """Lay cells [h,w] with values in 0..1 over `image`, which is drawn already.
-
-    extent: height and width of the image in cells, where the last cells reach beyond it; None: exactly h and w.
-    """
-    height, width = image.shape[:2]
-    rows, columns = values.shape if extent is None else extent
-    right, bottom = values.shape[1] * width / columns - 0.5, values.shape[0] * height / rows - 0.5
-    # Cells are drawn as what they are, squares; smoothing would show weight where there is none.
-    axes.imshow(values, vmin=0, vmax=1, extent=(-0.5, right, bottom, -0.5), interpolation="nearest", **look)
-    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    axes.axis("off")
-
-
-def draw_box(axes: Axes, box: np.ndarray, colour: str, dashed: bool = False, caption: str = "") -> None:
     """One box; dashed ones are ground truth. A white rim keeps it visible on any background."""
     x0, y0, x1, y1 = box
-    for edge, line_width in (("white", 2.4), (colour, 1.3)):
+    for edge, line_width in (("white", width + 1.1), (colour, width)):
         style = (0, (3, 2)) if dashed else "solid"
         axes.add_patch(
             Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=line_width, linestyle=style)
         )
     if caption:
-        axes.text(x0, y0, caption, fontsize=5, color="white", bbox={"facecolor": colour, "lw": 0, "pad": 0.8})
+        box = {"facecolor": colour, "lw": 0, "pad": 0.8}
+        axes.text(x0, y0, caption, fontsize=5, color="white", va="top", bbox=box)
 
 
 def draw_image(axes: Axes, image: np.ndarray, title: str = "", alpha: float = 1.0, **look) -> None:
@@ -71,161 +50,235 @@ def _largest_objects(example: Example, most: int) -> np.ndarray:
     return np.argsort(-sides.prod(1))[:most]
 
 
+def _colour(example: Example, query: int, names: Mapping[int, str]) -> str:
+    """That of the class that a query gave."""
+    return class_colour(int(example.labels[query]), names)
+
+
+def _look(axes: Axes, example: Example, query: int, layer: int, box: np.ndarray | None = None) -> Panel:
+    """Where a query looks in a decoder layer, mean over heads; box: of which the share is written, None: its own."""
+    weights = example.maps(layer=layer)[:, query].mean(0, dtype=np.float32)
+    return Panel(axes, example.image, weights, example.extent, example.boxes[query] if box is None else box)
+
+
 @styled
 def detections_with_attention(
-    example: Example, names: Mapping[int, str], layer: int = -1, max_queries: int = 4
+    example: Example,
+    names: Mapping[int, str],
+    layer: int = -1,
+    max_queries: int = 4,
+    scale: Sharing = "shared",
+    logarithmic: bool = True,
 ) -> Figure:
     """The image with its detections and ground truth, then where each of the best `max_queries` queries looked.
 
-    Maps are those of one decoder layer, mean over heads; solid boxes are predictions, dashed ones ground truth.
-    names: label -> class.
+    Maps are those of one decoder layer, mean over heads. names: label -> class; scale, logarithmic: of the colours, as
+    of `overlay.draw_maps`.
     """
     shown = min(max_queries, len(example.boxes))
-    drawn, panels = image_panels(example.image, 1, max_queries + 1, WIDEST_PANEL)
+    drawn, panels = image_panels(example.image, 1, max_queries + 1, WIDEST_PANEL, **room(max_queries + 1, scale))
     first, *rest = panels[0]
     count = len(example.true_boxes)
     draw_image(first, example.image, f"{count} object{'s' * (count != 1)}")
-    for box in example.true_boxes:
-        draw_box(first, box, "black", dashed=True)
+    for box, label in zip(example.true_boxes, example.true_labels, strict=True):
+        draw_box(first, box, class_colour(int(label), names), dashed=True)
     for query, axes in enumerate(rest[:shown]):
-        colour = PALETTE[query % len(PALETTE)]
-        draw_box(first, example.boxes[query], colour)
-        _draw_look(axes, example, query, layer, colour)
-        axes.set_title(detection(example, query, names), loc="left", color=colour)
+        colour = _colour(example, query, names)
+        draw_box(first, example.boxes[query], colour, caption=str(query + 1))
+        draw_box(axes, example.boxes[query], colour)
+        axes.set_title(f"{query + 1} {detection(example, query, names)}", loc="left", color=colour)
     for axes in rest[shown:]:
-        axes.set_visible(False)
+        axes.remove()
+    looks = [_look(axes, example, query, layer) for query, axes in enumerate(rest[:shown])]
+    draw_maps(drawn, looks, scale, logarithmic)
     return drawn
 
 
 @styled
 def objects_by_run(
-    examples: Mapping[str, Example], names: Mapping[int, str], layer: int = -1, max_objects: int = 5
+    examples: Mapping[str, Example],
+    names: Mapping[int, str],
+    layer: int = -1,
+    max_objects: int = 5,
+    scale: Sharing = "shared",
+    logarithmic: bool = True,
 ) -> Figure:
     """The same image in several runs: a row is a run, a column an annotated object, in order of size.
 
-    Each panel shows the map (mean over heads) of the query matched to the object, its box and the class it gave.
+    Each panel shows the map (mean over heads) of the query matched to the object, its box and the class it gave; "in
+    box" is the share of the weight inside the annotated box, which is dashed: PAIBB. scale, logarithmic: of the
+    colours, as of `overlay.draw_maps`.
     """
     if not examples:
         raise Nothing("no run has stored examples with attention")
     first = next(iter(examples.values()))
     objects = _largest_objects(first, max_objects)
-    drawn, panels = image_panels(first.image, len(examples), len(objects) + 1, WIDEST_PANEL)
+    columns = len(objects) + 1
+    drawn, panels = image_panels(first.image, len(examples), columns, WIDEST_PANEL, **room(columns, scale))
+    looks = []
     for row, (run, example) in zip(panels, examples.items(), strict=True):
         draw_image(row[0], example.image, run, fontweight="bold", fontsize=6)  # names of runs are long
-        for number, (axes, index) in enumerate(zip(row[1:], objects, strict=True)):
-            colour = PALETTE[number % len(PALETTE)]
-            draw_box(row[0], example.true_boxes[index], colour, dashed=True)
+        for number, (axes, index) in enumerate(zip(row[1:], objects, strict=True), start=1):
+            truth, colour = example.true_boxes[index], class_colour(int(example.true_labels[index]), names)
+            draw_box(row[0], truth, colour, dashed=True, caption=str(number))
             matched = np.flatnonzero(example.matched == index)
             if not len(matched):
-                draw_image(axes, example.image, "no query left", alpha=0.3, color=MUTED)
+                draw_image(axes, example.image, f"{number} no query left", alpha=0.3, color=MUTED)
                 continue
-            draw_box(axes, example.true_boxes[index], colour, dashed=True)
-            _draw_look(axes, example, matched[0], layer, colour)
-            axes.set_title(detection(example, matched[0], names), loc="left", color=colour)
+            draw_box(axes, truth, colour, dashed=True)
+            given = _colour(example, matched[0], names)
+            draw_box(axes, example.boxes[matched[0]], given)
+            axes.set_title(f"{number} {detection(example, matched[0], names)}", loc="left", color=given)
+            looks.append(_look(axes, example, matched[0], layer, truth))
+    draw_maps(drawn, looks, scale, logarithmic)
     return drawn
 
 
-def _draw_look(axes: Axes, example: Example, query: int, layer: int, colour: str) -> None:
-    """Where a query looks in a decoder layer, mean over heads, and its box."""
-    draw_map(axes, example.image, example.maps(layer=layer)[:, query].mean(0, dtype=np.float32), example.extent)
-    draw_box(axes, example.boxes[query], colour)
-
-
 @styled
-def queries_by_layer(example: Example, names: Mapping[int, str], max_queries: int = 4) -> Figure:
-    """A row per detection, best first: its box on the image, then its map (mean over heads) in every decoder layer."""
-    layers = example.shape()[0]
-    drawn, panels = image_panels(example.image, min(max_queries, len(example.boxes)), layers + 1, WIDEST_PANEL)
+def queries_by_layer(
+    example: Example,
+    names: Mapping[int, str],
+    max_queries: int = 4,
+    scale: Sharing = "shared",
+    logarithmic: bool = True,
+) -> Figure:
+    """A row per detection, best first: its box on the image, then its map (mean over heads) in every decoder layer.
+
+    scale, logarithmic: of the colours, as of `overlay.draw_maps`.
+    """
+    layers, looks = example.shape()[0], []
+    rows = min(max_queries, len(example.boxes))
+    drawn, panels = image_panels(example.image, rows, layers + 1, WIDEST_PANEL, **room(layers + 1, scale))
     for query, (first, *rest) in enumerate(panels):
-        colour = PALETTE[query % len(PALETTE)]
+        colour = _colour(example, query, names)
         draw_image(first, example.image, detection(example, query, names), color=colour)
-        draw_box(first, example.boxes[query], colour)
+        for axes in (first, *rest):
+            draw_box(axes, example.boxes[query], colour)
         for layer, axes in enumerate(rest):
-            _draw_look(axes, example, query, layer, colour)
+            looks.append(_look(axes, example, query, layer))
             axes.set_title(f"layer {layer + 1}" if query == 0 else "", loc="left")
+    draw_maps(drawn, looks, scale, logarithmic)
     return drawn
 
 
 @styled
 def chosen_classes(
-    examples: Mapping[str, Sequence[Example]], names: Mapping[int, str], classes: Sequence[str] = (), layer: int = -1
+    examples: Mapping[str, Sequence[Example]],
+    names: Mapping[int, str],
+    classes: Sequence[str] = (),
+    layer: int = -1,
+    scale: Sharing = "shared",
+    logarithmic: bool = True,
 ) -> Figure:
     """A row per class: the image with its best detection, then the map (mean over heads) in every run.
 
     examples: those stored of every run; names: label -> class; classes: which to show, () for the first three. Each
-    run's panel has the box and the class of its own query. Raises ConfigError for a class that does not exist.
+    run's panel has the box and the class of its own query. scale, logarithmic: of the colours, as of
+    `overlay.draw_maps`. Raises ConfigError for a class that does not exist.
     """
     labels = chosen_labels(classes, names) if classes else list(names)[:3]
     rows = [row for row in (best_of_class(examples, label) for label in labels) if row is not None]
     if not rows:
         raise Nothing(f"no detections of {', '.join(names[label] for label in labels)} are stored")
-    runs = list(rows[0].queries)
+    runs, looks = list(rows[0].queries), []
     pictures = [row.queries[row.best][0].image for row in rows]
-    drawn, panels = image_panels(pictures, len(rows), len(runs) + 1, WIDEST_PANEL, header=0.15)
+    left = room(len(runs) + 1, scale)
+    drawn, panels = image_panels(pictures, len(rows), len(runs) + 1, WIDEST_PANEL, header=0.15, **left)
     for number, (row, picture, (first, *rest)) in enumerate(zip(rows, pictures, panels, strict=True)):
         example, query = row.queries[row.best]
-        draw_image(first, picture, names.get(row.label, str(row.label)), fontweight="bold")
-        draw_box(first, example.boxes[query], PALETTE[0])
+        colour = class_colour(row.label, names)
+        draw_image(first, picture, names.get(row.label, str(row.label)), fontweight="bold", color=colour)
+        draw_box(first, example.boxes[query], colour)
         for axes, run in zip(rest, runs, strict=True):
             example, query = row.queries[run]
             if query is None:
                 draw_image(axes, example.image, alpha=0.3)
             else:
-                _draw_look(axes, example, query, layer, PALETTE[0])
+                looks.append(_look(axes, example, query, layer))
+                draw_box(axes, example.boxes[query], _colour(example, query, names))
             words = "no detection" if query is None else detection(example, query, names)
             axes.set_title(f"{run}\n{words}" if number == 0 else words, loc="left")
+    draw_maps(drawn, looks, scale, logarithmic)
     return drawn
 
 
 @styled
-def cells_grid(example: Example, max_objects: int = 4) -> Figure:
+def cells_grid(
+    example: Example,
+    names: Mapping[int, str],
+    max_objects: int = 4,
+    scale: Sharing = "shared",
+    logarithmic: bool = True,
+) -> Figure:
     """Encoder self-attention: where the cell in the middle of an object looks, mean over heads.
 
-    A column per object, largest first, a row per encoder layer; the cell that asks is outlined.
+    A column per object, largest first, a row per encoder layer; the cell that asks is outlined in the colour of the
+    object's class, "in box" is the share of the weight inside the object's box. scale, logarithmic: of the colours, as
+    of `overlay.draw_maps`.
     """
     if not cells_ask(example):
         raise Nothing("maps of encoder_self are not stored, or their queries are not the cells of one level")
-    centres = example.true_boxes[_largest_objects(example, max_objects)].reshape(-1, 2, 2).mean(1)
+    objects, looks = _largest_objects(example, max_objects), []
+    centres = example.true_boxes[objects].reshape(-1, 2, 2).mean(1)
     cells = [cell_at(example, x, y) for x, y in centres]
-    drawn, panels = image_panels(example.image, example.shape("encoder_self")[0], len(cells) + 1, WIDEST_PANEL)
+    layers = example.shape("encoder_self")[0]
+    drawn, panels = image_panels(example.image, layers, len(cells) + 1, WIDEST_PANEL, **room(len(cells) + 1, scale))
     for layer, (first, *rest) in enumerate(panels):
         draw_image(first, example.image, f"encoder layer {layer + 1}")
         weights = example.maps("encoder_self", layer)
-        for number, (cell, axes) in enumerate(zip(cells, rest, strict=True)):
-            colour = PALETTE[number % len(PALETTE)]
-            draw_map(axes, example.image, weights[:, cell].mean(0, dtype=np.float32), example.extent)
+        for index, cell, axes in zip(objects, cells, rest, strict=True):
+            label = int(example.true_labels[index])
+            mean = weights[:, cell].mean(0, dtype=np.float32)
+            looks.append(Panel(axes, example.image, mean, example.extent, example.true_boxes[index]))
+            axes.set_title(names.get(label, str(label)) if layer == 0 else "", loc="left")
             for panel in (first, axes):
-                draw_box(panel, cell_box(example, cell), colour)
+                draw_box(panel, cell_box(example, cell), class_colour(label, names))
+    draw_maps(drawn, looks, scale, logarithmic)
     return drawn
 
 
 @styled
-def layers_grid(example: Example, query: int = 0) -> Figure:
-    """One query through the decoder: a row per layer, a column per head, the mean over heads first."""
-    maps = example.maps()[:, :, query]  # [L,H,h,w]
+def layers_grid(
+    example: Example,
+    names: Mapping[int, str],
+    query: int = 0,
+    scale: Sharing = "shared",
+    logarithmic: bool = True,
+) -> Figure:
+    """One query through the decoder: a row per layer, a column per head, the mean over heads first.
+
+    scale, logarithmic: of the colours, as of `overlay.draw_maps`.
+    """
+    maps, looks = example.maps()[:, :, query], []  # [L,H,h,w]
     layers, heads = maps.shape[:2]
-    drawn, panels = image_panels(example.image, layers, heads + 1, WIDEST_PANEL)
+    drawn, panels = image_panels(example.image, layers, heads + 1, WIDEST_PANEL, **room(heads + 1, scale))
     for layer, row in enumerate(panels):
         columns = [("mean", maps[layer].mean(0, dtype=np.float32))]
         columns += [(f"head {head + 1}", maps[layer, head]) for head in range(heads)]
         for axes, (name, weights) in zip(row, columns, strict=True):
-            draw_map(axes, example.image, weights, example.extent)
-            draw_box(axes, example.boxes[query], PALETTE[0])
+            looks.append(Panel(axes, example.image, weights, example.extent, example.boxes[query]))
+            draw_box(axes, example.boxes[query], _colour(example, query, names))
             title = f"layer {layer + 1}, {name}" if name == "mean" else name if layer == 0 else ""
             axes.set_title(title, loc="left", fontsize=6)
+    draw_maps(drawn, looks, scale, logarithmic)
     return drawn
 
 
 @styled
 def single_map(
-    image: np.ndarray, weights: np.ndarray, box: np.ndarray, title: str, extent: np.ndarray | None = None
+    image: np.ndarray,
+    weights: np.ndarray,
+    box: np.ndarray,
+    title: str,
+    extent: np.ndarray | None = None,
+    logarithmic: bool = True,
+    colour: str = MUTED,
 ) -> Figure:
-    """The image with a query's box, and its map [h,w] beside it with the share of cells that have any weight."""
-    drawn, panels = image_panels(image, 1, 2, WIDEST_PANEL, width=0.7)
+    """The image with a query's box, and its map [h,w] beside it; logarithmic: of the colours; colour: of the box."""
+    drawn, panels = image_panels(image, 1, 2, WIDEST_PANEL, width=0.7, **room(2))
     left, right = panels[0]
     draw_image(left, image, title)
-    draw_map(right, image, weights, extent)
-    right.set_title(f"{np.count_nonzero(weights)} of {weights.size} cells have weight", loc="left")
     for axes in (left, right):
-        draw_box(axes, box, PALETTE[0])
+        draw_box(axes, box, colour)
+    draw_maps(drawn, [Panel(right, image, weights, extent, box)], logarithmic=logarithmic)
     return drawn

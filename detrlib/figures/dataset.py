@@ -17,13 +17,23 @@ from matplotlib.ticker import ScalarFormatter
 
 from detrlib.figures.attention import draw_box, draw_image
 from detrlib.figures.results import draw_bars
-from detrlib.figures.style import CAPTION_HEIGHT, MUTED, PALETTE, TEXT_WIDTH, Nothing, figure, panels, styled
+from detrlib.figures.style import (
+    CAPTION_HEIGHT,
+    MUTED,
+    PALETTE,
+    TEXT_WIDTH,
+    Nothing,
+    class_colour,
+    figure,
+    panels,
+    styled,
+)
 from detrlib.metrics.localisation import LARGE, SMALL
 
 # Sides of squares with the area at which COCO's medium and large objects begin, pixels.
 SIZE_LIMITS = (math.isqrt(SMALL), math.isqrt(LARGE))
 SIZE_NAMES = ("small", "medium", "large")
-LEGEND_HEIGHT = 0.25  # inches below the images
+LEGEND_HEIGHT, MOST_IN_LEGEND = 0.25, 8  # inches below the images; classes side by side
 STRIPES = (205, 232)  # two greys of the padding; no photograph is striped like that
 
 
@@ -81,10 +91,8 @@ def annotated_images(
     titles: what to write above each image instead of its size and number of objects.
     """
     present = sorted({int(label) for of_image in labels for label in of_image})
-    # Where the palette suffices for all classes, each keeps its colour from figure to figure.
-    coloured = sorted(names) if len(names) <= len(PALETTE) else present
-    colour_of = {label: PALETTE[number % len(PALETTE)] for number, label in enumerate(coloured)}
-    distinct = len(present) <= len(PALETTE)
+    colour_of = {label: class_colour(label, names) for label in present}
+    distinct = len(set(colour_of.values())) == len(present) <= MOST_IN_LEGEND
     drawn, grid = _gallery(images, LEGEND_HEIGHT if distinct else 0)
     for number, (axes, image) in enumerate(zip(grid, images, strict=True)):
         count = len(labels[number])
@@ -99,8 +107,15 @@ def annotated_images(
 
 
 @styled
-def images_with_padding(images: np.ndarray, padding_mask: np.ndarray, boxes: Sequence[np.ndarray]) -> Figure:
-    """What the model receives: images uint8 [B,H,W,3], padding_mask [B,H,W] (True = padding, striped), boxes B x [n,4].
+def images_with_padding(
+    images: np.ndarray,
+    padding_mask: np.ndarray,
+    boxes: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+    names: Mapping[int, str],
+) -> Figure:
+    """What the model receives: images uint8 [B,H,W,3], padding_mask [B,H,W] (True = padding, striped), and B times
+    boxes [n,4] and labels [n], named.
 
     Above each image its own size and the share of the batch's pixels that it fills.
     """
@@ -108,10 +123,10 @@ def images_with_padding(images: np.ndarray, padding_mask: np.ndarray, boxes: Seq
     height, width = padding_mask.shape[1:]
     y, x = np.mgrid[:height, :width]
     stripes = np.choose((x + y) // max(max(height, width) // 40, 1) % 2, STRIPES).astype(np.uint8)
-    for axes, image, padding, image_boxes in zip(grid, images, padding_mask, boxes, strict=True):
+    for axes, image, padding, *objects in zip(grid, images, padding_mask, boxes, labels, strict=True):
         axes.imshow(np.where(padding[..., None], stripes[..., None], image))
-        for box in image_boxes:
-            draw_box(axes, box, PALETTE[1])
+        for box, label in zip(*objects, strict=True):
+            draw_box(axes, box, class_colour(int(label), names), caption=names[int(label)])
         inner_height, inner_width = (int((~padding).any(axis=axis).sum()) for axis in (1, 0))
         axes.set_title(f"{inner_height} × {inner_width}, fills {np.mean(~padding):.0%}", loc="left")
         axes.set(xticks=[], yticks=[])

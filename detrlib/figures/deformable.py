@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from detrlib.figures.attention import draw_box, draw_image, draw_map, lay_cells
+from detrlib.figures.attention import draw_box, draw_image
+from detrlib.figures.overlay import BAR_WIDTH, Panel, Sharing, draw_maps, lay_cells
 from detrlib.figures.style import MUTED, PALETTE, image_panels, styled
 
 WIDEST_PANEL = 2.1  # inches
@@ -29,12 +30,17 @@ class Sampling(NamedTuple):
 
 
 @styled
-def sampling_points(image: np.ndarray, samplings: Mapping[str, Sampling], columns: int = 4) -> Figure:
+def sampling_points(
+    image: np.ndarray, samplings: Mapping[str, Sampling], columns: int = 4, scale: Sharing = "shared"
+) -> Figure:
     """A panel per title: the sampling locations of a query, in the colour of their level, as large as their weight.
 
-    The dashed box is the one that the query starts from, the solid one what it predicts; a panel shows what is around.
+    scale: "shared": the same area is the same weight in every panel; "own": areas of a panel end at its own highest
+    weight. Crosses are weights of exactly zero, which softmax has only where float32 underflows. The dashed box is the
+    one that the query starts from, the solid one what it predicts; a panel shows what is around.
     """
     drawn, panels = image_panels(image, -(-len(samplings) // columns), min(columns, len(samplings)), WIDEST_PANEL)
+    highest = max(sampling.weights.max() for sampling in samplings.values())
     for axes, (title, sampling) in zip(panels.flat, samplings.items(), strict=False):
         axes.imshow((0.55 * image + 0.45 * 255).astype(np.uint8), extent=(0, image.shape[1], image.shape[0], 0))
         axes.axis("off")
@@ -43,27 +49,39 @@ def sampling_points(image: np.ndarray, samplings: Mapping[str, Sampling], column
         levels = sampling.locations.shape[1]
         for level in reversed(range(levels)):  # the finest on top
             points, weights = sampling.locations[:, level].reshape(-1, 2), sampling.weights[:, level].ravel()
-            area = np.maximum(2.0, LARGEST_POINT * weights / sampling.weights.max())
+            some = weights > 0
+            area = LARGEST_POINT * weights[some] / (highest if scale == "shared" else sampling.weights.max())
             rims = 0.4 * (area > 8)  # of white; small points would be nothing else
-            axes.scatter(*points.T, s=area, color=PALETTE[level], edgecolor="white", linewidth=rims, zorder=3)
+            look = {"color": PALETTE[level], "edgecolor": "white", "linewidth": rims, "zorder": 3}
+            axes.scatter(*points[some].T, s=np.maximum(2.0, area), **look)
+            axes.plot(*points[~some].T, "x", color=PALETTE[level], markersize=2, markeredgewidth=0.5)
         _look_at(axes, np.stack([sampling.reference, sampling.box]), np.array(image.shape[1::-1]))
         axes.set_title(title, loc="left")
     for axes in panels.flat[len(samplings) :]:
         axes.set_visible(False)
     handles = [Line2D([], [], marker="o", linestyle="", color=PALETTE[level], markersize=5) for level in range(levels)]
     names = [f"level {level + 1}" for level in range(levels)]
-    drawn.legend(handles, names, loc="outside lower center", ncols=levels)
+    largest = {"marker": "o", "linestyle": "", "color": MUTED, "markersize": LARGEST_POINT**0.5}
+    handles.append(Line2D([], [], **largest))
+    names.append(f"weight {highest:.2g}" if scale == "shared" else "highest weight of its panel")
+    drawn.legend(handles, names, loc="outside lower center", ncols=levels + 1)
     return drawn
 
 
 @styled
-def boxes_on_image(image: np.ndarray, panels: Mapping[str, tuple]) -> Figure:
-    """A panel per title with (boxes [n,4], captions of length n, at least as many as are to be written)."""
+def boxes_on_image(
+    image: np.ndarray, panels: Mapping[str, tuple], colours: Mapping[str, Sequence[str]] | None = None
+) -> Figure:
+    """A panel per title with (boxes [n,4], captions of length n).
+
+    colours: by title, those of the boxes' classes (`style.class_colour`); boxes of no class differ from one another.
+    """
     drawn, grid = image_panels(image, 1, len(panels), WIDEST_PANEL)
     for axes, (title, (boxes, captions)) in zip(grid[0], panels.items(), strict=True):
         draw_image(axes, image, title)
         for number, (box, caption) in enumerate(zip(boxes, captions, strict=True)):
-            draw_box(axes, box, PALETTE[number % len(PALETTE)], caption=caption)
+            colour = (colours or {}).get(title, PALETTE)[number % len(PALETTE)]
+            draw_box(axes, box, colour, caption=caption)
     return drawn
 
 
@@ -76,14 +94,14 @@ def level_maps(
 ) -> Figure:
     """A row per title with the map [h,w] of every level laid over the image; dots on the cells `marked` [h,w].
 
-    extents: height and width of the image in cells of each level. Colours of a row end at its highest value.
+    extents: height and width of the image in cells of each level. Each row has a linear scale of its own.
     """
-    drawn, panels = image_panels(image, len(maps), len(extents), WIDEST_PANEL)
+    drawn, panels = image_panels(image, len(maps), len(extents), WIDEST_PANEL, beside=BAR_WIDTH)
     size = np.array(image.shape[1::-1])
     for row, (title, levels) in zip(panels, maps.items(), strict=True):
-        top = max(values.max() for values in levels)
-        for number, (axes, values, extent) in enumerate(zip(row, levels, extents, strict=True)):
-            draw_map(axes, image, values, extent, top)
+        laid = [Panel(axes, image, values, extent) for axes, values, extent in zip(row, levels, extents, strict=True)]
+        draw_maps(drawn, laid, logarithmic=False, label=title, measured=False)
+        for number, (axes, extent) in enumerate(zip(row, extents, strict=True)):
             if marked is not None:
                 centres = (np.argwhere(marked[number])[:, ::-1] + 0.5) / extent[::-1] * size - 0.5
                 axes.plot(*centres.T, "o", color="black", markersize=4, markeredgecolor="white")
@@ -98,7 +116,8 @@ def kept_tokens(image: np.ndarray, kept: Mapping[str, Sequence[np.ndarray]], ext
     for row, (title, masks) in zip(panels, kept.items(), strict=True):
         for number, (axes, mask, extent) in enumerate(zip(row, masks, extents, strict=True)):
             draw_image(axes, image, f"{title}, level 1" if number == 0 else f"level {number + 1}")
-            lay_cells(axes, image, np.ones(mask.shape), extent, cmap="Blues_r", alpha=np.where(mask, 0.0, 0.93))
+            veil = np.dstack([np.ones((*mask.shape, 3)), np.where(mask, 0.0, 0.93)])  # white, where nothing is kept
+            lay_cells(axes, image, veil, extent)
     return drawn
 
 

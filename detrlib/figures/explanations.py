@@ -11,8 +11,19 @@ from matplotlib.figure import Figure
 from scipy.stats import norm
 
 from detrlib.errors import ConfigError
-from detrlib.figures.attention import WIDEST_PANEL, draw_box, draw_image, draw_map
-from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, Nothing, image_panels, panels, run_colours, styled
+from detrlib.figures.attention import WIDEST_PANEL, draw_box, draw_image
+from detrlib.figures.overlay import Panel, Sharing, draw_maps, room
+from detrlib.figures.style import (
+    MUTED,
+    PALETTE,
+    TEXT_WIDTH,
+    Nothing,
+    class_colour,
+    image_panels,
+    panels,
+    run_colours,
+    styled,
+)
 from detrlib.metrics.faithfulness import image_means
 
 TITLES = {"grad_attention": "grad × attention"}
@@ -29,22 +40,31 @@ def explanations_grid(
     titles: Sequence[str],
     maps: Mapping[str, Sequence[np.ndarray]],
     extents: Sequence[np.ndarray] | None = None,
+    labels: Sequence[int] = (),
+    names: Mapping[int, str] | None = None,
+    scale: Sharing = "own",
+    logarithmic: bool = True,
 ) -> Figure:
     """A row per detection: its image with the box, then the map of every method over the image.
 
     images: n of uint8 [H,W,3], one for each detection; boxes [n,4]; titles: what each detection is; maps: method ->
-    n of [h,w]; extents: height and width of each image in cells where the last cells reach beyond it, None: h and w.
+    n of [h,w]; extents: height and width of each image in cells where the last cells reach beyond it, None: h and w;
+    labels, names: n classes, and label -> class, which colour the boxes; scale, logarithmic: of the maps, as of
+    `overlay.draw_maps`. Methods have units of their own, hence each map has a scale of its own. Below it "in box" is
+    the share inside the predicted box.
     """
     extents = [None] * len(images) if extents is None else extents
-    drawn, panels = image_panels(images, len(images), 1 + len(maps), WIDEST_PANEL)
+    drawn, panels = image_panels(images, len(images), 1 + len(maps), WIDEST_PANEL, **room(1 + len(maps), scale))
+    laid = []
     for number, (row, image) in enumerate(zip(panels, images, strict=True)):
         draw_image(row[0], image, titles[number], fontsize=7)
         for axes, (method, own) in zip(row[1:], maps.items(), strict=True):
-            draw_map(axes, image, own[number], extents[number])
+            laid.append(Panel(axes, image, own[number], extents[number], boxes[number]))
             if number == 0:
                 axes.set_title(TITLES.get(method, method), loc="left", fontsize=7)
         for axes in row:
-            draw_box(axes, boxes[number], PALETTE[0])
+            draw_box(axes, boxes[number], class_colour(int(labels[number]), names) if len(labels) else PALETTE[0])
+    draw_maps(drawn, laid, scale, logarithmic, label="value")
     return drawn
 
 

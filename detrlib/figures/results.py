@@ -17,9 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from scipy.optimize import isotonic_regression
 
-from detrlib.figures.style import MUTED, PALETTE, Nothing, figure, panels, run_colours, styled
+from detrlib.figures.style import DASH, MUTED, PALETTE, Nothing, figure, panels, run_colours, styled
 
-UNDEFINED = -1  # COCO's value for a number that has no ground truth to be computed from
 LABEL_HEIGHT = 0.14  # inches taken by one line of a direct label
 ALPHA_LIMITS = (1.0, 2.0)  # softmax and sparsemax, the ends of the entmax family that heads choose from
 HOLLOW = {"linestyle": (0, (2, 1.5)), "markerfacecolor": "white"}
@@ -98,12 +97,12 @@ def draw_runs(axes: Axes, rows: pd.DataFrame, x: str, y: str, colours: Mapping[s
 def bars(table: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] | None = None) -> Figure:
     """One panel per metric (a column of `table`), one bar per run (its index), with the value written on each bar.
 
-    Missing values and COCO's -1 for "undefined" read n/a.
+    Missing values read as a dash.
     """
     colours = run_colours(table.index)
     drawn, grid = panels(len(metrics), 4, height=0.65 + 0.2 * len(table), sharey=True)
     for axes, metric in zip(grid, metrics, strict=True):
-        values = table[metric].where(table[metric] != UNDEFINED).astype(float)
+        values = table[metric].astype(float)
         draw_bars(axes, values, [_short(value) for value in values], [colours[run] for run in table.index])
         axes.set_title((labels or {}).get(metric, metric), loc="left")
     return drawn
@@ -180,7 +179,7 @@ def draw_cells(axes: Axes, table: pd.DataFrame, colours: str, limits: tuple[floa
     cells = axes.collections[0]
     for (row, column), value in np.ndenumerate(table):
         pale = np.isnan(value) or sns.utils.relative_luminance(cells.to_rgba(value)) > 0.22
-        words = "–" if np.isnan(value) else format(value, text)
+        words = DASH if np.isnan(value) else format(value, text)
         look = {"ha": "center", "va": "center", "fontsize": 7, "color": "black" if pale else "white"}
         axes.text(column + 0.5, row + 0.5, words, **look)
     axes.tick_params(length=0, rotation=0)
@@ -221,9 +220,9 @@ def heads_over_training(
 
 
 def _short(value: float) -> str:
-    """Three significant digits, "n/a" for a missing value."""
+    """Three significant digits, a dash for a missing value."""
     if np.isnan(value):
-        return "n/a"
+        return DASH
     return f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
 
 

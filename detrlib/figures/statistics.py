@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from detrlib.errors import ConfigError
-from detrlib.figures.results import UNDEFINED
-from detrlib.figures.style import MUTED, PALETTE, Nothing, panels, run_colours, styled
+from detrlib.figures.style import DASH, MUTED, PALETTE, Nothing, panels, run_colours, styled
 
 ROW = 0.24  # inches of a pair or group
 
@@ -22,8 +21,8 @@ def differences(comparisons: pd.DataFrame, labels: Mapping[str, str] | None = No
 
     comparisons: rows of `metrics.statistics.compare_runs` or `compare_groups`, with columns first, second, metric,
     difference, low, high, verdict. Markers are filled where the difference is established, hollow where it is not, and
-    stand without an interval where there is none; a missing difference reads n/a. labels: what to write above a panel
-    instead of the metric.
+    stand without an interval where there is none; a missing difference reads as a dash. labels: what to write above a
+    panel instead of the metric.
     """
     if comparisons.empty:
         raise Nothing("there are no two to compare")
@@ -35,7 +34,7 @@ def differences(comparisons: pd.DataFrame, labels: Mapping[str, str] | None = No
         for row in named[named["metric"] == metric].itertuples():
             y = pairs.index(row.pair)
             if np.isnan(row.difference):
-                axes.text(0, y, " n/a", va="center", fontsize=7, color=MUTED)
+                axes.text(0, y, f" {DASH}", va="center", fontsize=7, color=MUTED)
             axes.plot([row.low, row.high], [y, y], color=PALETTE[0], lw=1.3)
             axes.plot(row.difference, y, **_mark(row.verdict == "established"))
         axes.set_title((labels or {}).get(metric, metric), loc="left")
@@ -53,14 +52,14 @@ def _mark(established: bool) -> dict:
 def spread(results: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] | None = None) -> Figure:
     """A panel per metric and a row per group: one dot per seed, and a bar at their mean.
 
-    results: a row per run with a column group and the metrics (`runs.results.results_frame`). Missing values and COCO's
-    -1 for "undefined" are left out, and metrics that have no other. Raises ConfigError for a metric that the table
+    results: a row per run with a column group and the metrics (`runs.results.results_frame`). Missing values
+    are left out, and metrics that have no other. Raises ConfigError for a metric that the table
     lacks.
     """
     missing = {"group", *metrics} - set(results.columns)
     if missing:
         raise ConfigError(f"no columns {sorted(missing)} in the results; there are {list(results.columns)}")
-    defined = results[list(metrics)].astype(float).replace(UNDEFINED, np.nan).dropna(axis=1, how="all")
+    defined = results[list(metrics)].astype(float).dropna(axis=1, how="all")
     if defined.empty:
         raise Nothing(f"no run has values of {', '.join(metrics)}")
     colours = run_colours(results["group"])

@@ -4,7 +4,7 @@ Functions that draw carry `@styled`, so that settings apply to their own figures
 function whose data hold nothing of what it draws (`raise Nothing(why)`) returns a figure that says so.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from itertools import cycle
 from pathlib import Path
@@ -15,13 +15,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from detrlib.runs.folder import RUNS
+
 TEXT_WIDTH = 6.5  # inches, of a printed A4 or letter page
 CAPTION_HEIGHT = 0.25  # inches of a title above an image
 MUTED = "#6b6b6b"  # text and lines that should stay in the background
+DASH = "–"  # a missing value, in figures and in tables
 NOTHING = "nothing to show"  # label of a figure that only says so
 
 # Okabe and Ito, "Color Universal Design", 2008: distinct for every kind of colour vision. Ordered by contrast on white.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+# Of classes: without black, which is ground truth, and yellow, too pale for a line; six of Tol's "muted" follow.
+CLASS_COLOURS = [*PALETTE[:6], "#882255", "#332288", "#999933", "#AA4499", "#117733", "#88CCEE"]
 
 COLOURS = {
     "softmax": "#0072B2",
@@ -63,6 +68,19 @@ STYLE = {
 }
 
 
+SCALED = ("axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
+
+
+def look() -> dict:
+    """STYLE, except for what the user has changed from matplotlib's default; a font size of his own scales the others.
+
+    What he has changed, by `plt.rcParams`, a style sheet or a matplotlibrc, stays as it is.
+    """
+    own = {name: value for name, value in STYLE.items() if plt.rcParams[name] == plt.rcParamsDefault[name]}
+    scale = plt.rcParams["font.size"] / STYLE["font.size"] if "font.size" not in own else 1
+    return own | {name: scale * own[name] for name in SCALED if name in own}
+
+
 class Nothing(ValueError):
     """There is nothing to draw; the message says why."""
 
@@ -72,7 +90,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @wraps(draw)
     def drawn(*arguments, **named) -> Figure:
-        with plt.rc_context(STYLE):
+        with plt.rc_context(look()):
             try:
                 return draw(*arguments, **named)
             except Nothing as reason:
@@ -91,7 +109,6 @@ def _note(text: str) -> Figure:
     return drawn
 
 
-@plt.rc_context(STYLE)
 def figure(width: float = 1.0, aspect: float = 0.6, **subplots_arguments):
     """(figure, axes) as of `plt.subplots`, `width` text widths wide and `aspect` times as high as wide.
 
@@ -99,7 +116,8 @@ def figure(width: float = 1.0, aspect: float = 0.6, **subplots_arguments):
     value of a cell, and would keep every one of them in memory.
     """
     size = (width * TEXT_WIDTH, width * TEXT_WIDTH * aspect)
-    drawn, axes = plt.subplots(figsize=size, **({"layout": "constrained"} | subplots_arguments))
+    with plt.rc_context(look()):
+        drawn, axes = plt.subplots(figsize=size, **({"layout": "constrained"} | subplots_arguments))
     plt.close(drawn)
     return drawn, axes
 
@@ -127,18 +145,28 @@ def image_panels(
     widest: float,
     width: float = 1.0,
     header: float = 0.0,
+    footer: float = 0.0,
+    beside: float = 0.0,
 ) -> tuple[Figure, np.ndarray]:
     """(figure, axes [rows, columns]): panels in the proportions of `image` [H,W,...], each with room for a title.
 
     image: one for all, or one for every row; widest: inches of a panel at most, where `width` text widths would allow
-    more; header: inches more above them all.
+    more; header: inches more above them all; footer: inches more below each panel; beside: inches to the right of all.
     """
-    width = min(width, columns * widest / TEXT_WIDTH)
-    panel = width * TEXT_WIDTH / columns
+    width = min(width, (columns * widest + beside) / TEXT_WIDTH)
+    panel = (width * TEXT_WIDTH - beside) / columns
     images = [image] * rows if isinstance(image, np.ndarray) else image
-    heights = [panel * image.shape[0] / image.shape[1] + CAPTION_HEIGHT for image in images]
+    heights = [panel * image.shape[0] / image.shape[1] + CAPTION_HEIGHT + footer for image in images]
     aspect = (sum(heights) + header) / (width * TEXT_WIDTH)
     return figure(width, aspect, nrows=rows, ncols=columns, squeeze=False, height_ratios=heights)
+
+
+def class_colour(label: int, names: Mapping[int, str]) -> str:
+    """The colour of a class in every figure: by its position among all classes, grey where it is none of them.
+
+    names: label -> class, of all classes of the data.
+    """
+    return CLASS_COLOURS[sorted(names).index(label) % len(CLASS_COLOURS)] if label in names else MUTED
 
 
 def run_colours(runs: Iterable[str]) -> dict[str, str]:
@@ -159,19 +187,30 @@ def run_colours(runs: Iterable[str]) -> dict[str, str]:
     return {run: colours[run] if run in colours else next(next_colour) for run in runs}
 
 
-def save(drawn: Figure, name: str, folder: str | Path, note: str) -> Figure:
-    """Write <name>.pdf, <name>.png and <name>.txt to `folder`, none where nothing is shown, and return the figure.
+def save(drawn: Figure, name: str, folder: str | Path = "papermill_runs/figures", note: str = "") -> Figure:
+    r"""Write a figure for LaTeX and for pages: <name>.pdf and <name>.png; nothing where nothing is shown.
 
-    `note` says where the figure comes from (runs, commits, command) and becomes the text file.
+    The PDF is as wide as the figure was made (a text width of 6.5 inches, or part of it) and holds its fonts as text:
+    `\includegraphics{<name>}` needs no scaling.
+
+    Args:
+        drawn: any matplotlib figure.
+        name: of the files, without their endings.
+        folder: where they go; relative ones start at the project root.
+        note: where the figure comes from (see `runs.provenance`), written to <name>.txt; empty: no such file.
+
+    Returns:
+        The figure, to be shown as the value of a cell.
     """
     if drawn.get_label() == NOTHING:
         return drawn
-    folder = Path(folder)
+    folder = RUNS.parent / folder
     folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
+    with plt.rc_context(look()):
         drawn.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})  # the same figure gives the same file
         drawn.savefig(folder / f"{name}.png")
-    (folder / f"{name}.txt").write_text(note.rstrip("\n") + "\n")
+    if note:
+        (folder / f"{name}.txt").write_text(note.rstrip("\n") + "\n")
     return drawn
 
 

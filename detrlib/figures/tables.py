@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from IPython.display import Markdown
+from pandas.io.formats.style import Styler
 
 from detrlib.errors import ConfigError
-
-DASH = "–"  # a missing value
+from detrlib.figures.style import DASH
 
 
 def markdown_table(table: pd.DataFrame, formats: Mapping[str, str], **ranking) -> str:
@@ -84,9 +84,14 @@ def save_table(table: pd.DataFrame, name: str, caption: str, folder: str | Path,
     return Markdown(written)
 
 
-def shown(table: pd.DataFrame, reason: str) -> pd.DataFrame | Markdown:
-    """The table as it is, or a line with the reason where it has no rows."""
-    return Markdown(f"*Nothing to show: {reason}.*") if table.empty else table
+def shown(table: pd.DataFrame, decimals: int = 3, reason: str = "no rows") -> Styler | Markdown:
+    """The table as a notebook shows it, missing values as a dash; or a line with the reason why it has no rows.
+
+    decimals: of numbers that are not whole.
+    """
+    if table.empty:
+        return Markdown(f"*Nothing to show: {reason}.*")
+    return table.style.format(precision=decimals, na_rep=DASH)
 
 
 def with_spread(spread: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from html import escape
 from typing import Literal
 
 import ipywidgets
@@ -17,17 +18,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import MouseEvent
-from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from detrlib.figures.attention import draw_box, draw_map
+from detrlib.errors import DetrlibError
+from detrlib.figures.attention import draw_box
 from detrlib.figures.choices import cell_at, cell_box, cells_ask, clicked_query, corresponding_query, detection
-from detrlib.figures.style import MUTED, PALETTE, STYLE, styled
+from detrlib.figures.overlay import BAR_WIDTH, Panel, Sharing, colour_bar, draw_maps, overlay, scale_of
+from detrlib.figures.style import MUTED, class_colour, look, styled
 from detrlib.runs.examples import Example
 
 Stored = Mapping[str, Mapping[int, Example]]  # by run and image id
-PANEL, TALLEST, TITLE = 3.9, 4.6, 0.7  # inches: width of an image, its largest height, the lines above it
+PANEL, TALLEST, LINES = 3.9, 4.6, 0.8  # inches: width of an image, its largest height, the lines above and below it
+HINT = "Click a detection, in either picture, to see where its query looked."
 REACH = 0.02  # of the longer side of the image: how far from a box a click still means it
 
 
@@ -47,6 +50,8 @@ class View:
     truth: bool = True
     predictions: bool = True
     attention: bool = True
+    scale: Sharing = "shared"  # of the colours of two runs
+    logarithmic: bool = True
 
 
 # --- what a view means -----------------------------------------------------------------------------------------
@@ -139,11 +144,10 @@ def described(
     else:
         matched = "an object" if example.matched[query] >= 0 else "no object"
         first = f"{detection(example, query, names)}, matched to {matched}"
+    second = f"layer {layer + 1}, {by}"
     if view.site == "decoder_self":
-        amount = f"{100 * (1 - weights.sum()):.0f}% of the weight goes to queries not shown"
-    else:
-        amount = f"{np.count_nonzero(weights)} of {weights.size} cells have weight"
-    return [first, f"layer {layer + 1}, {by}: {amount}"]
+        second += f": {100 * (1 - weights.sum()):.0f}% of the weight goes to queries not shown"
+    return [first, second]
 
 
 # --- the picture -----------------------------------------------------------------------------------------------
@@ -157,8 +161,9 @@ def draw_view(figure: Figure, view: View, stored: Stored, names: Mapping[int, st
     height, width = stored[view.run][view.image_id].image.shape[:2]
     panel = min(PANEL, TALLEST * width / height)
     # Titles need their room, however narrow the image is.
-    figure.set_size_inches(len(runs) * max(panel, 0.85 * PANEL) + 0.1, panel * height / width + TITLE)
-    panels = dict(zip(runs, np.atleast_1d(figure.subplots(1, len(runs))), strict=True))
+    size = len(runs) * max(panel, 0.85 * PANEL) + BAR_WIDTH, panel * height / width + LINES
+    figure.set_size_inches(*size)
+    looks, panels = [], dict(zip(runs, np.atleast_1d(figure.subplots(1, len(runs))), strict=True))
     for run, axes in panels.items():
         axes.axis("off")
         example = stored[run].get(view.image_id)
@@ -169,37 +174,45 @@ def draw_view(figure: Figure, view: View, stored: Stored, names: Mapping[int, st
         else:
             query = query_in(view, stored, run)
             weights = weights_in(view, example, query)
-            _draw_panel(axes, view, example, query, weights)
+            _draw_boxes(axes, view, example, query, names)
+            if view.attention and weights is not None:
+                own = None if view.site == "encoder_self" else example.boxes[query]
+                looks.append((Panel(axes, example.image, weights, example.extent, own), example.boxes))
+            else:
+                axes.imshow(example.image)
             lines = [run, *described(view, example, query, weights, names)]
             axes.set_title("\n".join(lines), loc="left")
+    _draw_weights(figure, view, looks)
     return panels
 
 
-def _draw_panel(axes: Axes, view: View, example: Example, query: int | None, weights: np.ndarray | None) -> None:
-    """The image or the map over it, and the boxes that are wanted; the one clicked is blue, in front of the others."""
-    weighed = view.attention and weights is not None
-    if weighed and view.site != "decoder_self":
-        draw_map(axes, example.image, weights, example.extent)
-    else:
-        axes.imshow(example.image)
-    if weighed and view.site == "decoder_self":
-        _draw_shares(axes, example.boxes, weights)
+def _draw_boxes(axes: Axes, view: View, example: Example, query: int | None, names: Mapping[int, str]) -> None:
+    """The boxes that are wanted, in the colours of their classes; the one clicked is the thickest, in front."""
+    for box, label in zip(example.true_boxes, example.true_labels, strict=True) if view.truth else []:
+        draw_box(axes, box, class_colour(int(label), names), dashed=True)
+    colours = [class_colour(int(label), names) for label in example.labels]
     for number, box in enumerate(example.boxes if view.predictions else []):
         if number != query:
-            draw_box(axes, box, MUTED)
-    for box in example.true_boxes if view.truth else []:
-        draw_box(axes, box, "black", dashed=True)
+            draw_box(axes, box, colours[number], width=0.8)
     if view.site == "encoder_self":
-        draw_box(axes, cell_box(example, _cell(view, example)), PALETTE[0])
+        draw_box(axes, cell_box(example, _cell(view, example)), "black", width=2.2)
     elif query is not None and view.predictions:
-        draw_box(axes, example.boxes[query], PALETTE[0])
+        draw_box(axes, example.boxes[query], colours[query], width=2.2)
 
 
-def _draw_shares(axes: Axes, boxes: np.ndarray, weights: np.ndarray) -> None:
-    """Fill the boxes of queries, the more of the weight they get the denser."""
-    for (x0, y0, x1, y1), share in zip(boxes, weights / max(weights.max(), 1e-12), strict=True):
-        face = to_rgba(PALETTE[1], 0.75 * float(share))
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=face, edgecolor="none"))
+def _draw_weights(figure: Figure, view: View, looks: Sequence[tuple[Panel, np.ndarray]]) -> None:
+    """The map of every panel over its image, or, of weights that go to queries, their boxes [n,4] filled."""
+    panels = [panel for panel, _ in looks]
+    if view.site != "decoder_self":
+        draw_maps(figure, panels, view.scale, view.logarithmic)
+        return
+    scale = scale_of([panel.weights for panel in panels], view.logarithmic)
+    for panel, boxes in looks:
+        panel.axes.imshow(panel.image)
+        for (x0, y0, x1, y1), colour in zip(boxes, overlay(panel.weights[None], scale)[0], strict=True):
+            panel.axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor="none", zorder=0.5))
+    if looks:
+        colour_bar(figure, [panel.axes for panel in panels], scale, "weight")
 
 
 # --- the widget ------------------------------------------------------------------------------------------------
@@ -208,21 +221,22 @@ def _draw_shares(axes: Axes, boxes: np.ndarray, weights: np.ndarray) -> None:
 class AttentionViewer(ipywidgets.VBox):
     """Controls above a picture that answers to clicks.
 
-    examples: as of `load_examples`, by the name of the run; names: label -> class; image_id: shown first, None for
-    the first one stored; layer: the decoder layer shown first, negative ones from the end.
+    examples: by the name of the run, as of `load_examples`, or by image id, which may be computed when they are shown
+    (`engine.examples.ValidationImages`); names: label -> class; image_id: shown first, None for the first one; layer:
+    the decoder layer shown first, negative ones from the end.
 
     Where no browser shows widgets (an executed notebook on a web page, as HTML or in a report) it is a picture.
     """
 
     def __init__(
         self,
-        examples: Mapping[str, Sequence[Example]],
+        examples: Mapping[str, Sequence[Example] | Mapping[int, Example]],
         names: Mapping[int, str],
         image_id: int | None = None,
         layer: int = -1,
     ):
         super().__init__()
-        self.stored = {run: {example.image_id: example for example in of_run} for run, of_run in examples.items()}
+        self.stored = {run: _by_id(of_run) for run, of_run in examples.items()}
         self.names = names
         first, *others = self.stored
         image_id = next(iter(self.stored[first])) if image_id is None else image_id
@@ -231,9 +245,10 @@ class AttentionViewer(ipywidgets.VBox):
         self.figure, self.canvas = _clickable_figure(self._click)
         self.controls = self._controls()
         rows = [("run", "beside", "image_id"), ("site", "layer", "head"), ("truth", "predictions", "attention")]
-        hint = ipywidgets.HTML("Click a detection, in either picture, to see where its query looked.")
+        rows.append(("scale", "logarithmic"))
+        self.hint = ipywidgets.HTML(HINT)
         boxes = [ipywidgets.HBox([self.controls[name] for name in row]) for row in rows]
-        self.children = (*boxes, hint, self.canvas)
+        self.children = (*boxes, self.hint, self.canvas)
         self.show(self.view)
 
     def _controls(self) -> dict[str, ipywidgets.Widget]:
@@ -250,6 +265,8 @@ class AttentionViewer(ipywidgets.VBox):
             "truth": ipywidgets.Checkbox(description="ground truth (dashed)", indent=False),
             "predictions": ipywidgets.Checkbox(description="predictions", indent=False),
             "attention": ipywidgets.Checkbox(description="attention", indent=False),
+            "scale": ipywidgets.Dropdown(options=["shared", "own"], description="scale", **wide),
+            "logarithmic": ipywidgets.Checkbox(description="logarithmic colours", indent=False),
         }
         for name, control in controls.items():
             control.observe(lambda change, name=name: self._changed(name, change["new"]), "value")
@@ -262,7 +279,7 @@ class AttentionViewer(ipywidgets.VBox):
         layers, heads = example.shape(self.view.site)[:2]
         return {
             "beside": [("no other run", ""), *((run, run) for run in self.stored if run != self.view.run)],
-            "image_id": [(f"{number}: id {image_id}", image_id) for number, image_id in enumerate(images)],
+            "image_id": [(_image_label(number, image_id, images), image_id) for number, image_id in enumerate(images)],
             "site": sites(example),
             "layer": [(str(layer + 1), layer) for layer in range(layers)],
             "head": [("mean", "mean"), *((str(head + 1), head) for head in range(heads))],
@@ -283,8 +300,14 @@ class AttentionViewer(ipywidgets.VBox):
         self.canvas.draw_idle()
 
     def _changed(self, name: str, value) -> None:
-        if not self._writing:
+        if self._writing:
+            return
+        self.hint.value = HINT
+        try:
             self.show(changed(self.view, **{name: value}))
+        except DetrlibError as error:  # of an image that cannot be computed; a widget's errors appear nowhere
+            self.hint.value = escape(str(error))
+            self.show(self.view)
 
     def _click(self, event: MouseEvent) -> None:
         if self.canvas.manager.toolbar.mode:  # the click belongs to zooming or moving the picture
@@ -300,6 +323,16 @@ class AttentionViewer(ipywidgets.VBox):
         return bundle | {"text/plain": "AttentionViewer", "image/png": b64encode(picture.getvalue()).decode()}
 
 
+def _by_id(examples: Sequence[Example] | Mapping[int, Example]) -> Mapping[int, Example]:
+    return examples if isinstance(examples, Mapping) else {example.image_id: example for example in examples}
+
+
+def _image_label(number: int, image_id: int, images: Mapping[int, Example]) -> str:
+    """What the control says of an image, with what went wrong in it where that is known."""
+    title = images.title(image_id) if hasattr(images, "title") else ""
+    return f"{number}: id {image_id}" + (f" ({title})" if title else "")
+
+
 def _clickable_figure(click):
     """An empty figure and its canvas for the browser; `click` is called with every press of a mouse button."""
     backend = matplotlib.get_backend()
@@ -307,7 +340,7 @@ def _clickable_figure(click):
     from ipympl.backend_nbagg import Canvas, FigureManager
 
     plt.switch_backend(backend)  # importing ipympl makes it the backend of all figures
-    figure = Figure(dpi=STYLE["figure.dpi"], layout="constrained")
+    figure = Figure(dpi=look().get("figure.dpi"), layout="constrained")
     canvas = Canvas(figure)
     canvas.header_visible = canvas.footer_visible = canvas.resizable = False
     canvas.toolbar_position = "right"  # on the left it would cover what a panel says

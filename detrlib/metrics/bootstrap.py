@@ -21,10 +21,10 @@ NUMBERS_AT_ONCE = 2**19  # of a class, worked on together: about what a processo
 
 
 def average_precision(matches: Matches) -> dict[str, float]:
-    """The six AP of `coco_ap` from matches alone; -1 where there is nothing to be detected."""
+    """The six AP of `coco_ap` from matches alone; missing where there is nothing to be detected."""
     ranked = RankedDetections(matches)
     numbers = ranked.ap(np.ones((1, len(ranked.image_ids)), np.int32), AP_METRICS)
-    return {name: float(np.nan_to_num(values[0], nan=-1)) for name, values in numbers.items()}
+    return {name: float(values[0]) for name, values in numbers.items()}
 
 
 class RankedDetections:
@@ -178,5 +178,5 @@ def interval(estimate: ArrayLike, samples: pd.DataFrame | pd.Series) -> pd.DataF
 
 def ap_table(matches: Matches, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
     """The six AP of a run with their 95 % intervals: columns value, low, high; all missing where AP is undefined."""
-    values = pd.Series(average_precision(matches)).replace(-1, np.nan)
+    values = pd.Series(average_precision(matches))
     return interval(values, bootstrap_ap(matches, resamples, seed)).T.assign(value=values)[["value", "low", "high"]]

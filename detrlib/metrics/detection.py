@@ -33,6 +33,7 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 # Square pixels of the annotation; both ends belong to a range, as in COCO.
 AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 DETECTIONS_PER_CLASS = 100  # of an image and class, the best of which count
+UNDEFINED = -1  # COCO's value for a number that has no ground truth to be computed from; missing (NaN) in our tables
 NO_CATEGORY = -1  # stands for "no annotations" in the row of an image that has none
 PAIRS_AT_ONCE = 2**21  # detections and annotations whose IoU is held in memory together
 
@@ -157,8 +158,8 @@ def _per_class(
 
 
 def _mean_where_defined(values: np.ndarray) -> float:
-    defined = values[values > -1]
-    return float(defined.mean()) if defined.size else -1.0
+    defined = values[values > UNDEFINED]
+    return float(defined.mean()) if defined.size else float(UNDEFINED)
 
 
 # Matches, image by image
@@ -223,6 +224,28 @@ def match_detections(ground_truth: Mapping | str | PathLike, detections: Sequenc
     counts = counts.sort_values(["image_id", "category_id"], ignore_index=True)
     compact = {"image_id": np.int64, "category_id": np.int32}
     return Matches(table.astype(compact), counts.astype(compact | dict.fromkeys(AREAS, np.int32)))
+
+
+def errors_by_image(matches: Matches, min_score: float = 0.3) -> pd.DataFrame:
+    """Say how badly each image went, at an IoU of 0.5.
+
+    Args:
+        matches: as of `match_detections` or `load_matches`.
+        min_score: of the detections that count, in 0..1.
+
+    Returns:
+        A row per image, image_id being the index, those with most missed objects first, then those with most false
+        positives: objects (annotated), missed (of them, by all detections that count), false_positives.
+    """
+    objects = matches.annotations.groupby("image_id")["all"].sum()
+    counted = matches.detections[matches.detections["score"] >= min_score]
+    true, ignored = ((counted[f"{kind}_all"] & 1) > 0 for kind in ("true", "ignored"))  # bit 0: IOU_THRESHOLDS[0]
+    true, false = (
+        flags.groupby(counted["image_id"]).sum().reindex(objects.index, fill_value=0)
+        for flags in (true, ~(true | ignored))
+    )
+    table = pd.DataFrame({"objects": objects, "missed": objects - true, "false_positives": false})
+    return table.sort_values(["missed", "false_positives"], ascending=False, kind="stable")
 
 
 def _table(entries: Sequence[Mapping], numbers: Sequence[str]) -> pd.DataFrame:

@@ -103,7 +103,7 @@ def _compare_ap(
         raise DataError("the annotations of the runs differ; evaluate both again on the same annotation file")
     before, after = (average_precision(one)[metric] for one in (first, second))
     result = {"difference": before - after, "images": a["image_id"].nunique()}
-    if before == -1:
+    if np.isnan(before):
         return result | {"difference": np.nan, "low": np.nan, "high": np.nan, "p": np.nan}
     drawn = samples or [bootstrap_ap(one, resamples, seed, (metric,))[metric] for one in (first, second)]
     low, high = interval(before - after, drawn[0] - drawn[1])
@@ -192,8 +192,8 @@ def seed_table(results: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """Describe the spread over seeds.
 
     Args:
-        results: a row per run with columns group, seed and the metrics, as of `results_frame`; missing numbers and
-            COCO's -1 are left out.
+        results: a row per run with columns group, seed and the metrics, as of `results_frame`; missing numbers are
+            left out.
         metrics: some of its columns.
 
     Returns:
@@ -257,8 +257,7 @@ def _by_seed(results: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     if len(twice):
         group, seed = twice[["group", "seed"]].iloc[0]
         raise DataError(f"group {group} has several runs of seed {seed}; leave all but one out, or name them apart")
-    undefined = {name: results[name].where(results[name] != -1) for name in metrics}
-    return results.assign(**undefined)
+    return results
 
 
 def _compare_seeds(first: pd.Series, second: pd.Series) -> dict:

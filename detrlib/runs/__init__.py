@@ -1,12 +1,17 @@
-"""The run folder, the contract between training and all that reads results; `sources` finds models by any name."""
+"""The run folder, the contract between training and all that reads it: `folder`, `examples`, `maps`, `history` (what
+training has logged) and `results`; `sources` finds models by any name.
+"""
 
 from detrlib.runs.examples import Example, load_examples, same_image
 from detrlib.runs.folder import (
     RUNS,
     append_metrics,
     environment,
+    find_run,
+    find_runs,
     load_results,
     load_table,
+    looking_at,
     open_run,
     provenance,
     read_metrics,
@@ -25,9 +30,12 @@ __all__ = [
     "Example",
     "append_metrics",
     "environment",
+    "find_run",
+    "find_runs",
     "load_examples",
     "load_results",
     "load_table",
+    "looking_at",
     "open_run",
     "provenance",
     "read_metrics",

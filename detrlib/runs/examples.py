@@ -4,9 +4,9 @@ Legend: B images, H heads, Q queries, n maps of a head, h x w the key grid.
 """
 
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +115,8 @@ class Recorder:
         """Store what is wanted of the next batch."""
         numbers = self._numbers(batch)
         self.next += self.step * len(batch.targets)
-        packed = {site: _packed(predictions, site, len(numbers)) for site in self.wanted if numbers}
+        wanted = [site for site in self.wanted if numbers and getattr(predictions.attention, site)]
+        packed = {site: _packed(predictions, site, len(numbers)) for site in wanted}
         for index, number in enumerate(numbers):
             sites = {site: [layer[index] for layer in layers] for site, layers in packed.items()}
             extent = _extent(batch, predictions.attention, index).tolist()
@@ -138,12 +139,29 @@ def recorder(cfg: Config, total: int, accelerator: Accelerator, run_dir: Path | 
         yield Recorder(cfg, total, accelerator, run_dir, maps)
 
 
+def with_maps(example: Example, predictions: Predictions, sites: Iterable[Site], index: int = 0) -> Example:
+    """The example of image number `index` of a batch with its maps in memory instead of a store."""
+    maps = {}
+    for site in sites:
+        if not (count := len(getattr(predictions.attention, site))):  # an encoder without layers
+            continue
+        layers = [_valid(_weights(predictions, site, layer)[index], index, site, predictions) for layer in range(count)]
+        whole = torch.stack(layers).float().cpu().numpy()  # [L,H,Q,h,w]
+        maps[site] = whole if site == "encoder_self" else whole[:, :, example.queries]
+    return replace(example, stored=maps)
+
+
+def _weights(predictions: Predictions, site: Site, layer: int) -> Tensor:
+    """Maps [B,H,Q,h,w] of one layer, of decoder_self [B,H,Q,Q]."""
+    maps = predictions.attention
+    return getattr(maps, site)[layer] if site == "decoder_self" else maps.as_images(site, layer)
+
+
 def _packed(predictions: Predictions, site: Site, images: int) -> list[list[Packed]]:
     """Maps of the first images of a batch for the store, layer by layer: one dense layer at a time is in memory."""
-    maps = predictions.attention
     layers = []
-    for layer in range(len(getattr(maps, site))):
-        weights = getattr(maps, site)[layer] if site == "decoder_self" else maps.as_images(site, layer)
+    for layer in range(len(getattr(predictions.attention, site))):
+        weights = _weights(predictions, site, layer)
         layers.append([pack(_valid(weights[i], i, site, predictions).float().cpu().numpy()) for i in range(images)])
     return layers
 

@@ -19,8 +19,10 @@ metrics.jsonl are appended, and a last line cut short is ignored.
 import json
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +39,7 @@ from detrlib.metrics.tables import part_files
 
 RUNS = PROJECT / "papermill_runs"
 RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders that are no results of a split
+OTHERS = 8  # runs that are named at most besides those looked at
 FREE_TO_CHANGE = ("data.workers", "data.cache", "train.log_every", "train.keep_every", "train.tracking", "evaluate")
 
 
@@ -48,9 +51,72 @@ def run_path(name: str | Path) -> Path:
     return path
 
 
+def finished_runs() -> list[Path]:
+    """The runs under papermill_runs/, in folders of sweeps too, that are trained and evaluated; the newest first."""
+    checkpoints = sorted(RUNS.rglob("checkpoints/last.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    trained = (path.parent.parent for path in checkpoints)
+    return [run_dir for run_dir in trained if "detection" in _results_if_any(run_dir)]
+
+
+def _results_if_any(run_dir: Path) -> dict:
+    """The results of a run, or none where it is not finished or they are damaged."""
+    try:
+        return load_results(run_dir)
+    except RunError:
+        return {}
+
+
+def newest_run() -> Path:
+    """The newest finished run. Raises RunError where there is none."""
+    if not (finished := finished_runs()):
+        raise RunError(f"no finished run in {RUNS}; train some with: make quickstart")
+    return finished[0]
+
+
+def find_run(name: str = "") -> Path:
+    """The run of this name, or, for an empty one, the newest that is finished. Raises RunError where there is none."""
+    return run_path(name) if name else newest_run()
+
+
+def find_runs(names: Sequence[str] = (), seeds: bool = False) -> list[Path]:
+    """Find several runs to be compared.
+
+    Args:
+        names: of the runs; none: the newest finished run, and, where it lies in the folder of a sweep, the other
+            finished runs there.
+        seeds: where none are named, take all seeds of a group of runs instead of the newest.
+
+    Returns:
+        Their folders, the newest first where none are named.
+
+    Raises:
+        RunError: no run is named, and none is finished.
+    """
+    if names:
+        return [run_path(name) for name in names]
+    newest, chosen = newest_run(), {}
+    for run_dir in finished_runs():
+        if run_dir == newest or run_dir.parent == newest.parent != RUNS:
+            chosen.setdefault(run_dir.name if seeds else group_of(run_dir.name), run_dir)
+    return list(chosen.values())
+
+
+def looking_at(run_dirs: Sequence[Path]) -> str:
+    """Say in words which runs are looked at, when their training was finished, and which others there are."""
+    shown = ", ".join(f"{run_name(run_dir)}{_finished(run_dir)}" for run_dir in run_dirs)
+    others = [run_name(run_dir) for run_dir in finished_runs() if run_dir not in run_dirs]
+    more = f", and {len(others) - OTHERS} more" if len(others) > OTHERS else ""
+    return f"looking at {shown}; others: {', '.join(others[:OTHERS]) or 'none'}{more}"
+
+
 def run_name(run_dir: Path) -> str:
-    """What `run_path` makes the folder of."""
-    return str(run_dir.relative_to(RUNS) if run_dir.is_relative_to(RUNS) else run_dir)
+    """The name of a run, of which `run_path` makes its folder."""
+    return str(run_dir.relative_to(RUNS)) if run_dir.is_relative_to(RUNS) else str(run_dir)
+
+
+def _finished(run_dir: Path) -> str:
+    path = run_dir / "checkpoints" / "last.pt"
+    return f" (finished {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M})" if path.exists() else ""
 
 
 def open_run(cfg: Config, run_dir: Path) -> bool:
@@ -168,6 +234,11 @@ def run_labels(run_dirs: Iterable[Path]) -> dict[Path, str]:
     while len({run_dir.parts[-depth:] for run_dir in run_dirs}) < len(set(run_dirs)):
         depth += 1
     return {run_dir: "/".join(run_dir.parts[-depth:]) for run_dir in run_dirs}
+
+
+def group_of(label: str) -> str:
+    """The name that runs of several seeds share: `label` without "-seed3" or "_seed3" at the end of a folder's name."""
+    return re.sub(r"[-_]seed\d+(?=/|$)", "", label)
 
 
 def provenance(run_dirs: Iterable[Path], made_by: str) -> str:

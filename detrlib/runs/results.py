@@ -1,9 +1,10 @@
 """Saved results of runs as tidy pandas tables, for figures, statistics and the main table.
 
+Numbers that COCO calls undefined, -1 in results.json, are missing (NaN) in every table.
+
 Every function takes run folders and reads nothing else; runs carry the names that `run_labels` gives them.
 """
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,76 +13,29 @@ import pandas as pd
 
 from detrlib.config import load_config
 from detrlib.errors import RunError
-from detrlib.metrics.detection import Matches
-from detrlib.runs.folder import has_table, load_results, load_table, read_metrics, run_labels
+from detrlib.metrics.detection import UNDEFINED, Matches
+from detrlib.runs.folder import group_of, has_table, load_results, load_table, run_labels
 
 MADE_BY = "detrlib intervene"
 AP_CUTS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
-def metrics_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
-    """Read all logged metrics of runs.
-
-    Args:
-        run_dirs: folders of runs.
-
-    Returns:
-        A row per number: run, global_step, epoch, metric, value.
-    """
-    rows = []
-    for run_dir, label in run_labels(run_dirs).items():
-        for record in read_metrics(run_dir):
-            where = {"run": label, "global_step": record["global_step"], "epoch": record["epoch"]}
-            numbers = {k: v for k, v in record.items() if k not in ("global_step", "epoch") and v is not None}
-            rows += [where | {"metric": name, "value": value} for name, value in numbers.items()]
-    return pd.DataFrame(rows, columns=["run", "global_step", "epoch", "metric", "value"])
-
-
 def _evaluated(run_dir: Path) -> dict:
-    """The results of a run. Raises RunError where it was made of official weights and has none yet."""
+    """The results of a run, undefined numbers missing. Raises RunError where it was made of official weights and has
+    none yet.
+    """
     results = load_results(run_dir)
     if "imported" in results:
         raise RunError(f"{run_dir} is made of {results['imported']} and not evaluated yet: detrlib evaluate {run_dir}")
-    return results
+    return results | {"detection": _defined(results.get("detection", {}))}
 
 
-def published_curves(path: Path) -> pd.DataFrame:
-    """Curves of other trainings, as of `metrics_frame`: columns run, epoch, metric, value.
-
-    path: CSV with columns metric, model, epoch, value. Raises RunError naming the file and what it lacks.
-    """
-    try:
-        table = pd.read_csv(path).rename(columns={"model": "run"})
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is no table of curves: {error}") from error
-    columns = ["run", "epoch", "metric", "value"]
-    if missing := set(columns) - set(table):
-        raise RunError(f"{path} lacks {', '.join(sorted(missing))}; expected columns metric, model, epoch and value")
-    return table[columns]
-
-
-def alpha_frame(run_dirs: Iterable[Path], quantity: str = "alpha") -> pd.DataFrame:
-    """Read learnable alphas over training.
-
-    Args:
-        run_dirs: folders of runs.
-        quantity: "alpha", as it is at the end of an epoch; or "pre_alpha_gradient", the gradient of the parameter
-            behind it, which is logged with training steps: the mean over those of an epoch.
-
-    Returns:
-        A row per epoch (0 is the first one logged), layer and head: run, epoch, site, layer, head, value; none where
-        nothing is learned.
-    """
-    frame = metrics_frame(run_dirs)
-    alpha = frame[frame.metric.str.startswith(f"{quantity}/")]
-    parts = alpha.metric.str.extract(rf"{quantity}/(?P<site>\w+)\.layer_(?P<layer>\d+)-head_(?P<head>\d+)")
-    parts = parts.dropna().astype({"layer": int, "head": int})  # annealed ones have neither layer nor head
-    tidy = pd.concat([alpha[["run", "epoch", "value"]], parts], axis=1, join="inner")
-    keys = ["run", "epoch", "site", "layer", "head"]
-    if quantity != "alpha":
-        return tidy.groupby(keys, sort=False, as_index=False)["value"].mean()
-    # A record of an epoch comes before those of the steps after it, which carry the same number.
-    return tidy.drop_duplicates(keys).reset_index(drop=True)
+def _defined(numbers: dict) -> dict:
+    """Numbers, or numbers by class, with NaN for COCO's value of undefined ones."""
+    return {
+        name: _defined(value) if isinstance(value, dict) else np.nan if value == UNDEFINED else value
+        for name, value in numbers.items()
+    }
 
 
 def attention_frame(run_dirs: Iterable[Path], site: str) -> pd.DataFrame:
@@ -137,11 +91,6 @@ def first_of_groups(run_dirs: Iterable[Path]) -> list[Path]:
     for run_dir, label in run_labels(run_dirs).items():
         first.setdefault(group_of(label), run_dir)
     return list(first.values())
-
-
-def group_of(label: str) -> str:
-    """The name that runs of several seeds share: `label` without "-seed3" or "_seed3" at the end of a folder's name."""
-    return re.sub(r"[-_]seed\d+(?=/|$)", "", label)
 
 
 def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
@@ -200,6 +149,26 @@ def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
             "PAIBB": results.get("paibb", {}).get("all", np.nan),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+
+
+def class_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """Read AP by class.
+
+    Args:
+        run_dirs: folders of runs.
+
+    Returns:
+        A row per run and class, in order of AP: run, class, AP, AP50; missing for classes without objects.
+
+    Raises:
+        RunError: a run is not finished.
+    """
+    rows = [
+        {"run": label, "class": name, **numbers}
+        for run_dir, label in run_labels(run_dirs).items()
+        for name, numbers in _evaluated(run_dir)["detection"]["per_class"].items()
+    ]
+    return pd.DataFrame(rows).sort_values("AP", ascending=False, ignore_index=True)
 
 
 def paibb_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
@@ -322,6 +291,7 @@ def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, che
             asked = f"checkpoint {checkpoint}" + (f" on {images} images" if images else "")
             raise RunError(f"{run_dir}: no interventions of {asked} are stored; measure them: {MADE_BY}")
         trained = {site: _trained(run_dir, site) for site in table["site"].unique()}
+        table = table.replace({name: {UNDEFINED: np.nan} for name in ("AP", "AP50")})
         names, alphas = ([trained[site][part] for site in table["site"]] for part in (0, 1))
         tables.append(table.assign(run=label, trained=names, trained_alpha=alphas))
     frame = pd.concat(tables[1:] or tables, ignore_index=True)

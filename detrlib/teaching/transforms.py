@@ -11,6 +11,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from detrlib.figures.overlay import colour_bar, overlay, scale_of
 from detrlib.figures.style import MUTED, PALETTE, figure, run_colours, styled
 
 # Scores of three keys @ PLANE are their position in the plane of scores that sum to zero, lengths and angles kept;
@@ -180,20 +181,26 @@ def grouped_bars(groups: Mapping[str, Mapping[str, float]], title: str, label: s
 
 
 @styled
-def weight_maps(maps: Mapping[str, np.ndarray], columns: int = 3) -> Figure:
-    """Maps [h,w] by title; colours run from zero, or a lower least value, to the largest; white is exactly zero."""
-    rows = -(-len(maps) // columns)
-    height, width = next(iter(maps.values())).shape
+def weight_maps(scores: np.ndarray, maps: Mapping[str, np.ndarray], columns: int = 3) -> Figure:
+    """Scores [h,w], darker where higher, and the weights [h,w] they become, by title.
+
+    Weights have one logarithmic scale; white is a weight of exactly zero.
+    """
+    count = 1 + len(maps)
+    rows = -(-count // columns)
+    height, width = scores.shape
     drawn, panels = figure(1.0, (height / width + 0.14) * rows / columns, nrows=rows, ncols=columns, squeeze=False)
-    for axes in panels.flat[len(maps) :]:
-        axes.axis("off")
-    for axes, (title, values) in zip(panels.flat, maps.items(), strict=False):
-        axes.imshow(
-            np.where(values == 0, np.nan, values), cmap="viridis_r", vmin=min(0, values.min()), vmax=values.max()
-        )
+    for axes in panels.flat[count:]:
+        axes.remove()
+    scale, first, rest = scale_of(list(maps.values())), panels.flat[0], panels.flat[1:count]
+    first.imshow(scores, cmap="Greys")
+    for axes, values in zip(rest, maps.values(), strict=True):
+        axes.imshow(overlay(values, scale))
+    for axes, title in zip(panels.flat, ["scores", *maps], strict=False):
         axes.set_title(title, loc="left")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(True)
+    colour_bar(drawn, list(rest), scale, "weight")
     return drawn
 
 

@@ -1,4 +1,4 @@
-"""Pictures of single steps of DETR: a padded batch, maps over its grid, the matching, pairs of boxes, a loss.
+"""Pictures of single steps of DETR: maps over its grid, the matching, pairs of boxes, a loss.
 
 Legend: B images, n panels, h x w cells of the feature map, Q queries, T boxes of an image. Boxes are xyxy.
 """
@@ -11,26 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from detrlib.figures.attention import draw_box, draw_image
-from detrlib.figures.style import MUTED, PALETTE, figure, styled
-
-
-@styled
-def batch_with_boxes(
-    images: np.ndarray, padding: np.ndarray, targets: Sequence[tuple], names: Mapping[int, str]
-) -> Figure:
-    """The images of a batch side by side, their padding hatched, their boxes named.
-
-    images [B,H,W,3] in 0..1, padding [B,H,W] True = padding; targets: (boxes [T,4] in pixels, labels [T]) of each.
-    """
-    drawn, panels = figure(0.7, 0.5, ncols=len(images), squeeze=False)
-    for axes, image, hidden, (boxes, labels) in zip(panels[0], images, padding, targets, strict=True):
-        axes.imshow(np.where(hidden[..., None], 1.0, image))
-        _hatch(axes, hidden)
-        for box, label in zip(boxes, labels, strict=True):
-            draw_box(axes, box, PALETTE[int(label) % len(PALETTE)], caption=names[int(label)])
-        rows, columns = (~hidden).any(1).sum(), (~hidden).any(0).sum()
-        axes.set_title(f"{rows} x {columns} pixels, {len(labels)} object{'s' * (len(labels) != 1)}", loc="left")
-    return drawn
+from detrlib.figures.style import MUTED, PALETTE, class_colour, figure, styled
 
 
 @styled
@@ -92,19 +73,23 @@ def loss_curve(losses: Sequence[float]) -> Figure:
 
 
 @styled
-def boxes_before_and_after(images: Sequence[np.ndarray], stages: Mapping[str, Sequence], truth: Sequence) -> Figure:
+def boxes_before_and_after(
+    images: Sequence[np.ndarray], stages: Mapping[str, Sequence], truth: Sequence, names: Mapping[int, str]
+) -> Figure:
     """A row per stage, a column per image [H,W,3]: solid boxes are predictions, dashed ones ground truth.
 
-    stages: title -> for each image (boxes [n,4], captions of length n); truth: for each image boxes [T,4].
+    stages: title -> for each image (boxes [n,4], labels [n], scores [n]); truth: for each image (boxes [T,4], labels
+    [T]); names: label -> class.
     """
     drawn, panels = figure(0.7, 0.5 * len(stages), nrows=len(stages), ncols=len(images), squeeze=False)
     for row, (title, detections) in zip(panels, stages.items(), strict=True):
-        for axes, image, (boxes, captions), wanted in zip(row, images, detections, truth, strict=True):
+        for axes, image, detected, wanted in zip(row, images, detections, truth, strict=True):
             draw_image(axes, image)
-            for box in wanted:
-                draw_box(axes, box, "black", dashed=True)
-            for number, (box, caption) in enumerate(zip(boxes, captions, strict=True)):
-                draw_box(axes, box, PALETTE[number % len(PALETTE)], caption=caption)
+            for box, label in zip(*wanted, strict=True):
+                draw_box(axes, box, class_colour(int(label), names), dashed=True)
+            for box, label, score in zip(*detected, strict=True):
+                words = f"{names.get(int(label), '-')} {score:.2f}"
+                draw_box(axes, box, class_colour(int(label), names), caption=words)
         row[0].set_title(title, loc="left", fontweight="bold")
     return drawn
 

@@ -78,7 +78,7 @@ def finding(run_dir, monkeypatch):
 def test_explained_detections_are_the_best_of_an_image_with_a_map_for_every_method(finding):
     dataset = build_dataset(load_config(finding / "config.yaml").data, "val")
     index = next(index for index in range(len(dataset)) if len(dataset.objects(index)[1]) > 2)
-    images, boxes, titles, maps, extents = explained_detections(finding, image=index, most=2)
+    images, boxes, titles, maps, extents, given, classes = explained_detections(finding, image=index, most=2)
     assert len(images) == len(titles) == len(extents) == 2 and boxes.shape == (2, 4)
     batch = collate([dataset[index]])
     model = load_model(finding)
@@ -86,6 +86,7 @@ def test_explained_detections_are_the_best_of_an_image_with_a_map_for_every_meth
     queries, labels, _ = detections_to_explain(predictions, batch, load_config(finding / "config.yaml"), 0.0, True)
     scores = predictions.class_scores()[0, queries, labels].detach()
     best = scores.argsort(descending=True)[:2]
+    assert list(given) == labels[best].tolist() and classes == dataset.names
     names = [dataset.names[label] for label in labels[best].tolist()]
     assert titles == [f"{name} {score:.2f}" for name, score in zip(names, scores[best].tolist(), strict=True)]
     expected = to_pixels(cxcywh_to_xyxy(predictions.boxes[0, queries[best]]), batch.targets[0]["size"])

@@ -5,6 +5,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from detrlib.figures import deformable, style
+from detrlib.figures.overlay import Scale, overlay
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -23,6 +24,8 @@ def test_sampling_points_are_as_large_as_their_weights(texts):
     assert {"a", "e", "level 1", "level 2"} <= set(texts(drawn))
     assert [axes.get_visible() for axes in drawn.axes] == [True] * 5 + [False]
     coarse, fine = drawn.axes[0].collections
+    assert len(fine.get_offsets()) == len(coarse.get_offsets()) == 1  # the others are exactly zero: crosses
+    assert [len(line.get_xdata()) for line in drawn.axes[0].get_lines()] == [5, 5]
     assert to_hex(fine.get_facecolor()[0]).upper() == style.PALETTE[0]
     assert coarse.get_sizes().max() == deformable.LARGEST_POINT == 4 * fine.get_sizes().max()
 
@@ -51,7 +54,8 @@ def test_level_maps_cover_the_image_and_share_their_scale(texts):
     drawn = deformable.level_maps(IMAGE, {"score": maps, "DAM": maps}, EXTENTS, marked)
     assert {"score, level 1", "DAM, level 1", "level 2"} <= set(texts(drawn))
     first, second = (axes.images[1] for axes in drawn.axes[:2])
-    assert first.get_array().max() == 1 and second.get_array().max() == pytest.approx(11 / 39)
+    np.testing.assert_allclose(second.get_array(), overlay(maps[1], Scale(0.0, 39.0, logarithmic=False)), atol=1e-5)
+    assert [axes.get_ylim() for axes in drawn.axes[4:]] == [(0, 39), (0, 39)]  # a bar for each row
     assert first.get_extent() == [-0.5, 63.5, 39.5, -0.5] and drawn.axes[0].get_xlim() == (-0.5, 59.5)
     (dots,) = drawn.axes[0].get_lines()
     assert dots.get_xydata().tolist() == [[19.5, 11.5]]  # the centre of cell (1, 2), 8 pixels wide
@@ -66,5 +70,5 @@ def test_only_kept_tokens_show_the_image(texts):
     masks[1][0, 3] = True
     drawn = deformable.kept_tokens(IMAGE, {"rho 0.1": masks}, EXTENTS)
     assert {"rho 0.1, level 1", "level 2"} <= set(texts(drawn))
-    hidden = drawn.axes[1].images[1].get_alpha()
+    hidden = drawn.axes[1].images[1].get_array()[..., 3]
     assert hidden[0, 3] == 0 and (np.delete(hidden.ravel(), 3) > 0.9).all()

@@ -8,6 +8,7 @@ from matplotlib.colors import to_hex
 
 from detrlib.errors import ConfigError
 from detrlib.figures import explanations
+from detrlib.figures.style import PALETTE
 from detrlib.metrics.faithfulness import mean_curves
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -82,7 +83,10 @@ def test_the_grid_has_a_row_per_detection_and_a_column_per_method(texts):
     images = [np.zeros((32, 48, 3), np.uint8), np.zeros((40, 40, 3), np.uint8)]
     maps = {"raw": [np.eye(4), np.eye(5)], "grad_attention": [np.ones((4, 6)), np.zeros((5, 5))]}
     boxes = np.array([[2.0, 3, 20, 30], [5, 5, 9, 9]])
-    drawn = explanations.explanations_grid(images, boxes, ["star 0.90", "ring 0.50"], maps)
-    assert len(drawn.axes) == 6
+    drawn = explanations.explanations_grid(
+        images, boxes, ["star 0.90", "ring 0.50"], maps, labels=[1, 2], names={1: "star", 2: "ring"}
+    )
+    assert len(drawn.axes) == 7  # the last is the bar
     assert {"raw", "grad × attention", "star 0.90", "ring 0.50"} <= set(texts(drawn))
-    assert all(len(axes.patches) == 2 for axes in drawn.axes)  # a box and its rim
+    assert all(len(axes.patches) == 2 for axes in drawn.axes[:6])  # a box and its rim
+    assert [to_hex(axes.patches[1].get_edgecolor()).upper() for axes in drawn.axes[:6:3]] == PALETTE[:2]

@@ -49,10 +49,10 @@ def test_training_curves_reach_from_the_lowest_seed_to_the_highest():
 
 
 def test_bars_carry_their_values(titles, texts):
-    table = pd.DataFrame({"AP": [0.4321, 12.34], "AP_small": [-1.0, np.nan]}, index=RUNS)
+    table = pd.DataFrame({"AP": [0.4321, 12.34], "AP_small": [np.nan, np.nan]}, index=RUNS)
     drawn = results.bars(table, ["AP", "AP_small"], {"AP_small": "small"})
     assert titles(drawn) == ["AP", "small"]
-    assert {"0.432", "12.3", "n/a", *RUNS} <= set(texts(drawn))
+    assert {"0.432", "12.3", "–", *RUNS} <= set(texts(drawn))
     first, second = drawn.axes
     assert np.allclose([bar.get_width() for bar in first.patches], [0.4321, 12.34])
     assert [bar.get_width() for bar in second.patches] == [0, 0]

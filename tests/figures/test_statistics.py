@@ -31,7 +31,7 @@ def test_differences_are_hollow_where_not_established(texts):
     assert np.allclose(bars, table[["low", "high"]], equal_nan=True)
     assert {"a − b", "a − c", "b − c", "average precision", "established", "not established"} <= set(texts(drawn))
     missing = with_verdicts(table.assign(difference=np.nan, p=np.nan))
-    assert " n/a" in texts(differences(missing))
+    assert " –" in texts(differences(missing))
 
 
 def test_one_run_or_group_has_no_differences(texts):
@@ -41,7 +41,7 @@ def test_one_run_or_group_has_no_differences(texts):
 
 
 def test_spread_has_a_dot_per_seed_and_a_bar_at_the_mean(texts):
-    table = seeds(softmax=[0.5, 0.6, -1], entmax15=[0.55]).assign(gini=0.5, empty=np.nan)
+    table = seeds(softmax=[0.5, 0.6, np.nan], entmax15=[0.55]).assign(gini=0.5, empty=np.nan)
     drawn = spread(table, ["AP", "gini", "empty"])
     first = drawn.axes[0]
     dots = [rows.get_offsets() for rows in first.collections]

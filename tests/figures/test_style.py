@@ -1,8 +1,14 @@
 """One look for every figure: colours of transforms, sizes, panels, what is saved, and what is said where nothing is."""
 
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from detrlib import figures
+from detrlib.config import PROJECT
 from detrlib.figures import style
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -42,8 +48,39 @@ def test_save_writes_pdf_png_and_the_note(tmp_path):
     pdf, png, note = (path.read_bytes() for path in paths)
     assert pdf.startswith(b"%PDF") and b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType, not outlines
     assert png.startswith(b"\x89PNG") and note == b"runs: a, b\n"
-    style.save(drawn, "gini", tmp_path / "again", "")
+    figures.save(drawn, "gini", tmp_path / "again")
     assert (tmp_path / "again" / "gini.pdf").read_bytes() == pdf
+    assert [path.name for path in sorted((tmp_path / "again").iterdir())] == ["gini.pdf", "gini.png"]
+
+
+def test_relative_folders_start_at_the_project_root(tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "RUNS", tmp_path / "papermill_runs")
+    figures.save(style.figure()[0], "empty")
+    assert (tmp_path / "papermill_runs" / "figures" / "empty.pdf").exists()
+
+
+def test_what_the_user_has_set_wins():
+    with plt.rc_context():
+        plt.rcParams.update({"lines.linewidth": 4.0, "figure.dpi": 50})
+        drawn, axes = style.figure()
+        assert drawn.dpi == 50 and axes.plot([1, 2])[0].get_linewidth() == 4.0
+        assert not axes.spines["right"].get_visible()
+        plt.rcParams["font.size"] = 16
+        assert style.figure()[1].title.get_fontsize() == 16  # twice as large, like all text
+        with plt.rc_context(style.look()), plt.rc_context(style.look()):  # one drawing function calls another
+            assert plt.rcParams["xtick.labelsize"] == 14 and plt.rcParams["font.size"] == 16
+
+
+def test_drawing_functions_keep_what_the_user_has_set():
+    @style.styled
+    def draw():
+        drawn, axes = style.figure()
+        axes.plot([1, 2])
+        return drawn
+
+    with plt.rc_context({"lines.linewidth": 4.0}):
+        assert draw().axes[0].lines[0].get_linewidth() == 4.0
+    assert draw().axes[0].lines[0].get_linewidth() == style.STYLE["lines.linewidth"]
 
 
 def test_panels_stand_in_rows_and_leave_no_empty_one():
@@ -67,3 +104,19 @@ def test_a_figure_of_nothing_says_why_and_is_not_saved(tmp_path, texts):
     drawn = draw()
     assert texts(drawn) == ["Nothing to show: no run has attention."]
     assert style.save(drawn, "layers", tmp_path, "note") is drawn and not list(tmp_path.iterdir())
+
+
+def test_a_class_has_its_colour_whatever_else_is_shown():
+    names = {3: "triangle", 1: "circle", 7: "star"}
+    assert style.class_colour(3, names) == style.CLASS_COLOURS[1]
+    assert len({style.class_colour(label, names) for label in names}) == 3
+    assert style.class_colour(0, names) == style.MUTED  # no class
+    many = dict.fromkeys(range(91), "class")
+    assert style.class_colour(90, many) in style.CLASS_COLOURS
+
+
+def test_figures_come_with_their_folder_and_the_package_itself_stays_small():
+    code = "import sys, detrlib; small = 'torch' not in sys.modules; from detrlib import figures; "
+    code += "print(small, figures.attention.__name__, figures.save.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "detrlib.figures.attention", "save"], done.stderr

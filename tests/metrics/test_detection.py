@@ -11,7 +11,7 @@ import torch
 
 from detrlib.errors import DataError
 from detrlib.metrics.bootstrap import average_precision
-from detrlib.metrics.detection import METRICS, Matches, coco_ap, coco_detections, match_detections
+from detrlib.metrics.detection import METRICS, Matches, coco_ap, coco_detections, errors_by_image, match_detections
 
 
 def test_published_ap(published):
@@ -142,3 +142,28 @@ def test_matches_list_every_image_and_compute_ap_of_any_of_them(random_detection
     }
     expected = coco_ap(truth | kept, [one for one in detections if one["image_id"] in some])
     assert average_precision(subset) == pytest.approx({name: expected[name] for name in METRICS[:6]}, rel=0, abs=1e-9)
+
+
+def test_images_that_went_worst_come_first():
+    """Of image 1 one object is missed and one detection false, of image 2 both are missed, image 3 has none."""
+    boxes = {1: [[0, 0, 20, 20], [50, 50, 20, 20]], 2: [[0, 0, 30, 30], [40, 40, 30, 30]], 3: []}
+    categories = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
+    truth = {"images": [{"id": image} for image in boxes], "categories": categories}
+    flat = [(image, box) for image, of_image in boxes.items() for box in of_image]
+    truth["annotations"] = [
+        {"id": n, "image_id": image, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for n, (image, box) in enumerate(flat, 1)
+    ]
+    detections = [
+        {"image_id": image, "category_id": category, "bbox": box, "score": score}
+        for image, category, box, score in (
+            (1, 1, [0, 0, 20, 20], 0.9),
+            (1, 1, [0, 0, 20, 19], 0.8),  # the same object again
+            (2, 1, [0, 0, 30, 30], 0.2),
+            (2, 2, [40, 40, 30, 30], 0.9),
+        )
+    ]
+    table = errors_by_image(match_detections(truth, detections))
+    assert list(table.reset_index()) == ["image_id", "objects", "missed", "false_positives"]
+    assert table.reset_index().values.tolist() == [[2, 2, 2, 1], [1, 2, 1, 1], [3, 0, 0, 0]]
+    assert errors_by_image(match_detections(truth, detections), 0.1).loc[2].tolist() == [2, 1, 1]

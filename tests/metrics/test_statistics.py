@@ -151,7 +151,7 @@ def seeds(**groups):
 
 
 def test_seed_table():
-    table = seed_table(seeds(a=[0.3, 0.5, -1], b=[0.4]).assign(gini=1.0), ["AP", "gini"])
+    table = seed_table(seeds(a=[0.3, 0.5, np.nan], b=[0.4]).assign(gini=1.0), ["AP", "gini"])
     rows = table.set_index(["group", "metric"])
     assert rows.loc["a", "AP"].tolist() == pytest.approx([0.4, np.std([0.3, 0.5], ddof=1), 0.3, 0.5, 2])
     assert rows.loc["b", "AP"].isna().tolist() == [False, True, False, False, False]

@@ -1,6 +1,8 @@
 """Run folders: opened, resumed, refused; metrics and tables come back as they were written."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ from detrlib.config import load_config
 from detrlib.errors import RunError
 from detrlib.files import save_checkpoint, write_json
 from detrlib.metrics.tables import Table
+from detrlib.runs import folder
 from detrlib.runs.folder import has_table
 
 
@@ -111,3 +114,43 @@ def test_figures_name_what_made_them(tmp_path):
     write_json(tmp_path / "run" / "environment.json", runs.environment())
     first, run, _ = runs.provenance([tmp_path / "run"], "detrlib notebook").splitlines()
     assert first == "made by detrlib notebook" and run.startswith("run: commit ") and "torch" in run
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """Runs of a folder of their own, the newest last: a sweep of three, one for itself, and others not finished."""
+    monkeypatch.setattr(folder, "RUNS", tmp_path)
+    for age, name in enumerate(["single", "sweep/b-seed1", "sweep/b-seed2", "sweep/a", "begun", "imported"]):
+        write_json(tmp_path / name / "checkpoints" / "last.pt", {})
+        os.utime(tmp_path / name / "checkpoints" / "last.pt", (1e9 + 60 * age,) * 2)
+        results = {"imported": "x"} if name == "imported" else {"detection": {"AP": 0.5}}
+        if name != "begun":
+            write_json(tmp_path / name / "results.json", results)
+    write_json(tmp_path / "sweep" / "a" / "test2017" / "results.json", {"detection": {}})
+    return tmp_path
+
+
+def test_the_newest_finished_run_is_found_in_sweeps_too(finished):
+    assert runs.find_run() == finished / "sweep" / "a" and runs.find_run("other") == finished / "other"
+    names = [runs.run_name(run_dir) for run_dir in folder.finished_runs()]
+    assert names == ["sweep/a", "sweep/b-seed2", "sweep/b-seed1", "single"]
+    said = runs.looking_at([runs.find_run()])
+    assert said.startswith("looking at sweep/a (finished 2001-09-")
+    assert said.endswith("others: sweep/b-seed2, sweep/b-seed1, single")
+
+
+def test_several_runs_are_those_of_the_newest_sweep(finished):
+    assert [run_dir.name for run_dir in runs.find_runs()] == ["a", "b-seed2"]
+    assert [run_dir.name for run_dir in runs.find_runs(seeds=True)] == ["a", "b-seed2", "b-seed1"]
+    assert runs.find_runs(["single", "x"]) == [finished / "single", finished / "x"]
+    shutil.rmtree(finished / "sweep")
+    assert runs.find_runs() == [finished / "single"]
+    assert runs.looking_at(runs.find_runs()).endswith("others: none")
+
+
+def test_where_no_run_is_finished_the_remedy_is_named(finished):
+    shutil.rmtree(finished / "sweep")
+    (finished / "single" / "results.json").write_text("{")
+    for find in (runs.find_run, runs.find_runs):
+        with pytest.raises(RunError, match="make quickstart"):
+            find()

@@ -4,34 +4,13 @@ import pandas as pd
 import pytest
 
 from detrlib import runs
-from detrlib.config import save_config
+from detrlib.config import load_config, save_config
 from detrlib.engine.evaluate import save_results
 from detrlib.errors import RunError
 from detrlib.files import write_json
 from detrlib.metrics.detection import match_detections
 from detrlib.metrics.statistics import seed_table
 from detrlib.runs import results as frames
-
-
-def record(step, epoch, **values):
-    return {"global_step": step, "epoch": epoch} | values
-
-
-def test_metrics_and_alphas_as_tidy_tables(tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    for run_dir in (a, b):
-        run_dir.mkdir()
-    alphas = {"alpha/decoder_cross.layer_0-head_3": 1.25, "alpha/encoder_self.layer_11-head_0": 1.5}
-    alphas["alpha/decoder_self"] = 1.125  # annealed, not learned
-    runs.append_metrics(a, record(4, 1, **{"train/loss": 2.0}, **alphas))
-    runs.append_metrics(b, record(8, 2, **{"train/loss": float("nan"), "val/AP": 0.25}))
-    frame = frames.metrics_frame([a, b])
-    assert list(frame.columns) == ["run", "global_step", "epoch", "metric", "value"]
-    assert frame[frame.metric == "train/loss"].values.tolist() == [["a", 4, 1, "train/loss", 2.0]]
-    assert frame[frame.run == "b"].values.tolist() == [["b", 8, 2, "val/AP", 0.25]]
-    rows = frames.alpha_frame([a, b])[["run", "epoch", "site", "layer", "head", "value"]].values.tolist()
-    assert rows == [["a", 1, "decoder_cross", 0, 3, 1.25], ["a", 1, "encoder_self", 11, 0, 1.5]]
-    assert len(frames.alpha_frame([b])) == 0 and len(frames.metrics_frame([])) == 0
 
 
 def results(ap):
@@ -55,6 +34,20 @@ def test_tables_of_finished_runs(tmp_path):
     assert len(frames.attention_frame(found, "encoder_self")) == 0
     with pytest.raises(RunError, match=r"has no results\.json: not a run, or not finished"):
         frames.results_table([tmp_path / "unfinished"])
+
+
+def test_what_coco_calls_undefined_is_missing_in_every_table(tmp_path):
+    """results.json keeps COCO's -1, so that old runs are read the same."""
+    numbers = results(0.5)
+    numbers["detection"] |= {"AP_small": -1, "AR_small": -1.0, "per_class": {"a": {"AP": -1, "AP50": -1}}}
+    numbers["detection"]["per_class"]["b"] = {"AP": 0.5, "AP50": 0.75}
+    run_dir = tmp_path / "a"
+    write_json(run_dir / "results.json", numbers)
+    save_config(load_config(), run_dir / "config.yaml")
+    assert frames.results_table([run_dir]).loc["a"].isna().to_dict()["AP_small"]
+    assert frames.results_frame([run_dir]).iloc[0][["AP_small", "AR_small"]].isna().all()
+    by_class = frames.class_table([run_dir])
+    assert by_class["class"].tolist() == ["b", "a"] and by_class.AP.isna().tolist() == [False, True]
 
 
 def write_results(folder, gini, paibb):
@@ -91,23 +84,6 @@ def test_objects_come_once(tmp_path):
         {"image_id": 7, "area": 64.0, "category": "cup", "crowd": False}
     ]
     assert frames.objects_frame([]).empty
-
-
-def test_published_curves(tmp_path):
-    path = tmp_path / "curves.csv"
-    path.write_text("metric,model,epoch,value\nmAP,softmax,0,0.1\nmAP,softmax,1,0.2\n")
-    curves = frames.published_curves(path)
-    assert curves.to_dict("list") == {
-        "run": ["softmax"] * 2,
-        "epoch": [0, 1],
-        "metric": ["mAP"] * 2,
-        "value": [0.1, 0.2],
-    }
-    path.write_text("metric,epoch,value\n")
-    with pytest.raises(RunError, match=r"curves.csv lacks run; expected columns metric, model"):
-        frames.published_curves(path)
-    with pytest.raises(RunError, match=r"none.csv is no table of curves"):
-        frames.published_curves(tmp_path / "none.csv")
 
 
 def test_matches_come_back_as_they_were_stored(tmp_path):

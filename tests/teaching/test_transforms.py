@@ -72,7 +72,9 @@ def test_grouped_bars_write_their_values(texts):
 
 
 def test_weight_maps_leave_zeros_white():
-    drawn = transforms.weight_maps({name: np.array([[0.0, 0.4], [0.6, 0.0]]) for name in "abcd"})
-    assert [axes.axison for axes in drawn.axes] == [True] * 4 + [False] * 2
-    shown = drawn.axes[0].images[0]
-    assert np.ma.getmaskarray(shown.get_array()).sum() == 2 and shown.get_clim() == (0, 0.6)
+    weights = np.array([[0.0, 0.4], [0.6, 0.0]])
+    drawn = transforms.weight_maps(np.eye(2), {"a": weights, "b": weights / 2, "c": weights})
+    assert [axes.get_title(loc="left") for axes in drawn.axes] == ["scores", "a", "b", "c", ""]  # and a bar
+    first, second = (axes.images[0].get_array() for axes in drawn.axes[1:3])
+    assert (first[..., 3] == 0).tolist() == [[True, False], [False, True]]
+    assert first[1, 0, 3] > second[1, 0, 3]  # one scale for all

@@ -2,24 +2,15 @@
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
+from detrlib.figures.style import class_colour
 from detrlib.teaching import walkthrough
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 IMAGES = np.full((2, 16, 24, 3), 0.5)
 BOX = np.array([[2.0, 3, 9, 12]])
-
-
-def test_batch_with_boxes_names_boxes_and_says_what_is_no_padding(texts):
-    padding = np.zeros((2, 16, 24), bool)
-    padding[1, :, 12:] = padding[1, 10:] = True
-    targets = [(BOX, [1]), (BOX[:0], [])]
-    drawn = walkthrough.batch_with_boxes(IMAGES, padding, targets, {1: "star"})
-    assert {"16 x 24 pixels, 1 object", "10 x 12 pixels, 0 objects", "star"} <= set(texts(drawn))
-    shown = drawn.axes[1].images[0].get_array()
-    assert (shown[padding[1]] == 1).all() and (shown[~padding[1]] == 0.5).all()
-    assert len(drawn.axes[1].patches) == 2  # right of and below the image
 
 
 def test_grid_maps_share_their_scale_and_mark_a_cell_each(texts):
@@ -50,7 +41,10 @@ def test_loss_curve_counts_updates_from_one():
 
 
 def test_boxes_before_and_after_have_a_row_per_stage(texts):
-    stages = {"before": [(BOX, ["ring 0.1"])], "after": [(BOX + 1, ["star 0.9"])]}
-    drawn = walkthrough.boxes_before_and_after(IMAGES[:1], stages, [BOX])
-    assert {"before", "after", "ring 0.1", "star 0.9"} <= set(texts(drawn))
-    assert drawn.axes[1].patches[-1].get_bbox().extents.tolist() == [3, 4, 10, 13]
+    names = {1: "star", 2: "ring"}
+    stages = {"before": [(BOX, [2], [0.1])], "after": [(BOX + 1, [1], [0.9])]}
+    drawn = walkthrough.boxes_before_and_after(IMAGES[:1], stages, [(BOX, [1])], names)
+    assert {"before", "after", "ring 0.10", "star 0.90"} <= set(texts(drawn))
+    truth, predicted = drawn.axes[1].patches[1::2]
+    assert predicted.get_bbox().extents.tolist() == [3, 4, 10, 13]
+    assert to_hex(truth.get_edgecolor()) == to_hex(predicted.get_edgecolor()) == class_colour(1, names).lower()

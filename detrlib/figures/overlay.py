@@ -1,0 +1,208 @@
+"""A map of weights over an image: which colour a weight has, the bar that says so, and the numbers beside the map.
+
+The image below is grey, so colour is weight: a cell stays without colour exactly where its weight is zero, and the
+smallest weight above it has a tint that is seen on any image. Weights of softmax and of sparse transforms differ by
+orders of magnitude more than a linear scale can show, hence colours are logarithmic unless told otherwise.
+
+(Zeros of a softmax are no decision of the model: in float32 a weight underflows to exactly zero where its score lies
+more than 103 below the highest. Stored maps keep every weight above zero, in float16.)
+
+Legend: h x w cells of a map; boxes are xyxy in pixels of the image.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.figure import Figure
+
+from detrlib.figures.style import MUTED
+from detrlib.metrics.localisation import paibb
+from detrlib.metrics.sparsity import sparsity
+
+Sharing = Literal["shared", "own"]
+
+# From yellow to dark purple: lightness falls evenly, for every kind of colour vision and on a projector.
+COLOURS = LinearSegmentedColormap.from_list("weights", plt.get_cmap("inferno_r")(np.linspace(0.08, 0.9, 256)))
+FAINTEST, DENSEST = 0.45, 0.9  # opacity of the smallest weight above zero, and of the largest
+DECADES = 4  # of a logarithmic scale; weights below them have the colour of its lower end
+PALE = 0.55  # how much of the way to white the grey image goes
+BAR_WIDTH, BAR_HEIGHT = 0.55, 2.4  # inches of a colour bar with its numbers, and of its length at most
+WIDE = 6  # columns in which two numbers fit beside each other
+
+
+class Scale(NamedTuple):
+    """What the ends of the colours stand for."""
+
+    low: float
+    high: float
+    logarithmic: bool
+
+    def norm(self) -> Normalize:
+        """Weights -> 0..1, cut off at the ends."""
+        return (LogNorm if self.logarithmic else Normalize)(self.low, self.high, clip=True)
+
+
+def scale_of(maps: Sequence[np.ndarray], logarithmic: bool = True) -> Scale:
+    """One scale for all maps: up to their highest weight, from DECADES below it, or from zero if it is linear."""
+    high = max((float(np.max(weights, initial=0.0)) for weights in maps), default=0.0) or 1.0
+    return Scale(high * 10.0**-DECADES if logarithmic else 0.0, high, logarithmic)
+
+
+def overlay(weights: np.ndarray, scale: Scale | None = None) -> np.ndarray:
+    """Colour a map, to be laid over a grey image.
+
+    Args:
+        weights: [h,w], not negative.
+        scale: what colours stand for; None: logarithmic, up to the highest weight of this map.
+
+    Returns:
+        RGBA [h,w,4] in 0..1, float32: opacity is exactly 0 where the weight is exactly zero, and at least FAINTEST
+        where it is above.
+    """
+    weights = np.asarray(weights, dtype=np.float32)
+    positive = weights > 0
+    shares = np.ma.getdata((scale or scale_of([weights])).norm()(np.where(positive, weights, 1.0)))
+    colours = COLOURS(shares).astype(np.float32)
+    colours[..., 3] = np.where(positive, FAINTEST + (DENSEST - FAINTEST) * shares, 0.0)
+    return colours
+
+
+def pale_grey(image: np.ndarray) -> np.ndarray:
+    """The image uint8 [H,W,3] as grey [H,W] in 0..1, pale enough for colours to stand out."""
+    return (1 - PALE) * (image @ np.array([0.299, 0.587, 0.114])) / 255 + PALE
+
+
+def draw_map(
+    axes: Axes,
+    image: np.ndarray,
+    weights: np.ndarray,
+    extent: np.ndarray | None = None,
+    scale: Scale | None = None,
+) -> None:
+    """Lay a map [h,w] over a pale grey version of `image` [H,W,3]; extent: as of `lay_cells`, scale: of `overlay`."""
+    axes.imshow(pale_grey(image), cmap="gray", vmin=0, vmax=1)
+    lay_cells(axes, image, overlay(weights, scale), extent)
+
+
+def lay_cells(axes: Axes, image: np.ndarray, colours: np.ndarray, extent: np.ndarray | None = None) -> None:
+    """Lay cells of RGBA colours [h,w,4] over `image`, which is drawn already.
+
+    extent: height and width of the image in cells, where the last cells reach beyond it; None: exactly h and w.
+    """
+    height, width = image.shape[:2]
+    cells = colours.shape[:2]
+    rows, columns = cells if extent is None else extent
+    right, bottom = cells[1] * width / columns - 0.5, cells[0] * height / rows - 0.5
+    # Cells are drawn as what they are, squares; smoothing would show weight where there is none.
+    axes.imshow(colours, extent=(-0.5, right, bottom, -0.5), interpolation="nearest")
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    axes.axis("off")
+
+
+def numbers(
+    weights: np.ndarray, image: np.ndarray, box: np.ndarray | None = None, extent: np.ndarray | None = None
+) -> list[str]:
+    """Say how sparse a map [h,w] is, and how much of it lies in a box: support, Gini, PAIBB (`metrics.localisation`).
+
+    box: [4], in pixels of `image` [H,W,3]; None: no such number. extent: as of `lay_cells`.
+    """
+    maps = torch.from_numpy(np.asarray(weights, dtype=np.float32))
+    measured = {name: float(value) for name, value in sparsity(maps.flatten()).items()}
+    words = [f"{measured['support']:.0f}/{maps.numel()} cells", f"Gini {measured['gini']:.2f}"]
+    if box is not None:
+        height, width = image.shape[:2]
+        x0, y0, x1, y1 = np.asarray(box, dtype=np.float64) / [width, height, width, height]
+        centred = torch.tensor([[(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]])
+        cells = maps.shape if extent is None else np.minimum(extent, maps.shape)  # rounding may have added to it
+        inside = paibb(maps[None], centred, tuple(map(float, cells)))
+        words.append(f"in box {inside.item():.2f}")
+    return words
+
+
+def room(columns: int, scale: Sharing = "shared") -> dict[str, float]:
+    """What `style.image_panels` leaves free for the numbers and the bar of `draw_maps`."""
+    per_line, size = _numbers_look(columns)
+    lines = -(-(3 if scale == "shared" else 4) // per_line)
+    return {"footer": 0.04 + 1.4 * size / 72 * lines, "beside": BAR_WIDTH}
+
+
+def _numbers_look(columns: int) -> tuple[int, int]:
+    """How many numbers fit beside each other below a panel, and the size of their font in points."""
+    return 2 if columns <= WIDE else 1, 5 if columns > WIDE // 2 else 6
+
+
+class Panel(NamedTuple):
+    """A map that is to be drawn, for `draw_maps`."""
+
+    axes: Axes
+    image: np.ndarray  # [H,W,3]
+    weights: np.ndarray  # [h,w]
+    extent: np.ndarray | None = None
+    box: np.ndarray | None = None  # whose share of the weight is written below
+
+
+def draw_maps(
+    drawn: Figure,
+    panels: Sequence[Panel],
+    scale: Sharing = "shared",
+    logarithmic: bool = True,
+    label: str = "weight",
+    measured: bool = True,
+) -> None:
+    """Draw maps that are compared with each other, their numbers below each, and one colour bar for all.
+
+    Args:
+        drawn: the figure that the panels are part of.
+        panels: the maps, and where each is drawn.
+        scale: "shared": the same colour is the same weight in every panel; "own": in each panel colours end at its own
+            highest weight, which is written below it, and the bar shows shares of it.
+        logarithmic: whether colours are logarithmic, over DECADES; otherwise they are linear, from zero.
+        label: what the maps show.
+        measured: whether to write numbers below the maps.
+    """
+    if not panels:
+        return
+    shared = scale_of([panel.weights for panel in panels], logarithmic) if scale == "shared" else None
+    for panel in panels:
+        colours = shared or scale_of([panel.weights], logarithmic)
+        draw_map(panel.axes, panel.image, panel.weights, panel.extent, colours)
+        words = numbers(panel.weights, panel.image, panel.box, panel.extent) if measured else []
+        write_numbers(panel.axes, words if shared else [*words, f"highest {colours.high:.2g}"])
+    shares = scale_of([np.ones(1)], logarithmic)
+    words = label if shared else f"{label} / highest of its map"
+    colour_bar(drawn, [panel.axes for panel in panels], shared or shares, words)
+
+
+def write_numbers(axes: Axes, words: Sequence[str]) -> None:
+    """Write numbers below a map, in the room left there."""
+    count, size = _numbers_look(axes.get_subplotspec().get_gridspec().ncols)
+    lines = [", ".join(words[start : start + count]) for start in range(0, len(words), count)]
+    look = {"va": "top", "fontsize": size, "color": MUTED, "xycoords": "axes fraction", "textcoords": "offset points"}
+    note = axes.annotate("\n".join(lines), (0, 0), (0, -2), **look)
+    note.set_in_layout(False)  # or images would make way for the longest line
+    axes.set_anchor("N")
+
+
+def colour_bar(drawn: Figure, beside: Sequence[Axes], scale: Scale, label: str) -> Colorbar:
+    """The bar of a scale to the right of panels of a figure, in the colours that weights have over a grey image."""
+    steps = np.geomspace if scale.logarithmic else np.linspace
+    colours = overlay(steps(scale.low or scale.high / 256, scale.high, 256)[None], scale)[0]
+    over_grey = colours[:, 3:] * colours[:, :3] + (1 - colours[:, 3:]) * (PALE + 1) / 2
+    shown = ScalarMappable(scale.norm(), LinearSegmentedColormap.from_list("over grey", over_grey))
+    tops, bottoms = zip(*((spot.y1, spot.y0) for spot in (axes.get_position() for axes in beside)), strict=True)
+    height = (max(tops) - min(bottoms)) * drawn.get_figheight()
+    length = min(BAR_HEIGHT, 0.85 * height)
+    look = {"shrink": length / height, "aspect": length / 0.09, "pad": 0.015}
+    bar = drawn.colorbar(shown, ax=list(beside), **look)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=6, length=2)
+    bar.set_label(label, fontsize=7)
+    bar.ax.set_xlabel("0: no colour", fontsize=6, color=MUTED, loc="left")
+    return bar

@@ -1,0 +1,99 @@
+"""What colours of maps claim: zero has none, the smallest weight has one, and panels that are compared share them."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import rgb_to_hsv
+
+from detrlib.figures import overlay, style
+from detrlib.figures.overlay import Panel, Scale, draw_maps, numbers, scale_of
+from detrlib.metrics.localisation import paibb
+from detrlib.metrics.sparsity import gini
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+IMAGE = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+TINY = np.finfo(np.float32).smallest_subnormal  # the smallest weight that float32 can tell from zero
+WEIGHTS = np.array([[0.0, TINY, 1e-4], [1e-2, 0.1, 0.3]], dtype=np.float32)
+
+
+@pytest.fixture
+def draw():
+    """Draws maps in panels beside each other: the figure, and the colours of each map."""
+
+    def draw(*maps, **settings):
+        drawn, grid = style.image_panels(IMAGE, 1, len(maps), 1.7, **overlay.room(len(maps)))
+        draw_maps(drawn, [Panel(axes, IMAGE, weights) for axes, weights in zip(grid[0], maps, strict=True)], **settings)
+        return drawn, [np.asarray(axes.images[1].get_array()) for axes in grid[0]]
+
+    return draw
+
+
+@pytest.mark.parametrize("scale", [None, Scale(1e-3, 1.0, True), Scale(0.0, 1.0, False)])
+def test_exactly_the_zeros_have_no_colour_and_the_smallest_weight_is_seen(scale):
+    colours = overlay.overlay(WEIGHTS, scale)
+    assert colours.shape == (2, 3, 4)
+    assert np.array_equal(colours[..., 3] == 0, WEIGHTS == 0)
+    assert colours[..., 3][WEIGHTS > 0].min() >= overlay.FAINTEST - 1e-6
+    saturation = rgb_to_hsv(colours[..., :3])[WEIGHTS > 0][:, 1]  # the image below is grey: it has none
+    assert saturation.min() > 0.3
+
+
+def test_more_weight_is_denser_and_darker():
+    for logarithmic, spaced in ((True, np.geomspace(1e-4, 1, 9)), (False, np.linspace(0.01, 1, 9))):
+        weights = spaced[None]
+        colours = overlay.overlay(weights, scale_of([weights], logarithmic))[0]
+        assert (np.diff(colours[:, 3]) > 0).all()
+        lightness = colours[:, :3] @ [0.2126, 0.7152, 0.0722]
+        assert (np.diff(lightness) < 0).all()
+
+
+def test_a_logarithmic_scale_tells_orders_of_magnitude_apart_where_a_linear_one_does_not():
+    weights = np.array([[1e-4, 1e-3, 1e-2, 1e-1]])
+    shares = {logarithmic: scale_of([weights], logarithmic).norm()(weights) for logarithmic in (True, False)}
+    assert np.diff(shares[True]).min() > 0.2 > 0.01 > np.diff(shares[False]).min()
+
+
+def test_maps_that_are_compared_share_their_colours_unless_each_has_its_own(draw):
+    faint, strong = WEIGHTS / 5, WEIGHTS
+    _, (first, second) = draw(faint, strong)
+    assert first[1, 2, 3] < second[1, 2, 3]  # the highest of either, 0.06 and 0.3
+    np.testing.assert_allclose(draw(faint, strong / 5)[1][0], draw(faint, strong / 5)[1][1])
+    _, (first, second) = draw(faint, strong, scale="own", logarithmic=False)
+    np.testing.assert_allclose(first[1, 2], second[1, 2])
+
+
+def test_the_bar_says_which_weights_colours_are(draw, texts):
+    drawn, _ = draw(WEIGHTS / 5, WEIGHTS)
+    bar = drawn.axes[-1]
+    assert bar.get_ylim() == pytest.approx((0.3e-4, 0.3), rel=1e-5) and bar.get_yscale() == "log"
+    assert {"weight", "0: no colour"} <= set(texts(drawn))
+    drawn, _ = draw(WEIGHTS / 5, WEIGHTS, scale="own", logarithmic=False)
+    assert drawn.axes[-1].get_ylim() == (0, 1)
+    assert "weight / highest of its map" in texts(drawn)
+    assert any("highest 0.06" in text for text in texts(drawn))
+
+
+def test_numbers_below_a_map_are_those_of_the_metrics():
+    box, extent = np.array([0.0, 0, 48, 32]), np.array([1.5, 3.0])
+    words = numbers(WEIGHTS, IMAGE, box, extent)
+    weights = torch.from_numpy(WEIGHTS)
+    inside = paibb(weights[None], torch.tensor([[0.25, 0.25, 0.5, 0.5]]), (1.5, 3.0)).item()
+    assert words == ["5/6 cells", f"Gini {gini(weights.flatten()).item():.2f}", f"in box {inside:.2f}"]
+    assert numbers(WEIGHTS, IMAGE) == words[:2]
+
+
+def test_a_map_covers_the_image_or_reaches_beyond_it():
+    _, axes = style.figure()
+    overlay.draw_map(axes, IMAGE, WEIGHTS)
+    assert axes.images[1].get_extent() == [-0.5, 95.5, 63.5, -0.5]
+    _, axes = style.figure()
+    overlay.draw_map(axes, IMAGE, WEIGHTS, extent=np.array([1.6, 3.0]))  # of 2 rows, 1.6 lie on the image
+    assert np.allclose(axes.images[1].get_extent(), [-0.5, 95.5, 79.5, -0.5])
+    assert axes.get_ylim() == (63.5, -0.5)
+
+
+def test_a_map_of_nothing_has_no_colour(draw):
+    for settings in ({}, {"logarithmic": False}, {"scale": "own"}):
+        _, (colours,) = draw(np.zeros((2, 3)), **settings)
+        assert (colours[..., 3] == 0).all()
