@@ -166,7 +166,7 @@ def export_official(model: nn.Module) -> State:
     own = {name: value.detach() for name, value in model.state_dict().items()}
     strange = [name for name in own if "expected_size" in name or "self_attn.transform" in name]
     if strange:
-        raise WeightsError(f"the official code has no part like {strange[0]}; only models without it can be exported")
+        raise WeightsError(f"the official code has no part like {strange[0]}; write a .safetensors file instead")
     for name, module in model.named_modules():
         if isinstance(module, AlphaEntmax) and not module.clamped:
             own[f"{name}.pre_alpha"] = torch.logit(module.alpha.detach() - 1)

@@ -91,9 +91,9 @@ def fetch_huggingface(name: str) -> Path:
             hub.snapshot_download(name, allow_patterns=[WEIGHTS[1]])
     except Exception as error:  # the hub's client passes on whatever its transport raises
         address, cache = f"{hub.constants.ENDPOINT}/{name}", hub.constants.HF_HUB_CACHE
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise WeightsError(
-            f"{name}: nothing here, and could not be fetched from {address} into {cache}: {reason} Try again, or "
+            f"{name}: nothing here, and could not be fetched from {address} into {cache}: {reason}. Try again, or "
             f"put config.json and {WEIGHTS[0]} into a folder by other means and give that folder"
         ) from None
     return folder

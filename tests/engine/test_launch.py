@@ -153,7 +153,7 @@ def test_gpus_and_processes_choose_the_way(tmp_path, monkeypatch, tiny_config):
         for (gpus, processes), way in cases.items():
             launch(tiny_config(), tmp_path / "run", gpus, processes)
             assert started.pop() == way, (there, gpus, processes)
-    with pytest.raises(RunError, match="5 GPUs asked for, 4 found; use --gpus 4"):
+    with pytest.raises(RunError, match="5 GPUs asked for, 4 available; use --gpus 4"):
         launch(tiny_config(), tmp_path / "run", gpus=5)
     with pytest.raises(RunError, match="processes are for training on the CPU"):
         launch(tiny_config(), tmp_path / "run", gpus=2, processes=2)
