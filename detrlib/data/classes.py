@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from detrlib.data.annotations import listed
-from detrlib.errors import DataError
+from detrlib.errors import DataError, listed
 
 MOST_NAMES = 12  # in a message
 

@@ -2,7 +2,7 @@
 training has logged) and `results`; `sources` finds models by any name, `detected` is what they see in other pictures.
 """
 
-from detrlib.runs.examples import Example, load_examples, same_image
+from detrlib.runs.examples import Example, load_examples
 from detrlib.runs.folder import (
     RUNS,
     append_metrics,
@@ -43,7 +43,6 @@ __all__ = [
     "run_labels",
     "run_name",
     "run_path",
-    "same_image",
     "save_tables",
     "truncate_metrics",
 ]

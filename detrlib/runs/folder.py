@@ -33,13 +33,12 @@ import pandas as pd
 import torch
 
 from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
-from detrlib.errors import RunError
+from detrlib.errors import RunError, listed
 from detrlib.files import write_atomic, write_json
 from detrlib.metrics.tables import part_files
 
 RUNS = PROJECT / "papermill_runs"
 RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders that are no results of a split
-OTHERS = 8  # runs that are named at most besides those looked at
 FREE_TO_CHANGE = ("data.workers", "data.cache", "train.log_every", "train.keep_every", "train.tracking", "evaluate")
 
 
@@ -105,8 +104,7 @@ def looking_at(run_dirs: Sequence[Path]) -> str:
     """Say in words which runs are looked at, when their training was finished, and which others there are."""
     shown = ", ".join(f"{run_name(run_dir)}{_finished(run_dir)}" for run_dir in run_dirs)
     others = [run_name(run_dir) for run_dir in finished_runs() if run_dir not in run_dirs]
-    more = f", and {len(others) - OTHERS} more" if len(others) > OTHERS else ""
-    return f"looking at {shown}; others: {', '.join(others[:OTHERS]) or 'none'}{more}"
+    return f"looking at {shown}; others: {listed(others) or 'none'}"
 
 
 def run_name(run_dir: Path) -> str:
