@@ -10,8 +10,6 @@ from detrlib.data.coco import CocoDataset
 from detrlib.data.shapes import cache_folder, shapes_folder
 from detrlib.errors import DataError, listed
 
-__all__ = ["Batch", "CocoDataset", "DataError", "build_dataset", "cache_folder", "collate", "split_paths"]
-
 
 def split_paths(settings: Data, split: Literal["train", "val"]) -> tuple[Path, Path]:
     """Image folder and annotation file of a split. Raises `DataError` listing what was looked for and what exists."""

@@ -23,26 +23,3 @@ from detrlib.runs.folder import (
     truncate_metrics,
 )
 from detrlib.runs.maps import AttentionStore
-
-__all__ = [
-    "RUNS",
-    "AttentionStore",
-    "Example",
-    "append_metrics",
-    "environment",
-    "find_run",
-    "find_runs",
-    "load_examples",
-    "load_results",
-    "load_table",
-    "looking_at",
-    "open_run",
-    "provenance",
-    "read_metrics",
-    "refuse_other_settings",
-    "run_labels",
-    "run_name",
-    "run_path",
-    "save_tables",
-    "truncate_metrics",
-]

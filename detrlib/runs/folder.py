@@ -128,9 +128,14 @@ def open_run(cfg: Config, run_dir: Path) -> bool:
     checkpoint = (run_dir / "checkpoints" / "last.pt").exists()
     if begun and checkpoint:  # before the first checkpoint, other settings lose nothing
         refuse_other_settings(cfg, run_dir)
+    begin_folder(run_dir, cfg)
+    return begun or checkpoint
+
+
+def begin_folder(run_dir: Path, cfg: Config) -> None:
+    """Write what a folder of results begins with: its settings, and the commit and machine that make it."""
     write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
     write_json(run_dir / "environment.json", environment())
-    return begun or checkpoint
 
 
 def refuse_other_settings(new: Config, run_dir: Path) -> None:

@@ -17,12 +17,10 @@ from detrlib.checkpoints.files import official_source
 from detrlib.checkpoints.huggingface import fetch_huggingface, huggingface_source
 from detrlib.checkpoints.source import Source, build_source
 from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED, fetch
-from detrlib.config import load_config, save_config
+from detrlib.config import load_config
 from detrlib.errors import ConfigError, RunError, WeightsError
-from detrlib.files import load_checkpoint, save_checkpoint, write_atomic, write_json
-from detrlib.runs.folder import RESERVED, RUNS, environment, load_results, run_path
-
-__all__ = ["Source", "build_source", "open_source", "run_source", "save_run"]
+from detrlib.files import load_checkpoint, save_checkpoint, write_json
+from detrlib.runs.folder import RESERVED, RUNS, begin_folder, load_results, run_path
 
 
 def open_source(source: str | Path, checkpoint: str = "last", overrides: Mapping[str, Any] | None = None) -> Source:
@@ -72,8 +70,7 @@ def save_run(source: Source, run_dir: Path) -> None:
     if run_dir.exists():
         raise RunError(f"{run_dir} is there already; choose another run name, or delete the folder")
     state = build_source(source).state_dict()
-    write_atomic(run_dir / "config.yaml", lambda file: save_config(source.cfg, file))
-    write_json(run_dir / "environment.json", environment())
+    begin_folder(run_dir, source.cfg)
     save_checkpoint(run_dir / "checkpoints" / "last.pt", {"model": state, "epoch": source.epoch, "global_step": 0})
     names = {str(label): name for label, name in (source.names or {}).items()}
     write_json(run_dir / "results.json", {"imported": source.path.name} | ({"names": names} if names else {}))
