@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import rgb_to_hsv
+from matplotlib.text import Text
 
 from detrlib.figures import overlay, style
 from detrlib.figures.overlay import Panel, Scale, draw_maps, numbers, scale_of
@@ -81,6 +82,15 @@ def test_numbers_below_a_map_are_those_of_the_metrics():
     inside = paibb(weights[None], torch.tensor([[0.25, 0.25, 0.5, 0.5]]), (1.5, 3.0)).item()
     assert words == ["5/6 cells", f"Gini {gini(weights.flatten()).item():.2f}", f"in box {inside:.2f}"]
     assert numbers(WEIGHTS, IMAGE) == words[:2]
+
+
+def test_numbers_below_the_last_row_outlive_the_cropping_of_notebooks():
+    drawn, grid = style.image_panels(IMAGE, 3, 3, 1.7, **overlay.room(3))
+    draw_maps(drawn, [Panel(axes, IMAGE, WEIGHTS, box=np.array([0, 0, 9, 9])) for axes in grid.flat])
+    drawn.canvas.draw()
+    kept = drawn.get_tightbbox().transformed(drawn.dpi_scale_trans)  # what `bbox_inches="tight"` leaves
+    written = [text for text in drawn.findobj(Text) if "Gini" in text.get_text()]
+    assert len(written) == 9 and min(text.get_window_extent().y0 for text in written) >= kept.y0 > 0
 
 
 def test_a_map_covers_the_image_or_reaches_beyond_it():
