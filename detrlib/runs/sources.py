@@ -22,6 +22,8 @@ from detrlib.errors import ConfigError, RunError, WeightsError
 from detrlib.files import load_checkpoint
 from detrlib.runs.folder import RESERVED, RUNS, load_results, run_path
 
+FILES = (".pth", ".pt", ".safetensors", ".bin")  # what ends so was meant as a file, not as an id
+
 __all__ = ["Source", "build_source", "open_source", "run_source"]
 
 
@@ -97,7 +99,7 @@ def _refuse_near_names(name: str) -> None:
     """Raise WeightsError for what is no id of Hugging Face's, or is more likely a misspelt name of something here."""
     runs = [file.parent.relative_to(RUNS) for file in sorted(RUNS.glob("**/config.yaml"))]
     known = [str(run) for run in runs if run.name not in RESERVED] + [*PUBLISHED, *ELSEWHERE]
-    an_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+    an_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not name.endswith(FILES)
     near = difflib.get_close_matches(name, known, 3, 0.8 if an_id else 0.5)
     if an_id and not near:
         return
