@@ -93,7 +93,7 @@ def detections_with_attention(
     drawn, panels = image_panels(example.image, 1, max_queries + 1, WIDEST_PANEL, **room(max_queries + 1, scale))
     first, *rest = panels[0]
     count = len(example.true_boxes)
-    draw_image(first, example.image, f"{count} object{'s' * (count != 1)}")
+    draw_image(first, example.image, f"{count or 'no annotated'} object{'s' * (count != 1)}")
     for box, label in zip(example.true_boxes, example.true_labels, strict=True):
         draw_box(first, box, class_colour(int(label), names), dashed=True)
     for query, axes in enumerate(rest[:shown]):
@@ -236,8 +236,10 @@ def cells_grid(
     that asks is outlined in the colour of the object's class, "in box" is the share of the weight inside the object's
     box. scale, logarithmic: of the colours, as of `overlay.draw_maps`.
     """
+    if "encoder_self" not in example.sites:
+        raise Nothing("maps of encoder_self are not stored, or the model has no encoder layers")
     if not cells_ask(example):
-        raise Nothing("maps of encoder_self are not stored, or their queries are not the cells of one level")
+        raise Nothing("queries of encoder_self are tokens of several levels, not the cells of one")
     (boxes, labels), looks = _objects(example), []
     objects = _largest(boxes, max_objects)
     centres = boxes[objects].reshape(-1, 2, 2).mean(1)

@@ -61,7 +61,7 @@ def explanations_grid(
         for axes, (method, own) in zip(row[1:], maps.items(), strict=True):
             laid.append(Panel(axes, image, own[number], extents[number], boxes[number]))
             if number == 0:
-                axes.set_title(TITLES.get(method, method), loc="left", fontsize=7)
+                axes.set_title(TITLES.get(method, method), loc="left", fontsize=6)  # seven fit beside each other
         for axes in row:
             draw_box(axes, boxes[number], class_colour(int(labels[number]), names) if len(labels) else PALETTE[0])
     draw_maps(drawn, laid, scale, logarithmic, label="value")

@@ -113,7 +113,7 @@ def _rows(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
     rows = frame[frame["kind"] == kind]
     rows = rows[rows["layer"].isna()] if kind in ("alpha", "transform") else rows
     if rows.empty:
-        raise Nothing(f"no rows of kind '{kind}' in the table; there are {_listed(frame['kind'])}")
+        raise Nothing(f"no interventions of the kind '{kind}' were measured, only {_listed(map(repr, frame['kind']))}")
     return rows
 
 

@@ -21,6 +21,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.figures.style import MUTED
@@ -196,9 +197,10 @@ def write_numbers(axes: Axes, words: Sequence[str]) -> None:
     """Write numbers below a map, in the room left there."""
     count, size = _numbers_look(axes.get_subplotspec().get_gridspec().ncols)
     lines = [", ".join(words[start : start + count]) for start in range(0, len(words), count)]
-    look = {"va": "top", "fontsize": size, "color": MUTED, "xycoords": "axes fraction", "textcoords": "offset points"}
-    note = axes.annotate("\n".join(lines), (0, 0), (0, -2), **look)
-    note.set_in_layout(False)  # or images would make way for the longest line
+    drawn = axes.get_figure()
+    # A text of the figure, not of the axes: images need not make way for it, and notebooks, which crop, keep it.
+    below = axes.transAxes + ScaledTranslation(0, -2 / 72, drawn.dpi_scale_trans)
+    drawn.text(0, 0, "\n".join(lines), transform=below, va="top", fontsize=size, color=MUTED)
     axes.set_anchor("N")
 
 

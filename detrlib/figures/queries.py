@@ -47,8 +47,10 @@ def _draw_lists(axes: Axes, example: Example, names: Mapping[int, str], colours:
     axes.set(xlim=(0, 1), ylim=(lines - 0.5, -0.5))
     axes.axis("off")
     left, right = 0.33, 0.52
-    axes.text(0.0, 0, "object", fontweight="bold", va="center")
-    axes.text(right + 0.02, 0, "query: class, score, IoU with the object", fontweight="bold", va="center")
+    annotated = len(example.true_boxes) > 0
+    axes.text(0.0, 0, "object" if annotated else "no annotated objects", fontweight="bold", va="center")
+    about = "query: class, score" + ", IoU with the object" * annotated
+    axes.text(right + 0.02, 0, about, fontweight="bold", va="center")
     for number, label in enumerate(example.true_labels):
         _badge(axes, (0.03, number + 1), number, colours[number])
         axes.text(0.08, number + 1, names.get(int(label), str(label)), va="center")

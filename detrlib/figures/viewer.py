@@ -142,8 +142,8 @@ def described(
     elif query is None:
         return ["no detection here", ""]
     else:
-        matched = "an object" if example.matched[query] >= 0 else "no object"
-        first = f"{detection(example, query, names)}, matched to {matched}"
+        matched = ", matched to " + ("an object" if example.matched[query] >= 0 else "no object")
+        first = detection(example, query, names) + matched * (len(example.true_boxes) > 0)
     second = f"layer {layer + 1}, {by}"
     if view.site == "decoder_self":
         second += f": {100 * (1 - weights.sum()):.0f}% of the weight goes to queries not shown"

@@ -22,6 +22,8 @@ from detrlib.errors import ConfigError, RunError, WeightsError
 from detrlib.files import load_checkpoint, save_checkpoint, write_json
 from detrlib.runs.folder import RESERVED, RUNS, begin_folder, load_results, run_path
 
+FILES = (".pth", ".pt", ".safetensors", ".bin")  # what ends so was meant as a file, not as an id
+
 
 def open_source(source: str | Path, checkpoint: str = "last", overrides: Mapping[str, Any] | None = None) -> Source:
     """Find weights by any of their names; no code in a file is run.
@@ -110,7 +112,7 @@ def _refuse_near_names(name: str) -> None:
     """Raise WeightsError for what is no id of Hugging Face's, or is more likely a misspelt name of something here."""
     runs = [file.parent.relative_to(RUNS) for file in sorted(RUNS.glob("**/config.yaml"))]
     known = [str(run) for run in runs if run.name not in RESERVED] + [*PUBLISHED, *ELSEWHERE]
-    an_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+    an_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not name.endswith(FILES)
     near = difflib.get_close_matches(name, known, 3, 0.8 if an_id else 0.5)
     if an_id and not near:
         return

@@ -63,6 +63,7 @@ def test_without_annotated_objects_runs_are_compared_by_detections_of_the_first(
     drawn = attention.objects_by_run({"one": one, "two": two}, NAMES, max_objects=2)
     assert titles(drawn)[:6] == ["one", "1 dog 0.90", "2 cat 0.80", "two", "1 dog 0.80", "2 dog 0.80"]
     assert boxes_in(drawn.axes[1]) == [tuple(one.boxes[0])] == boxes_in(drawn.axes[4]) == boxes_in(drawn.axes[5])
+    assert titles(attention.detections_with_attention(one, NAMES))[0] == "no annotated objects"
     cells = attention.cells_grid(one, NAMES, max_objects=2)
     assert titles(cells)[:3] == ["encoder layer 1", "dog", "dog"]
 

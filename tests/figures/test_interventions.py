@@ -60,7 +60,7 @@ def test_head_pruning_counts_and_head_importance_is_what_is_lost(texts):
 
 def test_figures_say_what_a_table_lacks(texts):
     (words,) = texts(figures.head_pruning(FRAME[FRAME["kind"].isin(["none", "alpha"])]))
-    assert words == "Nothing to show: no rows of kind 'heads' in the table; there are none, alpha."
+    assert words == "Nothing to show: no interventions of the kind 'heads' were measured, only 'none', 'alpha'."
     draws = (figures.alpha_sweep, figures.transform_swap, figures.head_pruning, figures.head_importance)
     assert {texts(draw(FRAME[:0]))[0] for draw in draws} == {"Nothing to show: no interventions were measured."}
     with pytest.raises(ConfigError, match="several sites, decoder_cross, encoder_self"):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import rgb_to_hsv
+from matplotlib.text import Text
 
 from detrlib.figures import overlay, style
 from detrlib.figures.overlay import Panel, Scale, draw_maps, map_numbers, numbers, scale_of
@@ -90,6 +91,15 @@ def test_every_map_is_measured_beside_its_own_box():
     support, concentration, inside = map_numbers(maps, boxes, (64, 96)).transpose(2, 0, 1)
     assert support.ravel().tolist() == [1, 2] and concentration[0, 0] > concentration[1, 0]
     assert inside[0, 0] > 0.9 and inside[1, 0] == pytest.approx(0, abs=1e-6)
+
+
+def test_numbers_below_the_last_row_outlive_the_cropping_of_notebooks():
+    drawn, grid = style.image_panels(IMAGE, 3, 3, 1.7, **overlay.room(3))
+    draw_maps(drawn, [Panel(axes, IMAGE, WEIGHTS, box=np.array([0, 0, 9, 9])) for axes in grid.flat])
+    drawn.canvas.draw()
+    kept = drawn.get_tightbbox().transformed(drawn.dpi_scale_trans)  # what `bbox_inches="tight"` leaves
+    written = [text for text in drawn.findobj(Text) if "Gini" in text.get_text()]
+    assert len(written) == 9 and min(text.get_window_extent().y0 for text in written) >= kept.y0 > 0
 
 
 def test_a_map_covers_the_image_or_reaches_beyond_it():

@@ -22,6 +22,14 @@ def test_matching_names_objects_and_queries(make_example, boxes_in, texts):
     assert boxes_in(drawn.axes[0], circle) == [tuple(example.boxes[1]), tuple(example.true_boxes[0])]
 
 
+def test_a_picture_without_annotated_objects_has_a_list_of_detections(make_example, texts):
+    example = make_example()
+    example.true_boxes, example.true_labels = example.true_boxes[:0], example.true_labels[:0]
+    example.matched[:] = -1
+    shown = " ".join(texts(queries.matching(example, NAMES)))
+    assert "no annotated objects" in shown and "#0: square 0.90" in shown and "IoU" not in shown
+
+
 def test_query_matrix_writes_percent_among_the_queries_shown_and_what_goes_to_others(make_example, texts):
     example = make_example(sites=("decoder_self",))
     example.queries = np.array([2, 0, 1])  # their numbers in the model

@@ -110,7 +110,13 @@ def test_ids_of_hugging_face_come_last_and_after_names_that_are_near(runs, monke
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("nested/fist", "nested/first"), ("detr-r5O", "detr-r50"), ("zzz", "detr-r101-dc5")]
+    ("name", "near"),
+    [
+        ("nested/fist", "nested/first"),
+        ("detr-r5O", "detr-r50"),
+        ("zzz", "detr-r101-dc5"),
+        ("here/model.pth", "detr-r50"),
+    ],
 )
 def test_a_name_that_nothing_has(runs, name, near):
     with pytest.raises(WeightsError, match=f"'{name}'.*{near}"):
