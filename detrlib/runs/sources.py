@@ -18,6 +18,7 @@ from detrlib.checkpoints.huggingface import fetch_huggingface, huggingface_sourc
 from detrlib.checkpoints.source import Source, build_source
 from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED, fetch
 from detrlib.config import load_config
+from detrlib.data.classes import names_by_label
 from detrlib.errors import ConfigError, RunError, WeightsError
 from detrlib.files import load_checkpoint
 from detrlib.runs.folder import RESERVED, RUNS, load_results, run_path
@@ -77,7 +78,7 @@ def run_source(run_dir: Path, checkpoint: str = "last") -> Source:
     cfg = load_config(run_dir / "config.yaml")
     path = run_dir / "checkpoints" / f"{checkpoint}.pt"
     content = load_checkpoint(path, ["model"])
-    names = {int(label): name for label, name in results.get("names", {}).items()} or None
+    names = names_by_label(results.get("names", {}), run_dir / "results.json") or None
     label = str(run_dir.relative_to(RUNS)) if run_dir.is_relative_to(RUNS) else run_dir.name
     return Source(label, cfg, content.get("average") or content["model"], names, path, content.get("epoch", 0))
 
