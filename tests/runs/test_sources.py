@@ -64,7 +64,7 @@ def test_runs_made_of_predictions_have_no_model(run_dir, tmp_path):
 def test_a_checkpoint_of_another_architecture_is_named_when_it_is_built(run_dir, tmp_path):
     folder = shutil.copytree(run_dir, tmp_path / "run")
     save_checkpoint(folder / "checkpoints" / "last.pt", {"model": {"weight": torch.ones(2)}})
-    with pytest.raises(RunError, match=r"last\.pt.*another architecture"):
+    with pytest.raises(RunError, match=r"last\.pt.*this architecture"):
         build_source(open_source(folder))
 
 
