@@ -132,10 +132,13 @@ class Album:
         if drawn.get_label() == NOTHING:
             return
         path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
-        with plt.rc_context(look()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # file names may be in any script
-            drawn.savefig(path, metadata={"Software": OURS})
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with plt.rc_context(look()), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph")  # file names may be in any script
+                drawn.savefig(path, metadata={"Software": OURS})
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written ({error.strerror}); choose another folder (--out)") from None
 
 
 def check_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from detrlib.checkpoints.export import read_own
+from detrlib.checkpoints.export import BY_SUFFIX, read_own
 from detrlib.checkpoints.files import official_source
 from detrlib.checkpoints.huggingface import fetch_huggingface, huggingface_source
 from detrlib.checkpoints.source import Source, build_source
@@ -76,6 +76,10 @@ def run_source(run_dir: Path, checkpoint: str = "last") -> Source:
     """
     results = refuse_predictions(run_dir)
     cfg = load_config(run_dir / "config.yaml")
+    if cfg.model.num_classes is None:
+        raise RunError(
+            f"{run_dir / 'config.yaml'}: model.num_classes is missing, which every run has; is the file whole?"
+        )
     path = run_dir / "checkpoints" / f"{checkpoint}.pt"
     content = load_checkpoint(path, ["model"])
     names = names_by_label(results.get("names", {}), run_dir / "results.json") or None
@@ -98,6 +102,10 @@ def _refuse_near_names(name: str) -> None:
     """Raise WeightsError for what is no id of Hugging Face's, or is more likely a misspelt name of something here."""
     runs = [file.parent.relative_to(RUNS) for file in sorted(RUNS.glob("**/config.yaml"))]
     known = [str(run) for run in runs if run.name not in RESERVED] + [*PUBLISHED, *ELSEWHERE]
+    if name.endswith(tuple(filter(None, BY_SUFFIX))) or name.startswith(("/", "~", ".")):
+        raise WeightsError(
+            f"{name}: there is no such file, folder or run; published weights are {', '.join(PUBLISHED)}"
+        )
     an_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
     near = difflib.get_close_matches(name, known, 3, 0.8 if an_id else 0.5)
     if an_id and not near:

@@ -97,3 +97,9 @@ def test_an_album_without_pictures_leaves_an_earlier_one_as_it_was(tmp_path, mak
     with Album(tmp_path / "new", ["run"]):
         pass
     assert files(tmp_path / "new") == []
+
+
+def test_a_folder_that_a_file_stands_in_the_way_of_is_named(tmp_path, make_detected):
+    (tmp_path / "pictures").write_text("no folder")
+    with pytest.raises(RunError, match=r"pictures.*--out"), Album(tmp_path, ["run"]) as album:
+        album.add((make_detected(attention=False),))
