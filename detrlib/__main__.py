@@ -52,7 +52,7 @@ def pairs(items: list[str], option: str, example: str) -> dict[str, str]:
     return dict(item.split("=", 1) for item in items)
 
 
-def listed(text: str | None, option: str, kind: type = str) -> list[Any]:
+def values_in(text: str | None, option: str, kind: type = str) -> list[Any]:
     """ "1,1.5,2" as a list. Raises ConfigError naming the option."""
     try:
         return [kind(part.strip()) for part in text.split(",")] if text else []
@@ -159,16 +159,16 @@ def predict(
     A name is a run, published weights, a file of weights or an id of Hugging Face; what exists as a picture, a folder
     of pictures, a pattern or a JSON list of images in COCO's format is taken for pictures.
     """
-    from detrlib.data.pictures import describe, find_pictures, readable
+    from detrlib.data.pictures import find_pictures, readable, unreadable
     from detrlib.engine import predict as engine
     from detrlib.experiments.explain import explained_each
     from detrlib.figures.album import Album, check_folder
-    from detrlib.figures.predictions import View
+    from detrlib.figures.predictions import MapChoice
 
     if head != "mean" and not head.isdecimal():
         raise ConfigError(f"--head {head}: expected a number from 0, or mean")
-    view = View(site, layer, "mean" if head == "mean" else int(head))
-    drawn = attention or view != View()
+    view = MapChoice(site, layer, "mean" if head == "mean" else int(head))
+    drawn = attention or view != MapChoice()
     models, named = engine.models_and_pictures(words)
     pictures, left_out = readable(find_pictures(named, limit))
     check_folder(out)
@@ -181,12 +181,12 @@ def predict(
         for picture in explained_each(detectors, results) if explanations else results:
             album.add(picture)
     if not album.pictures:
-        raise DataError(f"no picture could be read: {describe(left_out)}")
+        raise DataError(f"no picture could be read: {unreadable(left_out)}")
     for run, count in album.counts().items():
         typer.echo(f"{run}: {count} detections in {album.pictures} pictures")
     typer.echo(album.page)
     if left_out:
-        raise DataError(f"left out: {describe(left_out)}")
+        raise DataError(f"left out: {unreadable(left_out)}")
 
 
 @app.command()
@@ -209,7 +209,7 @@ def explain(
     frame = faithfulness_run(
         run_path(run),
         images,
-        listed(methods, "--methods") or None,
+        values_in(methods, "--methods") or None,
         steps,
         checkpoint=checkpoint,
         unit=unit,
@@ -242,8 +242,8 @@ def intervene(
     experiments = plan(
         run_path(run),
         site,
-        alphas=listed(alphas, "--alphas", float),
-        transforms=listed(transforms, "--transforms"),
+        alphas=values_in(alphas, "--alphas", float),
+        transforms=values_in(transforms, "--transforms"),
         layer=layer,
         learned=learned_alphas,
         prune_heads=prune_heads,
@@ -295,8 +295,7 @@ def import_weights(
 ) -> None:
     """Say what a file of weights is, and make a run of it."""
     from detrlib.checkpoints.files import describe
-    from detrlib.runs.imported import free_path, save_run
-    from detrlib.runs.sources import open_source
+    from detrlib.runs.sources import free_path, open_source, save_run
 
     folder = None if save_as is None else free_path(save_as)
     found = open_source(source, overrides=pairs(settings, "--set", "model.backbone.dilation=true"))
@@ -345,7 +344,7 @@ def costs(
     from detrlib.experiments.costs import cost_table
     from detrlib.models import build_model
 
-    pixels = listed(size, "--size", int)
+    pixels = values_in(size, "--size", int)
     if len(pixels) != 2 or min(pixels) < 1:
         raise ConfigError(f"--size {size}: expected height and width in pixels, e.g. 800,1066")
     overrides = {"model.num_classes": 91, "model.backbone.weights": "none"} | pairs(settings, "--set", "model.norm=pre")

@@ -3,6 +3,8 @@
 The command line prints it and ends with a code that is not zero; notebooks show it as the last line of a cell.
 """
 
+from collections.abc import Iterable
+
 
 class DetrlibError(Exception):
     """A fault that can be foreseen; catch this one to catch them all."""
@@ -30,3 +32,10 @@ class ModelError(DetrlibError, ValueError):
 
 class NonFiniteLoss(DetrlibError):
     """Training met a loss that is not a number; the message names step, learning rate and images."""
+
+
+def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:
+    """The first of `values` for a message, and how many more there are."""
+    values = list(values)
+    more = [f"and {len(values) - most} more"] if len(values) > most else []
+    return between.join([*map(str, values[:most]), *more])

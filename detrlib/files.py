@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from detrlib.errors import RunError
+from detrlib.errors import RunError, listed
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -80,6 +80,5 @@ def load_weights(model: torch.nn.Module, state: dict, source: Path) -> None:
     """Copy weights into `model`. Raises RunError naming the first faults if they are of another one, or not finite."""
     faults = weight_faults(model.state_dict(), state)
     if faults:
-        listed = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
-        raise RunError(f"{source} holds weights that do not fit this architecture: {listed}")
+        raise RunError(f"{source} holds weights that do not fit this architecture: {listed(faults, 4, '; ')}")
     model.load_state_dict(state)

@@ -33,20 +33,20 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 550,
-    "config": 840,
-    "attention": 1260,
+    ".": 555,
+    "config": 810,
+    "attention": 1240,
     "attention/kernels": 1040,
-    "models": 2020,
+    "models": 1990,
     "losses": 310,
-    "checkpoints": 1210,
-    "data": 1430,  # names of classes of any file are read in one place
+    "checkpoints": 1215,
+    "data": 1425,  # names of classes of any file are read in one place
     "metrics": 1730,
-    "runs": 1560,
+    "runs": 1500,
     "engine": 1980,
-    "experiments": 1900,
-    "figures": 2920,
-    "teaching": 490,
+    "experiments": 1890,
+    "figures": 2910,
+    "teaching": 480,
     "benchmarks": 870,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45

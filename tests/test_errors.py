@@ -23,3 +23,8 @@ def test_wrong_values_are_value_errors_as_callers_of_other_libraries_expect(kind
 def test_kinds_are_told_apart():
     others = [kind for kind in KINDS if kind is not errors.DetrlibError]
     assert not any(issubclass(one, other) for one in others for other in others if one is not other)
+
+
+def test_long_lists_say_how_many_more_there_are():
+    assert errors.listed(iter("abc")) == "a, b, c" and errors.listed([]) == ""
+    assert errors.listed([1, 2, 3], 1, "; ") == "1; and 2 more"

@@ -406,6 +406,8 @@ def test_every_command_has_a_line_of_help():
 
 
 def test_lists_between_commas():
-    assert commands.listed("1,1.5, 2", "--alphas", float) == [1, 1.5, 2] and commands.listed(None, "--alphas") == []
+    assert (
+        commands.values_in("1,1.5, 2", "--alphas", float) == [1, 1.5, 2] and commands.values_in(None, "--alphas") == []
+    )
     with pytest.raises(DetrlibError, match="--alphas"):
-        commands.listed("1;2", "--alphas", float)
+        commands.values_in("1;2", "--alphas", float)

@@ -7,14 +7,3 @@ samples locations instead of weighing all keys; `kernels` does the same on a GPU
 
 from detrlib.attention.multihead import ConditionalCrossAttention, ConditionalSelfAttention, MultiheadAttention, attend
 from detrlib.attention.transforms import TRANSFORMS, AlphaEntmax, Transform, build_transform
-
-__all__ = [
-    "TRANSFORMS",
-    "AlphaEntmax",
-    "ConditionalCrossAttention",
-    "ConditionalSelfAttention",
-    "MultiheadAttention",
-    "Transform",
-    "attend",
-    "build_transform",
-]

@@ -12,10 +12,12 @@ from typing import Literal, get_args
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from detrlib.checkpoints.files import export_official
+from detrlib.checkpoints.files import TOLD, OfficialCheckpoint, export_official, official_config
 from detrlib.checkpoints.huggingface import write_huggingface
+from detrlib.checkpoints.official import family_of
 from detrlib.checkpoints.source import Source, build_source, fitting
-from detrlib.config import load_config
+from detrlib.config import flat_settings, load_config
+from detrlib.config.model import SiteName
 from detrlib.data.classes import names_by_label
 from detrlib.errors import ConfigError, WeightsError
 from detrlib.files import save_checkpoint, write_atomic
@@ -27,6 +29,12 @@ BY_SUFFIX: dict[str, Layout] = {
     ".pt": "official",
     "": "huggingface",
 }
+# Settings that an official file need not tell: they change no prediction of an image alone, or its entries show them.
+UNTOLD = (
+    *("model.backbone.weights", "model.backbone.freeze_stem", "model.compatibility"),
+    *("model.attention.alpha_init", "model.attention.anneal", "model.deformable.stages"),
+)
+OF_TRANSFORMS = {"entmax": "model.attention.alpha", "tvmax": "model.attention.tv_lambda"}
 SETTINGS, NAMES = "detrlib.settings", "detrlib.names"  # in the metadata of a file
 
 
@@ -93,13 +101,20 @@ def read_own(path: Path) -> Source:
 
 
 def write_official(source: Source, path: Path) -> None:
-    """A file with official names under "model" and, as the training scripts leave them, arguments under "args"."""
-    model = source.cfg.model
-    arguments = {"nheads": model.num_heads, "num_queries": model.num_queries, "dropout": model.dropout}
-    arguments["dilation"] = model.backbone.dilation
-    if model.architecture == "deformable":
-        chosen = model.deformable
-        arguments |= {"rho": chosen.rho if chosen.rho < 1 else 0.0}
-        arguments |= {"eff_specific_head": chosen.class_specific_proposals}
+    """A file with official names under "model" and, as the training scripts leave them, arguments under "args".
+
+    Raises WeightsError naming the setting that neither of them tells, so that the file would be read as another model.
+    """
+    settings = flat_settings(source.cfg)
+    arguments = {name: settings[setting] for name, setting in TOLD.items() if setting in settings}
+    if arguments.get("rho") == 1:
+        arguments["rho"] = 0.0  # their word for a dense encoder
     state = {name: value.contiguous() for name, value in export_official(build_source(source)).items()}
+    told = {setting: settings[setting] for name, setting in TOLD.items() if name in arguments}
+    read = flat_settings(official_config(OfficialCheckpoint(path, state, family_of(state), told, source.epoch)))
+    used = {source.cfg.model.transform_at(site) for site in get_args(SiteName)}
+    unused = [name for transform, name in OF_TRANSFORMS.items() if transform not in used]
+    for name, value in settings.items():
+        if name.startswith("model.") and not name.startswith((*UNTOLD, *unused)) and read.get(name) != value:
+            raise WeightsError(f"an official file does not tell {name} {value}; write a .safetensors file instead")
     save_checkpoint(path, {"model": state, "epoch": source.epoch, "args": arguments})

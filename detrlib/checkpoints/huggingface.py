@@ -164,12 +164,9 @@ def _official(state: State, family: str, path: Path) -> State:
     """Entries under official names; what projects queries, keys and values of an attention is one matrix there."""
     pairs = pairs_of(family, resnet=any(name.startswith(f"{THEIR_BODY}embedder.") for name in state))
     state = {translated(translated(name, OLDER), pairs): value for name, value in state.items()}
-    for name in [
-        name for name in state if name.startswith(("transformer.decoder.class_", "transformer.decoder.bbox_"))
-    ]:
-        state.setdefault(
-            name.removeprefix("transformer.decoder."), state[name]
-        )  # written once where two names share it
+    for name in list(state):
+        if name.startswith(("transformer.decoder.class_", "transformer.decoder.bbox_")):
+            state.setdefault(name.removeprefix("transformer.decoder."), state[name])  # saved once where two share it
     official: State = {}
     for name, value in state.items():
         if not (parts := PROJECTION.fullmatch(name)):

@@ -9,7 +9,7 @@ from torch import nn
 
 from detrlib.checkpoints.names import State
 from detrlib.config import Config
-from detrlib.errors import WeightsError
+from detrlib.errors import WeightsError, listed
 from detrlib.files import load_weights, weight_faults
 from detrlib.models.build import build_model, set_alphas
 
@@ -43,8 +43,7 @@ def fitting(source: Source, what: str) -> Source:
     """The same source. Raises WeightsError, in which it is `what`, if its weights and settings do not fit."""
     faults = weight_faults(_without_memory(source).state_dict(), source.state)
     if faults:
-        listed = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
-        raise WeightsError(f"{source.path}: does not fit {what} of its sizes: {listed}")
+        raise WeightsError(f"{source.path}: does not fit {what} of its sizes: {listed(faults, 4, '; ')}")
     return source
 
 

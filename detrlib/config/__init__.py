@@ -14,27 +14,3 @@ from detrlib.config.load import (
 )
 from detrlib.config.model import Backbone, Deformable, Detr, Model, TransformName
 from detrlib.config.settings import Config, Data, Evaluate, Loss, Shapes, Train
-
-__all__ = [
-    "PROJECT",
-    "Backbone",
-    "Config",
-    "Data",
-    "Deformable",
-    "Detr",
-    "Evaluate",
-    "Loss",
-    "Model",
-    "Shapes",
-    "Train",
-    "TransformName",
-    "changed_settings",
-    "flat_settings",
-    "known_settings",
-    "load_config",
-    "parse_value",
-    "project_path",
-    "read_yaml",
-    "replace",
-    "save_config",
-]

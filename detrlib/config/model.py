@@ -115,9 +115,7 @@ class DeformableOptions(Section):
     decoder_points: int = Field(4, ge=1)
     refine: bool = False  # every decoder layer corrects the boxes of the one before
     two_stage: bool = False  # queries are the encoder's best proposals
-    query_init: Literal["position", "memory"] = (
-        "position"  # content of queries: from the box of the proposal, or its token
-    )
+    query_init: Literal["position", "memory"] = "position"  # content of queries: from the proposal's box, or its token
     class_specific_proposals: bool = False  # proposals predict classes; otherwise only that there is an object
     rho: float = Field(1.0, gt=0.0, le=1.0)  # share of the tokens that the encoder updates; 1: dense encoder
     encoder_auxiliary: bool = False  # a loss after every encoder layer

@@ -4,14 +4,11 @@ from pathlib import Path
 from typing import Literal
 
 from detrlib.config import Data, project_path
-from detrlib.data.annotations import listed
 from detrlib.data.augment import build_augmentation
 from detrlib.data.batch import Batch, collate
 from detrlib.data.coco import CocoDataset
 from detrlib.data.shapes import cache_folder, shapes_folder
-from detrlib.errors import DataError
-
-__all__ = ["Batch", "CocoDataset", "DataError", "build_dataset", "cache_folder", "collate", "split_paths"]
+from detrlib.errors import DataError, listed
 
 
 def split_paths(settings: Data, split: Literal["train", "val"]) -> tuple[Path, Path]:

@@ -5,7 +5,6 @@ Everything that a later step reads is checked and made complete here, once. What
 """
 
 import codecs
-from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -130,12 +129,6 @@ def first_fault(error: ValidationError, index: str = "[{}]", start: int = 0) -> 
     given = given if len(given) <= 120 else f"{given[:117]}..."
     more = f", and {error.error_count() - 1} more faults" if error.error_count() > 1 else ""
     return f"{field}: {fault['msg']} (given {given}){more}" if field else f"{fault['msg']} (given {given})"
-
-
-def listed(values: Iterable, most: int = 8) -> str:
-    """The first of `values` between commas, and how many more there are."""
-    values = list(values)
-    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
 def _fault(error: ValidationError, data: bytes) -> str:

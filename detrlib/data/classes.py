@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detrlib.data.annotations import listed
-from detrlib.errors import DataError
+from detrlib.errors import DataError, listed
 
 MOST_NAMES = 12  # in a message
 

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
 from detrlib.boxes import xyxy_to_cxcywh
-from detrlib.data.annotations import Annotation, Annotations, ImageRecord, listed, read_annotations
+from detrlib.data.annotations import Annotation, Annotations, ImageRecord, read_annotations
 from detrlib.data.pictures import UNREADABLE, open_picture, read_picture
-from detrlib.errors import DataError
+from detrlib.errors import DataError, listed
 
 logger = logging.getLogger(__name__)
 

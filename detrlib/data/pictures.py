@@ -20,8 +20,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from detrlib.data.annotations import listed, read_image_list
-from detrlib.errors import DataError
+from detrlib.data.annotations import read_image_list
+from detrlib.errors import DataError, listed
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"),
@@ -31,7 +31,6 @@ SUFFIXES = (
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
 MOST_PIXELS = 2**26  # larger pictures of one's own are reduced while they are read,
 REDUCED = 2**24  # to about that many
-MOST_FAULTS = 8  # named in one line
 TURNED = (5, 6, 7, 8)  # orientations in EXIF that exchange width and height
 
 
@@ -178,14 +177,13 @@ def readable(pictures: Sequence[Picture]) -> tuple[list[Picture], dict[str, str]
     faults = {one.name: _fault(one.source) for one in pictures if isinstance(one.source, Path)}
     faults = {name: why for name, why in faults.items() if why}
     if len(faults) == len(pictures):
-        raise DataError(describe(faults))
+        raise DataError(unreadable(faults))
     return [one for one in pictures if one.name not in faults], faults
 
 
-def describe(faults: Mapping[str, str]) -> str:
+def unreadable(faults: Mapping[str, str]) -> str:
     """In one line, which files cannot be read and why."""
-    shown = "; ".join(f"{name}: {why}" for name, why in list(faults.items())[:MOST_FAULTS])
-    return shown + (f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else "")
+    return listed((f"{name}: {why}" for name, why in faults.items()), between="; ")
 
 
 def _fault(path: Path) -> str | None:

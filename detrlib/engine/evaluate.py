@@ -21,19 +21,19 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from detrlib.config import Config, load_config, replace, save_config
+from detrlib.config import Config, load_config, replace
 from detrlib.data import CocoDataset, build_dataset, collate
 from detrlib.data.batch import batches
 from detrlib.engine.start import starting_model
 from detrlib.errors import ConfigError, RunError
-from detrlib.files import load_checkpoint, write_atomic, write_json
+from detrlib.files import load_checkpoint, write_json
 from detrlib.losses import Criterion, match
 from detrlib.metrics.accumulate import AttentionMeasures
 from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
 from detrlib.models import Predictions, alpha_modules
 from detrlib.models.outputs import Site
 from detrlib.runs.examples import recorder
-from detrlib.runs.folder import RESERVED, environment, load_results, save_tables
+from detrlib.runs.folder import RESERVED, begin_folder, load_results, save_tables
 from detrlib.runs.sources import build_source, refuse_predictions, run_source
 
 DETECTIONS_PER_IMAGE = 100  # as COCO counts them
@@ -64,9 +64,14 @@ def evaluate_run(
     """
     cfg, folder = evaluation_config(run_dir, overrides), run_dir
     if split:
-        whole = {"data.val_images": None, "data.val_annotations": None, "data.val_limit": None}
-        cfg, folder = replace(cfg, {"data.val_split": split, **whole}), results_folder(run_dir, split)
+        cfg, folder = on_split(cfg, split), results_folder(run_dir, split)
     return evaluate_into(folder, run_dir, cfg, checkpoint)
+
+
+def on_split(cfg: Config, split: str) -> Config:
+    """Settings with the whole of another split of the same data for validation."""
+    whole = {"data.val_images": None, "data.val_annotations": None, "data.val_limit": None}
+    return replace(cfg, {"data.val_split": split, **whole})
 
 
 def evaluation_config(run_dir: Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -90,8 +95,7 @@ def evaluate_into(
         known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt", ("epoch", "global_step"))
     dataset = build_dataset(cfg.data, "val")
     if folder != run_dir:
-        write_atomic(folder / "config.yaml", lambda path: save_config(cfg, path))
-        write_json(folder / "environment.json", environment())
+        begin_folder(folder, cfg)
     results, detections = evaluate(model, dataset, cfg, Accelerator(), run_dir=folder)
     results |= {"checkpoint": checkpoint, "epoch": known["epoch"], "global_step": known["global_step"]}
     return save_results(folder, results | dict(described or {}), detections, dataset.ground_truth)

@@ -150,12 +150,14 @@ def one_image(images: Mapping[str, ValidationImages | OwnPictures], image_id: in
         image_id: of the image; None: of those that the first run stores, the one with most objects.
 
     Returns:
-        The image in each run.
+        The image in each run; nothing where no run is given.
 
     Raises:
         RunError: no run has attention, or one was not evaluated on that image; names the runs.
     """
     attending = {run: own for run, own in images.items() if own}
+    if not images:
+        return {}
     if not attending:
         raise RunError(f"no attention to show in {', '.join(images)}; name a run whose model has attention")
     first = next(iter(attending.values()))

@@ -27,11 +27,10 @@ from tqdm.auto import tqdm
 from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED
 from detrlib.config import Config
 from detrlib.data import Batch, collate
-from detrlib.data.annotations import listed
 from detrlib.data.augment import build_augmentation
-from detrlib.data.pictures import SUFFIXES, Picture, are_pictures, describe, find_pictures, readable
+from detrlib.data.pictures import SUFFIXES, Picture, are_pictures, find_pictures, readable, unreadable
 from detrlib.engine.evaluate import DETECTIONS_PER_IMAGE, autocast
-from detrlib.errors import ConfigError, DataError, ModelError, WeightsError
+from detrlib.errors import ConfigError, DataError, ModelError, WeightsError, listed
 from detrlib.metrics.sparsity import sparsity
 from detrlib.models import Predictions
 from detrlib.models.outputs import Site
@@ -106,7 +105,7 @@ def predict(
     """
     sites, (chosen, faults) = sites_of(attention), readable(find_pictures(pictures, limit))
     if faults:
-        raise DataError(describe(faults))
+        raise DataError(unreadable(faults))
     detector = open_detector(model_or_run, device, checkpoint)
     options = {"min_score": min_score, "sites": sites, "batch_size": batch_size, "progress": progress}
     return [one for (one,) in predict_each([detector], chosen, **options)]

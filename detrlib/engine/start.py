@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from detrlib.config import Config, Model, flat_settings, project_path
 from detrlib.data import CocoDataset, build_dataset
-from detrlib.data.annotations import listed
 from detrlib.data.classes import find_label
 from detrlib.engine.pretrain import backbone_weights
-from detrlib.errors import WeightsError
+from detrlib.errors import WeightsError, listed
 from detrlib.files import weight_faults, write_json
 from detrlib.models import build_model, set_alphas
 from detrlib.runs.sources import Source, open_source

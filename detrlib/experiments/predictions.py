@@ -9,14 +9,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from detrlib.config import Config, load_config, project_path, replace, save_config
+from detrlib.config import Config, load_config, project_path, replace
 from detrlib.data import build_dataset
-from detrlib.engine.evaluate import save_results
+from detrlib.engine.evaluate import on_split, save_results
 from detrlib.errors import DataError, RunError
 from detrlib.experiments.transfer import find_data
-from detrlib.files import write_atomic, write_json
 from detrlib.metrics.detection import coco_ap
-from detrlib.runs.folder import environment
+from detrlib.runs.folder import begin_folder
 
 FIELDS = ("image_id", "category_id", "bbox", "score")
 
@@ -65,8 +64,7 @@ def evaluate_predictions(
         "global_step": None,
         "seconds": None,
     }
-    write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
-    write_json(run_dir / "environment.json", environment())
+    begin_folder(run_dir, cfg)
     return save_results(run_dir, results, detections, dataset.ground_truth)
 
 
@@ -75,9 +73,8 @@ def _config(data: Path, split: str | None, images: Path | None) -> Config:
     if data.suffix in (".yaml", ".yml"):
         given = load_config(data)
         cfg = Config(data=given.data, evaluate=given.evaluate)
-        whole = {"data.val_images": None, "data.val_annotations": None, "data.val_limit": None}
-        other = {"data.val_split": split, **whole} if split else {}
-        return replace(cfg, other | ({"data.val_images": str(images)} if images else {}))
+        cfg = on_split(cfg, split) if split else cfg
+        return replace(cfg, {"data.val_images": str(images)} if images else {})
     images, annotations = find_data(data, images, split, Config().data.val_split)
     root = str(data if data != annotations else data.parent)
     return replace(

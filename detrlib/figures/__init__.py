@@ -6,7 +6,6 @@ What statistics say is drawn in `results`, `statistics`, `interventions` and `ex
 `figures.save(figure, "name")` writes one for LaTeX.
 """
 
-# ruff: noqa: F401
 from detrlib.figures import (
     album,
     attention,

@@ -28,7 +28,7 @@ from detrlib.figures.page import page_picture, write_page
 from detrlib.figures.predictions import (
     MOST,
     SHEET,
-    View,
+    MapChoice,
     contact_sheet,
     detections_by_run,
     maps_by_detection,
@@ -60,12 +60,12 @@ class Album:
         runs: Sequence[str],
         *,
         score: float = 0.5,
-        view: View | None = None,
+        view: MapChoice | None = None,
         attention: bool = False,
     ):
         self.folder, self.page = folder, folder / "index.html"
         self.runs, self.score, self.attention = list(runs), score, attention
-        self.view = view or View()
+        self.view = view or MapChoice()
         self.folders = dict(zip(self.runs, _file_names(self.runs, DRAWN), strict=True))
         self._taken, self._pages, self._thumbnails = set(), [], []
         self._detected = {run: [] for run in self.runs}

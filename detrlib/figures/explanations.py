@@ -77,7 +77,7 @@ def deletion_insertion_curves(
     frame: as `measures/faithfulness_curves.parquet` has it (columns method, direction, fraction, measure, mean,
     standard_error), of one run; or, for by="run", those of several runs with a column run, and the method to show.
     Shares of pixels are drawn as square roots, as they were taken, so that the first per cent have room. Raises
-    ValueError where a line would be several.
+    ConfigError where a line would be several.
     """
     if frame.empty:
         raise Nothing("no explanations were tested")

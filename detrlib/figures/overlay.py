@@ -22,9 +22,10 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 
+from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.figures.style import MUTED
 from detrlib.metrics.localisation import paibb
-from detrlib.metrics.sparsity import sparsity
+from detrlib.metrics.sparsity import gini
 
 Sharing = Literal["shared", "own"]
 
@@ -32,6 +33,7 @@ Sharing = Literal["shared", "own"]
 COLOURS = LinearSegmentedColormap.from_list("weights", plt.get_cmap("inferno_r")(np.linspace(0.08, 0.9, 256)))
 FAINTEST, DENSEST = 0.45, 0.9  # opacity of the smallest weight above zero, and of the largest
 DECADES = 4  # of a logarithmic scale; weights below them have the colour of its lower end
+LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue
 PALE = 0.55  # how much of the way to white the grey image goes
 BAR_WIDTH, BAR_HEIGHT = 0.55, 2.4  # inches of a colour bar with its numbers, and of its length at most
 WIDE = 6  # columns in which two numbers fit beside each other
@@ -76,7 +78,7 @@ def overlay(weights: np.ndarray, scale: Scale | None = None) -> np.ndarray:
 
 def pale_grey(image: np.ndarray) -> np.ndarray:
     """The image uint8 [H,W,3] as grey [H,W] in 0..1, pale enough for colours to stand out."""
-    return (1 - PALE) * (image @ np.array([0.299, 0.587, 0.114])) / 255 + PALE
+    return (1 - PALE) * (image @ LUMINANCE) / 255 + PALE
 
 
 def draw_map(
@@ -113,17 +115,27 @@ def numbers(
 
     box: [4], in pixels of `image` [H,W,3]; None: no such number. extent: as of `lay_cells`.
     """
-    maps = torch.from_numpy(np.asarray(weights, dtype=np.float32))
-    measured = {name: float(value) for name, value in sparsity(maps.flatten()).items()}
-    words = [f"{measured['support']:.0f}/{maps.numel()} cells", f"Gini {measured['gini']:.2f}"]
-    if box is not None:
-        height, width = image.shape[:2]
-        x0, y0, x1, y1 = np.asarray(box, dtype=np.float64) / [width, height, width, height]
-        centred = torch.tensor([[(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]])
-        cells = maps.shape if extent is None else np.minimum(extent, maps.shape)  # rounding may have added to it
-        inside = paibb(maps[None], centred, tuple(map(float, cells)))
-        words.append(f"in box {inside.item():.2f}")
-    return words
+    height, width = image.shape[:2]
+    boxes = np.array([[0, 0, width, height] if box is None else box])
+    support, concentration, inside = map_numbers(weights[None], boxes, (height, width), extent)[0]
+    words = [f"{support:.0f}/{weights.size} cells", f"Gini {concentration:.2f}"]
+    return words if box is None else [*words, f"in box {inside:.2f}"]
+
+
+def map_numbers(
+    maps: np.ndarray, boxes: np.ndarray, size: tuple[int, int], extent: np.ndarray | None = None
+) -> np.ndarray:
+    """Measure maps [n,...,h,w] with a box [n,4] for each n: cells with weight, Gini and share in the box, [n,...,3].
+
+    size: height and width of the image in the unit of the boxes; extent: as of `lay_cells`.
+    """
+    cells, (height, width) = maps.shape[-2:], size
+    extent = cells if extent is None else np.minimum(extent, cells)  # rounding may have added to it
+    weights = torch.from_numpy(np.ascontiguousarray(maps, dtype=np.float32))
+    corners = torch.from_numpy(boxes) / torch.tensor([width, height, width, height])
+    inside = paibb(weights, xyxy_to_cxcywh(corners), tuple(map(float, extent)))
+    flat = weights.flatten(-2)
+    return torch.stack([(flat > 0).sum(-1), gini(flat), inside], -1).numpy()
 
 
 def room(columns: int, scale: Sharing = "shared") -> dict[str, float]:

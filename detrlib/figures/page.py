@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detrlib.figures.overlay import DECADES, PALE, overlay
-from detrlib.figures.predictions import SITES, View, class_colours, numbers_of, text_colour, views_of
+from detrlib.figures.overlay import DECADES, PALE, map_numbers, overlay
+from detrlib.figures.predictions import SITES, MapChoice, class_colours, text_colour, views_of
 from detrlib.runs.detected import Detected
 
 LONGEST = 800  # pixels of the longer side of a picture in the page
@@ -52,7 +52,7 @@ def write_page(
     title: str = "Detections",
     note: str = "",
     score: float = 0.5,
-    view: View | None = None,
+    view: MapChoice | None = None,
 ) -> None:
     """Write the page.
 
@@ -65,7 +65,7 @@ def write_page(
         score: the lowest one that is shown at first.
         view: the map that is shown at first.
     """
-    view = view or View()
+    view = view or MapChoice()
     settings = {
         "runs": list(runs),
         "classes": {name: [colour, text_colour(colour)] for name, colour in class_colours(classes).items()},
@@ -120,12 +120,13 @@ def _one_run(detected: Detected) -> dict[str, Any]:
     sheets = np.zeros((len(kept), len(views), cells[0], widest, cells[1]), dtype=np.uint8)
     for row, maps in enumerate(views.values()):
         sheets[:, row, :, : maps.shape[1]] = code_weights(maps[: len(kept)]).swapaxes(1, 2)
-    numbers = [numbers_of(maps[: len(kept)], detected) for maps in views.values()]  # of [n,1+H,3]
+    extent, where = detected.example.extent, (detected.boxes[: len(kept)], detected.size)
+    numbers = [map_numbers(maps[: len(kept)], *where, extent) for maps in views.values()]  # of [n,1+H,3]
     maps = {
         "views": list(views),
         "heads": [maps.shape[1] - 1 for maps in views.values()],
         "cells": list(cells),
-        "extent": detected.example.extent.tolist(),
+        "extent": extent.tolist(),
         "sheets": [_data_uri(Image.fromarray(sheet.reshape(-1, widest * cells[1]))) for sheet in sheets],
         "numbers": [[of[index].round(3).tolist() for of in numbers] for index in kept],
     }

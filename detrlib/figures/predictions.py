@@ -8,18 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.figures.attention import draw_box, draw_image
 from detrlib.figures.choices import cell_at, cells_ask
-from detrlib.figures.overlay import Panel, draw_maps, room
+from detrlib.figures.overlay import LUMINANCE, Panel, draw_maps, room
 from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, panels, styled
-from detrlib.metrics.localisation import paibb
-from detrlib.metrics.sparsity import gini
 from detrlib.runs.detected import Detected
 
 PANEL = 4.6  # inches, width of a picture beside others
@@ -27,12 +23,11 @@ PROPORTIONS = (0.3, 1.7)  # height / width of a panel at least and at most, howe
 SMALL_PANEL = 1.9
 MOST = 6  # detections whose maps are drawn
 SHEET = 48  # pictures on a contact sheet
-LUMINANCE = (0.299, 0.587, 0.114)
 SITES = {"decoder_cross": "layer", "encoder_self": "encoder layer"}  # whose keys are cells of the picture
 
 
 @dataclass(frozen=True)
-class View:
+class MapChoice:
     """Which of the maps of a detection is drawn; layers and heads from 0, layers also from the end."""
 
     site: Literal["decoder_cross", "encoder_self"] = "decoder_cross"
@@ -99,17 +94,6 @@ def views_of(detected: Detected) -> dict[str, np.ndarray]:
     return views
 
 
-def numbers_of(maps: np.ndarray, detected: Detected) -> np.ndarray:
-    """Of maps [m,...,h,w] of the first m detections: cells with weight, Gini and share in the own box, [m,...,3]."""
-    extent = np.minimum(detected.example.extent, maps.shape[-2:])  # rounding may have added to it
-    weights = torch.from_numpy(np.ascontiguousarray(maps))
-    height, width = detected.size
-    corners = torch.from_numpy(detected.boxes[: len(maps)]) / torch.tensor([width, height, width, height])
-    inside = paibb(weights, xyxy_to_cxcywh(corners), tuple(float(cells) for cells in extent))
-    flat = weights.flatten(-2)
-    return torch.stack([(flat > 0).sum(-1), gini(flat), inside], -1).numpy()
-
-
 @styled
 def detections_by_run(picture: Mapping[str, Detected], image: np.ndarray | None = None) -> Figure:
     """A picture with its detections, their classes and scores, a panel for each run.
@@ -148,14 +132,14 @@ def draw_detections(
 
 @styled
 def maps_by_detection(
-    picture: Mapping[str, Detected], view: View | None = None, image: np.ndarray | None = None, most: int = MOST
+    picture: Mapping[str, Detected], view: MapChoice | None = None, image: np.ndarray | None = None, most: int = MOST
 ) -> Figure:
     """Where the best `most` detections of a picture looked: a row is a run, the same colour is the same weight.
 
     Over the picture stand the means over its detections and heads, below each map its own numbers, of which the last
     is the share of the weight inside the box. picture, image: as of `detections_by_run`.
     """
-    view, image, colours = view or View(), _image(picture, image), _colours(picture)
+    view, image, colours = view or MapChoice(), _image(picture, image), _colours(picture)
     rows = {run: detected for run, detected in picture.items() if len(detected) and views_of(detected)}
     if not rows:
         raise Nothing("there is no detection with a map")

@@ -2,5 +2,3 @@
 
 from detrlib.losses.criterion import Criterion
 from detrlib.losses.matcher import Match, MatchingCosts, match
-
-__all__ = ["Criterion", "Match", "MatchingCosts", "match"]

@@ -2,13 +2,3 @@
 
 from detrlib.models.build import alpha_modules, build_model, sampling_projections, set_alphas
 from detrlib.models.outputs import AttentionMaps, Detections, Predictions
-
-__all__ = [
-    "AttentionMaps",
-    "Detections",
-    "Predictions",
-    "alpha_modules",
-    "build_model",
-    "sampling_projections",
-    "set_alphas",
-]

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from detrlib.errors import WeightsError
+from detrlib.errors import WeightsError, listed
 from detrlib.files import weight_faults
 
 State = dict[str, Tensor]
@@ -62,7 +62,7 @@ def load_backbone_weights(body: nn.Module, state: dict[str, Tensor], source: str
     state = {name: value for name, value in own.items() if re.match(r"norm\d", name)} | state
     faults = weight_faults(own, state)
     if faults:
-        raise WeightsError(f"{source}: weights of another backbone: {'; '.join(faults[:4])} ({len(faults)} faults)")
+        raise WeightsError(f"{source}: weights of another backbone: {listed(faults, 4, '; ')}")
     body.load_state_dict(state)
 
 

@@ -2,7 +2,7 @@
 training has logged) and `results`; `sources` finds models by any name, `detected` is what they see in other pictures.
 """
 
-from detrlib.runs.examples import Example, load_examples, same_image
+from detrlib.runs.examples import Example, load_examples
 from detrlib.runs.folder import (
     RUNS,
     append_metrics,
@@ -23,27 +23,3 @@ from detrlib.runs.folder import (
     truncate_metrics,
 )
 from detrlib.runs.maps import AttentionStore
-
-__all__ = [
-    "RUNS",
-    "AttentionStore",
-    "Example",
-    "append_metrics",
-    "environment",
-    "find_run",
-    "find_runs",
-    "load_examples",
-    "load_results",
-    "load_table",
-    "looking_at",
-    "open_run",
-    "provenance",
-    "read_metrics",
-    "refuse_other_settings",
-    "run_labels",
-    "run_name",
-    "run_path",
-    "same_image",
-    "save_tables",
-    "truncate_metrics",
-]

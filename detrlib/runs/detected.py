@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from detrlib.data.annotations import listed
 from detrlib.data.pictures import Picture
-from detrlib.errors import ConfigError
+from detrlib.errors import ConfigError, listed
 from detrlib.files import write_json
 from detrlib.metrics.detection import coco_detections
 from detrlib.runs.examples import Example
@@ -85,12 +84,6 @@ class Detected:
             class_id=self.labels.astype(int),
             data={"class_name": np.array(self.names, dtype=str)},
         )
-
-
-def all_in_one(pictures: Sequence[Detected]) -> pd.DataFrame:
-    """The detections in several pictures as one table, see `Detected.to_frame`."""
-    frames = [one.to_frame() for one in pictures if len(one)]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
 
 
 def save_detected(folder: Path, detected: Sequence[Detected]) -> None:

@@ -263,24 +263,3 @@ def clear_examples(run_dir: Path) -> None:
     """Remove stored examples: those of an earlier evaluation may be of other images."""
     for path in (run_dir / "examples").glob("*.npz"):
         path.unlink()
-
-
-def same_image(examples: dict[str, list[Example]], number: int | None = None) -> dict[str, Example]:
-    """One image in every run: example `number` of the first run, or None for the one with most annotated objects.
-
-    Runs without examples, whose models have no attention, are left out. Raises RunError naming the runs that did not
-    store that image, or when no run is left of those given.
-    """
-    if not examples:
-        return {}
-    examples = {run: stored for run, stored in examples.items() if stored}
-    if not examples:
-        raise RunError("no run has examples with attention maps; name one whose model has attention")
-    first = next(iter(examples.values()))
-    number = int(np.argmax([len(example.true_boxes) for example in first])) if number is None else number
-    wanted = first[number].image_id
-    chosen = {run: next((e for e in stored if e.image_id == wanted), None) for run, stored in examples.items()}
-    missing = [run for run, example in chosen.items() if example is None]
-    if missing:
-        raise RunError(f"image {wanted} is no stored example of {', '.join(missing)}; evaluate all runs alike")
-    return chosen

@@ -33,13 +33,12 @@ import pandas as pd
 import torch
 
 from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
-from detrlib.errors import RunError
+from detrlib.errors import RunError, listed
 from detrlib.files import write_atomic, write_json
 from detrlib.metrics.tables import part_files
 
 RUNS = PROJECT / "papermill_runs"
 RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders that are no results of a split
-OTHERS = 8  # runs that are named at most besides those looked at
 FREE_TO_CHANGE = ("data.workers", "data.cache", "train.log_every", "train.keep_every", "train.tracking", "evaluate")
 
 
@@ -105,8 +104,7 @@ def looking_at(run_dirs: Sequence[Path]) -> str:
     """Say in words which runs are looked at, when their training was finished, and which others there are."""
     shown = ", ".join(f"{run_name(run_dir)}{_finished(run_dir)}" for run_dir in run_dirs)
     others = [run_name(run_dir) for run_dir in finished_runs() if run_dir not in run_dirs]
-    more = f", and {len(others) - OTHERS} more" if len(others) > OTHERS else ""
-    return f"looking at {shown}; others: {', '.join(others[:OTHERS]) or 'none'}{more}"
+    return f"looking at {shown}; others: {listed(others) or 'none'}"
 
 
 def run_name(run_dir: Path) -> str:
@@ -130,9 +128,14 @@ def open_run(cfg: Config, run_dir: Path) -> bool:
     checkpoint = (run_dir / "checkpoints" / "last.pt").exists()
     if begun and checkpoint:  # before the first checkpoint, other settings lose nothing
         refuse_other_settings(cfg, run_dir)
+    begin_folder(run_dir, cfg)
+    return begun or checkpoint
+
+
+def begin_folder(run_dir: Path, cfg: Config) -> None:
+    """Write what a folder of results begins with: its settings, and the commit and machine that make it."""
     write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
     write_json(run_dir / "environment.json", environment())
-    return begun or checkpoint
 
 
 def refuse_other_settings(new: Config, run_dir: Path) -> None:

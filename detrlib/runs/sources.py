@@ -1,5 +1,5 @@
 """A model by any name that people have for one: a run, a name of published weights, an id or folder of Hugging Face,
-a file.
+a file; and a run folder around it.
 
     model = build_source(open_source("quickstart/softmax"))
     model = build_source(open_source("detr-r50"))
@@ -20,10 +20,8 @@ from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED, fetch
 from detrlib.config import load_config
 from detrlib.data.classes import names_by_label
 from detrlib.errors import ConfigError, RunError, WeightsError
-from detrlib.files import load_checkpoint
-from detrlib.runs.folder import RESERVED, RUNS, load_results, run_path
-
-__all__ = ["Source", "build_source", "open_source", "run_source"]
+from detrlib.files import load_checkpoint, save_checkpoint, write_json
+from detrlib.runs.folder import RESERVED, RUNS, begin_folder, load_results, run_path
 
 
 def open_source(source: str | Path, checkpoint: str = "last", overrides: Mapping[str, Any] | None = None) -> Source:
@@ -62,6 +60,28 @@ def open_source(source: str | Path, checkpoint: str = "last", overrides: Mapping
         return huggingface_source(path, overrides)
     _refuse_near_names(str(source))
     return replace(huggingface_source(fetch_huggingface(str(source)), overrides), label=str(source))
+
+
+def free_path(name: str | Path) -> Path:
+    """The folder of a run that is to be made. Raises RunError if it is already there."""
+    run_dir = run_path(name)
+    if run_dir.exists():
+        raise RunError(f"{run_dir} is there already; choose another run name, or delete the folder")
+    return run_dir
+
+
+def save_run(source: Source, run_dir: Path) -> None:
+    """A run folder around weights, ready to be evaluated, after which it is like any other run's.
+
+    Its results.json, empty of numbers until then, says that there is nothing to resume. Raises RunError if the folder
+    is already there.
+    """
+    free_path(run_dir)
+    state = build_source(source).state_dict()
+    begin_folder(run_dir, source.cfg)
+    save_checkpoint(run_dir / "checkpoints" / "last.pt", {"model": state, "epoch": source.epoch, "global_step": 0})
+    names = {str(label): name for label, name in (source.names or {}).items()}
+    write_json(run_dir / "results.json", {"imported": source.path.name} | ({"names": names} if names else {}))
 
 
 def _no_overrides(path: Path, overrides: Mapping[str, Any] | None) -> None:

@@ -2,5 +2,3 @@
 
 from detrlib.teaching import deformable, transforms, walkthrough
 from detrlib.teaching.exercises import check
-
-__all__ = ["check", "deformable", "transforms", "walkthrough"]

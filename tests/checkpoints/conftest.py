@@ -1,11 +1,13 @@
 """Official models: their settings and what is published of them; small ones of each kind, and files of them."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from detrlib.checkpoints.source import Source
 from detrlib.config import Config, replace
 from detrlib.models import build_model
 
@@ -84,6 +86,19 @@ CHOICES |= {
     name: {"architecture": "deformable", "classification": "sigmoid", "deformable": chosen, "num_queries": 7}
     for name, chosen in FAMILY.items()
 }
+SMALL = {
+    "model.backbone": {"name": "resnet18", "weights": "none", "freeze_stem": True},
+    "model.hidden_dim": 32,
+    "model.num_heads": 4,
+    "model.encoder_layers": 2,
+    "model.decoder_layers": 3,
+    "model.feedforward_dim": 48,
+    "model.num_queries": 7,
+    "model.num_classes": 5,
+    "model.dropout": 0.2,
+    "data.image_size": 640,
+}
+CLASSES = {1: "cat", 2: "dog", 4: "cup"}
 TOLD = {
     "model.num_heads": 4,
     "model.dropout": 0.1,
@@ -94,6 +109,23 @@ TOLD = {
 def published(request):
     """Settings of a published model, entries of its file, its trainable parameters, and what the file cannot tell."""
     return MODELS[request.param]
+
+
+@pytest.fixture(scope="session")
+def source_of(randomise):
+    def source_of(chosen: dict, names: dict | None = CLASSES) -> Source:
+        """Random weights of a small model with `chosen` settings, whose queries differ."""
+        torch.manual_seed(0)
+        cfg = replace(Config(), SMALL | chosen)
+        model = build_model(cfg.model)
+        randomise(model)
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if "query_" in name:
+                    value.mul_(5)
+        return Source("small", cfg, model.state_dict(), names, Path("small.pt"), 12)
+
+    return source_of
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Folders of transformers read without it and written for it: the same numbers both ways; damaged and foreign ones."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,21 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from detrlib.checkpoints.huggingface import fetch_huggingface, huggingface_source, write_huggingface
 from detrlib.checkpoints.source import Source, build_source
-from detrlib.config import Config, replace
+from detrlib.config import replace
 from detrlib.errors import WeightsError
-from detrlib.models import build_model
 
-SIZES = {
-    "model.hidden_dim": 32,
-    "model.num_heads": 4,
-    "model.encoder_layers": 2,
-    "model.decoder_layers": 3,
-    "model.feedforward_dim": 48,
-    "model.num_queries": 7,
-    "model.num_classes": 5,
-    "model.backbone": {"name": "resnet18", "weights": "none", "freeze_stem": True},
-    "data.image_size": 640,
-}
 DEFORMABLE = {"model.architecture": "deformable"}
 CHOICES = {
     "detr": {},
@@ -35,23 +22,6 @@ CHOICES = {
     "refine": DEFORMABLE | {"model.deformable.refine": True},
     "two-stage": DEFORMABLE | {"model.deformable.refine": True, "model.deformable.two_stage": True},
 }
-NAMES = {1: "cat", 2: "dog", 4: "cup"}
-
-
-@pytest.fixture
-def source_of(randomise):
-    def source_of(chosen: dict, names: dict | None = NAMES) -> Source:
-        torch.manual_seed(0)
-        cfg = replace(Config(), SIZES | chosen)
-        model = build_model(cfg.model)
-        randomise(model)
-        with torch.no_grad():
-            for name, value in model.named_parameters():
-                if "query_" in name:  # queries that differ
-                    value.mul_(5)
-        return Source("small", cfg, model.state_dict(), names, Path("small.pt"))
-
-    return source_of
 
 
 @pytest.fixture(params=CHOICES)

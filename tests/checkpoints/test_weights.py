@@ -89,7 +89,7 @@ def test_what_goes_wrong_is_one_sentence_with_address_and_folder_and_the_next_at
 ):
     server.manner = manner
     with pytest.raises(WeightsError, match=reason) as refusal:
-        fetch("model", patience=0.2)
+        fetch("model", patience=0.2 if manner in ("silent", "stalling") else weights.PATIENCE)
     message = str(refusal.value)
     assert f"http://127.0.0.1:{server.server_port}/detr/{FILE}" in message and str(cache) in message
     assert "\n" not in message and not (cache / FILE).exists()

@@ -112,6 +112,7 @@ def test_one_image_in_every_run(run_dir, without_examples, tmp_path):
         one_image({"blind": ValidationImages(blind)})
     with pytest.raises(RunError, match=r"all, two: .*999"):
         one_image(images, 999)
+    assert one_image({}) == {}
 
 
 def test_data_that_changed_and_runs_that_are_not_finished_are_refused(without_examples, tmp_path):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from detrlib.errors import RunError
 from detrlib.figures.album import MOST_IN_PAGE, Album, check_folder
-from detrlib.figures.predictions import View
+from detrlib.figures.predictions import MapChoice
 
 
 def files(folder):
@@ -18,7 +18,7 @@ def files(folder):
 def test_a_folder_with_everything(tmp_path, make_detected):
     explained = make_detected()
     explained.explanations = {"raw": np.ones((3, 4, 6), dtype=np.float32)}
-    with Album(tmp_path / "out", ["sweep/one", "pictures"], view=View(layer=0), attention=True) as album:
+    with Album(tmp_path / "out", ["sweep/one", "pictures"], view=MapChoice(layer=0), attention=True) as album:
         album.add((explained, make_detected(count=1)))
         album.add((make_detected(attention=False), make_detected(count=0)))
     assert album.counts() == {"sweep/one": 6, "pictures": 1} and album.page == tmp_path / "out" / "index.html"

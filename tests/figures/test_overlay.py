@@ -6,7 +6,7 @@ import torch
 from matplotlib.colors import rgb_to_hsv
 
 from detrlib.figures import overlay, style
-from detrlib.figures.overlay import Panel, Scale, draw_maps, numbers, scale_of
+from detrlib.figures.overlay import Panel, Scale, draw_maps, map_numbers, numbers, scale_of
 from detrlib.metrics.localisation import paibb
 from detrlib.metrics.sparsity import gini
 
@@ -81,6 +81,15 @@ def test_numbers_below_a_map_are_those_of_the_metrics():
     inside = paibb(weights[None], torch.tensor([[0.25, 0.25, 0.5, 0.5]]), (1.5, 3.0)).item()
     assert words == ["5/6 cells", f"Gini {gini(weights.flatten()).item():.2f}", f"in box {inside:.2f}"]
     assert numbers(WEIGHTS, IMAGE) == words[:2]
+
+
+def test_every_map_is_measured_beside_its_own_box():
+    maps, boxes = np.zeros((2, 1, 4, 6), dtype=np.float32), np.array([[0, 0, 40, 40], [0, 0, 32, 32]])
+    maps[0, 0, 1, 1] = 1.0  # within the first box, of 96 x 64 pixels
+    maps[1, 0, 3, 5] = maps[1, 0, 0, 5] = 0.5  # far from the second
+    support, concentration, inside = map_numbers(maps, boxes, (64, 96)).transpose(2, 0, 1)
+    assert support.ravel().tolist() == [1, 2] and concentration[0, 0] > concentration[1, 0]
+    assert inside[0, 0] > 0.9 and inside[1, 0] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_map_covers_the_image_or_reaches_beyond_it():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from detrlib.figures.page import STEPS, code_weights, page_picture, write_page
-from detrlib.figures.predictions import View, views_of
+from detrlib.figures.predictions import MapChoice, views_of
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">@NOTE@.png'
 
@@ -28,7 +28,9 @@ def page(tmp_path, make_detected):
     picture["first"].names[0] = HOSTILE
     pictures = [page_picture(picture, np.zeros((64, 96, 3), dtype=np.uint8))]
     names = [{1: "circle", 2: HOSTILE}, {1: "circle"}]
-    write_page(tmp_path / "index.html", pictures, list(picture), names, title=HOSTILE, note=HOSTILE, view=View(layer=0))
+    write_page(
+        tmp_path / "index.html", pictures, list(picture), names, title=HOSTILE, note=HOSTILE, view=MapChoice(layer=0)
+    )
     return (tmp_path / "index.html").read_text(encoding="utf-8")
 
 

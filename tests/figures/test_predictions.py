@@ -6,7 +6,7 @@ from matplotlib.colors import to_hex
 
 from detrlib.figures import predictions
 from detrlib.figures.overlay import overlay
-from detrlib.figures.predictions import View, numbers_of, views_of
+from detrlib.figures.predictions import MapChoice, views_of
 from detrlib.figures.style import NOTHING, Nothing
 
 
@@ -35,27 +35,17 @@ def test_views_are_layers_heads_and_explanations(make_detected):
 
 def test_a_view_names_its_map_or_says_that_there_is_none(make_detected):
     views = views_of(make_detected())
-    title, maps = View(layer=0, head=1).of(views)
+    title, maps = MapChoice(layer=0, head=1).of(views)
     assert title == "layer 1" and np.array_equal(maps, views["layer 1"][:, 2])
-    assert View(layer=0, head=1).words(title) == "layer 1, head 2" and "mean" in View().words(title)
-    for view in (View(layer=2), View(head=3), View("encoder_self")):
+    assert MapChoice(layer=0, head=1).words(title) == "layer 1, head 2" and "mean" in MapChoice().words(title)
+    for view in (MapChoice(layer=2), MapChoice(head=3), MapChoice("encoder_self")):
         with pytest.raises(Nothing):
             view.of(views)
 
 
-def test_numbers_are_of_the_map_and_the_own_box(make_detected):
-    detected = make_detected()
-    maps = np.zeros((2, 1, 4, 6), dtype=np.float32)
-    maps[0, 0, 1, 1] = 1.0  # within the first box, (0, 0, 40, 40) of 96 x 64 pixels
-    maps[1, 0, 3, 5] = maps[1, 0, 0, 5] = 0.5  # far from the second
-    support, gini, inside = numbers_of(maps, detected).transpose(2, 0, 1)
-    assert support.ravel().tolist() == [1, 2] and gini[0, 0] > gini[1, 0]
-    assert inside[0, 0] > 0.9 and inside[1, 0] == pytest.approx(0, abs=1e-6)
-
-
 def test_maps_of_detections_in_one_scale_with_the_numbers_of_the_picture(make_detected, titles, texts):
     picture = {"first": make_detected(), "second": make_detected(count=1)}
-    drawn = predictions.maps_by_detection(picture, View(layer=0))
+    drawn = predictions.maps_by_detection(picture, MapChoice(layer=0))
     own = titles(drawn)
     assert own[0].startswith("first\nlayer 1, mean over heads\neach head: 9.0 of 24 keys")
     assert own[1:4] == ["square 0.90", "circle 0.80", "square 0.40"] and own[4].startswith("second")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from detrlib.data.pictures import Picture, find_pictures
 from detrlib.errors import ConfigError
-from detrlib.runs.detected import Detected, all_in_one, save_detected
+from detrlib.runs.detected import Detected, save_detected
 
 
 @pytest.fixture
@@ -42,7 +42,6 @@ def test_as_tables(detected, nothing):
     assert frame[["name", "label", "query"]].values.tolist() == [["person", 1, 4], ["cat", 17, 0]]
     assert frame.loc[1, ["x0", "y0", "x1", "y1"]].tolist() == [20, 0, 40, 20]
     assert list(nothing.to_frame().columns) == list(frame.columns) and nothing.to_frame().empty
-    assert all_in_one([nothing, detected]).equals(frame) and all_in_one([nothing]).empty
 
 
 def test_in_words_and_in_pixels_of_a_smaller_picture(detected, nothing):
