@@ -180,6 +180,8 @@ def predict(
     with Album(out, [each.label for each in detectors], score=score, view=view, attention=drawn) as album:
         for picture in explained_each(detectors, results) if explanations else results:
             album.add(picture)
+    if not album.pictures:
+        raise DataError(f"no picture could be read: {unreadable(left_out)}")
     for run, count in album.counts().items():
         typer.echo(f"{run}: {count} detections in {album.pictures} pictures")
     typer.echo(album.page)
@@ -293,13 +295,13 @@ def import_weights(
 ) -> None:
     """Say what a file of weights is, and make a run of it."""
     from detrlib.checkpoints.files import describe
-    from detrlib.runs.folder import run_path
-    from detrlib.runs.sources import open_source, save_run
+    from detrlib.runs.sources import free_path, open_source, save_run
 
+    folder = None if save_as is None else free_path(save_as)
     found = open_source(source, overrides=pairs(settings, "--set", "model.backbone.dilation=true"))
     typer.echo(describe(found))
-    if save_as:
-        save_run(found, run_path(save_as))
+    if folder:
+        save_run(found, folder)
 
 
 @app.command()

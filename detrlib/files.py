@@ -54,8 +54,10 @@ def load_checkpoint(path: Path, needed: Collection[str] = ()) -> dict:
         hint = f"there are {there}" if there else "has the run finished its first epoch?"
         raise RunError(f"no checkpoint {path}; {hint}") from None
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise RunError(f"{path} is not a checkpoint of this project: {reason}") from error
+        raise RunError(
+            f"{path} is not a checkpoint of this project, or cut short ({path.stat().st_size} bytes); copy it "
+            "again, or use another checkpoint of the run"
+        ) from error
     missing = [name for name in needed if name not in state] if isinstance(state, dict) else ["a state"]
     if missing:
         raise RunError(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
@@ -63,7 +65,7 @@ def load_checkpoint(path: Path, needed: Collection[str] = ()) -> dict:
 
 
 def weight_faults(own: dict, given: dict) -> list[str]:
-    """In words, every way in which the names and shapes of two state dicts differ."""
+    """In words, every way in which a state dict does not fit another: names, shapes, values that are not finite."""
     faults = [f"missing {name}" for name in own if name not in given]
     faults += [f"unexpected {name}" for name in given if name not in own]
     faults += [
@@ -71,12 +73,12 @@ def weight_faults(own: dict, given: dict) -> list[str]:
         for name in own
         if name in given and own[name].shape != given[name].shape
     ]
-    return faults
+    return faults + [f"{name} holds values that are no numbers" for name in given if not given[name].isfinite().all()]
 
 
 def load_weights(model: torch.nn.Module, state: dict, source: Path) -> None:
-    """Copy weights into `model`. Raises RunError naming the first differences if they are of another architecture."""
+    """Copy weights into `model`. Raises RunError naming the first faults if they are of another one, or not finite."""
     faults = weight_faults(model.state_dict(), state)
     if faults:
-        raise RunError(f"{source} holds weights of another architecture: {listed(faults, 4, '; ')}")
+        raise RunError(f"{source} holds weights that do not fit this architecture: {listed(faults, 4, '; ')}")
     model.load_state_dict(state)

@@ -33,14 +33,14 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 550,
+    ".": 555,
     "config": 810,
     "attention": 1240,
     "attention/kernels": 1040,
     "models": 1990,
     "losses": 310,
-    "checkpoints": 1210,
-    "data": 1410,
+    "checkpoints": 1215,
+    "data": 1425,  # names of classes of any file are read in one place
     "metrics": 1730,
     "runs": 1500,
     "engine": 1980,

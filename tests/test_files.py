@@ -85,7 +85,15 @@ def test_weights_of_another_architecture_are_not_half_loaded(tmp_path):
     with pytest.raises(RunError) as caught:
         load_weights(model, other, tmp_path / "a.pt")
     assert str(caught.value) == (
-        f"{tmp_path / 'a.pt'} holds weights of another architecture: missing 1.weight; unexpected extra; "
+        f"{tmp_path / 'a.pt'} holds weights that do not fit this architecture: missing 1.weight; unexpected extra; "
         "0.weight is (4, 2), the model has (3, 2)"
     )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path):
+    model = torch.nn.Linear(1, 2)
+    state = {"weight": torch.tensor([[1.0], [float("nan")]]), "bias": torch.ones(2)}
+    with pytest.raises(RunError, match=r"a\.pt .*weight holds"):
+        load_weights(model, state, tmp_path / "a.pt")
+    assert model.weight.isfinite().all()

@@ -208,7 +208,8 @@ def test_predict_leaves_out_what_cannot_be_read_and_says_so(run_dir, photos, tmp
     assert "text.jpg" in line and "cut.png" in line
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
     assert "text.jpg" in refused("predict", run_dir, photos / "text.jpg", "--out", tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    assert "cut.png" in refused("predict", run_dir, photos / "cut.png", "--out", tmp_path / "none")
+    assert not (tmp_path / "none" / "index.html").exists()
 
 
 def test_predictions_that_cannot_be_made(run_dir, photos, tmp_path):
@@ -220,6 +221,7 @@ def test_predictions_that_cannot_be_made(run_dir, photos, tmp_path):
         ([run_dir, f"{photos}/*.gif"], "*.gif"),
         ([run_dir], "no pictures"),
         ([picture], "no model"),
+        ([run_dir, ""], "empty text"),
         ([run_dir, picture, "--device", "cuda:99"], "cuda:99"),
         ([run_dir, picture, "--checkpoint", "epoch-0099"], "epoch-0099"),
         ([run_dir, picture, "--layer", 7], "no layer 7"),
@@ -356,6 +358,10 @@ def test_import(tmp_path, small):
     assert "detr, " in shown and "model.backbone.name: resnet18" in shown and "model.num_heads: 4" in shown
     assert (tmp_path / "run" / "config.yaml").exists()
     assert "absent.pth" in refused("import", tmp_path / "absent.pth")
+    assert "there already" in refused(
+        "import", tmp_path / "absent.pth", "--as", tmp_path / "run"
+    )  # before it is fetched
+    assert "names no run" in refused("import", tmp_path / "official.pth", "--as", "")
 
 
 def test_unrel(tmp_path):

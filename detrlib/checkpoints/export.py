@@ -18,6 +18,7 @@ from detrlib.checkpoints.official import family_of
 from detrlib.checkpoints.source import Source, build_source, fitting
 from detrlib.config import flat_settings, load_config
 from detrlib.config.model import SiteName
+from detrlib.data.classes import names_by_label
 from detrlib.errors import ConfigError, WeightsError
 from detrlib.files import save_checkpoint, write_atomic
 
@@ -89,8 +90,13 @@ def read_own(path: Path) -> Source:
             f"{path}: names no settings of its model, as files of detrlib export do; of Hugging Face's, give the "
             "folder, in which config.json stands beside it"
         )
-    cfg = load_config(overrides=json.loads(metadata[SETTINGS]))
-    names = {int(label): name for label, name in json.loads(metadata.get(NAMES, "{}")).items()} or None
+    try:
+        cfg = load_config(overrides=dict(json.loads(metadata[SETTINGS])))
+        names = names_by_label(json.loads(metadata.get(NAMES, "{}")), path) or None
+    except (ValueError, TypeError) as error:  # of JSON, and of ours those of settings and names
+        raise WeightsError(
+            f"{path}: the settings or names of classes in it are no such ({error}); export it again"
+        ) from None
     return fitting(Source(path.stem, cfg, state, names, path), "a model")
 
 

@@ -27,7 +27,7 @@ from detrlib.checkpoints.names import PROFILING, State, official_state, own_stat
 from detrlib.checkpoints.official import backbone_settings, family_of, settings_of
 from detrlib.checkpoints.source import Source, build_source, coco_names, fitting
 from detrlib.config import Config, changed_settings, load_config, parse_value, replace
-from detrlib.errors import WeightsError
+from detrlib.errors import ConfigError, WeightsError
 from detrlib.models.deformable import DeformableDETR
 from detrlib.models.pretrained import SCRL
 
@@ -62,7 +62,8 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
     if SCRL in content:
         raise WeightsError(f"{path}: SCRL weights of a backbone; give the file as model.backbone.weights")
     state = content.get("model", content)
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    entries = state.items() if isinstance(state, dict) else ()
+    if not entries or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
         raise WeightsError(f"{path}: holds no state dict (names to tensors), neither itself nor under 'model'")
     state = {name: value for name, value in state.items() if not name.endswith(PROFILING)}
     try:
@@ -129,7 +130,10 @@ def official_config(checkpoint: OfficialCheckpoint, overrides: Mapping[str, Any]
         raise WeightsError(f"{checkpoint.path}: {error}") from None
     if settings.get("model.classification") == "sigmoid":
         settings |= {"loss.cost_class": 2.0, "loss.weight_class": 2.0}
-    return replace(load_config(overrides={"data.root": "data/coco"}), settings | overrides)
+    try:
+        return replace(load_config(overrides={"data.root": "data/coco"}), settings | overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{checkpoint.path}: {error}") from None
 
 
 def official_source(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Source:
@@ -176,7 +180,10 @@ def export_official(model: nn.Module) -> State:
         decoder = model.transformer.decoder
         heads = len(model.transformer.encoder.layers) - 1 if model.encoder_auxiliary else 0
         state = official_state(own, decoder.refine, len(decoder.layers), heads)
-    backbone_settings(state)
+    try:
+        backbone_settings(state)
+    except WeightsError as error:
+        raise WeightsError(f"model.backbone.name: {error}; write a .safetensors file instead") from None
     return state
 
 

@@ -22,6 +22,7 @@ from detrlib.checkpoints.official import family_of
 from detrlib.checkpoints.source import Source, build_source
 from detrlib.config import Config, Deformable, flat_settings
 from detrlib.data.augment import LONGEST, MEAN, PAPER_SIZE, STD
+from detrlib.data.classes import names_by_label
 from detrlib.errors import WeightsError
 from detrlib.files import write_atomic, write_json
 
@@ -118,7 +119,7 @@ def read_huggingface(folder: Path) -> tuple[OfficialCheckpoint, dict[int, str] |
         for layer in range(config.get("decoder_layers", 6)):  # saved once where all layers' are one
             for kind in ("weight", "bias"):
                 state.setdefault(f"class_embed.{layer}.{kind}", state[f"class_embed.0.{kind}"])
-    return OfficialCheckpoint(weights, state, family_of(state), _told(folder, config), None), _names(config)
+    return OfficialCheckpoint(weights, state, family_of(state), _told(folder, config), None), _names(path, config)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -136,6 +137,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _check(path: Path, config: Mapping[str, Any]) -> None:
     """Raise WeightsError for settings that give other numbers than this library's models."""
     body = config.get("backbone_config") or {}
+    if not isinstance(body, dict):
+        raise WeightsError(f"{path}: backbone_config is {body!r:.80}; expected settings of a backbone")
     expected = (
         ("activation_function", config.get("activation_function", "relu"), ("relu",)),
         ("backbone_config.hidden_act", body.get("hidden_act", "relu"), ("relu",)),
@@ -193,9 +196,9 @@ def _told(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in told.items() if value is not None}
 
 
-def _names(config: Mapping[str, Any]) -> dict[int, str] | None:
+def _names(path: Path, config: Mapping[str, Any]) -> dict[int, str] | None:
     """Names of classes by label, unless they are numbered only; labels without a class are called N/A there."""
-    names = {int(label): name for label, name in config.get("id2label", {}).items()}
+    names = names_by_label(config.get("id2label", {}), path)
     if all(name == f"LABEL_{label}" for label, name in names.items()):
         return None
     return {label: name for label, name in names.items() if name != "N/A"}

@@ -163,6 +163,8 @@ def _settings(values: dict[str, Any], where: str) -> dict[str, Any]:
             continue
         now = MOVED.get(key, key)
         if now == PADDING != key:
+            if PADDING in given:
+                raise ConfigError(f"{where}: {key} is an older name of what {PADDING} says now; give that alone")
             value = next((today for today, before in PADDING_WAS.items() if value in before), value)
             padding.append(value)
         settings[now] = value

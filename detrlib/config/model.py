@@ -210,11 +210,15 @@ class Architecture(Section):
     def _annealed_sites_have_an_alpha(self):
         anneal = self.attention.anneal
         if not anneal.epochs:
+            if anneal != Anneal():
+                raise ValueError(
+                    "model.attention.anneal is of no use without model.attention.anneal.epochs; set it, to 0.8"
+                )
             return self
-        sites = anneal.sites or get_args(SiteName)
+        sites = get_args(SiteName) if anneal.sites is None else anneal.sites
         fixed = [site for site in sites if (self.alpha_at(site) or 1.0) > 1.0]
         if not fixed or (anneal.sites and fixed != list(sites)):
-            found = ", ".join(f"{site} {self.transform_at(site)}" for site in sites if site not in fixed)
+            found = ", ".join(f"{site} {self.transform_at(site)}" for site in sites if site not in fixed) or "no site"
             raise ValueError(
                 f"model.attention.anneal moves alphas of sparsemax, entmax15 and entmax, not those of {found}; choose "
                 "one of them there, or name other sites in model.attention.anneal.sites"

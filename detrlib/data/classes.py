@@ -4,6 +4,8 @@ import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from detrlib.errors import DataError, listed
 
@@ -49,6 +51,19 @@ def match_classes(
         unmapped={name: counts[id] for id, name in theirs.items() if id not in labels},
         unannotated=[name for label, name in ours.items() if label not in labels.values()],
     )
+
+
+def names_by_label(given: Any, file: Path) -> dict[int, str]:
+    """Names of classes as JSON has them, {"1": "circle"}, by their labels. Raises DataError naming the file."""
+    try:
+        names = {int(label): name for label, name in given.items()}
+    except (AttributeError, ValueError):
+        names = {0: None}
+    if not all(isinstance(name, str) for name in names.values()):
+        raise DataError(
+            f"{file}: names of classes are {given!r:.80}; expected labels with names, such as {{'1': 'circle'}}"
+        )
+    return names
 
 
 def translate(content: Mapping, match: ClassMatch) -> dict:

@@ -7,7 +7,7 @@ upright first, as every program shows them, and boxes in them refer to that.
 import glob
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +143,7 @@ def find_pictures(pictures: Any, limit: int | None = None) -> list[Picture]:
         DataError: there is no such file, or no picture in it.
     """
     alone = isinstance(pictures, str | Path | Image.Image) or getattr(pictures, "ndim", 0) in (2, 3)
+    alone = alone or not isinstance(pictures, Iterable)  # and then no picture, which is said below
     chosen = {}
     for number, given in enumerate([pictures] if alone else pictures, 1):
         if isinstance(given, str | Path):

@@ -227,6 +227,8 @@ def models_and_pictures(words: Iterable[str]) -> tuple[list[str], list[str]]:
     """
     models, pictures = [], []
     for word in dict.fromkeys(words):
+        if not word.strip():  # would be the working directory
+            raise ConfigError("one of the models and pictures is an empty text; is a variable of the shell not set?")
         path, run = Path(word), (RUNS / word / "config.yaml").is_file() and not word.startswith(".")
         model = any((path / name).is_file() for name in ("config.yaml", "config.json"))  # a run, or Hugging Face's
         picture = not model and (are_pictures(word) or path.suffix.lower() in SUFFIXES)

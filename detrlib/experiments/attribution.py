@@ -74,7 +74,7 @@ def explain(
         maps["box"] = _box_maps(predictions.boxes[0, queries].detach(), size, canvas, attention.grid)
     if "random" in methods:
         maps["random"] = _random_maps(len(queries), attention, seed)
-    return {method: maps[method] for method in methods}
+    return {method: maps[method].detach() for method in methods}  # of polling, cells have gradients of their own
 
 
 def allowed_methods(model: nn.Module, methods: Iterable[str] | None = None) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 from detrlib.config import Config, Data, project_path, replace
 from detrlib.data import split_paths
 from detrlib.data.annotations import Annotations, read_annotations
-from detrlib.data.classes import ClassMatch, match_classes, translate
+from detrlib.data.classes import ClassMatch, match_classes, names_by_label, translate
 from detrlib.data.pictures import pictures_folder
 from detrlib.engine.evaluate import evaluate_into, evaluation_config, results_folder
 from detrlib.errors import ConfigError, DataError, RunError
@@ -61,7 +61,7 @@ def evaluate_on(
     named = on.stem.removeprefix("instances_") if on == annotations else "-".join(filter(None, (on.name, split)))
     folder = results_folder(run_dir, save_as or named, annotations)
     content = read_annotations(annotations)
-    ours = {int(label): name for label, name in load_results(run_dir).get("names", {}).items()}
+    ours = names_by_label(load_results(run_dir).get("names", {}), run_dir / "results.json")
     match = _match(run_dir, cfg, annotations, content, ours, names or {}, by_id)
     copy = folder / annotations.name  # with the run's labels as category ids
     write_json(copy, translate(content, match))

@@ -46,7 +46,8 @@ PAGE_PIXELS, THUMBNAIL = 800, 200
 class Album:
     """A folder that is filled picture by picture; at the end of a `with` statement what needs all of them is written.
 
-    folder: is made; what an earlier album has left there is removed, other files are not touched.
+    folder: is made; with the first picture, what an earlier album has left there is removed. Other files are not
+    touched, and without any picture nothing is.
     runs: the names of those that stand side by side; score: the lowest that is in the folder; attention: draw maps,
     those of `view` first.
 
@@ -72,13 +73,13 @@ class Album:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.page.open("a").close()
-            for name in DRAWN:
-                _remove_ours(folder / name)
         except OSError as error:
             raise RunError(f"{folder}: cannot be written ({error.strerror}); choose another folder (--out)") from None
 
     def add(self, picture: Sequence[Detected]) -> None:
         """One picture: what every run detected in it, in the order of the runs. Raises RunError on a full disk."""
+        for name in () if self.pictures else DRAWN:
+            _remove_ours(self.folder / name)
         by_run, first = dict(zip(self.runs, picture, strict=True)), picture[0]
         image, name = first.image(PIXELS), self._name(first.source.title)
         self._save(detections_by_run(by_run, image), f"pictures/{name}.png")
@@ -103,6 +104,10 @@ class Album:
 
     def close(self) -> None:
         """Write what all pictures are needed for: contact sheets, predictions and the page."""
+        if not self.pictures:
+            if not self.page.stat().st_size:  # made above, to see whether it can be
+                self.page.unlink()
+            return
         for run, detected in self._detected.items():
             save_detected(self.folder / self.folders[run], detected)
             thumbnails = list(zip(self._thumbnails, detected, strict=False))
@@ -127,10 +132,13 @@ class Album:
         if drawn.get_label() == NOTHING:
             return
         path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
-        with plt.rc_context(look()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # file names may be in any script
-            drawn.savefig(path, metadata={"Software": OURS})
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with plt.rc_context(look()), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph")  # file names may be in any script
+                drawn.savefig(path, metadata={"Software": OURS})
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written ({error.strerror}); choose another folder (--out)") from None
 
 
 def check_folder(folder: Path) -> None:
@@ -180,4 +188,5 @@ def _remove_ours(folder: Path) -> None:
         except (OSError, SyntaxError):
             continue
         if ours:
-            path.unlink()
+            with suppress(OSError):  # then it is replaced, or says what is wrong when it is to be
+                path.unlink()

@@ -12,17 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from detrlib.checkpoints.export import read_own
+from detrlib.checkpoints.export import BY_SUFFIX, read_own
 from detrlib.checkpoints.files import official_source
 from detrlib.checkpoints.huggingface import fetch_huggingface, huggingface_source
 from detrlib.checkpoints.source import Source, build_source
 from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED, fetch
 from detrlib.config import load_config
+from detrlib.data.classes import names_by_label
 from detrlib.errors import ConfigError, RunError, WeightsError
 from detrlib.files import load_checkpoint, save_checkpoint, write_json
 from detrlib.runs.folder import RESERVED, RUNS, begin_folder, load_results, run_path
-
-FILES = (".pth", ".pt", ".safetensors", ".bin")  # what ends so was meant as a file, not as an id
 
 
 def open_source(source: str | Path, checkpoint: str = "last", overrides: Mapping[str, Any] | None = None) -> Source:
@@ -63,14 +62,21 @@ def open_source(source: str | Path, checkpoint: str = "last", overrides: Mapping
     return replace(huggingface_source(fetch_huggingface(str(source)), overrides), label=str(source))
 
 
+def free_path(name: str | Path) -> Path:
+    """The folder of a run that is to be made. Raises RunError if it is already there."""
+    run_dir = run_path(name)
+    if run_dir.exists():
+        raise RunError(f"{run_dir} is there already; choose another run name, or delete the folder")
+    return run_dir
+
+
 def save_run(source: Source, run_dir: Path) -> None:
     """A run folder around weights, ready to be evaluated, after which it is like any other run's.
 
     Its results.json, empty of numbers until then, says that there is nothing to resume. Raises RunError if the folder
     is already there.
     """
-    if run_dir.exists():
-        raise RunError(f"{run_dir} is there already; choose another run name, or delete the folder")
+    free_path(run_dir)
     state = build_source(source).state_dict()
     begin_folder(run_dir, source.cfg)
     save_checkpoint(run_dir / "checkpoints" / "last.pt", {"model": state, "epoch": source.epoch, "global_step": 0})
@@ -90,9 +96,13 @@ def run_source(run_dir: Path, checkpoint: str = "last") -> Source:
     """
     results = refuse_predictions(run_dir)
     cfg = load_config(run_dir / "config.yaml")
+    if cfg.model.num_classes is None:
+        raise RunError(
+            f"{run_dir / 'config.yaml'}: model.num_classes is missing, which every run has; is the file whole?"
+        )
     path = run_dir / "checkpoints" / f"{checkpoint}.pt"
     content = load_checkpoint(path, ["model"])
-    names = {int(label): name for label, name in results.get("names", {}).items()} or None
+    names = names_by_label(results.get("names", {}), run_dir / "results.json") or None
     label = str(run_dir.relative_to(RUNS)) if run_dir.is_relative_to(RUNS) else run_dir.name
     return Source(label, cfg, content.get("average") or content["model"], names, path, content.get("epoch", 0))
 
@@ -112,7 +122,11 @@ def _refuse_near_names(name: str) -> None:
     """Raise WeightsError for what is no id of Hugging Face's, or is more likely a misspelt name of something here."""
     runs = [file.parent.relative_to(RUNS) for file in sorted(RUNS.glob("**/config.yaml"))]
     known = [str(run) for run in runs if run.name not in RESERVED] + [*PUBLISHED, *ELSEWHERE]
-    an_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not name.endswith(FILES)
+    if name.endswith(tuple(filter(None, BY_SUFFIX))) or name.startswith(("/", "~", ".")):
+        raise WeightsError(
+            f"{name}: there is no such file, folder or run; published weights are {', '.join(PUBLISHED)}"
+        )
+    an_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
     near = difflib.get_close_matches(name, known, 3, 0.8 if an_id else 0.5)
     if an_id and not near:
         return

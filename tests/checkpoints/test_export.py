@@ -4,9 +4,10 @@ import re
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from detrlib.checkpoints.export import export, read_own
+from detrlib.checkpoints.export import export, read_own, write_own
 from detrlib.config import flat_settings
 from detrlib.errors import ConfigError, WeightsError
 from detrlib.runs.sources import open_source
@@ -90,4 +91,15 @@ def test_files_of_others_and_damaged_ones(tmp_path):
         read_own(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"0" * 50)
     with pytest.raises(WeightsError, match=r"model\.safetensors: damaged"):
+        read_own(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("key", ["detrlib.settings", "detrlib.names"])
+@pytest.mark.parametrize("text", ["{", "[1]", '{"model": {"no_such": 1}}'])
+def test_settings_and_names_in_a_file_that_are_none(source_of, tmp_path, key, text):
+    write_own(source_of(CHOICES["tiny"]), tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(state, tmp_path / "model.safetensors", metadata | {key: text})
+    with pytest.raises(WeightsError, match=r"model\.safetensors: the settings or names"):
         read_own(tmp_path / "model.safetensors")

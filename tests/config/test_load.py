@@ -268,3 +268,10 @@ def test_the_parameter_of_the_published_tvmax_is_refused_beside_ours_and_where_t
 def test_a_sweep_is_no_config():
     with pytest.raises(ConfigError, match="detrlib sweep"):
         load_config("papermill_runs/configs/quickstart.yaml")
+
+
+@pytest.mark.parametrize("old", ["mask_padding", "attention_padding", "token_scores"])
+def test_an_older_name_beside_the_one_of_today_is_refused(old):
+    overrides = {"model.compatibility.padding": "official", f"model.compatibility.{old}": True}
+    with pytest.raises(ConfigError, match=rf"model\.compatibility\.{old} .*model\.compatibility\.padding"):
+        load_config(overrides=overrides)

@@ -109,6 +109,8 @@ ANNEAL = "model.attention.anneal"
     [
         ({f"{ANNEAL}.epochs": 1}, rf"{ANNEAL}.*encoder_self softmax.*{ANNEAL}\.sites"),
         ({f"{ANNEAL}.epochs": 1, "model.attention.decoder_cross": "alpha_entmax"}, "decoder_cross alpha_entmax"),
+        ({f"{ANNEAL}.epochs": 1, f"{ANNEAL}.sites": [], "model.attention.decoder_cross": "sparsemax"}, "no site"),
+        ({f"{ANNEAL}.start": 1.2, "model.attention.decoder_cross": "sparsemax"}, rf"{ANNEAL}\.epochs"),
         (
             {f"{ANNEAL}.epochs": 1, f"{ANNEAL}.sites": ["decoder_self"], "model.attention.decoder_cross": "entmax15"},
             "decoder_self softmax",

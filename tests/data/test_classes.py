@@ -1,10 +1,11 @@
 """Classes of one data set as those of a model: by name, by id, and the annotations that follow them."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from detrlib.data.classes import match_classes, translate
+from detrlib.data.classes import match_classes, names_by_label, translate
 from detrlib.errors import DataError
 
 OURS = {1: "circle", 2: "square", 3: "triangle", 4: "star", 5: "ring", 6: "cross"}
@@ -72,3 +73,13 @@ def test_translation_keeps_everything_but_ids_and_what_has_no_partner():
     same = translate(theirs, match_classes(theirs, OURS, by_id=True))
     assert {category["id"]: category["name"] for category in same["categories"]} == THEIRS
     assert [annotation["category_id"] for annotation in same["annotations"]] == [11, 21, 40, 3]
+
+
+def test_names_as_json_has_them():
+    assert names_by_label({"0": "a", "12": "b"}, Path("results.json")) == {0: "a", 12: "b"}
+
+
+@pytest.mark.parametrize("given", [["a"], {"a": "b"}, {"1": 2}, None, "a"])
+def test_names_that_are_none_name_the_file(given):
+    with pytest.raises(DataError, match=r"results\.json: names of classes"):
+        names_by_label(given, Path("results.json"))

@@ -219,3 +219,9 @@ def test_words_that_name_pictures(folder, colours):
         assert are_pictures(str(word)), word
     for word in (folder / "notes.txt", folder / "absent.jpg", f"{folder}/*.gif", "detr-r50"):
         assert not are_pictures(str(word)), word
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_what_is_neither_a_picture_nor_several_is_refused(given):
+    with pytest.raises(DataError, match=f"picture 1: a {type(given).__name__}"):
+        find_pictures(given)

@@ -265,5 +265,5 @@ def test_a_checkpoint_of_another_architecture_is_named(tmp_path, interrupt, tiny
     with pytest.raises(KeyboardInterrupt):
         train(cfg, tmp_path)
     (tmp_path / "config.yaml").unlink()  # otherwise the other setting itself is refused
-    with pytest.raises(RunError, match=r"last\.pt holds weights of another architecture: .*the model has \("):
+    with pytest.raises(RunError, match=r"last\.pt holds weights that do not fit this architecture: .*the model has \("):
         train(replace(cfg, {"model.hidden_dim": 16}), tmp_path)

@@ -188,3 +188,9 @@ def test_unknown_methods_and_frozen_models_are_refused(padded_batch, small):
     explained(model, *arguments, ["raw", "rollout"])
     with pytest.raises(ModelError, match="requires_grad_"):
         explained(model, *arguments, ["relevance"])
+
+
+def test_maps_of_polled_cells_are_free_of_gradients(padded_batch, small):
+    images, padding = padded_batch(*SIZES, canvas=CANVAS)
+    maps = explained(small(polling={"ratio": 0.5}), images, padding, 0)
+    assert set(maps) == set(METHODS) and not any(own.requires_grad for own in maps.values())

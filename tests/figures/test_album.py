@@ -85,3 +85,21 @@ def test_folders_that_cannot_be_written(tmp_path):
     for folder in ("/proc/none", tmp_path / "file"):
         with pytest.raises(RunError, match=str(folder)):
             Album(type(tmp_path)(folder), ["run"])
+
+
+def test_an_album_without_pictures_leaves_an_earlier_one_as_it_was(tmp_path, make_detected):
+    with Album(tmp_path / "out", ["run"]) as album:
+        album.add((make_detected(attention=False),))
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in files(tmp_path / "out")}
+    with Album(tmp_path / "out", ["run"]):
+        pass
+    assert before == {name: (tmp_path / "out" / name).read_bytes() for name in files(tmp_path / "out")}
+    with Album(tmp_path / "new", ["run"]):
+        pass
+    assert files(tmp_path / "new") == []
+
+
+def test_a_folder_that_a_file_stands_in_the_way_of_is_named(tmp_path, make_detected):
+    (tmp_path / "pictures").write_text("no folder")
+    with pytest.raises(RunError, match=r"pictures.*--out"), Album(tmp_path, ["run"]) as album:
+        album.add((make_detected(attention=False),))

@@ -67,7 +67,7 @@ def test_runs_made_of_predictions_have_no_model(run_dir, tmp_path):
 def test_a_checkpoint_of_another_architecture_is_named_when_it_is_built(run_dir, tmp_path):
     folder = shutil.copytree(run_dir, tmp_path / "run")
     save_checkpoint(folder / "checkpoints" / "last.pt", {"model": {"weight": torch.ones(2)}})
-    with pytest.raises(RunError, match=r"last\.pt.*another architecture"):
+    with pytest.raises(RunError, match=r"last\.pt.*this architecture"):
         build_source(open_source(folder))
 
 
@@ -121,6 +121,19 @@ def test_ids_of_hugging_face_come_last_and_after_names_that_are_near(runs, monke
 def test_a_name_that_nothing_has(runs, name, near):
     with pytest.raises(WeightsError, match=f"'{name}'.*{near}"):
         open_source(name)
+
+
+def test_a_config_without_the_number_of_classes_is_named(run_dir, tmp_path):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    (folder / "config.yaml").write_text("")
+    with pytest.raises(RunError, match=r"config\.yaml: model\.num_classes"):
+        open_source(folder)
+
+
+def test_a_file_that_is_not_there_is_no_misspelt_name(runs):
+    for name in ("/nested/first", "first.pth"):
+        with pytest.raises(WeightsError, match=rf"^{name}: there is no such file"):
+            open_source(name)
 
 
 # --- runs made of weights from elsewhere ------------------------------------------------------------------------
