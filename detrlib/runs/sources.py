@@ -124,7 +124,7 @@ def _refuse_near_names(name: str) -> None:
     known = [str(run) for run in runs if run.name not in RESERVED] + [*PUBLISHED, *ELSEWHERE]
     if name.endswith(tuple(filter(None, BY_SUFFIX))) or name.startswith(("/", "~", ".")):
         raise WeightsError(
-            f"{name}: there is no such file, folder or run; published weights are {', '.join(PUBLISHED)}"
+            f"{name!r}: there is no such file, folder or run; published weights are {', '.join(PUBLISHED)}"
         )
     an_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
     near = difflib.get_close_matches(name, known, 3, 0.8 if an_id else 0.5)

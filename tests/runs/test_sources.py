@@ -131,7 +131,7 @@ def test_a_config_without_the_number_of_classes_is_named(run_dir, tmp_path):
 
 def test_a_file_that_is_not_there_is_no_misspelt_name(runs):
     for name in ("/nested/first", "first.pth", "here/model.pth"):
-        with pytest.raises(WeightsError, match=rf"^{name}: there is no such file"):
+        with pytest.raises(WeightsError, match=rf"^'{name}': there is no such file"):
             open_source(name)
 
 
