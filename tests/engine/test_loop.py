@@ -198,7 +198,9 @@ def test_annealed_alphas_are_logged_judged_by_and_arrive(tmp_path, metrics_witho
     found = [module.transform.alpha for module in attention_modules(halfway, "decoder_cross")]
     assert found == pytest.approx([1 + 1 / 1.5] * 2)
     assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["epoch"] == 2
-    plain = load_config(tmp_path / "config.yaml", {"model.attention.anneal.epochs": 0})
+    plain = load_config(
+        tmp_path / "config.yaml", {"model.attention.anneal": {"epochs": 0, "start": 1.01, "sites": None}}
+    )
     save_config(plain, tmp_path / "config.yaml")
     again = evaluate_run(tmp_path)
     assert {**again, "seconds": 0} == {**results, "seconds": 0}
