@@ -222,8 +222,9 @@ def _start(job: Job, slot: int, slots: int) -> None:
         inherited = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(inherited.split(",")[slot::slots])
     else:
-        # Several runs with a thread each use the cores better than one run with several threads.
-        environment["OMP_NUM_THREADS"] = str(max(1, _slots() // slots))
+        # Several runs with a thread each use the cores better than one run with several threads; on a machine that
+        # others use as well, threads wait for each other, so what the user has set wins.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, _slots() // slots)))
     command = [sys.executable, "-m", "detrlib", "sweep-run", str(job.folder)]
     with (job.folder / "log.txt").open("a") as log:
         job.process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=log, stderr=subprocess.STDOUT)

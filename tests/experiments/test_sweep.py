@@ -141,6 +141,20 @@ def test_runs_of_earlier_versions_count_as_finished(sweep_file, stand_ins, tmp_p
     assert [name for name, _ in stand_ins] == ["attention_maps", "thesis_figures"]
 
 
+def test_threads_that_the_user_has_set_win(sweep_file, stand_ins, tmp_path, monkeypatch):
+    given, begin = [], sweep.subprocess.Popen
+
+    def popen(command, **options):
+        given.append(options["env"]["OMP_NUM_THREADS"])
+        return begin(command, **options)
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", popen)
+    monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    sweep.sweep(sweep_file(), tmp_path / "many", parallel=1)
+    assert given == ["7"] * 3
+
+
 def test_no_more_runs_than_slots_work_at_a_time(sweep_file, stand_ins, tmp_path, monkeypatch):
     """Each has the GPUs, or the share of the cores, of its slot."""
     real, busy, seen = sweep.subprocess.Popen, [], []
