@@ -223,6 +223,11 @@ class Architecture(Section):
                 f"model.attention.anneal moves alphas of sparsemax, entmax15 and entmax, not those of {found}; choose "
                 "one of them there, or name other sites in model.attention.anneal.sites"
             )
+        if passed := [site for site in fixed if self.alpha_at(site) <= anneal.start]:
+            raise ValueError(
+                f"model.attention.anneal.start {anneal.start} is not below the alpha {self.alpha_at(passed[0])} of "
+                f"{passed[0]}, to which it moves; lower it, or leave that site out of model.attention.anneal.sites"
+            )
         return self
 
     def transform_at(self, site: SiteName) -> str:

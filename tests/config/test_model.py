@@ -117,6 +117,10 @@ ANNEAL = "model.attention.anneal"
         ),
         (DEFORMABLE | {f"{ANNEAL}.epochs": 1, f"{ANNEAL}.sites": ["decoder_cross"]}, "decoder_cross deformable"),
         ({f"{ANNEAL}.start": 0.99}, rf"{ANNEAL}\.start"),
+        (
+            {f"{ANNEAL}.epochs": 1, f"{ANNEAL}.start": 1.6, "model.attention.decoder_cross": "entmax15"},
+            rf"{ANNEAL}\.start 1\.6 .*decoder_cross",
+        ),
     ],
 )
 def test_annealing_of_what_has_no_fixed_alpha_is_refused(overrides, named):
