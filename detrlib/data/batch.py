@@ -32,7 +32,7 @@ class Batch(NamedTuple):
         return Batch(moved(self.images), moved(self.padding_mask), targets)
 
 
-def collate(samples: list[tuple[Tensor, dict]], multiple: int = 1) -> Batch:
+def collate(samples: list[tuple[Tensor, dict]]) -> Batch:
     """Pad images with zeros, below and to the right, to the size of the largest, and put them into one batch.
 
     The batch is as official code makes it. Cells of a feature map lie on the same pixels whether an image comes alone
@@ -43,7 +43,6 @@ def collate(samples: list[tuple[Tensor, dict]], multiple: int = 1) -> Batch:
 
     Args:
         samples: images [3,h,w] with their targets, as data sets return them.
-        multiple: height and width of the batch are divisible by it, in pixels.
 
     Returns:
         A batch; targets stay as they are.
@@ -52,7 +51,7 @@ def collate(samples: list[tuple[Tensor, dict]], multiple: int = 1) -> Batch:
         ValueError: there are no samples.
     """
     images, targets = zip(*samples, strict=True)
-    height, width = (_round_up(max(image.shape[axis] for image in images), multiple) for axis in (-2, -1))
+    height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
     if all(image.shape[-2:] == (height, width) for image in images):
         return Batch(torch.stack(images), None, list(targets))
     padded = images[0].new_zeros(len(images), images[0].shape[0], height, width)
@@ -73,10 +72,6 @@ def batches(loader: Iterable[Batch]) -> Iterator[Batch]:
         yield from loader
     except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
-
-
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 class EpochSampler(torch.utils.data.Sampler):

@@ -331,7 +331,7 @@ def record(cfg, run_dir, model, batches, process=None):
     total = sum(len(samples) for samples in batches) * (process.num_processes if process else 1)
     with recorder(cfg, total, process or Process(0, 1), run_dir) as to, torch.no_grad():
         for samples in batches:
-            batch = collate(samples, multiple=64)
+            batch = collate(samples)
             found = model(batch.images, batch.padding_mask, need_attention={"decoder_cross", *to.sites(batch)})
             to.add(batch, found, match(found, batch.targets, Criterion(**dict(cfg.loss)).costs))
 
@@ -389,7 +389,7 @@ def test_deformable_attention_is_stored_as_maps_of_the_finest_level(tmp_path, de
     model = small(architecture="deformable", classification="sigmoid", deformable={"levels": 2, **deformable})
     samples = [sample(1, 64, 128), sample(2, 128, 100)]
     record(cfg, tmp_path, model, [samples])
-    batch, opened = collate(samples, multiple=64), AttentionStore(tmp_path)
+    batch, opened = collate(samples), AttentionStore(tmp_path)
     with torch.no_grad():
         maps = model(batch.images, batch.padding_mask, need_attention=True).attention
     for index, image_id in enumerate((1, 2)):
