@@ -11,6 +11,7 @@ from typing import Any
 
 from detrlib.config import Config, load_config, project_path, replace
 from detrlib.data import build_dataset
+from detrlib.data.yolo import is_data_yaml
 from detrlib.engine.evaluate import on_split, save_results
 from detrlib.errors import DataError, RunError
 from detrlib.experiments.transfer import find_data
@@ -35,7 +36,8 @@ def evaluate_predictions(
         run_dir: the folder to make.
         predictions: JSON list of {"image_id", "category_id", "bbox": [left, top, width, height] in pixels, "score"},
             with ids as in the annotation file.
-        data: what the detections are of: a config (its validation split), a COCO-format folder or an annotation file.
+        data: what the detections are of: a config (its validation split), a folder that `formats` knows, YOLO's
+            data.yaml, or a COCO annotation file.
         split: another split than the validation split.
         images: the folder of the pictures, if not where `data` has them.
         overrides: dotted settings of `evaluate`, such as {"evaluate.engine": "pycocotools"}.
@@ -70,7 +72,7 @@ def evaluate_predictions(
 
 def _config(data: Path, split: str | None, images: Path | None) -> Config:
     """Settings whose validation data are those asked for; the others, which say nothing here, as by default."""
-    if data.suffix in (".yaml", ".yml"):
+    if data.suffix in (".yaml", ".yml") and not is_data_yaml(data):
         given = load_config(data)
         cfg = Config(data=given.data, evaluate=given.evaluate)
         cfg = on_split(cfg, split) if split else cfg

@@ -152,10 +152,11 @@ def test_by_id_takes_ids_for_labels_whatever_the_names(run_dir, elsewhere, tmp_p
 
 def test_faults_are_told_before_the_model_runs(run_dir, elsewhere, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "evaluate_into", None)
+    (tmp_path / "empty").mkdir()
     file = elsewhere / "annotations/instances_test.json"
     for error, message, options in [
-        (DataError, r"instances_val\.json, only test; .*--split", {"on": elsewhere, "split": "val"}),
-        (DataError, r"instances_val2017\.json", {"on": tmp_path}),
+        (DataError, r"no split val, only test; .*--split", {"on": elsewhere, "split": "val"}),
+        (DataError, r"looked for .*COCO", {"on": tmp_path / "empty"}),
         (DataError, r"instances_test\.json: .*'disk'", {"on": file, "names": {"disk": ""}}),
         (DataError, r"nowhere\.json", {"on": tmp_path / "nowhere.json"}),
         (DataError, r"instances_test\.json: .*--images", {"on": file, "images": tmp_path}),
