@@ -33,7 +33,7 @@ LOOKED_FOR = (
 )
 REMEDIES = {
     "train": "set data.train_split",
-    "val": "set data.val_split, or data.holdout: 0.1 to keep a share of the training images for validation",
+    "val": "set data.val_split (--split), or data.holdout: 0.1 to keep a share of the training images for validation",
 }
 
 
