@@ -1,7 +1,7 @@
 """Images and boxes: any folder that `formats` knows, or the embedded shapes."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from detrlib.config import Data
@@ -57,11 +57,11 @@ def build_dataset(settings: Data, split: Literal["train", "val"], *, augment: bo
     )
 
 
-def describe_data(settings: Data, parts: Iterable[str] = ("train", "val"), **opened: CocoDataset) -> dict[str, Any]:
+def describe_data(settings: Data, splits: Mapping[str, CocoDataset] | None = None) -> dict[str, Any]:
     """What a run is trained and judged on, wherever it lies; with `data.holdout`, the names of the images held out.
 
-    opened: data sets, train and val, that need not be opened again.
+    splits: the data sets train and val, or one of them; None: they are opened.
     """
-    sets = {part: opened.get(part) or build_dataset(settings, part) for part in parts}
-    held_out = {"held_out": sets["val"].file_names} if settings.holdout and "val" in sets else {}
-    return {part: dataset.description() for part, dataset in sets.items()} | held_out
+    splits = splits or {part: build_dataset(settings, part) for part in ("train", "val")}
+    held_out = {"held_out": splits["val"].file_names} if settings.holdout and "val" in splits else {}
+    return {part: dataset.description() for part, dataset in splits.items()} | held_out

@@ -4,6 +4,7 @@
     detrlib evaluate my-run --on /data/voc --map motorbike=motorcycle --map aeroplane=airplane
     detrlib evaluate my-run --checkpoint untrained          what was there before training
     detrlib evaluate my-run --set evaluate.paibb=thesis     as published PAIBB was computed
+    detrlib evaluate my-run --set data.root=/scratch/coco   its data lie there now
 
 Legend: B images, L layers, H heads, Q queries, K keys.
 """
@@ -69,7 +70,7 @@ def evaluate_run(
     if split:
         cfg, folder = on_split(cfg, split), results_folder(run_dir, split)
     elif MAY_MOVE & (overrides or {}).keys() and (run_dir / "data.json").exists():
-        refuse_other_data(run_dir, describe_data(cfg.data, ["val"]))
+        refuse_other_data(run_dir, describe_data(cfg.data, {"val": build_dataset(cfg.data, "val")}))
     return evaluate_into(folder, run_dir, cfg, checkpoint)
 
 
@@ -82,7 +83,9 @@ def evaluation_config(run_dir: Path, overrides: Mapping[str, Any] | None = None)
     """The settings of a finished run with others of `evaluate`, or of where its data lie. Raises as `evaluate_run`."""
     load_results(run_dir)
     if wrong := [key for key in overrides or {} if not key.startswith("evaluate.") and key not in MAY_MOVE]:
-        raise ConfigError(f"{wrong[0]} cannot change in an evaluation: overrides are evaluate.* or {listed(MAY_MOVE)}")
+        raise ConfigError(
+            f"{wrong[0]} cannot change in an evaluation: overrides are evaluate.* or {listed(sorted(MAY_MOVE))}"
+        )
     return replace(load_config(run_dir / "config.yaml"), overrides or {})
 
 

@@ -107,7 +107,7 @@ def train(cfg: Config, run_dir: Path) -> dict:
         )
     train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
     cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set)})
-    described = describe_data(cfg.data, train=train_set, val=val_set)
+    described = describe_data(cfg.data, {"train": train_set, "val": val_set})
     with accelerator.main_process_first():
         # The others find the run begun with the same settings, which is no reason to resume.
         resume = runs.open_run(cfg, run_dir, described) and (run_dir / "checkpoints" / "last.pt").exists()
