@@ -115,11 +115,13 @@ def train(cfg: Config, run_dir: Path) -> dict:
         accelerator.print(start)
     if accelerator.is_main_process and not resume:
         record_start(run_dir, start)
+        runs.save_class_names(run_dir, train_set.names)
     trainer = Trainer(cfg, run_dir, accelerator, train_set, val_set, model)
     try:
         return trainer.run(resume)
     except KeyboardInterrupt:
         accelerator.print(f"\ninterrupted; the same run name continues after epoch {trainer.state.epoch}")
+        accelerator.print(trainer.state.best_so_far(run_dir))
         raise
     finally:
         trainer.close()
@@ -187,6 +189,7 @@ class Trainer:
         results |= {"checkpoint": "last", "epoch": state.epoch, "global_step": state.global_step}
         if self.accelerator.is_main_process:
             save_results(self.run_dir, results, detections, self.val_set.ground_truth)
+            self.accelerator.print(state.best_so_far(self.run_dir), flush=True)
         self.accelerator.wait_for_everyone()
         return results
 

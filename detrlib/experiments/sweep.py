@@ -140,7 +140,7 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
     configs, measure = read_sweep(path)
     jobs = [Job(folder / name, cfg, measure) for name, cfg in configs.items()]
     for job in jobs:
-        if (job.folder / "results.json").exists():
+        if runs.is_finished(job.folder):
             runs.refuse_other_settings(job.cfg, job.folder)
     report = folder / "report.html"
     if report.exists() and all(job.finished for job in jobs):
@@ -233,7 +233,7 @@ def _start(job: Job, slot: int, slots: int) -> None:
 def run_one(folder: Path) -> None:
     """Train and evaluate one run of a sweep through its notebooks, skipping what is done."""
     name = _within_project(folder)
-    if not (folder / "results.json").exists():
+    if not runs.is_finished(folder):
         parameters = {"config": str(folder / "sweep.yaml"), "run_name": name, "gpus": torch.cuda.device_count() or None}
         _execute(folder, "train", parameters)
     asked = folder / "measure.json"

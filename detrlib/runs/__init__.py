@@ -6,9 +6,11 @@ from detrlib.runs.examples import Example, load_examples
 from detrlib.runs.folder import (
     RUNS,
     append_metrics,
+    class_names,
     environment,
     find_run,
     find_runs,
+    is_finished,
     load_results,
     load_table,
     looking_at,
@@ -16,9 +18,11 @@ from detrlib.runs.folder import (
     provenance,
     read_metrics,
     refuse_other_settings,
+    run_config,
     run_labels,
     run_name,
     run_path,
+    save_class_names,
     save_tables,
     truncate_metrics,
 )

@@ -2,10 +2,11 @@
 
     papermill_runs/<run_name>/
         config.yaml        every setting, resolved          environment.json   commit, versions, hardware
+        classes.json       names of classes by label
         start.json         what training started from, where that was other weights (`train.start`)
         metrics.jsonl      one line per logged step or epoch, flat "group/name" keys
         checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
-        results.json       final numbers; its presence means: finished
+        results.json       final numbers; with `unfinished`: of a run that was interrupted, evaluated all the same
         predictions.json   COCO-format detections           examples/*.npz     images and their detections
         maps/*.parquet     attention maps, see `maps`
         measures/*         of single images and objects: sparsity, localisation, matches that AP is computed from;
@@ -33,6 +34,7 @@ import pandas as pd
 import torch
 
 from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
+from detrlib.data.classes import names_by_label
 from detrlib.errors import RunError, listed
 from detrlib.files import write_atomic, write_json
 from detrlib.metrics.tables import part_files
@@ -53,8 +55,8 @@ def run_path(name: str | Path) -> Path:
 def finished_runs() -> list[Path]:
     """The runs under papermill_runs/, in folders of sweeps too, that are trained and evaluated; the newest first."""
     checkpoints = sorted(RUNS.rglob("checkpoints/last.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    trained = (path.parent.parent for path in checkpoints)
-    return [run_dir for run_dir in trained if "detection" in _results_if_any(run_dir)]
+    results = {path.parent.parent: _results_if_any(path.parent.parent) for path in checkpoints}
+    return [run_dir for run_dir, known in results.items() if "detection" in known and "unfinished" not in known]
 
 
 def _results_if_any(run_dir: Path) -> dict:
@@ -114,7 +116,41 @@ def run_name(run_dir: Path) -> str:
 
 def _finished(run_dir: Path) -> str:
     path = run_dir / "checkpoints" / "last.pt"
+    if standing := _results_if_any(run_dir).get("unfinished"):
+        return f" (unfinished: {standing})"
     return f" (finished {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M})" if path.exists() else ""
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether training in a run folder has come to its end; an interrupted run may have results all the same.
+
+    Raises RunError where its results are damaged.
+    """
+    return (run_dir / "results.json").exists() and "unfinished" not in load_results(run_dir)
+
+
+def run_config(run_dir: Path) -> Config:
+    """The settings of a run, finished or not. Raises RunError for a folder that is no run."""
+    if not (run_dir / "config.yaml").exists():
+        raise RunError(f"{run_dir} has no config.yaml: not a run; train one under this name, or correct the name")
+    return load_config(run_dir / "config.yaml")
+
+
+def class_names(run_dir: Path) -> dict[int, str]:
+    """The classes of a run by their labels, as its training, or an evaluation in older runs, has written them.
+
+    Empty where neither has. Raises DataError naming the file where they are damaged.
+    """
+    path = run_dir / "classes.json"
+    if path.exists():
+        return names_by_label(_read_json(path), path)
+    path = run_dir / "results.json"
+    return names_by_label(load_results(run_dir).get("names", {}), path) if path.exists() else {}
+
+
+def save_class_names(run_dir: Path, names: Mapping[int, str]) -> None:
+    """Write classes.json, so that a run that never comes to its end knows its classes too."""
+    write_json(run_dir / "classes.json", {str(label): name for label, name in names.items()})
 
 
 def open_run(cfg: Config, run_dir: Path) -> bool:
@@ -122,7 +158,7 @@ def open_run(cfg: Config, run_dir: Path) -> bool:
 
     Raises RunError if the run is finished, or was begun with other settings.
     """
-    if (run_dir / "results.json").exists():
+    if is_finished(run_dir):
         raise RunError(f"{run_dir} is finished and is not overwritten; choose another run name, or delete the folder")
     begun = (run_dir / "config.yaml").exists()
     checkpoint = (run_dir / "checkpoints" / "last.pt").exists()
@@ -217,17 +253,25 @@ def _git(*arguments: str) -> str | None:
 
 
 def load_results(run_dir: Path) -> dict:
-    """results.json of a finished run. Raises RunError when it is not finished, or the file is damaged."""
+    """results.json of a run that was evaluated. Raises RunError when it was not, or the file is damaged."""
     path = run_dir / "results.json"
     if not path.exists():
-        raise RunError(f"{run_dir} has no results.json: not a run, or not finished; start it again to continue")
+        kept = next((name for name in ("best", "last") if (run_dir / "checkpoints" / f"{name}.pt").exists()), None)
+        measure = f", or measure it as it is: detrlib evaluate {run_name(run_dir)} --checkpoint {kept}" if kept else ""
+        raise RunError(
+            f"{run_dir} has no results.json: not a run, or not finished; start it again to continue{measure}"
+        )
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict:
     try:
-        results = json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"{path} is damaged ({error}); delete it, then start the run again to continue") from error
-    if not isinstance(results, dict):
+    if not isinstance(values, dict):
         raise RunError(f"{path} holds no results; delete it, then start the run again to continue")
-    return results
+    return values
 
 
 def run_labels(run_dirs: Iterable[Path]) -> dict[Path, str]:

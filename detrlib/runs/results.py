@@ -14,7 +14,7 @@ import pandas as pd
 from detrlib.config import load_config
 from detrlib.errors import RunError
 from detrlib.metrics.detection import UNDEFINED, Matches
-from detrlib.runs.folder import group_of, has_table, load_results, load_table, run_labels
+from detrlib.runs.folder import class_names, group_of, has_table, load_results, load_table, run_labels
 
 MADE_BY = "detrlib intervene"
 AP_CUTS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -236,11 +236,6 @@ def objects_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
         once = located[(located["layer"] == 0) & (located["head"] == -1)]
         return once[["image_id", "area"]].assign(category=[names[label] for label in once["label"]], crowd=False)
     return pd.DataFrame(columns=["image_id", "area", "category", "crowd"])
-
-
-def class_names(run_dir: Path) -> dict[int, str]:
-    """The classes of a run by their labels."""
-    return {int(label): name for label, name in _evaluated(run_dir)["names"].items()}
 
 
 def measures(run_dirs: Iterable[Path], name: str) -> pd.DataFrame:
