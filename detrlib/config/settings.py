@@ -30,6 +30,9 @@ class Data(Section):
     strict: bool = False  # refuse degenerate boxes instead of dropping them with a count
     image_size: int = Field(800, ge=32)  # shorter side in validation; training scales are relative to it
     augment: Literal["detr", "flip", "none"] = "detr"
+    # Whether every image draws its size in augment: detr, as published, or a batch does for all of its images, of whose
+    # pixels less is padding then (metrics: extra/padding).
+    scales: Literal["image", "batch"] = "image"
     cache: bool = False  # keep decoded images in memory
     workers: int = Field(2, ge=0)
     shapes: Shapes = Shapes()

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, build_dataset, collate
-from detrlib.data.batch import EpochSampler, batches
+from detrlib.data.batch import EpochSampler, batches, padding_words
 from detrlib.engine.evaluate import autocast, evaluate, save_results
 from detrlib.engine.start import initial_model, record_start, starting_model
 from detrlib.engine.state import TrainingState
@@ -200,11 +200,12 @@ class Trainer:
         set_seed(cfg.seed + 1000 * (state.epoch + 1) + accelerator.process_index)
         self.sampler.epoch = state.epoch
         state.model.train()
-        sums, quiet = {}, None if accelerator.is_main_process else True
+        sums, padding, quiet = {}, [], None if accelerator.is_main_process else True
         bar = tqdm(self.loader, desc=f"epoch {state.epoch + 1}/{cfg.epochs}", leave=False, disable=quiet)
         clock = time.perf_counter()
         for batch in batches(bar):
             waited = time.perf_counter() - clock
+            padding.append(batch.padding)
             terms = self._step(batch.to(accelerator.device))
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -215,7 +216,8 @@ class Trainer:
             clock = time.perf_counter()
         names = sorted(sums)
         totals = accelerator.reduce(torch.stack([sums[name] for name in names]), "mean") / len(self.loader)
-        return {f"epoch/{name}": value for name, value in zip(names, totals.tolist(), strict=True)}
+        means = {f"epoch/{name}": value for name, value in zip(names, totals.tolist(), strict=True)}
+        return means | {"extra/padding": sum(padding) / len(padding)}
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """`train_step`, and what moves along with the weights."""
@@ -288,6 +290,8 @@ class Trainer:
             f"{seconds:.0f} s, about {(epochs - epoch) * seconds / 60:.0f} min left",
             flush=True,
         )
+        if epoch == 1 and (much := padding_words(record["extra/padding"], self.cfg.data)):
+            self.accelerator.print(much, flush=True)
 
     def close(self) -> None:
         """Finish tracking and leave the process group in order: gloo aborts now and then if a DDP model outlives it."""

@@ -111,7 +111,7 @@ VARIANTS = {
         "data.augment": "detr",  # images of several sizes, with padding
         "train.precision": "bfloat16",
     },
-    "augmented by workers": {"data.workers": 1, "data.augment": "detr"},
+    "augmented by workers, sizes by batch": {"data.workers": 1, "data.augment": "detr", "data.scales": "batch"},
 }
 
 
