@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import ScalarFormatter
 
-from detrlib.figures.attention import draw_box, draw_image
+from detrlib.figures.attention import draw_box, draw_image, thinner
+from detrlib.figures.overlay import write_captions
 from detrlib.figures.results import draw_bars
 from detrlib.figures.style import (
     CAPTION_HEIGHT,
@@ -98,8 +99,7 @@ def annotated_images(
         count = len(labels[number])
         size = f"{image.shape[0]} × {image.shape[1]}, {count} object{'s' * (count != 1)}"
         draw_image(axes, image, titles[number] if titles else size)
-        for box, label in zip(boxes[number], labels[number], strict=True):
-            draw_box(axes, box, colour_of[int(label)], caption="" if distinct else names[int(label)])
+        _draw_objects(axes, image, boxes[number], labels[number], names, captions=not distinct)
     if distinct and present:
         patches = [Patch(color=colour_of[label], label=names[label]) for label in present]
         drawn.legend(handles=patches, loc="outside lower center", ncols=len(present), handlelength=1)
@@ -125,14 +125,31 @@ def images_with_padding(
     stripes = np.choose((x + y) // max(max(height, width) // 40, 1) % 2, STRIPES).astype(np.uint8)
     for axes, image, padding, *objects in zip(grid, images, padding_mask, boxes, labels, strict=True):
         axes.imshow(np.where(padding[..., None], stripes[..., None], image))
-        for box, label in zip(*objects, strict=True):
-            draw_box(axes, box, class_colour(int(label), names), caption=names[int(label)])
+        _draw_objects(axes, image, *objects, names)
         inner_height, inner_width = (int((~padding).any(axis=axis).sum()) for axis in (1, 0))
         axes.set_title(f"{inner_height} × {inner_width}, fills {np.mean(~padding):.0%}", loc="left")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(True)
     drawn.supxlabel(f"padded to {height} × {width}", fontsize=8)
     return drawn
+
+
+def _draw_objects(
+    axes: Axes,
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    names: Mapping[int, str],
+    captions: bool = True,
+) -> None:
+    """Boxes in the colours of their classes, whose names those have that find room, large ones first."""
+    order = sorted(range(len(boxes)), key=lambda index: -np.prod(boxes[index][2:] - boxes[index][:2]))
+    colours = [class_colour(int(labels[index]), names) for index in order]
+    for index, colour in zip(order, colours, strict=True):
+        draw_box(axes, boxes[index], colour, width=thinner(len(boxes)))
+    if captions:
+        texts = [names[int(labels[index])] for index in order]
+        write_captions(axes, np.asarray(boxes)[order], texts, colours, image.shape[:2], TEXT_WIDTH / 3, most=12)
 
 
 def _objects(frame: pd.DataFrame) -> pd.DataFrame:
