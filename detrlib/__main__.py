@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from detrlib.errors import ConfigError, DataError, DetrlibError
+from detrlib.errors import ConfigError, DataError, DetrlibError, listed
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
@@ -83,6 +83,11 @@ def values_in(text: str | None, option: str, kind: type = str) -> list[Any]:
         raise ConfigError(f"{option} {text}: expected values between commas, e.g. 1,1.5,2") from None
 
 
+def in_words(numbers: dict[str, float]) -> str:
+    """Numbers of COCO in a line, undefined ones as a dash."""
+    return "  ".join(f"{name} {f'{value:.3f}' if value >= 0 else '–'}" for name, value in numbers.items())
+
+
 @app.callback()
 def messages() -> None:
     """Sparse attention in detection transformers: train, measure, explain and change detectors."""
@@ -106,7 +111,7 @@ def train(
 
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
     numbers = launch(cfg, run_path(name), gpus, processes)["detection"]
-    typer.echo(f"AP {numbers['AP']:.3f}  AP50 {numbers['AP50']:.3f}  {run_path(name)}")
+    typer.echo(f"{in_words({cut: numbers[cut] for cut in ('AP', 'AP50')})}  {run_path(name)}")
 
 
 @app.command(hidden=True)
@@ -155,9 +160,10 @@ def evaluate(
     else:
         chosen = {"images": images, "names": names, "by_id": by_id, "save_as": save_as}
         results = evaluate_on(run_path(run), on, checkpoint, split, overrides=overrides, **chosen)
-    numbers = {name: value for name, value in results["detection"].items() if name != "per_class"}
-    words = {name: "–" if value == UNDEFINED else f"{value:.3f}" for name, value in numbers.items()}
-    typer.echo("  ".join(f"{name} {word}" for name, word in words.items()))
+    typer.echo(in_words({name: value for name, value in results["detection"].items() if name != "per_class"}))
+    missing = [name for name, own in results["detection"]["per_class"].items() if own["AP"] == UNDEFINED]
+    if missing:
+        typer.echo(f"no objects in this split, and no AP: {listed(missing)}")
     if on:
         typer.echo(scored_classes(results))
 

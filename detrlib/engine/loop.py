@@ -283,7 +283,7 @@ class Trainer:
     def _report(self, record: dict[str, float], seconds: float) -> None:
         epoch, epochs = self.state.epoch, self.cfg.train.epochs
         precision = ""
-        if "detection/AP" in record:
+        if record.get("detection/AP", -1) >= 0:  # undefined without objects
             precision = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
         self.accelerator.print(
             f"epoch {epoch:3d}/{epochs}  loss {record['epoch/loss']:.3f}  {precision}"

@@ -27,6 +27,7 @@ from detrlib.engine.evaluate import evaluate, load_model
 from detrlib.experiments.interventions import attention_modules, fixed_alpha, learned_alphas, pruned, swapped
 from detrlib.files import write_atomic
 from detrlib.losses.criterion import Criterion
+from detrlib.metrics.detection import UNDEFINED
 from detrlib.models.outputs import Site
 from detrlib.runs.folder import load_table, run_config
 from detrlib.runs.results import MADE_BY
@@ -209,6 +210,7 @@ def _measure(
     results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, sites=[site], progress=False)
     looks = {name: float(np.mean(results["attention"][site][name])) for name in ("gini", "zeros")}
     detection = {name: results["detection"][name] for name in ("AP", "AP50")}
+    detection = {name: np.nan if value == UNDEFINED else value for name, value in detection.items()}
     return detection | {"loss": _last_loss(results, criterion)} | looks | {"paibb": results["paibb"]["all"]}
 
 

@@ -5,7 +5,8 @@ Boxes are xyxy in pixels of their image. `frame` has one row per object with col
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import ScalarFormatter
 
+from detrlib.errors import listed
 from detrlib.figures.attention import draw_box, draw_image, thinner
 from detrlib.figures.overlay import write_captions
 from detrlib.figures.results import draw_bars
@@ -39,8 +41,11 @@ STRIPES = (205, 232)  # two greys of the padding; no photograph is striped like 
 
 
 @styled
-def class_histogram(frame: pd.DataFrame, most: int = 25) -> Figure:
-    """Objects per class, the `most` frequent classes in order of frequency; a line below counts those left out."""
+def class_histogram(frame: pd.DataFrame, most: int = 25, classes: Iterable[str] = ()) -> Figure:
+    """Objects per class, the `most` frequent classes in order of frequency; a line below counts those left out.
+
+    classes: names of all that there are, of which those without objects are named below.
+    """
     counts = _objects(frame)["category"].value_counts()
     shown, rest = counts[:most], counts[most:]
     if shown.empty:
@@ -48,8 +53,10 @@ def class_histogram(frame: pd.DataFrame, most: int = 25) -> Figure:
     drawn, axes = figure(width=0.75, aspect=(0.5 + 0.16 * len(shown)) / (0.75 * TEXT_WIDTH))
     draw_bars(axes, shown, [f"{count:,}  ({count / counts.sum():.1%})" for count in shown], PALETTE[0])
     axes.set_title(f"{counts.sum():,} objects", loc="left")
-    if len(rest):
-        axes.set_xlabel(f"and {len(rest)} rarer classes with {rest.sum():,} objects", loc="left", color=MUTED)
+    below = [f"and {len(rest)} rarer classes with {rest.sum():,} objects"] if len(rest) else []
+    if missing := [name for name in classes if name not in counts]:
+        below.append(fill(f"no objects in this split: {listed(missing, 12)}", 80))
+    axes.set_xlabel("\n".join(below), loc="left", color=MUTED)
     return drawn
 
 

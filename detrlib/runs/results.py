@@ -17,6 +17,7 @@ from detrlib.metrics.detection import UNDEFINED, Matches
 from detrlib.runs.folder import class_names, group_of, has_table, load_results, load_table, run_labels
 
 MADE_BY = "detrlib intervene"
+NO_OBJECTS = "no objects in this split"
 AP_CUTS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
@@ -158,13 +159,14 @@ def class_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
         run_dirs: folders of runs.
 
     Returns:
-        A row per run and class, in order of AP: run, class, AP, AP50; missing for classes without objects.
+        A row per run and class, in order of AP: run, class, AP, AP50 and note, which says of classes without objects
+        why they have no AP.
 
     Raises:
         RunError: a run is not finished.
     """
     rows = [
-        {"run": label, "class": name, **numbers}
+        {"run": label, "class": name, **numbers, "note": NO_OBJECTS if np.isnan(numbers["AP"]) else ""}
         for run_dir, label in run_labels(run_dirs).items()
         for name, numbers in _evaluated(run_dir)["detection"]["per_class"].items()
     ]

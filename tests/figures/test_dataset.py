@@ -29,6 +29,8 @@ def test_class_histogram_counts_objects_without_crowds(texts):
 
 
 def test_class_histogram_sums_up_rare_classes(texts):
+    drawn = dataset.class_histogram(objects({"cat": 1}), classes=["cat", "dog", "eel"])
+    assert drawn.axes[0].get_xlabel() == "no objects in this split: dog, eel"
     drawn = dataset.class_histogram(objects({"a": 9, "b": 2, "c": 1}), most=1)
     assert len(drawn.axes[0].patches) == 1
     assert "and 2 rarer classes with 3 objects" in texts(drawn)

@@ -48,6 +48,7 @@ def test_what_coco_calls_undefined_is_missing_in_every_table(tmp_path):
     assert frames.results_frame([run_dir]).iloc[0][["AP_small", "AR_small"]].isna().all()
     by_class = frames.class_table([run_dir])
     assert by_class["class"].tolist() == ["b", "a"] and by_class.AP.isna().tolist() == [False, True]
+    assert by_class.note.tolist() == ["", frames.NO_OBJECTS]
 
 
 def write_results(folder, gini, paibb):
