@@ -108,9 +108,9 @@ def train(cfg: Config, run_dir: Path) -> dict:
     train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
     cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set)})
     with accelerator.main_process_first():
-        # The others find the run begun with the same settings, which is no reason to resume.
-        resume = runs.open_run(cfg, run_dir) and (run_dir / "checkpoints" / "last.pt").exists()
+        resume = runs.refuse_run(cfg, run_dir)
         model, start = (initial_model(cfg, "none"), None) if resume else starting_model(cfg, train_set)
+        runs.begin_folder(run_dir, cfg)  # not before it is known that there is something to start from
     if start:
         accelerator.print(start)
     if accelerator.is_main_process and not resume:

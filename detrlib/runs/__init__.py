@@ -6,6 +6,7 @@ from detrlib.runs.examples import Example, load_examples
 from detrlib.runs.folder import (
     RUNS,
     append_metrics,
+    begin_folder,
     class_names,
     environment,
     find_run,
@@ -18,6 +19,7 @@ from detrlib.runs.folder import (
     provenance,
     read_metrics,
     refuse_other_settings,
+    refuse_run,
     run_config,
     run_labels,
     run_name,

@@ -154,18 +154,24 @@ def save_class_names(run_dir: Path, names: Mapping[int, str]) -> None:
 
 
 def open_run(cfg: Config, run_dir: Path) -> bool:
-    """Make `run_dir` ready for training with `cfg`; True if it holds an unfinished run to resume.
+    """Make `run_dir` ready for training with `cfg`; True if it holds an unfinished run. Raises as `refuse_run`."""
+    refuse_run(cfg, run_dir)
+    begun = (run_dir / "config.yaml").exists()
+    begin_folder(run_dir, cfg)
+    return begun
+
+
+def refuse_run(cfg: Config, run_dir: Path) -> bool:
+    """Whether training with `cfg` would resume in `run_dir`; nothing is written.
 
     Raises RunError if the run is finished, or was begun with other settings.
     """
     if is_finished(run_dir):
         raise RunError(f"{run_dir} is finished and is not overwritten; choose another run name, or delete the folder")
-    begun = (run_dir / "config.yaml").exists()
     checkpoint = (run_dir / "checkpoints" / "last.pt").exists()
-    if begun and checkpoint:  # before the first checkpoint, other settings lose nothing
+    if checkpoint and (run_dir / "config.yaml").exists():  # before the first checkpoint, other settings lose nothing
         refuse_other_settings(cfg, run_dir)
-    begin_folder(run_dir, cfg)
-    return begun or checkpoint
+    return checkpoint
 
 
 def begin_folder(run_dir: Path, cfg: Config) -> None:
