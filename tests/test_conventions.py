@@ -33,19 +33,19 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 575,
-    "config": 810,
+    ".": 590,  # several pairs after one option
+    "config": 820,
     "attention": 1240,
     "attention/kernels": 1040,
     "models": 1990,
     "losses": 310,
-    "checkpoints": 1215,
-    "data": 1425,  # names of classes of any file are read in one place
-    "metrics": 1730,
-    "runs": 1500,
-    "engine": 1980,
+    "checkpoints": 1225,
+    "data": 1490,  # sizes drawn once for a batch, and how much of it is padding
+    "metrics": 1750,  # where intervals end
+    "runs": 1560,  # runs that were interrupted are measured all the same
+    "engine": 1990,
     "experiments": 1890,
-    "figures": 2910,
+    "figures": 2990,  # captions of crowded pictures
     "teaching": 480,
     "benchmarks": 870,
 }

@@ -39,17 +39,6 @@ def _defined(numbers: dict) -> dict:
     }
 
 
-def attention_frame(run_dirs: Iterable[Path], site: str) -> pd.DataFrame:
-    """Sparsity of one site, tidy: columns run, metric, layer (from 0), value."""
-    rows = [
-        {"run": label, "metric": metric, "layer": layer, "value": value}
-        for run_dir, label in run_labels(run_dirs).items()
-        for metric, values in load_results(run_dir).get("attention", {}).get(site, {}).items()
-        for layer, value in enumerate(values)
-    ]
-    return pd.DataFrame(rows, columns=["run", "metric", "layer", "value"])
-
-
 def layer_frame(run_dirs: Iterable[Path], site: str = "decoder_cross") -> pd.DataFrame:
     """Read the measures of every layer.
 
