@@ -56,7 +56,9 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return self.process is None and find_executed(self.folder, "evaluate") is not None
+        executed = self.process is None and find_executed(self.folder, "evaluate") is not None
+        # One that was interrupted may have been evaluated by hand.
+        return executed and (runs.is_finished(self.folder) or not (self.folder / "results.json").exists())
 
     def progress(self) -> tuple[float, str]:
         """Share of the training steps done, and a few words."""

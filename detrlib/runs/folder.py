@@ -137,15 +137,13 @@ def run_config(run_dir: Path) -> Config:
 
 
 def class_names(run_dir: Path) -> dict[int, str]:
-    """The classes of a run by their labels, as its training, or an evaluation in older runs, has written them.
+    """The classes of a run by their labels: those it was trained with, and those of the data it was evaluated on.
 
-    Empty where neither has. Raises DataError naming the file where they are damaged.
+    Empty where neither is known. Raises DataError naming the file where they are damaged.
     """
-    path = run_dir / "classes.json"
-    if path.exists():
-        return names_by_label(_read_json(path), path)
-    path = run_dir / "results.json"
-    return names_by_label(load_results(run_dir).get("names", {}), path) if path.exists() else {}
+    classes, results = run_dir / "classes.json", run_dir / "results.json"
+    names = names_by_label(_read_json(classes), classes) if classes.exists() else {}
+    return names | (names_by_label(load_results(run_dir).get("names", {}), results) if results.exists() else {})
 
 
 def save_class_names(run_dir: Path, names: Mapping[int, str]) -> None:
