@@ -33,19 +33,19 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 555,
-    "config": 810,
+    ".": 590,  # several pairs after one option
+    "config": 820,
     "attention": 1240,
     "attention/kernels": 1040,
     "models": 1990,
     "losses": 310,
-    "checkpoints": 1215,
-    "data": 2020,  # names of classes of any file are read in one place; so are folders of YOLO and Pascal VOC
-    "metrics": 1730,
-    "runs": 1550,  # runs are told apart by what their data hold
-    "engine": 1980,
-    "experiments": 1890,
-    "figures": 2920,  # names from outside are no formulas
+    "checkpoints": 1225,
+    "data": 2090,
+    "metrics": 1750,
+    "runs": 1610,
+    "engine": 2001,
+    "experiments": 1895,
+    "figures": 2995,
     "teaching": 480,
     "benchmarks": 870,
 }
