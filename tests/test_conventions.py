@@ -33,19 +33,19 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 555,
-    "config": 810,
+    ".": 590,  # several pairs after one option
+    "config": 820,
     "attention": 1240,
     "attention/kernels": 1040,
     "models": 2025,  # what a cell sees of an image: stride and receptive field of every backbone
     "losses": 310,
-    "checkpoints": 1215,
-    "data": 1445,  # image sizes that follow from the objects; names of classes of any file are read in one place
-    "metrics": 1730,
-    "runs": 1500,
-    "engine": 2000,  # objects that no cell sees whole are pointed out
-    "experiments": 1890,
-    "figures": 2910,
+    "checkpoints": 1225,
+    "data": 2115,  # image sizes that follow from the objects
+    "metrics": 1750,
+    "runs": 1610,
+    "engine": 2045,  # objects that no cell sees whole are pointed out
+    "experiments": 1895,
+    "figures": 2995,
     "teaching": 480,
     "benchmarks": 870,
 }
