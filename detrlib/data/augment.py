@@ -4,6 +4,8 @@ The paper resizes the shorter side to 480..800 pixels. Every length of that reci
 the paper and multiplied by `image_size` / 800.
 """
 
+import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -128,6 +130,23 @@ def build_augmentation(
         any_size,
     ]
     return DetectionTransform(v2.Compose([flip, v2.RandomChoice([any_size, v2.Compose(zoom)])]))
+
+
+def largest_canvas(
+    sizes: Iterable[tuple[int, int]], image_size: int, recipe: Literal["detr", "flip", "none"], images: int
+) -> tuple[int, int]:
+    """(height, width) of the largest batch of `images` that training can make of pictures of `sizes` (width, height).
+
+    An upright picture beside a wide one makes a batch higher than the one and wider than the other.
+    """
+    longest = max(round(LONGEST * image_size / PAPER_SIZE), 1)
+    drawn = {resized(height, width, image_size, longest) for width, height in set(sizes)}
+    if recipe == "detr":  # crops, of which either side may be the longer
+        side = min(round(image_size * max(CROP_SIDES) / min(CROP_SIDES)), longest)
+        drawn |= {(image_size, side), (side, image_size)}
+    if images == 1:
+        return max(drawn, key=math.prod)
+    return tuple(map(max, zip(*drawn, strict=True)))
 
 
 def denormalise(images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
     papermill_runs/<run_name>/
         config.yaml        every setting, resolved          environment.json   commit, versions, hardware
         start.json         what training started from, where that was other weights (`train.start`)
+        micro_batch.json   what `train.micro_batch: auto` has found, and on which device
         metrics.jsonl      one line per logged step or epoch, flat "group/name" keys
         checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
         results.json       final numbers; its presence means: finished
@@ -39,7 +40,10 @@ from detrlib.metrics.tables import part_files
 
 RUNS = PROJECT / "papermill_runs"
 RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders that are no results of a split
-FREE_TO_CHANGE = ("data.workers", "data.cache", "train.log_every", "train.keep_every", "train.tracking", "evaluate")
+FREE_TO_CHANGE = (
+    *("data.workers", "data.cache", "train.micro_batch", "train.checkpoint_activations"),
+    *("train.log_every", "train.keep_every", "train.tracking", "evaluate"),
+)
 
 
 def run_path(name: str | Path) -> Path:
