@@ -33,7 +33,7 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 555,
+    ".": 560,
     "config": 830,  # parts of a batch, and what is computed again
     "attention": 1240,
     "attention/kernels": 1040,
@@ -42,7 +42,7 @@ CEILINGS = {
     "checkpoints": 1215,
     "data": 1460,  # names of classes of any file are read in one place; batches are split, their largest size is known
     "metrics": 1730,
-    "runs": 1500,
+    "runs": 1505,
     "engine": 2320,  # what memory and time training takes is said before it; a batch may be trained in parts
     "experiments": 1890,
     "figures": 2910,

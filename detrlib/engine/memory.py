@@ -27,12 +27,16 @@ from detrlib.config import Config
 from detrlib.data import Batch, CocoDataset
 from detrlib.data.augment import largest_canvas
 from detrlib.engine.evaluate import autocast
+from detrlib.engine.optimizer import freeze
 from detrlib.errors import ConfigError, ModelError
 from detrlib.files import write_json
 from detrlib.losses.criterion import Criterion
+from detrlib.models import build_model, checkpoint_activations
 
 REMEMBERED = "micro_batch.json"  # in the run folder
 SPARE = 20  # a part of the GPU's memory that `auto` leaves free, for what fragments leave unusable
+HEAP = 1.25  # on a CPU, resident memory over that of tensors: the heap has gaps, and convolutions room to work in
+OBJECTS = 20  # in an image, where no data tells
 SIDE = 224  # of the smallest images that passes are watched for on a CPU: whole cells and windows of every backbone
 SMALLER = "train.micro_batch, train.checkpoint_activations: true, train.precision: bfloat16 or a lower data.image_size"
 
@@ -153,6 +157,22 @@ def estimate(
     return Memory(weights, trained, max(0, 2 * one - two), two - one)
 
 
+def training_memory(cfg: Config, size: tuple[int, int], room: float) -> str:
+    """In words, what training takes on a CPU for images of `size` (height, width), and how many fit into `room` GiB.
+
+    A GPU takes no more: softmax attention with dropout keeps its scores on a CPU alone.
+    """
+    model = build_model(cfg.model, "none")
+    freeze(model, cfg.train)
+    checkpoint_activations(model, cfg.train.checkpoint_activations)
+    memory = estimate(model, cfg, size, OBJECTS, torch.device("cpu"))
+    fixed, fit = memory.needed(0, parts=2), max(0, memory.images_within(int(room * 2**30)))
+    return (
+        f"training: {_gib(fixed)} for weights, gradients and AdamW, {_gib(memory.per_image)} for each image of "
+        f"{size[0]} x {size[1]} pixels; {fit} at a time fit into {room:g} GiB (train.micro_batch)"
+    )
+
+
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -223,14 +243,15 @@ class Plan:
             memory = estimate(self.model, self.cfg, size, self.objects, self.device, processes)
         except torch.OutOfMemoryError:
             return f"memory: two {each} do not fit into {_gib(room)}{share}; set {SMALLER}"
-        needed = memory.needed(images, -(-self.whole // images))
+        gaps = HEAP if self.device.type == "cpu" else 1.0
+        needed = int(gaps * memory.needed(images, -(-self.whole // images)))
         text = f"about {_gib(needed)}{share} for {images} {each} at a time, {_gib(memory.per_image)} each"
         if self.cfg.train.micro_batch == "auto" and self.fits is None:
             text = f"train.micro_batch auto is the whole batch on a CPU; {text}"
         text = f"memory: {text}"
         if needed <= room:
             return f"{text}; {_gib(room)} are free"
-        fewer = memory.images_within(room)
+        fewer = memory.images_within(int(room / gaps))
         first = f"train.micro_batch: {min(fewer, images - 1)}, or " if fewer > 0 and images > 1 else ""
         return f"{text}: more than the {_gib(room)} that are free; set {first}{SMALLER}"
 
