@@ -101,13 +101,13 @@ def evaluate(
     checkpoint: Checkpoint = "last",
     split: Annotated[str | None, Option(help="another split of the same data, or of that given as --on")] = None,
     settings: Settings = [],  # noqa: B006
-    on: Annotated[Path | None, Option(help="other data: a COCO-format folder or an annotation file")] = None,
+    on: Annotated[Path | None, Option(help="other data: a folder, data.yaml or COCO file")] = None,
     images: Annotated[Path | None, Option(help="folder of its pictures, if not near the annotation file")] = None,
     renamed: Annotated[list[str], Option("--map", metavar="THEIRS=OURS", help="names of its classes")] = [],  # noqa: B006
     by_id: Annotated[bool, Option("--by-id", help="its category ids are the run's, whatever the names")] = False,
     save_as: Annotated[str | None, Option("--as", help="folder of the results inside the run")] = None,
     predictions: Annotated[Path | None, Option(help="make the run of any detector's COCO-format detections")] = None,
-    data: Annotated[Path | None, Option(help="what they are of: a config, a folder or an annotation file")] = None,
+    data: Annotated[Path | None, Option(help="of what: a config, or as --on")] = None,
 ) -> None:
     """Measure a run: AP, sparsity of attention, and where it looks; on its own data or on other data.
 

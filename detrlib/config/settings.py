@@ -17,9 +17,13 @@ class Shapes(Section):
 
 
 class Data(Section):
-    root: str = "shapes"  # "shapes", or a COCO-format folder; relative paths start at the project root
-    train_split: str = "train2017"  # images in root/<split>, annotations/instances_<split>.json
-    val_split: str = "val2017"
+    # "shapes", or a folder in the layout of COCO, Roboflow, YOLO (or its data.yaml) or Pascal VOC, see
+    # detrlib/data/formats.py; relative paths start at the project root.
+    root: str = "shapes"
+    train_split: str = "train2017"  # also what the folder calls so: train
+    val_split: str = "val2017"  # val, valid, validation
+    holdout: float | None = Field(None, gt=0.0, lt=1.0)  # share of the training images to validate on instead
+    holdout_seed: int = 0  # which ones they are: the same for every train.seed
     train_images: str | None = None  # explicit paths win over root and split
     train_annotations: str | None = None
     val_images: str | None = None

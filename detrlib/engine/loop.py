@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
-from detrlib.data import Batch, CocoDataset, build_dataset, collate
+from detrlib.data import Batch, CocoDataset, build_dataset, collate, describe_data
 from detrlib.data.batch import EpochSampler, batches
 from detrlib.engine.evaluate import evaluate, save_results
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
@@ -63,9 +63,10 @@ def train(cfg: Config, run_dir: Path) -> dict:
         )
     train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
     cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set)})
+    described = describe_data(cfg.data, {"train": train_set, "val": val_set})
     with accelerator.main_process_first():
         # The others find the run begun with the same settings, which is no reason to resume.
-        resume = runs.open_run(cfg, run_dir) and (run_dir / "checkpoints" / "last.pt").exists()
+        resume = runs.open_run(cfg, run_dir, described) and (run_dir / "checkpoints" / "last.pt").exists()
         model, start = (initial_model(cfg, "none"), None) if resume else starting_model(cfg, train_set)
     if start:
         accelerator.print(start)

@@ -2,8 +2,9 @@
 
 Nothing is assumed about the model: passes forward and backward are made and watched. On a GPU they are of the largest
 images that training can draw, and its allocator says what it gave. On a CPU, where these would take long, they are of
-small images: what a pass needs is w + n (a + b A + c A^2) for n images of area A, since scores of attention grow with
-the square of the area, and four passes give the four numbers.
+small images: what a forward pass keeps is w + n (a + b A + c A^2) for n images of area A, since scores of attention grow
+with the square of the area, and four passes give the four numbers. What the backward pass needs besides at its worst
+moment is taken to grow with the area.
 """
 
 import ctypes
@@ -35,7 +36,7 @@ from detrlib.models import build_model, checkpoint_activations
 
 REMEMBERED = "micro_batch.json"  # in the run folder
 SPARE = 20  # a part of the GPU's memory that `auto` leaves free, for what fragments leave unusable
-HEAP = 1.25  # on a CPU, resident memory over that of tensors: the heap has gaps, and convolutions room to work in
+HEAP = 1.3  # on a CPU, resident memory over that of tensors: the heap has gaps, and convolutions room to work in
 OBJECTS = 20  # in an image, where no data tells
 SIDE = 224  # of the smallest images that passes are watched for on a CPU: whole cells and windows of every backbone
 SMALLER = "train.micro_batch, train.checkpoint_activations: true, train.precision: bfloat16 or a lower data.image_size"
@@ -87,8 +88,11 @@ class Passes:
         self.model, self.device, self.precision, self.objects = model, device, cfg.train.precision, objects
         self.criterion = Criterion(**dict(cfg.loss))
 
-    def peak(self, images: int, size: tuple[int, int]) -> int:
-        """Bytes that a pass over random images of `size` (height, width) needs at most besides the weights."""
+    def bytes(self, images: int, size: tuple[int, int]) -> tuple[int, int]:
+        """What a pass over random images of `size` (height, width) needs besides the weights.
+
+        Returns bytes that are there when the forward pass is over, and the most that are there at a time.
+        """
         cuda, training = self.device.type == "cuda", self.model.training
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         try:
@@ -100,23 +104,26 @@ class Passes:
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(buffers[name])
 
-    def _of_allocator(self, images: int, size: tuple[int, int]) -> int:
+    def _of_allocator(self, images: int, size: tuple[int, int]) -> tuple[int, int]:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        self._run(self._batch(images, size))
-        return torch.cuda.max_memory_allocated(self.device) - before
+        kept = self._run(self._batch(images, size), lambda: torch.cuda.memory_allocated(self.device))
+        return kept - before, torch.cuda.max_memory_allocated(self.device) - before
 
-    def _of_tensors(self, images: int, size: tuple[int, int]) -> int:
+    def _of_tensors(self, images: int, size: tuple[int, int]) -> tuple[int, int]:
         batch = self._batch(images, size)
         with LiveBytes([*self.model.parameters(), *self.model.buffers()]) as live:
-            self._run(batch)
-        return live.peak + batch.images.nbytes
+            kept = self._run(batch, lambda: live.now)
+        return kept + batch.images.nbytes, live.peak + batch.images.nbytes
 
-    def _run(self, batch: Batch) -> None:
+    def _run(self, batch: Batch, held: Callable[[], int]) -> int:
         batch = batch.to(self.device)
         with autocast(self.precision, self.device):
             predictions = self.model.train()(batch.images, batch.padding_mask)
-        self.criterion(predictions, batch.targets)[0].backward()
+        loss, _ = self.criterion(predictions, batch.targets)
+        kept = held()
+        loss.backward()
+        return kept
 
     def _batch(self, images: int, size: tuple[int, int]) -> Batch:
         mask = torch.zeros(images, *size, dtype=torch.bool)
@@ -153,7 +160,7 @@ def estimate(
             return Memory(weights, trained, *_extrapolated(passes, height * width, side))
         except ModelError:  # such small images have too few tokens for the queries
             side *= 2
-    one, two = (passes.peak(images, size) for images in (1, 2))
+    one, two = (passes.bytes(images, size)[1] for images in (1, 2))
     return Memory(weights, trained, max(0, 2 * one - two), two - one)
 
 
@@ -179,12 +186,15 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _extrapolated(passes: Passes, area: int, side: int) -> tuple[int, int]:
     """What images of an area need once and each, from passes over images of 1, 2 and 4 squares of `side`."""
-    one, two = (passes.peak(images, (side, side)) for images in (1, 2))
-    wide, large = (passes.peak(1, (height, 2 * side)) - one for height in (side, 2 * side))
-    square = max(0.0, (large - 3 * wide) / 6)
-    linear = (large - 15 * square) / 3
+    one, two = (passes.bytes(images, (side, side)) for images in (1, 2))
+    wide, large = (passes.bytes(1, (height, 2 * side)) for height in (side, 2 * side))
+    square = max(0.0, (large[0] - 3 * wide[0] + 2 * one[0]) / 6)
+    linear = (large[0] - one[0] - 15 * square) / 3
+    more = [peak - kept for kept, peak in (one, large)]  # than is kept
+    growth = max(0.0, (more[1] - more[0]) / 3)
     areas = area / side**2
-    return max(0, 2 * one - two), round(two - one + linear * (areas - 1) + square * (areas**2 - 1))
+    each = two[0] - one[0] + linear * (areas - 1) + square * (areas**2 - 1) + growth * (areas - 1)
+    return max(0, 2 * one[0] - two[0]) + more[0], round(each)
 
 
 def most_that_fit(whole: int, fits: Callable[[int], bool]) -> int:
@@ -270,7 +280,7 @@ class Plan:
         spare = 3 * trained + torch.cuda.get_device_properties(self.device).total_memory // SPARE
         try:
             held = torch.empty(spare, dtype=torch.uint8, device=self.device)
-            Passes(self.model, self.cfg, self.objects, self.device).peak(images, self._largest(images))
+            Passes(self.model, self.cfg, self.objects, self.device).bytes(images, self._largest(images))
             del held
             return True
         except torch.OutOfMemoryError:

@@ -25,6 +25,7 @@ from detrlib.figures.style import (
     Nothing,
     class_colour,
     figure,
+    literal,
     panels,
     styled,
 )
@@ -40,7 +41,7 @@ STRIPES = (205, 232)  # two greys of the padding; no photograph is striped like 
 @styled
 def class_histogram(frame: pd.DataFrame, most: int = 25) -> Figure:
     """Objects per class, the `most` frequent classes in order of frequency; a line below counts those left out."""
-    counts = _objects(frame)["category"].value_counts()
+    counts = _objects(frame)["category"].map(literal).value_counts()
     shown, rest = counts[:most], counts[most:]
     if shown.empty:
         raise Nothing("there are no objects")
@@ -99,9 +100,9 @@ def annotated_images(
         size = f"{image.shape[0]} × {image.shape[1]}, {count} object{'s' * (count != 1)}"
         draw_image(axes, image, titles[number] if titles else size)
         for box, label in zip(boxes[number], labels[number], strict=True):
-            draw_box(axes, box, colour_of[int(label)], caption="" if distinct else names[int(label)])
+            draw_box(axes, box, colour_of[int(label)], caption="" if distinct else literal(names[int(label)]))
     if distinct and present:
-        patches = [Patch(color=colour_of[label], label=names[label]) for label in present]
+        patches = [Patch(color=colour_of[label], label=literal(names[label])) for label in present]
         drawn.legend(handles=patches, loc="outside lower center", ncols=len(present), handlelength=1)
     return drawn
 
@@ -126,7 +127,7 @@ def images_with_padding(
     for axes, image, padding, *objects in zip(grid, images, padding_mask, boxes, labels, strict=True):
         axes.imshow(np.where(padding[..., None], stripes[..., None], image))
         for box, label in zip(*objects, strict=True):
-            draw_box(axes, box, class_colour(int(label), names), caption=names[int(label)])
+            draw_box(axes, box, class_colour(int(label), names), caption=literal(names[int(label)]))
         inner_height, inner_width = (int((~padding).any(axis=axis).sum()) for axis in (1, 0))
         axes.set_title(f"{inner_height} × {inner_width}, fills {np.mean(~padding):.0%}", loc="left")
         axes.set(xticks=[], yticks=[])

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from detrlib.figures.attention import draw_box, draw_image
 from detrlib.figures.choices import cell_at, cells_ask
 from detrlib.figures.overlay import LUMINANCE, Panel, draw_maps, room
-from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, panels, styled
+from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, literal, panels, styled
 from detrlib.runs.detected import Detected
 
 PANEL = 4.6  # inches, width of a picture beside others
@@ -159,7 +159,8 @@ def maps_by_detection(
                 continue
             colour = colours.get(detected.names[index], MUTED)
             draw_box(axes, boxes[index], colour)
-            axes.set_title(f"{detected.names[index]} {detected.scores[index]:.2f}", loc="left", color=colour)
+            title = literal(f"{detected.names[index]} {detected.scores[index]:.2f}")
+            axes.set_title(title, loc="left", color=colour)
             looks.append(Panel(axes, image, maps[index], detected.example.extent, boxes[index]))
     draw_maps(drawn, looks)
     return drawn

@@ -2,6 +2,7 @@
 
     papermill_runs/<run_name>/
         config.yaml        every setting, resolved          environment.json   commit, versions, hardware
+        data.json          what it is trained and judged on: counts, classes, digests; images that were held out
         start.json         what training started from, where that was other weights (`train.start`)
         micro_batch.json   what `train.micro_batch: auto` has found, and on which device
         metrics.jsonl      one line per logged step or epoch, flat "group/name" keys
@@ -34,12 +35,18 @@ import pandas as pd
 import torch
 
 from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
+from detrlib.data import describe_data
 from detrlib.errors import RunError, listed
 from detrlib.files import write_atomic, write_json
 from detrlib.metrics.tables import part_files
 
 RUNS = PROJECT / "papermill_runs"
 RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders that are no results of a split
+# Where data lie: they may move, as long as they hold the same.
+WHERE = (
+    "data.root",
+    *(f"data.{part}_{what}" for part in ("train", "val") for what in ("split", "images", "annotations")),
+)
 FREE_TO_CHANGE = (
     *("data.workers", "data.cache", "train.micro_batch", "train.checkpoint_activations"),
     *("train.log_every", "train.keep_every", "train.tracking", "evaluate"),
@@ -121,18 +128,21 @@ def _finished(run_dir: Path) -> str:
     return f" (finished {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M})" if path.exists() else ""
 
 
-def open_run(cfg: Config, run_dir: Path) -> bool:
+def open_run(cfg: Config, run_dir: Path, data: Mapping[str, Any] | None = None) -> bool:
     """Make `run_dir` ready for training with `cfg`; True if it holds an unfinished run to resume.
 
-    Raises RunError if the run is finished, or was begun with other settings.
+    data: as `describe_data` describes those of `cfg`, where they are open already.
+    Raises RunError if the run is finished, or was begun with other settings or data.
     """
     if (run_dir / "results.json").exists():
         raise RunError(f"{run_dir} is finished and is not overwritten; choose another run name, or delete the folder")
     begun = (run_dir / "config.yaml").exists()
     checkpoint = (run_dir / "checkpoints" / "last.pt").exists()
     if begun and checkpoint:  # before the first checkpoint, other settings lose nothing
-        refuse_other_settings(cfg, run_dir)
+        refuse_other_settings(cfg, run_dir, data)
     begin_folder(run_dir, cfg)
+    if data:
+        write_json(run_dir / "data.json", data)
     return begun or checkpoint
 
 
@@ -142,21 +152,55 @@ def begin_folder(run_dir: Path, cfg: Config) -> None:
     write_json(run_dir / "environment.json", environment())
 
 
-def refuse_other_settings(new: Config, run_dir: Path) -> None:
-    """Raise RunError if the run in `run_dir` was begun with settings that give other results than `new`."""
+def refuse_other_settings(new: Config, run_dir: Path, data: Mapping[str, Any] | None = None) -> None:
+    """Raise RunError if the run in `run_dir` was begun with settings, or data, that give other results than `new`.
+
+    data: as of `open_run`; None: those of `new` are opened if they lie elsewhere than before.
+    """
     old = load_config(run_dir / "config.yaml")
+    moved = any(key.startswith(WHERE) for key in changed_settings(new, old))
+    free = FREE_TO_CHANGE
+    if (run_dir / "data.json").exists():
+        free += WHERE
+        if data or moved:
+            refuse_other_data(run_dir, data or describe_data(new.data))
     before = flat_settings(old)
     # What training fills in from the data is no contradiction to a config that leaves it open.
     changed = [
         f"{key} was {before.get(key, 'not there')}, now {value}"
         for key, value in changed_settings(new, old).items()
-        if not key.startswith(FREE_TO_CHANGE) and not (key == "model.num_classes" and None in (value, before[key]))
+        if not key.startswith(free) and not (key == "model.num_classes" and None in (value, before[key]))
     ]
     if changed:
         raise RunError(
             f"{run_dir} was begun with other settings ({'; '.join(changed[:5])}); choose another run name, "
             "delete the folder, or go back to its settings to resume"
         )
+
+
+def refuse_other_data(run_dir: Path, data: Mapping[str, Any]) -> None:
+    """Raise RunError if `data`, as `describe_data` has them, are not what the run in `run_dir` was begun with."""
+    path = run_dir / "data.json"
+    try:
+        before = json.loads(path.read_text())
+        differing = [
+            f"{part} {name}: {_short(before[part][name])}, now {_short(data[part][name])}"
+            for part in ("train", "val")
+            if part in data
+            for name in before[part]
+            if before[part][name] != data[part][name]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}); delete it to tell data apart by their path") from error
+    if differing:
+        raise RunError(
+            f"{run_dir} was begun with other data ({'; '.join(differing)}); go back to those, choose another run name, "
+            "or evaluate it on these as other data (detrlib evaluate RUN --on DATA)"
+        )
+
+
+def _short(value: Any) -> str:
+    return listed(value.values()) if isinstance(value, dict) else str(value)
 
 
 def append_metrics(run_dir: Path, record: dict[str, float | int | None]) -> None:

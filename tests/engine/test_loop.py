@@ -128,6 +128,20 @@ def test_stop_and_resume_equals_an_uninterrupted_run(
     assert json.loads((parts / "results.json").read_text())["epoch"] == 2
 
 
+def test_a_run_goes_on_where_its_data_have_moved(tmp_path, interrupt, tiny_config, write_layout):
+    root = write_layout(tmp_path / "here", "yolo")
+    settings = {"train.batch_size": 2, "data.holdout": 0.3, "evaluate.examples": 0}
+    expected = train(tiny_config(settings | {"data.root": str(root)}), tmp_path / "whole")
+    interrupt(expected["global_step"] - 1)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(settings | {"data.root": str(root)}), tmp_path / "parts")
+    root.rename(tmp_path / "there")
+    results = train(tiny_config(settings | {"data.root": str(tmp_path / "there")}), tmp_path / "parts")
+    assert {**results, "seconds": 0} == {**expected, "seconds": 0}
+    recorded = [json.loads((tmp_path / run / "data.json").read_text()) for run in ("whole", "parts")]
+    assert recorded[0] == recorded[1] and len(recorded[0]["held_out"]) == results["images"]
+
+
 def test_a_run_stopped_in_its_first_epoch_starts_over(tmp_path, interrupt, metrics_without_times, tiny_config):
     cfg = tiny_config()
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -34,6 +34,12 @@ def test_class_histogram_sums_up_rare_classes(texts):
     assert "and 2 rarer classes with 3 objects" in texts(drawn)
 
 
+def test_dollar_signs_in_names_begin_no_formula(texts, tmp_path):
+    names = {1: r"$\frac$", 2: "a$b$c"}  # the first is none that matplotlib can draw
+    dataset.class_histogram(objects(dict.fromkeys(names.values(), 1))).savefig(tmp_path / "counts.png")
+    dataset.annotated_images([IMAGE], [BOXES], [np.array([1, 2])], names).savefig(tmp_path / "images.png")
+
+
 def test_size_distribution_divides_at_cocos_limits(texts):
     frame = pd.concat([objects({"a": 1}, side) for side in (31.9, 32.0, 95.9, 96.0)])
     drawn = dataset.size_distribution(frame)
