@@ -367,8 +367,9 @@ def costs(
     settings: Settings = [],  # noqa: B006
     size: Annotated[str, Option(metavar="H,W", help="pixels of the image")] = "800,1066",
     latency: Annotated[bool, Option("--latency", help="also measure milliseconds")] = False,
+    memory: Annotated[float | None, Option(metavar="GIB", help="also say how many images train in so much")] = None,
 ) -> None:
-    """Parameters, GFLOPs and time of a model, by component."""
+    """Parameters, GFLOPs and time of a model, by component, and the memory that training takes."""
     from detrlib.config import load_config
     from detrlib.experiments.costs import cost_table
     from detrlib.models import build_model
@@ -376,14 +377,18 @@ def costs(
     pixels = values_in(size, "--size", int)
     if len(pixels) != 2 or min(pixels) < 1:
         raise ConfigError(f"--size {size}: expected height and width in pixels, e.g. 800,1066")
-    overrides = {"model.num_classes": 91, "model.backbone.weights": "none"} | pairs(settings, "--set", "model.norm=pre")
-    model = build_model(load_config(config, overrides).model)
+    chosen = {"model.num_classes": 91} | pairs(settings, "--set", "model.norm=pre")
+    model = build_model(load_config(config, {"model.backbone.weights": "none"} | chosen).model)
     table = cost_table({config.stem: model}, tuple(pixels)).drop(columns="model")
     if latency:
         from detrlib.benchmarks.latency import measure_latency
 
         table["milliseconds"] = table["component"].map(measure_latency(model, tuple(pixels)))
     typer.echo(table.round(2).to_string(index=False))
+    if memory is not None:
+        from detrlib.engine.memory import training_memory
+
+        typer.echo(training_memory(load_config(config, chosen), tuple(pixels), memory))
 
 
 def main() -> None:

@@ -398,6 +398,8 @@ def test_costs(config):
     shown = detrlib("costs", config, "--size", "64,96")
     assert len(shown.splitlines()) > 3 and "backbone" in shown
     assert "--size" in refused("costs", config, "--size", "a,b")
+    *_, line = detrlib("costs", config, "--size", "64,96", "--memory", "1").splitlines()
+    assert line.startswith("training: ") and "of 64 x 96 pixels" in line and "fit into 1 GiB" in line
 
 
 def test_every_command_has_a_line_of_help():

@@ -75,6 +75,7 @@ class Tracking(Section):
 
 
 FreezableName = Literal["backbone", "encoder", "decoder", "all_but_alpha_and_heads"]
+CheckpointedName = Literal["backbone", "encoder"]
 
 
 class Train(Section):
@@ -83,6 +84,11 @@ class Train(Section):
     freeze: tuple[FreezableName, ...] = ()  # parts that are not trained; dropout in them stays as it is
     epochs: int = Field(300, ge=1)
     batch_size: int = Field(16, ge=1)  # over all processes: results do not depend on their number
+    # Images that a process has on its device at a time, the last ones fewer where it does not divide a batch: gradients
+    # add up to those of the batch. None: all at once; auto: the most that fit on the GPU, found by trying
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    # Parts whose activations are computed again in the backward pass rather than kept, layer by layer; true: both
+    checkpoint_activations: bool | tuple[CheckpointedName, ...] = False
     lr: float = Field(1e-4, gt=0.0)
     lr_backbone: float = Field(1e-5, ge=0.0)  # 0 is freeze: [backbone], as published code has it
     lr_alpha: float | None = Field(None, ge=0.0)  # None: 10 x lr

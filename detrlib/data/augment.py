@@ -9,7 +9,8 @@ batch: each image meets the same sizes equally often, but beside images of like 
 each image's own. Every process draws for its own part of a batch.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -187,6 +188,23 @@ def build_augmentation(
     ]
     geometry = v2.Compose([flip, EitherOf([any_size, v2.Compose(zoom)], draws)])
     return DetectionTransform(geometry, draws if scales == "batch" else None)
+
+
+def largest_canvas(
+    sizes: Iterable[tuple[int, int]], image_size: int, recipe: Literal["detr", "flip", "none"], images: int
+) -> tuple[int, int]:
+    """(height, width) of the largest batch of `images` that training can make of pictures of `sizes` (width, height).
+
+    An upright picture beside a wide one makes a batch higher than the one and wider than the other.
+    """
+    longest = max(round(LONGEST * image_size / PAPER_SIZE), 1)
+    drawn = {resized(height, width, image_size, longest) for width, height in set(sizes)}
+    if recipe == "detr":  # crops, of which either side may be the longer
+        side = min(round(image_size * max(CROP_SIDES) / min(CROP_SIDES)), longest)
+        drawn |= {(image_size, side), (side, image_size)}
+    if images == 1:
+        return max(drawn, key=math.prod)
+    return tuple(map(max, zip(*drawn, strict=True)))
 
 
 def denormalise(images: Tensor) -> Tensor:

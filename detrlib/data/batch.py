@@ -39,6 +39,24 @@ class Batch(NamedTuple):
         targets = [{name: moved(value) for name, value in target.items()} for target in self.targets]
         return Batch(moved(self.images), moved(self.padding_mask), targets)
 
+    def split(self, size: int, keep_padding: bool = False) -> list["Batch"]:
+        """Parts of `size` images, the last of fewer where that does not divide them.
+
+        Padding that no image of a part needs is cut off, while the batch is on a CPU, unless it is to be kept because
+        predictions depend on it, as in official code.
+        """
+        if size >= len(self.images):
+            return [self]
+        parts = []
+        for rows in (slice(first, first + size) for first in range(0, len(self.images), size)):
+            images, mask = self.images[rows], None if self.padding_mask is None else self.padding_mask[rows]
+            if mask is not None and not keep_padding:
+                height, width = (int((~edge).sum(1).max()) for edge in (mask[:, :, 0], mask[:, 0]))
+                images, mask = images[:, :, :height, :width], mask[:, :height, :width]
+                mask = mask if mask.any() else None
+            parts.append(Batch(images, mask, self.targets[rows]))
+        return parts
+
 
 def collate(samples: list[tuple[Tensor, dict]]) -> Batch:
     """Pad images with zeros, below and to the right, to the size of the largest, and put them into one batch.
@@ -101,6 +119,11 @@ class EpochSampler(torch.utils.data.Sampler):
         self.process, self.processes, self.seed, self.epoch = process, processes, seed, 0
         if not self.batch_size:
             raise ConfigError(f"{length} training images cannot be shared by {processes} processes; use fewer")
+
+    @property
+    def own_size(self) -> int:
+        """Images of this process in every batch."""
+        return self.batch_size // self.processes
 
     def __len__(self) -> int:
         return self.length // self.batch_size

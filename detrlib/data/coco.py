@@ -139,6 +139,15 @@ class CocoDataset(Dataset):
         first, last = self._first[index], self._first[index + 1]
         return self._boxes[first:last].clone(), self._labels[first:last].clone()
 
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of every image file, pixels."""
+        return [(record["width"], record["height"]) for record in self._records]
+
+    def objects_per_image(self) -> Tensor:
+        """How many are taught in each image, [N] int64."""
+        return torch.tensor(self._first).diff()
+
     @property
     def file_names(self) -> list[str]:
         """Of the images, as the annotations have them."""

@@ -9,11 +9,9 @@ result on one GPU or eight. The same run folder again resumes after the last com
 """
 
 import argparse
-import ctypes
 import math
-import platform
 import time
-from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -27,60 +25,18 @@ from detrlib import runs
 from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, build_dataset, collate, describe_data
 from detrlib.data.batch import EpochSampler, batches, padding_words
-from detrlib.engine.evaluate import autocast, evaluate, save_results
+from detrlib.engine.evaluate import evaluate, save_results
+from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.start import initial_model, record_start, starting_model
 from detrlib.engine.state import TrainingState
+from detrlib.engine.step import train_step
 from detrlib.engine.tracking import TRACKING, panels, show_messages, start_tracking, trackers
-from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss
+from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss, RunError
 from detrlib.files import save_checkpoint
 from detrlib.losses.criterion import Criterion
-from detrlib.models import alpha_modules
+from detrlib.models import alpha_modules, checkpoint_activations
 
-
-def train_step(
-    model: nn.Module,
-    batch: Batch,
-    criterion: Criterion,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    *,
-    precision: str = "float32",
-    clip_norm: float = 0.0,
-    watch: Callable[[], None] = lambda: None,
-) -> dict[str, Tensor]:
-    """One update of the weights.
-
-    Args:
-        model: as `accelerator.prepare` returns it, in training mode.
-        batch: of this process, on its device.
-        criterion: gives the loss and its unweighted terms.
-        optimizer: as `accelerator.prepare` returns it.
-        accelerator: averages gradients over the processes.
-        precision: float32, or bfloat16 for the forward pass.
-        clip_norm: largest norm of all gradients together; 0 leaves them as they are.
-        watch: called between the backward pass and clipping, when gradients are what the loss made them.
-
-    Returns:
-        "loss", which was minimised, its unweighted terms, and with clipping "grad_norm", that before it; detached.
-
-    Raises:
-        NonFiniteLoss: the loss or the norm of its gradients is no number; weights are as they were.
-    """
-    with autocast(precision, accelerator.device):
-        predictions = model(batch.images, batch.padding_mask)
-    loss, terms = criterion(predictions, batch.targets)
-    if not torch.isfinite(loss):
-        raise NonFiniteLoss(f"loss is {loss.item()}")
-
-    optimizer.zero_grad()
-    accelerator.backward(loss)
-    watch()
-    if clip_norm:
-        terms["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-        if not torch.isfinite(terms["grad_norm"]):
-            raise NonFiniteLoss(f"gradient norm is {terms['grad_norm'].item()}")
-    optimizer.step()
-    return {"loss": loss.detach()} | {name: value.detach() for name, value in terms.items()}
+TIMED_STEPS = 3  # after the first, from which the time of an epoch is told
 
 
 def train(cfg: Config, run_dir: Path) -> dict:
@@ -162,9 +118,13 @@ class Trainer:
             num_workers=cfg.data.workers,
             pin_memory=accelerator.device.type == "cuda",
         )
+        checkpoint_activations(model, cfg.train.checkpoint_activations)
         self.state = TrainingState(model, cfg, len(self.sampler), accelerator)
+        self.plan = Plan(cfg, self.state.trained, train_set, self.sampler.own_size, accelerator)
+        self.micro_batch = self.plan.images(run_dir)
         self.criterion = Criterion(lambda x: accelerator.reduce(x, "mean"), **dict(cfg.loss))
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
+        self.timed = False  # whether `_forecast` has spoken
         start_tracking(accelerator, cfg)
 
     def run(self, resume: bool) -> dict:
@@ -175,6 +135,7 @@ class Trainer:
             self.accelerator.print(f"resuming {self.run_dir.name} after epoch {state.epoch}")
         if self.accelerator.is_main_process:
             runs.truncate_metrics(self.run_dir, state.global_step)
+            self.accelerator.print(self.plan.line(self.micro_batch), flush=True)
         self.accelerator.wait_for_everyone()
         while state.epoch < epochs:
             start = time.perf_counter()
@@ -204,10 +165,10 @@ class Trainer:
         sums, padding, quiet = {}, [], None if accelerator.is_main_process else True
         bar = tqdm(self.loader, desc=f"epoch {state.epoch + 1}/{cfg.epochs}", leave=False, disable=quiet)
         clock = time.perf_counter()
-        for batch in batches(bar):
+        for number, batch in enumerate(batches(bar)):
             waited = time.perf_counter() - clock
             padding.append(batch.padding)
-            terms = self._step(batch.to(accelerator.device))
+            terms = self._step(batch)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
             if state.global_step % cfg.log_every == 0:
@@ -215,6 +176,10 @@ class Trainer:
                 self._log_step(terms, {"extra/iter_time": took, "extra/data_time": waited})
                 bar.set_postfix(loss=f"{terms['loss']:.3f}")
             clock = time.perf_counter()
+            if number == 0:  # which prepares things, and tells nothing of the others
+                began = clock
+            elif number == TIMED_STEPS and not self.timed:
+                self._forecast((clock - began) / TIMED_STEPS)
         names = sorted(sums)
         totals = accelerator.reduce(torch.stack([sums[name] for name in names]), "mean") / len(self.loader)
         means = {f"epoch/{name}": value for name, value in zip(names, totals.tolist(), strict=True)}
@@ -223,11 +188,18 @@ class Trainer:
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """`train_step`, and what moves along with the weights."""
         cfg, state = self.cfg.train, self.state
-        given = state.model, batch, self.criterion, state.optimizer, self.accelerator
+        parts = batch.split(self.micro_batch, keep_padding=self.cfg.model.padding_matters)
+        given = state.model, parts, self.criterion, state.optimizer, self.accelerator
         try:
             terms = train_step(*given, precision=cfg.precision, clip_norm=cfg.clip_norm, watch=self._watch)
         except NonFiniteLoss as error:
             raise NonFiniteLoss(self._failure(batch, str(error))) from None
+        except torch.OutOfMemoryError:
+            size = " x ".join(map(str, batch.images.shape[-2:]))
+            raise RunError(
+                f"the GPU has not enough memory for {self.micro_batch} images in a batch of {size} pixels at step "
+                f"{state.global_step}; set {SMALLER}, and start again: the same run goes on after epoch {state.epoch}"
+            ) from None
         state.advance()
         return terms
 
@@ -281,6 +253,17 @@ class Trainer:
         runs.append_metrics(self.run_dir, record)
         self.accelerator.log(panels(record, self.criterion.weights), step=self.state.global_step)
 
+    def _forecast(self, seconds: float) -> None:
+        """Say how long training will take, from the first steps of `seconds` each."""
+        self.timed = True
+        epoch, left = len(self.loader) * seconds, self.cfg.train.epochs - self.state.epoch
+        until = datetime.now() + timedelta(seconds=left * epoch)
+        self.accelerator.print(
+            f"time: an epoch takes about {_duration(epoch)}, {left} epochs about {_duration(left * epoch)}, without "
+            f"evaluation until {until:%Y-%m-%d %H:%M}",
+            flush=True,
+        )
+
     def _report(self, record: dict[str, float], seconds: float) -> None:
         epoch, epochs = self.state.epoch, self.cfg.train.epochs
         precision = ""
@@ -320,13 +303,11 @@ def _by_head(what: str, layer: str, values: Tensor) -> dict[str, float]:
     return {f"{what}/{site}.layer_{number}-head_{head}": value for head, value in enumerate(values.tolist())}
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large blocks: otherwise every step returns its activations and pages them in again."""
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def main() -> None:

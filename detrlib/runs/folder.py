@@ -5,6 +5,7 @@
         data.json          what it is trained and judged on: counts, classes, digests; images that were held out
         classes.json       names of classes by label
         start.json         what training started from, where that was other weights (`train.start`)
+        micro_batch.json   what `train.micro_batch: auto` has found, and on which device
         metrics.jsonl      one line per logged step or epoch, flat "group/name" keys
         checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
         results.json       final numbers; with `unfinished`: of a run that was interrupted, evaluated all the same

@@ -22,7 +22,10 @@ WHERE = (
     "data.root",
     *(f"data.{part}_{what}" for part in ("train", "val") for what in ("split", "images", "annotations")),
 )
-FREE_TO_CHANGE = ("data.workers", "data.cache", "train.log_every", "train.keep_every", "train.tracking", "evaluate")
+FREE_TO_CHANGE = (
+    *("data.workers", "data.cache", "train.micro_batch", "train.checkpoint_activations"),
+    *("train.log_every", "train.keep_every", "train.tracking", "evaluate"),
+)
 
 
 def open_run(cfg: Config, run_dir: Path, data: Mapping[str, Any] | None = None) -> bool:

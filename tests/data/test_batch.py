@@ -28,6 +28,29 @@ def test_collate_pads_below_and_to_the_right_and_masks_padding():
     assert torch.equal(batch.mask(), batch.padding_mask)
 
 
+def test_parts_of_a_batch_lose_the_padding_that_they_do_not_need():
+    sizes = [(20, 30), (20, 30), (10, 12), (8, 16), (24, 8)]
+    batch = collate([(torch.rand(3, *size), {"image_id": number}) for number, size in enumerate(sizes)])
+    parts = batch.split(2)
+    assert [tuple(part.images.shape[-2:]) for part in parts] == [(20, 30), (10, 16), (24, 8)]
+    assert [len(part.images) for part in parts] == [2, 2, 1]  # 2 does not divide 5: the last part is smaller
+    assert [part.padding_mask is None for part in parts] == [True, False, True]
+    assert [target for part in parts for target in part.targets] == batch.targets
+    for number, part in enumerate(parts):
+        assert torch.equal(part.images, collate_again(batch, sizes, slice(2 * number, 2 * number + 2)).images)
+        assert torch.equal(part.mask(), collate_again(batch, sizes, slice(2 * number, 2 * number + 2)).mask())
+    kept = batch.split(2, keep_padding=True)
+    assert all(torch.equal(part.images, batch.images[2 * i : 2 * i + 2]) for i, part in enumerate(kept))
+    assert all(torch.equal(part.mask(), batch.mask()[2 * i : 2 * i + 2]) for i, part in enumerate(kept))
+    assert batch.split(5) == batch.split(9) == [batch]
+
+
+def collate_again(batch, sizes, rows):
+    """These images of a batch, put into one of their own."""
+    samples = zip(batch.images[rows], sizes[rows], batch.targets[rows], strict=True)
+    return collate([(image[:, :height, :width], target) for image, (height, width), target in samples])
+
+
 @pytest.mark.parametrize("length, batch, processes", [(33, 8, 1), (33, 8, 2), (33, 12, 3), (5, 8, 2)])
 def test_shards_partition_every_batch(length, batch, processes):
     def epoch(number, process, processes):

@@ -201,6 +201,43 @@ def test_validation_every_few_epochs_and_always_at_the_end(tmp_path, metrics_wit
     assert judged == [2, 3]
 
 
+# --- the GPU that there is -------------------------------------------------------------------------------------
+
+
+def test_a_batch_in_parts_is_the_same_training(tmp_path, capsys, monkeypatch, metrics_without_times, tiny_config):
+    """What differs is the order of sums, of which Adam makes most where a gradient is nearly zero."""
+    monkeypatch.setattr(training, "TIMED_STEPS", STEPS - 1)
+    plain = {"model.dropout": 0.0, "data.augment": "detr", "train.lr": 1e-4, "train.lr_backbone": 1e-4}
+    parts = plain | {"train.micro_batch": 3, "train.checkpoint_activations": ["backbone", "encoder"]}
+    for name, overrides in (("whole", plain), ("parts", parts)):
+        train(tiny_config(overrides), tmp_path / name)
+        printed = capsys.readouterr().out
+        assert printed.count("memory: ") == printed.count("time: an epoch takes about") == 1
+        assert f"for {3 if name == 'parts' else 8} images of 100 x 100 pixels" in printed
+    whole, parted = (metrics_without_times(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("train/loss", "train/class_error", "train/cardinality_error", "train/grad_norm"):
+        assert [row.get(name) for row in parted[:3]] == pytest.approx([row.get(name) for row in whole[:3]], rel=1e-3)
+    one, two = (load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["model"] for name in ("whole", "parts"))
+    for name, weight in one.items():
+        assert (two[name] - weight).abs().max() < 2e-5, name
+
+
+def test_a_run_may_go_on_in_other_parts(tmp_path, interrupt, tiny_config):
+    interrupt(STEPS)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(), tmp_path)
+    assert train(tiny_config({"train.micro_batch": 4, "train.checkpoint_activations": True}), tmp_path)["epoch"] == 2
+
+
+def test_a_gpu_that_is_too_small_is_named_with_the_remedy(tmp_path, monkeypatch, tiny_config):
+    def too_large(*given, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "train_step", too_large)
+    with pytest.raises(RunError, match=r"for 8 images in a batch of 64 x 64 pixels at step 0; set train.micro_batch"):
+        train(tiny_config(), tmp_path)
+
+
 # --- from dense to sparse --------------------------------------------------------------------------------------
 
 
