@@ -72,7 +72,6 @@ def train(cfg: Config, run_dir: Path) -> dict:
         accelerator.print(start)
     if accelerator.is_main_process and not resume:
         record_start(run_dir, start)
-        runs.save_class_names(run_dir, train_set.names)
     trainer = Trainer(cfg, run_dir, accelerator, train_set, val_set, model)
     try:
         return trainer.run(resume)

@@ -28,7 +28,6 @@ from detrlib.runs.folder import (
     load_results,
     run_config,
     run_path,
-    save_class_names,
 )
 from detrlib.runs.opening import begin_folder
 
@@ -91,9 +90,8 @@ def save_run(source: Source, run_dir: Path) -> None:
     state = build_source(source).state_dict()
     begin_folder(run_dir, source.cfg)
     save_checkpoint(run_dir / "checkpoints" / "last.pt", {"model": state, "epoch": source.epoch, "global_step": 0})
-    if source.names:
-        save_class_names(run_dir, source.names)
-    write_json(run_dir / "results.json", {"imported": source.path.name})
+    names = {str(label): name for label, name in (source.names or {}).items()}
+    write_json(run_dir / "results.json", {"imported": source.path.name} | ({"names": names} if names else {}))
 
 
 def _no_overrides(path: Path, overrides: Mapping[str, Any] | None) -> None:
