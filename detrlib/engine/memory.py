@@ -2,9 +2,9 @@
 
 Nothing is assumed about the model: passes forward and backward are made and watched. On a GPU they are of the largest
 images that training can draw, and its allocator says what it gave. On a CPU, where these would take long, they are of
-small images: what a forward pass keeps is w + n (a + b A + c A^2) for n images of area A, since scores of attention grow
-with the square of the area, and four passes give the four numbers. What the backward pass needs besides at its worst
-moment is taken to grow with the area.
+small images: what a forward pass keeps is w + n (a + b A + c A^2) for n images of area A, since scores of attention
+grow with the square of the area, and four passes give the four numbers. What the backward pass needs besides at its
+worst moment is taken to grow with the area.
 """
 
 import ctypes
