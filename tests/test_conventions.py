@@ -33,19 +33,19 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 560,
-    "config": 830,  # parts of a batch, and what is computed again
+    ".": 600,  # several pairs after one option
+    "config": 840,  # parts of a batch, and what is computed again
     "attention": 1240,
     "attention/kernels": 1040,
     "models": 2035,  # activations that are computed again
     "losses": 315,
-    "checkpoints": 1215,
-    "data": 2070,  # names of classes of any file are read in one place; so are folders of YOLO and Pascal VOC
-    "metrics": 1730,
-    "runs": 1560,  # runs are told apart by what their data hold
-    "engine": 2350,  # what memory and time training takes is said before it; a batch may be trained in parts
-    "experiments": 1890,
-    "figures": 2920,  # names from outside are no formulas
+    "checkpoints": 1225,
+    "data": 2150,
+    "metrics": 1750,
+    "runs": 1610,
+    "engine": 2380,  # what memory and time training takes is said before it; a batch may be trained in parts
+    "experiments": 1895,
+    "figures": 2995,
     "teaching": 480,
     "benchmarks": 870,
 }

@@ -34,6 +34,9 @@ class Data(Section):
     strict: bool = False  # refuse degenerate boxes instead of dropping them with a count
     image_size: int = Field(800, ge=32)  # shorter side in validation; training scales are relative to it
     augment: Literal["detr", "flip", "none"] = "detr"
+    # Whether every image draws its size in augment: detr, as published, or a batch does for all of its images, of whose
+    # pixels less is padding then (metrics: extra/padding).
+    scales: Literal["image", "batch"] = "image"
     cache: bool = False  # keep decoded images in memory
     workers: int = Field(2, ge=0)
     shapes: Shapes = Shapes()
@@ -87,7 +90,7 @@ class Train(Section):
     # Parts whose activations are computed again in the backward pass rather than kept, layer by layer; true: both
     checkpoint_activations: bool | tuple[CheckpointedName, ...] = False
     lr: float = Field(1e-4, gt=0.0)
-    lr_backbone: float = Field(1e-5, ge=0.0)  # 0 freezes the backbone
+    lr_backbone: float = Field(1e-5, ge=0.0)  # 0 is freeze: [backbone], as published code has it
     lr_alpha: float | None = Field(None, ge=0.0)  # None: 10 x lr
     lr_projections: float | None = Field(None, ge=0.0)  # sampling offsets, reference points; None: 0.1 x lr
     alpha_keeps_lr: bool = False  # the schedule leaves the alpha group alone
@@ -137,6 +140,12 @@ class Config(Section):
             raise ValueError(
                 "evaluate.store_sites: model.encoder_layers is 0, there is no encoder_self to store; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_frozen_exists(self):
+        if "encoder" in self.train.freeze and not self.model.encoder_layers:
+            raise ValueError("train.freeze: model.encoder_layers is 0, there is no encoder to freeze; leave it out")
         return self
 
     @model_validator(mode="after")

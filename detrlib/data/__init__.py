@@ -47,7 +47,7 @@ def build_dataset(settings: Data, split: Literal["train", "val"], *, augment: bo
     return CocoDataset(
         images,
         annotations,
-        build_augmentation(settings.image_size, settings.augment, augment),
+        build_augmentation(settings.image_size, settings.augment, augment, settings.scales),
         contiguous=settings.contiguous,
         strict=settings.strict,
         limit=getattr(settings, f"{split}_limit"),

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -108,6 +109,11 @@ class CocoDataset(Dataset):
             "size": torch.tensor([height, width]),
         }
         return image, target
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, dict]]:
+        """The samples of one batch, which is how a `DataLoader` asks for them."""
+        with getattr(self.transform, "batch", nullcontext)():
+            return [self[index] for index in indices]
 
     def image(self, index: int) -> Image.Image:
         """The picture as stored, in RGB. Raises `DataError` when it is unreadable or not of the annotated size."""

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from detrlib.config import Config, load_config, replace
+from detrlib.config import Config, replace
 from detrlib.data import CocoDataset, build_dataset, collate, describe_data
 from detrlib.data.batch import batches
 from detrlib.data.formats import other_split
@@ -35,7 +35,8 @@ from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
 from detrlib.models import Predictions, alpha_modules
 from detrlib.models.outputs import Site
 from detrlib.runs.examples import recorder
-from detrlib.runs.folder import RESERVED, WHERE, begin_folder, load_results, refuse_other_data, save_tables
+from detrlib.runs.folder import RESERVED, is_finished, load_results, run_config, save_tables
+from detrlib.runs.opening import WHERE, begin_folder, refuse_other_data
 from detrlib.runs.sources import build_source, refuse_predictions, run_source
 
 DETECTIONS_PER_IMAGE = 100  # as COCO counts them
@@ -50,7 +51,7 @@ def evaluate_run(
     measures/.
 
     Args:
-        run_dir: folder of a finished run.
+        run_dir: folder of a run. The results of one that was interrupted say `unfinished`, and it can still go on.
         checkpoint: "last", "best", "epoch-0010" and so on, or "untrained" for the model as it was before training,
             whose results go to the folder untrained inside that of the others.
         split: another split of the same data, such as "test2017"; its results go to a folder of that name. Both are
@@ -62,8 +63,8 @@ def evaluate_run(
         What results.json holds, see `evaluate`.
 
     Raises:
-        RunError: the run is not finished (its results would say that it is), has no such checkpoint, or that is of
-            another architecture; or the data are said to lie elsewhere, and are others.
+        RunError: there is no such run, it has no such checkpoint, or that is of another architecture; or the data are
+            said to lie elsewhere, and are others.
         ConfigError: an override is of anything else.
     """
     cfg, folder = evaluation_config(run_dir, overrides), run_dir
@@ -80,13 +81,13 @@ def on_split(cfg: Config, split: str) -> Config:
 
 
 def evaluation_config(run_dir: Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The settings of a finished run with others of `evaluate`, or of where its data lie. Raises as `evaluate_run`."""
-    load_results(run_dir)
+    """The settings of a run with others of `evaluate`, or of where its data lie. Raises as `evaluate_run`."""
+    cfg = run_config(run_dir)
     if wrong := [key for key in overrides or {} if not key.startswith("evaluate.") and key not in MAY_MOVE]:
         raise ConfigError(
             f"{wrong[0]} cannot change in an evaluation: overrides are evaluate.* or {listed(sorted(MAY_MOVE))}"
         )
-    return replace(load_config(run_dir / "config.yaml"), overrides or {})
+    return replace(cfg, overrides or {})
 
 
 def evaluate_into(
@@ -105,6 +106,8 @@ def evaluate_into(
         begin_folder(folder, cfg)
     results, detections = evaluate(model, dataset, cfg, Accelerator(), run_dir=folder)
     results |= {"checkpoint": checkpoint, "epoch": known["epoch"], "global_step": known["global_step"]}
+    if checkpoint != UNTRAINED and not is_finished(run_dir):
+        results["unfinished"] = f"epoch {known['epoch']} of {cfg.train.epochs}"
     return save_results(folder, results | dict(described or {}), detections, dataset.ground_truth)
 
 
@@ -131,7 +134,7 @@ def load_model(run_dir: Path, checkpoint: str = "last", cfg: Config | None = Non
     if checkpoint != UNTRAINED:
         return build_source(run_source(run_dir, checkpoint))
     refuse_predictions(run_dir)
-    return starting_model(cfg or load_config(run_dir / "config.yaml"))[0].eval()
+    return starting_model(cfg or run_config(run_dir))[0].eval()
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -140,7 +143,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def save_results(run_dir: Path, results: dict, detections: list[dict], ground_truth: dict) -> dict:
-    """Write predictions.json and matches, then results.json, whose presence says that the run is finished."""
+    """Write predictions.json and matches, then results.json, which says of a run that it is finished."""
     write_json(run_dir / "predictions.json", detections)
     matches = match_detections(ground_truth, detections)
     save_tables(run_dir, {"matches": matches.detections, "annotations": matches.annotations})

@@ -16,7 +16,7 @@ from detrlib.engine.evaluate import on_split, save_results
 from detrlib.errors import DataError, RunError
 from detrlib.experiments.transfer import find_data
 from detrlib.metrics.detection import coco_ap
-from detrlib.runs.folder import begin_folder
+from detrlib.runs.opening import begin_folder
 
 FIELDS = ("image_id", "category_id", "bbox", "score")
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from detrlib.config import Config, project_path, replace
 from detrlib.data.annotations import Annotations, read_annotations
-from detrlib.data.classes import ClassMatch, match_classes, names_by_label, translate
+from detrlib.data.classes import ClassMatch, match_classes, translate
 from detrlib.data.formats import choose_split, find_splits, images_of
 from detrlib.data.pictures import pictures_folder
 from detrlib.engine.evaluate import evaluate_into, evaluation_config, results_folder
 from detrlib.errors import ConfigError, DataError, RunError
 from detrlib.files import write_json
-from detrlib.runs.folder import load_results
+from detrlib.runs.folder import class_names
 
 LOWER_BOUND = (
     "Only the classes in 'matched' are scored. Where the data does not annotate every object of them, right detections "
@@ -63,7 +63,7 @@ def evaluate_on(
         named = "-".join(filter(None, ((on.parent if on.is_file() else on).name, split)))
     folder = results_folder(run_dir, save_as or named, annotations)
     content = read_annotations(annotations)
-    ours = names_by_label(load_results(run_dir).get("names", {}), run_dir / "results.json")
+    ours = class_names(run_dir)
     match = _match(run_dir, cfg, annotations, content, ours, names or {}, by_id)
     copy = (folder / annotations.name).with_suffix(".json")  # with the run's labels as category ids
     write_json(copy, translate(content, match))
@@ -112,7 +112,7 @@ def _match(
         raise ConfigError(f"by_id (--by-id): {reason}; match classes by name instead")
     if not (ours or by_id):
         raise RunError(
-            f"{run_dir / 'results.json'} has no 'names' of classes; evaluate the run on its own data first, "
+            f"{run_dir} has no names of classes; evaluate the run on its own data first, "
             "or match by_id (--by-id) if the category ids of the other data are those the run was trained with"
         )
     try:

@@ -30,6 +30,7 @@ from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, li
 from detrlib.runs.examples import Example
 
 WIDEST_PANEL = 1.7  # inches
+FEW = 15  # boxes in a picture that need no thinner lines
 
 
 def draw_box(
@@ -37,7 +38,7 @@ def draw_box(
 ) -> None:
     """One box; dashed ones are ground truth. A white rim keeps it visible on any background."""
     x0, y0, x1, y1 = box
-    for edge, line_width in (("white", width + 1.1), (colour, width)):
+    for edge, line_width in (("white", width + min(1.1, 0.85 * width)), (colour, width)):
         style = (0, (3, 2)) if dashed else "solid"
         axes.add_patch(
             Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=line_width, linestyle=style)
@@ -45,6 +46,11 @@ def draw_box(
     if caption:
         box = {"facecolor": colour, "lw": 0, "pad": 0.8}
         axes.text(x0, y0, caption, fontsize=5, color="white", va="top", bbox=box)
+
+
+def thinner(boxes: int, width: float = 1.3) -> float:
+    """The width of the lines of so many boxes in one picture: crowds get thinner ones, so that objects are seen."""
+    return width * min(1.0, max(0.3, (FEW / max(boxes, 1)) ** 0.5))
 
 
 def draw_image(axes: Axes, image: np.ndarray, title: str = "", alpha: float = 1.0, **look) -> None:
@@ -95,7 +101,7 @@ def detections_with_attention(
     count = len(example.true_boxes)
     draw_image(first, example.image, f"{count or 'no annotated'} object{'s' * (count != 1)}")
     for box, label in zip(example.true_boxes, example.true_labels, strict=True):
-        draw_box(first, box, class_colour(int(label), names), dashed=True)
+        draw_box(first, box, class_colour(int(label), names), dashed=True, width=thinner(count))
     for query, axes in enumerate(rest[:shown]):
         colour = _colour(example, query, names)
         draw_box(first, example.boxes[query], colour, caption=str(query + 1))

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torchvision.ops import box_iou
 
-from detrlib.figures.attention import draw_box, draw_image
+from detrlib.figures.attention import draw_box, draw_image, thinner
 from detrlib.figures.choices import detection
 from detrlib.figures.overlay import colour_bar, overlay, scale_of
 from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, figure, literal, styled
@@ -31,12 +31,13 @@ def matching(example: Example, names: Mapping[int, str]) -> Figure:
     inches = max(panel * height / width + 0.25, lines * LINE_HEIGHT)
     drawn, (picture, lists) = figure(aspect=inches / TEXT_WIDTH, ncols=2, gridspec_kw={"width_ratios": [0.42, 0.58]})
     draw_image(picture, example.image)
+    width = thinner(lines)
     for query in np.flatnonzero(example.matched < 0):
-        draw_box(picture, example.boxes[query], MUTED)
+        draw_box(picture, example.boxes[query], MUTED, width=width)
     for query in np.flatnonzero(example.matched >= 0):
-        draw_box(picture, example.boxes[query], colours[example.matched[query]])
+        draw_box(picture, example.boxes[query], colours[example.matched[query]], width=width)
     for number, box in enumerate(example.true_boxes):
-        draw_box(picture, box, colours[number], dashed=True)
+        draw_box(picture, box, colours[number], dashed=True, width=width)
         _badge(picture, box[:2], number, colours[number])
     _draw_lists(lists, example, names, colours, lines)
     return drawn

@@ -119,7 +119,7 @@ def test_an_evaluation_again_says_the_same(run_dir):
 
 
 def test_what_cannot_be_evaluated_is_named(run_dir, tmp_path):
-    with pytest.raises(RunError, match=r"results\.json"):
+    with pytest.raises(RunError, match=r"config\.yaml"):
         evaluate_run(tmp_path)
     with pytest.raises(RunError, match=r"epoch-0007\.pt"):
         evaluate_run(run_dir, "epoch-0007")

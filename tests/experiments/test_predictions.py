@@ -18,7 +18,7 @@ from detrlib.metrics.bootstrap import ap_table
 from detrlib.metrics.detection import METRICS, coco_ap
 from detrlib.metrics.statistics import compare
 from detrlib.runs.examples import load_examples
-from detrlib.runs.results import attention_frame, final_alphas, load_matches, paibb_table, results_frame, results_table
+from detrlib.runs.results import final_alphas, layer_frame, load_matches, paibb_table, results_frame, results_table
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_folder_is_that_of_a_run_without_attention(run_dir, dataset, tiny_co
     assert results_table([run_dir]).loc["other", ["Gini", "PAIBB"]].isna().all()
     assert paibb_table([run_dir]).loc["other", "pairs"] == 0
     assert load_examples(run_dir) == [] and final_alphas([run_dir]) == {}
-    assert attention_frame([run_dir], "decoder_cross").empty
+    assert layer_frame([run_dir]).empty
     assert ap_table(load_matches(run_dir)).loc["AP", "value"] == pytest.approx(row["AP"])
     cfg = load_config(run_dir / "config.yaml")
     assert cfg.data == tiny_config().data and cfg.model.num_classes == dataset.num_classes
