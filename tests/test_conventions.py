@@ -33,17 +33,17 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 590,
-    "config": 830,
+    ".": 600,
+    "config": 840,
     "attention": 1240,
     "attention/kernels": 1040,
     "models": 2035,
     "losses": 315,
     "checkpoints": 1225,
-    "data": 2090,
+    "data": 2150,
     "metrics": 1750,
     "runs": 1610,
-    "engine": 2350,
+    "engine": 2380,
     "experiments": 1895,
     "figures": 2995,
     "teaching": 480,

@@ -114,7 +114,7 @@ def test_small_images_tell_what_large_ones_take(images, overrides, most, monkeyp
     monkeypatch.setattr(memory, "SIDE", 64)
     found = estimate(model, cfg, (256, 192), 3, CPU)
     _, really = Passes(model, cfg, 3, CPU).bytes(images, (256, 192))
-    assert 0.9 * really <= found.once + images * found.per_image <= most * really
+    assert 0.8 * really <= found.once + images * found.per_image <= most * really
 
 
 def test_images_with_too_few_tokens_for_the_queries_are_not_watched(monkeypatch, detector):
