@@ -33,7 +33,7 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 555,
+    ".": 595,
     "config": 810,
     "attention": 1240,
     "attention/kernels": 1040,
@@ -44,7 +44,7 @@ CEILINGS = {
     "metrics": 1730,
     "runs": 1500,
     "engine": 1980,
-    "experiments": 1890,
+    "experiments": 2080,  # zeros of Hugging Face's detectors
     "figures": 2910,
     "teaching": 480,
     "benchmarks": 870,
