@@ -27,8 +27,6 @@ from detrlib.metrics.sparsity import sparsity
 from detrlib.models.huggingface_attention import require_transformers, sees_map, sites_of, use
 from detrlib.models.outputs import Site
 
-__all__ = ["RANDOM", "SHARPEN", "open_detector", "sparsity_table", "use", "wide_table"]
-
 SHARPEN = 4.0  # standard deviation of the scores of random weights
 MEASURES = ("zeros", "gini")
 STAGES = {  # of transformers' own ResNet-50, for types that would ask timm for theirs
@@ -68,9 +66,9 @@ def _trained(kind: Any, name: str) -> Any:
     """What transformers makes of an id or a folder. Raises WeightsError naming it."""
     try:
         return kind.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of files, of sizes that do not fit, of timm that is missing, each in its own way
         reason = " ".join(str(error).split())
-        raise WeightsError(f"{name}: transformers makes no {kind.__name__} of it: {reason[:300]}") from None
+        raise WeightsError(f"{name}: transformers makes no {kind.__name__} of it: {reason[:300]}") from error
 
 
 class _Measured(Transform):
