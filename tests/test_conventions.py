@@ -33,24 +33,24 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 595,
-    "config": 810,
+    ".": 630,  # several pairs after one option; huggingface
+    "config": 820,
     "attention": 1240,
     "attention/kernels": 1040,
     "models": 2430,  # attention of Hugging Face's detectors: how modules are changed, and which, in and out
     "losses": 310,
-    "checkpoints": 1215,
-    "data": 1425,  # names of classes of any file are read in one place
-    "metrics": 1730,
-    "runs": 1500,
-    "engine": 1980,
-    "experiments": 2080,  # zeros of Hugging Face's detectors
-    "figures": 2910,
+    "checkpoints": 1225,
+    "data": 2090,
+    "metrics": 1750,
+    "runs": 1610,
+    "engine": 2001,
+    "experiments": 2090,  # zeros of Hugging Face's detectors
+    "figures": 2995,
     "teaching": 480,
     "benchmarks": 870,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 420  # the command line: every option of every command is a line
+LONGEST_COMMANDS = 440  # the command line: every option of every command is a line
 
 
 def relative(path):
