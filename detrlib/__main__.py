@@ -391,6 +391,45 @@ def costs(
         typer.echo(training_memory(load_config(config, chosen), tuple(pixels), memory))
 
 
+@app.command()
+def huggingface(
+    models: Annotated[
+        list[str] | None, Argument(metavar="MODEL...", help="ids, folders; types: random weights")
+    ] = None,
+    transforms: Annotated[str | None, Option(metavar="A,B", help="names of transforms; default: all")] = None,
+    pictures: Annotated[list[str], Option(help="files, folders or globs; default: noise")] = [],  # noqa: B006
+    sharpen: Annotated[float | None, Option(help="standard deviation of scores; default for random weights: 4")] = None,
+    size: Annotated[int, Option(min=64, help="pixels along both sides, for noise and random weights")] = 640,
+    alpha: Annotated[float, Option(help="of entmax")] = 1.25,
+    alpha_init: Annotated[float, Option(help="of alpha_entmax")] = 1.75,
+    tv_lambda: Annotated[float, Option(help="of tvmax")] = 0.1,
+    out: Annotated[Path | None, Option(help="folder for the table as CSV, Markdown and LaTeX")] = None,
+) -> None:
+    """Zeros and Gini of the attention of Hugging Face's detectors at every site, under each transform.
+
+    MODEL is an id such as PekingU/rtdetr_v2_r18vd, a folder, or a type such as rt_detr_v2; by default the types detr,
+    rt_detr_v2 and d_fine, whose weights are random and whose scores are sharpened.
+    """
+    from detrlib.attention import TRANSFORMS
+    from detrlib.experiments.huggingface import sparsity_table, wide_table
+    from detrlib.figures.album import check_folder
+    from detrlib.figures.tables import save_table
+
+    if out:
+        check_folder(out)
+    names = values_in(transforms, "--transforms") or list(TRANSFORMS)
+    settings = {"alpha": alpha, "alpha_init": alpha_init, "tv_lambda": tv_lambda}
+    models = models or ["detr", "rt_detr_v2", "d_fine"]
+    table = sparsity_table(models, names, pictures, sharpen, size, progress=True, **settings)
+    wide = wide_table(table)
+    typer.echo(wide.round(3).to_string(na_rep="–"))
+    if out:
+        note = f"sharpen {sharpen}, size {size}, {settings}, pictures {pictures or 'noise'}"
+        caption = "Sparsity of attention under each transform, put into one site at a time."
+        save_table(wide, "huggingface", caption, out, note, unranked=list(wide))
+        table.to_csv(out / "huggingface.csv", index=False)
+
+
 def main() -> None:
     """The console script."""
     app()

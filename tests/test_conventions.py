@@ -33,24 +33,24 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 600,
+    ".": 630,
     "config": 840,
     "attention": 1240,
     "attention/kernels": 1040,
-    "models": 2035,
+    "models": 2430,
     "losses": 315,
     "checkpoints": 1225,
     "data": 2150,
     "metrics": 1750,
     "runs": 1610,
     "engine": 2380,
-    "experiments": 1895,
+    "experiments": 2090,
     "figures": 2995,
     "teaching": 480,
     "benchmarks": 870,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 420  # the command line: every option of every command is a line
+LONGEST_COMMANDS = 440  # the command line: every option of every command is a line
 
 
 def relative(path):

@@ -402,6 +402,16 @@ def test_costs(config):
     assert line.startswith("training: ") and "of 64 x 96 pixels" in line and "fit into 1 GiB" in line
 
 
+def test_huggingface(huggingface_detector, tmp_path):
+    huggingface_detector("rt_detr_v2").save_pretrained(tmp_path / "theirs")
+    options = ["--transforms", "sparsemax,tvmax", "--size", 128, "--out", tmp_path / "out"]
+    shown = detrlib("huggingface", tmp_path / "theirs", *options)
+    assert sum(site in line for line in shown.splitlines() for site in ("encoder_self", "decoder_cross")) == 4
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv", ".md", ".tex", ".txt"}
+    assert "nosuch" in refused("huggingface", "nosuch")
+    assert "a file" in refused("huggingface", "--out", tmp_path / "out" / "huggingface.csv")
+
+
 def test_every_command_has_a_line_of_help():
     shown = detrlib("--help")
     for command in (
@@ -415,6 +425,7 @@ def test_every_command_has_a_line_of_help():
         "import",
         "unrel",
         "costs",
+        "huggingface",
     ):
         assert f"\n  {command} " in shown
         assert "Usage" in detrlib(command, "--help")
