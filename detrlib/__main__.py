@@ -82,8 +82,10 @@ def train(
     from detrlib.runs.folder import run_path
 
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
-    numbers = launch(cfg, run_path(name), gpus, processes)["detection"]
-    typer.echo(f"AP {numbers['AP']:.3f}  AP50 {numbers['AP50']:.3f}  {run_path(name)}")
+    results = launch(cfg, run_path(name), gpus, processes)
+    numbers, floor = results["detection"], results.get("floor")
+    beside = f"  (floor {floor['AP']:.3f}, {floor['AP50']:.3f})" if floor else ""
+    typer.echo(f"AP {numbers['AP']:.3f}  AP50 {numbers['AP50']:.3f}{beside}  {run_path(name)}")
 
 
 @app.command(hidden=True)
@@ -114,6 +116,7 @@ def evaluate(
     Or make a run of the detections of any detector, to be compared with others: --predictions FILE.json --data DATA.
     """
     from detrlib.engine.evaluate import evaluate_run
+    from detrlib.engine.floor import in_words
     from detrlib.experiments.predictions import evaluate_predictions
     from detrlib.experiments.transfer import evaluate_on, scored_classes
     from detrlib.metrics.detection import UNDEFINED
@@ -135,8 +138,8 @@ def evaluate(
     numbers = {name: value for name, value in results["detection"].items() if name != "per_class"}
     words = {name: "–" if value == UNDEFINED else f"{value:.3f}" for name, value in numbers.items()}
     typer.echo("  ".join(f"{name} {word}" for name, word in words.items()))
-    if on:
-        typer.echo(scored_classes(results))
+    for line in [*in_words(results), *([scored_classes(results)] if on else [])]:
+        typer.echo(line)
 
 
 @app.command()

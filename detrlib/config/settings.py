@@ -75,6 +75,9 @@ class Train(Section):
     start: str | None = None
     freeze: tuple[FreezableName, ...] = ()  # parts that are not trained; dropout in them stays as it is
     epochs: int = Field(300, ge=1)
+    # Updates of an epoch, whatever the number of images, which come in one permutation after the other; None: one pass
+    # over the data, without the images that fill no batch.
+    epoch_updates: int | None = Field(None, ge=1)
     batch_size: int = Field(16, ge=1)  # over all processes: results do not depend on their number
     lr: float = Field(1e-4, gt=0.0)
     lr_backbone: float = Field(1e-5, ge=0.0)  # 0 freezes the backbone

@@ -126,6 +126,11 @@ class CocoDataset(Dataset):
         first, last = self._first[index], self._first[index + 1]
         return self._boxes[first:last].clone(), self._labels[first:last].clone()
 
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of every image file, pixels."""
+        return [(record["width"], record["height"]) for record in self._records]
+
     def frame(self) -> pd.DataFrame:
         """One row per annotated object, crowds included: image_id, label, category, width, height, area, crowd.
 

@@ -28,13 +28,17 @@ from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, build_dataset, collate
 from detrlib.data.batch import EpochSampler, batches
 from detrlib.engine.evaluate import autocast, evaluate, save_results
-from detrlib.engine.start import initial_model, record_start, starting_model
+from detrlib.engine.floor import in_words, keep_fixed_boxes, run_floor
+from detrlib.engine.start import few_updates, initial_model, record_start, starting_model
 from detrlib.engine.state import TrainingState
 from detrlib.engine.tracking import TRACKING, panels, show_messages, start_tracking, trackers
 from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss
 from detrlib.files import save_checkpoint
 from detrlib.losses.criterion import Criterion
+from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.models import alpha_modules
+
+LOOKED_AT = 64  # images whose attention is measured while training goes on
 
 
 def train_step(
@@ -149,8 +153,9 @@ class Trainer:
     ):
         self.cfg, self.run_dir, self.accelerator, self.val_set = cfg, run_dir, accelerator, val_set
         set_seed(cfg.train.seed)
+        shared = accelerator.process_index, accelerator.num_processes
         self.sampler = EpochSampler(
-            len(train_set), cfg.train.batch_size, accelerator.process_index, accelerator.num_processes, cfg.train.seed
+            len(train_set), cfg.train.batch_size, *shared, cfg.train.seed, cfg.train.epoch_updates
         )
         self.loader = DataLoader(
             train_set,
@@ -162,6 +167,8 @@ class Trainer:
         self.state = TrainingState(model, cfg, len(self.sampler), accelerator)
         self.criterion = Criterion(lambda x: accelerator.reduce(x, "mean"), **dict(cfg.loss))
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
+        self.floor: dict = {}  # see `run_floor`
+        self.warned: set[str] = set()  # signs of collapse that were said
         start_tracking(accelerator, cfg)
 
     def run(self, resume: bool) -> dict:
@@ -172,7 +179,12 @@ class Trainer:
             self.accelerator.print(f"resuming {self.run_dir.name} after epoch {state.epoch}")
         if self.accelerator.is_main_process:
             runs.truncate_metrics(self.run_dir, state.global_step)
+            if not resume:
+                keep_fixed_boxes(self.run_dir, self.loader.dataset)
         self.accelerator.wait_for_everyone()
+        self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
+        for line in (*in_words(self.floor), *few_updates(self.cfg, epochs * len(self.sampler))):
+            self.accelerator.print(line)
         while state.epoch < epochs:
             start = time.perf_counter()
             record = self._train_epoch()
@@ -184,14 +196,16 @@ class Trainer:
             state.save(self.run_dir / "checkpoints", ap, self.cfg.train.keep_every)
             self._report(record, time.perf_counter() - start)
         results, detections = evaluate(state.evaluated, self.val_set, self.cfg, self.accelerator, run_dir=self.run_dir)
-        results |= {"checkpoint": "last", "epoch": state.epoch, "global_step": state.global_step}
+        results |= {"checkpoint": "last", "epoch": state.epoch, "global_step": state.global_step} | self.floor
+        self.warned.clear()
+        self._warn(results)
         if self.accelerator.is_main_process:
             save_results(self.run_dir, results, detections, self.val_set.ground_truth)
         self.accelerator.wait_for_everyone()
         return results
 
     def _train_epoch(self) -> dict[str, float]:
-        """One pass over the data; means of everything logged."""
+        """One epoch; means of everything logged."""
         cfg, accelerator, state = self.cfg.train, self.accelerator, self.state
         # Order and augmentation depend on seed and epoch alone, so that a resumed run repeats an uninterrupted one.
         set_seed(cfg.seed + 1000 * (state.epoch + 1) + accelerator.process_index)
@@ -242,12 +256,21 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         criterion = Criterion(**dict(self.cfg.loss))
-        results, _ = evaluate(
-            self.state.evaluated, self.val_set, self.cfg, self.accelerator, criterion=criterion, sites=()
-        )
+        asked = {"criterion": criterion, "sites": ("decoder_cross",), "looked_at": LOOKED_AT}
+        results, _ = evaluate(self.state.evaluated, self.val_set, self.cfg, self.accelerator, **asked)
         numbers = {name: value for name, value in results["detection"].items() if not isinstance(value, dict)}
         record = {f"val/{name}": value for name, value in results["loss"].items()}
+        record |= {f"spread/{name}": value for name, value in results["spread"].items()}
+        if self.cfg.train.epochs <= 2 * self.state.epoch < 2 * self.cfg.train.epochs:
+            self._warn(results | self.floor)  # before, all models are like that
         return record | {f"detection/{name}": value for name, value in numbers.items()}
+
+    def _warn(self, results: dict) -> None:
+        """Say what looks collapsed, each sign once."""
+        signs = signs_of_collapse(results)
+        for name in [name for name in signs if name not in self.warned]:
+            self.accelerator.print(f"warning: {signs[name]}", flush=True)
+        self.warned |= set(signs)
 
     # What is written: metrics, and a line per epoch. Only the main process writes.
 
@@ -276,12 +299,14 @@ class Trainer:
         self.accelerator.log(panels(record, self.criterion.weights), step=self.state.global_step)
 
     def _report(self, record: dict[str, float], seconds: float) -> None:
-        epoch, epochs = self.state.epoch, self.cfg.train.epochs
+        epoch, epochs, updates = self.state.epoch, self.cfg.train.epochs, self.state.global_step
         precision = ""
         if "detection/AP" in record:
             precision = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
+        passes = updates * self.sampler.batch_size / self.sampler.length
         self.accelerator.print(
-            f"epoch {epoch:3d}/{epochs}  loss {record['epoch/loss']:.3f}  {precision}"
+            f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
+            f"loss {record['epoch/loss']:.3f}  {precision}"
             f"{seconds:.0f} s, about {(epochs - epoch) * seconds / 60:.0f} min left",
             flush=True,
         )

@@ -26,6 +26,7 @@ from detrlib.runs.sources import Source, open_source
 
 HEADS = "class_embed."
 OF_TRANSFORM = ".transform."
+FEW_UPDATES, MEASURED_UPDATES = 500, "of 32 drawn pictures each, 400 give AP 0.42 and 1,000 give 0.67"
 OF_NO_MATTER = ("model.num_classes", "model.backbone.weights", "model.backbone.freeze_stem")  # once weights are given
 
 
@@ -86,6 +87,17 @@ def starting_model(cfg: Config, train_set: CocoDataset | None = None) -> tuple[n
         start = take_over(model, source, cfg.model, train_set.names)
     set_alphas(model, cfg.model.annealed_alphas(0))
     return model, start
+
+
+def few_updates(cfg: Config, updates: int) -> list[str]:
+    """A line that warns of a budget of so few updates that little can be learned from scratch; none if it is enough."""
+    if cfg.train.start or updates >= FEW_UPDATES:
+        return []
+    return [
+        f"warning: {updates} updates in all, in {cfg.train.epochs} epochs, are few for a detector from scratch "
+        f"({MEASURED_UPDATES}); raise train.epochs or train.epoch_updates, the updates of each, or begin with the "
+        "weights of a detector (train.start)"
+    ]
 
 
 def record_start(run_dir: Path, start: Start | None) -> None:

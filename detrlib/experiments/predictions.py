@@ -12,6 +12,7 @@ from typing import Any
 from detrlib.config import Config, load_config, project_path, replace
 from detrlib.data import build_dataset
 from detrlib.engine.evaluate import on_split, save_results
+from detrlib.engine.floor import run_floor
 from detrlib.errors import DataError, RunError
 from detrlib.experiments.transfer import find_data
 from detrlib.metrics.detection import coco_ap
@@ -65,6 +66,7 @@ def evaluate_predictions(
         "seconds": None,
     }
     begin_folder(run_dir, cfg)
+    results |= run_floor(run_dir, dataset, cfg.evaluate.engine)
     return save_results(run_dir, results, detections, dataset.ground_truth)
 
 
