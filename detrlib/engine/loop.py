@@ -27,16 +27,15 @@ from detrlib import runs
 from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, build_dataset, collate
 from detrlib.data.batch import EpochSampler, batches
+from detrlib.engine import tracking
 from detrlib.engine.evaluate import autocast, evaluate, save_results
 from detrlib.engine.floor import in_words, keep_fixed_boxes, run_floor
 from detrlib.engine.start import few_updates, initial_model, record_start, starting_model
 from detrlib.engine.state import TrainingState
-from detrlib.engine.tracking import TRACKING, panels, show_messages, start_tracking, trackers
 from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss
 from detrlib.files import save_checkpoint
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
-from detrlib.models import alpha_modules
 
 LOOKED_AT = 64  # images whose attention is measured while training goes on
 
@@ -104,7 +103,7 @@ def train(cfg: Config, run_dir: Path) -> dict:
         ConfigError, DataError, WeightsError, RunError: something does not fit; before any long work.
         NonFiniteLoss: with everything needed to look into it saved in failure-<process>.pt.
     """
-    accelerator = Accelerator(log_with=trackers(cfg, run_dir), project_dir=run_dir / TRACKING)
+    accelerator = Accelerator(log_with=tracking.trackers(cfg, run_dir), project_dir=run_dir / tracking.TRACKING)
     if cfg.train.batch_size % accelerator.num_processes:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
@@ -169,7 +168,7 @@ class Trainer:
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
         self.floor: dict = {}  # see `run_floor`
         self.warned: set[str] = set()  # signs of collapse that were said
-        start_tracking(accelerator, cfg)
+        tracking.start_tracking(accelerator, cfg)
 
     def run(self, resume: bool) -> dict:
         """Train what is left, evaluate, write the results."""
@@ -277,7 +276,7 @@ class Trainer:
     def _watch(self) -> None:
         """Gradients of alpha before clipping, of steps that are logged: is it still learning?"""
         if (self.state.global_step + 1) % self.cfg.train.log_every == 0:
-            self.alpha_gradients = alpha_gradients(self.state.trained)
+            self.alpha_gradients = tracking.alpha_gradients(self.state.trained)
 
     def _log_step(self, terms: dict[str, Tensor], times: dict[str, float]) -> None:
         rates = {f"lr/{name}": rate for name, rate in self.state.learning_rates.items()}
@@ -291,12 +290,11 @@ class Trainer:
     def _log(self, values: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
             return
-        for layer, module in alpha_modules(self.state.trained).items():
-            values |= _by_head("alpha", layer, module.alpha) | _by_head("pre_alpha", layer, module.pre_alpha)
+        values |= tracking.alpha_values(self.state.trained)
         values |= {f"alpha/{site}": alpha for site, alpha in self.state.alphas.items()}
         record = {"global_step": self.state.global_step, "epoch": self.state.epoch} | values
         runs.append_metrics(self.run_dir, record)
-        self.accelerator.log(panels(record, self.criterion.weights), step=self.state.global_step)
+        self.accelerator.log(tracking.panels(record, self.criterion.weights), step=self.state.global_step)
 
     def _report(self, record: dict[str, float], seconds: float) -> None:
         epoch, epochs, updates = self.state.epoch, self.cfg.train.epochs, self.state.global_step
@@ -318,25 +316,6 @@ class Trainer:
         self.accelerator.end_training()
 
 
-def alpha_gradients(model: nn.Module) -> dict[str, float]:
-    """For the log: gradients of pre_alpha per head, and their norm per layer."""
-    values = {}
-    for layer, module in alpha_modules(model).items():
-        gradient = module.pre_alpha.grad
-        if gradient is None:  # alpha is held fixed
-            continue
-        values |= _by_head("pre_alpha_gradient", layer, gradient)
-        site, number = layer.split(".")
-        values[f"pre_alpha_gradient_norm/{site}.layer_{number}"] = gradient.norm().item()
-    return values
-
-
-def _by_head(what: str, layer: str, values: Tensor) -> dict[str, float]:
-    """Names for the log: ("alpha", "decoder_cross.0", [H]) -> {"alpha/decoder_cross.layer_0-head_0": ...}."""
-    site, number = layer.split(".")
-    return {f"{what}/{site}.layer_{number}-head_{head}": value for head, value in enumerate(values.tolist())}
-
-
 def keep_freed_memory() -> None:
     """Tell glibc to keep large blocks: otherwise every step returns its activations and pages them in again."""
     if platform.libc_ver()[0] == "glibc":
@@ -351,7 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train in a run folder that holds config.yaml; for torchrun.")
     parser.add_argument("run_dir", type=runs.run_path, help="run folder with a config.yaml")
     run_dir = parser.parse_args().run_dir
-    show_messages()
+    tracking.show_messages()
     keep_freed_memory()
     try:
         train(load_config(run_dir / "config.yaml"), run_dir)

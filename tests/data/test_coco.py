@@ -238,3 +238,11 @@ def test_bccd(shared_data, split, count):
     dataset = build_dataset(settings, "val")
     assert len(dataset) == count and len(dataset.names) == 3
     assert dataset[0][0].shape[0] == 3
+
+
+def test_sizes_of_files_and_sides_of_objects(folder):
+    """Longer sides in parts of the shorter side of the image, crowds left out."""
+    boxes = [annotation(1, (0, 0, 10, 20)), annotation(2, (0, 0, 30, 6), image_id=2), annotation(3, iscrowd=1)]
+    dataset = CocoDataset(*folder(boxes, {"1.png": picture(40, 30), "2.png": picture(60, 80)}))
+    assert dataset.sizes == [(40, 30), (60, 80)]
+    assert dataset.object_sides().tolist() == pytest.approx([20 / 30, 30 / 60])

@@ -11,7 +11,7 @@ from detrlib.attention.transforms import Entmax
 from detrlib.config import replace
 from detrlib.engine.evaluate import load_model
 from detrlib.engine.loop import train
-from detrlib.engine.start import initial_model, take_over
+from detrlib.engine.start import FEW_UPDATES, few_updates, initial_model, take_over
 from detrlib.errors import WeightsError
 from detrlib.files import load_checkpoint
 from detrlib.runs.sources import Source
@@ -208,3 +208,10 @@ def test_the_model_that_training_starts_from_depends_on_the_seed_alone(tiny_conf
     assert torch.equal(torch.get_rng_state(), before)
     first, second, third = (next(model.transformer.parameters()) for model in models)
     assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+def test_a_small_budget_is_warned_of_unless_weights_are_given(tiny_config):
+    (line,) = few_updates(tiny_config(), FEW_UPDATES - 1)
+    assert str(FEW_UPDATES - 1) in line and "train.epoch_updates" in line
+    assert few_updates(tiny_config(), FEW_UPDATES) == []
+    assert few_updates(tiny_config({"train.start": "other"}), 1) == []
