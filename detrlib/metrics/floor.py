@@ -84,10 +84,10 @@ def fixed_detections(
     """
     known = fixed[fixed["label"].isin(list(category_ids))]
     boxes = torch.tensor(known[CORNERS].to_numpy(dtype=np.float32)).reshape(-1, 4)
-    ids = [category_ids[label] for label in known["label"]]
+    scores, ids = known["score"].tolist(), [category_ids[label] for label in known["label"]]
     detections = []
     for image_id, (width, height) in sizes.items():
-        detections += coco_detections(image_id, to_pixels(boxes, torch.tensor([height, width])), known["score"], ids)
+        detections += coco_detections(image_id, to_pixels(boxes, torch.tensor([height, width])), scores, ids)
     return detections
 
 
