@@ -33,19 +33,19 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 555,
-    "config": 810,
+    ".": 590,  # several pairs after one option
+    "config": 820,
     "attention": 1240,
     "attention/kernels": 1040,
     "models": 2020,
     "losses": 310,
-    "checkpoints": 1215,
-    "data": 1460,  # names of classes of any file are read in one place
-    "metrics": 1955,  # floors beside AP, and signs of a collapse
-    "runs": 1515,
-    "engine": 2070,  # the floor of a run, and what training warns of
-    "experiments": 1890,
-    "figures": 2945,
+    "checkpoints": 1225,
+    "data": 2105,
+    "metrics": 1975,  # floors beside AP, and signs of a collapse
+    "runs": 1625,
+    "engine": 2130,  # the floor of a run, and what training warns of
+    "experiments": 1900,
+    "figures": 3030,
     "teaching": 480,
     "benchmarks": 870,
 }

@@ -41,7 +41,7 @@ def run_floor(run_dir: Path, dataset: CocoDataset, engine: str) -> dict:
     return {"floor": floor(load_table(run_dir, TABLE), dataset, engine)}
 
 
-def in_words(results: Mapping) -> list[str]:
+def floor_in_words(results: Mapping) -> list[str]:
     """The floor of results, and what looks collapsed in them, in one line each; none for what they do not hold."""
     lines = []
     if numbers := results.get("floor"):

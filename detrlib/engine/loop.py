@@ -25,11 +25,11 @@ from tqdm.auto import tqdm
 
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
-from detrlib.data import Batch, CocoDataset, build_dataset, collate
-from detrlib.data.batch import EpochSampler, batches
+from detrlib.data import Batch, CocoDataset, build_dataset, collate, describe_data
+from detrlib.data.batch import EpochSampler, batches, padding_words
 from detrlib.engine import tracking
 from detrlib.engine.evaluate import autocast, evaluate, save_results
-from detrlib.engine.floor import in_words, keep_fixed_boxes, run_floor
+from detrlib.engine.floor import floor_in_words, keep_fixed_boxes, run_floor
 from detrlib.engine.start import few_updates, initial_model, record_start, starting_model
 from detrlib.engine.state import TrainingState
 from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss
@@ -110,19 +110,22 @@ def train(cfg: Config, run_dir: Path) -> dict:
         )
     train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
     cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set)})
+    described = describe_data(cfg.data, {"train": train_set, "val": val_set})
     with accelerator.main_process_first():
-        # The others find the run begun with the same settings, which is no reason to resume.
-        resume = runs.open_run(cfg, run_dir) and (run_dir / "checkpoints" / "last.pt").exists()
+        resume = runs.refuse_run(cfg, run_dir, described)
         model, start = (initial_model(cfg, "none"), None) if resume else starting_model(cfg, train_set)
+        runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:
         accelerator.print(start)
     if accelerator.is_main_process and not resume:
         record_start(run_dir, start)
+        runs.save_class_names(run_dir, train_set.names)
     trainer = Trainer(cfg, run_dir, accelerator, train_set, val_set, model)
     try:
         return trainer.run(resume)
     except KeyboardInterrupt:
         accelerator.print(f"\ninterrupted; the same run name continues after epoch {trainer.state.epoch}")
+        accelerator.print(trainer.state.best_so_far(run_dir))
         raise
     finally:
         trainer.close()
@@ -153,9 +156,8 @@ class Trainer:
         self.cfg, self.run_dir, self.accelerator, self.val_set = cfg, run_dir, accelerator, val_set
         set_seed(cfg.train.seed)
         shared = accelerator.process_index, accelerator.num_processes
-        self.sampler = EpochSampler(
-            len(train_set), cfg.train.batch_size, *shared, cfg.train.seed, cfg.train.epoch_updates
-        )
+        given = cfg.train.batch_size, *shared, cfg.train.seed, cfg.train.epoch_updates
+        self.sampler = EpochSampler(len(train_set), *given)
         self.loader = DataLoader(
             train_set,
             batch_sampler=self.sampler,
@@ -166,8 +168,7 @@ class Trainer:
         self.state = TrainingState(model, cfg, len(self.sampler), accelerator)
         self.criterion = Criterion(lambda x: accelerator.reduce(x, "mean"), **dict(cfg.loss))
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
-        self.floor: dict = {}  # see `run_floor`
-        self.warned: set[str] = set()  # signs of collapse that were said
+        self.floor, self.warned = {}, set()  # see `run_floor`; signs of collapse that were said
         tracking.start_tracking(accelerator, cfg)
 
     def run(self, resume: bool) -> dict:
@@ -182,7 +183,7 @@ class Trainer:
                 keep_fixed_boxes(self.run_dir, self.loader.dataset)
         self.accelerator.wait_for_everyone()
         self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
-        for line in (*in_words(self.floor), *few_updates(self.cfg, epochs * len(self.sampler))):
+        for line in (*floor_in_words(self.floor), *few_updates(self.cfg, epochs * len(self.sampler))):
             self.accelerator.print(line)
         while state.epoch < epochs:
             start = time.perf_counter()
@@ -200,6 +201,7 @@ class Trainer:
         self._warn(results)
         if self.accelerator.is_main_process:
             save_results(self.run_dir, results, detections, self.val_set.ground_truth)
+            self.accelerator.print(state.best_so_far(self.run_dir), flush=True)
         self.accelerator.wait_for_everyone()
         return results
 
@@ -210,11 +212,12 @@ class Trainer:
         set_seed(cfg.seed + 1000 * (state.epoch + 1) + accelerator.process_index)
         self.sampler.epoch = state.epoch
         state.model.train()
-        sums, quiet = {}, None if accelerator.is_main_process else True
+        sums, padding, quiet = {}, [], None if accelerator.is_main_process else True
         bar = tqdm(self.loader, desc=f"epoch {state.epoch + 1}/{cfg.epochs}", leave=False, disable=quiet)
         clock = time.perf_counter()
         for batch in batches(bar):
             waited = time.perf_counter() - clock
+            padding.append(batch.padding)
             terms = self._step(batch.to(accelerator.device))
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -225,7 +228,8 @@ class Trainer:
             clock = time.perf_counter()
         names = sorted(sums)
         totals = accelerator.reduce(torch.stack([sums[name] for name in names]), "mean") / len(self.loader)
-        return {f"epoch/{name}": value for name, value in zip(names, totals.tolist(), strict=True)}
+        means = {f"epoch/{name}": value for name, value in zip(names, totals.tolist(), strict=True)}
+        return means | {"extra/padding": sum(padding) / len(padding)}
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """`train_step`, and what moves along with the weights."""
@@ -299,7 +303,7 @@ class Trainer:
     def _report(self, record: dict[str, float], seconds: float) -> None:
         epoch, epochs, updates = self.state.epoch, self.cfg.train.epochs, self.state.global_step
         precision = ""
-        if "detection/AP" in record:
+        if record.get("detection/AP", -1) >= 0:  # undefined without objects
             precision = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
         passes = updates * self.sampler.batch_size / self.sampler.length
         self.accelerator.print(
@@ -308,6 +312,8 @@ class Trainer:
             f"{seconds:.0f} s, about {(epochs - epoch) * seconds / 60:.0f} min left",
             flush=True,
         )
+        if epoch == 1 and (much := padding_words(record["extra/padding"], self.cfg.data)):
+            self.accelerator.print(much, flush=True)
 
     def close(self) -> None:
         """Finish tracking and leave the process group in order: gloo aborts now and then if a DDP model outlives it."""

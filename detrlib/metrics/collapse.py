@@ -30,7 +30,7 @@ LEAST_SPREAD = 0.25
 # Chance is 1: attention spread evenly, whatever the size of objects. The margin is for rounding; more of it would call
 # attention to objects that fill nearly all of their image collapsed.
 CHANCE = 1.02
-MORE = "train for more updates (train.epochs, train.epoch_updates), or from weights (train.start)"
+MORE = "lower train.lr_backbone, train for more updates (train.epochs, train.epoch_updates), or begin with train.start"
 REMEDIES = {
     "AP": MORE,
     "box": f"look at the detections (notebook 08_attention_maps), then {MORE}",

@@ -7,7 +7,7 @@ import pytest
 from detrlib.config import load_config, replace, save_config
 from detrlib.data import build_dataset
 from detrlib.engine.evaluate import evaluate_run
-from detrlib.engine.floor import TABLE, in_words, run_floor
+from detrlib.engine.floor import TABLE, floor_in_words, run_floor
 from detrlib.engine.loop import train
 from detrlib.metrics.floor import fixed_boxes, floor
 from detrlib.runs.folder import load_results, load_table
@@ -40,11 +40,11 @@ def test_without_the_training_split_there_is_none(run_dir, tmp_path):
     dataset = build_dataset(cfg.data, "val")
     (tmp_path / "run").mkdir()
     save_config(replace(cfg, {"data.train_images": str(tmp_path / "nowhere")}), tmp_path / "run" / "config.yaml")
-    assert run_floor(tmp_path / "run", dataset, "faster_coco_eval") == {} and in_words({}) == []
+    assert run_floor(tmp_path / "run", dataset, "faster_coco_eval") == {} and floor_in_words({}) == []
 
 
 def test_the_floor_and_signs_of_collapse_in_words():
     numbers = {"AP": 0.25, "AP50": 0.5, "images": 40}
-    first, second = in_words({"floor": numbers, "detection": {"AP": 0.2}})
+    first, second = floor_in_words({"floor": numbers, "detection": {"AP": 0.2}})
     assert "0.250" in first and "40 images" in first and second.startswith("warning: AP 0.200")
-    assert len(in_words({"floor": numbers, "detection": {"AP": 0.3}})) == 1
+    assert len(floor_in_words({"floor": numbers, "detection": {"AP": 0.3}})) == 1
