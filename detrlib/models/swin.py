@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer
 
 PATCH = 4  # pixels, the side of a patch
+WINDOW = 7  # tokens, the side of a window
 DEPTHS = (2, 2, 6, 2)  # blocks of the stages of Swin-T
 WIDTHS = (96, 192, 384, 768)
 
