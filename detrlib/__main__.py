@@ -110,8 +110,10 @@ def train(
     from detrlib.runs.folder import run_path
 
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
-    numbers = launch(cfg, run_path(name), gpus, processes)["detection"]
-    typer.echo(f"{in_words({cut: numbers[cut] for cut in ('AP', 'AP50')})}  {run_path(name)}")
+    results = launch(cfg, run_path(name), gpus, processes)
+    numbers, floor = results["detection"], results.get("floor")
+    beside = f"  (floor {floor['AP']:.3f}, {floor['AP50']:.3f})" if floor else ""
+    typer.echo(f"{in_words({cut: numbers[cut] for cut in ('AP', 'AP50')})}{beside}  {run_path(name)}")
 
 
 @app.command(hidden=True)
@@ -142,6 +144,7 @@ def evaluate(
     Or make a run of the detections of any detector, to be compared with others: --predictions FILE.json --data DATA.
     """
     from detrlib.engine.evaluate import evaluate_run
+    from detrlib.engine.floor import floor_in_words
     from detrlib.experiments.predictions import evaluate_predictions
     from detrlib.experiments.transfer import evaluate_on, scored_classes
     from detrlib.metrics.detection import UNDEFINED
@@ -164,8 +167,8 @@ def evaluate(
     missing = [name for name, own in results["detection"]["per_class"].items() if own["AP"] == UNDEFINED]
     if missing:
         typer.echo(f"no objects in this split, and no AP: {listed(missing)}")
-    if on:
-        typer.echo(scored_classes(results))
+    for line in [*floor_in_words(results), *([scored_classes(results)] if on else [])]:
+        typer.echo(line)
 
 
 @app.command()

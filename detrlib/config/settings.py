@@ -83,6 +83,9 @@ class Train(Section):
     start: str | None = None
     freeze: tuple[FreezableName, ...] = ()  # parts that are not trained; dropout in them stays as it is
     epochs: int = Field(300, ge=1)
+    # Updates of an epoch, whatever the number of images, which come in one permutation after the other; None: one pass
+    # over the data, without the images that fill no batch.
+    epoch_updates: int | None = Field(None, ge=1)
     batch_size: int = Field(16, ge=1)  # over all processes: results do not depend on their number
     # Images that a process has on its device at a time, the last ones fewer where it does not divide a batch: gradients
     # add up to those of the batch. None: all at once; auto: the most that fit on the GPU, found by trying

@@ -109,14 +109,18 @@ def batches(loader: Iterable[Batch]) -> Iterator[Batch]:
 
 
 class EpochSampler(torch.utils.data.Sampler):
-    """Batches of indices for one process: a shuffle that depends on seed and epoch, incomplete batches dropped.
+    """Batches of indices for one process, which depend on seed and epoch alone.
 
-    Every process takes its slice of the same global batch. A set smaller than one batch is one batch.
+    An epoch is a shuffle of all images, incomplete batches dropped; or, with `updates`, so many batches, which go on in
+    an endless sequence of shuffles where the epoch before ended, so that every image comes equally often. Every process
+    takes its slice of the same global batch. A set smaller than one batch is one batch.
     """
 
-    def __init__(self, length: int, batch_size: int, process: int, processes: int, seed: int):
+    def __init__(
+        self, length: int, batch_size: int, process: int, processes: int, seed: int, updates: int | None = None
+    ):
         self.length, self.batch_size = length, min(batch_size, length - length % processes)
-        self.process, self.processes, self.seed, self.epoch = process, processes, seed, 0
+        self.process, self.processes, self.seed, self.epoch, self.updates = process, processes, seed, 0, updates
         if not self.batch_size:
             raise ConfigError(f"{length} training images cannot be shared by {processes} processes; use fewer")
 
@@ -126,10 +130,18 @@ class EpochSampler(torch.utils.data.Sampler):
         return self.batch_size // self.processes
 
     def __len__(self) -> int:
-        return self.length // self.batch_size
+        return self.updates or self.length // self.batch_size
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.length, generator=generator)[: len(self) * self.batch_size]
+        images = len(self) * self.batch_size
+        if self.updates is None:
+            order = self._shuffle(self.epoch)[:images]
+        else:
+            shuffle, start = divmod(self.epoch * images, self.length)
+            shuffles = range(shuffle, shuffle - (-(start + images) // self.length))
+            order = torch.cat([self._shuffle(number) for number in shuffles])[start : start + images]
         for batch in order.view(-1, self.batch_size):
             yield batch[self.process :: self.processes].tolist()
+
+    def _shuffle(self, number: int) -> Tensor:
+        return torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + number))

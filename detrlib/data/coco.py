@@ -139,6 +139,12 @@ class CocoDataset(Dataset):
         first, last = self._first[index], self._first[index + 1]
         return self._boxes[first:last].clone(), self._labels[first:last].clone()
 
+    def object_sides(self) -> Tensor:
+        """The longer side of every object [n] in parts of its image's shorter one: times `image_size`, in pixels."""
+        shorter = torch.tensor([min(record["width"], record["height"]) for record in self._records])
+        sides = (self._boxes[:, 2:] - self._boxes[:, :2]).amax(1)
+        return sides / shorter.repeat_interleave(self.objects_per_image())
+
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
         """(width, height) of every image file, pixels."""

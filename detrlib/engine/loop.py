@@ -25,16 +25,20 @@ from detrlib import runs
 from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, build_dataset, collate, describe_data
 from detrlib.data.batch import EpochSampler, batches, padding_words
+from detrlib.engine import tracking
 from detrlib.engine.evaluate import evaluate, save_results
+from detrlib.engine.floor import floor_in_words, keep_fixed_boxes, run_floor
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
-from detrlib.engine.start import initial_model, record_start, starting_model
+from detrlib.engine.start import few_updates, initial_model, record_start, starting_model
 from detrlib.engine.state import TrainingState
 from detrlib.engine.step import train_step
-from detrlib.engine.tracking import TRACKING, panels, show_messages, start_tracking, trackers
 from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss, RunError
 from detrlib.files import save_checkpoint
 from detrlib.losses.criterion import Criterion
-from detrlib.models import alpha_modules, checkpoint_activations
+from detrlib.metrics.collapse import signs_of_collapse
+from detrlib.models import checkpoint_activations
+
+LOOKED_AT = 64  # images whose attention is measured while training goes on
 
 TIMED_STEPS = 3  # after the first, from which the time of an epoch is told
 
@@ -56,7 +60,7 @@ def train(cfg: Config, run_dir: Path) -> dict:
         ConfigError, DataError, WeightsError, RunError: something does not fit; before any long work.
         NonFiniteLoss: with everything needed to look into it saved in failure-<process>.pt.
     """
-    accelerator = Accelerator(log_with=trackers(cfg, run_dir), project_dir=run_dir / TRACKING)
+    accelerator = Accelerator(log_with=tracking.trackers(cfg, run_dir), project_dir=run_dir / tracking.TRACKING)
     if cfg.train.batch_size % accelerator.num_processes:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
@@ -107,9 +111,9 @@ class Trainer:
     ):
         self.cfg, self.run_dir, self.accelerator, self.val_set = cfg, run_dir, accelerator, val_set
         set_seed(cfg.train.seed)
-        self.sampler = EpochSampler(
-            len(train_set), cfg.train.batch_size, accelerator.process_index, accelerator.num_processes, cfg.train.seed
-        )
+        shared = accelerator.process_index, accelerator.num_processes
+        given = cfg.train.batch_size, *shared, cfg.train.seed, cfg.train.epoch_updates
+        self.sampler = EpochSampler(len(train_set), *given)
         self.loader = DataLoader(
             train_set,
             batch_sampler=self.sampler,
@@ -124,7 +128,8 @@ class Trainer:
         self.criterion = Criterion(lambda x: accelerator.reduce(x, "mean"), **dict(cfg.loss))
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
         self.timed = False  # whether `_forecast` has spoken
-        start_tracking(accelerator, cfg)
+        self.floor, self.warned = {}, set()  # see `run_floor`; signs of collapse that were said
+        tracking.start_tracking(accelerator, cfg)
 
     def run(self, resume: bool) -> dict:
         """Train what is left, evaluate, write the results."""
@@ -135,7 +140,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             runs.truncate_metrics(self.run_dir, state.global_step)
             self.accelerator.print(self.plan.line(self.micro_batch), flush=True)
+            if not resume:
+                keep_fixed_boxes(self.run_dir, self.loader.dataset)
         self.accelerator.wait_for_everyone()
+        self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
+        for line in (*floor_in_words(self.floor), *few_updates(self.cfg, epochs * len(self.sampler))):
+            self.accelerator.print(line)
         while state.epoch < epochs:
             start = time.perf_counter()
             record = self._train_epoch()
@@ -147,7 +157,9 @@ class Trainer:
             state.save(self.run_dir / "checkpoints", ap, self.cfg.train.keep_every)
             self._report(record, time.perf_counter() - start)
         results, detections = evaluate(state.evaluated, self.val_set, self.cfg, self.accelerator, run_dir=self.run_dir)
-        results |= {"checkpoint": "last", "epoch": state.epoch, "global_step": state.global_step}
+        results |= {"checkpoint": "last", "epoch": state.epoch, "global_step": state.global_step} | self.floor
+        self.warned.clear()
+        self._warn(results)
         if self.accelerator.is_main_process:
             save_results(self.run_dir, results, detections, self.val_set.ground_truth)
             self.accelerator.print(state.best_so_far(self.run_dir), flush=True)
@@ -155,7 +167,7 @@ class Trainer:
         return results
 
     def _train_epoch(self) -> dict[str, float]:
-        """One pass over the data; means of everything logged."""
+        """One epoch; means of everything logged."""
         cfg, accelerator, state = self.cfg.train, self.accelerator, self.state
         # Order and augmentation depend on seed and epoch alone, so that a resumed run repeats an uninterrupted one.
         set_seed(cfg.seed + 1000 * (state.epoch + 1) + accelerator.process_index)
@@ -219,19 +231,28 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         criterion = Criterion(**dict(self.cfg.loss))
-        results, _ = evaluate(
-            self.state.evaluated, self.val_set, self.cfg, self.accelerator, criterion=criterion, sites=()
-        )
+        asked = {"criterion": criterion, "sites": ("decoder_cross",), "looked_at": LOOKED_AT}
+        results, _ = evaluate(self.state.evaluated, self.val_set, self.cfg, self.accelerator, **asked)
         numbers = {name: value for name, value in results["detection"].items() if not isinstance(value, dict)}
         record = {f"val/{name}": value for name, value in results["loss"].items()}
+        record |= {f"spread/{name}": value for name, value in results["spread"].items()}
+        if self.cfg.train.epochs <= 2 * self.state.epoch < 2 * self.cfg.train.epochs:
+            self._warn(results | self.floor)  # before, all models are like that
         return record | {f"detection/{name}": value for name, value in numbers.items()}
+
+    def _warn(self, results: dict) -> None:
+        """Say what looks collapsed, each sign once."""
+        signs = signs_of_collapse(results)
+        for name in [name for name in signs if name not in self.warned]:
+            self.accelerator.print(f"warning: {signs[name]}", flush=True)
+        self.warned |= set(signs)
 
     # What is written: metrics, and a line per epoch. Only the main process writes.
 
     def _watch(self) -> None:
         """Gradients of alpha before clipping, of steps that are logged: is it still learning?"""
         if (self.state.global_step + 1) % self.cfg.train.log_every == 0:
-            self.alpha_gradients = alpha_gradients(self.state.trained)
+            self.alpha_gradients = tracking.alpha_gradients(self.state.trained)
 
     def _log_step(self, terms: dict[str, Tensor], times: dict[str, float]) -> None:
         rates = {f"lr/{name}": rate for name, rate in self.state.learning_rates.items()}
@@ -245,12 +266,11 @@ class Trainer:
     def _log(self, values: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
             return
-        for layer, module in alpha_modules(self.state.trained).items():
-            values |= _by_head("alpha", layer, module.alpha) | _by_head("pre_alpha", layer, module.pre_alpha)
+        values |= tracking.alpha_values(self.state.trained)
         values |= {f"alpha/{site}": alpha for site, alpha in self.state.alphas.items()}
         record = {"global_step": self.state.global_step, "epoch": self.state.epoch} | values
         runs.append_metrics(self.run_dir, record)
-        self.accelerator.log(panels(record, self.criterion.weights), step=self.state.global_step)
+        self.accelerator.log(tracking.panels(record, self.criterion.weights), step=self.state.global_step)
 
     def _forecast(self, seconds: float) -> None:
         """Say how long training will take, from the first steps of `seconds` each."""
@@ -264,12 +284,14 @@ class Trainer:
         )
 
     def _report(self, record: dict[str, float], seconds: float) -> None:
-        epoch, epochs = self.state.epoch, self.cfg.train.epochs
+        epoch, epochs, updates = self.state.epoch, self.cfg.train.epochs, self.state.global_step
         precision = ""
         if record.get("detection/AP", -1) >= 0:  # undefined without objects
             precision = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
+        passes = updates * self.sampler.batch_size / self.sampler.length
         self.accelerator.print(
-            f"epoch {epoch:3d}/{epochs}  loss {record['epoch/loss']:.3f}  {precision}"
+            f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
+            f"loss {record['epoch/loss']:.3f}  {precision}"
             f"{seconds:.0f} s, about {(epochs - epoch) * seconds / 60:.0f} min left",
             flush=True,
         )
@@ -281,25 +303,6 @@ class Trainer:
         del self.state
         self.accelerator.free_memory()
         self.accelerator.end_training()
-
-
-def alpha_gradients(model: nn.Module) -> dict[str, float]:
-    """For the log: gradients of pre_alpha per head, and their norm per layer."""
-    values = {}
-    for layer, module in alpha_modules(model).items():
-        gradient = module.pre_alpha.grad
-        if gradient is None:  # alpha is held fixed
-            continue
-        values |= _by_head("pre_alpha_gradient", layer, gradient)
-        site, number = layer.split(".")
-        values[f"pre_alpha_gradient_norm/{site}.layer_{number}"] = gradient.norm().item()
-    return values
-
-
-def _by_head(what: str, layer: str, values: Tensor) -> dict[str, float]:
-    """Names for the log: ("alpha", "decoder_cross.0", [H]) -> {"alpha/decoder_cross.layer_0-head_0": ...}."""
-    site, number = layer.split(".")
-    return {f"{what}/{site}.layer_{number}-head_{head}": value for head, value in enumerate(values.tolist())}
 
 
 def _duration(seconds: float) -> str:
@@ -314,7 +317,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train in a run folder that holds config.yaml; for torchrun.")
     parser.add_argument("run_dir", type=runs.run_path, help="run folder with a config.yaml")
     run_dir = parser.parse_args().run_dir
-    show_messages()
+    tracking.show_messages()
     keep_freed_memory()
     try:
         train(load_config(run_dir / "config.yaml"), run_dir)

@@ -6,6 +6,7 @@ Batch-norm statistics are frozen (buffers, not parameters): batches of detection
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from detrlib.errors import ConfigError
 from detrlib.models.checkpointing import call
 from detrlib.models.pretrained import imagenet_weights, load_backbone_weights, read_weights
-from detrlib.models.swin import WIDTHS, swin_body, swin_stages
+from detrlib.models.swin import DEPTHS, PATCH, WIDTHS, WINDOW, swin_body, swin_stages
 
 
 @dataclass
@@ -110,6 +111,45 @@ def stage_channels(body: nn.Module, stage: int) -> int:
         return WIDTHS[stage - 1]
     block = getattr(body, f"layer{stage}")[-1]
     return (block.conv3 if isinstance(block, Bottleneck) else block.conv2).out_channels
+
+
+class CellView(NamedTuple):
+    """What a cell of a feature map stands for, and what it can see, both in pixels along a side."""
+
+    stride: int
+    view: int
+
+
+def cell_view(name: str, dilation: bool = False) -> CellView:
+    """Stride and receptive field of the last stage of the backbone called `name`; Araujo et al. 2019, Eq. 2.
+
+    What a cell sees of an image without attention. The middle of it counts most.
+    """
+    with torch.device("meta"):
+        body = build_body(name, dilation)
+    stride = view = 1
+    for size, step in _looks(body):
+        stride, view = stride * step, view + (size - 1) * stride
+    return CellView(stride, view)
+
+
+def _looks(body: nn.Module) -> Iterator[tuple[int, int]]:
+    """(size, step) of the windows that one cell looks through one after the other, in cells of the map before."""
+    if isinstance(body, SwinTransformer):
+        for number, depth in enumerate(DEPTHS):
+            yield (2, 2) if number else (PATCH, PATCH)
+            yield from [(2 * WINDOW - 1, 1)] * depth  # the cell at one end of a window sees the one at the other
+        return
+    shortcuts = [block.downsample for stage in (body.layer1, body.layer2, body.layer3, body.layer4) for block in stage]
+    skipped = {module for shortcut in shortcuts if shortcut is not None for module in shortcut}
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d) and module not in skipped:
+            size, step, dilation = (_side(getattr(module, what)) for what in ("kernel_size", "stride", "dilation"))
+            yield dilation * (size - 1) + 1, step
+
+
+def _side(value: int | tuple[int, int]) -> int:
+    return value if isinstance(value, int) else value[0]
 
 
 def residual_stages(

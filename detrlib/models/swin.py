@@ -22,6 +22,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTran
 from detrlib.models.checkpointing import call
 
 PATCH = 4  # pixels, the side of a patch
+WINDOW = 7  # tokens, the side of a window
 DEPTHS = (2, 2, 6, 2)  # blocks of the stages of Swin-T
 WIDTHS = (96, 192, 384, 768)
 

@@ -73,6 +73,40 @@ def test_shards_partition_every_batch(length, batch, processes):
     assert epoch(1, 0, 1) == epoch(1, 0, 1)
 
 
+@pytest.mark.parametrize(
+    "length, batch, processes, updates", [(33, 8, 1, 3), (33, 8, 2, 10), (8, 12, 3, 7), (5, 8, 2, 1)]
+)
+def test_epochs_of_so_many_updates_take_every_image_equally_often(length, batch, processes, updates):
+    """They go on where the one before ended, whoever asks for them and in which order."""
+
+    def epoch(number, process, processes):
+        sampler = EpochSampler(length, batch, process, processes, seed=3, updates=updates)
+        sampler.epoch = number
+        assert len(list(sampler)) == len(sampler) == updates
+        return list(sampler)
+
+    size, epochs = min(batch, length - length % processes), 20
+    shards = [[epoch(number, process, processes) for number in range(epochs)] for process in range(processes)]
+    seen = []
+    for number in range(epochs):
+        together = [sorted(itertools.chain(*parts)) for parts in zip(*(shard[number] for shard in shards), strict=True)]
+        assert {len(part) for part in together} == {size}
+        if size == batch:
+            assert together == [sorted(part) for part in epoch(number, 0, 1)]
+        seen += itertools.chain(*together)
+    counts = [seen.count(index) for index in range(length)]
+    assert max(counts) - min(counts) <= 1 and sum(counts) == epochs * updates * size
+    assert epoch(7, 0, processes) == shards[0][7]  # a resumed run begins in the middle
+
+
+def test_one_pass_as_so_many_updates_begins_with_the_same_images():
+    """The first pass of a seed is the same; the images that fill no batch come next instead of being left out."""
+    one, many = (EpochSampler(33, 8, 0, 1, 3, updates) for updates in (None, 4))
+    assert list(one) == list(many)
+    many.epoch = 1
+    assert not set(next(iter(many))[:1]) & set(itertools.chain(*one))
+
+
 def test_fewer_images_than_processes_is_refused():
     with pytest.raises(ConfigError, match=r"1 training images .* 2 processes"):
         EpochSampler(1, 8, 0, 2, 0)

@@ -111,6 +111,12 @@ def test_boxes_are_clipped_to_the_image(folder):
     assert torch.allclose(target["boxes"], torch.tensor([[0.25, 25 / 30, 0.5, 10 / 30]]))
 
 
+def test_sides_of_objects_are_in_parts_of_the_shorter_side_of_their_image(folder):
+    pictures = {"1.png": picture(40, 30), "2.png": picture(20, 80), "3.png": picture()}
+    annotations = [annotation(1, (0, 0, 15, 3)), annotation(2, (0, 0, 3, 15)), annotation(3, (2, 0, 10, 40), 2)]
+    assert CocoDataset(*folder(annotations, pictures)).object_sides().tolist() == [0.5, 0.5, 2.0]
+
+
 def test_crowds_are_no_targets_but_stay_in_the_ground_truth(folder):
     dataset = CocoDataset(*folder([annotation(1), annotation(2, iscrowd=1)]))
     assert len(dataset[0][1]["labels"]) == 1 and dataset.dropped == 0
@@ -236,3 +242,11 @@ def test_bccd(shared_data, split, count):
     dataset = build_dataset(settings, "val")
     assert len(dataset) == count and len(dataset.names) == 3
     assert dataset[0][0].shape[0] == 3
+
+
+def test_sizes_of_files_and_sides_of_objects(folder):
+    """Longer sides in parts of the shorter side of the image, crowds left out."""
+    boxes = [annotation(1, (0, 0, 10, 20)), annotation(2, (0, 0, 30, 6), image_id=2), annotation(3, iscrowd=1)]
+    dataset = CocoDataset(*folder(boxes, {"1.png": picture(40, 30), "2.png": picture(60, 80)}))
+    assert dataset.sizes == [(40, 30), (60, 80)]
+    assert dataset.object_sides().tolist() == pytest.approx([20 / 30, 30 / 60])

@@ -111,6 +111,7 @@ VARIANTS = {
         "data.augment": "detr",  # images of several sizes, with padding
         "train.precision": "bfloat16",
     },
+    "so many updates": {"train.epoch_updates": 5},  # of 8 of the 32 images
     "augmented by workers, sizes by batch": {"data.workers": 1, "data.augment": "detr", "data.scales": "batch"},
 }
 
@@ -236,6 +237,36 @@ def test_a_gpu_that_is_too_small_is_named_with_the_remedy(tmp_path, monkeypatch,
     monkeypatch.setattr(training, "train_step", too_large)
     with pytest.raises(RunError, match=r"for 8 images in a batch of 64 x 64 pixels at step 0; set train.micro_batch"):
         train(tiny_config(), tmp_path)
+
+
+def test_epochs_of_so_many_updates_keep_the_units_of_the_schedule(tmp_path, capsys, metrics_without_times, tiny_config):
+    overrides = {"train.epoch_updates": 5, "train.lr_drop": 1, "train.eval_every": 2, "train.warmup_steps": 2}
+    results = train(tiny_config(overrides | {"train.epochs": 3}), tmp_path)
+    records = metrics_without_times(tmp_path)
+    rates = [record["lr/rest"] for record in records if "train/loss" in record]
+    assert rates == pytest.approx([1e-3 * x for x in (2 / 3, 1, 1, 1, 0.1, *[0.1] * 10)])
+    assert [r["global_step"] for r in records if "detection/AP" in r] == [10, 15] and results["global_step"] == 15
+    out = capsys.readouterr().out
+    assert "15 updates in all" in out and "15 updates (3.8 passes)" in out
+
+
+def test_the_floor_stands_beside_ap_and_signs_of_collapse_are_said_late_and_once(
+    tmp_path, monkeypatch, capsys, tiny_config
+):
+    results = train(tiny_config(), tmp_path / "run")
+    assert 0 < results["floor"]["AP"] < 0.5 and results["floor"]["images"] == 13
+    floor = f"AP {results['floor']['AP']:.3f}"
+    said = capsys.readouterr().out
+    assert (
+        floor in said.partition("epoch")[0] and "the floor: fixed boxes, which never look at the image, reach" in said
+    )
+    monkeypatch.setattr(training, "signs_of_collapse", lambda results: {"AP": "low"} if "spread" in results else {})
+    train(tiny_config({"train.epochs": 6}), tmp_path / "long")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line == "warning: low" or line[:5] == "epoch"]
+    assert [number for number, line in enumerate(lines) if line == "warning: low"] == [
+        2,
+        7,
+    ]  # after two, and at the end
 
 
 # --- from dense to sparse --------------------------------------------------------------------------------------
