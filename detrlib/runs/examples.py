@@ -170,8 +170,8 @@ def _valid(weights: Tensor, image: int, site: Site, predictions: Predictions) ->
     """Maps [H,n,h,w] of one image without padding: neither as keys nor, where cells ask in the encoder, as queries."""
     if site == "decoder_self":
         return weights
-    grid = predictions.attention.grid
-    rows, columns = predictions.attention.valid_grid(image)
+    grid = predictions.attention.grid_at(site)
+    rows, columns = predictions.attention.valid_grid(image, site)
     cells_ask = predictions.tokens is None and predictions.polled is None and weights.shape[1] == grid[0] * grid[1]
     if site == "encoder_self" and cells_ask:
         weights = weights.unflatten(1, grid)[:, :rows, :columns].flatten(1, 2)
