@@ -120,6 +120,48 @@ def randomise():
 
 
 @pytest.fixture(scope="session")
+def huggingface_detector():
+    """A function that makes small detectors of transformers, which see four cells along 128 pixels."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    shared = {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "num_queries": 11,
+    }
+    hybrid = {"encoder_hidden_dim": 32, "encoder_in_channels": [16, 24, 32], "decoder_in_channels": [32, 32, 32]}
+
+    def huggingface_detector(family: str, attention: str | None = "eager", seed: int = 0, **settings) -> nn.Module:
+        """One with weights that make attention look somewhere; None for `attention` is what transformers chooses."""
+        tiny = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+        pyramid = tiny | {"out_features": ["stage2", "stage3", "stage4"]}
+        resnet, rt_resnet = transformers.ResNetConfig, transformers.RTDetrResNetConfig
+        if family in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2"):
+            own = hybrid | {"encoder_layers": 1, "backbone_config": rt_resnet(**pyramid)}
+        elif family == "deformable_detr":
+            own = {"num_feature_levels": 3, "use_timm_backbone": False, "backbone_config": resnet(**pyramid)}
+        else:
+            own = {"use_timm_backbone": False, "backbone_config": resnet(**tiny, out_features=["stage4"])}
+        if family == "dab-detr":
+            own["hidden_size"] = 32
+        config = transformers.AutoConfig.for_model(family, **shared | own | settings)
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForObjectDetection.from_config(config, attn_implementation=attention).eval()
+        with torch.no_grad():
+            for layer in model.modules():
+                if isinstance(layer, nn.Linear):
+                    layer.weight.normal_(0, 0.2)
+        return model
+
+    return huggingface_detector
+
+
+@pytest.fixture(scope="session")
 def padded_batch():
     def padded_batch(*sizes: tuple[int, int], canvas: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Random images of `sizes` in the corners of a canvas, and their padding."""

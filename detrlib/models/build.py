@@ -1,5 +1,6 @@
 """From settings to a model: the one place where configuration and architecture meet."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
@@ -17,6 +18,7 @@ from detrlib.models.backbone import Backbone, build_backbone
 from detrlib.models.deformable import DeformableDETR
 from detrlib.models.deformable_layers import DeformableDecoder, DeformableEncoder, DeformableTransformer
 from detrlib.models.detr import DETR, Transformer
+from detrlib.models.outputs import site_of
 from detrlib.models.pnp import PollAndPool
 from detrlib.models.position import LearnedPosition, SinePosition
 from detrlib.models.pyramid import LevelProjections
@@ -196,13 +198,14 @@ def set_alphas(model: nn.Module, alphas: Mapping[str, float]) -> None:
 
 def _transforms(model: nn.Module, kind: type[Transform]) -> dict[str, Transform]:
     """Transforms of a kind by site and layer."""
-    site_of = {"encoder.layers": "encoder_self", "self_attn": "decoder_self", "multihead_attn": "decoder_cross"}
-    transforms = {}
-    for name, module in model.named_modules():
-        if isinstance(module, kind):
-            site = next(site for part, site in site_of.items() if part in name)
-            layer = next(part for part in name.split(".") if part.isdigit())
-            transforms[f"{site}.{layer}"] = module
+    transforms, layers = {}, Counter()
+    for path, module in model.named_modules():
+        site, transform = site_of(path), getattr(module, "transform", None)
+        if site is None or not isinstance(transform, Transform):
+            continue
+        inner = [each for each in transform.modules() if isinstance(each, kind)]
+        transforms |= {f"{site}.{layers[site]}": each for each in inner}
+        layers[site] += 1
     return transforms
 
 

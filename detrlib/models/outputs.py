@@ -4,6 +4,7 @@ Legend: B images, Q queries, C classes, H heads, K keys, h x w the key grid; in 
 L levels, P points, S tokens of all levels.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,6 +18,22 @@ from detrlib.errors import ModelError
 from detrlib.models.sparse import Kept
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
+
+# Attention stands in the layers of an encoder or a decoder, here and in transformers, whose hybrid encoders hold
+# several encoders and which wraps some attention once more. Backbones and text have encoders of their own.
+ADDRESS = re.compile(
+    r"(?!.*(?:backbone|text))(?:.*\.)?(encoder|decoder)(?:\.(?:aifi|encoder)\.\d+)?\.layers?\.\d+\."
+    r"(self_attn|attention|multihead_attn|encoder_attn|cross_attn)(?:\.\2)?"
+)
+
+
+def site_of(path: str) -> Site | None:
+    """The site of the attention module at a dotted path of a model; None where there is no attention."""
+    match = ADDRESS.fullmatch(path)
+    if match is None:
+        return None
+    part, name = match.groups()
+    return f"{part}_self" if name in ("self_attn", "attention") else f"{part}_cross" if part == "decoder" else None
 
 
 def cell_side(canvas: Sequence[int], grid: Sequence[int]) -> int:
