@@ -347,8 +347,8 @@ def costs(
     pixels = values_in(size, "--size", int)
     if len(pixels) != 2 or min(pixels) < 1:
         raise ConfigError(f"--size {size}: expected height and width in pixels, e.g. 800,1066")
-    overrides = {"model.num_classes": 91, "model.backbone.weights": "none"} | pairs(settings, "--set", "model.norm=pre")
-    model = build_model(load_config(config, overrides).model)
+    overrides = {"model.num_classes": 91} | pairs(settings, "--set", "model.norm=pre")
+    model = build_model(load_config(config, overrides).model, backbone_weights="none")
     table = cost_table({config.stem: model}, tuple(pixels)).drop(columns="model")
     if latency:
         from detrlib.benchmarks.latency import measure_latency

@@ -156,8 +156,13 @@ def their_config(kind: Kind, options: Mapping[str, Any], **others: Any) -> Any:
             near = difflib.get_close_matches(wrong[0], known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"transformers' {theirs.__name__} has none of that name"
             raise ConfigError(f"model.options.{wrong[0]}: unknown to {kind}; {hint}")
-        default = {} if "backbone_config" not in options or kind not in SQUARE else known["backbone_config"]
-        return theirs(**_merged({"backbone_config": default} if default else {}, options), **others)
+        if kind in SQUARE and "backbone_config" in options:
+            # Stages are told by their names; what else follows from these is not kept when they change.
+            default = {
+                n: value for n, value in known["backbone_config"].items() if n not in ("out_indices", "stage_names")
+            }
+            options = _merged({"backbone_config": default}, options)
+        return theirs(**options, **others)
     except ConfigError:
         raise
     except Exception as error:  # of transformers, which checks types in its own way

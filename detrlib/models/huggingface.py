@@ -64,6 +64,7 @@ class HuggingFaceDetector(nn.Module):
         super().__init__()
         self.model = model
         self.classification, self.stride, self.square, self.mean, self.std = classification, stride, square, mean, std
+        self.samples_points = stride is not None
         model.loss_function = _all_layers
         for module in list(model.modules()):
             if hasattr(module, "sampling_offsets"):

@@ -83,6 +83,14 @@ class Example:
         maps = self.stored.maps(self.image_id, site, layer, queries=queries)
         return maps if layer is None else maps[0]
 
+    def extent_of(self, maps: np.ndarray) -> np.ndarray:
+        """[2], height and width of the image in cells of maps [...,h,w] of a site.
+
+        An encoder that sees every image as a square has cells of its own, which cover the image exactly.
+        """
+        own = maps.shape[-2:] == tuple(np.ceil(self.extent))
+        return self.extent if own else np.array(maps.shape[-2:], dtype=float)
+
     def _check(self, site: str) -> None:
         if site not in self.sites:
             raise RunError(

@@ -114,7 +114,7 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
         sites = ("encoder_self", "decoder_self", "decoder_cross")
         transforms = {site: None if detector else cfg.model.transform_at(site) for site in sites}
         row = {"run": label, "group": group_of(label), "seed": cfg.train.seed}
-        row["architecture"] = detector or cfg.model.architecture
+        row["architecture"] = detector or getattr(cfg.model, "type", cfg.model.architecture)
         row |= transforms | {name: value for name, value in results["detection"].items() if name != "per_class"}
         for site, measures in results.get("attention", {}).items():
             row |= {f"{site}/{name}": float(np.mean(values)) for name, values in measures.items()}
