@@ -33,19 +33,19 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 555,
-    "config": 810,
+    ".": 590,  # several pairs after one option
+    "config": 1130,  # a third family of models, whose settings are those of transformers
     "attention": 1240,
     "attention/kernels": 1040,
-    "models": 2430,  # attention of Hugging Face's detectors: how modules are changed, and which, in and out
+    "models": 2755,  # detectors of Hugging Face: how modules are changed, and which, in and out; as models of ours
     "losses": 310,
-    "checkpoints": 1215,
-    "data": 1425,  # names of classes of any file are read in one place
-    "metrics": 1730,
-    "runs": 1500,
-    "engine": 1980,
-    "experiments": 1890,
-    "figures": 2910,
+    "checkpoints": 1295,
+    "data": 2090,
+    "metrics": 1750,
+    "runs": 1625,
+    "engine": 2010,
+    "experiments": 1920,
+    "figures": 3000,
     "teaching": 480,
     "benchmarks": 870,
 }

@@ -4,7 +4,6 @@ Everything that a later step reads is checked and made complete here, once. What
 (addresses, dates, polygons) is let go: data sets keep the entries of 118,000 images in the memory of every worker.
 """
 
-import codecs
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -13,6 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, TypeAdap
 from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from detrlib.data.formats import read_content
 from detrlib.errors import DataError
 
 Text = Annotated[str, Field(min_length=1)]
@@ -77,10 +77,10 @@ FILE, IMAGE_LIST = TypeAdapter(Annotations), TypeAdapter(ImageList)
 
 
 def read_annotations(path: Path) -> Annotations:
-    """Read a COCO annotation file, checked and complete.
+    """Read the annotations of a split, checked and complete.
 
     Args:
-        path: JSON file with lists `images`, `annotations` and `categories`.
+        path: JSON file with lists `images`, `annotations` and `categories`, or what `formats` reads as one.
 
     Returns:
         The content, in the order of the file; see `Annotations` for its fields and units.
@@ -107,10 +107,7 @@ def read_image_list(path: Path) -> list[ImageRecord]:
 
 
 def _read(path: Path, kind: TypeAdapter) -> Any:
-    try:
-        data = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise DataError(f"{path}: no annotation file that can be read ({error.strerror})") from None
+    data = read_content(Path(path))
     try:
         return kind.validate_json(data)
     except ValidationError as error:

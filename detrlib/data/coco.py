@@ -1,11 +1,15 @@
-"""Any folder in COCO format as a dataset of images and boxes, checked before the first training step."""
+"""Any folder that `formats` knows as a data set of images and boxes, checked before the first training step."""
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -36,12 +40,13 @@ class CocoDataset(Dataset):
     without an area are left out of both and counted in `dropped`. Images without objects are kept.
 
     images       folder of the image files
-    annotations  JSON file with `images`, `annotations` and `categories`
+    annotations  JSON file with `images`, `annotations` and `categories`, or what `formats` reads as one
     transform    callable(image uint8 [3, H, W], boxes [n, 4] xyxy pixels, labels [n]) -> the same three
     contiguous   labels 0..n-1 in order of category id; otherwise labels are the category ids themselves
     strict       refuse boxes without an area
     limit        keep the first `limit` images
     cache        keep decoded images in memory after first use, once per worker process
+    keep         choose images: from their file names, those that are kept; `limit` counts these
     train        refuse a set without a single box: it could only teach that there is nothing to see
 
     Raises `DataError` for every fault that can be seen without decoding the images, and for an unreadable
@@ -58,6 +63,7 @@ class CocoDataset(Dataset):
         strict: bool = False,
         limit: int | None = None,
         cache: bool = False,
+        keep: Callable[[list[str]], set[str]] = set,
         train: bool = False,
     ):
         self.images_path, self.annotations_path = Path(images), Path(annotations)
@@ -71,7 +77,9 @@ class CocoDataset(Dataset):
         self.names = {self._label_of[category["id"]]: category["name"] for category in categories}
         self.num_classes = max(self.names) + 1
 
-        self._records = sorted(content["images"], key=lambda record: record["id"])[:limit]
+        kept = keep([record["file_name"] for record in content["images"]])
+        records = [record for record in content["images"] if record["file_name"] in kept]
+        self._records = sorted(records, key=lambda record: record["id"])[:limit]
         self.image_ids = [record["id"] for record in self._records]
         of_image = {id: [] for id in self.image_ids}
         for annotation in content["annotations"]:
@@ -102,6 +110,11 @@ class CocoDataset(Dataset):
         }
         return image, target
 
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, dict]]:
+        """The samples of one batch, which is how a `DataLoader` asks for them."""
+        with getattr(self.transform, "batch", nullcontext)():
+            return [self[index] for index in indices]
+
     def image(self, index: int) -> Image.Image:
         """The picture as stored, in RGB. Raises `DataError` when it is unreadable or not of the annotated size."""
         record = self._records[index]
@@ -125,6 +138,21 @@ class CocoDataset(Dataset):
         """Boxes [n, 4] xyxy in pixels of the file and labels [n] of one image, crowds left out."""
         first, last = self._first[index], self._first[index + 1]
         return self._boxes[first:last].clone(), self._labels[first:last].clone()
+
+    @property
+    def file_names(self) -> list[str]:
+        """Of the images, as the annotations have them."""
+        return [record["file_name"] for record in self._records]
+
+    def description(self) -> dict[str, Any]:
+        """What is in this data set, wherever it lies: images, objects, classes, and a digest of all that is taught."""
+        records = [[record[key] for key in ("id", "file_name", "width", "height")] for record in self._records]
+        digest = hashlib.sha256(json.dumps(records).encode())
+        for tensor in (self._boxes, self._labels, torch.tensor(self._first)):
+            digest.update(tensor.numpy().tobytes())
+        classes = {str(label): name for label, name in self.names.items()}
+        counts = {"images": len(self), "objects": len(self._labels)}
+        return counts | {"classes": classes, "digest": digest.hexdigest()[:16]}
 
     def frame(self) -> pd.DataFrame:
         """One row per annotated object, crowds included: image_id, label, category, width, height, area, crowd.

@@ -20,7 +20,6 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from detrlib.data.annotations import read_image_list
 from detrlib.errors import DataError, listed
 
 SUFFIXES = (
@@ -200,12 +199,13 @@ def pictures_folder(
 ) -> Path:
     """The folder of an annotation file's pictures, the first of which is named `first`.
 
-    It is `images`; if that is None, the COCO layout's folder of the same split, a folder "images" beside the file, or
-    the file's own, whichever holds the first picture. Raises DataError naming those tried, and the remedy.
+    It is `images`; if that is None, the COCO layout's folder of the same split, a folder "images" near the file, or the
+    file's own, whichever holds the first picture. Raises DataError naming those tried, and the remedy.
     """
     split = annotations.stem.removeprefix("instances_").removeprefix("image_info_")
     near = annotations.parent
-    tried = [images] if images else [near.parent / split, near / "images", near]
+    of_all = near.parent / "images"
+    tried = [images] if images else [near.parent / split, of_all / split, of_all, near / "images", near]
     for folder in tried:
         if (folder / first).is_file():
             return folder
@@ -228,6 +228,8 @@ def _from_path(path: Path) -> list[Picture]:
 
 
 def _from_list(path: Path) -> list[Picture]:
+    from detrlib.data.annotations import read_image_list  # which reads layouts, for which pictures are looked for here
+
     records = read_image_list(path)
     folder = pictures_folder(path, records[0]["file_name"])
     sizes = [(record.get("width"), record.get("height")) for record in records]
@@ -240,21 +242,27 @@ def _from_list(path: Path) -> list[Picture]:
 
 
 def _pictures_in(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if _is_picture(path))
+    files = sorted(path for path in folder.iterdir() if is_picture(path))
     if not files:
-        within = sorted({path.parent.name for path in folder.glob("*/*") if _is_picture(path)})
+        within = sorted({path.parent.name for path in folder.glob("*/*") if is_picture(path)})
         hint = f"there are some in {listed(within)}; name those" if within else f"known are {' '.join(SUFFIXES)}"
         raise DataError(f"{folder}: no pictures in this folder; {hint}")
     return files
 
 
 def _matches(pattern: str) -> list[Path]:
-    return sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if _is_picture(path))
+    return sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if is_picture(path))
 
 
-def _is_picture(path: Path) -> bool:
+def is_picture(path: Path) -> bool:
     """Whether a path looks like a picture; those that begin with a dot are for programs."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def numbered(stems: Sequence[str]) -> list[int]:
+    """Ids of images: the numbers that all files are named by, as COCO's and VOC's are, otherwise 1, 2, 3, ..."""
+    ids = [int(stem) if _is_number(stem) else -1 for stem in stems]
+    return ids if min(ids, default=0) >= 0 and len(set(ids)) == len(ids) else list(range(1, len(ids) + 1))
 
 
 def _is_number(text: str) -> bool:

@@ -157,6 +157,9 @@ def test_lists_of_images_without_annotations(tmp_path, colours):
     path.write_text(json.dumps({"images": images, "categories": []}))
     listed = find_pictures(path)
     assert [(p.image_id, p.title, p.read()[1]) for p in listed] == [(3, "one.jpg", (20, 40)), (9, "two.jpg", (20, 40))]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "test2017").rename(tmp_path / "images" / "test2017")
+    assert find_pictures(path)[0].source == tmp_path / "images" / "test2017" / "one.jpg"
     images[1]["width"] = 41
     path.write_text(json.dumps({"images": images}))
     with pytest.raises(DataError, match=r"one\.jpg: 40 x 20 pixels, its list says 41 x 20"):
