@@ -381,7 +381,7 @@ def costs(
     if len(pixels) != 2 or min(pixels) < 1:
         raise ConfigError(f"--size {size}: expected height and width in pixels, e.g. 800,1066")
     chosen = {"model.num_classes": 91} | pairs(settings, "--set", "model.norm=pre")
-    model = build_model(load_config(config, {"model.backbone.weights": "none"} | chosen).model)
+    model = build_model(load_config(config, chosen).model, backbone_weights="none")
     table = cost_table({config.stem: model}, tuple(pixels)).drop(columns="model")
     if latency:
         from detrlib.benchmarks.latency import measure_latency

@@ -172,6 +172,30 @@ def huggingface_detector():
 
 
 @pytest.fixture(scope="session")
+def huggingface_settings():
+    """A function that makes settings of a small detector of transformers, as overrides of a config."""
+    pytest.importorskip("transformers").logging.set_verbosity_error()
+    layers = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_layers": 2, "num_queries": 11}
+    layers |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    hybrid = {"encoder_hidden_dim": 32, "encoder_in_channels": [16, 24, 32], "decoder_in_channels": [32, 32, 32]}
+
+    def huggingface_settings(kind: str, **settings) -> dict:
+        """`settings` of the section model, such as num_classes."""
+        square = kind in ("rt_detr", "rt_detr_v2", "d_fine")
+        backbone = {"model_type": "rt_detr_resnet" if square else "resnet", "layer_type": "basic"}
+        backbone |= {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+        several = square or kind == "deformable_detr"
+        backbone["out_features"] = ["stage2", "stage3", "stage4"] if several else ["stage4"]
+        options = layers | {"backbone_config": backbone, "hidden_size" if kind == "dab_detr" else "d_model": 32}
+        options |= hybrid if square else {"encoder_layers": 2}
+        options |= {"num_feature_levels": 3} if kind == "deformable_detr" else {}
+        model = {"architecture": "huggingface", "type": kind, "num_classes": 5, "options": options}
+        return {"model": model | ({"square": 64} if square else {}) | settings}
+
+    return huggingface_settings
+
+
+@pytest.fixture(scope="session")
 def padded_batch():
     def padded_batch(*sizes: tuple[int, int], canvas: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Random images of `sizes` in the corners of a canvas, and their padding."""

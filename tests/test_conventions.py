@@ -34,12 +34,12 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
     ".": 630,
-    "config": 840,
+    "config": 1130,
     "attention": 1240,
     "attention/kernels": 1040,
-    "models": 2430,
+    "models": 2755,
     "losses": 315,
-    "checkpoints": 1225,
+    "checkpoints": 1295,
     "data": 2150,
     "metrics": 1975,
     "runs": 1625,

@@ -1,10 +1,27 @@
 """Every setting there is, with its default: `Config` and its sections; those of a model stand in `model`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from detrlib.config.model import Detr, Model, Section, SiteName
+from detrlib.config.huggingface import SQUARE, HuggingFace
+from detrlib.config.model import Deformable, Detr, Section, SiteName
+
+FAMILIES = {"detr": Detr, "deformable": Deformable, "huggingface": HuggingFace}
+
+
+def architecture_of(model: Any) -> str:
+    """The family that a section, or the values of one, belong to."""
+    name = model.get("architecture", "detr") if isinstance(model, dict) else getattr(model, "architecture", "detr")
+    return name if isinstance(name, str) else repr(name)
+
+
+Model = Annotated[
+    Annotated[Detr, Tag("detr")]
+    | Annotated[Deformable, Tag("deformable")]
+    | Annotated[HuggingFace, Tag("huggingface")],
+    Discriminator(architecture_of),
+]
 
 
 class Shapes(Section):
@@ -139,7 +156,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sites_to_store_exist(self):
-        if "encoder_self" in self.evaluate.store_sites and not self.model.encoder_layers:
+        if "encoder_self" not in self.evaluate.store_sites or self.model.architecture == "huggingface":
+            return self
+        if not self.model.encoder_layers:
             raise ValueError(
                 "evaluate.store_sites: model.encoder_layers is 0, there is no encoder_self to store; leave it out"
             )
@@ -163,9 +182,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _every_head_has_a_loss(self):
-        if self.model.architecture == "deformable" and self.model.deformable.refine and not self.loss.auxiliary:
+        theirs = self.model.architecture == "huggingface" and self.model.type in SQUARE
+        refine = self.model.architecture == "deformable" and self.model.deformable.refine
+        if (refine or theirs) and not self.loss.auxiliary:
+            which = f"model.type {self.model.type}" if theirs else "model.deformable.refine"
             raise ValueError(
-                "loss.auxiliary: with model.deformable.refine every layer has heads of its own, "
+                f"loss.auxiliary: with {which} every layer has heads of its own, "
                 "which learn from its own loss only; set it to true"
             )
         return self

@@ -66,6 +66,8 @@ def train(cfg: Config, run_dir: Path) -> dict:
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
         )
     train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
+    if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
+        cfg = cfg.model_copy(update={"model": cfg.model.completed()})
     cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set)})
     described = describe_data(cfg.data, {"train": train_set, "val": val_set})
     with accelerator.main_process_first():

@@ -170,9 +170,10 @@ def _execute(folder: Path, name: str, parameters: dict[str, Any]) -> Path:
 
 def _prepare(jobs: list[Job]) -> None:
     """Draw data and pretrain backbones once, before runs that would wait for each other ask for them."""
-    for data, backbone in {(job.cfg.data, job.cfg.model.backbone) for job in jobs if not job.finished}:
+    needed = {(job.cfg.data, getattr(job.cfg.model, "backbone", None)) for job in jobs if not job.finished}
+    for data, backbone in needed:
         dataset = build_dataset(data, "train")
-        if backbone.weights == "crops":
+        if backbone is not None and backbone.weights == "crops":
             backbone_weights(backbone, dataset, data.image_size)
 
 

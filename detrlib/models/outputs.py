@@ -113,19 +113,28 @@ class AttentionMaps:
     grid: tuple[int, int]  # (h, w), h * w == K but for models that poll and pool
     key_padding: Tensor | None  # [B,K], True = padding; None: there is none
     polled: Polled | None = None  # what the keys stand for, where they are not cells
+    encoder_grid: tuple[int, int] | None = None  # of encoder_self, where it is not `grid`: over the image, no padding
+
+    def grid_at(self, site: Site) -> tuple[int, int]:
+        """(h, w) of the keys of a site."""
+        return self.encoder_grid if site == "encoder_self" and self.encoder_grid else self.grid
+
+    def padding_at(self, site: Site) -> Tensor | None:
+        """[B,K], True = padding, of the keys of a site; None: there is none."""
+        return None if site == "encoder_self" and self.encoder_grid else self.key_padding
 
     def as_images(self, site: Site, layer: int) -> Tensor:
         """[B,H,queries,h,w]: keys laid out as the feature map. Raises ModelError where keys are no grid."""
         if site == "decoder_self":
             raise ModelError("the keys of decoder_self are queries, not cells of a feature map")
         weights = getattr(self, site)[layer]
-        return (weights if self.polled is None else self.polled.on_cells(weights)).unflatten(-1, self.grid)
+        return (weights if self.polled is None else self.polled.on_cells(weights)).unflatten(-1, self.grid_at(site))
 
-    def valid_grid(self, image: int) -> tuple[int, int]:
-        """(rows, columns) of the grid that belong to image number `image`, the rest being padding."""
-        padding = self.key_padding if self.polled is None else self.polled.cell_padding
+    def valid_grid(self, image: int, site: Site = "decoder_cross") -> tuple[int, int]:
+        """(rows, columns) of the grid of a site that belong to image number `image`, the rest being padding."""
+        padding = self.padding_at(site) if self.polled is None else self.polled.cell_padding
         if padding is None:
-            return self.grid
+            return self.grid_at(site)
         valid = ~padding[image].unflatten(-1, self.grid)
         return int(valid[:, 0].sum()), int(valid[0].sum())
 

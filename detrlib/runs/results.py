@@ -105,7 +105,7 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
         sites = ("encoder_self", "decoder_self", "decoder_cross")
         transforms = {site: None if detector else cfg.model.transform_at(site) for site in sites}
         row = {"run": label, "group": group_of(label), "seed": cfg.train.seed}
-        row["architecture"] = detector or cfg.model.architecture
+        row["architecture"] = detector or getattr(cfg.model, "type", cfg.model.architecture)
         row |= transforms | {name: value for name, value in results["detection"].items() if name != "per_class"}
         row["floor"] = results["floor"].get("AP", np.nan)
         for site, measures in results.get("attention", {}).items():

@@ -13,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from detrlib.checkpoints.adapted import adapted_source
 from detrlib.checkpoints.export import BY_SUFFIX, read_own
 from detrlib.checkpoints.files import official_source
-from detrlib.checkpoints.huggingface import fetch_huggingface, huggingface_source
+from detrlib.checkpoints.huggingface import FAMILIES, huggingface_source
 from detrlib.checkpoints.source import Source, build_source
 from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED, fetch
+from detrlib.config.huggingface import fetch_huggingface, read_json
 from detrlib.errors import ConfigError, RunError, WeightsError
 from detrlib.files import load_checkpoint, save_checkpoint, write_json
 from detrlib.runs.folder import (
@@ -67,9 +69,15 @@ def open_source(source: str | Path, checkpoint: str = "last", overrides: Mapping
     if path.is_file():
         return official_source(path, overrides)
     if path.is_dir():
-        return huggingface_source(path, overrides)
+        return _of_huggingface(path, overrides)
     _refuse_near_names(str(source))
-    return replace(huggingface_source(fetch_huggingface(str(source)), overrides), label=str(source))
+    return replace(_of_huggingface(fetch_huggingface(str(source)), overrides), label=str(source))
+
+
+def _of_huggingface(folder: Path, overrides: Mapping[str, Any] | None) -> Source:
+    """A folder of Hugging Face's: a model of this library where it has such, otherwise one of transformers'."""
+    kind = read_json(folder / "config.json").get("model_type")
+    return (huggingface_source if kind in FAMILIES else adapted_source)(folder, overrides)
 
 
 def free_path(name: str | Path) -> Path:
