@@ -33,16 +33,16 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 555,
-    "config": 810,
+    ".": 570,
+    "config": 840,
     "attention": 1240,
     "attention/kernels": 1040,
     "models": 1990,
     "losses": 310,
     "checkpoints": 1215,
-    "data": 1425,  # names of classes of any file are read in one place
+    "data": 2080,  # splits compared, one list of objects, every picture decoded once, what is said before training
     "metrics": 1730,
-    "runs": 1500,
+    "runs": 1505,
     "engine": 1980,
     "experiments": 1890,
     "figures": 2910,

@@ -4,6 +4,7 @@ The paper resizes the shorter side to 480..800 pixels. Every length of that reci
 the paper and multiplied by `image_size` / 800.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -81,10 +82,18 @@ class RandomSidesCrop(v2.Transform):
 
 
 class DetectionTransform:
-    """Apply `geometry` to an image and its boxes together, then normalise the image for the backbone."""
+    """Apply `geometry` to an image and its boxes together, then normalise the image for the backbone.
 
-    def __init__(self, geometry: v2.Transform):
-        self.geometry = geometry
+    resizes: one of them is the first thing that changes the scale of an image; none: its pixels are looked at.
+    """
+
+    def __init__(self, geometry: v2.Transform, resizes: Sequence[ResizeShorter] = ()):
+        self.geometry, self.resizes = geometry, resizes
+
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """The largest (height, width) at which an image of that size is looked at; never more than it has."""
+        sizes = [resized(height, width, max(one.sizes), one.longest) for one in self.resizes]
+        return min((height, width), max(sizes, default=(height, width)))
 
     def __call__(self, image: Image.Image | Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """image PIL or [3, H, W]; boxes [n, 4] xyxy pixels; labels [n] -> the same, boxes in pixels of the new image.
@@ -117,17 +126,17 @@ def build_augmentation(
 
     plain = ResizeShorter([image_size], scaled(LONGEST))
     if not train or recipe == "none":
-        return DetectionTransform(plain)
+        return DetectionTransform(plain, [plain])
     flip = v2.RandomHorizontalFlip()
     if recipe == "flip":
-        return DetectionTransform(v2.Compose([flip, plain]))
+        return DetectionTransform(v2.Compose([flip, plain]), [plain])
     any_size = ResizeShorter([scaled(size) for size in TRAINING_SIZES], scaled(LONGEST))
     zoom = [
         ResizeShorter([scaled(size) for size in SIZES_BEFORE_CROP]),
         RandomSidesCrop(*(scaled(side) for side in CROP_SIDES)),
         any_size,
     ]
-    return DetectionTransform(v2.Compose([flip, v2.RandomChoice([any_size, v2.Compose(zoom)])]))
+    return DetectionTransform(v2.Compose([flip, v2.RandomChoice([any_size, v2.Compose(zoom)])]), [any_size, zoom[0]])
 
 
 def denormalise(images: Tensor) -> Tensor:

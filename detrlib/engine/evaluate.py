@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from detrlib.config import Config, load_config, replace
 from detrlib.data import CocoDataset, build_dataset, collate
 from detrlib.data.batch import batches
+from detrlib.data.classes import class_list, names_by_label
 from detrlib.engine.start import starting_model
 from detrlib.errors import ConfigError, RunError
 from detrlib.files import load_checkpoint, write_json
@@ -76,10 +77,14 @@ def on_split(cfg: Config, split: str) -> Config:
 
 def evaluation_config(run_dir: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """The settings of a finished run with other settings of `evaluate`. Raises as `evaluate_run`."""
-    load_results(run_dir)
+    results, cfg = load_results(run_dir), load_config(run_dir / "config.yaml")
     if wrong := [key for key in overrides or {} if not key.startswith("evaluate.")]:
         raise ConfigError(f"{wrong[0]} cannot change in an evaluation: overrides are settings of evaluate.*")
-    return replace(load_config(run_dir / "config.yaml"), overrides or {})
+    names = names_by_label(results.get("names", {}), run_dir / "results.json")
+    known = (
+        {"data.classes": class_list(names)} if names and cfg.data.classes is None else {}
+    )  # runs of earlier versions
+    return replace(cfg, known | dict(overrides or {}))
 
 
 def evaluate_into(

@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
-from detrlib.data import Batch, CocoDataset, build_dataset, collate
+from detrlib.data import Batch, CocoDataset, collate, look_over, open_splits
 from detrlib.data.batch import EpochSampler, batches
+from detrlib.data.classes import class_list
 from detrlib.engine.evaluate import autocast, evaluate, save_results
 from detrlib.engine.start import initial_model, record_start, starting_model
 from detrlib.engine.state import TrainingState
@@ -105,12 +106,15 @@ def train(cfg: Config, run_dir: Path) -> dict:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
         )
-    train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
-    cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set)})
+    splits = open_splits(cfg.data)
+    train_set, val_set = splits["train"], splits["val"]
+    cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set), "data.classes": class_list(train_set.names)})
     with accelerator.main_process_first():
         # The others find the run begun with the same settings, which is no reason to resume.
         resume = runs.open_run(cfg, run_dir) and (run_dir / "checkpoints" / "last.pt").exists()
+        findings = look_over(splits, cfg.model.num_queries, cfg.data.check)
         model, start = (initial_model(cfg, "none"), None) if resume else starting_model(cfg, train_set)
+    accelerator.print(findings)
     if start:
         accelerator.print(start)
     if accelerator.is_main_process and not resume:

@@ -39,7 +39,11 @@ from detrlib.metrics.tables import part_files
 
 RUNS = PROJECT / "papermill_runs"
 RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders that are no results of a split
-FREE_TO_CHANGE = ("data.workers", "data.cache", "train.log_every", "train.keep_every", "train.tracking", "evaluate")
+FREE_TO_CHANGE = (
+    *("data.workers", "data.cache", "data.check", "data.truncated"),
+    *("train.log_every", "train.keep_every", "train.tracking", "evaluate"),
+)
+FROM_DATA = ("model.num_classes", "data.classes")  # which training fills in where a config leaves them open
 
 
 def run_path(name: str | Path) -> Path:
@@ -142,11 +146,10 @@ def refuse_other_settings(new: Config, run_dir: Path) -> None:
     """Raise RunError if the run in `run_dir` was begun with settings that give other results than `new`."""
     old = load_config(run_dir / "config.yaml")
     before = flat_settings(old)
-    # What training fills in from the data is no contradiction to a config that leaves it open.
     changed = [
         f"{key} was {before.get(key, 'not there')}, now {value}"
         for key, value in changed_settings(new, old).items()
-        if not key.startswith(FREE_TO_CHANGE) and not (key == "model.num_classes" and None in (value, before[key]))
+        if not key.startswith(FREE_TO_CHANGE) and not (key in FROM_DATA and None in (value, before[key]))
     ]
     if changed:
         raise RunError(

@@ -18,7 +18,8 @@ from detrlib.checkpoints.huggingface import fetch_huggingface, huggingface_sourc
 from detrlib.checkpoints.source import Source, build_source
 from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED, fetch
 from detrlib.config import load_config
-from detrlib.data.classes import names_by_label
+from detrlib.config import replace as replace_settings
+from detrlib.data.classes import class_list, names_by_label
 from detrlib.errors import ConfigError, RunError, WeightsError
 from detrlib.files import load_checkpoint, save_checkpoint, write_json
 from detrlib.runs.folder import RESERVED, RUNS, begin_folder, load_results, run_path
@@ -78,7 +79,8 @@ def save_run(source: Source, run_dir: Path) -> None:
     """
     free_path(run_dir)
     state = build_source(source).state_dict()
-    begin_folder(run_dir, source.cfg)
+    classes = {"data.classes": class_list(source.names)} if source.names and not source.cfg.data.classes else {}
+    begin_folder(run_dir, replace_settings(source.cfg, classes))
     save_checkpoint(run_dir / "checkpoints" / "last.pt", {"model": state, "epoch": source.epoch, "global_step": 0})
     names = {str(label): name for label, name in (source.names or {}).items()}
     write_json(run_dir / "results.json", {"imported": source.path.name} | ({"names": names} if names else {}))
@@ -102,7 +104,7 @@ def run_source(run_dir: Path, checkpoint: str = "last") -> Source:
         )
     path = run_dir / "checkpoints" / f"{checkpoint}.pt"
     content = load_checkpoint(path, ["model"])
-    names = names_by_label(results.get("names", {}), run_dir / "results.json") or None
+    names = cfg.data.names or names_by_label(results.get("names", {}), run_dir / "results.json") or None
     label = str(run_dir.relative_to(RUNS)) if run_dir.is_relative_to(RUNS) else run_dir.name
     return Source(label, cfg, content.get("average") or content["model"], names, path, content.get("epoch", 0))
 
