@@ -2,6 +2,7 @@
 # Another interpreter:  make -B setup PYTHON=/path/to/python3.12
 
 PY   := .venv/bin/python
+PIP  := $(PY) -m pip --disable-pip-version-check
 UV   := $(shell command -v uv 2>/dev/null)
 NB   ?= $(filter-out notebooks/09_%,$(sort $(wildcard notebooks/*.ipynb)))
 ARGS ?=
@@ -59,16 +60,19 @@ lab: .venv/.ready  ## open JupyterLab
 	if [ -z "$$found" ]; then echo "detrlib needs Python 3.11 or newer; tried: $$names. Name one with  make setup PYTHON=..."; exit 1; fi; \
 	if [ -z "$$python" ]; then echo "$$found has no venv module (on Debian and Ubuntu: apt install python3-venv), and uv is not installed"; exit 1; fi; \
 	echo "Making .venv with $$("$$python" --version). The first time this downloads some GB and takes a few minutes."; \
-	rm -rf .venv; \
-	if [ -n "$(UV)" ]; then \
-	    uv venv --quiet --python "$$(command -v "$$python")" .venv; \
-	    uv pip install --python $(PY) -r requirements.lock; \
-	    uv pip install --quiet --python $(PY) --no-deps -e .; \
+	rm -rf .venv; uv="$(UV)"; \
+	if [ -n "$$uv" ]; then "$$uv" venv --quiet --python "$$(command -v "$$python")" .venv; \
 	else \
 	    "$$python" -m venv .venv; \
-	    { $(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements.lock && touch .venv/.pinned; } \
+	    if $(PIP) install --quiet uv; then uv=.venv/bin/uv; fi; \
+	fi; \
+	if [ -z "$$uv" ] || ! "$$uv" pip install --python $(PY) -r requirements.lock; then \
+	    echo "Without uv it takes some minutes longer."; \
+	    $(PY) -m ensurepip >/dev/null; \
+	    { $(PIP) install --progress-bar off -r requirements.lock && touch .venv/.pinned; } \
 	        | sed -n -e '/^ *Downloading .*[0-9][0-9].*[MG]B)/p' -e '/^ *Using cached .*[0-9][0-9].*[MG]B)/p' -e 's/^\(Installing\) collected.*/\1 .../p'; \
 	    [ -e .venv/.pinned ]; \
-	    $(PY) -m pip install --disable-pip-version-check --quiet --no-deps -e .; \
 	fi; \
+	if [ -n "$$uv" ] && [ ! -e .venv/.pinned ]; then "$$uv" pip install --quiet --python $(PY) --no-deps -e .; \
+	else $(PIP) install --quiet --no-deps -e .; fi; \
 	touch $@; echo "Ready."

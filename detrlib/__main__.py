@@ -10,14 +10,21 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from detrlib.errors import ConfigError, DataError, DetrlibError
+from detrlib.errors import ConfigError, DataError, DetrlibError, listed
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
 
 
+PAIRS = ("--set", "--map", "-p")  # options that take NAME=VALUE, once or several times
+
+
 class Commands(typer.core.TyperGroup):
     """Commands whose foreseeable faults are one line."""
+
+    def resolve_command(self, ctx, args):
+        """The command that was asked for, and its arguments."""
+        return super().resolve_command(ctx, repeated(args))
 
     def invoke(self, ctx):
         """Run the command that was asked for."""
@@ -41,8 +48,24 @@ app = typer.Typer(
 )
 
 RunName = Annotated[str, Argument(metavar="RUN", help="folder under papermill_runs/")]
-Settings = Annotated[list[str], Option("--set", metavar="A.B=C", help="a setting, e.g. train.epochs=2; repeatable")]
+Settings = Annotated[list[str], Option("--set", metavar="A.B=C...", help="settings, such as train.epochs=2")]
 Checkpoint = Annotated[str, Option(help="last, best, epoch-NNNN, or untrained")]
+
+
+def repeated(words: list[str]) -> list[str]:
+    """`--set a=1 b=2` as `--set a=1 --set b=2`: what follows a pair and has an equals sign is one too.
+
+    Raises ConfigError for `-p name value`, as other programs have it.
+    """
+    result, option, first = [], None, False
+    for word, following in zip(words, [*words[1:], "-"], strict=True):
+        if first and "=" not in word and not following.startswith("-"):
+            raise ConfigError(f"{option} {word} {following}: expected name=value, such as {option} {word}={following}")
+        if option and not first and ("=" not in word or word.startswith("-")):
+            option = None
+        result += [word] if first or not option else [option, word]
+        option, first = (word, True) if word in PAIRS and not first else (option, False)
+    return result
 
 
 def pairs(items: list[str], option: str, example: str) -> dict[str, str]:
@@ -58,6 +81,11 @@ def values_in(text: str | None, option: str, kind: type = str) -> list[Any]:
         return [kind(part.strip()) for part in text.split(",")] if text else []
     except ValueError:
         raise ConfigError(f"{option} {text}: expected values between commas, e.g. 1,1.5,2") from None
+
+
+def in_words(numbers: dict[str, float]) -> str:
+    """Numbers of COCO in a line, undefined ones as a dash."""
+    return "  ".join(f"{name} {f'{value:.3f}' if value >= 0 else '–'}" for name, value in numbers.items())
 
 
 @app.callback()
@@ -83,7 +111,7 @@ def train(
 
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
     numbers = launch(cfg, run_path(name), gpus, processes)["detection"]
-    typer.echo(f"AP {numbers['AP']:.3f}  AP50 {numbers['AP50']:.3f}  {run_path(name)}")
+    typer.echo(f"{in_words({cut: numbers[cut] for cut in ('AP', 'AP50')})}  {run_path(name)}")
 
 
 @app.command()
@@ -104,7 +132,7 @@ def check(
 def prepare(config: Path, name: Annotated[str, Option()], settings: Settings = []) -> None:  # noqa: B006
     """Make the folder of a run ready, once for all nodes of a cluster that then train in it."""
     from detrlib.config import load_config
-    from detrlib.runs.folder import open_run, run_path
+    from detrlib.runs import open_run, run_path
 
     open_run(load_config(config, pairs(settings, "--set", "train.epochs=2")), run_path(name))
 
@@ -115,13 +143,13 @@ def evaluate(
     checkpoint: Checkpoint = "last",
     split: Annotated[str | None, Option(help="another split of the same data, or of that given as --on")] = None,
     settings: Settings = [],  # noqa: B006
-    on: Annotated[Path | None, Option(help="other data: a COCO-format folder or an annotation file")] = None,
+    on: Annotated[Path | None, Option(help="other data: a folder, data.yaml or COCO file")] = None,
     images: Annotated[Path | None, Option(help="folder of its pictures, if not near the annotation file")] = None,
-    renamed: Annotated[list[str], Option("--map", metavar="THEIRS=OURS", help="names of its classes")] = [],  # noqa: B006
+    renamed: Annotated[list[str], Option("--map", metavar="THEIRS=OURS...", help="names of its classes")] = [],  # noqa: B006
     by_id: Annotated[bool, Option("--by-id", help="its category ids are the run's, whatever the names")] = False,
     save_as: Annotated[str | None, Option("--as", help="folder of the results inside the run")] = None,
     predictions: Annotated[Path | None, Option(help="make the run of any detector's COCO-format detections")] = None,
-    data: Annotated[Path | None, Option(help="what they are of: a config, a folder or an annotation file")] = None,
+    data: Annotated[Path | None, Option(help="of what: a config, or as --on")] = None,
 ) -> None:
     """Measure a run: AP, sparsity of attention, and where it looks; on its own data or on other data.
 
@@ -146,9 +174,10 @@ def evaluate(
     else:
         chosen = {"images": images, "names": names, "by_id": by_id, "save_as": save_as}
         results = evaluate_on(run_path(run), on, checkpoint, split, overrides=overrides, **chosen)
-    numbers = {name: value for name, value in results["detection"].items() if name != "per_class"}
-    words = {name: "–" if value == UNDEFINED else f"{value:.3f}" for name, value in numbers.items()}
-    typer.echo("  ".join(f"{name} {word}" for name, word in words.items()))
+    typer.echo(in_words({name: value for name, value in results["detection"].items() if name != "per_class"}))
+    missing = [name for name, own in results["detection"]["per_class"].items() if own["AP"] == UNDEFINED]
+    if missing:
+        typer.echo(f"no objects in this split, and no AP: {listed(missing)}")
     if on:
         typer.echo(scored_classes(results))
 
@@ -293,7 +322,7 @@ def sweep_run(folder: Path) -> None:
 def notebook(
     name: Annotated[str, Argument(help="such as 07_evaluate, or evaluate")],
     output: Annotated[Path, Argument(help="where the executed copy goes")],
-    parameters: Annotated[list[str], Option("-p", metavar="NAME=VALUE", help="a parameter; repeatable")] = [],  # noqa: B006
+    parameters: Annotated[list[str], Option("-p", metavar="NAME=VALUE...", help="parameters")] = [],  # noqa: B006
 ) -> None:
     """Execute a notebook headless; its parameters are checked before anything runs."""
     from detrlib.engine.notebooks import execute_notebook

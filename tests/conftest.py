@@ -21,6 +21,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"  # runs are compared bit for bit, whic
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 from detrlib.config import Model, load_config
@@ -148,6 +149,101 @@ def tiny_config():
         return load_config(None, TINY_RUN | (overrides or {}))
 
     return tiny_config
+
+
+@pytest.fixture(scope="session")
+def write_layout():
+    def write_layout(root: Path, layout: str, **counts: int) -> Path:
+        """The same small data set in a layout that people have; returns its folder.
+
+        Splits train, val and test of 4, 3 and 2 pictures of 48 x 40, each with one cat or dog in turn, at (4 + number,
+        6), of 20 x 16 pixels; the last picture of each has none. `counts` are of other splits.
+        """
+        for split, count in (counts or {"train": 4, "val": 3, "test": 2}).items():
+            WRITE[layout](root, split, [{"name": f"{split}{n}", "box": (4 + n, 6, 20, 16)} for n in range(count)])
+        return root
+
+    return write_layout
+
+
+def draw(folder: Path, objects: list[dict]) -> None:
+    """The pictures of a split: grey, with a rectangle in the colour of its class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, one in enumerate(objects):
+        picture = Image.new("RGB", (48, 40), (90, 120, 60))
+        one["class"] = None if number == len(objects) - 1 else number % 2
+        if one["class"] is not None:
+            x, y, w, h = one["box"]
+            picture.paste(((250, 20, 20), (20, 20, 250))[one["class"]], (x, y, x + w, y + h))
+        picture.save(folder / f"{one['name']}.png")
+
+
+def write_coco(images: Path, annotations: Path, objects: list[dict]) -> None:
+    draw(images, objects)
+    annotations.parent.mkdir(parents=True, exist_ok=True)
+    records = [{"id": n, "file_name": f"{one['name']}.png", "width": 48, "height": 40} for n, one in enumerate(objects)]
+    found = [
+        {"id": n, "image_id": n, "category_id": one["class"], "bbox": list(one["box"]), "iscrowd": 0}
+        for n, one in enumerate(objects)
+        if one["class"] is not None
+    ]
+    categories = [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
+    annotations.write_text(json.dumps({"images": records, "annotations": found, "categories": categories}))
+
+
+def write_yolo(root: Path, split: str, objects: list[dict]) -> None:
+    draw(root / "images" / split, objects)
+    labels = root / "labels" / split
+    labels.mkdir(parents=True)
+    for one in objects:
+        x, y, w, h = one["box"]
+        line = f"{one['class']} {(x + w / 2) / 48} {(y + h / 2) / 40} {w / 48} {h / 40}\n"
+        (labels / f"{one['name']}.txt").write_text("" if one["class"] is None else line)
+    with (root / "data.yaml").open("a") as file:
+        file.write(f"{split}: images/{split}\n")
+        file.write("names: [cat, dog]\n" if split == "train" else "")
+
+
+def write_xml(folder: Path, objects: list[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in objects:
+        x, y, w, h = one["box"]
+        corners = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>"
+        name = "" if one["class"] is None else ("cat", "dog")[one["class"]]
+        found = f"<object><name>{name}</name><bndbox>{corners}</bndbox></object>" if name else ""
+        size = "<size><width>48</width><height>40</height><depth>3</depth></size>"
+        (folder / f"{one['name']}.xml").write_text(f"<annotation>{size}{found}</annotation>")
+
+
+def write_voc(root: Path, split: str, objects: list[dict]) -> None:
+    draw(root / "JPEGImages", objects)
+    write_xml(root / "Annotations", objects)
+    lists = root / "ImageSets" / "Main"
+    lists.mkdir(parents=True, exist_ok=True)
+    (lists / f"{split}.txt").write_text("".join(f"{one['name']}\n" for one in objects))
+    (lists / f"cat_{split}.txt").write_text("".join(f"{one['name']} -1\n" for one in objects))
+
+
+def write_voc_beside(root: Path, split: str, objects: list[dict]) -> None:
+    draw(root / split, objects)
+    write_xml(root / split, objects)
+
+
+def of_roboflow(split: str) -> str:
+    return {"val": "valid"}.get(split, split)
+
+
+WRITE = {
+    "coco": lambda root, split, objects: write_coco(
+        root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json", objects
+    ),
+    "roboflow": lambda root, split, objects: write_coco(
+        root / of_roboflow(split), root / of_roboflow(split) / "_annotations.coco.json", objects
+    ),
+    "yolo": write_yolo,
+    "voc": write_voc,
+    "voc beside pictures": write_voc_beside,
+}
 
 
 @pytest.fixture(scope="session")

@@ -33,19 +33,19 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 570,
-    "config": 840,
+    ".": 610,  # several pairs after one option
+    "config": 845,
     "attention": 1240,
     "attention/kernels": 1040,
     "models": 1990,
     "losses": 310,
-    "checkpoints": 1215,
-    "data": 2080,  # splits compared, one list of objects, every picture decoded once, what is said before training
-    "metrics": 1730,
-    "runs": 1505,
-    "engine": 1980,
-    "experiments": 1890,
-    "figures": 2910,
+    "checkpoints": 1225,
+    "data": 2760,  # splits compared, one list of objects, every picture decoded once, what is said before training
+    "metrics": 1750,
+    "runs": 1615,
+    "engine": 2010,
+    "experiments": 1900,
+    "figures": 2995,
     "teaching": 480,
     "benchmarks": 870,
 }

@@ -22,7 +22,7 @@ from detrlib.data.shapes import shapes_folder
 from detrlib.engine import launch as door
 from detrlib.engine import notebooks
 from detrlib.engine.loop import train
-from detrlib.errors import DetrlibError
+from detrlib.errors import ConfigError, DetrlibError
 from detrlib.experiments import sweep as sweeps
 from detrlib.runs.results import interventions_frame
 
@@ -78,10 +78,11 @@ def run_dir(trained, tmp_path):
 
 def test_from_the_terminal_to_the_end(tmp_path, config, metrics_without_times):
     run_dir = tmp_path / "nested" / "run"
-    done = in_a_process("train", config, "--name", run_dir, "--set", "train.epochs=3", "--set", "train.lr=1e-4")
+    done = in_a_process("train", config, "--name", run_dir, "--set", "train.epochs=3", "train.lr=1e-4")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line[:11] for line in lines] == ["epoch   1/3", "epoch   2/3", "epoch   3/3", lines[-1][:11]]
+    assert [line[:11] for line in lines[:4]] == ["epoch   1/3", "epoch   2/3", "epoch   3/3", "best of 3 e"]
+    assert f"detrlib evaluate {run_dir} --checkpoint best" in lines[3] and len(lines) == 5
     assert all("loss" in line and "AP50" in line and "min left" in line for line in lines[:3])
     assert lines[-1].startswith("AP 0.") and lines[-1].endswith(str(run_dir))
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
@@ -108,11 +109,25 @@ def test_settings_that_are_none(tmp_path, config):
         f"data.root={tmp_path}/nowhere": f"{tmp_path}/nowhere",
     }.items():
         assert words in refused("train", config, *name, "--set", setting)
+    assert "'train.epoch'" in refused("train", config, *name, "--set", "train.lr=1e-4", "train.epoch=3")
+    assert "train.lr=1e-4" in refused("train", config, *name, "--set", "train.lr", "1e-4")
     assert "tiny.yaml" in refused("train", config.with_name("tony.yaml"), *name)
     assert "--name" in refused("train", config, code=2)
     assert "--processes" in refused("train", config, *name, "--processes", 0, code=2)
     assert "sweep" in refused("train", "papermill_runs/configs/quickstart.yaml", *name)
     assert not (tmp_path / "run").exists()
+
+
+def test_pairs_follow_one_option_or_each_has_its_own():
+    for words, meant in {
+        "--set a=1 b=2 --name x": "--set a=1 --set b=2 --name x",
+        "--set a=1 config.yaml --set b=-2 c=d=e": "--set a=1 config.yaml --set b=-2 --set c=d=e",
+        "--map a=b c=d -p e=f g=h": "--map a=b --map c=d -p e=f -p g=h",
+        "--name a=b c=d": "--name a=b c=d",
+    }.items():
+        assert commands.repeated(words.split()) == meant.split()
+    with pytest.raises(ConfigError, match="-p run_name=first"):
+        commands.repeated(["-p", "run_name", "first"])
 
 
 def test_runs_that_cannot_be_written(tmp_path, config, trained):
@@ -268,7 +283,7 @@ def cut(path):
 
 
 DAMAGES = {
-    "missing": (shutil.rmtree, "results.json"),
+    "missing": (shutil.rmtree, "config.yaml"),
     "results": (lambda folder: cut(folder / "results.json"), "results.json"),
     "results of another kind": (lambda folder: (folder / "results.json").write_text("[]"), "results.json"),
     "no settings": (lambda folder: (folder / "config.yaml").unlink(), "config.yaml"),

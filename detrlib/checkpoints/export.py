@@ -6,6 +6,7 @@ detrlib export my-run model/                as Hugging Face's transformers write
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -35,7 +36,7 @@ UNTOLD = (
     *("model.attention.alpha_init", "model.attention.anneal", "model.deformable.stages"),
 )
 OF_TRANSFORMS = {"entmax": "model.attention.alpha", "tvmax": "model.attention.tv_lambda"}
-SETTINGS, NAMES = "detrlib.settings", "detrlib.names"  # in the metadata of a file
+SETTINGS, NAMES, EPOCH = "detrlib.settings", "detrlib.names", "detrlib.epoch"  # in the metadata of a file
 
 
 def export(source: Source, path: Path, layout: Layout | None = None) -> Path:
@@ -71,7 +72,7 @@ def export(source: Source, path: Path, layout: Layout | None = None) -> Path:
 def write_own(source: Source, path: Path) -> None:
     """A safetensors file with the names of this library, whose metadata hold settings and names of classes."""
     state = {name: value.contiguous() for name, value in build_source(source).state_dict().items()}
-    metadata = {"format": "pt", SETTINGS: json.dumps(source.cfg.model_dump(mode="json"))}
+    metadata = {"format": "pt", SETTINGS: json.dumps(source.cfg.model_dump(mode="json")), EPOCH: str(source.epoch)}
     if source.names:
         metadata[NAMES] = json.dumps(source.names)
     write_atomic(path, lambda temporary: save_file(state, temporary, metadata))
@@ -93,11 +94,12 @@ def read_own(path: Path) -> Source:
     try:
         cfg = load_config(overrides=dict(json.loads(metadata[SETTINGS])))
         names = names_by_label(json.loads(metadata.get(NAMES, "{}")), path) or None
+        epoch = int(metadata.get(EPOCH, cfg.train.epochs))  # alphas that are annealed follow from it
     except (ValueError, TypeError) as error:  # of JSON, and of ours those of settings and names
         raise WeightsError(
             f"{path}: the settings or names of classes in it are no such ({error}); export it again"
         ) from None
-    return fitting(Source(path.stem, cfg, state, names, path), "a model")
+    return fitting(Source(path.stem, cfg, state, names, path, epoch), "a model")
 
 
 def write_official(source: Source, path: Path) -> None:
@@ -105,6 +107,12 @@ def write_official(source: Source, path: Path) -> None:
 
     Raises WeightsError naming the setting that neither of them tells, so that the file would be read as another model.
     """
+    now, aims = (source.cfg.model.annealed_alphas(epoch) for epoch in (source.epoch, math.inf))
+    if now != aims:
+        raise WeightsError(
+            f"an official file does not tell alphas on their way (model.attention.anneal), after epoch {source.epoch} "
+            f"{now}; export a later checkpoint, or write a .safetensors file instead"
+        )
     settings = flat_settings(source.cfg)
     arguments = {name: settings[setting] for name, setting in TOLD.items() if setting in settings}
     if arguments.get("rho") == 1:

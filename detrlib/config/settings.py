@@ -17,9 +17,13 @@ class Shapes(Section):
 
 
 class Data(Section):
-    root: str = "shapes"  # "shapes", or a COCO-format folder; relative paths start at the project root
-    train_split: str = "train2017"  # images in root/<split>, annotations/instances_<split>.json
-    val_split: str = "val2017"
+    # "shapes", or a folder in the layout of COCO, Roboflow, YOLO (or its data.yaml) or Pascal VOC, see
+    # detrlib/data/formats.py; relative paths start at the project root.
+    root: str = "shapes"
+    train_split: str = "train2017"  # also what the folder calls so: train
+    val_split: str = "val2017"  # val, valid, validation
+    holdout: float | None = Field(None, gt=0.0, lt=1.0)  # share of the training images to validate on instead
+    holdout_seed: int = 0  # which ones they are: the same for every train.seed
     train_images: str | None = None  # explicit paths win over root and split
     train_annotations: str | None = None
     val_images: str | None = None
@@ -39,6 +43,9 @@ class Data(Section):
     check: Literal["all", "headers", "none"] = "all"
     image_size: int = Field(800, ge=32)  # shorter side in validation; training scales are relative to it
     augment: Literal["detr", "flip", "none"] = "detr"
+    # Whether every image draws its size in augment: detr, as published, or a batch does for all of its images, of whose
+    # pixels less is padding then (metrics: extra/padding).
+    scales: Literal["image", "batch"] = "image"
     cache: bool = False  # keep decoded images in memory, at the largest scale that training draws
     workers: int = Field(2, ge=0)
     shapes: Shapes = Shapes()
@@ -97,7 +104,7 @@ class Train(Section):
     epochs: int = Field(300, ge=1)
     batch_size: int = Field(16, ge=1)  # over all processes: results do not depend on their number
     lr: float = Field(1e-4, gt=0.0)
-    lr_backbone: float = Field(1e-5, ge=0.0)  # 0 freezes the backbone
+    lr_backbone: float = Field(1e-5, ge=0.0)  # 0 is freeze: [backbone], as published code has it
     lr_alpha: float | None = Field(None, ge=0.0)  # None: 10 x lr
     lr_projections: float | None = Field(None, ge=0.0)  # sampling offsets, reference points; None: 0.1 x lr
     alpha_keeps_lr: bool = False  # the schedule leaves the alpha group alone
@@ -147,6 +154,12 @@ class Config(Section):
             raise ValueError(
                 "evaluate.store_sites: model.encoder_layers is 0, there is no encoder_self to store; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_frozen_exists(self):
+        if "encoder" in self.train.freeze and not self.model.encoder_layers:
+            raise ValueError("train.freeze: model.encoder_layers is 0, there is no encoder to freeze; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -1,40 +1,19 @@
-"""Images and boxes: any COCO-format folder, or the embedded shapes."""
+"""Images and boxes: any folder that `formats` knows, or the embedded shapes."""
 
 import logging
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from detrlib.config import Data, project_path
+from detrlib.config import Data
 from detrlib.data.augment import build_augmentation
 from detrlib.data.batch import Batch, collate
 from detrlib.data.coco import CocoDataset
 from detrlib.data.findings import Findings, look_over
-from detrlib.data.shapes import cache_folder, shapes_folder
-from detrlib.errors import DataError, listed
+from detrlib.data.formats import find_split, held_out
+from detrlib.data.shapes import cache_folder
+from detrlib.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-
-def split_paths(settings: Data, split: Literal["train", "val"]) -> tuple[Path, Path]:
-    """Image folder and annotation file of a split. Raises `DataError` listing what was looked for and what exists."""
-    name = getattr(settings, f"{split}_split")
-    explicit = getattr(settings, f"{split}_images"), getattr(settings, f"{split}_annotations")
-    root = shapes_folder(settings.shapes) if settings.root == "shapes" else project_path(settings.root)
-    images = project_path(explicit[0]) if explicit[0] else root / name
-    annotations = project_path(explicit[1]) if explicit[1] else root / "annotations" / f"instances_{name}.json"
-    for path in (images, annotations):
-        if not path.exists():
-            raise DataError(
-                f"no {path} ({_neighbours(path)}); a COCO-format folder has {name}/ and annotations/instances_{name}"
-                f".json: set data.root, data.{split}_split, or data.{split}_images and data.{split}_annotations"
-            )
-    return images, annotations
-
-
-def _neighbours(path: Path) -> str:
-    if not path.parent.exists():
-        return "nor its folder"
-    return f"{path.parent} holds {listed(sorted(other.name for other in path.parent.iterdir()), 10) or 'nothing'}"
 
 
 def build_dataset(settings: Data, split: Literal["train", "val"], *, augment: bool | None = None) -> CocoDataset:
@@ -75,11 +54,24 @@ def open_splits(settings: Data, augment: bool | None = None) -> dict[Literal["tr
 def _open(
     settings: Data, split: Literal["train", "val"], augment: bool | None, classes: dict[int, str] | None = None
 ) -> CocoDataset:
-    images, annotations = split_paths(settings, split)
+    images, annotations = find_split(settings, split)
+
+    def keep(file_names: list[str]) -> set[str]:
+        chosen = set(file_names)
+        if settings.holdout:
+            held = held_out(chosen, settings.holdout, settings.holdout_seed)
+            if split == "val":
+                logger.info("%s: %d of %d images are held out", annotations, len(held), len(chosen))
+            chosen = held if split == "val" else chosen - held
+        if not chosen:
+            raise DataError(f"{annotations}: data.holdout {settings.holdout} leaves nothing to train on; lower it")
+        return chosen
+
+    augment = split == "train" if augment is None else augment
     return CocoDataset(
         images,
         annotations,
-        build_augmentation(settings.image_size, settings.augment, split == "train" if augment is None else augment),
+        build_augmentation(settings.image_size, settings.augment, augment, settings.scales),
         classes=classes or settings.names,
         contiguous=settings.contiguous,
         strict=settings.strict,
@@ -88,5 +80,16 @@ def _open(
         truncated=settings.truncated == "accept",
         limit=getattr(settings, f"{split}_limit"),
         cache=settings.cache,
+        keep=keep,
         train=split == "train",
     )
+
+
+def describe_data(settings: Data, splits: Mapping[str, CocoDataset] | None = None) -> dict[str, Any]:
+    """What a run is trained and judged on, wherever it lies; with `data.holdout`, the names of the images held out.
+
+    splits: the data sets train and val, or one of them; None: they are opened.
+    """
+    splits = splits or {part: build_dataset(settings, part) for part in ("train", "val")}
+    held_out = {"held_out": splits["val"].file_names} if settings.holdout and "val" in splits else {}
+    return {part: dataset.description() for part, dataset in splits.items()} | held_out

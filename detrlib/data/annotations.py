@@ -5,7 +5,6 @@ Everything that a later step reads is checked and made complete here, once. What
 memory of every worker.
 """
 
-import codecs
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, TypeAdap
 from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from detrlib.data.formats import read_content
 from detrlib.errors import DataError
 
 Text = Annotated[str, Field(min_length=1)]
@@ -82,10 +82,10 @@ FILE, IMAGE_LIST = TypeAdapter(Annotations), TypeAdapter(ImageList)
 
 
 def read_annotations(path: Path) -> Annotations:
-    """Read a COCO annotation file, checked and complete.
+    """Read the annotations of a split, checked and complete.
 
     Args:
-        path: JSON file with lists `images`, `annotations` and `categories`.
+        path: JSON file with lists `images`, `annotations` and `categories`, or what `formats` reads as one.
 
     Returns:
         The content, in the order of the file; see `Annotations` for its fields and units.
@@ -113,18 +113,11 @@ def read_image_list(path: Path) -> list[ImageRecord]:
 
 
 def _read(path: Path, kind: TypeAdapter) -> Any:
-    data = _bytes(path)
+    data = read_content(Path(path))
     try:
         return kind.validate_json(data)
     except ValidationError as error:
         raise DataError(f"{path}: {_fault(error, data)}") from None
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise DataError(f"{path}: no annotation file that can be read ({error.strerror})") from None
 
 
 def first_fault(error: ValidationError, index: str = "[{}]", start: int = 0) -> str:
@@ -173,7 +166,7 @@ def _check_references(content: Annotations, path: Path) -> None:
 def _complete_boxes(annotations: list[Annotation], path: Path) -> None:
     """Give what has no box that of its segmentation, which is read from the file for these entries alone."""
     lacking = [number for number, annotation in enumerate(annotations) if len(annotation.get("bbox") or ()) != 4]
-    entries = from_json(_bytes(path))["annotations"] if lacking else []
+    entries = from_json(read_content(Path(path)))["annotations"] if lacking else []
     for number in lacking:
         entry, where = entries[number], f"{path}: annotations[{number}]"
         if entry.get("bbox"):

@@ -2,9 +2,15 @@
 
 The paper resizes the shorter side to 480..800 pixels. Every length of that recipe is given here as it stands in
 the paper and multiplied by `image_size` / 800.
+
+Where every image draws a size of its own, as in the paper, more than half of the pixels of a batch can be padding. With
+`data.scales` "batch" the draws that decide about sizes (cropped or not, sides of the crop, scale) are made once for a
+batch: each image meets the same sizes equally often, but beside images of like size. Flips and places of crops stay
+each image's own. Every process draws for its own part of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -42,16 +48,40 @@ def resized(height: int, width: int, shorter: int, longest: int | None = None) -
     return (shorter, other) if height <= width else (other, shorter)
 
 
+class SizeDraws:
+    """Where the draws that decide about sizes come from: torch's generator, or one that is the same for all images."""
+
+    generator: torch.Generator | None = None
+
+    def between(self, low: int, high: int) -> int:
+        """A number from `low` to `high`, both included."""
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Within it every image meets the same draws, see `begin`; what they are follows from torch's generator."""
+        self.seed, self.generator = int(torch.randint(2**31, ())), torch.Generator()
+        try:
+            yield
+        finally:
+            self.generator = None
+
+    def begin(self) -> None:
+        """An image begins."""
+        if self.generator is not None:
+            self.generator.manual_seed(self.seed)
+
+
 class ResizeShorter(v2.Transform):
     """Resize to a shorter side drawn from `sizes`; an image that has it already is left as it is."""
 
-    def __init__(self, sizes: list[int], longest: int | None = None):
+    def __init__(self, sizes: list[int], longest: int | None = None, draws: SizeDraws | None = None):
         super().__init__()
-        self.sizes, self.longest = sizes, longest
+        self.sizes, self.longest, self.draws = sizes, longest, draws or SizeDraws()
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
-        shorter = self.sizes[int(torch.randint(len(self.sizes), ()))]
+        shorter = self.sizes[self.draws.between(0, len(self.sizes) - 1)]
         size = resized(height, width, shorter, self.longest)
         return {"size": None if size == (height, width) else list(size)}
 
@@ -64,42 +94,62 @@ class ResizeShorter(v2.Transform):
 class RandomSidesCrop(v2.Transform):
     """Crop a random rectangle whose sides are drawn from `shortest`..`longest`, or less where the image is smaller."""
 
-    def __init__(self, shortest: int, longest: int):
+    def __init__(self, shortest: int, longest: int, draws: SizeDraws | None = None):
         super().__init__()
-        self.shortest, self.longest = shortest, longest
+        self.shortest, self.longest, self.draws = shortest, longest, draws or SizeDraws()
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
         crop_height, crop_width = self._side(height), self._side(width)
-        top, left = _between(0, height - crop_height), _between(0, width - crop_width)
+        own = SizeDraws()
+        top, left = own.between(0, height - crop_height), own.between(0, width - crop_width)
         return {"top": top, "left": left, "height": crop_height, "width": crop_width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return self._call_kernel(functional.crop, inpt, **params)
 
     def _side(self, available: int) -> int:
-        return _between(min(self.shortest, available), min(self.longest, available))
+        return self.draws.between(min(self.shortest, available), min(self.longest, available))
+
+
+class EitherOf(v2.Transform):
+    """One of several transforms, each as likely as the others."""
+
+    def __init__(self, transforms: list[v2.Transform], draws: SizeDraws):
+        super().__init__()
+        self.transforms, self.draws = transforms, draws
+
+    def forward(self, *inputs: Any) -> Any:
+        each = torch.full([len(self.transforms)], 1 / len(self.transforms))
+        return self.transforms[int(torch.multinomial(each, 1, generator=self.draws.generator))](*inputs)
 
 
 class DetectionTransform:
     """Apply `geometry` to an image and its boxes together, then normalise the image for the backbone.
 
     resizes: one of them is the first thing that changes the scale of an image; none: its pixels are looked at.
+    draws: of sizes within `geometry`, where images of a batch share them.
     """
 
-    def __init__(self, geometry: v2.Transform, resizes: Sequence[ResizeShorter] = ()):
-        self.geometry, self.resizes = geometry, resizes
+    def __init__(self, geometry: v2.Transform, resizes: Sequence[ResizeShorter] = (), draws: SizeDraws | None = None):
+        self.geometry, self.resizes, self.draws = geometry, resizes, draws
 
     def largest(self, height: int, width: int) -> tuple[int, int]:
         """The largest (height, width) at which an image of that size is looked at; never more than it has."""
         sizes = [resized(height, width, max(one.sizes), one.longest) for one in self.resizes]
         return min((height, width), max(sizes, default=(height, width)))
 
+    def batch(self) -> AbstractContextManager:
+        """Within it images are those of one batch."""
+        return nullcontext() if self.draws is None else self.draws.shared()
+
     def __call__(self, image: Image.Image | Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """image PIL or [3, H, W]; boxes [n, 4] xyxy pixels; labels [n] -> the same, boxes in pixels of the new image.
 
         Boxes are clipped to the image; those with nothing left, and their labels, are dropped.
         """
+        if self.draws is not None:
+            self.draws.begin()
         image = tv_tensors.Image(image)
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[-2:])
         image, boxes = self.geometry(image, boxes)
@@ -110,12 +160,16 @@ class DetectionTransform:
 
 
 def build_augmentation(
-    image_size: int, recipe: Literal["detr", "flip", "none"] = "detr", train: bool = False
+    image_size: int,
+    recipe: Literal["detr", "flip", "none"] = "detr",
+    train: bool = False,
+    scales: Literal["image", "batch"] = "image",
 ) -> DetectionTransform:
     """What images and boxes of a split pass: the training recipe, or the plain resize of validation.
 
     image_size  shorter side in validation, pixels
     recipe      "detr": flip, random scale, random crop; "flip": flip only; "none": as in validation
+    scales      whether every image draws its sizes, or a batch does for all of its images
     Raises ConfigError for an unknown recipe.
     """
     if recipe not in ("detr", "flip", "none"):
@@ -130,20 +184,18 @@ def build_augmentation(
     flip = v2.RandomHorizontalFlip()
     if recipe == "flip":
         return DetectionTransform(v2.Compose([flip, plain]), [plain])
-    any_size = ResizeShorter([scaled(size) for size in TRAINING_SIZES], scaled(LONGEST))
+    draws = SizeDraws()
+    any_size = ResizeShorter([scaled(size) for size in TRAINING_SIZES], scaled(LONGEST), draws)
     zoom = [
-        ResizeShorter([scaled(size) for size in SIZES_BEFORE_CROP]),
-        RandomSidesCrop(*(scaled(side) for side in CROP_SIDES)),
+        ResizeShorter([scaled(size) for size in SIZES_BEFORE_CROP], draws=draws),
+        RandomSidesCrop(*(scaled(side) for side in CROP_SIDES), draws),
         any_size,
     ]
-    return DetectionTransform(v2.Compose([flip, v2.RandomChoice([any_size, v2.Compose(zoom)])]), [any_size, zoom[0]])
+    geometry = v2.Compose([flip, EitherOf([any_size, v2.Compose(zoom)], draws)])
+    return DetectionTransform(geometry, [any_size, zoom[0]], draws if scales == "batch" else None)
 
 
 def denormalise(images: Tensor) -> Tensor:
     """Normalised images [..., 3, H, W] -> pixels in 0..1, for looking at them."""
     mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (images * std + mean).clamp(0, 1)
-
-
-def _between(low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, ()))

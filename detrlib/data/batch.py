@@ -6,7 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from detrlib.config import Data
 from detrlib.errors import ConfigError, DataError
+
+MUCH_PADDING = 0.5  # share of the pixels of batches
 
 
 class Batch(NamedTuple):
@@ -15,6 +18,11 @@ class Batch(NamedTuple):
     images: Tensor  # [B,3,H,W]
     padding_mask: Tensor | None  # [B,H,W], True = padding; None: no image is padded
     targets: list[dict]  # of each image, see `CocoDataset`
+
+    @property
+    def padding(self) -> float:
+        """The share of its pixels that are padding. On a GPU this waits: ask before the batch is there."""
+        return 0.0 if self.padding_mask is None else self.padding_mask.float().mean().item()
 
     def mask(self) -> Tensor:
         """The padding mask [B,H,W], all False where no image is padded."""
@@ -61,6 +69,14 @@ def collate(samples: list[tuple[Tensor, dict]]) -> Batch:
         padded[index, :, :h, :w] = image
         padding_mask[index, :h, :w] = False
     return Batch(padded, padding_mask, list(targets))
+
+
+def padding_words(share: float, settings: Data) -> str:
+    """In a line, what can be done where more than half of the pixels of batches are padding; empty where less are."""
+    remedy = "images differ in shape, of which smaller batches (train.batch_size) have less"
+    if settings.scales == "image" and settings.augment == "detr":
+        remedy = "data.scales: batch draws sizes once for a batch, which is faster and no longer the published recipe"
+    return f"{share:.0%} of the pixels of batches are padding: {remedy}" if share > MUCH_PADDING else ""
 
 
 def batches(loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -17,16 +17,16 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from detrlib.data.coco import CocoDataset
-from detrlib.data.pictures import (
+from detrlib.data.decoding import (
     UNREADABLE,
     depth_of,
     open_picture,
     orientation_of,
     read_picture,
     to_rgb,
-    unreadable,
     why_unreadable,
 )
+from detrlib.data.pictures import unreadable
 from detrlib.data.shapes import cache_folder, cores
 from detrlib.errors import DataError, RunError
 from detrlib.files import write_atomic

@@ -1,11 +1,15 @@
-"""Any folder in COCO format as a dataset of images and boxes, checked before the first training step."""
+"""Any folder that `formats` knows as a data set of images and boxes, checked before the first training step."""
 
+import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,8 +21,8 @@ from torchvision.transforms.v2 import functional
 from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.data.annotations import Annotation, Annotations, ImageRecord, read_annotations
 from detrlib.data.classes import labels_in
+from detrlib.data.decoding import UNREADABLE, picture_size, read_picture
 from detrlib.data.objects import Objects, clean, clipped
-from detrlib.data.pictures import UNREADABLE, picture_size, read_picture
 from detrlib.errors import DataError, listed
 
 MOST_LABELS = 100_000  # of a class head
@@ -39,7 +43,7 @@ class CocoDataset(Dataset):
     `dropped`. Images without objects are kept. What was done to the file's content stands in `notes`, a sentence each.
 
     images       folder of the image files
-    annotations  JSON file with `images`, `annotations` and `categories`
+    annotations  JSON file with `images`, `annotations` and `categories`, or what `formats` reads as one
     transform    callable(image uint8 [3, H, W], boxes [n, 4] xyxy pixels, labels [n]) -> the same three
     classes      label -> name, of the training split: those of this one are matched by name; None: its own
     contiguous   its own classes have labels 0..n-1 in order of category id; otherwise the category ids themselves
@@ -51,6 +55,7 @@ class CocoDataset(Dataset):
     cache        keep decoded images in memory after first use, once per worker process: at the largest size that
                  `transform` may ask for. Without random scales, images are those that it makes of the file; where it
                  draws a smaller scale, they have been resampled twice.
+    keep         choose images: from their file names, those that are kept; `limit` counts these
     train        refuse a set without a single box: it could only teach that there is nothing to see
 
     Raises `DataError` for every fault that can be seen without decoding the images, and for an unreadable
@@ -71,6 +76,7 @@ class CocoDataset(Dataset):
         truncated: bool = False,
         limit: int | None = None,
         cache: bool = False,
+        keep: Callable[[list[str]], set[str]] = set,
         train: bool = False,
     ):
         self.images_path, self.annotations_path = Path(images), Path(annotations)
@@ -79,7 +85,9 @@ class CocoDataset(Dataset):
         self.notes: list[str] = []
 
         content = read_annotations(self.annotations_path)
-        self._records = sorted(content["images"], key=lambda record: record["id"])[:limit]
+        kept = keep([record["file_name"] for record in content["images"]])
+        records = [record for record in content["images"] if record["file_name"] in kept]
+        self._records = sorted(records, key=lambda record: record["id"])[:limit]
         self.image_ids = [record["id"] for record in self._records]
         self._find_files(content)
         objects = clean(content["annotations"], self._sizes, clip)
@@ -111,6 +119,11 @@ class CocoDataset(Dataset):
             "size": torch.tensor([height, width]),
         }
         return image, target
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, dict]]:
+        """The samples of one batch, which is how a `DataLoader` asks for them."""
+        with getattr(self.transform, "batch", nullcontext)():
+            return [self[index] for index in indices]
 
     def image(self, index: int) -> Image.Image:
         """The picture in RGB, as annotated: stored, or upright. Raises `DataError` when it is unreadable or not of the
@@ -155,6 +168,20 @@ class CocoDataset(Dataset):
     def objects_per_image(self) -> Tensor:
         """How many are taught in each image, [N] int64."""
         return torch.tensor(self._first).diff()
+
+    def file_names(self) -> list[str]:
+        """Of the images, as the annotations have them."""
+        return [record["file_name"] for record in self._records]
+
+    def description(self) -> dict[str, Any]:
+        """What is in this data set, wherever it lies: images, objects, classes, and a digest of all that is taught."""
+        records = [[record[key] for key in ("id", "file_name", "width", "height")] for record in self._records]
+        digest = hashlib.sha256(json.dumps(records).encode())
+        for tensor in (self._boxes, self._labels, torch.tensor(self._first)):
+            digest.update(tensor.numpy().tobytes())
+        classes = {str(label): name for label, name in self.names.items()}
+        counts = {"images": len(self), "objects": len(self._labels)}
+        return counts | {"classes": classes, "digest": digest.hexdigest()[:16]}
 
     def frame(self) -> pd.DataFrame:
         """One row per annotated object, crowds included: image_id, label, category, width, height, area, crowd.

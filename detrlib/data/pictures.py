@@ -5,37 +5,24 @@ that theirs refer to what programs show. Pictures of one's own are turned uprigh
 """
 
 import glob
-import io
-import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from detrlib.data.annotations import read_image_list
+from detrlib.data.decoding import UNREADABLE, open_picture, picture_size, read_picture, to_rgb, why_unreadable
 from detrlib.errors import DataError, listed
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".jp2"),
 )
-# What Pillow raises, by file type and fault, for a picture it cannot decode.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
-MOST_PIXELS = 2**26  # larger pictures of one's own are reduced while they are read,
-REDUCED = 2**24  # to about that many
-TURNED = (5, 6, 7, 8)  # orientations in EXIF that exchange width and height
-END_OF_JPEG = b"\xff\xd9"  # lets Pillow decode what there is of a file cut short
-DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # modes of Pillow with more than 8 bits
-DEPTHS = (8, 12, 16)  # bits of a pixel that cameras and scanners write
 
 
 @dataclass
@@ -76,106 +63,6 @@ class Picture:
         image, _ = self.read()
         image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
         return np.asarray(image)
-
-
-def read_picture(
-    path: Path, upright: bool = False, reduce: bool = False, truncated: bool = False
-) -> tuple[Image.Image, tuple[int, int]]:
-    """A file's picture in RGB, and its height and width.
-
-    Args:
-        path: any file that Pillow reads.
-        upright: turned as its orientation in EXIF says, size included.
-        reduce: pictures of more than `MOST_PIXELS` become smaller, JPEG while it is decoded; the size that is returned
-            stays that of the file.
-        truncated: a JPEG that is cut short is read, grey where nothing is left.
-
-    Raises:
-        One of `UNREADABLE`: it is no picture, or cut short, or too large for its format.
-    """
-    try:
-        return _decode(path, upright, reduce)
-    except OSError:
-        if not (truncated and path.is_file() and is_jpeg(path)):
-            raise
-        return _decode(io.BytesIO(path.read_bytes() + END_OF_JPEG), upright, reduce)
-
-
-def _decode(source: Path | io.BytesIO, upright: bool, reduce: bool) -> tuple[Image.Image, tuple[int, int]]:
-    with open_picture(source) as file:
-        width, height = file.size
-        if reduce and width * height > MOST_PIXELS:
-            by = math.sqrt(REDUCED / (width * height))
-            wanted = math.ceil(width * by), math.ceil(height * by)
-            file.thumbnail(wanted, Image.Resampling.BOX, reducing_gap=1)
-        if not upright:
-            return to_rgb(file), (height, width)
-        image = to_rgb(ImageOps.exif_transpose(file))
-        return image, (width, height) if orientation_of(file) in TURNED else (height, width)
-
-
-def picture_size(path: Path, upright: bool = False) -> tuple[int, int]:
-    """Width and height of a file's picture, of which only the header is read. Raises as `read_picture`."""
-    with open_picture(path) as file:
-        return file.size[::-1] if upright and orientation_of(file) in TURNED else file.size
-
-
-def orientation_of(file: Image.Image) -> int:
-    """What EXIF says of a picture that is open: 1 as it is stored, 2 to 8 mirrored or turned; of TIFF, which Pillow
-    turns itself, 1."""
-    return 1 if file.format == "TIFF" else file.getexif().get(ExifTags.Base.Orientation, 1)
-
-
-def is_jpeg(path: Path) -> bool:
-    """Whether a file begins as a JPEG does."""
-    with path.open("rb") as content:
-        return content.read(3) == b"\xff\xd8\xff"
-
-
-@contextmanager
-def open_picture(source: Path | io.BytesIO):
-    """The Pillow image of a file, its header read. A JPEG is opened however large it is: it can be read reduced."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            file = Image.open(source)
-        except Image.DecompressionBombError:
-            if not (isinstance(source, Path) and is_jpeg(source)):
-                raise
-            file = JpegImageFile(source)
-        with file:
-            yield file
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Greyscale, palette, CMYK and images with transparency as RGB; transparency itself is discarded.
-
-    Greyscale of more than 8 bits is scaled by the least range, of 8, 12 and 16 bits, that holds its brightest pixel;
-    floating point numbers of 0..1 by theirs.
-    """
-    if image.mode in DEEP:
-        pixels, bits = np.asarray(image), depth_of(image)
-        scaled = pixels // 2 ** (bits - 8) if bits > 1 else (pixels * 255).round()
-        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def depth_of(image: Image.Image) -> int:
-    """How many bits the brightest pixel takes, 8, 12 or 16; 1 for floating point numbers of 0..1.
-
-    Raises ValueError for numbers that are no picture's.
-    """
-    if image.mode not in DEEP:
-        return 8
-    low, high = image.getextrema()
-    if image.mode == "F" and low >= 0 and high <= 1:
-        return 1
-    bits = next((bits for bits in DEPTHS if low >= 0 and high < 2**bits), None)
-    if bits is None:
-        raise ValueError(f"its pixels go from {low:g} to {high:g}, which no picture's do; save it with 8 or 16 bits")
-    return bits
 
 
 def find_pictures(pictures: Any, limit: int | None = None) -> list[Picture]:
@@ -252,12 +139,13 @@ def pictures_folder(
 ) -> Path:
     """The folder of an annotation file's pictures, the first of which is named `first`.
 
-    It is `images`; if that is None, the COCO layout's folder of the same split, a folder "images" beside the file, or
-    the file's own, whichever holds the first picture. Raises DataError naming those tried, and the remedy.
+    It is `images`; if that is None, the COCO layout's folder of the same split, a folder "images" near the file, or the
+    file's own, whichever holds the first picture. Raises DataError naming those tried, and the remedy.
     """
     split = annotations.stem.removeprefix("instances_").removeprefix("image_info_")
     near = annotations.parent
-    tried = [images] if images else [near.parent / split, near / "images", near]
+    of_all = near.parent / "images"
+    tried = [images] if images else [near.parent / split, of_all / split, of_all, near / "images", near]
     for folder in tried:
         if (folder / first).is_file():
             return folder
@@ -280,6 +168,8 @@ def _from_path(path: Path) -> list[Picture]:
 
 
 def _from_list(path: Path) -> list[Picture]:
+    from detrlib.data.annotations import read_image_list  # which reads layouts, for which pictures are looked for here
+
     records = read_image_list(path)
     folder = pictures_folder(path, records[0]["file_name"])
     sizes = [(record.get("width"), record.get("height")) for record in records]
@@ -292,21 +182,27 @@ def _from_list(path: Path) -> list[Picture]:
 
 
 def _pictures_in(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if _is_picture(path))
+    files = sorted(path for path in folder.iterdir() if is_picture(path))
     if not files:
-        within = sorted({path.parent.name for path in folder.glob("*/*") if _is_picture(path)})
+        within = sorted({path.parent.name for path in folder.glob("*/*") if is_picture(path)})
         hint = f"there are some in {listed(within)}; name those" if within else f"known are {' '.join(SUFFIXES)}"
         raise DataError(f"{folder}: no pictures in this folder; {hint}")
     return files
 
 
 def _matches(pattern: str) -> list[Path]:
-    return sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if _is_picture(path))
+    return sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if is_picture(path))
 
 
-def _is_picture(path: Path) -> bool:
+def is_picture(path: Path) -> bool:
     """Whether a path looks like a picture; those that begin with a dot are for programs."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def numbered(stems: Sequence[str]) -> list[int]:
+    """Ids of images: the numbers that all files are named by, as COCO's and VOC's are, otherwise 1, 2, 3, ..."""
+    ids = [int(stem) if _is_number(stem) else -1 for stem in stems]
+    return ids if min(ids, default=0) >= 0 and len(set(ids)) == len(ids) else list(range(1, len(ids) + 1))
 
 
 def _is_number(text: str) -> bool:
@@ -316,7 +212,10 @@ def _is_number(text: str) -> bool:
 def _as_image(source: Any, name: str) -> Image.Image:
     """A picture in memory as RGB, not turned. Raises DataError naming it for what is none."""
     if isinstance(source, Image.Image):
-        return to_rgb(source)
+        try:
+            return to_rgb(source)
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from None
     pixels = _channels_last(source, name) if isinstance(source, Tensor) else source
     shape = getattr(pixels, "shape", ())
     if getattr(pixels, "dtype", None) != np.uint8 or 0 in shape or not (len(shape) == 2 or shape[2:] in ((3,), (4,))):
@@ -333,12 +232,3 @@ def _channels_last(pixels: Tensor, name: str) -> np.ndarray:
         pixels = functional.to_dtype(pixels, torch.uint8, scale=True)
     pixels = pixels.detach().cpu().numpy()
     return pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)
-
-
-def why_unreadable(error: Exception) -> str:
-    """In words, why a file is no picture that can be read."""
-    if isinstance(error, Image.DecompressionBombError):
-        return "too many pixels for its format; save it smaller, or as JPEG, of which any size is read"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture, or of a kind that Pillow does not read"
-    return f"not readable as a picture ({getattr(error, 'strerror', None) or error})"

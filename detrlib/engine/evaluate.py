@@ -4,6 +4,7 @@
     detrlib evaluate my-run --on /data/voc --map motorbike=motorcycle --map aeroplane=airplane
     detrlib evaluate my-run --checkpoint untrained          what was there before training
     detrlib evaluate my-run --set evaluate.paibb=thesis     as published PAIBB was computed
+    detrlib evaluate my-run --set data.root=/scratch/coco   its data lie there now
 
 Legend: B images, L layers, H heads, Q queries, K keys.
 """
@@ -21,12 +22,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from detrlib.config import Config, load_config, replace
-from detrlib.data import CocoDataset, build_dataset, collate
+from detrlib.config import Config, replace
+from detrlib.data import CocoDataset, build_dataset, collate, describe_data
 from detrlib.data.batch import batches
-from detrlib.data.classes import class_list, names_by_label
+from detrlib.data.classes import class_list
+from detrlib.data.formats import other_split
 from detrlib.engine.start import starting_model
-from detrlib.errors import ConfigError, RunError
+from detrlib.errors import ConfigError, RunError, listed
 from detrlib.files import load_checkpoint, write_json
 from detrlib.losses import Criterion, match
 from detrlib.metrics.accumulate import AttentionMeasures
@@ -34,10 +36,12 @@ from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
 from detrlib.models import Predictions, alpha_modules
 from detrlib.models.outputs import Site
 from detrlib.runs.examples import recorder
-from detrlib.runs.folder import RESERVED, begin_folder, load_results, save_tables
+from detrlib.runs.folder import RESERVED, class_names, is_finished, load_results, run_config, save_tables
+from detrlib.runs.opening import WHERE, begin_folder, refuse_other_data
 from detrlib.runs.sources import build_source, refuse_predictions, run_source
 
 DETECTIONS_PER_IMAGE = 100  # as COCO counts them
+MAY_MOVE = {key for key in WHERE if not key.endswith("split")}  # of settings of data, in an evaluation
 UNTRAINED = "untrained"  # in place of a checkpoint's name: the model as it was before training
 
 
@@ -48,43 +52,44 @@ def evaluate_run(
     measures/.
 
     Args:
-        run_dir: folder of a finished run.
+        run_dir: folder of a run. The results of one that was interrupted say `unfinished`, and it can still go on.
         checkpoint: "last", "best", "epoch-0010" and so on, or "untrained" for the model as it was before training,
             whose results go to the folder untrained inside that of the others.
         split: another split of the same data, such as "test2017"; its results go to a folder of that name. Both are
             themselves run folders to read from.
-        overrides: dotted settings of `evaluate` in place of the run's own, such as {"evaluate.paibb": "thesis"}.
+        overrides: dotted settings of `evaluate` in place of the run's own, such as {"evaluate.paibb": "thesis"}, and
+            of where its data lie now, such as {"data.root": "/scratch/cells"}.
 
     Returns:
         What results.json holds, see `evaluate`.
 
     Raises:
-        RunError: the run is not finished (its results would say that it is), has no such checkpoint, or that is of
-            another architecture.
-        ConfigError: an override is of anything but `evaluate`.
+        RunError: there is no such run, it has no such checkpoint, or that is of another architecture; or the data are
+            said to lie elsewhere, and are others.
+        ConfigError: an override is of anything else.
     """
     cfg, folder = evaluation_config(run_dir, overrides), run_dir
     if split:
         cfg, folder = on_split(cfg, split), results_folder(run_dir, split)
+    elif MAY_MOVE & (overrides or {}).keys() and (run_dir / "data.json").exists():
+        refuse_other_data(run_dir, describe_data(cfg.data, {"val": build_dataset(cfg.data, "val")}))
     return evaluate_into(folder, run_dir, cfg, checkpoint)
 
 
 def on_split(cfg: Config, split: str) -> Config:
-    """Settings with the whole of another split of the same data for validation."""
-    whole = {"data.val_images": None, "data.val_annotations": None, "data.val_limit": None}
-    return replace(cfg, {"data.val_split": split, **whole})
+    """Settings with the whole of another split of the same data for validation. Raises DataError as `other_split`."""
+    return replace(cfg, {f"data.{name}": value for name, value in other_split(cfg.data, split).items()})
 
 
 def evaluation_config(run_dir: Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The settings of a finished run with other settings of `evaluate`. Raises as `evaluate_run`."""
-    results, cfg = load_results(run_dir), load_config(run_dir / "config.yaml")
-    if wrong := [key for key in overrides or {} if not key.startswith("evaluate.")]:
-        raise ConfigError(f"{wrong[0]} cannot change in an evaluation: overrides are settings of evaluate.*")
-    names = names_by_label(results.get("names", {}), run_dir / "results.json")
-    known = (
-        {"data.classes": class_list(names)} if names and cfg.data.classes is None else {}
-    )  # runs of earlier versions
-    return replace(cfg, known | dict(overrides or {}))
+    """The settings of a run with others of `evaluate`, or of where its data lie. Raises as `evaluate_run`."""
+    cfg = run_config(run_dir)
+    if wrong := [key for key in overrides or {} if not key.startswith("evaluate.") and key not in MAY_MOVE]:
+        raise ConfigError(
+            f"{wrong[0]} cannot change in an evaluation: overrides are evaluate.* or {listed(sorted(MAY_MOVE))}"
+        )
+    names = None if cfg.data.classes else class_names(run_dir)  # of a run made by an earlier version
+    return replace(cfg, ({"data.classes": class_list(names)} if names else {}) | dict(overrides or {}))
 
 
 def evaluate_into(
@@ -95,7 +100,7 @@ def evaluate_into(
     described: what the results are to say besides. Raises as `evaluate_run`.
     """
     folder = folder / UNTRAINED if checkpoint == UNTRAINED else folder
-    model, known = load_model(run_dir, checkpoint), {"epoch": 0, "global_step": 0}
+    model, known = load_model(run_dir, checkpoint, cfg), {"epoch": 0, "global_step": 0}
     if checkpoint != UNTRAINED:
         known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt", ("epoch", "global_step"))
     dataset = build_dataset(cfg.data, "val")
@@ -103,6 +108,8 @@ def evaluate_into(
         begin_folder(folder, cfg)
     results, detections = evaluate(model, dataset, cfg, Accelerator(), run_dir=folder)
     results |= {"checkpoint": checkpoint, "epoch": known["epoch"], "global_step": known["global_step"]}
+    if checkpoint != UNTRAINED and not is_finished(run_dir):
+        results["unfinished"] = f"epoch {known['epoch']} of {cfg.train.epochs}"
     return save_results(folder, results | dict(described or {}), detections, dataset.ground_truth)
 
 
@@ -119,16 +126,17 @@ def results_folder(run_dir: Path, name: str, on: Path | None = None) -> Path:
     return folder
 
 
-def load_model(run_dir: Path, checkpoint: str = "last") -> nn.Module:
+def load_model(run_dir: Path, checkpoint: str = "last", cfg: Config | None = None) -> nn.Module:
     """The model of a run, on the CPU, in evaluation mode; averaged weights where the run keeps them.
 
     checkpoint "untrained": the model as it was before training, its pretrained backbone or `train.start` included.
+    cfg: settings to make that one with, where its data lie elsewhere now; None: the run's own.
     Raises RunError for a run that has no such checkpoint, or is made of another detector's predictions.
     """
     if checkpoint != UNTRAINED:
         return build_source(run_source(run_dir, checkpoint))
     refuse_predictions(run_dir)
-    return starting_model(load_config(run_dir / "config.yaml"))[0].eval()
+    return starting_model(cfg or run_config(run_dir))[0].eval()
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -137,7 +145,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def save_results(run_dir: Path, results: dict, detections: list[dict], ground_truth: dict) -> dict:
-    """Write predictions.json and matches, then results.json, whose presence says that the run is finished."""
+    """Write predictions.json and matches, then results.json, which says of a run that it is finished."""
     write_json(run_dir / "predictions.json", detections)
     matches = match_detections(ground_truth, detections)
     save_tables(run_dir, {"matches": matches.detections, "annotations": matches.annotations})
@@ -233,7 +241,7 @@ def _results(model: nn.Module, dataset: CocoDataset, cfg: Config, detections: li
     return {
         "detection": coco_ap(dataset.ground_truth, detections, cfg.evaluate.engine),
         "images": len(dataset),
-        "annotations": str(dataset.annotations_path.name),
+        "annotations": dataset.annotations_path.name,
         "evaluate": cfg.evaluate.model_dump(mode="json"),
         "alpha": {layer: module.alpha.tolist() for layer, module in alpha_modules(model).items()},
         "names": {str(label): name for label, name in dataset.names.items()},

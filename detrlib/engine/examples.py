@@ -39,7 +39,7 @@ class ValidationImages(Mapping[int, Example]):
         sites: whose maps are wanted; None: those that the evaluation stores (evaluate.store_sites).
 
     Raises:
-        RunError: the run is not finished, or what it stores is damaged.
+        RunError: the run was not evaluated, or what it stores is damaged.
     """
 
     def __init__(self, run_dir: Path, sites: Sequence[Site] | None = None):

@@ -18,7 +18,8 @@ import torch
 from detrlib.config import PROJECT, Config
 from detrlib.engine.loop import keep_freed_memory, train
 from detrlib.errors import RunError
-from detrlib.runs.folder import load_results, open_run
+from detrlib.runs.folder import load_results
+from detrlib.runs.opening import open_run
 
 TAIL = 30  # lines of a failed subprocess that are repeated in the error
 FAULT = "error: "  # how the line of a foreseeable one begins

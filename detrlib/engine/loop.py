@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
-from detrlib.data import Batch, CocoDataset, collate, look_over, open_splits
-from detrlib.data.batch import EpochSampler, batches
+from detrlib.data import Batch, CocoDataset, collate, describe_data, look_over, open_splits
+from detrlib.data.batch import EpochSampler, batches, padding_words
 from detrlib.data.classes import class_list
 from detrlib.engine.evaluate import autocast, evaluate, save_results
 from detrlib.engine.start import initial_model, record_start, starting_model
@@ -109,21 +109,23 @@ def train(cfg: Config, run_dir: Path) -> dict:
     splits = open_splits(cfg.data)
     train_set, val_set = splits["train"], splits["val"]
     cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set), "data.classes": class_list(train_set.names)})
+    described = describe_data(cfg.data, splits)
     with accelerator.main_process_first():
-        # The others find the run begun with the same settings, which is no reason to resume.
-        resume = runs.open_run(cfg, run_dir) and (run_dir / "checkpoints" / "last.pt").exists()
-        findings = look_over(splits, cfg.model.num_queries, cfg.data.check)
+        resume = runs.refuse_run(cfg, run_dir, described)
+        accelerator.print(look_over(splits, cfg.model.num_queries, cfg.data.check))
         model, start = (initial_model(cfg, "none"), None) if resume else starting_model(cfg, train_set)
-    accelerator.print(findings)
+        runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:
         accelerator.print(start)
     if accelerator.is_main_process and not resume:
         record_start(run_dir, start)
+        runs.save_class_names(run_dir, train_set.names)
     trainer = Trainer(cfg, run_dir, accelerator, train_set, val_set, model)
     try:
         return trainer.run(resume)
     except KeyboardInterrupt:
         accelerator.print(f"\ninterrupted; the same run name continues after epoch {trainer.state.epoch}")
+        accelerator.print(trainer.state.best_so_far(run_dir))
         raise
     finally:
         trainer.close()
@@ -191,6 +193,7 @@ class Trainer:
         results |= {"checkpoint": "last", "epoch": state.epoch, "global_step": state.global_step}
         if self.accelerator.is_main_process:
             save_results(self.run_dir, results, detections, self.val_set.ground_truth)
+            self.accelerator.print(state.best_so_far(self.run_dir), flush=True)
         self.accelerator.wait_for_everyone()
         return results
 
@@ -201,11 +204,12 @@ class Trainer:
         set_seed(cfg.seed + 1000 * (state.epoch + 1) + accelerator.process_index)
         self.sampler.epoch = state.epoch
         state.model.train()
-        sums, quiet = {}, None if accelerator.is_main_process else True
+        sums, padding, quiet = {}, [], None if accelerator.is_main_process else True
         bar = tqdm(self.loader, desc=f"epoch {state.epoch + 1}/{cfg.epochs}", leave=False, disable=quiet)
         clock = time.perf_counter()
         for batch in batches(bar):
             waited = time.perf_counter() - clock
+            padding.append(batch.padding)
             terms = self._step(batch.to(accelerator.device))
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -216,7 +220,8 @@ class Trainer:
             clock = time.perf_counter()
         names = sorted(sums)
         totals = accelerator.reduce(torch.stack([sums[name] for name in names]), "mean") / len(self.loader)
-        return {f"epoch/{name}": value for name, value in zip(names, totals.tolist(), strict=True)}
+        means = {f"epoch/{name}": value for name, value in zip(names, totals.tolist(), strict=True)}
+        return means | {"extra/padding": sum(padding) / len(padding)}
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """`train_step`, and what moves along with the weights."""
@@ -282,13 +287,15 @@ class Trainer:
     def _report(self, record: dict[str, float], seconds: float) -> None:
         epoch, epochs = self.state.epoch, self.cfg.train.epochs
         precision = ""
-        if "detection/AP" in record:
+        if record.get("detection/AP", -1) >= 0:  # undefined without objects
             precision = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
         self.accelerator.print(
             f"epoch {epoch:3d}/{epochs}  loss {record['epoch/loss']:.3f}  {precision}"
             f"{seconds:.0f} s, about {(epochs - epoch) * seconds / 60:.0f} min left",
             flush=True,
         )
+        if epoch == 1 and (much := padding_words(record["extra/padding"], self.cfg.data)):
+            self.accelerator.print(much, flush=True)
 
     def close(self) -> None:
         """Finish tracking and leave the process group in order: gloo aborts now and then if a DDP model outlives it."""

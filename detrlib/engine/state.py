@@ -12,6 +12,7 @@ from detrlib.config import Config
 from detrlib.engine.optimizer import lr_factors, parameter_groups
 from detrlib.files import load_checkpoint, load_weights, save_checkpoint
 from detrlib.models import set_alphas
+from detrlib.runs.folder import run_name
 
 
 class TrainingState:
@@ -91,6 +92,15 @@ class TrainingState:
         if keep_every and self.epoch % keep_every == 0:
             save_checkpoint(folder / f"epoch-{self.epoch:04d}.pt", weights)
         save_checkpoint(folder / "last.pt", state)  # last: it says that the others of this epoch are written
+
+    def best_so_far(self, run_dir: Path) -> str:
+        """In words, which epoch was the best, and how to measure it."""
+        path = run_dir / "checkpoints" / "best.pt"
+        if self.best < 0 or not path.exists():  # none evaluated, or none but those of alphas on their way
+            return "no epoch is kept as the best"
+        epoch = load_checkpoint(path, ["epoch"])["epoch"]
+        measure = f"detrlib evaluate {run_name(run_dir)} --checkpoint best"
+        return f"best of {self.epoch} epochs: epoch {epoch}, AP {self.best:.3f}; to measure it: {measure}"
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. Raises RunError naming it when it is damaged or of another architecture."""

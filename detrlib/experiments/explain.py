@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
-from detrlib.config import Config, load_config
+from detrlib.config import Config
 from detrlib.data import Batch, build_dataset, collate
 from detrlib.engine.evaluate import load_model
 from detrlib.engine.predict import Detector
@@ -50,7 +50,7 @@ from detrlib.models import Predictions
 from detrlib.models.outputs import cell_side
 from detrlib.runs.detected import Detected
 from detrlib.runs.examples import EXAMPLE_SCORE, picture
-from detrlib.runs.folder import load_results
+from detrlib.runs.folder import run_config
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def faithfulness_run(
     """Measure deletion and insertion for the detections of a run's validation images; write measures/faithfulness*.
 
     Args:
-        run_dir: folder of a finished run.
+        run_dir: folder of a run.
         images: how many, the first ones.
         methods: names of `METHODS`; None: all that the model allows.
         steps: of deletion and of insertion, 2 or more.
@@ -109,14 +109,13 @@ def faithfulness_run(
         from the image's id: the same for all runs.
 
     Raises:
-        RunError: the run is not finished, or no detection has the score.
+        RunError: there is no such run or checkpoint, or no detection has the score.
         ConfigError: fewer than one image or two steps.
         ModelError: the model cannot be explained so.
     """
     if images < 1 or steps < 2:
         raise ConfigError(f"{images} images in {steps} steps: there must be one image and two steps at least")
-    load_results(run_dir)
-    cfg, model = load_config(run_dir / "config.yaml"), load_model(run_dir, checkpoint)
+    cfg, model = run_config(run_dir), load_model(run_dir, checkpoint)
     methods, device = allowed_methods(model, methods), Accelerator().device
     model, dataset = model.to(device), build_dataset(cfg.data, "val")
     start, tables, curves = time.perf_counter(), [], []
@@ -218,7 +217,7 @@ def explained_detections(
     Raises:
         RunError: no image from there on has a detection of a score of `EXAMPLE_SCORE`.
     """
-    cfg, model = load_config(run_dir / "config.yaml"), load_model(run_dir, checkpoint)
+    cfg, model = run_config(run_dir), load_model(run_dir, checkpoint)
     dataset = build_dataset(cfg.data, "val")
     for index in range(image, len(dataset)):
         batch = collate([dataset[index]])

@@ -21,14 +21,15 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from detrlib.config import Config, load_config, replace
+from detrlib.config import Config, replace
 from detrlib.data import CocoDataset, build_dataset
 from detrlib.engine.evaluate import evaluate, load_model
 from detrlib.experiments.interventions import attention_modules, fixed_alpha, learned_alphas, pruned, swapped
 from detrlib.files import write_atomic
 from detrlib.losses.criterion import Criterion
+from detrlib.metrics.detection import UNDEFINED
 from detrlib.models.outputs import Site
-from detrlib.runs.folder import load_results, load_table
+from detrlib.runs.folder import load_table, run_config
 from detrlib.runs.results import MADE_BY
 
 RESULTS = "measures/interventions.parquet"  # read by `runs.results.interventions_frame`
@@ -114,7 +115,7 @@ def plan(
     """The interventions asked for, all of them possible; transforms have the run's own settings.
 
     Args:
-        run_dir: folder of a finished run.
+        run_dir: folder of a run.
         site: where the model is changed.
         alphas: of entmax, 1 to 2, in all layers or in `layer`.
         transforms: names, in all layers or in `layer`.
@@ -128,11 +129,10 @@ def plan(
         What `intervene_run` measures: alphas first, then transforms, learned alphas, and heads.
 
     Raises:
-        RunError: the run is not finished, or has no such checkpoint.
+        RunError: there is no such run, or it has no such checkpoint.
         ModelError: the model lacks the site, layer, transform or alphas asked for.
     """
-    load_results(run_dir)
-    settings = load_config(run_dir / "config.yaml").model.attention
+    settings = run_config(run_dir).model.attention
     model = load_model(run_dir, checkpoint)
     planned = fixed_alphas(site, alphas, layer)
     planned += swaps(site, transforms, layer, alpha=settings.alpha, tv_lambda=getattr(settings, "tv_lambda", 0.0))
@@ -158,13 +158,13 @@ def _try(model: nn.Module, experiments: Iterable[Intervention]) -> None:
 def intervene_run(
     run_dir: Path, experiments: Sequence[Intervention], images: int | None = None, checkpoint: str = "last"
 ) -> pd.DataFrame:
-    """Evaluate a finished run under every intervention, and without any, on its validation split.
+    """Evaluate a run under every intervention, and without any, on its validation split.
 
     Rows are kept in measures/interventions.parquet of the run as they come, in place of earlier ones of the same key;
     those of gradual pruning replace each other altogether. One process at a time may write there.
 
     Args:
-        run_dir: folder of a finished run.
+        run_dir: folder of a run.
         experiments: as of `plan`, `swaps`, `fixed_alphas`, ...
         images: how many validation images, the first ones; None: all.
         checkpoint: as of `evaluate_run`.
@@ -175,11 +175,10 @@ def intervene_run(
         A pruned head counts as all zeros; PAIBB is 0 where its layer has no head left.
 
     Raises:
-        RunError: the run is not finished, or its table of earlier rows is damaged.
+        RunError: there is no such run, or its table of earlier rows is damaged.
         ModelError: an intervention is impossible; before the first is measured.
     """
-    load_results(run_dir)
-    cfg = load_config(run_dir / "config.yaml")
+    cfg = run_config(run_dir)
     cfg = cfg if images is None else replace(cfg, {"data.val_limit": images})
     model = load_model(run_dir, checkpoint)
     sites = list(dict.fromkeys(experiment.site for experiment in experiments)) or ["decoder_cross"]
@@ -211,6 +210,7 @@ def _measure(
     results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, sites=[site], progress=False)
     looks = {name: float(np.mean(results["attention"][site][name])) for name in ("gini", "zeros")}
     detection = {name: results["detection"][name] for name in ("AP", "AP50")}
+    detection = {name: np.nan if value == UNDEFINED else value for name, value in detection.items()}
     return detection | {"loss": _last_loss(results, criterion)} | looks | {"paibb": results["paibb"]["all"]}
 
 
@@ -225,7 +225,7 @@ def prune_order(run_dir: Path, site: Site, images: int = ORDER_IMAGES, checkpoin
     The loss is that of the first `images` training images, without augmentation: images on which the effect of pruning
     is measured have no say in the order.
     """
-    cfg = replace(load_config(run_dir / "config.yaml"), {"data.train_limit": images})
+    cfg = replace(run_config(run_dir), {"data.train_limit": images})
     model, dataset = load_model(run_dir, checkpoint), build_dataset(cfg.data, "train", augment=False)
     criterion, accelerator, losses = Criterion(**dict(cfg.loss)), Accelerator(), {}
     for one in tqdm(single_heads(model, site), desc="importance of heads", disable=None):

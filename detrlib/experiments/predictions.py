@@ -11,11 +11,12 @@ from typing import Any
 
 from detrlib.config import Config, load_config, project_path, replace
 from detrlib.data import build_dataset
+from detrlib.data.yolo import is_data_yaml
 from detrlib.engine.evaluate import on_split, save_results
 from detrlib.errors import DataError, RunError
 from detrlib.experiments.transfer import find_data
 from detrlib.metrics.detection import coco_ap
-from detrlib.runs.folder import begin_folder
+from detrlib.runs.opening import begin_folder
 
 FIELDS = ("image_id", "category_id", "bbox", "score")
 
@@ -34,8 +35,10 @@ def evaluate_predictions(
     Args:
         run_dir: the folder to make.
         predictions: JSON list of {"image_id", "category_id", "bbox": [left, top, width, height] in pixels, "score"},
-            with ids as in the annotation file.
-        data: what the detections are of: a config (its validation split), a COCO-format folder or an annotation file.
+            with ids as in the annotation file; or with file names for image_id, as of YOLO and Pascal VOC, whose
+            classes are numbered as in data.yaml, or from 1 in alphabetical order.
+        data: what the detections are of: a config (its validation split), a folder that `formats` knows, YOLO's
+            data.yaml, or a COCO annotation file.
         split: another split than the validation split.
         images: the folder of the pictures, if not where `data` has them.
         overrides: dotted settings of `evaluate`, such as {"evaluate.engine": "pycocotools"}.
@@ -51,7 +54,8 @@ def evaluate_predictions(
         raise RunError(f"{run_dir} is there already; choose another run name, or delete the folder")
     cfg = replace(_config(project_path(data), split, images and project_path(images)), dict(overrides or {}))
     dataset = build_dataset(cfg.data, "val")
-    detections = read_detections(predictions, dataset.image_ids, list(dataset.category_ids.values()))
+    images = dict(zip(dataset.file_names, dataset.image_ids, strict=True))
+    detections = read_detections(predictions, dataset.image_ids, list(dataset.category_ids.values()), images)
     cfg = replace(cfg, {"model.num_classes": dataset.num_classes})
     results = {
         "detector": f"predictions from {predictions.name}",
@@ -70,7 +74,7 @@ def evaluate_predictions(
 
 def _config(data: Path, split: str | None, images: Path | None) -> Config:
     """Settings whose validation data are those asked for; the others, which say nothing here, as by default."""
-    if data.suffix in (".yaml", ".yml"):
+    if data.suffix in (".yaml", ".yml") and not is_data_yaml(data):
         given = load_config(data)
         cfg = Config(data=given.data, evaluate=given.evaluate)
         cfg = on_split(cfg, split) if split else cfg
@@ -82,8 +86,13 @@ def _config(data: Path, split: str | None, images: Path | None) -> Config:
     )
 
 
-def read_detections(path: Path, image_ids: Collection[int], category_ids: Collection[int]) -> list[dict]:
-    """Detections from a file in COCO's results format. Raises DataError naming the file and the first wrong entry."""
+def read_detections(
+    path: Path, image_ids: Collection[int], category_ids: Collection[int], file_names: Mapping[str, int] | None = None
+) -> list[dict]:
+    """Detections from a file in COCO's results format, which may name images by their files, {file name: id}.
+
+    Raises DataError naming the file and the first wrong entry.
+    """
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -91,7 +100,10 @@ def read_detections(path: Path, image_ids: Collection[int], category_ids: Collec
     if not isinstance(content, list):
         raise DataError(f"{path}: holds a {type(content).__name__}; expected a list of {{{', '.join(FIELDS)}}}")
     known = {"image_id": set(image_ids), "category_id": set(category_ids)}
+    ids = {key: id for name, id in (file_names or {}).items() for key in (name, Path(name).name, Path(name).stem)}
     for number, entry in enumerate(content):
+        if isinstance(entry, dict) and isinstance(entry.get("image_id"), str):
+            entry["image_id"] = ids.get(entry["image_id"], entry["image_id"])
         if fault := _fault(entry, known):
             raise DataError(f"{path}: entry {number}: {fault}")
     return [{name: entry[name] for name in FIELDS} for entry in content]

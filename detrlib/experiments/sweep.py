@@ -57,7 +57,9 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return self.process is None and find_executed(self.folder, "evaluate") is not None
+        executed = self.process is None and find_executed(self.folder, "evaluate") is not None
+        # One that was interrupted may have been evaluated by hand.
+        return executed and (runs.is_finished(self.folder) or not (self.folder / "results.json").exists())
 
     def progress(self) -> tuple[float, str]:
         """Share of the training steps done, and a few words."""
@@ -141,7 +143,7 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
     configs, measure = read_sweep(path)
     jobs = [Job(folder / name, cfg, measure) for name, cfg in configs.items()]
     for job in jobs:
-        if (job.folder / "results.json").exists():
+        if runs.is_finished(job.folder):
             runs.refuse_other_settings(job.cfg, job.folder)
     report = folder / "report.html"
     if report.exists() and all(job.finished for job in jobs):
@@ -235,7 +237,7 @@ def _start(job: Job, slot: int, slots: int) -> None:
 def run_one(folder: Path) -> None:
     """Train and evaluate one run of a sweep through its notebooks, skipping what is done."""
     name = _within_project(folder)
-    if not (folder / "results.json").exists():
+    if not runs.is_finished(folder):
         parameters = {"config": str(folder / "sweep.yaml"), "run_name": name, "gpus": torch.cuda.device_count() or None}
         _execute(folder, "train", parameters)
     asked = folder / "measure.json"

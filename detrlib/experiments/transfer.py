@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from detrlib.config import Config, Data, project_path, replace
-from detrlib.data import split_paths
+from detrlib.config import Config, project_path, replace
 from detrlib.data.annotations import Annotations, read_annotations
-from detrlib.data.classes import ClassMatch, match_classes, names_by_label, translate
+from detrlib.data.classes import ClassMatch, match_classes, translate
+from detrlib.data.formats import choose_split, find_splits, images_of
 from detrlib.data.pictures import pictures_folder
 from detrlib.engine.evaluate import evaluate_into, evaluation_config, results_folder
 from detrlib.errors import ConfigError, DataError, RunError
 from detrlib.files import write_json
-from detrlib.runs.folder import load_results
+from detrlib.runs.folder import class_names
 
 LOWER_BOUND = (
     "Only the classes in 'matched' are scored. Where the data does not annotate every object of them, right detections "
@@ -41,7 +41,7 @@ def evaluate_on(
 
     Args:
         run_dir, checkpoint, overrides: as of `evaluate_run`.
-        on: a COCO-format folder or an annotation file.
+        on: a folder that `formats` knows, YOLO's data.yaml, or a COCO annotation file.
         split: of the folder; None: that of the run's validation where the folder has it, otherwise the only one.
         images: the folder of its pictures, by default near the annotation file.
         names: {their name: our name}, see `match_classes`.
@@ -58,15 +58,17 @@ def evaluate_on(
     cfg = evaluation_config(run_dir, overrides)
     on, images = project_path(on), images and project_path(images)
     images, annotations = find_data(on, images, split, cfg.data.val_split)
-    named = on.stem.removeprefix("instances_") if on == annotations else "-".join(filter(None, (on.name, split)))
+    named = on.stem.removeprefix("instances_")
+    if on != annotations:
+        named = "-".join(filter(None, ((on.parent if on.is_file() else on).name, split)))
     folder = results_folder(run_dir, save_as or named, annotations)
     content = read_annotations(annotations)
-    ours = names_by_label(load_results(run_dir).get("names", {}), run_dir / "results.json")
+    ours = class_names(run_dir)
     match = _match(run_dir, cfg, annotations, content, ours, names or {}, by_id)
-    copy = folder / annotations.name  # with the run's labels as category ids
+    copy = (folder / annotations.name).with_suffix(".json")  # with the run's labels as category ids
     write_json(copy, translate(content, match))
     settings = {"data.val_images": str(images), "data.val_annotations": str(copy)}
-    settings |= {"data.val_limit": None, "data.contiguous": False, "data.classes": None}
+    settings |= {"data.val_limit": None, "data.holdout": None, "data.contiguous": False, "data.classes": None}
     described = {
         "on": str(annotations),
         "names": {str(label): name for label, name in (ours or match.names).items()},
@@ -79,18 +81,16 @@ def evaluate_on(
 
 
 def find_data(data: Path, images: Path | None, split: str | None, usual: str) -> tuple[Path, Path]:
-    """Image folder and annotation file of other data: a COCO-format folder, or the annotation file itself.
+    """Image folder and annotations of other data: of a folder, or of YOLO's data.yaml, or a COCO annotation file.
 
     Of a folder `split` is taken; if that is None, the `usual` one where it is there, otherwise the only one.
     Pictures of a file are where `pictures_folder` finds them. Raises DataError, and ConfigError for a split of a file.
     """
     if data.suffix != ".json":
-        there = sorted(path.stem.removeprefix("instances_") for path in data.glob("annotations/instances_*.json"))
-        split = split or (usual if usual in there or len(there) != 1 else there[0])
-        if split not in there:
-            others = f"only {', '.join(there)}; choose one (split, --split)" if there else "nor any other"
-            raise DataError(f"{data}: no annotations/instances_{split}.json, {others}")
-        return split_paths(Data(root=str(data), val_split=split, val_images=images and str(images)), "val")
+        there = find_splits(data)
+        split = split or (next(iter(there)) if len(there) == 1 else usual)
+        annotations = choose_split(data, split, "choose one (split, --split)")
+        return images or images_of(annotations), annotations
     if split:
         raise ConfigError(f"split {split} (--split) belongs to a folder; {data} is one annotation file")
     first, remedy = read_annotations(data)["images"][0]["file_name"], "give their folder (images, --images)"
@@ -112,7 +112,7 @@ def _match(
         raise ConfigError(f"by_id (--by-id): {reason}; match classes by name instead")
     if not (ours or by_id):
         raise RunError(
-            f"{run_dir / 'results.json'} has no 'names' of classes; evaluate the run on its own data first, "
+            f"{run_dir} has no names of classes; evaluate the run on its own data first, "
             "or match by_id (--by-id) if the category ids of the other data are those the run was trained with"
         )
     try:

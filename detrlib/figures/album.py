@@ -33,7 +33,7 @@ from detrlib.figures.predictions import (
     detections_by_run,
     maps_by_detection,
 )
-from detrlib.figures.style import NOTHING, look
+from detrlib.figures.style import NOTHING, literal, look
 from detrlib.runs.detected import Detected, save_detected
 
 MOST_IN_PAGE = 100  # pictures; a browser opens a page of some 30 megabytes without complaint
@@ -159,7 +159,7 @@ def reduced(image: np.ndarray, longest: int) -> np.ndarray:
 def _explained(detected: Detected, image: np.ndarray) -> Figure:
     """A row for each of the best detections, a column for each explanation."""
     shown = range(min(len(detected), MOST))
-    titles = [f"{detected.names[i]} {detected.scores[i]:.2f}" for i in shown]
+    titles = [literal(f"{detected.names[i]} {detected.scores[i]:.2f}") for i in shown]
     maps = {method: list(of_all) for method, of_all in detected.explanations.items()}
     extents = [detected.example.extent] * len(shown)
     look = {"labels": detected.labels.tolist(), "names": detected.classes}

@@ -26,10 +26,11 @@ from detrlib.figures.choices import (
     same_detection,
 )
 from detrlib.figures.overlay import Panel, Sharing, draw_maps, room
-from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, styled
+from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, literal, styled
 from detrlib.runs.examples import Example
 
 WIDEST_PANEL = 1.7  # inches
+FEW = 15  # boxes in a picture that need no thinner lines
 
 
 def draw_box(
@@ -37,7 +38,7 @@ def draw_box(
 ) -> None:
     """One box; dashed ones are ground truth. A white rim keeps it visible on any background."""
     x0, y0, x1, y1 = box
-    for edge, line_width in (("white", width + 1.1), (colour, width)):
+    for edge, line_width in (("white", width + min(1.1, 0.85 * width)), (colour, width)):
         style = (0, (3, 2)) if dashed else "solid"
         axes.add_patch(
             Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=line_width, linestyle=style)
@@ -45,6 +46,11 @@ def draw_box(
     if caption:
         box = {"facecolor": colour, "lw": 0, "pad": 0.8}
         axes.text(x0, y0, caption, fontsize=5, color="white", va="top", bbox=box)
+
+
+def thinner(boxes: int, width: float = 1.3) -> float:
+    """The width of the lines of so many boxes in one picture: crowds get thinner ones, so that objects are seen."""
+    return width * min(1.0, max(0.3, (FEW / max(boxes, 1)) ** 0.5))
 
 
 def draw_image(axes: Axes, image: np.ndarray, title: str = "", alpha: float = 1.0, **look) -> None:
@@ -95,7 +101,7 @@ def detections_with_attention(
     count = len(example.true_boxes)
     draw_image(first, example.image, f"{count or 'no annotated'} object{'s' * (count != 1)}")
     for box, label in zip(example.true_boxes, example.true_labels, strict=True):
-        draw_box(first, box, class_colour(int(label), names), dashed=True)
+        draw_box(first, box, class_colour(int(label), names), dashed=True, width=thinner(count))
     for query, axes in enumerate(rest[:shown]):
         colour = _colour(example, query, names)
         draw_box(first, example.boxes[query], colour, caption=str(query + 1))
@@ -207,7 +213,7 @@ def chosen_classes(
     for number, (row, picture, (first, *rest)) in enumerate(zip(rows, pictures, panels, strict=True)):
         example, query = row.queries[row.best]
         colour = class_colour(row.label, names)
-        draw_image(first, picture, names.get(row.label, str(row.label)), fontweight="bold", color=colour)
+        draw_image(first, picture, literal(names.get(row.label, str(row.label))), fontweight="bold", color=colour)
         draw_box(first, example.boxes[query], colour)
         for axes, run in zip(rest, runs, strict=True):
             example, query = row.queries[run]
@@ -253,7 +259,7 @@ def cells_grid(
             label = int(labels[index])
             mean = weights[:, cell].mean(0, dtype=np.float32)
             looks.append(Panel(axes, example.image, mean, example.extent, boxes[index]))
-            axes.set_title(names.get(label, str(label)) if layer == 0 else "", loc="left")
+            axes.set_title(literal(names.get(label, str(label))) if layer == 0 else "", loc="left")
             for panel in (first, axes):
                 draw_box(panel, cell_box(example, cell), class_colour(label, names))
     draw_maps(drawn, looks, scale, logarithmic)

@@ -5,7 +5,8 @@ Boxes are xyxy in pixels of their image. `frame` has one row per object with col
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import ScalarFormatter
 
-from detrlib.figures.attention import draw_box, draw_image
+from detrlib.errors import listed
+from detrlib.figures.attention import draw_box, draw_image, thinner
+from detrlib.figures.overlay import write_captions
 from detrlib.figures.results import draw_bars
 from detrlib.figures.style import (
     CAPTION_HEIGHT,
@@ -25,6 +28,7 @@ from detrlib.figures.style import (
     Nothing,
     class_colour,
     figure,
+    literal,
     panels,
     styled,
 )
@@ -38,17 +42,22 @@ STRIPES = (205, 232)  # two greys of the padding; no photograph is striped like 
 
 
 @styled
-def class_histogram(frame: pd.DataFrame, most: int = 25) -> Figure:
-    """Objects per class, the `most` frequent classes in order of frequency; a line below counts those left out."""
-    counts = _objects(frame)["category"].value_counts()
+def class_histogram(frame: pd.DataFrame, most: int = 25, classes: Iterable[str] = ()) -> Figure:
+    """Objects per class, the `most` frequent classes in order of frequency; a line below counts those left out.
+
+    classes: names of all that there are, of which those without objects are named below.
+    """
+    counts = _objects(frame)["category"].map(literal).value_counts()
     shown, rest = counts[:most], counts[most:]
     if shown.empty:
         raise Nothing("there are no objects")
     drawn, axes = figure(width=0.75, aspect=(0.5 + 0.16 * len(shown)) / (0.75 * TEXT_WIDTH))
     draw_bars(axes, shown, [f"{count:,}  ({count / counts.sum():.1%})" for count in shown], PALETTE[0])
     axes.set_title(f"{counts.sum():,} objects", loc="left")
-    if len(rest):
-        axes.set_xlabel(f"and {len(rest)} rarer classes with {rest.sum():,} objects", loc="left", color=MUTED)
+    below = [f"and {len(rest)} rarer classes with {rest.sum():,} objects"] if len(rest) else []
+    if missing := [name for name in classes if name not in counts]:
+        below.append(fill(f"no objects in this split: {listed(missing, 12)}", 80))
+    axes.set_xlabel("\n".join(below), loc="left", color=MUTED)
     return drawn
 
 
@@ -98,10 +107,9 @@ def annotated_images(
         count = len(labels[number])
         size = f"{image.shape[0]} × {image.shape[1]}, {count} object{'s' * (count != 1)}"
         draw_image(axes, image, titles[number] if titles else size)
-        for box, label in zip(boxes[number], labels[number], strict=True):
-            draw_box(axes, box, colour_of[int(label)], caption="" if distinct else names[int(label)])
+        _draw_objects(axes, image, boxes[number], labels[number], names, captions=not distinct)
     if distinct and present:
-        patches = [Patch(color=colour_of[label], label=names[label]) for label in present]
+        patches = [Patch(color=colour_of[label], label=literal(names[label])) for label in present]
         drawn.legend(handles=patches, loc="outside lower center", ncols=len(present), handlelength=1)
     return drawn
 
@@ -125,14 +133,31 @@ def images_with_padding(
     stripes = np.choose((x + y) // max(max(height, width) // 40, 1) % 2, STRIPES).astype(np.uint8)
     for axes, image, padding, *objects in zip(grid, images, padding_mask, boxes, labels, strict=True):
         axes.imshow(np.where(padding[..., None], stripes[..., None], image))
-        for box, label in zip(*objects, strict=True):
-            draw_box(axes, box, class_colour(int(label), names), caption=names[int(label)])
+        _draw_objects(axes, image, *objects, names)
         inner_height, inner_width = (int((~padding).any(axis=axis).sum()) for axis in (1, 0))
         axes.set_title(f"{inner_height} × {inner_width}, fills {np.mean(~padding):.0%}", loc="left")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(True)
     drawn.supxlabel(f"padded to {height} × {width}", fontsize=8)
     return drawn
+
+
+def _draw_objects(
+    axes: Axes,
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    names: Mapping[int, str],
+    captions: bool = True,
+) -> None:
+    """Boxes in the colours of their classes, whose names those have that find room, large ones first."""
+    order = sorted(range(len(boxes)), key=lambda index: -np.prod(boxes[index][2:] - boxes[index][:2]))
+    colours = [class_colour(int(labels[index]), names) for index in order]
+    for index, colour in zip(order, colours, strict=True):
+        draw_box(axes, boxes[index], colour, width=thinner(len(boxes)))
+    if captions:
+        texts = [names[int(labels[index])] for index in order]
+        write_captions(axes, np.asarray(boxes)[order], texts, colours, image.shape[:2], TEXT_WIDTH / 3, most=12)
 
 
 def _objects(frame: pd.DataFrame) -> pd.DataFrame:

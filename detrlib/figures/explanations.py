@@ -97,7 +97,7 @@ def deletion_insertion_curves(
             axes.plot(
                 line["fraction"], line["mean"], color=colours[name], label=TITLES.get(name, name), linestyle=style
             )
-            low, high = (line["mean"] + sign * BAND * line["standard_error"] for sign in (-1, 1))
+            low, high = ((line["mean"] + sign * BAND * line["standard_error"]).clip(0, 1) for sign in (-1, 1))
             axes.fill_between(line["fraction"], low, high, color=colours[name], alpha=0.15, lw=0)
         axes.set_xscale("function", functions=(np.sqrt, np.square))
         axes.set(xlabel=f"share of the pixels {done}", xlim=(0, 1), ylim=(0, None))

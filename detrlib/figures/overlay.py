@@ -19,7 +19,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
@@ -37,6 +37,7 @@ DECADES = 4  # of a logarithmic scale; weights below them have the colour of its
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue
 PALE = 0.55  # how much of the way to white the grey image goes
 BAR_WIDTH, BAR_HEIGHT = 0.55, 2.4  # inches of a colour bar with its numbers, and of its length at most
+FONT = 5.5  # points, of captions at boxes
 WIDE = 6  # columns in which two numbers fit beside each other
 
 
@@ -137,6 +138,44 @@ def map_numbers(
     inside = paibb(weights, xyxy_to_cxcywh(corners), tuple(map(float, extent)))
     flat = weights.flatten(-2)
     return torch.stack([(flat > 0).sum(-1), gini(flat), inside], -1).numpy()
+
+
+def text_colour(background: str) -> str:
+    """Black or white, whichever is easier to read."""
+    return "black" if np.dot(to_rgb(background), LUMINANCE) > 0.6 else "white"
+
+
+def write_captions(
+    axes: Axes,
+    boxes: np.ndarray,
+    texts: Sequence[str],
+    colours: Sequence[str],
+    size: tuple[int, int],
+    inches: float,
+    most: int = 30,
+) -> int:
+    """Write captions at the first `most` of the boxes [n,4] that have room for one: above, below, or within at the top.
+
+    They keep inside the picture and off each other. size: height and width of the picture, which is `inches` wide.
+    Returns how many were written.
+    """
+    (height, width), taken = size, np.zeros((0, 4))
+    point = width / inches / 72  # pixels
+    line = 1.6 * FONT * point
+    for (x0, y0, _, y1), text, colour in zip(boxes, texts, colours, strict=True):
+        length = (0.62 * FONT * len(text) + 2) * point
+        x = np.clip(x0, 0, max(width - length, 0))
+        if len(taken) == most:
+            break
+        for y in (y0, y1 + line, y0 + line):
+            own = np.array([x, y - line, x + length, y])
+            apart = (taken[:, :2] >= own[2:]) | (taken[:, 2:] <= own[:2])
+            if line <= y <= height and apart.any(1).all():
+                taken, look = np.vstack([taken, own]), {"facecolor": colour, "lw": 0, "pad": 1}
+                ink = text_colour(colour)
+                axes.text(x, y, text, fontsize=FONT, color=ink, va="bottom", bbox=look, parse_math=False)
+                break
+    return len(taken)
 
 
 def room(columns: int, scale: Sharing = "shared") -> dict[str, float]:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detrlib.figures.overlay import DECADES, PALE, map_numbers, overlay
-from detrlib.figures.predictions import SITES, MapChoice, class_colours, text_colour, views_of
+from detrlib.figures.overlay import DECADES, PALE, map_numbers, overlay, text_colour
+from detrlib.figures.predictions import SITES, MapChoice, class_colours, views_of
 from detrlib.runs.detected import Detected
 
 LONGEST = 800  # pixels of the longer side of a picture in the page

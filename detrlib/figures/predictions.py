@@ -3,24 +3,26 @@
 Legend: n detections of a picture, L layers, H heads, h x w cells of a map. Boxes are xyxy in pixels.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from detrlib.figures.attention import draw_box, draw_image
+from detrlib.errors import listed
+from detrlib.figures.attention import FEW, draw_box, draw_image, thinner
 from detrlib.figures.choices import cell_at, cells_ask
-from detrlib.figures.overlay import LUMINANCE, Panel, draw_maps, room
-from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, panels, styled
+from detrlib.figures.overlay import Panel, draw_maps, room, write_captions
+from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, literal, panels, styled
 from detrlib.runs.detected import Detected
 
 PANEL = 4.6  # inches, width of a picture beside others
 PROPORTIONS = (0.3, 1.7)  # height / width of a panel at least and at most, however long the picture is
 SMALL_PANEL = 1.9
+LINE = 0.14  # inches of a second line of the title
 MOST = 6  # detections whose maps are drawn
 SHEET = 48  # pictures on a contact sheet
 SITES = {"decoder_cross": "layer", "encoder_self": "encoder layer"}  # whose keys are cells of the picture
@@ -65,11 +67,6 @@ def _colours(picture: Mapping[str, Detected]) -> dict[str, str]:
     return class_colours(detected.classes for detected in picture.values())
 
 
-def text_colour(background: str) -> str:
-    """Black or white, whichever is easier to read."""
-    return "black" if np.dot(to_rgb(background), LUMINANCE) > 0.6 else "white"
-
-
 def views_of(detected: Detected) -> dict[str, np.ndarray]:
     """The maps of the detections of a picture by title, each [n,1+H,h,w]: the mean over heads, then every head.
 
@@ -102,32 +99,34 @@ def detections_by_run(picture: Mapping[str, Detected], image: np.ndarray | None 
     """
     image, colours = _image(picture, image), _colours(picture)
     width = len(picture) * PANEL / TEXT_WIDTH
-    drawn, grid = image_panels(_proportions(image), 1, len(picture), PANEL, width=width)
+    header = LINE * any(len(detected) > FEW for detected in picture.values())
+    drawn, grid = image_panels(_proportions(image), 1, len(picture), PANEL, width=width, header=header)
     for axes, (run, detected) in zip(grid[0], picture.items(), strict=True):
-        draw_detections(axes, image, detected, colours)
+        named = draw_detections(axes, image, detected, colours)
         count = f"{len(detected)} detection{'' if len(detected) == 1 else 's'}"
-        axes.set_title(f"{run}: {count}", loc="left")
+        axes.set_title(f"{run}: {count}" + _crowd(detected, named), loc="left")
     return drawn
 
 
 def draw_detections(
     axes: Axes, image: np.ndarray, detected: Detected, colours: Mapping[str, str], captions: bool = True
-) -> None:
-    """Lay the detections of a picture over it, the best one in front; captions keep inside the picture."""
+) -> int:
+    """Lay the detections of a picture over it, the best one in front; returns how many have room for a caption."""
     draw_image(axes, image)
     axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
-    boxes = detected.boxes_in(image)
+    boxes, own = detected.boxes_in(image), [colours.get(name, MUTED) for name in detected.names]
     for index in reversed(range(len(detected))):
-        colour = colours.get(detected.names[index], MUTED)
-        draw_box(axes, boxes[index], colour)
-        if captions:
-            x, y = np.clip(boxes[index][:2], 0, image.shape[1::-1])
-            inside = y < 0.06 * image.shape[0]
-            look = {"facecolor": colour, "lw": 0, "pad": 1}
-            text = f"{detected.names[index]} {detected.scores[index]:.2f}"
-            va = "top" if inside else "bottom"
-            ink = text_colour(colour)
-            axes.text(x, y, text, fontsize=5.5, color=ink, va=va, bbox=look, parse_math=False)
+        draw_box(axes, boxes[index], own[index], width=thinner(len(detected)))
+    if not captions:
+        return 0
+    texts = [f"{name} {score:.2f}" for name, score in zip(detected.names, detected.scores, strict=True)]
+    return write_captions(axes, boxes, texts, own, image.shape[:2], PANEL)
+
+
+def _crowd(detected: Detected, named: int) -> str:
+    """A second line for the title where not all detections could be named: how many there are of each class."""
+    counts = listed((f"{name} {count}" for name, count in Counter(detected.names).most_common()), 4)
+    return "" if named == len(detected) else f", {named} of them named\n{counts}"
 
 
 @styled
@@ -159,7 +158,8 @@ def maps_by_detection(
                 continue
             colour = colours.get(detected.names[index], MUTED)
             draw_box(axes, boxes[index], colour)
-            axes.set_title(f"{detected.names[index]} {detected.scores[index]:.2f}", loc="left", color=colour)
+            title = literal(f"{detected.names[index]} {detected.scores[index]:.2f}")
+            axes.set_title(title, loc="left", color=colour)
             looks.append(Panel(axes, image, maps[index], detected.example.extent, boxes[index]))
     draw_maps(drawn, looks)
     return drawn

@@ -4,6 +4,7 @@ Runs keep their colour across figures (`style.run_colours`).
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import isotonic_regression
 
 from detrlib.figures.style import DASH, MUTED, PALETTE, Nothing, figure, panels, run_colours, styled
+from detrlib.metrics.bootstrap import highest
 
 LABEL_HEIGHT = 0.14  # inches taken by one line of a direct label
 ALPHA_LIMITS = (1.0, 2.0)  # softmax and sparsemax, the ends of the entmax family that heads choose from
@@ -63,9 +65,9 @@ def per_layer(frame: pd.DataFrame, metrics: Mapping[str, str]) -> Figure:
     first = frame[frame["state"] == states[0]] if states else frame
     if len(states) > 1:
         second = frame[frame["state"] == states[1]]
-        _lines_of_metrics(grid, metrics, second, "decoder layer", errorbar="sd", marker="o", **HOLLOW)
+        _lines_of_metrics(grid, metrics, second, "decoder layer", errorbar=_deviation, marker="o", **HOLLOW)
         drawn.supxlabel(f"solid: {states[0]}, dashed: {states[1]}", fontsize=7, color=MUTED)
-    _lines_of_metrics(grid, metrics, first, "decoder layer", errorbar="sd", marker="o")
+    _lines_of_metrics(grid, metrics, first, "decoder layer", errorbar=_deviation, marker="o")
     _label_lines(grid[:3][-1])
     return drawn
 
@@ -75,10 +77,17 @@ def _lines_of_metrics(grid: Sequence[Axes], titles: Mapping[str, str], frame: pd
     colours = run_colours(frame["run"])
     for axes, (metric, title) in zip(grid, titles.items(), strict=True):
         rows = frame[frame["metric"] == metric].dropna(subset="value")
-        draw_runs(axes, rows, x, "value", colours, **look)
+        band = look["errorbar"]
+        own = {"errorbar": partial(band, most=highest(metric)) if callable(band) else band}
+        draw_runs(axes, rows, x, "value", colours, **look | own)
         axes.set(xlabel=x if axes in grid[-3:] else "", ylabel="")
         axes.set_title(title, loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+
+
+def _deviation(values: pd.Series, most: float) -> tuple[float, float]:
+    """A standard deviation around the mean, cut off where no value can be."""
+    return max(values.mean() - values.std(), 0.0), min(values.mean() + values.std(), most)
 
 
 def draw_runs(axes: Axes, rows: pd.DataFrame, x: str, y: str, colours: Mapping[str, str], **look) -> None:

@@ -169,6 +169,11 @@ def class_colour(label: int, names: Mapping[int, str]) -> str:
     return CLASS_COLOURS[sorted(names).index(label) % len(CLASS_COLOURS)] if label in names else MUTED
 
 
+def literal(name: str) -> str:
+    """A name from outside as it stands: to matplotlib, what lies between two dollar signs is a formula."""
+    return name.replace("$", r"\$")
+
+
 def run_colours(runs: Iterable[str]) -> dict[str, str]:
     """A colour for every run: that of its transform where the name holds one, otherwise the next unused one.
 

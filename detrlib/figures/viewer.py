@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from detrlib.errors import DetrlibError
-from detrlib.figures.attention import draw_box
+from detrlib.figures.attention import draw_box, thinner
 from detrlib.figures.choices import cell_at, cell_box, cells_ask, clicked_query, corresponding_query, detection
 from detrlib.figures.overlay import BAR_WIDTH, Panel, Sharing, colour_bar, draw_maps, overlay, scale_of
 from detrlib.figures.style import MUTED, class_colour, look, styled
@@ -189,11 +189,11 @@ def draw_view(figure: Figure, view: View, stored: Stored, names: Mapping[int, st
 def _draw_boxes(axes: Axes, view: View, example: Example, query: int | None, names: Mapping[int, str]) -> None:
     """The boxes that are wanted, in the colours of their classes; the one clicked is the thickest, in front."""
     for box, label in zip(example.true_boxes, example.true_labels, strict=True) if view.truth else []:
-        draw_box(axes, box, class_colour(int(label), names), dashed=True)
+        draw_box(axes, box, class_colour(int(label), names), dashed=True, width=thinner(len(example.true_boxes)))
     colours = [class_colour(int(label), names) for label in example.labels]
     for number, box in enumerate(example.boxes if view.predictions else []):
         if number != query:
-            draw_box(axes, box, colours[number], width=0.8)
+            draw_box(axes, box, colours[number], width=thinner(len(colours), 0.8))
     if view.site == "encoder_self":
         draw_box(axes, cell_box(example, _cell(view, example)), "black", width=2.2)
     elif query is not None and view.predictions:

@@ -5,6 +5,7 @@ matched and sorted once. Detections of equal score keep the order of their image
 Legend: R rows of weights, N images, C classes, A area ranges (all, small, medium, large).
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ from detrlib.errors import ConfigError
 from detrlib.metrics.detection import AREAS, IOU_THRESHOLDS, METRICS, NO_CATEGORY, Matches
 
 AP_METRICS = METRICS[:6]
+# Numbers that lie in 0..1, by any part of their names between slashes: AP and AR, shares, overlaps, scores.
+SHARES = r"(AP|AR)\d*(_\w+)?|gini|zeros(_\w+)?|paibb|pointing|((deletion|insertion)_)?(score|iou|similarity)"
 RECALLS = np.linspace(0, 1, 101)
 NUMBERS_AT_ONCE = 2**19  # of a class, worked on together: about what a processor's cache holds
 
@@ -176,7 +179,16 @@ def interval(estimate: ArrayLike, samples: pd.DataFrame | pd.Series) -> pd.DataF
     return (2 * estimate - ends).set_axis(["low", "high"], axis=0)
 
 
+def highest(metric: str) -> float:
+    """What a metric cannot exceed: 1 for one that lies in 0..1, such as "AP50" or "paibb/small"; otherwise infinity."""
+    return 1.0 if any(re.fullmatch(SHARES, part) for part in metric.split("/")) else np.inf
+
+
 def ap_table(matches: Matches, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """The six AP of a run with their 95 % intervals: columns value, low, high; all missing where AP is undefined."""
+    """The six AP of a run with their 95 % intervals, cut off at 0 and 1: columns value, low, high.
+
+    All are missing where AP is undefined.
+    """
     values = pd.Series(average_precision(matches))
-    return interval(values, bootstrap_ap(matches, resamples, seed)).T.assign(value=values)[["value", "low", "high"]]
+    ends = interval(values, bootstrap_ap(matches, resamples, seed)).clip(0, 1)
+    return ends.T.assign(value=values)[["value", "low", "high"]]

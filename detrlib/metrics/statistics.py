@@ -15,7 +15,15 @@ import pandas as pd
 from scipy import stats
 
 from detrlib.errors import ConfigError, DataError
-from detrlib.metrics.bootstrap import LEVEL, RankedDetections, average_precision, batches, bootstrap_ap, interval
+from detrlib.metrics.bootstrap import (
+    LEVEL,
+    RankedDetections,
+    average_precision,
+    batches,
+    bootstrap_ap,
+    highest,
+    interval,
+)
 from detrlib.metrics.detection import Matches
 
 MEAN_SAMPLING = {"n_resamples": 10_000, "batch": 500}  # means are cheap
@@ -35,7 +43,8 @@ def compare(
 ) -> dict:
     """Compare two runs on the same images.
 
-    The interval is that of the paired bootstrap, which draws the same images for both (see `bootstrap_ap`, `interval`).
+    The interval is that of the paired bootstrap, which draws the same images for both (see `bootstrap_ap`, `interval`),
+    cut off at -1 and 1 where the metric lies in 0..1.
     p is that of a permutation test, two-sided: under the null hypothesis the results of an image could as well be
     exchanged between the runs, which is done at random for each image, independently of the others; for means this is
     flipping signs of differences. It assumes that exchangeability and nothing about distributions. Both speak of two
@@ -69,8 +78,8 @@ def compare(
     drawn = stats.bootstrap(
         (gaps,), np.mean, method="basic", confidence_level=1 - LEVEL, rng=np.random.default_rng(seed), **MEAN_SAMPLING
     )
-    low, high = map(float, drawn.confidence_interval)
-    return {"difference": float(gaps.mean()), "low": low, "high": high, "p": float(test.pvalue), "images": len(gaps)}
+    ends = _ends(drawn.confidence_interval, metric)
+    return {"difference": float(gaps.mean()), **ends, "p": float(test.pvalue), "images": len(gaps)}
 
 
 def _per_image(table: pd.DataFrame | pd.Series, metric: str) -> pd.Series:
@@ -106,11 +115,11 @@ def _compare_ap(
     if np.isnan(before):
         return result | {"difference": np.nan, "low": np.nan, "high": np.nan, "p": np.nan}
     drawn = samples or [bootstrap_ap(one, resamples, seed, (metric,))[metric] for one in (first, second)]
-    low, high = interval(before - after, drawn[0] - drawn[1])
+    ends = _ends(interval(before - after, drawn[0] - drawn[1]), metric)
     exchanged = _exchanged(first, second, metric, resamples, seed)
     # The difference itself is one of the exchanges (nothing exchanged), so p is never 0. Rounding makes no exception.
     extreme = np.count_nonzero(np.abs(exchanged) >= abs(before - after) - 1e-12)
-    return result | {"low": float(low), "high": float(high), "p": (1 + extreme) / (1 + resamples)}
+    return result | ends | {"p": (1 + extreme) / (1 + resamples)}
 
 
 def _exchanged(first: Matches, second: Matches, metric: str, resamples: int, seed: int) -> np.ndarray:
@@ -242,7 +251,7 @@ def compare_groups(
     for metric in metrics:
         numbers = {group: part.set_index("seed")[metric].dropna() for group, part in results.groupby("group")}
         rows = [
-            {"first": a, "second": b, "metric": metric, **_compare_seeds(numbers[a], numbers[b])}
+            {"first": a, "second": b, "metric": metric, **_compare_seeds(numbers[a], numbers[b], metric)}
             for a, b in pairs or combinations(groups, 2)
         ]
         tables.append(with_verdicts(pd.DataFrame(rows) if rows else NO_ROWS))
@@ -260,12 +269,12 @@ def _by_seed(results: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     return results
 
 
-def _compare_seeds(first: pd.Series, second: pd.Series) -> dict:
-    """One row of `compare_groups`; indexed by seed."""
+def _compare_seeds(first: pd.Series, second: pd.Series, metric: str) -> dict:
+    """One row of `compare_groups` of what is indexed by seed."""
     row = {"difference": first.mean() - second.mean(), "low": np.nan, "high": np.nan, "p": np.nan}
     if min(len(first), len(second)) > 1 and max(np.ptp(first), np.ptp(second)) > 0:
         test = stats.ttest_ind(first, second, equal_var=False)
-        row |= {"p": float(test.pvalue), **_ends(test)}
+        row |= {"p": float(test.pvalue), **_ends(test.confidence_interval(1 - LEVEL), metric)}
     shared = first.index.intersection(second.index)
     gaps = first[shared] - second[shared]
     row |= {"seeds_first": len(first), "seeds_second": len(second), "paired_seeds": len(shared)}
@@ -274,13 +283,15 @@ def _compare_seeds(first: pd.Series, second: pd.Series) -> dict:
         row["paired_difference"] = gaps.mean()
         if np.ptp(gaps) > 0:
             test = stats.ttest_1samp(gaps, 0)
-            row |= {"paired_p": float(test.pvalue), **{f"paired_{end}": value for end, value in _ends(test).items()}}
+            ends = _ends(test.confidence_interval(1 - LEVEL), metric)
+            row |= {"paired_p": float(test.pvalue), **{f"paired_{end}": value for end, value in ends.items()}}
     return row
 
 
-def _ends(test) -> dict[str, float]:
-    low, high = test.confidence_interval(1 - LEVEL)
-    return {"low": float(low), "high": float(high)}
+def _ends(ends: Iterable[float], metric: str) -> dict[str, float]:
+    """Low and high of the interval of a difference, which of two numbers in 0..1 lies in -1..1."""
+    low, high = np.clip([*ends], -highest(metric), highest(metric)).tolist()
+    return {"low": low, "high": high}
 
 
 def comparison_table(comparisons: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:

@@ -2,10 +2,12 @@
 
     papermill_runs/<run_name>/
         config.yaml        every setting, resolved          environment.json   commit, versions, hardware
+        data.json          what it is trained and judged on: counts, classes, digests; images that were held out
+        classes.json       names of classes by label
         start.json         what training started from, where that was other weights (`train.start`)
         metrics.jsonl      one line per logged step or epoch, flat "group/name" keys
         checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
-        results.json       final numbers; its presence means: finished
+        results.json       final numbers; with `unfinished`: of a run that was interrupted, evaluated all the same
         predictions.json   COCO-format detections           examples/*.npz     images and their detections
         maps/*.parquet     attention maps, see `maps`
         measures/*         of single images and objects: sparsity, localisation, matches that AP is computed from;
@@ -17,33 +19,23 @@ metrics.jsonl are appended, and a last line cut short is ignored.
 """
 
 import json
-import os
-import platform
 import re
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
+from detrlib.config import PROJECT, Config, load_config
+from detrlib.data.classes import names_by_label
 from detrlib.errors import RunError, listed
 from detrlib.files import write_atomic, write_json
 from detrlib.metrics.tables import part_files
 
 RUNS = PROJECT / "papermill_runs"
 RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders that are no results of a split
-FREE_TO_CHANGE = (
-    *("data.workers", "data.cache", "data.check", "data.truncated"),
-    *("train.log_every", "train.keep_every", "train.tracking", "evaluate"),
-)
-FROM_DATA = ("model.num_classes", "data.classes")  # which training fills in where a config leaves them open
 
 
 def run_path(name: str | Path) -> Path:
@@ -57,8 +49,8 @@ def run_path(name: str | Path) -> Path:
 def finished_runs() -> list[Path]:
     """The runs under papermill_runs/, in folders of sweeps too, that are trained and evaluated; the newest first."""
     checkpoints = sorted(RUNS.rglob("checkpoints/last.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    trained = (path.parent.parent for path in checkpoints)
-    return [run_dir for run_dir in trained if "detection" in _results_if_any(run_dir)]
+    results = {path.parent.parent: _results_if_any(path.parent.parent) for path in checkpoints}
+    return [run_dir for run_dir, known in results.items() if "detection" in known and "unfinished" not in known]
 
 
 def _results_if_any(run_dir: Path) -> dict:
@@ -118,44 +110,39 @@ def run_name(run_dir: Path) -> str:
 
 def _finished(run_dir: Path) -> str:
     path = run_dir / "checkpoints" / "last.pt"
+    if standing := _results_if_any(run_dir).get("unfinished"):
+        return f" (unfinished: {standing})"
     return f" (finished {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M})" if path.exists() else ""
 
 
-def open_run(cfg: Config, run_dir: Path) -> bool:
-    """Make `run_dir` ready for training with `cfg`; True if it holds an unfinished run to resume.
+def is_finished(run_dir: Path) -> bool:
+    """Whether training in a run folder has come to its end; an interrupted run may have results all the same.
 
-    Raises RunError if the run is finished, or was begun with other settings.
+    Raises RunError where its results are damaged.
     """
-    if (run_dir / "results.json").exists():
-        raise RunError(f"{run_dir} is finished and is not overwritten; choose another run name, or delete the folder")
-    begun = (run_dir / "config.yaml").exists()
-    checkpoint = (run_dir / "checkpoints" / "last.pt").exists()
-    if begun and checkpoint:  # before the first checkpoint, other settings lose nothing
-        refuse_other_settings(cfg, run_dir)
-    begin_folder(run_dir, cfg)
-    return begun or checkpoint
+    return (run_dir / "results.json").exists() and "unfinished" not in load_results(run_dir)
 
 
-def begin_folder(run_dir: Path, cfg: Config) -> None:
-    """Write what a folder of results begins with: its settings, and the commit and machine that make it."""
-    write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
-    write_json(run_dir / "environment.json", environment())
+def run_config(run_dir: Path) -> Config:
+    """The settings of a run, finished or not. Raises RunError for a folder that is no run."""
+    if not (run_dir / "config.yaml").exists():
+        raise RunError(f"{run_dir} has no config.yaml: not a run; train one under this name, or correct the name")
+    return load_config(run_dir / "config.yaml")
 
 
-def refuse_other_settings(new: Config, run_dir: Path) -> None:
-    """Raise RunError if the run in `run_dir` was begun with settings that give other results than `new`."""
-    old = load_config(run_dir / "config.yaml")
-    before = flat_settings(old)
-    changed = [
-        f"{key} was {before.get(key, 'not there')}, now {value}"
-        for key, value in changed_settings(new, old).items()
-        if not key.startswith(FREE_TO_CHANGE) and not (key in FROM_DATA and None in (value, before[key]))
-    ]
-    if changed:
-        raise RunError(
-            f"{run_dir} was begun with other settings ({'; '.join(changed[:5])}); choose another run name, "
-            "delete the folder, or go back to its settings to resume"
-        )
+def class_names(run_dir: Path) -> dict[int, str]:
+    """The classes of a run by their labels: those it was trained with, and those of the data it was evaluated on.
+
+    Empty where neither is known. Raises DataError naming the file where they are damaged.
+    """
+    classes, results = run_dir / "classes.json", run_dir / "results.json"
+    names = names_by_label(_read_json(classes), classes) if classes.exists() else {}
+    return names | (names_by_label(load_results(run_dir).get("names", {}), results) if results.exists() else {})
+
+
+def save_class_names(run_dir: Path, names: Mapping[int, str]) -> None:
+    """Write classes.json, so that a run that never comes to its end knows its classes too."""
+    write_json(run_dir / "classes.json", {str(label): name for label, name in names.items()})
 
 
 def append_metrics(run_dir: Path, record: dict[str, float | int | None]) -> None:
@@ -194,43 +181,26 @@ def truncate_metrics(run_dir: Path, last_step: int) -> None:
     write_atomic(run_dir / "metrics.jsonl", lambda path: path.write_text(lines))
 
 
-def environment() -> dict[str, Any]:
-    """Commit, versions and hardware, so that a number can be traced to what made it."""
-    packages = ("torch", "torchvision", "accelerate", "numpy", "faster-coco-eval")
-    cuda = torch.cuda.is_available()
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    """Output of a git command in the project, or None outside a checkout."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def load_results(run_dir: Path) -> dict:
-    """results.json of a finished run. Raises RunError when it is not finished, or the file is damaged."""
+    """results.json of a run that was evaluated. Raises RunError when it was not, or the file is damaged."""
     path = run_dir / "results.json"
     if not path.exists():
-        raise RunError(f"{run_dir} has no results.json: not a run, or not finished; start it again to continue")
+        kept = next((name for name in ("best", "last") if (run_dir / "checkpoints" / f"{name}.pt").exists()), None)
+        measure = f", or measure it as it is: detrlib evaluate {run_name(run_dir)} --checkpoint {kept}" if kept else ""
+        raise RunError(
+            f"{run_dir} has no results.json: not a run, or not finished; start it again to continue{measure}"
+        )
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict:
     try:
-        results = json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"{path} is damaged ({error}); delete it, then start the run again to continue") from error
-    if not isinstance(results, dict):
+    if not isinstance(values, dict):
         raise RunError(f"{path} holds no results; delete it, then start the run again to continue")
-    return results
+    return values
 
 
 def run_labels(run_dirs: Iterable[Path]) -> dict[Path, str]:

@@ -14,9 +14,10 @@ import pandas as pd
 from detrlib.config import load_config
 from detrlib.errors import RunError
 from detrlib.metrics.detection import UNDEFINED, Matches
-from detrlib.runs.folder import group_of, has_table, load_results, load_table, run_labels
+from detrlib.runs.folder import class_names, group_of, has_table, load_results, load_table, run_labels
 
 MADE_BY = "detrlib intervene"
+NO_OBJECTS = "no objects in this split"
 AP_CUTS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
@@ -36,17 +37,6 @@ def _defined(numbers: dict) -> dict:
         name: _defined(value) if isinstance(value, dict) else np.nan if value == UNDEFINED else value
         for name, value in numbers.items()
     }
-
-
-def attention_frame(run_dirs: Iterable[Path], site: str) -> pd.DataFrame:
-    """Sparsity of one site, tidy: columns run, metric, layer (from 0), value."""
-    rows = [
-        {"run": label, "metric": metric, "layer": layer, "value": value}
-        for run_dir, label in run_labels(run_dirs).items()
-        for metric, values in load_results(run_dir).get("attention", {}).get(site, {}).items()
-        for layer, value in enumerate(values)
-    ]
-    return pd.DataFrame(rows, columns=["run", "metric", "layer", "value"])
 
 
 def layer_frame(run_dirs: Iterable[Path], site: str = "decoder_cross") -> pd.DataFrame:
@@ -158,13 +148,14 @@ def class_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
         run_dirs: folders of runs.
 
     Returns:
-        A row per run and class, in order of AP: run, class, AP, AP50; missing for classes without objects.
+        A row per run and class, in order of AP: run, class, AP, AP50 and note, which says of classes without objects
+        why they have no AP.
 
     Raises:
         RunError: a run is not finished.
     """
     rows = [
-        {"run": label, "class": name, **numbers}
+        {"run": label, "class": name, **numbers, "note": NO_OBJECTS if np.isnan(numbers["AP"]) else ""}
         for run_dir, label in run_labels(run_dirs).items()
         for name, numbers in _evaluated(run_dir)["detection"]["per_class"].items()
     ]
@@ -236,11 +227,6 @@ def objects_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
         once = located[(located["layer"] == 0) & (located["head"] == -1)]
         return once[["image_id", "area"]].assign(category=[names[label] for label in once["label"]], crowd=False)
     return pd.DataFrame(columns=["image_id", "area", "category", "crowd"])
-
-
-def class_names(run_dir: Path) -> dict[int, str]:
-    """The classes of a run by their labels."""
-    return {int(label): name for label, name in _evaluated(run_dir)["names"].items()}
 
 
 def measures(run_dirs: Iterable[Path], name: str) -> pd.DataFrame:

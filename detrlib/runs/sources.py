@@ -6,6 +6,7 @@ a file; and a run folder around it.
 """
 
 import difflib
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,12 +18,23 @@ from detrlib.checkpoints.files import official_source
 from detrlib.checkpoints.huggingface import fetch_huggingface, huggingface_source
 from detrlib.checkpoints.source import Source, build_source
 from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED, fetch
-from detrlib.config import load_config
 from detrlib.config import replace as replace_settings
-from detrlib.data.classes import class_list, names_by_label
+from detrlib.data.classes import class_list
 from detrlib.errors import ConfigError, RunError, WeightsError
 from detrlib.files import load_checkpoint, save_checkpoint, write_json
-from detrlib.runs.folder import RESERVED, RUNS, begin_folder, load_results, run_path
+from detrlib.runs.folder import (
+    RESERVED,
+    RUNS,
+    class_names,
+    is_finished,
+    load_results,
+    run_config,
+    run_path,
+    save_class_names,
+)
+from detrlib.runs.opening import begin_folder
+
+logger = logging.getLogger(__name__)
 
 
 def open_source(source: str | Path, checkpoint: str = "last", overrides: Mapping[str, Any] | None = None) -> Source:
@@ -82,8 +94,9 @@ def save_run(source: Source, run_dir: Path) -> None:
     classes = {"data.classes": class_list(source.names)} if source.names and not source.cfg.data.classes else {}
     begin_folder(run_dir, replace_settings(source.cfg, classes))
     save_checkpoint(run_dir / "checkpoints" / "last.pt", {"model": state, "epoch": source.epoch, "global_step": 0})
-    names = {str(label): name for label, name in (source.names or {}).items()}
-    write_json(run_dir / "results.json", {"imported": source.path.name} | ({"names": names} if names else {}))
+    if source.names:
+        save_class_names(run_dir, source.names)
+    write_json(run_dir / "results.json", {"imported": source.path.name})
 
 
 def _no_overrides(path: Path, overrides: Mapping[str, Any] | None) -> None:
@@ -92,32 +105,34 @@ def _no_overrides(path: Path, overrides: Mapping[str, Any] | None) -> None:
 
 
 def run_source(run_dir: Path, checkpoint: str = "last") -> Source:
-    """The weights of a run, averaged ones where it keeps them.
+    """The weights of a run, averaged ones where it keeps them; of an unfinished one it is said that it is.
 
     Raises RunError for a run that has no such checkpoint, or is made of another detector's predictions.
     """
-    results = refuse_predictions(run_dir)
-    cfg = load_config(run_dir / "config.yaml")
+    refuse_predictions(run_dir)
+    cfg = run_config(run_dir)
     if cfg.model.num_classes is None:
         raise RunError(
             f"{run_dir / 'config.yaml'}: model.num_classes is missing, which every run has; is the file whole?"
         )
     path = run_dir / "checkpoints" / f"{checkpoint}.pt"
     content = load_checkpoint(path, ["model"])
-    names = cfg.data.names or names_by_label(results.get("names", {}), run_dir / "results.json") or None
     label = str(run_dir.relative_to(RUNS)) if run_dir.is_relative_to(RUNS) else run_dir.name
-    return Source(label, cfg, content.get("average") or content["model"], names, path, content.get("epoch", 0))
+    epoch = content.get("epoch", 0)
+    if not is_finished(run_dir):
+        logger.warning("%s is unfinished: these are its weights of epoch %d of %d", label, epoch, cfg.train.epochs)
+    names = class_names(run_dir) or None
+    return Source(label, cfg, content.get("average") or content["model"], names, path, epoch)
 
 
-def refuse_predictions(run_dir: Path) -> dict:
-    """The results of a run so far. Raises RunError where they are another detector's predictions, without a model."""
+def refuse_predictions(run_dir: Path) -> None:
+    """Raise RunError where the results of a run are another detector's predictions, without a model."""
     results = load_results(run_dir) if (run_dir / "results.json").exists() else {}
     if made_of := results.get("detector"):
         raise RunError(
             f"{run_dir} is made of {made_of}: it has no model, and its results are complete; detections in other data "
             "make a run of their own (detrlib evaluate NAME --predictions FILE --data DATA)"
         )
-    return results
 
 
 def _refuse_near_names(name: str) -> None:

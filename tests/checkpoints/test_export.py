@@ -1,6 +1,7 @@
 """Models written for others and read back, in every layout; what stands in the way."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,3 +104,16 @@ def test_settings_and_names_in_a_file_that_are_none(source_of, tmp_path, key, te
     save_file(state, tmp_path / "model.safetensors", metadata | {key: text})
     with pytest.raises(WeightsError, match=r"model\.safetensors: the settings or names"):
         read_own(tmp_path / "model.safetensors")
+
+
+def test_alphas_on_their_way_are_kept_or_refused(source_of, tmp_path):
+    """An official file tells the aim of an annealing, not how far it is."""
+    overrides = {"model.attention.decoder_cross": "sparsemax", "model.attention.anneal": {"epochs": 4}}
+    halfway = replace(source_of(overrides), epoch=2)
+    with pytest.raises(WeightsError, match=r"model\.attention\.anneal"):
+        export(halfway, tmp_path / "halfway.pth")
+    for source in (halfway, replace(halfway, epoch=9)):
+        read = open_source(export(source, tmp_path / f"{source.epoch}.safetensors"))
+        assert read.epoch == source.epoch
+        assert read.cfg.model.annealed_alphas(read.epoch) == source.cfg.model.annealed_alphas(source.epoch)
+    export(source, tmp_path / "arrived.pth")

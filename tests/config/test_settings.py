@@ -46,6 +46,8 @@ def test_settings_are_frozen_at_every_depth():
             r"model\.attention\.anneal\.epochs.*train\.epochs",
         ),
         ({"evaluate.store_sites": "encoder"}, r"evaluate\.store_sites"),
+        ({"train.freeze": ["encoder"], "model.encoder_layers": 0}, r"train\.freeze"),
+        ({"data.scales": "epoch"}, r"data\.scales"),
         ({"model.polling.train_ratios": 0.3}, r"model\.polling\.train_ratios.*list"),
     ],
 )

@@ -153,3 +153,35 @@ def test_the_largest_size_is_that_of_the_largest_draw(recipe, size, monkeypatch)
         transform(torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
         seen.add(first[0])
     assert transform.largest(*size) == min(size, max(seen))
+
+
+def test_a_batch_may_share_its_sizes_but_neither_flips_nor_places_of_crops():
+    pixels, boxes, labels = with_rectangle()
+    transform, same, shapes = build_augmentation(64, "detr", train=True, scales="batch"), 0, set()
+    torch.manual_seed(0)
+    for _ in range(40):
+        with transform.batch():
+            images = [transform(pixels, boxes, labels)[0] for _ in range(6)]
+        (shape,) = {image.shape for image in images}
+        shapes.add(shape)
+        same += all(torch.equal(images[0], image) for image in images)
+    assert len(shapes) > 20 and same == 0
+    assert len({transform(pixels, boxes, labels)[0].shape for _ in range(20)}) > 5  # without a batch each has its own
+
+
+def test_images_meet_the_same_sizes_whoever_draws_them():
+    """Means and quantiles of 1,500 draws differ by less than five standard errors, some 0.5 of a spread of 4 pixels."""
+    pixels, boxes, labels = with_rectangle(48, 36, (10, 10, 30, 30))
+    drawn = {}
+    for scales in ("image", "batch"):
+        transform = build_augmentation(32, "detr", train=True, scales=scales)
+        torch.manual_seed(1)
+        sides = []
+        for _ in range(1500):
+            with transform.batch():
+                sides.append(transform(pixels, boxes, labels)[0].shape[-2:])
+        drawn[scales] = np.array(sides)
+    assert np.allclose(drawn["image"].mean(0), drawn["batch"].mean(0), atol=0.6)
+    assert set(drawn["image"].min(1)) == set(drawn["batch"].min(1))
+    shares = [np.bincount(sides.min(1), minlength=40) / len(sides) for sides in drawn.values()]
+    assert np.abs(shares[0] - shares[1]).max() < 0.05

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from detrlib.data import pictures as module
-from detrlib.data.pictures import UNREADABLE, are_pictures, find_pictures, pictures_folder, read_picture, readable
+from detrlib.data import decoding
+from detrlib.data.decoding import read_picture
+from detrlib.data.pictures import are_pictures, find_pictures, pictures_folder, readable
 from detrlib.errors import DataError
 
 
@@ -61,53 +62,14 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path, colours, mode):
     assert np.abs(np.asarray(image.convert("L")).astype(int) - wanted)[:, 5].max() < 12
 
 
-@pytest.mark.parametrize(
-    ("kind", "brightest", "seen"),
-    [
-        *((np.uint16, 255, 255), (np.uint16, 4095, 255), (np.uint16, 4096, 16), (np.uint16, 65535, 255)),
-        *((np.int32, 4000, 250), (np.float32, 1, 255), (np.float32, 0.5, 128), (np.float32, 200, 200)),
-    ],
-)
-def test_deep_pixels_are_scaled_by_the_range_that_holds_the_brightest(tmp_path, kind, brightest, seen):
-    pixels = np.zeros((4, 6), kind)
-    pixels[0] = brightest
-    Image.fromarray(pixels).save(tmp_path / "deep.tif")
-    image, _ = read(tmp_path / "deep.tif")
-    assert image.mode == "RGB" and set(np.asarray(image)[0].ravel()) == {seen} and not np.asarray(image)[1:].any()
-
-
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), 1e6, np.int32(-3), np.int32(70000)])
-def test_numbers_that_are_no_pixels_are_refused(tmp_path, value):
-    pixels = np.full((4, 4), value, np.int32 if isinstance(value, np.int32) else np.float32)
-    Image.fromarray(pixels).save(tmp_path / "deep.tif")
-    with pytest.raises(DataError, match=r"deep\.tif.*pixels go from.*8 or 16 bits"):
-        read(tmp_path / "deep.tif")
-
-
-def test_a_jpeg_cut_short_is_read_on_request_and_nothing_else_is(tmp_path, colours):
-    for suffix in ("jpg", "png"):
-        path = tmp_path / f"cut.{suffix}"
-        noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-        Image.fromarray(noise).save(path)
-        path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(OSError):
-        read_picture(tmp_path / "cut.jpg")
-    image, size = read_picture(tmp_path / "cut.jpg", truncated=True)
-    assert size == (64, 64) and np.asarray(image)[:8].std() > 20 and np.asarray(image)[-8:].std() < 1
-    with pytest.raises(UNREADABLE):
-        read_picture(tmp_path / "cut.png", truncated=True)
-    with pytest.raises(FileNotFoundError):
-        read_picture(tmp_path / "absent.jpg", truncated=True)
-
-
 def test_huge_pictures_are_reduced_and_keep_their_size(tmp_path, colours, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6
     big = colours.resize((800, 400), Image.Resampling.NEAREST)
     big.save(tmp_path / "huge.jpg", exif=exif)
     big.save(tmp_path / "huge.png")
-    monkeypatch.setattr(module, "MOST_PIXELS", 100_000)
-    monkeypatch.setattr(module, "REDUCED", 20_000)
+    monkeypatch.setattr(decoding, "MOST_PIXELS", 100_000)
+    monkeypatch.setattr(decoding, "REDUCED", 20_000)
     image, size = read(tmp_path / "huge.jpg")
     assert size == (800, 400) and image.width < 150 and image.getpixel((10, 10))[0] > 200
     image, size = read(tmp_path / "huge.png")
@@ -194,6 +156,9 @@ def test_lists_of_images_without_annotations(tmp_path, colours):
     path.write_text(json.dumps({"images": images}))
     image, size = find_pictures(path)[0].read()
     assert size == image.size[::-1] == (40, 20)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "test2017").rename(tmp_path / "images" / "test2017")
+    assert find_pictures(path)[0].source == tmp_path / "images" / "test2017" / "one.jpg"
     images[1] |= {"width": 41, "height": 20}
     path.write_text(json.dumps({"images": images}))
     with pytest.raises(DataError, match=r"one\.jpg: 40 x 20 pixels, its list says 41 x 20"):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from detrlib.config import replace
+from detrlib.config import Data, load_config, replace
 from detrlib.data import build_dataset, collate
 from detrlib.engine.evaluate import evaluate, evaluate_run, load_model, results_folder
 from detrlib.engine.loop import train
 from detrlib.engine.start import initial_model
-from detrlib.errors import ConfigError, RunError
+from detrlib.errors import ConfigError, DataError, RunError
 from detrlib.files import write_json
 from detrlib.losses.criterion import Criterion
 from detrlib.runs.folder import load_results
@@ -80,6 +80,38 @@ def test_another_split_has_a_folder_of_its_own(run_dir):
             evaluate_run(run_dir, split=name)
 
 
+@pytest.mark.parametrize("layout", ["coco", "roboflow", "yolo", "voc"])
+def test_data_that_have_moved(tmp_path, tiny_config, write_layout, layout):
+    """An evaluation is told where they are now: the same data, or it is refused; and other splits there."""
+    root = write_layout(tmp_path / "here", layout)
+    settings = {"data.root": str(root), "train.epochs": 1, "train.batch_size": 2, "evaluate.examples": 0}
+    before = train(tiny_config(settings), tmp_path / "run")
+    assert before["names"] == {
+        str(label): name for label, name in build_dataset(Data(root=str(root)), "val").names.items()
+    }
+    root.rename(tmp_path / "there")
+    moved = {"data.root": str(tmp_path / "there")}
+    assert {**evaluate_run(tmp_path / "run", overrides=moved), "seconds": 0} == {**before, "seconds": 0}
+    assert evaluate_run(tmp_path / "run", split="test", overrides=moved)["images"] == 2
+    assert load_config(tmp_path / "run" / "test" / "config.yaml").data.root == str(tmp_path / "there")
+    write_layout(tmp_path / "other", layout, train=4, val=5)
+    with pytest.raises(RunError, match=r"other data \(val images: 3, now 5.*--on"):
+        evaluate_run(tmp_path / "run", overrides={"data.root": str(tmp_path / "other")})
+    with pytest.raises(DataError, match=r"here: no such folder"):
+        evaluate_run(tmp_path / "run")
+
+
+def test_another_split_of_explicit_paths(tmp_path, tiny_config, write_layout):
+    root = write_layout(tmp_path, "roboflow")
+    explicit = {
+        f"data.{part}_annotations": str(root / name / "_annotations.coco.json")
+        for part, name in (("train", "train"), ("val", "valid"))
+    }
+    train(tiny_config(explicit | {"train.epochs": 1, "train.batch_size": 2}), tmp_path / "run")
+    assert evaluate_run(tmp_path / "run", split="test")["images"] == 2
+    assert evaluate_run(tmp_path / "run", split="train")["images"] == 4
+
+
 def test_an_evaluation_again_says_the_same(run_dir):
     before = load_results(run_dir)
     assert {**evaluate_run(run_dir), "seconds": 0} == {**before, "seconds": 0}
@@ -87,7 +119,7 @@ def test_an_evaluation_again_says_the_same(run_dir):
 
 
 def test_what_cannot_be_evaluated_is_named(run_dir, tmp_path):
-    with pytest.raises(RunError, match=r"results\.json"):
+    with pytest.raises(RunError, match=r"config\.yaml"):
         evaluate_run(tmp_path)
     with pytest.raises(RunError, match=r"epoch-0007\.pt"):
         evaluate_run(run_dir, "epoch-0007")

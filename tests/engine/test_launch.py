@@ -15,7 +15,7 @@ from detrlib.engine.launch import launch
 from detrlib.engine.loop import train
 from detrlib.errors import RunError
 from detrlib.files import load_checkpoint
-from detrlib.runs.folder import open_run
+from detrlib.runs.opening import open_run
 
 STEPS = 4  # per epoch of a tiny run
 

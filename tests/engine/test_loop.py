@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,10 +12,15 @@ from detrlib.config import load_config, replace, save_config
 from detrlib.engine import loop as training
 from detrlib.engine import pretrain
 from detrlib.engine.evaluate import evaluate_run, load_model
+from detrlib.engine.examples import ValidationImages
 from detrlib.engine.loop import train
+from detrlib.engine.predict import predict
 from detrlib.errors import ConfigError, NonFiniteLoss, RunError
+from detrlib.experiments.explain import faithfulness_run
+from detrlib.experiments.intervene import intervene_run, plan
 from detrlib.experiments.interventions import attention_modules
 from detrlib.files import load_checkpoint, save_checkpoint
+from detrlib.runs.folder import class_names, is_finished, load_results, looking_at
 
 STEPS = 4  # per epoch of a tiny run
 
@@ -105,7 +111,7 @@ VARIANTS = {
         "data.augment": "detr",  # images of several sizes, with padding
         "train.precision": "bfloat16",
     },
-    "augmented by workers": {"data.workers": 1, "data.augment": "detr"},
+    "augmented by workers, sizes by batch": {"data.workers": 1, "data.augment": "detr", "data.scales": "batch"},
 }
 
 
@@ -126,6 +132,20 @@ def test_stop_and_resume_equals_an_uninterrupted_run(
     assert metrics_without_times(parts) == metrics_without_times(whole)
     assert {**results, "seconds": 0} == {**expected, "seconds": 0}
     assert json.loads((parts / "results.json").read_text())["epoch"] == 2
+
+
+def test_a_run_goes_on_where_its_data_have_moved(tmp_path, interrupt, tiny_config, write_layout):
+    root = write_layout(tmp_path / "here", "yolo")
+    settings = {"train.batch_size": 2, "data.holdout": 0.3, "evaluate.examples": 0}
+    expected = train(tiny_config(settings | {"data.root": str(root)}), tmp_path / "whole")
+    interrupt(expected["global_step"] - 1)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(settings | {"data.root": str(root)}), tmp_path / "parts")
+    root.rename(tmp_path / "there")
+    results = train(tiny_config(settings | {"data.root": str(tmp_path / "there")}), tmp_path / "parts")
+    assert {**results, "seconds": 0} == {**expected, "seconds": 0}
+    recorded = [json.loads((tmp_path / run / "data.json").read_text()) for run in ("whole", "parts")]
+    assert recorded[0] == recorded[1] and len(recorded[0]["held_out"]) == results["images"]
 
 
 def test_a_run_stopped_in_its_first_epoch_starts_over(tmp_path, interrupt, metrics_without_times, tiny_config):
@@ -269,3 +289,24 @@ def test_a_checkpoint_of_another_architecture_is_named(tmp_path, interrupt, tiny
     (tmp_path / "config.yaml").unlink()  # otherwise the other setting itself is refused
     with pytest.raises(RunError, match=r"last\.pt holds weights that do not fit this architecture: .*the model has \("):
         train(replace(cfg, {"model.hidden_dim": 16}), tmp_path)
+
+
+def test_a_run_that_was_interrupted_is_measured_explained_and_gone_on_with(tmp_path, interrupt, tiny_config, caplog):
+    cfg = tiny_config({"train.epochs": 2})
+    interrupt(STEPS + 2)  # within the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, tmp_path)
+    assert not is_finished(tmp_path) and "circle" in class_names(tmp_path).values()
+    with pytest.raises(RunError, match=r"detrlib evaluate .* --checkpoint best"):
+        load_results(tmp_path)
+    assert predict(tmp_path, np.zeros((64, 64, 3), np.uint8), min_score=0)[0].classes == class_names(tmp_path)
+    assert "unfinished" in caplog.text and "epoch 1 of 2" in caplog.text
+    results = evaluate_run(tmp_path, "best")
+    assert results["unfinished"] == "epoch 1 of 2" and load_results(tmp_path) == results
+    assert "unfinished: epoch 1 of 2" in looking_at([tmp_path])
+    assert not faithfulness_run(tmp_path, 2, ["box", "random"], 2, min_score=0).empty
+    assert set(intervene_run(tmp_path, plan(tmp_path, transforms=["softmax"]), 2)["kind"]) == {"none", "transform"}
+    assert ValidationImages(tmp_path)[next(iter(ValidationImages(tmp_path)))].sites
+    assert "unfinished" not in train(cfg, tmp_path) and is_finished(tmp_path)
+    with pytest.raises(RunError, match="is finished"):
+        train(cfg, tmp_path)

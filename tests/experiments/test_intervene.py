@@ -144,7 +144,7 @@ def test_mistakes_show_before_anything_is_measured(fresh, monkeypatch):
     monkeypatch.setattr(interventions, "evaluate", None)
     with pytest.raises(ModelError, match="layers"):
         intervene_run(fresh, fixed_alphas("decoder_cross", [1]) + fixed_alphas("decoder_cross", [1], layer=9))
-    with pytest.raises(RunError, match="not finished"):
+    with pytest.raises(RunError, match=r"nothing has no config\.yaml"):
         intervene_run(fresh / "nothing", [])
     with pytest.raises(RunError, match="detrlib intervene"):
         interventions_frame([fresh])

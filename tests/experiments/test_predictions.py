@@ -8,7 +8,7 @@ from pycocotools.cocoeval import COCOeval
 from typer.testing import CliRunner
 
 from detrlib.__main__ import app
-from detrlib.config import load_config, save_config
+from detrlib.config import Data, load_config, save_config
 from detrlib.data import build_dataset
 from detrlib.engine.loop import train
 from detrlib.errors import DataError, RunError
@@ -18,7 +18,7 @@ from detrlib.metrics.bootstrap import ap_table
 from detrlib.metrics.detection import METRICS, coco_ap
 from detrlib.metrics.statistics import compare
 from detrlib.runs.examples import load_examples
-from detrlib.runs.results import attention_frame, final_alphas, load_matches, paibb_table, results_frame, results_table
+from detrlib.runs.results import final_alphas, layer_frame, load_matches, paibb_table, results_frame, results_table
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_folder_is_that_of_a_run_without_attention(run_dir, dataset, tiny_co
     assert results_table([run_dir]).loc["other", ["Gini", "PAIBB"]].isna().all()
     assert paibb_table([run_dir]).loc["other", "pairs"] == 0
     assert load_examples(run_dir) == [] and final_alphas([run_dir]) == {}
-    assert attention_frame([run_dir], "decoder_cross").empty
+    assert layer_frame([run_dir]).empty
     assert ap_table(load_matches(run_dir)).loc["AP", "value"] == pytest.approx(row["AP"])
     cfg = load_config(run_dir / "config.yaml")
     assert cfg.data == tiny_config().data and cfg.model.num_classes == dataset.num_classes
@@ -97,6 +97,30 @@ def test_data_may_be_a_folder_or_an_annotation_file(place, run_dir, dataset, tmp
     assert results["detection"] == json.loads((run_dir / "results.json").read_text())["detection"]
     cfg = load_config(tmp_path / "run" / "config.yaml")
     assert build_dataset(cfg.data, "val").annotations_path == annotations
+
+
+@pytest.mark.parametrize("layout", ["roboflow", "yolo", "voc", "voc beside pictures"])
+def test_data_may_be_of_any_layout_and_images_named_by_their_files(layout, tmp_path, write_layout):
+    root = write_layout(tmp_path / "set", layout)
+    truth = build_dataset(Data(root=str(root)), "val")
+    names = dict(zip(truth.image_ids, truth.file_names, strict=True))
+    found = [
+        {"image_id": names[a["image_id"]].removesuffix(".png" * (n % 2)), "score": 0.5}
+        | {k: a[k] for k in ("category_id", "bbox")}
+        for n, a in enumerate(truth.ground_truth["annotations"])
+    ]
+    write_json(tmp_path / "found.json", found)
+    for number, data in enumerate([root, root / "data.yaml"] if layout == "yolo" else [root]):
+        results = evaluate_predictions(tmp_path / f"run{number}", tmp_path / "found.json", data)
+        assert results["detection"]["AP"] == pytest.approx(1) and results["images"] == 3
+        assert sorted(results["names"].values()) == ["cat", "dog"]
+    test = evaluate_predictions(tmp_path / "test", write_empty(tmp_path), root, "test")
+    assert test["images"] == 2 and test["detection"]["AP"] == 0
+
+
+def write_empty(folder):
+    write_json(folder / "none.json", [])
+    return folder / "none.json"
 
 
 GOOD = {"image_id": 1, "category_id": 2, "bbox": [0, 0, 5, 5.5], "score": 0.5}

@@ -12,6 +12,7 @@ from detrlib.engine.notebooks import is_executed
 from detrlib.errors import ConfigError, RunError
 from detrlib.experiments import sweep
 from detrlib.experiments.sweep import read_sweep
+from detrlib.files import write_json
 
 
 @pytest.fixture
@@ -139,6 +140,15 @@ def test_runs_of_earlier_versions_count_as_finished(sweep_file, stand_ins, tmp_p
         (tmp_path / "many" / name / "06_evaluate.ipynb").write_text('{"metadata": {}, "cells": []}')
     sweep.sweep(sweep_file(), tmp_path / "many")
     assert [name for name, _ in stand_ins] == ["attention_maps", "thesis_figures"]
+
+
+def test_a_run_that_was_interrupted_and_evaluated_by_hand_is_not_done(tmp_path):
+    (tmp_path / "07_evaluate.ipynb").write_text('{"metadata": {}, "cells": []}')
+    job = sweep.Job(tmp_path, load_config(), {})
+    write_json(tmp_path / "results.json", {"unfinished": "epoch 1 of 2"})
+    assert not job.finished
+    write_json(tmp_path / "results.json", {})
+    assert job.finished
 
 
 def test_threads_that_the_user_has_set_win(sweep_file, stand_ins, tmp_path, monkeypatch):

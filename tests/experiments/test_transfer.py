@@ -12,12 +12,14 @@ from pycocotools.cocoeval import COCOeval
 
 from detrlib.config import load_config
 from detrlib.data import build_dataset
+from detrlib.engine.evaluate import evaluate_run
 from detrlib.engine.loop import train
 from detrlib.errors import ConfigError, DataError, RunError
 from detrlib.experiments import transfer
 from detrlib.experiments.transfer import evaluate_on, scored_classes
 from detrlib.files import write_json
 from detrlib.runs.examples import load_examples
+from detrlib.runs.folder import load_results
 from detrlib.runs.results import results_table
 
 OURS = {1: "circle", 2: "square", 3: "triangle", 4: "star", 5: "ring", 6: "cross"}
@@ -150,17 +152,37 @@ def test_by_id_takes_ids_for_labels_whatever_the_names(run_dir, elsewhere, tmp_p
         evaluate_on(run_dir, path, images=elsewhere / "test", by_id=True, names=NAMES)
 
 
+@pytest.mark.parametrize("layout", ["roboflow", "yolo", "voc", "voc beside pictures"])
+def test_data_of_any_layout(run_dir, tmp_path, write_layout, layout):
+    root, names = write_layout(tmp_path / f"{layout}-set", layout), {"cat": "circle", "dog": "square"}
+    results = evaluate_on(run_dir, root, names=names)  # the run validates on val2017, which is val, or valid
+    assert results["images"] == 3 and results["matched"] == names and results["unmapped"] == {}
+    dataset = build_dataset(load_config(run_dir / root.name / "config.yaml").data, "val")
+    assert dataset.names == {1: "circle", 2: "square"} and len(dataset.frame()) == 2
+    assert evaluate_on(run_dir, root, split="test", names=names)["images"] == 2
+    if layout == "yolo":
+        assert evaluate_on(run_dir, root / "data.yaml", names=names, save_as="named")["images"] == 3
+
+
+def test_a_run_that_holds_out_images_is_judged_on_the_other_data(elsewhere, tmp_path, tiny_config):
+    train(tiny_config({"train.epochs": 1, "data.holdout": 0.3}), tmp_path / "run")
+    assert load_results(tmp_path / "run")["images"] < 20
+    assert evaluate_on(tmp_path / "run", elsewhere, split="test", names=NAMES)["images"] == 13
+    assert evaluate_run(tmp_path / "run", split="val2017")["images"] == 13
+
+
 def test_faults_are_told_before_the_model_runs(run_dir, elsewhere, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "evaluate_into", None)
+    (tmp_path / "empty").mkdir()
     file = elsewhere / "annotations/instances_test.json"
     for error, message, options in [
-        (DataError, r"instances_val\.json, only test; .*--split", {"on": elsewhere, "split": "val"}),
-        (DataError, r"instances_val2017\.json", {"on": tmp_path}),
+        (DataError, r"no split val, only test; .*--split", {"on": elsewhere, "split": "val"}),
+        (DataError, r"looked for .*COCO", {"on": tmp_path / "empty"}),
         (DataError, r"instances_test\.json: .*'disk'", {"on": file, "names": {"disk": ""}}),
         (DataError, r"nowhere\.json", {"on": tmp_path / "nowhere.json"}),
         (DataError, r"instances_test\.json: .*--images", {"on": file, "images": tmp_path}),
         (ConfigError, r"split test .*instances_test\.json", {"on": file, "split": "test"}),
-        (ConfigError, r"evaluate\.\*", {"on": file, "overrides": {"data.root": "x"}}),
+        (ConfigError, r"evaluate\.\*", {"on": file, "overrides": {"data.image_size": 32}}),
         (RunError, r"'examples' .*--as", {"on": file, "save_as": "examples"}),
         (RunError, r"'other' .*--as", {"on": file, "save_as": "../other"}),
         (RunError, r"'\.\.' .*--as", {"on": file, "save_as": ".."}),

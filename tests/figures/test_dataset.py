@@ -29,9 +29,17 @@ def test_class_histogram_counts_objects_without_crowds(texts):
 
 
 def test_class_histogram_sums_up_rare_classes(texts):
+    drawn = dataset.class_histogram(objects({"cat": 1}), classes=["cat", "dog", "eel"])
+    assert drawn.axes[0].get_xlabel() == "no objects in this split: dog, eel"
     drawn = dataset.class_histogram(objects({"a": 9, "b": 2, "c": 1}), most=1)
     assert len(drawn.axes[0].patches) == 1
     assert "and 2 rarer classes with 3 objects" in texts(drawn)
+
+
+def test_dollar_signs_in_names_begin_no_formula(texts, tmp_path):
+    names = {1: r"$\frac$", 2: "a$b$c"}  # the first is none that matplotlib can draw
+    dataset.class_histogram(objects(dict.fromkeys(names.values(), 1))).savefig(tmp_path / "counts.png")
+    dataset.annotated_images([IMAGE], [BOXES], [np.array([1, 2])], names).savefig(tmp_path / "images.png")
 
 
 def test_size_distribution_divides_at_cocos_limits(texts):
@@ -62,7 +70,10 @@ def test_annotated_images_show_boxes_in_the_colour_of_their_class(boxes_in, titl
 
 def test_annotated_images_write_the_names_of_many_classes_at_the_boxes(titles, texts):
     many = {label: f"class {label}" for label in range(12)}
-    drawn = dataset.annotated_images([IMAGE], [np.tile(BOXES[0], (12, 1))], [range(12)], many, titles=["photograph"])
+    height, width = IMAGE.shape[:2]
+    corners = np.array([(x * width, y * height) for x in (0, 0.34, 0.68) for y in (0.15, 0.35, 0.55, 0.75)])
+    boxes = np.hstack([corners, corners + 0.15 * height])
+    drawn = dataset.annotated_images([IMAGE], [boxes], [range(12)], many, titles=["photograph"])
     assert drawn.legends == [] and titles(drawn) == ["photograph"]
     assert set(many.values()) <= set(texts(drawn))
 

@@ -116,3 +116,21 @@ def test_a_map_of_nothing_has_no_colour(draw):
     for settings in ({}, {"logarithmic": False}, {"scale": "own"}):
         _, (colours,) = draw(np.zeros((2, 3)), **settings)
         assert (colours[..., 3] == 0).all()
+
+
+def test_captions_of_a_crowd_keep_inside_the_picture_and_off_each_other(texts):
+    """The first ones have places, the others none; few that lie apart all have one."""
+    drawn, axes = style.figure(1.0, 1.0, layout=None)
+    axes.set_position((0, 0, 1, 1))
+    axes.imshow(np.zeros((200, 200, 3), np.uint8))
+    corners = np.random.default_rng(0).uniform(0, 150, (120, 2))
+    boxes = np.hstack([corners, corners + 40])
+    given = boxes, [f"class {n}" for n in range(120)], ["#0072B2"] * 120, (200, 200), style.TEXT_WIDTH
+    count = overlay.write_captions(axes, *given)
+    assert count == 30 == len(axes.texts) and axes.texts[0].get_text() == "class 0"
+    drawn.canvas.draw()
+    places = [text.get_window_extent() for text in axes.texts]
+    assert not any(one.overlaps(other) for n, one in enumerate(places) for other in places[:n])
+    inside = drawn.bbox.padded(1)
+    assert all(inside.contains(*corner) for place in places for corner in place.corners())
+    assert overlay.write_captions(axes, boxes[:1], *(part[:1] for part in given[1:3]), (200, 200), 6) == 1

@@ -1,11 +1,13 @@
 """Pictures of one's own: detections of every run, maps of every detection, and what is written beside them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
 from detrlib.figures import predictions
-from detrlib.figures.overlay import overlay
+from detrlib.figures.overlay import overlay, text_colour
 from detrlib.figures.predictions import MapChoice, views_of
 from detrlib.figures.style import NOTHING, Nothing
 
@@ -80,4 +82,16 @@ def test_a_class_has_one_colour_in_all_runs_and_text_that_can_be_read():
     assert list(colours) == ["circle", "square", "star"] and colours["circle"] != colours["square"]
     assert colours == predictions.class_colours([first, second, first])
     assert all(to_hex(colour).lower() == colour.lower() for colour in colours.values())
-    assert predictions.text_colour("#88CCEE") == "black" and predictions.text_colour("#0072B2") == "white"
+    assert text_colour("#88CCEE") == "black" and text_colour("#0072B2") == "white"
+
+
+def test_a_crowd_has_thin_lines_captions_that_can_be_read_and_counts(make_detected, titles, boxes_in):
+    few = make_detected()
+    tiled = {name: np.concatenate([getattr(few, name)] * 40) for name in ("boxes", "scores", "labels", "queries")}
+    many = replace(few, **tiled, names=few.names * 40, example=None)
+    drawn = predictions.detections_by_run({"few": few, "many": many})
+    first, second = titles(drawn)
+    assert first == "few: 3 detections" and second.startswith("many: 120 detections, ") and "of them named\n" in second
+    widths = [axes.patches[-1].get_linewidth() for axes in drawn.axes]
+    assert widths[1] < widths[0] and len(boxes_in(drawn.axes[1])) == 120
+    assert 0 < len(drawn.axes[1].texts) <= 30

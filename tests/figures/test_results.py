@@ -63,14 +63,15 @@ def test_bars_carry_their_values(titles, texts):
 
 
 def test_per_layer_counts_layers_from_one_and_bands_repeats(texts):
-    rows = [("gini", run, layer, layer + spread) for run in RUNS for layer in range(3) for spread in (-0.1, 0.1)]
+    rows = [("gini", run, layer, layer / 4 + spread) for run in RUNS for layer in range(3) for spread in (-0.1, 0.1)]
     frame = pd.DataFrame(rows, columns=["metric", "run", "layer", "value"])
     (axes,) = results.per_layer(frame, {"gini": "Gini"}).axes
     line = axes.get_lines()[0]
-    assert list(line.get_xdata()) == [1, 2, 3] and np.allclose(line.get_ydata(), [0, 1, 2])
+    assert list(line.get_xdata()) == [1, 2, 3] and np.allclose(line.get_ydata(), [0, 0.25, 0.5])
     assert axes.get_title(loc="left") == "Gini" and line.get_color() == style.COLOURS["softmax"]
     band = axes.collections[0].get_paths()[0].vertices
-    assert band[:, 1].max() == pytest.approx(2 + np.std([-0.1, 0.1], ddof=1))
+    assert band[:, 1].max() == pytest.approx(0.5 + np.std([-0.1, 0.1], ddof=1))
+    assert band[:, 1].min() == 0  # where no Gini index can be
     assert set(RUNS) <= set(texts(axes.figure))
 
 

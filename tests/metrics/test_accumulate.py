@@ -17,7 +17,7 @@ from detrlib.errors import ConfigError, RunError
 from detrlib.losses import Criterion, match
 from detrlib.metrics import localisation, sparsity
 from detrlib.metrics.accumulate import SELECTIONS, AttentionMeasures, Moments, alphas_in_effect
-from detrlib.runs.results import attention_frame, located_table, paibb_table, sparsity_table
+from detrlib.runs.results import layer_frame, located_table, paibb_table, sparsity_table
 
 SIZES = [(70, 101), (128, 64), (97, 160)]
 MODELS = {
@@ -295,7 +295,7 @@ def test_an_untrained_evaluation_is_a_run_folder_of_its_own(run):
     assert (run.folder / "results.json").read_bytes() == kept
     assert (results["checkpoint"], results["epoch"], results["global_step"]) == ("untrained", 0, 0)
     both = [run.folder, run.folder / "untrained"]
-    for frame in (sparsity_table(both), located_table(both), attention_frame(both, "decoder_cross")):
+    for frame in (sparsity_table(both), located_table(both), layer_frame(both)):
         assert list(dict.fromkeys(frame.run)) == ["run", "untrained"]
     assert paibb_table(both)["pairs"].nunique() == 1  # the same objects
     alphas = results["sparsity"]["decoder_cross"]["alpha"]

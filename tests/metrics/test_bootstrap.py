@@ -91,3 +91,14 @@ def test_the_basic_interval_mirrors_percentiles(random_detection_task):
     assert ends["b"].tolist() == pytest.approx([2.05, 3.95])
     table = ap_table(match_detections(*random_detection_task(0)), 200)
     assert list(table.index) == list(AP_METRICS) and (table["low"] < table["high"]).all()
+
+
+def test_intervals_of_ap_stay_within_0_and_1(random_detection_task):
+    """Of few images, most of them all right, the basic interval alone would pass 1."""
+    ground_truth = random_detection_task(5)[0]
+    perfect = [
+        {name: row[name] for name in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+        for row in ground_truth["annotations"][:-1]
+    ]
+    table = ap_table(match_detections(ground_truth, perfect), 100)
+    assert table[["low", "high"]].stack().between(0, 1).all() and (table["high"] == 1).any()

@@ -199,3 +199,16 @@ def test_one_good_seed_establishes_a_model_but_no_method(random_detection_task, 
     ap = {name: coco_ap(truth, found)["AP"] for name, found in lists.items()}
     methods = compare_groups(seeds(a=[ap["a"], ap["b"]], b=[ap["b"], ap["a"]]), ["AP"])
     assert models["verdict"].tolist() == ["established"] and methods["verdict"].tolist() == ["not established"]
+
+
+def test_intervals_end_where_numbers_cannot_be():
+    """Welch's interval of two seeds each reaches far beyond; losses and distances have no such end."""
+    seeds = {"group": ["a", "a", "b", "b"], "seed": [1, 2, 1, 2], "AP": [0.1, 0.9, 0.1, 0.2]}
+    frame = pd.DataFrame(seeds).assign(**{"encoder_self/zeros": lambda t: t["AP"], "distance/all": lambda t: t["AP"]})
+    table = compare_groups(frame, ["AP", "encoder_self/zeros", "distance/all"]).set_index("metric")
+    for metric in ("AP", "encoder_self/zeros"):
+        row = table.loc[metric]
+        assert (row["low"], row["high"]) == (-1, 1) and -1 <= row["paired_low"] < row["paired_high"] <= 1
+    assert table.loc["distance/all", "low"] < -1 and table.loc["distance/all", "high"] > 1
+    shares = [pd.Series([1.0] * 9 + [0.0]), pd.Series([0.0] * 10)]
+    assert compare(*shares, "gini")["high"] <= 1

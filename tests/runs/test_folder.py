@@ -1,6 +1,5 @@
 """Run folders: opened, resumed, refused; metrics and tables come back as they were written."""
 
-import json
 import os
 import shutil
 
@@ -9,9 +8,8 @@ import pandas as pd
 import pytest
 
 from detrlib import runs
-from detrlib.config import load_config
 from detrlib.errors import RunError
-from detrlib.files import save_checkpoint, write_json
+from detrlib.files import write_json
 from detrlib.metrics.tables import Table
 from detrlib.runs import folder
 from detrlib.runs.folder import has_table
@@ -23,28 +21,6 @@ def test_names_lie_under_papermill_runs_and_absolute_paths_are_themselves(tmp_pa
     assert runs.run_path("papermill_runs/first") == runs.RUNS / "first"
     assert runs.run_path("papermill_runs_of_may") == runs.RUNS / "papermill_runs_of_may"
     assert runs.run_path(tmp_path) == tmp_path == runs.run_path(str(tmp_path))
-
-
-def test_opening_a_new_an_unfinished_and_a_finished_run(tmp_path, tiny_config):
-    run_dir, cfg = tmp_path / "a" / "run", tiny_config()
-    assert runs.open_run(cfg, run_dir) is False
-    assert load_config(run_dir / "config.yaml") == cfg
-    environment = json.loads((run_dir / "environment.json").read_text())
-    assert {"commit", "uncommitted_changes", "python", "packages", "cpu_cores", "gpus"} <= environment.keys()
-    assert runs.open_run(cfg, run_dir) is True
-    free = {"data.workers": 0, "data.cache": True, "train.log_every": 7, "evaluate.batch_size": 3}
-    assert runs.open_run(tiny_config(free | {"train.tracking.wandb": "offline"}), run_dir) is True
-    assert runs.open_run(tiny_config(free | {"model.num_classes": 7}), run_dir) is True
-    assert runs.open_run(tiny_config({"model.num_classes": 9}), run_dir) is True  # nothing is lost yet
-    assert runs.open_run(tiny_config({"model.num_classes": 7}), run_dir) is True
-    save_checkpoint(run_dir / "checkpoints" / "last.pt", {})
-    with pytest.raises(RunError, match=r"train\.ema was 0\.0, now 0\.5; train\.seed was 42, now 1"):
-        runs.open_run(tiny_config({"train.seed": 1, "train.ema": 0.5}), run_dir)
-    with pytest.raises(RunError, match=r"model\.num_classes was 7, now 9"):
-        runs.open_run(tiny_config({"model.num_classes": 9}), run_dir)
-    write_json(run_dir / "results.json", {})
-    with pytest.raises(RunError, match="is finished and is not overwritten"):
-        runs.open_run(cfg, run_dir)
 
 
 def record(step, epoch, **values):

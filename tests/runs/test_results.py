@@ -29,9 +29,9 @@ def test_tables_of_finished_runs(tmp_path):
     assert table.loc["a"].to_dict() == pytest.approx(
         results(0.25)["detection"] | {"Gini": 0.3, "zeros": 0.25, "PAIBB": 0.75}
     )
-    layers = frames.attention_frame(found[:1], "decoder_cross").values.tolist()
+    layers = frames.layer_frame(found[:1])[["run", "metric", "layer", "value"]].values.tolist()
     assert layers == [["a", "gini", 0, 0.2], ["a", "gini", 1, 0.4], ["a", "zeros", 0, 0.0], ["a", "zeros", 1, 0.5]]
-    assert len(frames.attention_frame(found, "encoder_self")) == 0
+    assert len(frames.layer_frame(found, "encoder_self")) == 0
     with pytest.raises(RunError, match=r"has no results\.json: not a run, or not finished"):
         frames.results_table([tmp_path / "unfinished"])
 
@@ -48,6 +48,7 @@ def test_what_coco_calls_undefined_is_missing_in_every_table(tmp_path):
     assert frames.results_frame([run_dir]).iloc[0][["AP_small", "AR_small"]].isna().all()
     by_class = frames.class_table([run_dir])
     assert by_class["class"].tolist() == ["b", "a"] and by_class.AP.isna().tolist() == [False, True]
+    assert by_class.note.tolist() == ["", frames.NO_OBJECTS]
 
 
 def write_results(folder, gini, paibb):

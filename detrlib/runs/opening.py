@@ -1,0 +1,134 @@
+"""Whether training may begin, or go on, in a run folder, and what such a folder begins with."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
+from detrlib.data import describe_data
+from detrlib.errors import RunError, listed
+from detrlib.files import write_atomic, write_json
+from detrlib.runs.folder import is_finished
+
+# Where data lie: they may move, as long as they hold the same.
+WHERE = (
+    "data.root",
+    *(f"data.{part}_{what}" for part in ("train", "val") for what in ("split", "images", "annotations")),
+)
+FREE_TO_CHANGE = (
+    *("data.workers", "data.cache", "data.check", "data.truncated"),
+    *("train.log_every", "train.keep_every", "train.tracking", "evaluate"),
+)
+FROM_DATA = ("model.num_classes", "data.classes")  # which training fills in where a config leaves them open
+
+
+def open_run(cfg: Config, run_dir: Path, data: Mapping[str, Any] | None = None) -> bool:
+    """Make `run_dir` ready for training with `cfg`; True if it holds an unfinished run. As `refuse_run`."""
+    refuse_run(cfg, run_dir, data)
+    begun = (run_dir / "config.yaml").exists()
+    begin_folder(run_dir, cfg, data)
+    return begun
+
+
+def refuse_run(cfg: Config, run_dir: Path, data: Mapping[str, Any] | None = None) -> bool:
+    """Whether training with `cfg` would resume in `run_dir`; nothing is written.
+
+    data: as `describe_data` describes those of `cfg`, where they are open already.
+    Raises RunError if the run is finished, or was begun with other settings or data.
+    """
+    if is_finished(run_dir):
+        raise RunError(f"{run_dir} is finished and is not overwritten; choose another run name, or delete the folder")
+    checkpoint = (run_dir / "checkpoints" / "last.pt").exists()
+    if checkpoint and (run_dir / "config.yaml").exists():  # before the first checkpoint, other settings lose nothing
+        refuse_other_settings(cfg, run_dir, data)
+    return checkpoint
+
+
+def begin_folder(run_dir: Path, cfg: Config, data: Mapping[str, Any] | None = None) -> None:
+    """Write what a folder of results begins with: its settings, its data, and the commit and machine that make it."""
+    write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
+    if data:
+        write_json(run_dir / "data.json", data)
+    write_json(run_dir / "environment.json", environment())
+
+
+def refuse_other_settings(new: Config, run_dir: Path, data: Mapping[str, Any] | None = None) -> None:
+    """Raise RunError if the run in `run_dir` was begun with settings, or data, that give other results than `new`.
+
+    data: as of `refuse_run`; None: those of `new` are opened if they lie elsewhere than before.
+    """
+    old = load_config(run_dir / "config.yaml")
+    moved = any(key.startswith(WHERE) for key in changed_settings(new, old))
+    free = FREE_TO_CHANGE
+    if (run_dir / "data.json").exists():
+        free += WHERE
+        if data or moved:
+            refuse_other_data(run_dir, data or describe_data(new.data))
+    before = flat_settings(old)
+    changed = [
+        f"{key} was {before.get(key, 'not there')}, now {value}"
+        for key, value in changed_settings(new, old).items()
+        if not key.startswith(free) and not (key in FROM_DATA and None in (value, before[key]))
+    ]
+    if changed:
+        raise RunError(
+            f"{run_dir} was begun with other settings ({'; '.join(changed[:5])}); choose another run name, "
+            "delete the folder, or go back to its settings to resume"
+        )
+
+
+def refuse_other_data(run_dir: Path, data: Mapping[str, Any]) -> None:
+    """Raise RunError if `data`, as `describe_data` has them, are not what the run in `run_dir` was begun with."""
+    path = run_dir / "data.json"
+    try:
+        before = json.loads(path.read_text())
+        differing = [
+            f"{part} {name}: {_short(before[part][name])}, now {_short(data[part][name])}"
+            for part in ("train", "val")
+            if part in data
+            for name in before[part]
+            if before[part][name] != data[part][name]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}); delete it to tell data apart by their path") from error
+    if differing:
+        raise RunError(
+            f"{run_dir} was begun with other data ({'; '.join(differing)}); go back to those, choose another run name, "
+            "or evaluate it on these as other data (detrlib evaluate RUN --on DATA)"
+        )
+
+
+def _short(value: Any) -> str:
+    return listed(value.values()) if isinstance(value, dict) else str(value)
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and hardware, so that a number can be traced to what made it."""
+    packages = ("torch", "torchvision", "accelerate", "numpy", "faster-coco-eval")
+    cuda = torch.cuda.is_available()
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in the project, or None outside a checkout."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
