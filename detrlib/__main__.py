@@ -116,6 +116,20 @@ def train(
     typer.echo(f"{in_words({cut: numbers[cut] for cut in ('AP', 'AP50')})}{beside}  {run_path(name)}")
 
 
+@app.command()
+def check(
+    config: Annotated[Path, Argument(help="YAML file; its section data says where the pictures are")],
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Look over the data of a config: decode every picture once, compare the splits, say what is unusual."""
+    from detrlib.config import load_config
+    from detrlib.data import look_over, open_splits
+
+    cfg = load_config(config, pairs(settings, "--set", "data.root=/data/mine"))
+    found = look_over(open_splits(cfg.data), cfg.model.num_queries, cfg.data.check)
+    typer.echo("\n".join([*found.lines, found.counts.to_string()]))
+
+
 @app.command(hidden=True)
 def prepare(config: Path, name: Annotated[str, Option()], settings: Settings = []) -> None:  # noqa: B006
     """Make the folder of a run ready, once for all nodes of a cluster that then train in it."""

@@ -40,7 +40,7 @@ CEILINGS = {
     "models": 2755,
     "losses": 315,
     "checkpoints": 1295,
-    "data": 2150,
+    "data": 2760,
     "metrics": 1975,
     "runs": 1625,
     "engine": 2380,

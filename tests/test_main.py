@@ -18,6 +18,7 @@ from detrlib import __main__ as commands
 from detrlib.checkpoints.files import export_official
 from detrlib.config import PROJECT, load_config, replace, save_config
 from detrlib.data import build_dataset
+from detrlib.data.shapes import shapes_folder
 from detrlib.engine import launch as door
 from detrlib.engine import notebooks
 from detrlib.engine.loop import train
@@ -394,6 +395,17 @@ def test_unrel(tmp_path):
     shown = detrlib("unrel", tmp_path / "annotations.mat", tmp_path, tmp_path / "unrel.json")
     assert f"{tmp_path / 'unrel.json'}: 1 images, 1 annotations of 1 classes" in shown and "hat 1" in shown
     assert "nowhere.mat" in refused("unrel", "nowhere.mat", tmp_path, tmp_path / "unrel.json")
+
+
+def test_check(config, tmp_path):
+    said = detrlib("check", config)
+    assert "data: train 32 images" in said and "circle" in said and "fewer than 20" in said
+    faulty = shutil.copytree(shapes_folder(load_config(config).data.shapes), tmp_path / "shapes")
+    for number, split in enumerate(("train2017", "val2017")):
+        path = sorted((faulty / split).iterdir())[number]
+        path.write_bytes(path.read_bytes()[:200])
+    line = refused("check", config, "--set", f"data.root={faulty}")
+    assert "train and val" in line and str(faulty / "train2017") in line and str(faulty / "val2017") in line
 
 
 def test_costs(config):

@@ -10,7 +10,7 @@ each image's own. Every process draws for its own part of a batch.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -128,11 +128,17 @@ class EitherOf(v2.Transform):
 class DetectionTransform:
     """Apply `geometry` to an image and its boxes together, then normalise the image for the backbone.
 
+    resizes: one of them is the first thing that changes the scale of an image; none: its pixels are looked at.
     draws: of sizes within `geometry`, where images of a batch share them.
     """
 
-    def __init__(self, geometry: v2.Transform, draws: SizeDraws | None = None):
-        self.geometry, self.draws = geometry, draws
+    def __init__(self, geometry: v2.Transform, resizes: Sequence[ResizeShorter] = (), draws: SizeDraws | None = None):
+        self.geometry, self.resizes, self.draws = geometry, resizes, draws
+
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """The largest (height, width) at which an image of that size is looked at; never more than it has."""
+        sizes = [resized(height, width, max(one.sizes), one.longest) for one in self.resizes]
+        return min((height, width), max(sizes, default=(height, width)))
 
     def batch(self) -> AbstractContextManager:
         """Within it images are those of one batch."""
@@ -175,10 +181,10 @@ def build_augmentation(
 
     plain = ResizeShorter([image_size], scaled(LONGEST))
     if not train or recipe == "none":
-        return DetectionTransform(plain)
+        return DetectionTransform(plain, [plain])
     flip = v2.RandomHorizontalFlip()
     if recipe == "flip":
-        return DetectionTransform(v2.Compose([flip, plain]))
+        return DetectionTransform(v2.Compose([flip, plain]), [plain])
     draws = SizeDraws()
     any_size = ResizeShorter([scaled(size) for size in TRAINING_SIZES], scaled(LONGEST), draws)
     zoom = [
@@ -187,7 +193,7 @@ def build_augmentation(
         any_size,
     ]
     geometry = v2.Compose([flip, EitherOf([any_size, v2.Compose(zoom)], draws)])
-    return DetectionTransform(geometry, draws if scales == "batch" else None)
+    return DetectionTransform(geometry, [any_size, zoom[0]], draws if scales == "batch" else None)
 
 
 def largest_canvas(

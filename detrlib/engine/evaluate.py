@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from detrlib.config import Config, replace
 from detrlib.data import CocoDataset, build_dataset, collate, describe_data
 from detrlib.data.batch import batches
+from detrlib.data.classes import class_list
 from detrlib.data.formats import other_split
 from detrlib.engine.floor import run_floor
 from detrlib.engine.start import starting_model
@@ -37,7 +38,7 @@ from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
 from detrlib.models import Predictions, alpha_modules
 from detrlib.models.outputs import Site
 from detrlib.runs.examples import recorder
-from detrlib.runs.folder import RESERVED, is_finished, load_results, run_config, save_tables
+from detrlib.runs.folder import RESERVED, class_names, is_finished, load_results, run_config, save_tables
 from detrlib.runs.opening import WHERE, begin_folder, refuse_other_data
 from detrlib.runs.sources import build_source, refuse_predictions, run_source
 
@@ -89,7 +90,8 @@ def evaluation_config(run_dir: Path, overrides: Mapping[str, Any] | None = None)
         raise ConfigError(
             f"{wrong[0]} cannot change in an evaluation: overrides are evaluate.* or {listed(sorted(MAY_MOVE))}"
         )
-    return replace(cfg, overrides or {})
+    names = None if cfg.data.classes else class_names(run_dir)  # of a run made by an earlier version
+    return replace(cfg, ({"data.classes": class_list(names)} if names else {}) | dict(overrides or {}))
 
 
 def evaluate_into(

@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
-from detrlib.data import Batch, CocoDataset, build_dataset, collate, describe_data
+from detrlib.data import Batch, CocoDataset, collate, describe_data, look_over, open_splits
 from detrlib.data.batch import EpochSampler, batches, padding_words
+from detrlib.data.classes import class_list
 from detrlib.engine import tracking
 from detrlib.engine.evaluate import evaluate, save_results
 from detrlib.engine.floor import floor_in_words, keep_fixed_boxes, run_floor
@@ -65,13 +66,15 @@ def train(cfg: Config, run_dir: Path) -> dict:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
         )
-    train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
+    splits = open_splits(cfg.data)
+    train_set, val_set = splits["train"], splits["val"]
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
         cfg = cfg.model_copy(update={"model": cfg.model.completed()})
-    cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set)})
-    described = describe_data(cfg.data, {"train": train_set, "val": val_set})
+    cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set), "data.classes": class_list(train_set.names)})
+    described = describe_data(cfg.data, splits)
     with accelerator.main_process_first():
         resume = runs.refuse_run(cfg, run_dir, described)
+        accelerator.print(look_over(splits, cfg.model.num_queries, cfg.data.check))
         model, start = (initial_model(cfg, "none"), None) if resume else starting_model(cfg, train_set)
         runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:

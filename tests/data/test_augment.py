@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from detrlib.data.augment import (
     DetectionTransform,
@@ -138,6 +139,27 @@ def test_validation_and_recipe_none_draw_nothing_at_random():
 def test_an_unknown_recipe_is_refused():
     with pytest.raises(ValueError, match="unknown recipe 'mosaic'"):
         build_augmentation(64, "mosaic")
+
+
+@pytest.mark.parametrize("recipe", ["detr", "flip", "none"])
+@pytest.mark.parametrize("size", [(480, 640), (200, 900), (90, 100), (1000, 300)])
+def test_the_largest_size_is_that_of_the_largest_draw(recipe, size, monkeypatch):
+    """A crop is a part of an image that was resized before: what it is enlarged to shows no more of the picture."""
+    first, make_params = [], ResizeShorter.make_params
+
+    def noted(self, flat_inputs):
+        params = make_params(self, flat_inputs)
+        first.append(tuple(params["size"] or v2.query_size(flat_inputs)))
+        return params
+
+    monkeypatch.setattr(ResizeShorter, "make_params", noted)
+    transform, seen = build_augmentation(128, recipe, train=True), set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        first.clear()
+        transform(torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+        seen.add(first[0])
+    assert transform.largest(*size) == min(size, max(seen))
 
 
 def test_a_batch_may_share_its_sizes_but_neither_flips_nor_places_of_crops():
