@@ -169,6 +169,7 @@ class CocoDataset(Dataset):
         """How many are taught in each image, [N] int64."""
         return torch.tensor(self._first).diff()
 
+    @property
     def file_names(self) -> list[str]:
         """Of the images, as the annotations have them."""
         return [record["file_name"] for record in self._records]
