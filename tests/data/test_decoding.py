@@ -35,7 +35,7 @@ def test_a_jpeg_cut_short_is_read_on_request_and_nothing_else_is(tmp_path):
         path = tmp_path / f"cut.{suffix}"
         noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
         Image.fromarray(noise).save(path)
-        path.write_bytes(path.read_bytes()[:3000])
+        path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(OSError):
         read_picture(tmp_path / "cut.jpg")
     image, size = read_picture(tmp_path / "cut.jpg", truncated=True)
