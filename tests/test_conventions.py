@@ -50,7 +50,7 @@ CEILINGS = {
     "benchmarks": 870,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 440  # the command line: every option of every command is a line
+LONGEST_COMMANDS = 460  # the command line: every option of every command is a line
 
 
 def relative(path):
@@ -158,7 +158,7 @@ def test_public_functions_and_classes_have_docstrings(path):
 
 @each([path for folder in ("detrlib", "tests") for path in sorted((PROJECT / folder).rglob("*.py"))])
 def test_files_stay_short(path):
-    longest = LONGEST_FILE if path.is_relative_to(LIBRARY) else 450
+    longest = LONGEST_FILE if path.is_relative_to(LIBRARY) else 480
     assert len(path.read_text().splitlines()) <= (LONGEST_COMMANDS if path.name == "__main__.py" else longest)
 
 

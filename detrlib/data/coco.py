@@ -346,6 +346,5 @@ class _Present:
 
 
 def _mention(record: ImageRecord, annotations: list[Annotation]) -> str:
-    if not annotations:
-        return f"image id {record['id']}, which has no annotations"
-    return f"image id {record['id']}, annotation ids {listed(a['id'] for a in annotations)}"
+    ids = listed(annotation["id"] for annotation in annotations)
+    return f"image id {record['id']}, " + (f"annotation ids {ids}" if annotations else "which has no annotations")
