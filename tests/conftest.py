@@ -3,6 +3,7 @@
 Helpers are fixtures that give a function: small models and padded batches for them, and the smallest training run.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -118,6 +119,80 @@ def randomise():
                 nn.init.normal_(layer.weight, std=0.1)  # corrections of boxes and offsets of samples start at zero
 
     return randomise
+
+
+@pytest.fixture(scope="session")
+def huggingface_detector():
+    """A function that makes small detectors of transformers, which see four cells along 128 pixels."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    shared = {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "num_queries": 11,
+    }
+    hybrid = {"encoder_hidden_dim": 32, "encoder_in_channels": [16, 24, 32], "decoder_in_channels": [32, 32, 32]}
+
+    def huggingface_detector(family: str, attention: str | None = "eager", seed: int = 0, **settings) -> nn.Module:
+        """One with weights that make attention look somewhere; None for `attention` is what transformers chooses."""
+        key = repr((family, attention, seed, settings))
+        if key not in made:
+            made[key] = build(family, attention, seed, settings)
+        return copy.deepcopy(made[key])
+
+    made = {}
+
+    def build(family, attention, seed, settings):
+        tiny = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+        pyramid = tiny | {"out_features": ["stage2", "stage3", "stage4"]}
+        resnet, rt_resnet = transformers.ResNetConfig, transformers.RTDetrResNetConfig
+        if family in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2"):
+            own = hybrid | {"encoder_layers": 1, "backbone_config": rt_resnet(**pyramid)}
+        elif family == "deformable_detr":
+            own = {"num_feature_levels": 3, "use_timm_backbone": False, "backbone_config": resnet(**pyramid)}
+        else:
+            own = {"use_timm_backbone": False, "backbone_config": resnet(**tiny, out_features=["stage4"])}
+        if family == "dab-detr":
+            own["hidden_size"] = 32
+        config = transformers.AutoConfig.for_model(family, **shared | own | settings)
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForObjectDetection.from_config(config, attn_implementation=attention).eval()
+        with torch.no_grad():
+            for layer in model.modules():
+                if isinstance(layer, nn.Linear):
+                    layer.weight.normal_(0, 0.2)
+        return model
+
+    return huggingface_detector
+
+
+@pytest.fixture(scope="session")
+def huggingface_settings():
+    """A function that makes settings of a small detector of transformers, as overrides of a config."""
+    pytest.importorskip("transformers").logging.set_verbosity_error()
+    layers = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_layers": 2, "num_queries": 11}
+    layers |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    hybrid = {"encoder_hidden_dim": 32, "encoder_in_channels": [16, 24, 32], "decoder_in_channels": [32, 32, 32]}
+
+    def huggingface_settings(kind: str, **settings) -> dict:
+        """`settings` of the section model, such as num_classes."""
+        square = kind in ("rt_detr", "rt_detr_v2", "d_fine")
+        backbone = {"model_type": "rt_detr_resnet" if square else "resnet", "layer_type": "basic"}
+        backbone |= {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+        several = square or kind == "deformable_detr"
+        backbone["out_features"] = ["stage2", "stage3", "stage4"] if several else ["stage4"]
+        options = layers | {"backbone_config": backbone, "hidden_size" if kind == "dab_detr" else "d_model": 32}
+        options |= hybrid if square else {"encoder_layers": 2}
+        options |= {"num_feature_levels": 3} if kind == "deformable_detr" else {}
+        model = {"architecture": "huggingface", "type": kind, "num_classes": 5, "options": options}
+        return {"model": model | ({"square": 64} if square else {}) | settings}
+
+    return huggingface_settings
 
 
 @pytest.fixture(scope="session")

@@ -137,6 +137,8 @@ class TVMax(Transform):
 
     def __init__(self, tv_lambda: float):
         super().__init__()
+        if not tv_lambda >= 0:
+            raise ValueError(f"tv_lambda {tv_lambda} must not be negative")
         self.tv_lambda = tv_lambda
 
     def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:

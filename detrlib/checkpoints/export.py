@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from detrlib.checkpoints.adapted import write_adapted
 from detrlib.checkpoints.files import TOLD, OfficialCheckpoint, export_official, official_config
 from detrlib.checkpoints.huggingface import write_huggingface
 from detrlib.checkpoints.official import family_of
@@ -64,14 +65,20 @@ def export(source: Source, path: Path, layout: Layout | None = None) -> Path:
         )
     if path.exists():
         raise WeightsError(f"{path} is there already; choose another name, or delete it")
-    write = {"safetensors": write_own, "official": write_official, "huggingface": write_huggingface}[layout]
+    if source.cfg.model.architecture == "huggingface" and layout == "official":
+        raise WeightsError(
+            f"{path}: official code has no model of transformers'; give a folder, or a .safetensors file"
+        )
+    theirs = write_adapted if source.cfg.model.architecture == "huggingface" else write_huggingface
+    write = {"safetensors": write_own, "official": write_official, "huggingface": theirs}[layout]
     write(source, path)
     return path
 
 
 def write_own(source: Source, path: Path) -> None:
     """A safetensors file with the names of this library, whose metadata hold settings and names of classes."""
-    state = {name: value.contiguous() for name, value in build_source(source).state_dict().items()}
+    # Heads that layers of some models share have several names.
+    state = {name: value.clone().contiguous() for name, value in build_source(source).state_dict().items()}
     metadata = {"format": "pt", SETTINGS: json.dumps(source.cfg.model_dump(mode="json")), EPOCH: str(source.epoch)}
     if source.names:
         metadata[NAMES] = json.dumps(source.names)

@@ -4,7 +4,6 @@ Names and numbers are translated to official ones and back, so that everything e
 transformers itself is not needed, and no code from a folder is run.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,13 +20,12 @@ from detrlib.checkpoints.names import State
 from detrlib.checkpoints.official import family_of
 from detrlib.checkpoints.source import Source, build_source
 from detrlib.config import Config, Deformable, flat_settings
+from detrlib.config.huggingface import PREPROCESSOR, RESNETS, WEIGHTS, read_json
 from detrlib.data.augment import LONGEST, MEAN, PAPER_SIZE, STD
 from detrlib.data.classes import names_by_label
 from detrlib.errors import WeightsError
 from detrlib.files import write_atomic, write_json
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-PREPROCESSOR = "preprocessor_config.json"
 # model_type there: family of names, and class of models
 FAMILIES = {
     "detr": ("detr", "DetrForObjectDetection"),
@@ -52,14 +50,6 @@ ONLY = {
     "model.backbone.dilation": False,  # which its own ResNets have not
 }
 CONDITIONAL = {"model.queries": "conditional", "model.classification": "sigmoid"}  # but of Conditional DETR
-# Kind, channels and number of blocks of each stage.
-BASIC, BOTTLENECK = ("basic", [64, 128, 256, 512]), ("bottleneck", [256, 512, 1024, 2048])
-RESNETS = {
-    "resnet18": (*BASIC, [2, 2, 2, 2]),
-    "resnet34": (*BASIC, [3, 4, 6, 3]),
-    "resnet50": (*BOTTLENECK, [3, 4, 6, 3]),
-    "resnet101": (*BOTTLENECK, [3, 4, 23, 3]),
-}
 PROJECTION = re.compile(r"(.+_attn\.)([qkv])_proj\.(weight|bias)")
 
 
@@ -72,66 +62,24 @@ def huggingface_source(folder: Path, overrides: Mapping[str, Any] | None = None)
     return replace(translated_source(checkpoint, folder.name, overrides), names=names)
 
 
-def fetch_huggingface(name: str) -> Path:
-    """The folder of a model of Hugging Face's hub by its id, such as "facebook/detr-resnet-50"; fetched once.
-
-    Raises WeightsError: one sentence with the address, the folder of the cache, what went wrong and what to do.
-    """
-    import huggingface_hub as hub  # a second that only ids need
-
-    wanted = {"repo_id": name, "allow_patterns": ["config.json", PREPROCESSOR, WEIGHTS[0]]}
-    try:
-        try:
-            folder = Path(hub.snapshot_download(**wanted, local_files_only=True))
-            if any((folder / file).is_file() for file in WEIGHTS):
-                return folder  # without asking, so that it works offline
-        except hub.errors.LocalEntryNotFoundError:
-            pass
-        folder = Path(hub.snapshot_download(**wanted))
-        if not (folder / WEIGHTS[0]).is_file():
-            hub.snapshot_download(name, allow_patterns=[WEIGHTS[1]])
-    except Exception as error:  # the hub's client passes on whatever its transport raises
-        address, cache = f"{hub.constants.ENDPOINT}/{name}", hub.constants.HF_HUB_CACHE
-        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
-        raise WeightsError(
-            f"{name}: nothing here, and could not be fetched from {address} into {cache}: {reason}. Try again, or "
-            f"put config.json and {WEIGHTS[0]} into a folder by other means and give that folder"
-        ) from None
-    return folder
-
-
 def read_huggingface(folder: Path) -> tuple[OfficialCheckpoint, dict[int, str] | None]:
     """What a folder holds, under official names, and the names of its classes by label, if it knows them.
 
     Raises WeightsError naming the file that is missing, damaged, or of a model that this library has not.
     """
-    path, config = folder / "config.json", _read_json(folder / "config.json")
+    path, config = folder / "config.json", read_json(folder / "config.json")
     family, _ = FAMILIES.get(config.get("model_type"), (None, None))
     if family is None:
         known = ", ".join(FAMILIES)
         raise WeightsError(f"{path}: model_type is {config.get('model_type')!r}; of Hugging Face's, {known} are known")
     _check(path, config)
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise WeightsError(f"{folder}: has neither {' nor '.join(WEIGHTS)}")
-    state = _official(_read_weights(weights), family, weights)
+    weights, state = read_weights(folder)
+    state = _official(state, family, weights)
     if config.get("with_box_refine") and not config.get("two_stage"):
         for layer in range(config.get("decoder_layers", 6)):  # saved once where all layers' are one
             for kind in ("weight", "bias"):
                 state.setdefault(f"class_embed.{layer}.{kind}", state[f"class_embed.0.{kind}"])
-    return OfficialCheckpoint(weights, state, family_of(state), _told(folder, config), None), _names(path, config)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise WeightsError(f"no file {path}; a folder of Hugging Face's has one") from None
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not readable as JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path}: holds a {type(config).__name__}, expected settings of a model")
-    return config
+    return OfficialCheckpoint(weights, state, family_of(state), _told(folder, config), None), class_names(path, config)
 
 
 def _check(path: Path, config: Mapping[str, Any]) -> None:
@@ -151,7 +99,15 @@ def _check(path: Path, config: Mapping[str, Any]) -> None:
             raise WeightsError(f"{path}: {name} is {value!r}; models here have {possible[0]!r}")
 
 
-def _read_weights(path: Path) -> State:
+def read_weights(folder: Path) -> tuple[Path, State]:
+    """The file of weights in a folder, and its entries. Raises WeightsError where it is missing or damaged."""
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise WeightsError(f"{folder}: has neither {' nor '.join(WEIGHTS)}")
+    return path, _entries(path)
+
+
+def _entries(path: Path) -> State:
     if path.suffix != ".safetensors":
         return read_checkpoint(path)
     try:
@@ -191,12 +147,12 @@ def _told(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "model.backbone.dilation": bool(dilation),
     }
     if (folder / PREPROCESSOR).is_file():
-        size = _read_json(folder / PREPROCESSOR).get("size")
+        size = read_json(folder / PREPROCESSOR).get("size")
         told["data.image_size"] = size.get("shortest_edge") if isinstance(size, dict) else size
     return {name: value for name, value in told.items() if value is not None}
 
 
-def _names(path: Path, config: Mapping[str, Any]) -> dict[int, str] | None:
+def class_names(path: Path, config: Mapping[str, Any]) -> dict[int, str] | None:
     """Names of classes by label, unless they are numbered only; labels without a class are called N/A there."""
     names = names_by_label(config.get("id2label", {}), path)
     if all(name == f"LABEL_{label}" for label, name in names.items()):
@@ -226,7 +182,7 @@ def write_huggingface(source: Source, folder: Path) -> None:
             state[name] = value
     write_atomic(folder / WEIGHTS[0], lambda path: save_file(state, path, {"format": "pt"}))
     write_json(folder / "config.json", config)
-    write_json(folder / PREPROCESSOR, _preprocessor(source.cfg))
+    write_json(folder / PREPROCESSOR, preprocessor(source.cfg))
 
 
 def their_config(source: Source) -> dict[str, Any]:
@@ -291,7 +247,8 @@ def _sampling(model: Deformable) -> dict[str, Any]:
     }
 
 
-def _preprocessor(cfg: Config) -> dict[str, Any]:
+def preprocessor(cfg: Config) -> dict[str, Any]:
+    """How images are prepared, as transformers' image processors read it."""
     size = cfg.data.image_size
     return {
         "image_processor_type": "DetrImageProcessor",

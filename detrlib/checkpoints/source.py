@@ -33,7 +33,9 @@ def build_source(source: Source) -> nn.Module:
 
     Raises RunError naming the file if its weights are of another architecture than its settings.
     """
-    model = _without_memory(source).to_empty(device="cpu")  # random weights would only be overwritten
+    model = _without_memory(source)  # random weights would only be overwritten
+    if next(model.parameters()).is_meta:
+        model = model.to_empty(device="cpu")
     load_weights(model, source.state, source.path)
     set_alphas(model, source.cfg.model.annealed_alphas(source.epoch))
     return model.eval()
@@ -48,7 +50,8 @@ def fitting(source: Source, what: str) -> Source:
 
 
 def _without_memory(source: Source) -> nn.Module:
-    with torch.device("meta"):
+    """The model of a source; those of transformers are built as they are, since they compute some of what they hold."""
+    with torch.device("cpu" if source.cfg.model.architecture == "huggingface" else "meta"):
         return build_model(source.cfg.model, backbone_weights="none")
 
 

@@ -1,5 +1,6 @@
-"""Typed, frozen settings (`settings`, `model`), and how files, bases and overrides become them (`load`)."""
+"""Typed, frozen settings (`settings`, `model`, `huggingface`), and how files and overrides become them (`load`)."""
 
+from detrlib.config.huggingface import HuggingFace
 from detrlib.config.load import (
     PROJECT,
     changed_settings,
@@ -12,5 +13,5 @@ from detrlib.config.load import (
     replace,
     save_config,
 )
-from detrlib.config.model import Backbone, Deformable, Detr, Model, TransformName
-from detrlib.config.settings import Config, Data, Evaluate, Loss, Shapes, Train
+from detrlib.config.model import Backbone, Deformable, Detr, TransformName
+from detrlib.config.settings import Config, Data, Evaluate, Loss, Model, Shapes, Train

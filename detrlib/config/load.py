@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from detrlib.config.model import FAMILIES, Section
-from detrlib.config.settings import Config
+from detrlib.config.model import Section
+from detrlib.config.settings import FAMILIES, Config
 from detrlib.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,9 @@ GIVEN = {
         "model.deformable": (None, "set model.architecture to deformable"),
         "model.compatibility.dam": (None, "it scores no tokens; that is Sparse DETR"),
     },
+    "huggingface": {"model.": (None, "transformers' configuration has its own names, which stand in model.options")},
 }
+OPEN = "model.options."  # what stands below it has names of transformers'
 
 
 def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
@@ -80,7 +82,7 @@ def replace(cfg: Config, overrides: dict[str, Any]) -> Config:
 
 def save_config(cfg: Config, path: Path) -> None:
     """Write the whole of `cfg`, defaults included, so that a run folder needs no other file to be understood."""
-    path.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+    path.write_text(yaml.dump(cfg.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False))
 
 
 def changed_settings(cfg: Config, base: Config) -> dict[str, Any]:
@@ -94,7 +96,10 @@ def flat_settings(section: Section, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
-        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
+        if isinstance(value, Section):
+            flat |= flat_settings(value, f"{prefix}{name}.")
+        else:
+            flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
@@ -201,7 +206,7 @@ def _over(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     """`high` over `low`; where it names another architecture, only what that one knows is taken over from `low`."""
     family = high.get(ARCHITECTURE, low.get(ARCHITECTURE))
     if isinstance(family, str) and family in FAMILIES and family != low.get(ARCHITECTURE, "detr"):
-        low = {key: value for key, value in low.items() if not key.startswith("model.") or key in KNOWN_TO[family]}
+        low = {key: value for key, value in low.items() if not key.startswith("model.") or _knows(family, key)}
     return low | high
 
 
@@ -219,11 +224,18 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would read as a number, such as a class of the name 1e3."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 # Checking
 
 
 def known_settings(section: type[Section] = Config, prefix: str = "") -> list[str]:
-    """Every dotted setting, those of both families of models, for messages, documentation and completion."""
+    """Every dotted setting, those of all families of models, for messages, documentation and completion."""
     names: dict[str, None] = {}
     for name, field in section.model_fields.items():
         names[prefix + name] = None
@@ -242,7 +254,11 @@ def _sections_of(annotation: Any) -> list[type[Section]]:
 ARCHITECTURE = "model.architecture"
 KNOWN = known_settings()
 KNOWN_TO = {name: set(known_settings(family, "model.")) for name, family in FAMILIES.items()}
-DEFAULTS = {name: flat_settings(family(), "model.") for name, family in FAMILIES.items()}
+DEFAULTS = {name: flat_settings(family.model_construct(), "model.") for name, family in FAMILIES.items()}
+
+
+def _knows(family: str, key: str) -> bool:
+    return key in KNOWN_TO[family] or (family == "huggingface" and key.startswith(OPEN))
 
 
 def _checked(settings: dict[str, Any], where: str) -> Config:
@@ -272,22 +288,23 @@ def _checked(settings: dict[str, Any], where: str) -> Config:
 
 
 def _is_given(key: str, value: Any, family: str, where: str) -> bool:
-    """Whether a setting is of the other family and says what is always so in this one.
+    """Whether a setting is of another family and says what is always so in this one.
 
     Raises ConfigError when it says something else.
     """
-    if not key.startswith("model.") or key in KNOWN_TO[family]:
+    if not key.startswith("model.") or _knows(family, key):
         return False
-    (other,) = FAMILIES.keys() - {family}
-    always, reason = next((said for start, said in GIVEN[family].items() if key.startswith(start)), (None, ""))
-    if value == (DEFAULTS[other].get(key) if always is None else always):
+    theirs = "set model.architecture to huggingface"
+    always, reason = next((said for start, said in GIVEN[family].items() if key.startswith(start)), (None, theirs))
+    elsewhere = [defaults[key] for defaults in DEFAULTS.values() if key in defaults]
+    if value in (elsewhere if always is None else [always]):
         return True
     wanted = f"leave {key} at {always}" if always else f"leave {key} out"
     raise ConfigError(f"{where}{key} {value!r} is of no use to {ARCHITECTURE} {family}: {reason}; {wanted}")
 
 
 def _check_known(key: str, where: str) -> None:
-    if key in KNOWN or key in MOVED or key in DOUBLED:
+    if key in KNOWN or key in MOVED or key in DOUBLED or key.startswith(OPEN):
         return
     last = key.split(".")[-1]
     near = difflib.get_close_matches(key, KNOWN, 1, 0.5)

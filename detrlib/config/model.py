@@ -1,7 +1,7 @@
-"""Settings of a model, which is of one of two families: `Detr` or `Deformable`, told apart by `model.architecture`.
+"""Settings of the models of this library, of two families: `Detr` and `Deformable`, told apart by `model.architecture`.
 
 Each has the settings that mean something to it and no others. What cannot be said by a type is checked, with the reason
-and the remedy.
+and the remedy. The third family, detectors of transformers, stands in `config.huggingface`.
 """
 
 from typing import Annotated, Any, Literal, get_args
@@ -10,9 +10,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -34,7 +32,7 @@ class Section(BaseModel):
         """Where a list may stand, `encoder_self` means [encoder_self], and `2,3,4` means [2, 3, 4]."""
         kind = cls.model_fields[info.field_name].annotation
         of_any_length = any(get_args(part)[1:] == (...,) for part in (kind, *get_args(kind)))
-        if of_any_length and isinstance(value, str | int):
+        if of_any_length and isinstance(value, str | int) and not isinstance(value, bool):
             return tuple(part.strip() for part in str(value).split(","))
         return value
 
@@ -183,28 +181,10 @@ class DeformableCompatibility(Compatibility):
     dam: Literal["exact", "official"] = "exact"  # decoder attention maps half a cell off: Sparse DETR
 
 
-class Architecture(Section):
-    """What the two families have in common."""
+class Attending(Section):
+    """What all families have in common: sites with transforms, and classes."""
 
-    backbone: Backbone = Backbone()
-    hidden_dim: int = Field(256, ge=8, multiple_of=4)  # sines and cosines of x and y: a multiple of 4
-    num_heads: int = Field(8, ge=1)
-    encoder_layers: int = Field(6, ge=0)
-    decoder_layers: int = Field(6, ge=1)
-    feedforward_dim: int = Field(2048, ge=1)
-    dropout: float = Field(0.1, ge=0.0, lt=1.0)
-    position: Literal["sine", "learned"] = "sine"
-    position_temperature: float = Field(10000.0, gt=0.0)
-    num_queries: int = Field(100, ge=1)
     num_classes: int | None = Field(None, ge=1)  # None: taken from the data
-
-    @model_validator(mode="after")
-    def _heads_share_the_channels(self):
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(
-                f"model.hidden_dim {self.hidden_dim} is not a multiple of model.num_heads {self.num_heads}"
-            )
-        return self
 
     @model_validator(mode="after")
     def _annealed_sites_have_an_alpha(self):
@@ -230,6 +210,11 @@ class Architecture(Section):
             )
         return self
 
+    @property
+    def padding_matters(self) -> bool:
+        """Whether predictions for an image depend on how it is padded in a batch."""
+        return self.compatibility.padding != "exact"
+
     def transform_at(self, site: SiteName) -> str:
         """The transform of a site's scores, or "deformable" where points are sampled instead of keys scored."""
         return getattr(self.attention, site, "deformable")
@@ -251,6 +236,43 @@ class Architecture(Section):
         left = max(0.0, 1 - epochs / anneal.epochs)
         return {site: left * anneal.start + (1 - left) * aim for site, aim in aims.items() if aim not in (None, 1.0)}
 
+    def scores_keys(self, site: SiteName) -> bool:
+        """Whether keys are scored at a site; otherwise points are sampled."""
+        return hasattr(self.attention, site)
+
+    @property
+    def cells_ask(self) -> bool:
+        """Whether the queries of encoder_self are the cells of the map that it attends to."""
+        return self.scores_keys("encoder_self")
+
+    @property
+    def proposal_head(self) -> int | None:
+        """The number of the class head that says only that there is an object, where there is one."""
+        return None
+
+
+class Architecture(Attending):
+    """What the two families of this library have in common."""
+
+    backbone: Backbone = Backbone()
+    hidden_dim: int = Field(256, ge=8, multiple_of=4)  # sines and cosines of x and y: a multiple of 4
+    num_heads: int = Field(8, ge=1)
+    encoder_layers: int = Field(6, ge=0)
+    decoder_layers: int = Field(6, ge=1)
+    feedforward_dim: int = Field(2048, ge=1)
+    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    position: Literal["sine", "learned"] = "sine"
+    position_temperature: float = Field(10000.0, gt=0.0)
+    num_queries: int = Field(100, ge=1)
+
+    @model_validator(mode="after")
+    def _heads_share_the_channels(self):
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"model.hidden_dim {self.hidden_dim} is not a multiple of model.num_heads {self.num_heads}"
+            )
+        return self
+
 
 class Detr(Architecture):
     """DETR with any transform at any site, learned or anchor queries, and PnP-DETR's polling."""
@@ -264,6 +286,11 @@ class Detr(Architecture):
     queries: Literal["learned", "conditional", "anchor"] = "learned"
     classification: Literal["softmax", "sigmoid"] = "softmax"  # softmax adds a no-object class
     compatibility: DetrCompatibility = DetrCompatibility()
+
+    @property
+    def cells_ask(self) -> bool:
+        """As of `Attending`: of a model that polls, kept cells and pooled tokens ask."""
+        return self.polling.ratio is None
 
     @model_validator(mode="after")
     def _encoder_exists(self):
@@ -298,6 +325,12 @@ class Deformable(Architecture):
     deformable: DeformableOptions = DeformableOptions()
     compatibility: DeformableCompatibility = DeformableCompatibility()
 
+    @property
+    def proposal_head(self) -> int | None:
+        """As of `Attending`."""
+        chosen = self.deformable
+        return self.decoder_layers if chosen.two_stage and not chosen.class_specific_proposals else None
+
     @model_validator(mode="after")
     def _encoder_exists(self):
         if self.encoder_layers < 1 and (self.deformable.rho < 1 or self.deformable.encoder_auxiliary):
@@ -305,17 +338,3 @@ class Deformable(Architecture):
                 "model.deformable: rho below 1 and encoder_auxiliary need model.encoder_layers of 1 or more"
             )
         return self
-
-
-FAMILIES = {"detr": Detr, "deformable": Deformable}
-
-
-def architecture_of(model: Any) -> str:
-    """The family that a section, or the values of one, belong to."""
-    name = model.get("architecture", "detr") if isinstance(model, dict) else getattr(model, "architecture", "detr")
-    return name if isinstance(name, str) else repr(name)
-
-
-Model = Annotated[
-    Annotated[Detr, Tag("detr")] | Annotated[Deformable, Tag("deformable")], Discriminator(architecture_of)
-]

@@ -10,11 +10,12 @@ from torch import nn
 from detrlib.config import Train
 from detrlib.models import alpha_modules, sampling_projections
 
-FROZEN = {  # by `train.freeze`, names of parameters
-    "backbone": r"backbone\.",
-    "encoder": r"transformer\.encoder\.",
-    "decoder": r"transformer\.decoder\.",
-    "all_but_alpha_and_heads": r"(?!.*\.transform\.|class_embed\.|bbox_embed\.)",  # alpha: all that transforms learn
+FROZEN = {  # by `train.freeze`, names of parameters, those of detectors of transformers included
+    "backbone": r"(model\.model\.)?backbone\.",
+    "encoder": r"(transformer|model\.model)\.encoder\.",
+    "decoder": r"(transformer|model\.model)\.decoder\.(?!class_embed|bbox_embed)",
+    # alpha: all that transforms learn
+    "all_but_alpha_and_heads": r"(?!.*\.transform\.|(model\.|decoder\.)*(class_|bbox_))",
 }
 
 
@@ -37,7 +38,7 @@ def parameter_groups(model: nn.Module, cfg: Train) -> list[dict]:
     groups = {"rest": [], "backbone": [], "projections": [], "alpha": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = "backbone" if name.startswith("backbone.") else special.get(id(parameter), "rest")
+            group = "backbone" if re.match(FROZEN["backbone"], name) else special.get(id(parameter), "rest")
             groups[group].append(parameter)
     settings = {
         "rest": {"lr": cfg.lr},

@@ -212,7 +212,7 @@ def check_view(detectors: Sequence[Detector], site: Site, layer: int, head: int 
     for each in detectors:
         model = each.cfg.model
         layers = model.encoder_layers if site == "encoder_self" else model.decoder_layers
-        if site == "encoder_self" and (model.transform_at(site) == "deformable" or model.polling.ratio):
+        if site == "encoder_self" and not model.cells_ask:
             raise ModelError(f"{each.label}: what asks in its encoder are no cells of the picture; draw decoder_cross")
         if not -layers <= layer < layers:
             raise ModelError(f"{each.label}: no layer {layer} at {site}; there are 0 to {layers - 1}, or -1")

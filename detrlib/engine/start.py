@@ -9,6 +9,7 @@ out (its alphas, for example), what the new one has to learn stays as initialise
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from detrlib.checkpoints.adapted import adapted_source
 from detrlib.config import Config, Model, flat_settings, project_path
+from detrlib.config.huggingface import source_folder
 from detrlib.data import CocoDataset, build_dataset
 from detrlib.data.classes import find_label
 from detrlib.data.sizes import suggested_image_sizes
@@ -28,9 +31,12 @@ from detrlib.runs.sources import Source, open_source
 
 log = logging.getLogger(__name__)
 
-HEADS = "class_embed."
+# Class heads, and what detectors of transformers call theirs.
+HEADS = re.compile(r"(model\.)*(decoder\.)?(class_embed|class_labels_classifier|enc_score_head)\.")
 OF_TRANSFORM = ".transform."
-OF_NO_MATTER = ("model.num_classes", "model.backbone.weights", "model.backbone.freeze_stem")  # once weights are given
+FEW_UPDATES, MEASURED_UPDATES = 500, "of 32 drawn pictures each, 400 give AP 0.42 and 1,000 give 0.67"
+# Once weights are given.
+OF_NO_MATTER = ("model.num_classes", "model.source", "model.backbone.weights", "model.backbone.freeze_stem")
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def initial_model(cfg: Config, weights: str | Path | None = None) -> nn.Module:
 
 
 def starting_model(cfg: Config, train_set: CocoDataset | None = None) -> tuple[nn.Module, Start | None]:
-    """The model that training starts from, and what was taken over if there is a `train.start`.
+    """The model that training starts from, and what was taken over if there is a `train.start` or a `model.source`.
 
     Args:
         cfg: every setting, model.num_classes included.
@@ -79,19 +85,35 @@ def starting_model(cfg: Config, train_set: CocoDataset | None = None) -> tuple[n
     Raises:
         WeightsError: the source is missing or does not fit; all entries that do not are named.
     """
-    crops = cfg.model.backbone.weights == "crops" and not cfg.train.start
-    if train_set is None and (crops or cfg.train.start):
+    backbone, theirs = getattr(cfg.model, "backbone", None), getattr(cfg.model, "source", None)
+    given = cfg.train.start or theirs
+    crops = backbone is not None and backbone.weights == "crops" and not given
+    if train_set is None and (crops or given):
         train_set = build_dataset(cfg.data, "train")
     if crops:
         warn_of_large_objects(cfg, train_set)
-    weights = backbone_weights(cfg.model.backbone, train_set, cfg.data.image_size) if crops else None
-    model, start = initial_model(cfg, "none" if cfg.train.start else weights), None
+    weights = backbone_weights(backbone, train_set, cfg.data.image_size) if crops else None
+    model, start = initial_model(cfg, "none" if given else weights), None
     if cfg.train.start:
         file = project_path(cfg.train.start)
         source = open_source(file if file.is_file() else cfg.train.start)
         start = take_over(model, source, cfg.model, train_set.names)
+    elif theirs:
+        source = adapted_source(source_folder(theirs, weights=True))
+        start = take_over(model, source, cfg.model, train_set.names)
     set_alphas(model, cfg.model.annealed_alphas(0))
     return model, start
+
+
+def few_updates(cfg: Config, updates: int) -> list[str]:
+    """A line that warns of a budget of so few updates that little can be learned from scratch; none if it is enough."""
+    if cfg.train.start or updates >= FEW_UPDATES:
+        return []
+    return [
+        f"warning: {updates} updates in all, in {cfg.train.epochs} epochs, are few for a detector from scratch "
+        f"({MEASURED_UPDATES}); raise train.epochs or train.epoch_updates, the updates of each, or begin with the "
+        "weights of a detector (train.start)"
+    ]
 
 
 def warn_of_large_objects(cfg: Config, dataset: CocoDataset) -> None:
@@ -146,7 +168,7 @@ def take_over(model: nn.Module, source: Source, settings: Model, names: Mapping[
             f"settings, or from another source; here are {said or 'the same settings'}"
         )
     classes = _same_classes(source, settings, names)
-    heads = [name for name in own if name.startswith(HEADS)]
+    heads = [name for name in own if HEADS.match(name)]
     fit = all(own[name].shape == given[name].shape for name in heads) and source.names in (names, None)
     remade = [] if fit and _kind_of_heads(source.cfg.model) == _kind_of_heads(settings) else heads
     for name in remade:
@@ -175,7 +197,7 @@ def _differing(there: Model, here: Model) -> dict[str, list]:
 def _comparable(state: Mapping[str, Tensor], without: list[str]) -> dict[str, Tensor]:
     """The entries that must fit; of class heads, a row."""
     kept = {name: value for name, value in state.items() if name not in without}
-    return {name: value[0] if name.startswith(HEADS) else value for name, value in kept.items()}
+    return {name: value[0] if HEADS.match(name) else value for name, value in kept.items()}
 
 
 def _same_classes(source: Source, settings: Model, names: Mapping[int, str]) -> dict[int, int]:
@@ -189,7 +211,7 @@ def _same_classes(source: Source, settings: Model, names: Mapping[int, str]) -> 
 
 def _kind_of_heads(settings: Model) -> tuple[str, bool]:
     """How they say classes, and whether that of proposals has a class that stands for all."""
-    return getattr(settings, "classification", "sigmoid"), _any_object(f"{HEADS}{settings.decoder_layers}.", settings)
+    return getattr(settings, "classification", "sigmoid"), settings.proposal_head is not None
 
 
 def _kept_rows(name: str, classes: dict[int, int], there: Model, here: Model) -> dict[int, int]:
@@ -203,7 +225,4 @@ def _kept_rows(name: str, classes: dict[int, int], there: Model, here: Model) ->
 
 def _any_object(name: str, settings: Model) -> bool:
     """Whether an entry is of the head that judges proposals, by one class that stands for all."""
-    chosen = getattr(settings, "deformable", None)
-    if chosen is None or not chosen.two_stage or chosen.class_specific_proposals:
-        return False
-    return name.startswith(f"{HEADS}{settings.decoder_layers}.")
+    return settings.proposal_head is not None and f"class_embed.{settings.proposal_head}." in name

@@ -22,7 +22,6 @@ from detrlib.errors import ModelError
 from detrlib.experiments.propagation import mean_over_heads, relevance, rollout, weighted_by_gradient
 from detrlib.models import AttentionMaps, Predictions
 from detrlib.models.backbone import image_sizes
-from detrlib.models.deformable import DeformableDETR
 from detrlib.models.outputs import cell_side
 
 METHODS = ("raw", "rollout", "grad_attention", "relevance", "box", "random")
@@ -82,15 +81,15 @@ def allowed_methods(model: nn.Module, methods: Iterable[str] | None = None) -> t
 
     Raises ModelError for unknown methods, and for those that need weights deformable attention does not have.
     """
-    deformable = isinstance(model, DeformableDETR)
+    points = getattr(model, "samples_points", False)
     if methods is None:
-        return OF_ALL_MODELS if deformable else METHODS
+        return OF_ALL_MODELS if points else METHODS
     methods = tuple(dict.fromkeys(methods))
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods:
         raise ModelError(f"unknown explanation {', '.join(unknown) or '(none)'}; there are {', '.join(METHODS)}")
     refused = [name for name in methods if name not in OF_ALL_MODELS]
-    if deformable and refused:
+    if points and refused:
         raise ModelError(
             f"{', '.join(refused)}: deformable attention samples locations instead of weighing all cells, so that its "
             f"layers cannot be multiplied; for this model there are {', '.join(OF_ALL_MODELS)}"

@@ -8,6 +8,7 @@ were softmax. Normalisation, activations and sums are not. Nothing is computed: 
 """
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -27,8 +28,12 @@ REST = "rest"  # what is in no component: queries, level embeddings
 
 # Where a module belongs, by the beginning of its path, first match first: heads also work inside the decoder.
 COMPONENTS = {
-    "class_embed": "heads",
-    "bbox_embed": "heads",
+    **dict.fromkeys(("class_embed", "bbox_embed", "class_labels_classifier", "bbox_predictor"), "heads"),
+    **dict.fromkeys(("decoder.class_embed", "decoder.bbox_embed"), "heads"),
+    **dict.fromkeys(("encoder_input_proj", "decoder_input_proj", "input_projection"), "input projection"),
+    **dict.fromkeys(("enc_output", "enc_score_head", "enc_bbox_head"), "proposals"),
+    "encoder": "encoder",
+    "decoder": "decoder",
     "transformer.enc_output": "proposals",
     "transformer.pos_trans": "proposals",
     "transformer.enc_mask_predictor": "scoring",
@@ -41,7 +46,8 @@ ORDER = ("backbone", "input projection", "scoring", "encoder", "proposals", "dec
 
 
 def component_of(path: str) -> str:
-    """The component of the module or parameter at a dotted path."""
+    """The component of the module or parameter at a dotted path, in a detector of transformers too."""
+    path = re.sub(r"^(model\.)+", "", path)
     holding = (name for prefix, name in COMPONENTS.items() if f"{path}.".startswith((f"{prefix}.", f"{prefix}_")))
     return next(holding, REST)
 

@@ -28,6 +28,7 @@ from detrlib.experiments.interventions import attention_modules, fixed_alpha, le
 from detrlib.files import write_atomic
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.detection import UNDEFINED
+from detrlib.models.huggingface_weights import num_heads
 from detrlib.models.outputs import Site
 from detrlib.runs.folder import load_table, run_config
 from detrlib.runs.results import MADE_BY
@@ -84,7 +85,7 @@ def rearranged_alphas(model: nn.Module, site: Site, seed: int = 0) -> list[Inter
 
 def single_heads(model: nn.Module, site: Site) -> list[Intervention]:
     """Every head pruned alone (Michel et al. 2019, "Are Sixteen Heads Really Better than One?", Sec. 3.2)."""
-    heads = [(layer, head) for layer, m in enumerate(attention_modules(model, site)) for head in range(m.num_heads)]
+    heads = [(layer, head) for layer, m in enumerate(attention_modules(model, site)) for head in range(num_heads(m))]
     return [
         Intervention("head", site, partial(pruned, site=site, heads={layer: [head]}), "pruned", layer, head)
         for layer, head in heads

@@ -16,10 +16,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from detrlib.attention import AlphaEntmax, ConditionalCrossAttention, MultiheadAttention, Transform, build_transform
+from detrlib.attention import AlphaEntmax, Transform, build_transform
 from detrlib.attention.entmax import LEAST_ALPHA
 from detrlib.attention.transforms import Entmax, Grid, Softmax, TVMax
 from detrlib.errors import ModelError
+from detrlib.models.huggingface import HuggingFaceDetector
+from detrlib.models.huggingface_attention import sites_of
+from detrlib.models.huggingface_weights import num_heads
 from detrlib.models.outputs import Site
 
 ADDRESSES = {  # of attention modules: in the layers of the encoder or decoder, under this name
@@ -40,7 +43,8 @@ class ByHead(Transform):
         self.padding_adds_one = padding_adds_one  # of those that may take the place of the pruned ones
 
     def forward(self, scores: Tensor, padding: Tensor | None = None, grid: Grid | None = None) -> Tensor:
-        """As `Transform.forward`; padding is that of the keys, [B,1,1,K]."""
+        """As `Transform.forward`; padding is that of the keys, the same for all heads."""
+        padding = None if padding is None else padding[:, :1]
         weights = torch.zeros_like(scores, dtype=torch.promote_types(scores.dtype, torch.float32))
         for transform, heads in zip(self.transforms, self.heads, strict=True):
             if any(True for _ in transform.parameters()):  # one for each head, perhaps: it must see them all
@@ -53,16 +57,21 @@ class ByHead(Transform):
         return f"heads={self.heads}"
 
 
-def attention_modules(model: nn.Module, site: Site) -> list[MultiheadAttention | ConditionalCrossAttention]:
-    """The attention modules of a site, first layer to last. Raises ModelError where no keys are scored."""
+def attention_modules(model: nn.Module, site: Site) -> list[nn.Module]:
+    """The attention modules of a site, first layer to last, each with a `transform`.
+
+    Raises ModelError where no keys are scored.
+    """
     if site not in ADDRESSES:
         raise ModelError(f"unknown site '{site}'; there are {', '.join(ADDRESSES)}")
     part, name = ADDRESSES[site]
-    layers = getattr(model.transformer, part).layers
-    if not layers:
+    if isinstance(model, HuggingFaceDetector):
+        modules = sites_of(model).get(site, [])
+    else:
+        modules = [getattr(layer, name, None) for layer in getattr(model.transformer, part).layers]
+    if not modules:
         raise ModelError(f"the model has no {part} layers, so there is nothing to change at {site}")
-    modules = [getattr(layer, name, None) for layer in layers]
-    if not all(isinstance(module, MultiheadAttention | ConditionalCrossAttention) for module in modules):
+    if not all(isinstance(getattr(module, "transform", None), Transform) for module in modules):
         raise ModelError(
             f"{site} of this model is deformable attention: it samples points and has no scores to transform; "
             "use decoder_self"
@@ -87,14 +96,18 @@ def swapped(
 
     def change(layer: int, module: nn.Module) -> Transform:
         try:
-            new = build_transform(transform, module.num_heads, **settings)
+            new = build_transform(transform, num_heads(module), **settings)
         except ValueError as error:
             raise ModelError(str(error)) from None
         if isinstance(new, TVMax) and site == "decoder_self":
             raise ModelError("tvmax needs keys that form a grid: use it at encoder_self or decoder_cross")
+        if isinstance(new, TVMax) and isinstance(model, HuggingFaceDetector):
+            raise ModelError(
+                "tvmax needs a grid, which a model of transformers notes for it when it is built with tvmax"
+            )
         if isinstance(new, TVMax) and getattr(model.transformer.encoder, "poll", None) is not None:
             raise ModelError("tvmax needs keys that form a grid: those of a model that polls do not")
-        return _with_heads(module, [new] * module.num_heads, heads)
+        return _with_heads(module, [new] * num_heads(module), heads)
 
     with _changed(model, site, change, layers):
         yield model
@@ -114,7 +127,7 @@ def fixed_alpha(
     another shape or value, and as `swapped`.
     """
     modules = attention_modules(model, site)
-    shape = len(modules), modules[0].num_heads
+    shape = len(modules), num_heads(modules[0])
     values = torch.as_tensor(alpha, dtype=torch.float64).detach().cpu()
     if values.shape not in ((), shape[1:], shape):
         raise ModelError(
@@ -140,7 +153,7 @@ def pruned(model: nn.Module, site: Site, heads: Mapping[int, Collection[int]]) -
     """
 
     def change(layer: int, module: nn.Module) -> Transform:
-        return _with_heads(module, [None] * module.num_heads, heads[layer])
+        return _with_heads(module, [None] * num_heads(module), heads[layer])
 
     with _changed(model, site, change, heads):
         yield model
@@ -168,12 +181,12 @@ def _changed(
 
 def _use(module: nn.Module, transform: Transform) -> None:
     """Let a module use a transform. It may have moved to another device while it used another one."""
-    module.transform = transform.to(module.out_proj.weight.device).train(module.training)
+    module.transform = transform.to(next(module.parameters()).device).train(module.training)
 
 
 def _with_heads(module: nn.Module, new: Sequence[Transform | None], heads: Collection[int] | None) -> Transform:
     """The transform of a module with that of `new` for each of `heads`; None in it prunes, and pruned ones stay so."""
-    now, count = module.transform, module.num_heads
+    now, count = module.transform, num_heads(module)
     chosen = set(range(count) if heads is None else heads)
     if chosen - set(range(count)):
         raise ModelError(f"heads {sorted(chosen)}: a layer has {count}, numbered from 0")

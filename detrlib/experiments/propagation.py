@@ -33,14 +33,16 @@ def weighted_by_gradient(predictions: Predictions, queries: Tensor, labels: Tens
     """A' (Chefer, Gur & Wolf 2021, Eq. 5) of one image for one detection after the other.
 
     The gradient is that of the logit of the detection's class; queries, labels [n] of the detections in a batch of one
-    image. Raises ModelError for a model without gradients.
+    image. Raises ModelError for a model without gradients, or whose maps are put together of several.
     """
     by_site = [getattr(predictions.attention, site) for site in Layers._fields]
     maps = [weights for layers in by_site for weights in layers]
     if not all(weights.requires_grad for weights in maps):
         raise ModelError("explanations by gradient need a model with gradients: call model.requires_grad_()")
     for logit in predictions.logits[0, queries, labels]:
-        gradients = torch.autograd.grad(logit, maps, retain_graph=True)
+        gradients = torch.autograd.grad(logit, maps, retain_graph=True, allow_unused=True)
+        if any(gradient is None for gradient in gradients):
+            raise ModelError("explanations by gradient need an image without padding: give it alone")
         weighted = ((g * w.detach()).clamp(min=0).mean(1) for g, w in zip(gradients, maps, strict=True))
         yield Layers(*([next(weighted) for _ in layers] for layers in by_site))
 

@@ -258,7 +258,7 @@ def cells_grid(
         for index, cell, axes in zip(objects, cells, rest, strict=True):
             label = int(labels[index])
             mean = weights[:, cell].mean(0, dtype=np.float32)
-            looks.append(Panel(axes, example.image, mean, example.extent, boxes[index]))
+            looks.append(Panel(axes, example.image, mean, example.extent_of(mean), boxes[index]))
             axes.set_title(literal(names.get(label, str(label))) if layer == 0 else "", loc="left")
             for panel in (first, axes):
                 draw_box(panel, cell_box(example, cell), class_colour(label, names))

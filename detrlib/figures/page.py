@@ -115,7 +115,8 @@ def _one_run(detected: Detected) -> dict[str, Any]:
     if not views or not len(detected):
         return values
     kept = range(min(len(detected), MOST_MAPS))
-    cells = next(iter(views.values())).shape[-2:]
+    cells = detected.example.shape()[-2:]
+    views = {title: maps for title, maps in views.items() if maps.shape[-2:] == cells}  # one grid to a page
     widest = max(maps.shape[1] for maps in views.values())
     sheets = np.zeros((len(kept), len(views), cells[0], widest, cells[1]), dtype=np.uint8)
     for row, maps in enumerate(views.values()):

@@ -160,7 +160,8 @@ def maps_by_detection(
             draw_box(axes, boxes[index], colour)
             title = literal(f"{detected.names[index]} {detected.scores[index]:.2f}")
             axes.set_title(title, loc="left", color=colour)
-            looks.append(Panel(axes, image, maps[index], detected.example.extent, boxes[index]))
+            extent = detected.example.extent_of(maps[index])
+            looks.append(Panel(axes, image, maps[index], extent, boxes[index]))
     draw_maps(drawn, looks)
     return drawn
 

@@ -177,7 +177,8 @@ def draw_view(figure: Figure, view: View, stored: Stored, names: Mapping[int, st
             _draw_boxes(axes, view, example, query, names)
             if view.attention and weights is not None:
                 own = None if view.site == "encoder_self" else example.boxes[query]
-                looks.append((Panel(axes, example.image, weights, example.extent, own), example.boxes))
+                extent = example.extent_of(weights)
+                looks.append((Panel(axes, example.image, weights, extent, own), example.boxes))
             else:
                 axes.imshow(example.image)
             lines = [run, *described(view, example, query, weights, names)]

@@ -69,7 +69,8 @@ class AttentionMeasures:
         self.cfg, self.settings = cfg, cfg.evaluate
         selfs = ("encoder_self", "decoder_self")
         if sites is None:  # maps of the encoder are large
-            sites = [site for site in selfs if cfg.model.transform_at(site) not in ("softmax", "deformable")]
+            model = cfg.model
+            sites = [site for site in selfs if model.scores_keys(site) and model.transform_at(site) != "softmax"]
         self.sites = [*(site for site in selfs if site in sites), "decoder_cross"]
         model, measures = cfg.model, len(sparsity.MEASURES)
         heads = model.num_heads + 1
@@ -88,12 +89,11 @@ class AttentionMeasures:
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         chosen[queries] = True
         chosen = torch.stack([torch.ones_like(chosen), chosen, scores > self.settings.confident_score], 1)  # [B,S,Q]
-        if maps.key_padding is None:
-            key_valid = torch.ones(len(scores), math.prod(maps.grid), dtype=torch.bool, device=scores.device)
-        else:
-            key_valid = ~maps.key_padding
         looks = []
         for site in self.sites:
+            if (padding := maps.padding_at(site)) is None:
+                padding = scores.new_zeros(len(scores), math.prod(maps.grid_at(site)), dtype=torch.bool)
+            key_valid = ~padding
             rows = key_valid[:, None] if site == "encoder_self" else chosen  # rows of padding do not count
             valid = None if site == "decoder_self" or self.settings.count_padding else key_valid[:, None, None]
             measured = []

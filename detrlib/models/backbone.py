@@ -17,6 +17,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from detrlib.errors import ConfigError
+from detrlib.models.checkpointing import call
 from detrlib.models.pretrained import imagenet_weights, load_backbone_weights, read_weights
 from detrlib.models.swin import DEPTHS, PATCH, WIDTHS, WINDOW, swin_body, swin_stages
 
@@ -59,6 +60,7 @@ class Backbone(nn.Module):
         self.stages = tuple(stages)
         self.num_channels = [stage_channels(body, stage) for stage in self.stages]
         self.official_padding = official_padding
+        self.recompute = False  # see `checkpoint_activations`
 
     def forward(self, images: Tensor, padding: Tensor | None) -> list[FeatureMap]:
         masked = padding is not None and not self.official_padding
@@ -67,12 +69,13 @@ class Backbone(nn.Module):
         def inside(x: Tensor) -> Tensor:
             return x.masked_fill(masks[x.shape[-2:]][:, None], 0.0) if masked else x
 
+        again = self.recompute and self.training
         if isinstance(self.body, SwinTransformer):
             # How windows lie depends on the sizes as numbers: with padding, a GPU is asked for them, once.
             sizes = image_sizes(padding) if masked else None
-            maps = swin_stages(self.body, images, inside, sizes, self.official_padding)
+            maps = swin_stages(self.body, images, inside, sizes, self.official_padding, again)
         else:
-            maps = residual_stages(self.body, images, inside)
+            maps = residual_stages(self.body, images, inside, again)
         maps = [x for number, x in enumerate(maps, start=1) if number in self.stages]
         if padding is None or masked:
             return [FeatureMap(x, masks.get(x.shape[-2:])) for x in maps]
@@ -149,14 +152,19 @@ def _side(value: int | tuple[int, int]) -> int:
     return value if isinstance(value, int) else value[0]
 
 
-def residual_stages(body: nn.Module, images: Tensor, inside: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    """Images [B,3,H,W] -> maps of the four stages of a ResNet-like body; `inside` makes zero what is padding."""
+def residual_stages(
+    body: nn.Module, images: Tensor, inside: Callable[[Tensor], Tensor], again: bool = False
+) -> Iterator[Tensor]:
+    """Images [B,3,H,W] -> maps of the four stages of a ResNet-like body; `inside` makes zero what is padding.
+
+    again: of every block, keep the input only.
+    """
     x = images.contiguous(memory_format=torch.channels_last)
     x = inside(body.relu(normalised(body.conv1, body.bn1, inside(x))))
     x = inside(body.maxpool(x))  # whose windows reach from just outside an image into it
     for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
         for block in stage:
-            x = residual(block, x, inside)
+            x = call(residual, block, x, inside, again=again)
         yield x
 
 

@@ -1,20 +1,24 @@
 """From settings to a model: the one place where configuration and architecture meet."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
 
 from detrlib.attention import AlphaEntmax, Transform, build_transform
-from detrlib.attention.deformable import DeformableAttention
 from detrlib.attention.transforms import Entmax
-from detrlib.config import Deformable, Detr, Model, project_path
+from detrlib.config import Deformable, Detr, HuggingFace, Model, project_path
+from detrlib.config.huggingface import POINTS, SQUARE, their_config
+from detrlib.config.model import SiteName
 from detrlib.errors import ConfigError
 from detrlib.models.backbone import Backbone, build_backbone
 from detrlib.models.deformable import DeformableDETR
 from detrlib.models.deformable_layers import DeformableDecoder, DeformableEncoder, DeformableTransformer
 from detrlib.models.detr import DETR, Transformer
+from detrlib.models.outputs import site_of
 from detrlib.models.pnp import PollAndPool
 from detrlib.models.position import LearnedPosition, SinePosition
 from detrlib.models.pyramid import LevelProjections
@@ -22,16 +26,19 @@ from detrlib.models.sparse import ScoringNetwork
 from detrlib.models.transformer import AnchorDecoder, Decoder, Encoder, LayerSettings, MakeTransform, PointDecoder
 
 
-def build_model(settings: Model, backbone_weights: str | Path | None = None) -> DETR | DeformableDETR:
+def build_model(settings: Model, backbone_weights: str | Path | None = None) -> nn.Module:
     """The model that settings describe, with weights drawn at random but for those of a pretrained backbone.
+
+    The weights of `model.source`, of a detector of transformers, are loaded where training starts (engine/start.py).
 
     Args:
         settings: the section `model` of a config.
         backbone_weights: stands in for the settings' own: "none", "imagenet", or a file (see engine/pretrain.py).
 
     Returns:
-        A `DETR` or a `DeformableDETR`, by the architecture of the settings, on the CPU and in training mode. Both are
-        called as `model(images [B,3,H,W], padding_mask [B,H,W] or None, need_attention)` and return `Predictions`.
+        A `DETR`, a `DeformableDETR` or a `HuggingFaceDetector`, by the architecture of the settings, on the CPU and in
+        training mode. All are called as `model(images [B,3,H,W], padding_mask [B,H,W] or None, need_attention)` and
+        return `Predictions`.
 
     Raises:
         ConfigError: the settings need to know the data, as in `num_classes: null` and weights of "crops".
@@ -39,6 +46,8 @@ def build_model(settings: Model, backbone_weights: str | Path | None = None) -> 
     """
     if settings.num_classes is None:
         raise ConfigError("model.num_classes is not known without a data set; set it, or train through a config")
+    if isinstance(settings, HuggingFace):
+        return _huggingface(settings)
     build = _deformable if isinstance(settings, Deformable) else _detr
     return build(settings, backbone_weights)
 
@@ -96,6 +105,32 @@ def _deformable(settings: Deformable, weights: str | Path | None) -> DeformableD
         official_padding=official,
         map_shift=0.5 if published.dam == "exact" else 0.0,
     )
+
+
+def _huggingface(settings: HuggingFace) -> nn.Module:
+    from transformers import AutoModelForObjectDetection
+
+    from detrlib.data.augment import MEAN, STD
+    from detrlib.models.huggingface import HuggingFaceDetector
+    from detrlib.models.huggingface_attention import sites_of, use
+
+    kind, options = settings.kind, {name: value for name, value in settings.configuration.items() if name != "type"}
+    if len(options.get("encode_proj_layers", [0])) > 1:
+        raise ConfigError("model.options.encode_proj_layers names several levels; maps of one grid are drawn: name one")
+    # All layers learn, from our losses; denoising queries come with transformers' own.
+    theirs = their_config(kind, options | {"auxiliary_loss": True} | ({"num_denoising": 0} if kind in SQUARE else {}))
+    theirs.num_labels = settings.num_classes
+    model = AutoModelForObjectDetection.from_config(theirs)
+    model.requires_grad_()  # which parts are not trained is said by train.freeze
+    pixels = {"square": settings.square, "mean": MEAN, "std": STD} if kind in SQUARE else {}
+    stride = 2 ** (1 + int(theirs.backbone_config.out_features[0][-1])) if kind in POINTS else None
+    detector = HuggingFaceDetector(model, settings.classification, stride, **pixels)
+    attention = settings.attention
+    chosen = {site: getattr(attention, site) for site in get_args(SiteName)}
+    plain = [site for site in chosen if not settings.scores_keys(site) or site not in sites_of(model)]
+    chosen = {site: name for site, name in chosen.items() if name != "softmax" or site not in plain}
+    use(chosen, model, alpha=attention.alpha, alpha_init=attention.alpha_init, tv_lambda=attention.tv_lambda)
+    return detector
 
 
 def _position(settings: Model, centred: bool) -> nn.Module:
@@ -163,13 +198,14 @@ def set_alphas(model: nn.Module, alphas: Mapping[str, float]) -> None:
 
 def _transforms(model: nn.Module, kind: type[Transform]) -> dict[str, Transform]:
     """Transforms of a kind by site and layer."""
-    site_of = {"encoder.layers": "encoder_self", "self_attn": "decoder_self", "multihead_attn": "decoder_cross"}
-    transforms = {}
-    for name, module in model.named_modules():
-        if isinstance(module, kind):
-            site = next(site for part, site in site_of.items() if part in name)
-            layer = next(part for part in name.split(".") if part.isdigit())
-            transforms[f"{site}.{layer}"] = module
+    transforms, layers = {}, Counter()
+    for path, module in model.named_modules():
+        site, transform = site_of(path), getattr(module, "transform", None)
+        if site is None or not isinstance(transform, Transform):
+            continue
+        inner = [each for each in transform.modules() if isinstance(each, kind)]
+        transforms |= {f"{site}.{layers[site]}": each for each in inner}
+        layers[site] += 1
     return transforms
 
 
@@ -177,7 +213,7 @@ def sampling_projections(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that decide where deformable attention looks; they learn at a rate of their own."""
     parameters = []
     for module in model.modules():
-        if isinstance(module, DeformableAttention):
+        if hasattr(module, "sampling_offsets"):
             parameters += module.sampling_offsets.parameters()
         elif isinstance(module, DeformableTransformer) and module.reference_points is not None:
             parameters += module.reference_points.parameters()

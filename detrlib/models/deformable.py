@@ -54,6 +54,8 @@ class DeformableDETR(nn.Module):
     whole image, as in the official code.
     """
 
+    samples_points = True  # in attention to the image, which weighs no cells
+
     def __init__(
         self,
         backbone: Backbone,

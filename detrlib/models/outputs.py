@@ -4,6 +4,7 @@ Legend: B images, Q queries, C classes, H heads, K keys, h x w the key grid; in 
 L levels, P points, S tokens of all levels.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,6 +18,22 @@ from detrlib.errors import ModelError
 from detrlib.models.sparse import Kept
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
+
+# Attention stands in the layers of an encoder or a decoder, here and in transformers, whose hybrid encoders hold
+# several encoders and which wraps some attention once more. Backbones and text have encoders of their own.
+ADDRESS = re.compile(
+    r"(?!.*(?:backbone|text))(?:.*\.)?(encoder|decoder)(?:\.(?:aifi|encoder)\.\d+)?\.layers?\.\d+\."
+    r"(self_attn|attention|multihead_attn|encoder_attn|cross_attn)(?:\.\2)?"
+)
+
+
+def site_of(path: str) -> Site | None:
+    """The site of the attention module at a dotted path of a model; None where there is no attention."""
+    match = ADDRESS.fullmatch(path)
+    if match is None:
+        return None
+    part, name = match.groups()
+    return f"{part}_self" if name in ("self_attn", "attention") else f"{part}_cross" if part == "decoder" else None
 
 
 def cell_side(canvas: Sequence[int], grid: Sequence[int]) -> int:
@@ -96,19 +113,28 @@ class AttentionMaps:
     grid: tuple[int, int]  # (h, w), h * w == K but for models that poll and pool
     key_padding: Tensor | None  # [B,K], True = padding; None: there is none
     polled: Polled | None = None  # what the keys stand for, where they are not cells
+    encoder_grid: tuple[int, int] | None = None  # of encoder_self, where it is not `grid`: over the image, no padding
+
+    def grid_at(self, site: Site) -> tuple[int, int]:
+        """(h, w) of the keys of a site."""
+        return self.encoder_grid if site == "encoder_self" and self.encoder_grid else self.grid
+
+    def padding_at(self, site: Site) -> Tensor | None:
+        """[B,K], True = padding, of the keys of a site; None: there is none."""
+        return None if site == "encoder_self" and self.encoder_grid else self.key_padding
 
     def as_images(self, site: Site, layer: int) -> Tensor:
         """[B,H,queries,h,w]: keys laid out as the feature map. Raises ModelError where keys are no grid."""
         if site == "decoder_self":
             raise ModelError("the keys of decoder_self are queries, not cells of a feature map")
         weights = getattr(self, site)[layer]
-        return (weights if self.polled is None else self.polled.on_cells(weights)).unflatten(-1, self.grid)
+        return (weights if self.polled is None else self.polled.on_cells(weights)).unflatten(-1, self.grid_at(site))
 
-    def valid_grid(self, image: int) -> tuple[int, int]:
-        """(rows, columns) of the grid that belong to image number `image`, the rest being padding."""
-        padding = self.key_padding if self.polled is None else self.polled.cell_padding
+    def valid_grid(self, image: int, site: Site = "decoder_cross") -> tuple[int, int]:
+        """(rows, columns) of the grid of a site that belong to image number `image`, the rest being padding."""
+        padding = self.padding_at(site) if self.polled is None else self.polled.cell_padding
         if padding is None:
-            return self.grid
+            return self.grid_at(site)
         valid = ~padding[image].unflatten(-1, self.grid)
         return int(valid[:, 0].sum()), int(valid[0].sum())
 

@@ -83,6 +83,14 @@ class Example:
         maps = self.stored.maps(self.image_id, site, layer, queries=queries)
         return maps if layer is None else maps[0]
 
+    def extent_of(self, maps: np.ndarray) -> np.ndarray:
+        """[2], height and width of the image in cells of maps [...,h,w] of a site.
+
+        An encoder that sees every image as a square has cells of its own, which cover the image exactly.
+        """
+        own = maps.shape[-2:] == tuple(np.ceil(self.extent))
+        return self.extent if own else np.array(maps.shape[-2:], dtype=float)
+
     def _check(self, site: str) -> None:
         if site not in self.sites:
             raise RunError(
@@ -170,8 +178,8 @@ def _valid(weights: Tensor, image: int, site: Site, predictions: Predictions) ->
     """Maps [H,n,h,w] of one image without padding: neither as keys nor, where cells ask in the encoder, as queries."""
     if site == "decoder_self":
         return weights
-    grid = predictions.attention.grid
-    rows, columns = predictions.attention.valid_grid(image)
+    grid = predictions.attention.grid_at(site)
+    rows, columns = predictions.attention.valid_grid(image, site)
     cells_ask = predictions.tokens is None and predictions.polled is None and weights.shape[1] == grid[0] * grid[1]
     if site == "encoder_self" and cells_ask:
         weights = weights.unflatten(1, grid)[:, :rows, :columns].flatten(1, 2)

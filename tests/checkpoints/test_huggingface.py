@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from detrlib.checkpoints.huggingface import fetch_huggingface, huggingface_source, write_huggingface
+from detrlib.checkpoints.huggingface import huggingface_source, write_huggingface
 from detrlib.checkpoints.source import Source, build_source
 from detrlib.config import replace
+from detrlib.config.huggingface import fetch_huggingface
 from detrlib.errors import WeightsError
 
 DEFORMABLE = {"model.architecture": "deformable"}

@@ -1,6 +1,7 @@
 """Weights that training starts from: what is taken over, what is made anew, and what does not fit."""
 
 import json
+import shutil
 from dataclasses import replace as changed
 from pathlib import Path
 
@@ -8,13 +9,20 @@ import pytest
 import torch
 
 from detrlib.attention.transforms import Entmax
-from detrlib.config import replace
+from detrlib.checkpoints.adapted import write_adapted
+from detrlib.config import load_config, replace
 from detrlib.data import build_dataset
-from detrlib.engine.evaluate import load_model
+from detrlib.engine.evaluate import evaluate_run, load_model
 from detrlib.engine.loop import train
-from detrlib.engine.start import initial_model, take_over, warn_of_large_objects
-from detrlib.errors import WeightsError
+from detrlib.engine.predict import predict
+from detrlib.engine.start import FEW_UPDATES, few_updates, initial_model, take_over, warn_of_large_objects
+from detrlib.errors import ModelError, WeightsError
+from detrlib.experiments.explain import faithfulness_run
+from detrlib.experiments.intervene import intervene_run, plan
 from detrlib.files import load_checkpoint
+from detrlib.models import build_model
+from detrlib.runs.examples import load_examples
+from detrlib.runs.folder import read_metrics
 from detrlib.runs.sources import Source
 
 NAMES = {1: "circle", 2: "blue square", 3: "ring"}
@@ -211,8 +219,52 @@ def test_the_model_that_training_starts_from_depends_on_the_seed_alone(tiny_conf
     assert torch.equal(first, second) and not torch.equal(first, third)
 
 
+def test_a_small_budget_is_warned_of_unless_weights_are_given(tiny_config):
+    (line,) = few_updates(tiny_config(), FEW_UPDATES - 1)
+    assert str(FEW_UPDATES - 1) in line and "train.epoch_updates" in line
+    assert few_updates(tiny_config(), FEW_UPDATES) == []
+    assert few_updates(tiny_config({"train.start": "other"}), 1) == []
+
+
 @pytest.mark.parametrize("size, warns", [(64, False), (480, True)])
 def test_objects_that_no_cell_sees_whole_are_pointed_out(size, warns, tiny_config, caplog):
     cfg = tiny_config({"data.image_size": size})  # half of the shapes are longer than 0.3 of the image
     warn_of_large_objects(cfg, build_dataset(cfg.data, "train"))
     assert ("data.image_size" in caplog.text and "train.start" in caplog.text) is warns
+
+
+def test_a_detector_of_transformers_is_fine_tuned_from_a_folder_and_looked_at(huggingface_settings, tmp_path, capsys):
+    """Train from its weights with heads over other classes, stop, and evaluate, explain and predict what is left."""
+    settings, folder, run_dir = huggingface_settings("rt_detr_v2"), tmp_path / "theirs", tmp_path / "run"
+    torch.manual_seed(0)
+    source_cfg = load_config(overrides=settings)
+    names = {0: "circle", 1: "aardvark", 2: "ring", 3: "b", 4: "c"}
+    write_adapted(Source("theirs", source_cfg, build_model(source_cfg.model).state_dict(), names, folder), folder)
+    del settings["model"]["type"], settings["model"]["options"]
+    settings["model"] |= {"source": str(folder), "num_classes": None}
+    settings["model"]["attention"] = {"encoder_self": "entmax15", "decoder_self": "alpha_entmax"}
+    data = {"root": "shapes", "shapes": {"train": 16, "val": 4, "size": 64}, "image_size": 64, "workers": 0}
+    data |= {"contiguous": True, "augment": "flip"}
+    settings |= {"data": data, "train": {"epochs": 1, "batch_size": 8, "log_every": 1, "ema": 0.5, "lr": 1e-3}}
+    settings["evaluate"] = {"examples": 2, "store_sites": ["encoder_self", "decoder_self"]}
+    results = train(load_config(overrides=settings), run_dir)
+    start = json.loads((run_dir / "start.json").read_text())
+    assert start["classes"]["kept"] == ["circle", "ring"] and "model.class_embed.0.weight" in start["remade"]
+    assert "model.model.decoder.layers.0.self_attn.transform.pre_alpha" in start["initialised"]
+    assert set(results["attention"]) == {"encoder_self", "decoder_self", "decoder_cross"}
+    assert set(results["alpha"]) == {"decoder_self.0", "decoder_self.1"}
+    assert any("alpha/decoder_self.layer_1-head_3" in record for record in read_metrics(run_dir))
+    example = load_examples(run_dir)[0]
+    assert example.shape("encoder_self")[2:] == (4, 2, 2) and example.shape("decoder_cross")[-2:] == (8, 8)
+    shutil.rmtree(folder)  # the run is whole without it
+    assert "model.class_embed.0.weight" in load_model(run_dir).state_dict()
+    again = evaluate_run(run_dir)
+    assert again["sparsity"]["decoder_self"]["alpha"] == list(results["alpha"].values())
+    explained = faithfulness_run(run_dir, images=1, steps=2, min_score=0.0)
+    assert set(explained["method"]) == {"raw", "box", "random"}
+    sharper = intervene_run(run_dir, plan(run_dir, "encoder_self", alphas=[2.0]), images=2)
+    assert sharper["kind"].tolist() == ["none", "alpha"]
+    with pytest.raises(ModelError, match="decoder_cross"):
+        plan(run_dir, "decoder_cross", alphas=[1.0])
+    (found,) = predict(run_dir, [example.image], min_score=0.0, attention=["encoder_self"], progress=False)
+    assert set(found.example.sites) == {"decoder_cross", "encoder_self"}
