@@ -110,8 +110,24 @@ def train(
     from detrlib.runs.folder import run_path
 
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
-    numbers = launch(cfg, run_path(name), gpus, processes)["detection"]
-    typer.echo(f"{in_words({cut: numbers[cut] for cut in ('AP', 'AP50')})}  {run_path(name)}")
+    results = launch(cfg, run_path(name), gpus, processes)
+    numbers, floor = results["detection"], results.get("floor")
+    beside = f"  (floor {floor['AP']:.3f}, {floor['AP50']:.3f})" if floor else ""
+    typer.echo(f"{in_words({cut: numbers[cut] for cut in ('AP', 'AP50')})}{beside}  {run_path(name)}")
+
+
+@app.command()
+def check(
+    config: Annotated[Path, Argument(help="YAML file; its section data says where the pictures are")],
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Look over the data of a config: decode every picture once, compare the splits, say what is unusual."""
+    from detrlib.config import load_config
+    from detrlib.data import look_over, open_splits
+
+    cfg = load_config(config, pairs(settings, "--set", "data.root=/data/mine"))
+    found = look_over(open_splits(cfg.data), cfg.model.num_queries, cfg.data.check)
+    typer.echo("\n".join([*found.lines, found.counts.to_string()]))
 
 
 @app.command(hidden=True)
@@ -142,6 +158,7 @@ def evaluate(
     Or make a run of the detections of any detector, to be compared with others: --predictions FILE.json --data DATA.
     """
     from detrlib.engine.evaluate import evaluate_run
+    from detrlib.engine.floor import floor_in_words
     from detrlib.experiments.predictions import evaluate_predictions
     from detrlib.experiments.transfer import evaluate_on, scored_classes
     from detrlib.metrics.detection import UNDEFINED
@@ -164,8 +181,8 @@ def evaluate(
     missing = [name for name, own in results["detection"]["per_class"].items() if own["AP"] == UNDEFINED]
     if missing:
         typer.echo(f"no objects in this split, and no AP: {listed(missing)}")
-    if on:
-        typer.echo(scored_classes(results))
+    for line in [*floor_in_words(results), *([scored_classes(results)] if on else [])]:
+        typer.echo(line)
 
 
 @app.command()
@@ -367,8 +384,9 @@ def costs(
     settings: Settings = [],  # noqa: B006
     size: Annotated[str, Option(metavar="H,W", help="pixels of the image")] = "800,1066",
     latency: Annotated[bool, Option("--latency", help="also measure milliseconds")] = False,
+    memory: Annotated[float | None, Option(metavar="GIB", help="also say how many images train in so much")] = None,
 ) -> None:
-    """Parameters, GFLOPs and time of a model, by component."""
+    """Parameters, GFLOPs and time of a model, by component, and the memory that training takes."""
     from detrlib.config import load_config
     from detrlib.experiments.costs import cost_table
     from detrlib.models import build_model
@@ -376,14 +394,57 @@ def costs(
     pixels = values_in(size, "--size", int)
     if len(pixels) != 2 or min(pixels) < 1:
         raise ConfigError(f"--size {size}: expected height and width in pixels, e.g. 800,1066")
-    overrides = {"model.num_classes": 91} | pairs(settings, "--set", "model.norm=pre")
-    model = build_model(load_config(config, overrides).model, backbone_weights="none")
+    chosen = {"model.num_classes": 91} | pairs(settings, "--set", "model.norm=pre")
+    model = build_model(load_config(config, chosen).model, backbone_weights="none")
     table = cost_table({config.stem: model}, tuple(pixels)).drop(columns="model")
     if latency:
         from detrlib.benchmarks.latency import measure_latency
 
         table["milliseconds"] = table["component"].map(measure_latency(model, tuple(pixels)))
     typer.echo(table.round(2).to_string(index=False))
+    if memory is not None:
+        from detrlib.engine.memory import training_memory
+
+        typer.echo(training_memory(load_config(config, chosen), tuple(pixels), memory))
+
+
+@app.command()
+def huggingface(
+    models: Annotated[
+        list[str] | None, Argument(metavar="MODEL...", help="ids, folders; types: random weights")
+    ] = None,
+    transforms: Annotated[str | None, Option(metavar="A,B", help="names of transforms; default: all")] = None,
+    pictures: Annotated[list[str], Option(help="files, folders or globs; default: noise")] = [],  # noqa: B006
+    sharpen: Annotated[float | None, Option(help="standard deviation of scores; default for random weights: 4")] = None,
+    size: Annotated[int, Option(min=64, help="pixels along both sides, for noise and random weights")] = 640,
+    alpha: Annotated[float, Option(help="of entmax")] = 1.25,
+    alpha_init: Annotated[float, Option(help="of alpha_entmax")] = 1.75,
+    tv_lambda: Annotated[float, Option(help="of tvmax")] = 0.1,
+    out: Annotated[Path | None, Option(help="folder for the table as CSV, Markdown and LaTeX")] = None,
+) -> None:
+    """Zeros and Gini of the attention of Hugging Face's detectors at every site, under each transform.
+
+    MODEL is an id such as PekingU/rtdetr_v2_r18vd, a folder, or a type such as rt_detr_v2; by default the types detr,
+    rt_detr_v2 and d_fine, whose weights are random and whose scores are sharpened.
+    """
+    from detrlib.attention import TRANSFORMS
+    from detrlib.experiments.huggingface import sparsity_table, wide_table
+    from detrlib.figures.album import check_folder
+    from detrlib.figures.tables import save_table
+
+    if out:
+        check_folder(out)
+    names = values_in(transforms, "--transforms") or list(TRANSFORMS)
+    settings = {"alpha": alpha, "alpha_init": alpha_init, "tv_lambda": tv_lambda}
+    models = models or ["detr", "rt_detr_v2", "d_fine"]
+    table = sparsity_table(models, names, pictures, sharpen, size, progress=True, **settings)
+    wide = wide_table(table)
+    typer.echo(wide.round(3).to_string(na_rep="–"))
+    if out:
+        note = f"sharpen {sharpen}, size {size}, {settings}, pictures {pictures or 'noise'}"
+        caption = "Sparsity of attention under each transform, put into one site at a time."
+        save_table(wide, "huggingface", caption, out, note, unranked=list(wide))
+        table.to_csv(out / "huggingface.csv", index=False)
 
 
 def main() -> None:

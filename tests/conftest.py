@@ -3,6 +3,7 @@
 Helpers are fixtures that give a function: small models and padded batches for them, and the smallest training run.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -139,6 +140,14 @@ def huggingface_detector():
 
     def huggingface_detector(family: str, attention: str | None = "eager", seed: int = 0, **settings) -> nn.Module:
         """One with weights that make attention look somewhere; None for `attention` is what transformers chooses."""
+        key = repr((family, attention, seed, settings))
+        if key not in made:
+            made[key] = build(family, attention, seed, settings)
+        return copy.deepcopy(made[key])
+
+    made = {}
+
+    def build(family, attention, seed, settings):
         tiny = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
         pyramid = tiny | {"out_features": ["stage2", "stage3", "stage4"]}
         resnet, rt_resnet = transformers.ResNetConfig, transformers.RTDetrResNetConfig

@@ -33,24 +33,24 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 590,  # several pairs after one option
-    "config": 1130,  # a third family of models, whose settings are those of transformers
+    ".": 660,
+    "config": 1180,
     "attention": 1240,
     "attention/kernels": 1040,
-    "models": 2755,  # detectors of Hugging Face: how modules are changed, and which, in and out; as models of ours
-    "losses": 310,
+    "models": 2860,
+    "losses": 315,
     "checkpoints": 1295,
-    "data": 2090,
-    "metrics": 1750,
-    "runs": 1625,
-    "engine": 2010,
-    "experiments": 1920,
-    "figures": 3005,
+    "data": 2840,
+    "metrics": 1975,
+    "runs": 1650,
+    "engine": 2520,
+    "experiments": 2130,
+    "figures": 3050,
     "teaching": 480,
     "benchmarks": 870,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 420  # the command line: every option of every command is a line
+LONGEST_COMMANDS = 460  # the command line: every option of every command is a line
 
 
 def relative(path):
@@ -158,7 +158,7 @@ def test_public_functions_and_classes_have_docstrings(path):
 
 @each([path for folder in ("detrlib", "tests") for path in sorted((PROJECT / folder).rglob("*.py"))])
 def test_files_stay_short(path):
-    longest = LONGEST_FILE if path.is_relative_to(LIBRARY) else 450
+    longest = LONGEST_FILE if path.is_relative_to(LIBRARY) else 480
     assert len(path.read_text().splitlines()) <= (LONGEST_COMMANDS if path.name == "__main__.py" else longest)
 
 

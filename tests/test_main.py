@@ -18,6 +18,7 @@ from detrlib import __main__ as commands
 from detrlib.checkpoints.files import export_official
 from detrlib.config import PROJECT, load_config, replace, save_config
 from detrlib.data import build_dataset
+from detrlib.data.shapes import shapes_folder
 from detrlib.engine import launch as door
 from detrlib.engine import notebooks
 from detrlib.engine.loop import train
@@ -80,9 +81,11 @@ def test_from_the_terminal_to_the_end(tmp_path, config, metrics_without_times):
     done = in_a_process("train", config, "--name", run_dir, "--set", "train.epochs=3", "train.lr=1e-4")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line[:11] for line in lines[:4]] == ["epoch   1/3", "epoch   2/3", "epoch   3/3", "best of 3 e"]
-    assert f"detrlib evaluate {run_dir} --checkpoint best" in lines[3] and len(lines) == 5
-    assert all("loss" in line and "AP50" in line and "min left" in line for line in lines[:3])
+    assert lines[0].startswith("the floor") and "updates in all" in lines[1]
+    epochs = [line for line in lines if line.startswith("epoch")]
+    assert [line[:11] for line in epochs] == ["epoch   1/3", "epoch   2/3", "epoch   3/3"]
+    assert all("loss" in line and "AP50" in line and "min left" in line for line in epochs)
+    assert lines[-2].startswith("best of 3 e") and f"detrlib evaluate {run_dir} --checkpoint best" in lines[-2]
     assert lines[-1].startswith("AP 0.") and lines[-1].endswith(str(run_dir))
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     assert metrics_without_times(run_dir)[0]["lr/rest"] == 1e-4
@@ -394,10 +397,33 @@ def test_unrel(tmp_path):
     assert "nowhere.mat" in refused("unrel", "nowhere.mat", tmp_path, tmp_path / "unrel.json")
 
 
+def test_check(config, tmp_path):
+    said = detrlib("check", config)
+    assert "data: train 32 images" in said and "circle" in said and "fewer than 20" in said
+    faulty = shutil.copytree(shapes_folder(load_config(config).data.shapes), tmp_path / "shapes")
+    for number, split in enumerate(("train2017", "val2017")):
+        path = sorted((faulty / split).iterdir())[number]
+        path.write_bytes(path.read_bytes()[:200])
+    line = refused("check", config, "--set", f"data.root={faulty}")
+    assert "train and val" in line and str(faulty / "train2017") in line and str(faulty / "val2017") in line
+
+
 def test_costs(config):
     shown = detrlib("costs", config, "--size", "64,96")
     assert len(shown.splitlines()) > 3 and "backbone" in shown
     assert "--size" in refused("costs", config, "--size", "a,b")
+    *_, line = detrlib("costs", config, "--size", "64,96", "--memory", "1").splitlines()
+    assert line.startswith("training: ") and "of 64 x 96 pixels" in line and "fit into 1 GiB" in line
+
+
+def test_huggingface(huggingface_detector, tmp_path):
+    huggingface_detector("rt_detr_v2").save_pretrained(tmp_path / "theirs")
+    options = ["--transforms", "sparsemax,tvmax", "--size", 128, "--out", tmp_path / "out"]
+    shown = detrlib("huggingface", tmp_path / "theirs", *options)
+    assert sum(site in line for line in shown.splitlines() for site in ("encoder_self", "decoder_cross")) == 4
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv", ".md", ".tex", ".txt"}
+    assert "nosuch" in refused("huggingface", "nosuch")
+    assert "a file" in refused("huggingface", "--out", tmp_path / "out" / "huggingface.csv")
 
 
 def test_every_command_has_a_line_of_help():
@@ -413,6 +439,7 @@ def test_every_command_has_a_line_of_help():
         "import",
         "unrel",
         "costs",
+        "huggingface",
     ):
         assert f"\n  {command} " in shown
         assert "Usage" in detrlib(command, "--help")

@@ -25,7 +25,7 @@ from detrlib.attention import AlphaEntmax, build_transform, reference
 from detrlib.attention.transforms import ALPHA_HIGH, ALPHA_LOW
 from detrlib.benchmarks.rivals import Candidate, left_out, others, package_version, prox, tvmax_by_map
 from detrlib.config import Config, load_config
-from detrlib.engine.loop import keep_freed_memory
+from detrlib.engine.memory import keep_freed_memory
 from detrlib.engine.optimizer import parameter_groups
 from detrlib.losses.criterion import Criterion
 from detrlib.models import build_model

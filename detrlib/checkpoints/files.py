@@ -131,7 +131,7 @@ def official_config(checkpoint: OfficialCheckpoint, overrides: Mapping[str, Any]
     if settings.get("model.classification") == "sigmoid":
         settings |= {"loss.cost_class": 2.0, "loss.weight_class": 2.0}
     try:
-        return replace(load_config(overrides={"data.root": "data/coco"}), settings | overrides)
+        return replace(load_config(overrides={"data.root": "data/coco", "data.clip": "training"}), settings | overrides)
     except ConfigError as error:
         raise ConfigError(f"{checkpoint.path}: {error}") from None
 

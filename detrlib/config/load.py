@@ -82,7 +82,7 @@ def replace(cfg: Config, overrides: dict[str, Any]) -> Config:
 
 def save_config(cfg: Config, path: Path) -> None:
     """Write the whole of `cfg`, defaults included, so that a run folder needs no other file to be understood."""
-    path.write_text(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+    path.write_text(yaml.dump(cfg.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False))
 
 
 def changed_settings(cfg: Config, base: Config) -> dict[str, Any]:
@@ -222,6 +222,13 @@ _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_i
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+0123456789.")
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would read as a number, such as a class of the name 1e3."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 # Checking

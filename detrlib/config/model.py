@@ -32,7 +32,7 @@ class Section(BaseModel):
         """Where a list may stand, `encoder_self` means [encoder_self], and `2,3,4` means [2, 3, 4]."""
         kind = cls.model_fields[info.field_name].annotation
         of_any_length = any(get_args(part)[1:] == (...,) for part in (kind, *get_args(kind)))
-        if of_any_length and isinstance(value, str | int):
+        if of_any_length and isinstance(value, str | int) and not isinstance(value, bool):
             return tuple(part.strip() for part in str(value).split(","))
         return value
 
@@ -209,6 +209,11 @@ class Attending(Section):
                 f"{passed[0]}, to which it moves; lower it, or leave that site out of model.attention.anneal.sites"
             )
         return self
+
+    @property
+    def padding_matters(self) -> bool:
+        """Whether predictions for an image depend on how it is padded in a batch."""
+        return self.compatibility.padding != "exact"
 
     def transform_at(self, site: SiteName) -> str:
         """The transform of a site's scores, or "deformable" where points are sampled instead of keys scored."""

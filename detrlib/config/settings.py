@@ -48,15 +48,35 @@ class Data(Section):
     train_limit: int | None = Field(None, ge=1)  # keep the first n images
     val_limit: int | None = Field(None, ge=1)
     contiguous: bool = False  # labels 0..n-1 instead of the original category ids
+    # Names of the classes by label, null where a label has none; those of every split are matched with these by name.
+    classes: tuple[str | None, ...] | None = None  # None: taken from the training split
     strict: bool = False  # refuse degenerate boxes instead of dropping them with a count
+    # Boxes beyond their image are cut to it for training and evaluation (both), or, as official code does, for training
+    # only, which judges a detector by more than it can see.
+    clip: Literal["both", "training"] = "both"
+    orientation: Literal["stored", "exif"] = "stored"  # of the pixels that boxes refer to: as in the file, or as shown
+    truncated: Literal["refuse", "accept"] = "refuse"  # JPEG files cut short; accept: what is left of them, then grey
+    # Before training: decode every picture once (all; remembered, about 5 ms each and core), read the headers, or none.
+    check: Literal["all", "headers", "none"] = "all"
     image_size: int = Field(800, ge=32)  # shorter side in validation; training scales are relative to it
     augment: Literal["detr", "flip", "none"] = "detr"
     # Whether every image draws its size in augment: detr, as published, or a batch does for all of its images, of whose
     # pixels less is padding then (metrics: extra/padding).
     scales: Literal["image", "batch"] = "image"
-    cache: bool = False  # keep decoded images in memory
+    cache: bool = False  # keep decoded images in memory, at the largest scale that training draws
     workers: int = Field(2, ge=0)
     shapes: Shapes = Shapes()
+
+    @property
+    def names(self) -> dict[int, str] | None:
+        """Label -> name of its class, where `classes` are known."""
+        return self.classes and {label: name for label, name in enumerate(self.classes) if name is not None}
+
+    @model_validator(mode="after")
+    def _classes_have_names(self):
+        if self.classes is not None and not self.names:
+            raise ValueError("data.classes names no class; leave it out to take those of the training split")
+        return self
 
     @model_validator(mode="after")
     def _cache_is_in_one_process(self):
@@ -92,6 +112,7 @@ class Tracking(Section):
 
 
 FreezableName = Literal["backbone", "encoder", "decoder", "all_but_alpha_and_heads"]
+CheckpointedName = Literal["backbone", "encoder"]
 
 
 class Train(Section):
@@ -99,7 +120,15 @@ class Train(Section):
     start: str | None = None
     freeze: tuple[FreezableName, ...] = ()  # parts that are not trained; dropout in them stays as it is
     epochs: int = Field(300, ge=1)
+    # Updates of an epoch, whatever the number of images, which come in one permutation after the other; None: one pass
+    # over the data, without the images that fill no batch.
+    epoch_updates: int | None = Field(None, ge=1)
     batch_size: int = Field(16, ge=1)  # over all processes: results do not depend on their number
+    # Images that a process has on its device at a time, the last ones fewer where it does not divide a batch: gradients
+    # add up to those of the batch. None: all at once; auto: the most that fit on the GPU, found by trying
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    # Parts whose activations are computed again in the backward pass rather than kept, layer by layer; true: both
+    checkpoint_activations: bool | tuple[CheckpointedName, ...] = False
     lr: float = Field(1e-4, gt=0.0)
     lr_backbone: float = Field(1e-5, ge=0.0)  # 0 is freeze: [backbone], as published code has it
     lr_alpha: float | None = Field(None, ge=0.0)  # None: 10 x lr

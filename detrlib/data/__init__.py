@@ -8,6 +8,7 @@ from detrlib.config import Data
 from detrlib.data.augment import build_augmentation
 from detrlib.data.batch import Batch, collate
 from detrlib.data.coco import CocoDataset
+from detrlib.data.findings import Findings, look_over
 from detrlib.data.formats import find_split, held_out
 from detrlib.data.shapes import cache_folder
 from detrlib.errors import DataError
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 def build_dataset(settings: Data, split: Literal["train", "val"], *, augment: bool | None = None) -> CocoDataset:
     """Open the data set of a split as `settings` describe it, checked before the first step; see `CocoDataset`.
 
+    What was done to the content of its file, such as boxes left out, is logged.
+
     Args:
         settings: the section `data` of a config; `root` "shapes" draws the embedded data set on first use.
         split: "train" or "val"; their folders, files and limits are settings of their own.
@@ -25,11 +28,32 @@ def build_dataset(settings: Data, split: Literal["train", "val"], *, augment: bo
 
     Returns:
         Pairs (image float32 [3,H,W], normalised as for ImageNet; target with boxes [n,4] cxcywh in 0..1, labels [n],
-        sizes in pixels), in order of image id.
+        sizes in pixels), in order of image id. Labels are those of `settings.classes`, or of the split's own file.
 
     Raises:
         DataError: a file or folder is missing, or an annotation is faulty; names the file, the entry and the remedy.
     """
+    dataset = _open(settings, split, augment)
+    for note in dataset.notes:
+        logger.warning("%s: %s", dataset.annotations_path, note)
+    return dataset
+
+
+def open_splits(settings: Data, augment: bool | None = None) -> dict[Literal["train", "val"], CocoDataset]:
+    """Open both splits, whose labels are those of the training split: classes of the other are matched by name.
+
+    Arguments are those of `build_dataset`. What was done to the content of their files is for `look_over` to say.
+
+    Raises:
+        DataError: as `build_dataset`, and for classes with objects that training has not.
+    """
+    train = _open(settings, "train", augment)
+    return {"train": train, "val": _open(settings, "val", augment, classes=train.names)}
+
+
+def _open(
+    settings: Data, split: Literal["train", "val"], augment: bool | None, classes: dict[int, str] | None = None
+) -> CocoDataset:
     images, annotations = find_split(settings, split)
 
     def keep(file_names: list[str]) -> set[str]:
@@ -48,8 +72,12 @@ def build_dataset(settings: Data, split: Literal["train", "val"], *, augment: bo
         images,
         annotations,
         build_augmentation(settings.image_size, settings.augment, augment, settings.scales),
+        classes=classes or settings.names,
         contiguous=settings.contiguous,
         strict=settings.strict,
+        clip=settings.clip == "both",
+        upright=settings.orientation == "exif",
+        truncated=settings.truncated == "accept",
         limit=getattr(settings, f"{split}_limit"),
         cache=settings.cache,
         keep=keep,

@@ -1,13 +1,16 @@
 """What may stand in a COCO annotation file: the door through which every data set enters.
 
 Everything that a later step reads is checked and made complete here, once. What nobody reads of images and annotations
-(addresses, dates, polygons) is let go: data sets keep the entries of 118,000 images in the memory of every worker.
+(addresses, dates, polygons of objects that have a box) is let go: data sets keep the entries of 118,000 images in the
+memory of every worker.
 """
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
+from pycocotools import mask
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError, with_config
 from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
@@ -17,6 +20,7 @@ from detrlib.errors import DataError
 
 Text = Annotated[str, Field(min_length=1)]
 Flag = Annotated[bool, AfterValidator(int)]  # 0, 1, false and their spellings as text
+Id = Annotated[int, Field(ge=0, lt=2**63)]  # tensors and tables hold no more
 
 KEEP_THE_REST = ConfigDict(extra="allow", coerce_numbers_to_str=True)
 DROP_THE_REST = ConfigDict(extra="ignore", coerce_numbers_to_str=True)
@@ -26,7 +30,7 @@ DROP_THE_REST = ConfigDict(extra="ignore", coerce_numbers_to_str=True)
 class ImageRecord(TypedDict):
     """An image; sizes that are missing are read from its file later."""
 
-    id: NonNegativeInt
+    id: Id
     file_name: Text
     width: NotRequired[NonNegativeInt | None]
     height: NotRequired[NonNegativeInt | None]
@@ -36,13 +40,14 @@ class ImageRecord(TypedDict):
 class Annotation(TypedDict):
     """An object: bbox (x, y, width, height) in pixels; area in square pixels, in COCO that of its mask.
 
-    `read_annotations` fills in a missing id (a running number), area (that of the box) and iscrowd (0).
+    `read_annotations` fills in a missing id (a running number), bbox (around its segmentation), area (that of the box,
+    also where the file has none above 0) and iscrowd (0). An empty bbox says that there is no object; it stays empty.
     """
 
     id: NotRequired[int | None]
-    image_id: NonNegativeInt
-    category_id: NonNegativeInt
-    bbox: Annotated[list[float], Field(min_length=4, max_length=4)]
+    image_id: Id
+    category_id: Id
+    bbox: NotRequired[Annotated[list[float], Field(max_length=4)] | None]
     area: NotRequired[float | None]
     iscrowd: NotRequired[Flag | None]
 
@@ -51,7 +56,7 @@ class Annotation(TypedDict):
 class Category(TypedDict):
     """A class of objects."""
 
-    id: NonNegativeInt
+    id: Id
     name: Text
 
 
@@ -91,6 +96,7 @@ def read_annotations(path: Path) -> Annotations:
     """
     content = _read(path, FILE)
     _check_references(content, path)
+    _complete_boxes(content["annotations"], path)
     _complete(content["annotations"])
     return content
 
@@ -157,11 +163,49 @@ def _check_references(content: Annotations, path: Path) -> None:
                 )
 
 
+def _complete_boxes(annotations: list[Annotation], path: Path) -> None:
+    """Give what has no box that of its segmentation, which is read from the file for these entries alone."""
+    lacking = [number for number, annotation in enumerate(annotations) if len(annotation.get("bbox") or ()) != 4]
+    entries = from_json(read_content(Path(path)))["annotations"] if lacking else []
+    for number in lacking:
+        entry, where = entries[number], f"{path}: annotations[{number}]"
+        if entry.get("bbox"):
+            raise DataError(
+                f"{where}.bbox: {entry['bbox']!r} [id {entry.get('id')}]; a box is [x, y, width, height] in pixels"
+            )
+        if not entry.get("segmentation") and "bbox" not in entry:
+            raise DataError(
+                f"{where}.bbox is missing [id {entry.get('id')}], nor is there a segmentation to take it from; add one "
+                "(a box is [x, y, width, height] in pixels), or write [] where there is no object"
+            )
+        try:
+            annotations[number]["bbox"] = _around(entry["segmentation"]) if entry.get("segmentation") else []
+        except (TypeError, ValueError, KeyError, IndexError) as error:
+            raise DataError(
+                f"{where}.segmentation: no box can be taken from it ({error}) [id {entry.get('id')}]; polygons are "
+                "lists [x, y, x, y, ...] in pixels; correct it, or give a bbox"
+            ) from None
+
+
+def _around(segmentation: Any) -> list[float]:
+    """The box (x, y, width, height) of polygons, or of a mask as run lengths, compressed or not."""
+    if isinstance(segmentation, dict):
+        height, width = segmentation["size"]
+        encoded = isinstance(segmentation["counts"], list)
+        return mask.toBbox(mask.frPyObjects(segmentation, height, width) if encoded else segmentation).tolist()
+    polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
+    points = [float(value) for polygon in polygons for value in polygon]
+    if len(points) % 2 or len(points) < 4:
+        raise ValueError(f"{len(points)} coordinates")
+    x, y = points[::2], points[1::2]
+    return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+
+
 def _complete(annotations: list[Annotation]) -> None:
     next_id = 1 + max((annotation.get("id") or 0 for annotation in annotations), default=0)
     for annotation in annotations:
         if annotation.get("id") is None:
             annotation["id"], next_id = next_id, next_id + 1
-        if annotation.get("area") is None:
-            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        if not 0 < (annotation.get("area") or 0) < math.inf:  # False for NaN as well
+            annotation["area"] = math.prod(annotation["bbox"][2:]) if annotation["bbox"] else 0.0
         annotation["iscrowd"] = annotation.get("iscrowd") or 0

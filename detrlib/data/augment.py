@@ -9,7 +9,8 @@ batch: each image meets the same sizes equally often, but beside images of like 
 each image's own. Every process draws for its own part of a batch.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -127,11 +128,17 @@ class EitherOf(v2.Transform):
 class DetectionTransform:
     """Apply `geometry` to an image and its boxes together, then normalise the image for the backbone.
 
+    resizes: one of them is the first thing that changes the scale of an image; none: its pixels are looked at.
     draws: of sizes within `geometry`, where images of a batch share them.
     """
 
-    def __init__(self, geometry: v2.Transform, draws: SizeDraws | None = None):
-        self.geometry, self.draws = geometry, draws
+    def __init__(self, geometry: v2.Transform, resizes: Sequence[ResizeShorter] = (), draws: SizeDraws | None = None):
+        self.geometry, self.resizes, self.draws = geometry, resizes, draws
+
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """The largest (height, width) at which an image of that size is looked at; never more than it has."""
+        sizes = [resized(height, width, max(one.sizes), one.longest) for one in self.resizes]
+        return min((height, width), max(sizes, default=(height, width)))
 
     def batch(self) -> AbstractContextManager:
         """Within it images are those of one batch."""
@@ -174,10 +181,10 @@ def build_augmentation(
 
     plain = ResizeShorter([image_size], scaled(LONGEST))
     if not train or recipe == "none":
-        return DetectionTransform(plain)
+        return DetectionTransform(plain, [plain])
     flip = v2.RandomHorizontalFlip()
     if recipe == "flip":
-        return DetectionTransform(v2.Compose([flip, plain]))
+        return DetectionTransform(v2.Compose([flip, plain]), [plain])
     draws = SizeDraws()
     any_size = ResizeShorter([scaled(size) for size in TRAINING_SIZES], scaled(LONGEST), draws)
     zoom = [
@@ -186,7 +193,24 @@ def build_augmentation(
         any_size,
     ]
     geometry = v2.Compose([flip, EitherOf([any_size, v2.Compose(zoom)], draws)])
-    return DetectionTransform(geometry, draws if scales == "batch" else None)
+    return DetectionTransform(geometry, [any_size, zoom[0]], draws if scales == "batch" else None)
+
+
+def largest_canvas(
+    sizes: Iterable[tuple[int, int]], image_size: int, recipe: Literal["detr", "flip", "none"], images: int
+) -> tuple[int, int]:
+    """(height, width) of the largest batch of `images` that training can make of pictures of `sizes` (width, height).
+
+    An upright picture beside a wide one makes a batch higher than the one and wider than the other.
+    """
+    longest = max(round(LONGEST * image_size / PAPER_SIZE), 1)
+    drawn = {resized(height, width, image_size, longest) for width, height in set(sizes)}
+    if recipe == "detr":  # crops, of which either side may be the longer
+        side = min(round(image_size * max(CROP_SIDES) / min(CROP_SIDES)), longest)
+        drawn |= {(image_size, side), (side, image_size)}
+    if images == 1:
+        return max(drawn, key=math.prod)
+    return tuple(map(max, zip(*drawn, strict=True)))
 
 
 def denormalise(images: Tensor) -> Tensor:

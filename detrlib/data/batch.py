@@ -39,6 +39,24 @@ class Batch(NamedTuple):
         targets = [{name: moved(value) for name, value in target.items()} for target in self.targets]
         return Batch(moved(self.images), moved(self.padding_mask), targets)
 
+    def split(self, size: int, keep_padding: bool = False) -> list["Batch"]:
+        """Parts of `size` images, the last of fewer where that does not divide them.
+
+        Padding that no image of a part needs is cut off, while the batch is on a CPU, unless it is to be kept because
+        predictions depend on it, as in official code.
+        """
+        if size >= len(self.images):
+            return [self]
+        parts = []
+        for rows in (slice(first, first + size) for first in range(0, len(self.images), size)):
+            images, mask = self.images[rows], None if self.padding_mask is None else self.padding_mask[rows]
+            if mask is not None and not keep_padding:
+                height, width = (int((~edge).sum(1).max()) for edge in (mask[:, :, 0], mask[:, 0]))
+                images, mask = images[:, :, :height, :width], mask[:, :height, :width]
+                mask = mask if mask.any() else None
+            parts.append(Batch(images, mask, self.targets[rows]))
+        return parts
+
 
 def collate(samples: list[tuple[Tensor, dict]]) -> Batch:
     """Pad images with zeros, below and to the right, to the size of the largest, and put them into one batch.
@@ -91,22 +109,39 @@ def batches(loader: Iterable[Batch]) -> Iterator[Batch]:
 
 
 class EpochSampler(torch.utils.data.Sampler):
-    """Batches of indices for one process: a shuffle that depends on seed and epoch, incomplete batches dropped.
+    """Batches of indices for one process, which depend on seed and epoch alone.
 
-    Every process takes its slice of the same global batch. A set smaller than one batch is one batch.
+    An epoch is a shuffle of all images, incomplete batches dropped; or, with `updates`, so many batches, which go on in
+    an endless sequence of shuffles where the epoch before ended, so that every image comes equally often. Every process
+    takes its slice of the same global batch. A set smaller than one batch is one batch.
     """
 
-    def __init__(self, length: int, batch_size: int, process: int, processes: int, seed: int):
+    def __init__(
+        self, length: int, batch_size: int, process: int, processes: int, seed: int, updates: int | None = None
+    ):
         self.length, self.batch_size = length, min(batch_size, length - length % processes)
-        self.process, self.processes, self.seed, self.epoch = process, processes, seed, 0
+        self.process, self.processes, self.seed, self.epoch, self.updates = process, processes, seed, 0, updates
         if not self.batch_size:
             raise ConfigError(f"{length} training images cannot be shared by {processes} processes; use fewer")
 
+    @property
+    def own_size(self) -> int:
+        """Images of this process in every batch."""
+        return self.batch_size // self.processes
+
     def __len__(self) -> int:
-        return self.length // self.batch_size
+        return self.updates or self.length // self.batch_size
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.length, generator=generator)[: len(self) * self.batch_size]
+        images = len(self) * self.batch_size
+        if self.updates is None:
+            order = self._shuffle(self.epoch)[:images]
+        else:
+            shuffle, start = divmod(self.epoch * images, self.length)
+            shuffles = range(shuffle, shuffle - (-(start + images) // self.length))
+            order = torch.cat([self._shuffle(number) for number in shuffles])[start : start + images]
         for batch in order.view(-1, self.batch_size):
             yield batch[self.process :: self.processes].tolist()
+
+    def _shuffle(self, number: int) -> Tensor:
+        return torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + number))

@@ -53,6 +53,44 @@ def match_classes(
     )
 
 
+def labels_in(content: Mapping, classes: Mapping[int, str], annotated: Counter[int], file: Path) -> dict[int, int]:
+    """The classes of a split as those of the training split: the same id and name, or else the same name.
+
+    Args:
+        content: of the split, in COCO's format.
+        classes: label -> name, of the training split or of a run.
+        annotated: category id -> number of objects in the split.
+        file: for messages.
+
+    Returns:
+        {category id: label}, without the classes that have neither a partner nor an object.
+
+    Raises:
+        DataError: a class with objects has no partner, or two have the same one; names them and the file.
+    """
+    labels = {}
+    for category in content["categories"]:
+        id, name = category["id"], category["name"]
+        try:
+            labels[id] = id if id in classes and _plain(classes[id]) == _plain(name) else find_label(name, classes)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
+    theirs = {category["id"]: category["name"] for category in content["categories"]}
+    if unknown := [id for id, label in labels.items() if label is None and annotated[id]]:
+        found = listed((f"{theirs[id]!r} ({annotated[id]} objects)" for id in unknown), MOST_NAMES)
+        raise DataError(
+            f"{file}: {found} is no class of training, which has {listed(classes.values(), MOST_NAMES)}; correct the "
+            "name, remove the objects, or add the class to the categories of the training split. A trained run is "
+            "evaluated without them by detrlib evaluate RUN --on DATA"
+        )
+    labels = {id: label for id, label in labels.items() if label is not None}
+    for label, count in Counter(labels.values()).items():
+        if count > 1:
+            twice = listed(f"{id} {theirs[id]!r}" for id, other in labels.items() if other == label)
+            raise DataError(f"{file}: categories {twice} are all class {classes[label]!r} of training; make them one")
+    return labels
+
+
 def names_by_label(given: Any, file: Path) -> dict[int, str]:
     """Names of classes as JSON has them, {"1": "circle"}, by their labels. Raises DataError naming the file."""
     try:
@@ -64,6 +102,11 @@ def names_by_label(given: Any, file: Path) -> dict[int, str]:
             f"{file}: names of classes are {given!r:.80}; expected labels with names, such as {{'1': 'circle'}}"
         )
     return names
+
+
+def class_list(names: Mapping[int, str]) -> list[str | None]:
+    """Names by label as the setting data.classes has them, None where a label has no class."""
+    return [names.get(label) for label in range(max(names) + 1)]
 
 
 def translate(content: Mapping, match: ClassMatch) -> dict:

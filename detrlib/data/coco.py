@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
@@ -20,10 +20,12 @@ from torchvision.transforms.v2 import functional
 
 from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.data.annotations import Annotation, Annotations, ImageRecord, read_annotations
-from detrlib.data.pictures import UNREADABLE, open_picture, read_picture
+from detrlib.data.classes import labels_in
+from detrlib.data.decoding import UNREADABLE, picture_size, read_picture
+from detrlib.data.objects import Objects, clean, clipped
 from detrlib.errors import DataError, listed
 
-logger = logging.getLogger(__name__)
+MOST_LABELS = 100_000  # of a class head
 
 
 class CocoDataset(Dataset):
@@ -36,16 +38,23 @@ class CocoDataset(Dataset):
         original_size  [2] (height, width) of the file, pixels
         size           [2] (height, width) after the transform, pixels
 
-    Crowd regions are no targets, as in DETR, but stay in `ground_truth`. Boxes are clipped to the image. Boxes
-    without an area are left out of both and counted in `dropped`. Images without objects are kept.
+    Crowd regions are no targets, as in DETR, but stay in `ground_truth`. Both are made of one cleaned list, see
+    `detrlib.data.objects.clean`: boxes are clipped to the image; those without an area are left out and counted in
+    `dropped`. Images without objects are kept. What was done to the file's content stands in `notes`, a sentence each.
 
     images       folder of the image files
     annotations  JSON file with `images`, `annotations` and `categories`, or what `formats` reads as one
     transform    callable(image uint8 [3, H, W], boxes [n, 4] xyxy pixels, labels [n]) -> the same three
-    contiguous   labels 0..n-1 in order of category id; otherwise labels are the category ids themselves
+    classes      label -> name, of the training split: those of this one are matched by name; None: its own
+    contiguous   its own classes have labels 0..n-1 in order of category id; otherwise the category ids themselves
     strict       refuse boxes without an area
+    clip         boxes that reach beyond the image are cut in `ground_truth` too; False: as official code judges them
+    upright      pictures are turned as their orientation in EXIF says, and annotated so
+    truncated    JPEG files that are cut short are read, grey where nothing is left
     limit        keep the first `limit` images
-    cache        keep decoded images in memory after first use, once per worker process
+    cache        keep decoded images in memory after first use, once per worker process: at the largest size that
+                 `transform` may ask for. Without random scales, images are those that it makes of the file; where it
+                 draws a smaller scale, they have been resampled twice.
     keep         choose images: from their file names, those that are kept; `limit` counts these
     train        refuse a set without a single box: it could only teach that there is nothing to see
 
@@ -59,8 +68,12 @@ class CocoDataset(Dataset):
         annotations: Path,
         transform: Callable | None = None,
         *,
+        classes: Mapping[int, str] | None = None,
         contiguous: bool = False,
         strict: bool = False,
+        clip: bool = True,
+        upright: bool = False,
+        truncated: bool = False,
         limit: int | None = None,
         cache: bool = False,
         keep: Callable[[list[str]], set[str]] = set,
@@ -68,25 +81,20 @@ class CocoDataset(Dataset):
     ):
         self.images_path, self.annotations_path = Path(images), Path(annotations)
         self.transform, self._cache = transform, {} if cache else None
+        self.upright, self.truncated, self.clip = upright, truncated, clip
+        self.notes: list[str] = []
 
         content = read_annotations(self.annotations_path)
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        ids = [category["id"] for category in categories]
-        self._label_of = {id: label if contiguous else id for label, id in enumerate(ids)}
-        self.category_ids = {label: id for id, label in self._label_of.items()}
-        self.names = {self._label_of[category["id"]]: category["name"] for category in categories}
-        self.num_classes = max(self.names) + 1
-
         kept = keep([record["file_name"] for record in content["images"]])
         records = [record for record in content["images"] if record["file_name"] in kept]
         self._records = sorted(records, key=lambda record: record["id"])[:limit]
         self.image_ids = [record["id"] for record in self._records]
-        of_image = {id: [] for id in self.image_ids}
-        for annotation in content["annotations"]:
-            if annotation["image_id"] in of_image:
-                of_image[annotation["image_id"]].append(annotation)
-        self._check_files(of_image)
-        self.dropped = self._collect_boxes(of_image, strict)
+        self._find_files(content)
+        objects = clean(content["annotations"], self._sizes, clip)
+        self._label_of = self._labels_of_categories(content, objects, classes, contiguous)
+        self.dropped = len(objects.without_area)
+        self._note_changes(objects, strict)
+        self._collect_boxes(objects)
         if train and not len(self._labels):
             raise DataError(f"{annotations}: no usable box in {len(self)} images: nothing to learn from")
 
@@ -94,9 +102,11 @@ class CocoDataset(Dataset):
         return len(self._records)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        pixels = self._pixels(index)
+        pixels, original_size = self._pixels(index)
         boxes, labels = self.objects(index)
-        original_size = torch.tensor(pixels.shape[-2:])
+        if pixels.shape[-2:] != original_size:  # reduced in the cache
+            down, across = (kept / own for kept, own in zip(pixels.shape[-2:], original_size, strict=True))
+            boxes *= torch.tensor([across, down, across, down])
         if self.transform is not None:
             pixels, boxes, labels = self.transform(pixels, boxes, labels)
         image = functional.to_dtype(pixels, torch.float32, scale=True)
@@ -105,7 +115,7 @@ class CocoDataset(Dataset):
             "boxes": xyxy_to_cxcywh(boxes) / torch.tensor([width, height, width, height]),
             "labels": labels,
             "image_id": self.image_ids[index],
-            "original_size": original_size,
+            "original_size": torch.tensor(original_size),
             "size": torch.tensor([height, width]),
         }
         return image, target
@@ -116,28 +126,59 @@ class CocoDataset(Dataset):
             return [self[index] for index in indices]
 
     def image(self, index: int) -> Image.Image:
-        """The picture as stored, in RGB. Raises `DataError` when it is unreadable or not of the annotated size."""
-        record = self._records[index]
-        path = self.images_path / record["file_name"]
+        """The picture in RGB, as annotated: stored, or upright. Raises `DataError` when it is unreadable or not of the
+        annotated size."""
+        record, path = self._records[index], self.files[index]
         try:
-            # The orientation in EXIF is ignored, because COCO's annotations refer to the pixels as they are stored.
-            image, _ = read_picture(path)
+            image, (height, width) = read_picture(path, self.upright, truncated=self.truncated)
         except UNREADABLE as error:
             raise DataError(
                 f"{path}: not readable as an image ({error}); {self._used_by(record)}; replace it or remove its entry"
             ) from error
-        if image.size != (record["width"], record["height"]):
-            raise DataError(
-                f"{path}: the file is {image.size[0]} x {image.size[1]} pixels, {self.annotations_path} says "
-                f"{record['width']} x {record['height']}; boxes would be misplaced (was it resized, or annotated "
-                f"after rotation by EXIF?)"
-            )
+        if fault := self.size_fault(index, width, height):
+            raise DataError(f"{path}: {fault}")
         return image
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The picture of each image."""
+        return [self.images_path / record["file_name"] for record in self._records]
+
+    def size_fault(self, index: int, width: int, height: int) -> str | None:
+        """In words, why a picture of that size is not the one that was annotated; None: it may be."""
+        annotated = self._records[index]["width"], self._records[index]["height"]
+        if (width, height) == annotated:
+            return None
+        other = ("as stored", "stored") if self.upright else ("after rotation by EXIF", "exif")
+        return (
+            f"the file is {width} x {height} pixels, {self.annotations_path} says {annotated[0]} x {annotated[1]}; "
+            "boxes would be misplaced (was it resized? or annotated {}: then set data.orientation: {})".format(*other)
+        )
 
     def objects(self, index: int) -> tuple[Tensor, Tensor]:
         """Boxes [n, 4] xyxy in pixels of the file and labels [n] of one image, crowds left out."""
         first, last = self._first[index], self._first[index + 1]
         return self._boxes[first:last].clone(), self._labels[first:last].clone()
+
+    def object_sides(self) -> Tensor:
+        """The longer side of every object [n] in parts of its image's shorter one: times `image_size`, in pixels."""
+        shorter = torch.tensor([min(record["width"], record["height"]) for record in self._records])
+        sides = (self._boxes[:, 2:] - self._boxes[:, :2]).amax(1)
+        return sides / shorter.repeat_interleave(self.objects_per_image())
+
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of every image file, pixels."""
+        return [(record["width"], record["height"]) for record in self._records]
+
+    @property
+    def labels(self) -> Tensor:
+        """Of all objects that are taught, [n] int64."""
+        return self._labels
+
+    def objects_per_image(self) -> Tensor:
+        """How many are taught in each image, [N] int64."""
+        return torch.tensor(self._first).diff()
 
     @property
     def file_names(self) -> list[str]:
@@ -169,95 +210,141 @@ class CocoDataset(Dataset):
 
     @cached_property
     def ground_truth(self) -> Annotations:
-        """The annotation file, restricted to the images of this dataset and without boxes that have no area.
+        """The annotation file, restricted to the images of this dataset and cleaned as what is taught.
 
         Read again when asked for, so that training need not hold it in memory.
         """
-        content = read_annotations(self.annotations_path)
-        sizes = {record["id"]: (record["width"], record["height"]) for record in self._records}
+        content, sizes = read_annotations(self.annotations_path), self._sizes
         content["images"] = [record for record in content["images"] if record["id"] in sizes]
-        content["annotations"] = [
-            annotation
-            for annotation in content["annotations"]
-            if annotation["image_id"] in sizes and _has_area(annotation, *sizes[annotation["image_id"]])
-        ]
+        content["annotations"] = clean(content["annotations"], sizes, self.clip).annotations
         return content
 
-    def _pixels(self, index: int) -> Tensor:
+    @property
+    def _sizes(self) -> dict[int, tuple[int, int]]:
+        return {record["id"]: (record["width"], record["height"]) for record in self._records}
+
+    def _pixels(self, index: int) -> tuple[Tensor, tuple[int, int]]:
+        """uint8 [3, h, w], reduced where it is cached, and the height and width of the picture."""
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        pixels = functional.pil_to_tensor(self.image(index))  # uint8 [3, H, W]
+        pixels = functional.pil_to_tensor(self.image(index))
+        size = tuple(pixels.shape[-2:])
         if self._cache is not None:
-            self._cache[index] = pixels
-        return pixels
+            largest = getattr(self.transform, "largest", lambda height, width: (height, width))(*size)
+            if largest != size:
+                pixels = functional.resize(pixels, list(largest), antialias=True)
+            self._cache[index] = pixels, size
+        return pixels, size
 
-    def _check_files(self, of_image: dict[int, list[Annotation]]) -> None:
-        """Every file must exist and every size be known. One listing per folder: fast for 118,000 files."""
+    def _find_files(self, content: Annotations) -> None:
+        """Every file must exist and every size be known. One listing per folder: fast for 118,000 files.
+
+        Names written on Windows, or on another machine with folders that are not here, are found by their last part.
+        """
         if not self.images_path.is_dir():
             raise DataError(f"{self.images_path}: no such folder of images; {self.annotations_path} refers to it")
-        paths = [self.images_path / record["file_name"] for record in self._records]
-        present = set()
-        for folder in {path.parent for path in paths}:
-            if folder.is_dir():
-                with os.scandir(folder) as entries:
-                    present.update(folder / entry.name for entry in entries)
-        missing = [i for i, path in enumerate(paths) if path not in present]
-        if missing:
-            record = self._records[missing[0]]
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise DataError(
-                f"{self.annotations_path}: image file {paths[missing[0]]}{more} is missing; "
-                f"{_mention(record, of_image[record['id']])}; add the file or remove the entry"
-            )
-        for record, path in zip(self._records, paths, strict=True):
-            if not (record.get("width") and record.get("height")):
-                record["width"], record["height"] = _size_from_header(path)
-
-    def _collect_boxes(self, of_image: dict[int, list[Annotation]], strict: bool) -> int:
-        """Keep the boxes of all images in two flat tensors, which workers share; returns how many had no area."""
-        boxes, labels, counts, without_area = [], [], [], []
+        present, missing, moved = _Present(self.images_path), [], set()
         for record in self._records:
-            annotations, size = of_image[record["id"]], (record["width"], record["height"])
-            without_area += [a["id"] for a in annotations if not _has_area(a, *size)]
-            targets = [a for a in annotations if _has_area(a, *size) and not a["iscrowd"]]
-            boxes += [_clipped(a["bbox"], *size) for a in targets]
-            labels += [self._label_of[a["category_id"]] for a in targets]
-            counts.append(len(targets))
-        if without_area:
-            message = f"{self.annotations_path}: {len(without_area)} boxes have no area inside their image"
+            slashes = record["file_name"].replace("\\", "/")
+            names = (record["file_name"], slashes, PurePosixPath(slashes).name)
+            name = next((name for name in names if present.has(name)), None)
+            if name is None:
+                missing.append(record)
+            elif name != record["file_name"]:
+                record["file_name"] = name
+                moved.add(name)
+        used = Counter(record["file_name"] for record in self._records)
+        missing += [one for one in self._records if one["file_name"] in moved and used[one["file_name"]] > 1]
+        if missing:
+            record = missing[0]
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            own = [a for a in content["annotations"] if a["image_id"] == record["id"]]
+            raise DataError(
+                f"{self.annotations_path}: image file {self.images_path / record['file_name']}{more} is missing; "
+                f"{_mention(record, own)}; add the file or remove the entry"
+            )
+        if moved:
+            self.notes.append(f"{len(moved)} pictures are found without the folders that their file_name begins with")
+        for record, path in zip(self._records, self.files, strict=True):
+            if not (record.get("width") and record.get("height")):
+                record["width"], record["height"] = self._size_from_header(path)
+
+    def _size_from_header(self, path: Path) -> tuple[int, int]:
+        try:
+            return picture_size(path, self.upright)
+        except UNREADABLE as error:
+            raise DataError(f"{path}: not readable as an image ({error}); replace it or remove its entry") from error
+
+    def _labels_of_categories(
+        self, content: Annotations, objects: Objects, classes: Mapping[int, str] | None, contiguous: bool
+    ) -> dict[int, int]:
+        """{category id: label}; sets `names` {label: name}, `category_ids` {label: category id} and `num_classes`."""
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        own = {category["id"]: label if contiguous else category["id"] for label, category in enumerate(categories)}
+        named = {category["id"]: category["name"] for category in categories}
+        labels = own
+        if classes is not None:
+            annotated = Counter(annotation["category_id"] for annotation in objects.annotations)
+            labels = labels_in(content, classes, annotated, self.annotations_path)
+            if other := [f"{named[id]} (id {id}) is label {label}" for id, label in labels.items() if own[id] != label]:
+                self.notes.append(f"classes are matched with those of training by name: {listed(other, 6)}")
+        elif max(own.values()) >= MOST_LABELS:
+            raise DataError(
+                f"{self.annotations_path}: categories: the largest id is {max(own)}, which would be a head of as many "
+                "classes; set data.contiguous: true"
+            )
+        self.names = dict(classes or {label: named[id] for id, label in own.items()})
+        self.category_ids = {label: id for id, label in labels.items()}
+        self.num_classes = max(self.names) + 1
+        return labels
+
+    def _note_changes(self, objects: Objects, strict: bool) -> None:
+        if objects.without_area:
+            message = f"{self.dropped} boxes have no area inside their image"
             if strict:
-                raise DataError(f"{message}, annotation ids {listed(without_area)}; correct them or set strict: false")
-            logger.warning("%s and are left out", message)
+                remedy = f"annotation ids {listed(objects.without_area)}; correct them or set data.strict: false"
+                raise DataError(f"{self.annotations_path}: {message}, {remedy}")
+            self.notes.append(f"{message} and are left out")
+        if objects.empty:
+            self.notes.append(f"{objects.empty} annotations without a box (bbox: []) are left out")
+        if objects.beyond:
+            said = "for training and for evaluation" if self.clip else "for training, but are judged as they stand"
+            self.notes.append(
+                f"{len(objects.beyond)} boxes reach beyond their image, by up to {max(objects.beyond.values()):.0f} "
+                f"pixels, and are cut to it {said} (data.clip)"
+            )
+
+    def _collect_boxes(self, objects: Objects) -> None:
+        """Keep the boxes that are taught, of all images, in two flat tensors, which workers share."""
+        of_image = {id: [] for id in self.image_ids}
+        for annotation in objects.annotations:
+            if not annotation["iscrowd"]:
+                of_image[annotation["image_id"]].append(annotation)
+        taught, sizes = [annotation for own in of_image.values() for annotation in own], self._sizes
+        boxes = [clipped(annotation["bbox"], *sizes[annotation["image_id"]]) for annotation in taught]
         self._boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-        self._labels = torch.tensor(labels, dtype=torch.int64)
-        self._first = [0, *accumulate(counts)]
-        return len(without_area)
+        self._labels = torch.tensor([self._label_of[a["category_id"]] for a in taught], dtype=torch.int64)
+        self._first = [0, *accumulate(map(len, of_image.values()))]
 
     def _used_by(self, record: ImageRecord) -> str:
         content = read_annotations(self.annotations_path)
         return _mention(record, [a for a in content["annotations"] if a["image_id"] == record["id"]])
 
 
-def _size_from_header(path: Path) -> tuple[int, int]:
-    try:
-        with open_picture(path) as file:
-            return file.size
-    except UNREADABLE as error:
-        raise DataError(f"{path}: not readable as an image ({error}); replace it or remove its entry") from error
+class _Present:
+    """Which files are in a folder and those within it, each listed once."""
 
+    def __init__(self, root: Path):
+        self.root, self.listings = root, {}
 
-def _clipped(box: list[float], width: int, height: int) -> tuple[float, float, float, float]:
-    """xywh -> xyxy inside the image."""
-    x, y, w, h = box
-    return max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-
-
-def _has_area(annotation: Annotation, width: int, height: int) -> bool:
-    x0, y0, x1, y1 = _clipped(annotation["bbox"], width, height)
-    return x1 > x0 and y1 > y0  # False for NaN as well
+    def has(self, name: str) -> bool:
+        path = self.root / name
+        if path.parent not in self.listings:
+            with_files = path.parent.is_dir()
+            self.listings[path.parent] = {entry.name for entry in os.scandir(path.parent)} if with_files else set()
+        return path.name in self.listings[path.parent]
 
 
 def _mention(record: ImageRecord, annotations: list[Annotation]) -> str:
-    if not annotations:
-        return f"image id {record['id']}, which has no annotations"
-    return f"image id {record['id']}, annotation ids {listed(a['id'] for a in annotations)}"
+    ids = listed(annotation["id"] for annotation in annotations)
+    return f"image id {record['id']}, " + (f"annotation ids {ids}" if annotations else "which has no annotations")

@@ -1,36 +1,28 @@
 """Pictures as people have them: files, folders, patterns, lists in COCO's format, arrays; and how a file is read.
 
-Data sets take pixels as they are stored, because their annotations refer to them. Pictures of one's own are turned
-upright first, as every program shows them, and boxes in them refer to that.
+Data sets take pixels as they are stored, because COCO's annotations refer to them, unless data.orientation: exif says
+that theirs refer to what programs show. Pictures of one's own are turned upright always; boxes in them refer to that.
 """
 
 import glob
-import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from detrlib.data.decoding import UNREADABLE, open_picture, picture_size, read_picture, to_rgb, why_unreadable
 from detrlib.errors import DataError, listed
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".jp2"),
 )
-# What Pillow raises, by file type and fault, for a picture it cannot decode.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
-MOST_PIXELS = 2**26  # larger pictures of one's own are reduced while they are read,
-REDUCED = 2**24  # to about that many
-TURNED = (5, 6, 7, 8)  # orientations in EXIF that exchange width and height
 
 
 @dataclass
@@ -58,7 +50,9 @@ class Picture:
         try:
             image, size = read_picture(self.source, upright=self.stored is None, reduce=True)
         except UNREADABLE as error:
-            raise DataError(f"{self.name}: {_why(error)}") from error
+            raise DataError(f"{self.name}: {why_unreadable(error)}") from error
+        if self.stored not in (None, size[::-1]) and picture_size(self.source, upright=True) == self.stored:
+            image, size = read_picture(self.source, upright=True, reduce=True)  # the list was made of what is shown
         if self.stored not in (None, size[::-1]):
             told = "{} x {}".format(*self.stored)
             raise DataError(f"{self.name}: {size[1]} x {size[0]} pixels, its list says {told}; correct it there")
@@ -69,60 +63,6 @@ class Picture:
         image, _ = self.read()
         image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
         return np.asarray(image)
-
-
-def read_picture(path: Path, upright: bool = False, reduce: bool = False) -> tuple[Image.Image, tuple[int, int]]:
-    """A file's picture in RGB, and its height and width.
-
-    Args:
-        path: any file that Pillow reads.
-        upright: turned as its orientation in EXIF says, size included.
-        reduce: pictures of more than `MOST_PIXELS` become smaller, JPEG while it is decoded; the size that is returned
-            stays that of the file.
-
-    Raises:
-        One of `UNREADABLE`: it is no picture, or cut short, or too large for its format.
-    """
-    with open_picture(path) as file:
-        width, height = file.size
-        if reduce and width * height > MOST_PIXELS:
-            by = math.sqrt(REDUCED / (width * height))
-            wanted = math.ceil(width * by), math.ceil(height * by)
-            file.thumbnail(wanted, Image.Resampling.BOX, reducing_gap=1)
-        if not upright:
-            return to_rgb(file), (height, width)
-        image = to_rgb(ImageOps.exif_transpose(file))
-        turned = file.getexif().get(ExifTags.Base.Orientation) in TURNED
-        return image, (width, height) if turned else (height, width)
-
-
-@contextmanager
-def open_picture(path: Path):
-    """The Pillow image of a file, its header read. A JPEG is opened however large it is: it can be read reduced."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            file = Image.open(path)
-        except Image.DecompressionBombError:
-            with path.open("rb") as content:
-                jpeg = content.read(3) == b"\xff\xd8\xff"
-            if not jpeg:
-                raise
-            file = JpegImageFile(path)
-        with file:
-            yield file
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Greyscale, palette, CMYK and images with transparency as RGB; transparency itself is discarded."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow would clip 16-bit values to 255, which turns most of the picture white.
-        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("its pixels are floating point numbers of unknown range; save it with 8 or 16 bits")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 def find_pictures(pictures: Any, limit: int | None = None) -> list[Picture]:
@@ -191,7 +131,7 @@ def _fault(path: Path) -> str | None:
         with open_picture(path):
             return None
     except UNREADABLE as error:
-        return _why(error)
+        return why_unreadable(error)
 
 
 def pictures_folder(
@@ -272,7 +212,10 @@ def _is_number(text: str) -> bool:
 def _as_image(source: Any, name: str) -> Image.Image:
     """A picture in memory as RGB, not turned. Raises DataError naming it for what is none."""
     if isinstance(source, Image.Image):
-        return to_rgb(source)
+        try:
+            return to_rgb(source)
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from None
     pixels = _channels_last(source, name) if isinstance(source, Tensor) else source
     shape = getattr(pixels, "shape", ())
     if getattr(pixels, "dtype", None) != np.uint8 or 0 in shape or not (len(shape) == 2 or shape[2:] in ((3,), (4,))):
@@ -289,12 +232,3 @@ def _channels_last(pixels: Tensor, name: str) -> np.ndarray:
         pixels = functional.to_dtype(pixels, torch.uint8, scale=True)
     pixels = pixels.detach().cpu().numpy()
     return pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)
-
-
-def _why(error: Exception) -> str:
-    """In words, why a file is no picture that can be read."""
-    if isinstance(error, Image.DecompressionBombError):
-        return "too many pixels for its format; save it smaller, or as JPEG, of which any size is read"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture, or of a kind that Pillow does not read"
-    return f"not readable as a picture ({getattr(error, 'strerror', None) or error})"

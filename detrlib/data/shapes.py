@@ -51,6 +51,11 @@ class Object(NamedTuple):
     area: float
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cache_folder() -> Path:
     """Where things made once are kept: $DETRLIB_CACHE, else $XDG_CACHE_HOME/detrlib, else ~/.cache/detrlib."""
     if named := os.environ.get("DETRLIB_CACHE"):
@@ -102,7 +107,7 @@ def _write_split(root: Path, split: str, count: int, settings: Shapes) -> None:
 
 def _each(draw: partial, count: int) -> Iterable[list[Object]]:
     """`draw(0)` .. `draw(count - 1)` in order, on all processors where there is enough to do."""
-    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = cores()
     if count < SERIAL or processes == 1:
         yield from map(draw, range(count))
     else:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import ExifTags
 
-from detrlib.data.pictures import TURNED, UNREADABLE, is_picture, numbered, open_picture
+from detrlib.data.decoding import UNREADABLE, picture_size
+from detrlib.data.pictures import is_picture, numbered
 from detrlib.errors import DataError, listed
 
 SUFFIXES = (".yaml", ".yml")
@@ -152,11 +152,7 @@ def _label_file(picture: Path) -> Path:
 def _size(file: Path) -> tuple[int, int]:
     """Width and height of a picture as it is shown, to which YOLO's coordinates refer."""
     try:
-        with open_picture(file) as picture:
-            # Asking for tags that a file's head does not have would decode it.
-            tags = picture.getexif() if "exif" in picture.info else {}
-            turned = tags.get(ExifTags.Base.Orientation) in TURNED
-            return picture.size[::-1] if turned else picture.size
+        return picture_size(file, upright=True)
     except UNREADABLE as error:
         raise DataError(f"{file}: not readable as an image ({error}); replace it or remove it") from error
 

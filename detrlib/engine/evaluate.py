@@ -25,17 +25,20 @@ from tqdm.auto import tqdm
 from detrlib.config import Config, replace
 from detrlib.data import CocoDataset, build_dataset, collate, describe_data
 from detrlib.data.batch import batches
+from detrlib.data.classes import class_list
 from detrlib.data.formats import other_split
+from detrlib.engine.floor import run_floor
 from detrlib.engine.start import starting_model
 from detrlib.errors import ConfigError, RunError, listed
 from detrlib.files import load_checkpoint, write_json
 from detrlib.losses import Criterion, match
 from detrlib.metrics.accumulate import AttentionMeasures
+from detrlib.metrics.collapse import BestDetections
 from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
 from detrlib.models import Predictions, alpha_modules
 from detrlib.models.outputs import Site
 from detrlib.runs.examples import recorder
-from detrlib.runs.folder import RESERVED, is_finished, load_results, run_config, save_tables
+from detrlib.runs.folder import RESERVED, class_names, is_finished, load_results, run_config, save_tables
 from detrlib.runs.opening import WHERE, begin_folder, refuse_other_data
 from detrlib.runs.sources import build_source, refuse_predictions, run_source
 
@@ -87,7 +90,8 @@ def evaluation_config(run_dir: Path, overrides: Mapping[str, Any] | None = None)
         raise ConfigError(
             f"{wrong[0]} cannot change in an evaluation: overrides are evaluate.* or {listed(sorted(MAY_MOVE))}"
         )
-    return replace(cfg, overrides or {})
+    names = None if cfg.data.classes else class_names(run_dir)  # of a run made by an earlier version
+    return replace(cfg, ({"data.classes": class_list(names)} if names else {}) | dict(overrides or {}))
 
 
 def evaluate_into(
@@ -106,6 +110,7 @@ def evaluate_into(
         begin_folder(folder, cfg)
     results, detections = evaluate(model, dataset, cfg, Accelerator(), run_dir=folder)
     results |= {"checkpoint": checkpoint, "epoch": known["epoch"], "global_step": known["global_step"]}
+    results |= run_floor(run_dir, dataset, cfg.evaluate.engine)
     if checkpoint != UNTRAINED and not is_finished(run_dir):
         results["unfinished"] = f"epoch {known['epoch']} of {cfg.train.epochs}"
     return save_results(folder, results | dict(described or {}), detections, dataset.ground_truth)
@@ -160,6 +165,7 @@ def evaluate(
     *,
     criterion: Criterion | None = None,
     sites: Collection[Site] | None = None,
+    looked_at: int | None = None,
     run_dir: Path | None = None,
     progress: bool = True,
 ) -> tuple[dict, list[dict]]:
@@ -173,21 +179,22 @@ def evaluate(
         criterion: measure the loss too.
         sites: whose attention is measured besides decoder_cross; None: those whose transform is not softmax; an empty
             one: no attention at all, which is faster.
+        looked_at: measure the attention to about so many images only, the first of each process; None: to all.
         run_dir: where examples, maps and measures of single images and objects are stored, in place of those of an
             earlier evaluation; None: nowhere.
         progress: show a bar.
 
     Returns:
         Results and detections in COCO format, complete on every process. Results hold `detection` (12 COCO numbers and
-        per class), `loss` (with a criterion), `alpha`, the settings `evaluate`, and what `AttentionMeasures.summary`
-        says: `attention`, `sparsity`, `paibb`, `localisation`.
+        per class), `spread` (`BestDetections.summary`), `loss` (with a criterion), `alpha`, the settings `evaluate`,
+        and what `AttentionMeasures.summary` says: `attention`, `sparsity`, `paibb`, `localisation`.
 
     Raises:
         RunError: what is stored cannot be written.
     """
     start, device = time.perf_counter(), accelerator.device
     model = model.to(device).eval()
-    detections, losses, looks = [], [], None
+    detections, losses, looks, best, seen = [], [], None, BestDetections(), 0
     with recorder(cfg, len(dataset), accelerator, run_dir) as record:
         if sites is None or sites:
             folder = run_dir / "measures" if run_dir else None
@@ -195,21 +202,25 @@ def evaluate(
         bar = tqdm(_share(dataset, cfg, accelerator), desc="evaluating", leave=False, disable=not progress or None)
         for batch in batches(bar):
             batch = batch.to(device)
-            wanted = {*looks.sites, *(record.sites(batch) if record else ())} if looks else ()
+            looking = looks and (looked_at is None or seen < looked_at)
+            seen += len(batch.targets)
+            wanted = {*looks.sites, *(record.sites(batch) if record else ())} if looking else ()
             with autocast(cfg.train.precision, device):
                 predictions = model(batch.images, batch.padding_mask, need_attention=wanted)
             detections += _detections(predictions, batch.targets, dataset)
+            best.add(predictions, batch.targets)
             if criterion is not None:
                 losses.append(_losses(criterion, predictions, batch.targets))
-            if looks:
+            if looking:
                 indices = match(predictions, batch.targets, Criterion(**dict(cfg.loss)).costs)
                 looks.add(predictions, batch, indices)
                 if record:
                     record.add(batch, predictions, indices)
-        sums = [looks.close()] if looks else []
+        sums, spread = [looks.close()] if looks else [], [best.boxes.sums]
         if accelerator.num_processes > 1:  # comes back once all processes have closed their tables
-            detections, losses, sums = (gather_object(x) for x in (detections, losses, sums))
-        results = _results(model, dataset, cfg, detections)
+            detections, losses, sums, spread = (gather_object(x) for x in (detections, losses, sums, spread))
+        best.boxes.sums = torch.stack(spread).sum(0)
+        results = _results(model, dataset, cfg, detections) | {"spread": best.summary()}
         if criterion is not None:
             results["loss"] = {name: _weighted_mean([row[name] for row in losses]) for name in losses[0]}
         if looks:

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from detrlib.config import PROJECT, Config
-from detrlib.engine.loop import keep_freed_memory, train
+from detrlib.engine.loop import train
+from detrlib.engine.memory import keep_freed_memory
 from detrlib.errors import RunError
 from detrlib.runs.folder import load_results
 from detrlib.runs.opening import open_run

@@ -9,11 +9,9 @@ result on one GPU or eight. The same run folder again resumes after the last com
 """
 
 import argparse
-import ctypes
 import math
-import platform
 import time
-from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -25,62 +23,25 @@ from tqdm.auto import tqdm
 
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
-from detrlib.data import Batch, CocoDataset, build_dataset, collate, describe_data
+from detrlib.data import Batch, CocoDataset, collate, describe_data, look_over, open_splits
 from detrlib.data.batch import EpochSampler, batches, padding_words
-from detrlib.engine.evaluate import autocast, evaluate, save_results
-from detrlib.engine.start import initial_model, record_start, starting_model
+from detrlib.data.classes import class_list
+from detrlib.engine import tracking
+from detrlib.engine.evaluate import evaluate, save_results
+from detrlib.engine.floor import floor_in_words, keep_fixed_boxes, run_floor
+from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
+from detrlib.engine.start import few_updates, initial_model, record_start, starting_model
 from detrlib.engine.state import TrainingState
-from detrlib.engine.tracking import TRACKING, panels, show_messages, start_tracking, trackers
-from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss
+from detrlib.engine.step import train_step
+from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss, RunError
 from detrlib.files import save_checkpoint
 from detrlib.losses.criterion import Criterion
-from detrlib.models import alpha_modules
+from detrlib.metrics.collapse import signs_of_collapse
+from detrlib.models import checkpoint_activations
 
+LOOKED_AT = 64  # images whose attention is measured while training goes on
 
-def train_step(
-    model: nn.Module,
-    batch: Batch,
-    criterion: Criterion,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    *,
-    precision: str = "float32",
-    clip_norm: float = 0.0,
-    watch: Callable[[], None] = lambda: None,
-) -> dict[str, Tensor]:
-    """One update of the weights.
-
-    Args:
-        model: as `accelerator.prepare` returns it, in training mode.
-        batch: of this process, on its device.
-        criterion: gives the loss and its unweighted terms.
-        optimizer: as `accelerator.prepare` returns it.
-        accelerator: averages gradients over the processes.
-        precision: float32, or bfloat16 for the forward pass.
-        clip_norm: largest norm of all gradients together; 0 leaves them as they are.
-        watch: called between the backward pass and clipping, when gradients are what the loss made them.
-
-    Returns:
-        "loss", which was minimised, its unweighted terms, and with clipping "grad_norm", that before it; detached.
-
-    Raises:
-        NonFiniteLoss: the loss or the norm of its gradients is no number; weights are as they were.
-    """
-    with autocast(precision, accelerator.device):
-        predictions = model(batch.images, batch.padding_mask)
-    loss, terms = criterion(predictions, batch.targets)
-    if not torch.isfinite(loss):
-        raise NonFiniteLoss(f"loss is {loss.item()}")
-
-    optimizer.zero_grad()
-    accelerator.backward(loss)
-    watch()
-    if clip_norm:
-        terms["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-        if not torch.isfinite(terms["grad_norm"]):
-            raise NonFiniteLoss(f"gradient norm is {terms['grad_norm'].item()}")
-    optimizer.step()
-    return {"loss": loss.detach()} | {name: value.detach() for name, value in terms.items()}
+TIMED_STEPS = 3  # after the first, from which the time of an epoch is told
 
 
 def train(cfg: Config, run_dir: Path) -> dict:
@@ -100,25 +61,25 @@ def train(cfg: Config, run_dir: Path) -> dict:
         ConfigError, DataError, WeightsError, RunError: something does not fit; before any long work.
         NonFiniteLoss: with everything needed to look into it saved in failure-<process>.pt.
     """
-    accelerator = Accelerator(log_with=trackers(cfg, run_dir), project_dir=run_dir / TRACKING)
+    accelerator = Accelerator(log_with=tracking.trackers(cfg, run_dir), project_dir=run_dir / tracking.TRACKING)
     if cfg.train.batch_size % accelerator.num_processes:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
         )
-    train_set, val_set = build_dataset(cfg.data, "train"), build_dataset(cfg.data, "val")
+    train_set, val_set = (splits := open_splits(cfg.data)).values()
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
         cfg = cfg.model_copy(update={"model": cfg.model.completed()})
-    cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set)})
-    described = describe_data(cfg.data, {"train": train_set, "val": val_set})
+    cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set), "data.classes": class_list(train_set.names)})
+    described = describe_data(cfg.data, splits)
     with accelerator.main_process_first():
         resume = runs.refuse_run(cfg, run_dir, described)
+        accelerator.print(look_over(splits, cfg.model.num_queries, cfg.data.check))
         model, start = (initial_model(cfg, "none"), None) if resume else starting_model(cfg, train_set)
         runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:
         accelerator.print(start)
     if accelerator.is_main_process and not resume:
         record_start(run_dir, start)
-        runs.save_class_names(run_dir, train_set.names)
     trainer = Trainer(cfg, run_dir, accelerator, train_set, val_set, model)
     try:
         return trainer.run(resume)
@@ -154,9 +115,9 @@ class Trainer:
     ):
         self.cfg, self.run_dir, self.accelerator, self.val_set = cfg, run_dir, accelerator, val_set
         set_seed(cfg.train.seed)
-        self.sampler = EpochSampler(
-            len(train_set), cfg.train.batch_size, accelerator.process_index, accelerator.num_processes, cfg.train.seed
-        )
+        shared = accelerator.process_index, accelerator.num_processes
+        given = cfg.train.batch_size, *shared, cfg.train.seed, cfg.train.epoch_updates
+        self.sampler = EpochSampler(len(train_set), *given)
         self.loader = DataLoader(
             train_set,
             batch_sampler=self.sampler,
@@ -164,10 +125,15 @@ class Trainer:
             num_workers=cfg.data.workers,
             pin_memory=accelerator.device.type == "cuda",
         )
+        checkpoint_activations(model, cfg.train.checkpoint_activations)
         self.state = TrainingState(model, cfg, len(self.sampler), accelerator)
+        self.plan = Plan(cfg, self.state.trained, train_set, self.sampler.own_size, accelerator)
+        self.micro_batch = self.plan.images(run_dir)
         self.criterion = Criterion(lambda x: accelerator.reduce(x, "mean"), **dict(cfg.loss))
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
-        start_tracking(accelerator, cfg)
+        self.timed = False  # whether `_forecast` has spoken
+        self.floor, self.warned = {}, set()  # see `run_floor`; signs of collapse that were said
+        tracking.start_tracking(accelerator, cfg)
 
     def run(self, resume: bool) -> dict:
         """Train what is left, evaluate, write the results."""
@@ -177,7 +143,13 @@ class Trainer:
             self.accelerator.print(f"resuming {self.run_dir.name} after epoch {state.epoch}")
         if self.accelerator.is_main_process:
             runs.truncate_metrics(self.run_dir, state.global_step)
+            self.accelerator.print(self.plan.line(self.micro_batch), flush=True)
+            if not resume:
+                keep_fixed_boxes(self.run_dir, self.loader.dataset)
         self.accelerator.wait_for_everyone()
+        self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
+        for line in (*floor_in_words(self.floor), *few_updates(self.cfg, epochs * len(self.sampler))):
+            self.accelerator.print(line)
         while state.epoch < epochs:
             start = time.perf_counter()
             record = self._train_epoch()
@@ -189,7 +161,9 @@ class Trainer:
             state.save(self.run_dir / "checkpoints", ap, self.cfg.train.keep_every)
             self._report(record, time.perf_counter() - start)
         results, detections = evaluate(state.evaluated, self.val_set, self.cfg, self.accelerator, run_dir=self.run_dir)
-        results |= {"checkpoint": "last", "epoch": state.epoch, "global_step": state.global_step}
+        results |= {"checkpoint": "last", "epoch": state.epoch, "global_step": state.global_step} | self.floor
+        self.warned.clear()
+        self._warn(results)
         if self.accelerator.is_main_process:
             save_results(self.run_dir, results, detections, self.val_set.ground_truth)
             self.accelerator.print(state.best_so_far(self.run_dir), flush=True)
@@ -197,7 +171,7 @@ class Trainer:
         return results
 
     def _train_epoch(self) -> dict[str, float]:
-        """One pass over the data; means of everything logged."""
+        """One epoch; means of everything logged."""
         cfg, accelerator, state = self.cfg.train, self.accelerator, self.state
         # Order and augmentation depend on seed and epoch alone, so that a resumed run repeats an uninterrupted one.
         set_seed(cfg.seed + 1000 * (state.epoch + 1) + accelerator.process_index)
@@ -206,10 +180,10 @@ class Trainer:
         sums, padding, quiet = {}, [], None if accelerator.is_main_process else True
         bar = tqdm(self.loader, desc=f"epoch {state.epoch + 1}/{cfg.epochs}", leave=False, disable=quiet)
         clock = time.perf_counter()
-        for batch in batches(bar):
+        for number, batch in enumerate(batches(bar)):
             waited = time.perf_counter() - clock
             padding.append(batch.padding)
-            terms = self._step(batch.to(accelerator.device))
+            terms = self._step(batch)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
             if state.global_step % cfg.log_every == 0:
@@ -217,6 +191,10 @@ class Trainer:
                 self._log_step(terms, {"extra/iter_time": took, "extra/data_time": waited})
                 bar.set_postfix(loss=f"{terms['loss']:.3f}")
             clock = time.perf_counter()
+            if number == 0:  # which prepares things, and tells nothing of the others
+                began = clock
+            elif number == TIMED_STEPS and not self.timed:
+                self._forecast((clock - began) / TIMED_STEPS)
         names = sorted(sums)
         totals = accelerator.reduce(torch.stack([sums[name] for name in names]), "mean") / len(self.loader)
         means = {f"epoch/{name}": value for name, value in zip(names, totals.tolist(), strict=True)}
@@ -225,11 +203,18 @@ class Trainer:
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """`train_step`, and what moves along with the weights."""
         cfg, state = self.cfg.train, self.state
-        given = state.model, batch, self.criterion, state.optimizer, self.accelerator
+        parts = batch.split(self.micro_batch, keep_padding=self.cfg.model.padding_matters)
+        given = state.model, parts, self.criterion, state.optimizer, self.accelerator
         try:
             terms = train_step(*given, precision=cfg.precision, clip_norm=cfg.clip_norm, watch=self._watch)
         except NonFiniteLoss as error:
             raise NonFiniteLoss(self._failure(batch, str(error))) from None
+        except torch.OutOfMemoryError:
+            size = " x ".join(map(str, batch.images.shape[-2:]))
+            raise RunError(
+                f"the GPU has not enough memory for {self.micro_batch} images in a batch of {size} pixels at step "
+                f"{state.global_step}; set {SMALLER}, and start again: the same run goes on after epoch {state.epoch}"
+            ) from None
         state.advance()
         return terms
 
@@ -250,19 +235,28 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         criterion = Criterion(**dict(self.cfg.loss))
-        results, _ = evaluate(
-            self.state.evaluated, self.val_set, self.cfg, self.accelerator, criterion=criterion, sites=()
-        )
+        asked = {"criterion": criterion, "sites": ("decoder_cross",), "looked_at": LOOKED_AT}
+        results, _ = evaluate(self.state.evaluated, self.val_set, self.cfg, self.accelerator, **asked)
         numbers = {name: value for name, value in results["detection"].items() if not isinstance(value, dict)}
         record = {f"val/{name}": value for name, value in results["loss"].items()}
+        record |= {f"spread/{name}": value for name, value in results["spread"].items()}
+        if self.cfg.train.epochs <= 2 * self.state.epoch < 2 * self.cfg.train.epochs:
+            self._warn(results | self.floor)  # before, all models are like that
         return record | {f"detection/{name}": value for name, value in numbers.items()}
+
+    def _warn(self, results: dict) -> None:
+        """Say what looks collapsed, each sign once."""
+        signs = signs_of_collapse(results)
+        for name in [name for name in signs if name not in self.warned]:
+            self.accelerator.print(f"warning: {signs[name]}", flush=True)
+        self.warned |= set(signs)
 
     # What is written: metrics, and a line per epoch. Only the main process writes.
 
     def _watch(self) -> None:
         """Gradients of alpha before clipping, of steps that are logged: is it still learning?"""
         if (self.state.global_step + 1) % self.cfg.train.log_every == 0:
-            self.alpha_gradients = alpha_gradients(self.state.trained)
+            self.alpha_gradients = tracking.alpha_gradients(self.state.trained)
 
     def _log_step(self, terms: dict[str, Tensor], times: dict[str, float]) -> None:
         rates = {f"lr/{name}": rate for name, rate in self.state.learning_rates.items()}
@@ -276,20 +270,32 @@ class Trainer:
     def _log(self, values: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
             return
-        for layer, module in alpha_modules(self.state.trained).items():
-            values |= _by_head("alpha", layer, module.alpha) | _by_head("pre_alpha", layer, module.pre_alpha)
+        values |= tracking.alpha_values(self.state.trained)
         values |= {f"alpha/{site}": alpha for site, alpha in self.state.alphas.items()}
         record = {"global_step": self.state.global_step, "epoch": self.state.epoch} | values
         runs.append_metrics(self.run_dir, record)
-        self.accelerator.log(panels(record, self.criterion.weights), step=self.state.global_step)
+        self.accelerator.log(tracking.panels(record, self.criterion.weights), step=self.state.global_step)
+
+    def _forecast(self, seconds: float) -> None:
+        """Say how long training will take, from the first steps of `seconds` each."""
+        self.timed = True
+        epoch, left = len(self.loader) * seconds, self.cfg.train.epochs - self.state.epoch
+        until = datetime.now() + timedelta(seconds=left * epoch)
+        self.accelerator.print(
+            f"time: an epoch takes about {_duration(epoch)}, {left} epochs about {_duration(left * epoch)}, without "
+            f"evaluation until {until:%Y-%m-%d %H:%M}",
+            flush=True,
+        )
 
     def _report(self, record: dict[str, float], seconds: float) -> None:
-        epoch, epochs = self.state.epoch, self.cfg.train.epochs
+        epoch, epochs, updates = self.state.epoch, self.cfg.train.epochs, self.state.global_step
         precision = ""
         if record.get("detection/AP", -1) >= 0:  # undefined without objects
             precision = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
+        passes = updates * self.sampler.batch_size / self.sampler.length
         self.accelerator.print(
-            f"epoch {epoch:3d}/{epochs}  loss {record['epoch/loss']:.3f}  {precision}"
+            f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
+            f"loss {record['epoch/loss']:.3f}  {precision}"
             f"{seconds:.0f} s, about {(epochs - epoch) * seconds / 60:.0f} min left",
             flush=True,
         )
@@ -303,32 +309,11 @@ class Trainer:
         self.accelerator.end_training()
 
 
-def alpha_gradients(model: nn.Module) -> dict[str, float]:
-    """For the log: gradients of pre_alpha per head, and their norm per layer."""
-    values = {}
-    for layer, module in alpha_modules(model).items():
-        gradient = module.pre_alpha.grad
-        if gradient is None:  # alpha is held fixed
-            continue
-        values |= _by_head("pre_alpha_gradient", layer, gradient)
-        site, number = layer.split(".")
-        values[f"pre_alpha_gradient_norm/{site}.layer_{number}"] = gradient.norm().item()
-    return values
-
-
-def _by_head(what: str, layer: str, values: Tensor) -> dict[str, float]:
-    """Names for the log: ("alpha", "decoder_cross.0", [H]) -> {"alpha/decoder_cross.layer_0-head_0": ...}."""
-    site, number = layer.split(".")
-    return {f"{what}/{site}.layer_{number}-head_{head}": value for head, value in enumerate(values.tolist())}
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large blocks: otherwise every step returns its activations and pages them in again."""
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def main() -> None:
@@ -336,7 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train in a run folder that holds config.yaml; for torchrun.")
     parser.add_argument("run_dir", type=runs.run_path, help="run folder with a config.yaml")
     run_dir = parser.parse_args().run_dir
-    show_messages()
+    tracking.show_messages()
     keep_freed_memory()
     try:
         train(load_config(run_dir / "config.yaml"), run_dir)

@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 
 from detrlib.config import Backbone
 from detrlib.data import CocoDataset, cache_folder
-from detrlib.data.augment import MEAN, STD
+from detrlib.data.augment import MEAN, PAPER_SIZE, STD, TRAINING_SIZES
 from detrlib.files import save_checkpoint
 from detrlib.models.backbone import build_body, stage_channels
 
 log = logging.getLogger(__name__)
 
-SIDE = 64  # of a crop, pixels of the image as the detector sees it; larger objects are shrunk to fit
+SIDE = 64  # of a crop, pixels of the image as the detector sees it
+SMALLEST_SCALE = TRAINING_SIZES[0] / PAPER_SIZE  # of the detector's training: no crop is shrunk further
 MOST_CROPS = 20000
 SAMPLES = 60_000  # crops seen in all, whatever their number
 BATCH = 64
@@ -43,28 +44,33 @@ def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int) 
     key = {
         "data": hashlib.sha256(json.dumps(dataset.ground_truth, sort_keys=True).encode()).hexdigest(),
         "backbone": [settings.name, settings.dilation, [list(weight.shape) for weight in body.state_dict().values()]],
-        "recipe": [image_size, SIDE, MOST_CROPS, SAMPLES, BATCH, LEARNING_RATE, SEED],
+        "recipe": [image_size, SIDE, SMALLEST_SCALE, MOST_CROPS, SAMPLES, BATCH, LEARNING_RATE, SEED],
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = cache_folder() / "backbones" / f"{settings.name}-{digest}.pt"
     if not path.exists():
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
-            body, accuracy = train_classifier(settings, dataset, image_size)
-        log.info("backbone pretrained on crops: accuracy %.3f on held-out crops, kept in %s", accuracy, path)
+            body, recalls = train_classifier(settings, dataset, image_size)
+        log.info(
+            "backbone pretrained on crops: of held-out ones %.3f are recognised, mean over %d classes (a guess: %.3f); "
+            "kept in %s",
+            *(sum(recalls) / len(recalls), len(recalls), 1 / len(recalls), path),
+        )
         save_checkpoint(path, body.state_dict())
     return path
 
 
-def train_classifier(settings: Backbone, dataset: CocoDataset, image_size: int) -> tuple[nn.Module, float]:
-    """A backbone trained to tell the classes of crops apart, and its accuracy on crops kept back."""
+def train_classifier(settings: Backbone, dataset: CocoDataset, image_size: int) -> tuple[nn.Module, list[float]]:
+    """A backbone trained to tell the classes of crops apart; of crops kept back the share recognised of each class."""
     crops, labels = collect_crops(dataset, image_size)
     body = build_body(settings.name, settings.dilation, norm=nn.BatchNorm2d)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trunk = nn.Sequential(*(getattr(body, part) for part in TRUNK))
     model = nn.Sequential(trunk, _Middle(), nn.Linear(stage_channels(body, 4), dataset.num_classes + 1))
     model.to(device, memory_format=torch.channels_last)
-    held_out = torch.randperm(len(crops)) < max(1, len(crops) // 20)
+    kept_back = max(1, len(crops) // 20, min(100, len(crops) // 4))  # a twentieth, and of few crops enough to judge by
+    held_out = torch.randperm(len(crops)) < kept_back
     train_crops, train_labels = crops[~held_out], labels[~held_out]
     steps = SAMPLES // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
@@ -79,7 +85,7 @@ def train_classifier(settings: Backbone, dataset: CocoDataset, image_size: int) 
         loss.backward()
         optimizer.step()
         schedule.step()
-    return body.cpu(), _accuracy(model.eval().to(device), crops[held_out], labels[held_out])
+    return body.cpu(), _recalls(model.eval().to(device), crops[held_out], labels[held_out])
 
 
 class _Middle(nn.Module):
@@ -91,31 +97,38 @@ class _Middle(nn.Module):
 
 
 def collect_crops(dataset: CocoDataset, image_size: int) -> tuple[Tensor, Tensor]:
-    """Square crops uint8 [N,3,S,S] around boxes and, one per image, of background; labels [N], background last."""
+    """Square crops uint8 [N,3,S,S] around boxes and, one per image, of background; labels [N], background last.
+
+    All are at scales of the detector's training. Background has the scale of an object, which so tells nothing.
+    """
     generator = torch.Generator().manual_seed(SEED)
     crops, labels = [], []
     for index in torch.randperm(len(dataset), generator=generator).tolist():
         image = pil_to_tensor(dataset.image(index))
         window = SIDE * min(image.shape[-2:]) / image_size  # pixels of the file
         boxes, classes = dataset.objects(index)  # xyxy pixels, labels
-        for box, label in zip(boxes, classes.tolist(), strict=True):
-            crops.append(_square_crop(image, box, window, generator))
+        sides = (1.2 * (boxes[:, 2:] - boxes[:, :2]).amax(1)).clamp(window, window / SMALLEST_SCALE).tolist()
+        for box, side, label in zip(boxes, sides, classes.tolist(), strict=True):
+            crops.append(_square_crop(image, box, side, generator))
             labels.append(label)
-        background = _background_box(image.shape[-2:], boxes, window / 4, generator)
+        side = sides[int(torch.randint(len(sides), (), generator=generator))] if sides else window
+        background = _background_box(image.shape[-2:], boxes, side / 4, generator)
         if background is not None:
-            crops.append(_square_crop(image, background, window, generator))
+            crops.append(_square_crop(image, background, side, generator))
             labels.append(dataset.num_classes)
         if len(crops) >= MOST_CROPS:
             break
     return torch.stack(crops), torch.tensor(labels)
 
 
-def _square_crop(image: Tensor, box: Tensor, window: float, generator: torch.Generator) -> Tensor:
-    """uint8 [3,H,W] and xyxy box -> uint8 [3,S,S] with the box near its middle, black outside the image."""
-    x0, y0, x1, y1 = box.tolist()
-    side = max(1.2 * max(x1 - x0, y1 - y0), window)
-    shift_x, shift_y = ((torch.rand(2, generator=generator) - 0.5) * 0.2 * side).tolist()
-    top, left = (y0 + y1 - side) / 2 + shift_y, (x0 + x1 - side) / 2 + shift_x
+def _square_crop(image: Tensor, box: Tensor, side: float, generator: torch.Generator) -> Tensor:
+    """uint8 [3,H,W] and xyxy box -> uint8 [3,S,S] with the box near its middle, black outside the image.
+
+    Of a box larger than the crop some part is in its middle.
+    """
+    centre, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
+    shift = (torch.rand(2, generator=generator) - 0.5) * (size - side / 2).clamp(min=0.2 * side)
+    left, top = (centre + shift - side / 2).tolist()
     return resized_crop(image, round(top), round(left), round(side), round(side), [SIDE, SIDE], antialias=True)
 
 
@@ -142,10 +155,8 @@ def _normalised(crops: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, crops: Tensor, labels: Tensor) -> float:
+def _recalls(model: nn.Module, crops: Tensor, labels: Tensor) -> list[float]:
+    """Of every class that is there, the share of its crops that are recognised."""
     device = next(model.parameters()).device
-    correct = [
-        (model(_normalised(part.to(device))).argmax(1).cpu() == wanted).float().sum()
-        for part, wanted in zip(crops.split(256), labels.split(256), strict=True)
-    ]
-    return float(sum(correct) / len(labels))
+    found = torch.cat([model(_normalised(part.to(device))).argmax(1).cpu() for part in crops.split(256)])
+    return [(found[labels == label] == label).float().mean().item() for label in labels.unique()]

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, WandBTracker, get_available_trackers, on_main_process
+from torch import Tensor, nn
 
 from detrlib.config import PROJECT, Config, flat_settings
 from detrlib.errors import ConfigError
+from detrlib.models import alpha_modules
 
 log = logging.getLogger(__name__)
 
@@ -105,3 +107,30 @@ def panels(record: Mapping[str, float], weights: Mapping[str, float]) -> dict[st
             panel = {"extra": "train-extra-metrics", "val": "val-epoch-metrics", "detection": "val-AP"}.get(group)
             shown[f"{panel}/{leaf}" if panel else name] = value
     return shown
+
+
+def alpha_values(model: nn.Module) -> dict[str, float]:
+    """For the log: learnable alphas per head, and the parameters behind them."""
+    values = {}
+    for layer, module in alpha_modules(model).items():
+        values |= _by_head("alpha", layer, module.alpha) | _by_head("pre_alpha", layer, module.pre_alpha)
+    return values
+
+
+def alpha_gradients(model: nn.Module) -> dict[str, float]:
+    """For the log: gradients of pre_alpha per head, and their norm per layer."""
+    values = {}
+    for layer, module in alpha_modules(model).items():
+        gradient = module.pre_alpha.grad
+        if gradient is None:  # alpha is held fixed
+            continue
+        values |= _by_head("pre_alpha_gradient", layer, gradient)
+        site, number = layer.split(".")
+        values[f"pre_alpha_gradient_norm/{site}.layer_{number}"] = gradient.norm().item()
+    return values
+
+
+def _by_head(what: str, layer: str, values: Tensor) -> dict[str, float]:
+    """Names for the log: ("alpha", "decoder_cross.0", [H]) -> {"alpha/decoder_cross.layer_0-head_0": ...}."""
+    site, number = layer.split(".")
+    return {f"{what}/{site}.layer_{number}-head_{head}": value for head, value in enumerate(values.tolist())}

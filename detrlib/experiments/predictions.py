@@ -13,6 +13,7 @@ from detrlib.config import Config, load_config, project_path, replace
 from detrlib.data import build_dataset
 from detrlib.data.yolo import is_data_yaml
 from detrlib.engine.evaluate import on_split, save_results
+from detrlib.engine.floor import run_floor
 from detrlib.errors import DataError, RunError
 from detrlib.experiments.transfer import find_data
 from detrlib.metrics.detection import coco_ap
@@ -69,6 +70,7 @@ def evaluate_predictions(
         "seconds": None,
     }
     begin_folder(run_dir, cfg)
+    results |= run_floor(run_dir, dataset, cfg.evaluate.engine)
     return save_results(run_dir, results, detections, dataset.ground_truth)
 
 

@@ -27,7 +27,8 @@ import torch
 
 from detrlib import runs
 from detrlib.config import PROJECT, Config, load_config, project_path, read_yaml, save_config
-from detrlib.data import build_dataset
+from detrlib.data import build_dataset, look_over, open_splits
+from detrlib.data.shapes import cores
 from detrlib.engine.notebooks import (
     checked_parameters,
     execute_notebook,
@@ -169,19 +170,20 @@ def _execute(folder: Path, name: str, parameters: dict[str, Any]) -> Path:
 
 
 def _prepare(jobs: list[Job]) -> None:
-    """Draw data and pretrain backbones once, before runs that would wait for each other ask for them."""
+    """Draw data, decode pictures and pretrain backbones once, before runs that would wait for each other ask for it."""
     needed = {(job.cfg.data, getattr(job.cfg.model, "backbone", None)) for job in jobs if not job.finished}
     for data, backbone in needed:
-        dataset = build_dataset(data, "train")
+        splits = open_splits(data)
+        look_over(splits, check=data.check)  # raises what no run can be trained with
         if backbone is not None and backbone.weights == "crops":
-            backbone_weights(backbone, dataset, data.image_size)
+            backbone_weights(backbone, splits["train"], data.image_size)
 
 
 def _slots() -> int:
     """How many runs fit side by side: one per GPU, or per core this process may use."""
     if torch.cuda.is_available():
         return torch.cuda.device_count()
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()
 
 
 def _work_off(jobs: list[Job], slots: int) -> None:

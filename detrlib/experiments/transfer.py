@@ -68,7 +68,7 @@ def evaluate_on(
     copy = (folder / annotations.name).with_suffix(".json")  # with the run's labels as category ids
     write_json(copy, translate(content, match))
     settings = {"data.val_images": str(images), "data.val_annotations": str(copy)}
-    settings |= {"data.val_limit": None, "data.holdout": None, "data.contiguous": False}
+    settings |= {"data.val_limit": None, "data.holdout": None, "data.contiguous": False, "data.classes": None}
     described = {
         "on": str(annotations),
         "names": {str(label): name for label, name in (ours or match.names).items()},

@@ -20,7 +20,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from tqdm.auto import tqdm
 
 from detrlib.data.annotations import first_fault
-from detrlib.data.coco import UNREADABLE
+from detrlib.data.decoding import UNREADABLE
 from detrlib.errors import DataError
 from detrlib.files import write_json
 

@@ -65,24 +65,58 @@ def class_histogram(frame: pd.DataFrame, most: int = 25, classes: Iterable[str] 
 def size_distribution(frame: pd.DataFrame) -> Figure:
     """Histogram of the square root of the area, in pixels on a logarithmic axis, and the share of COCO's sizes."""
     sides = np.sqrt(_objects(frame)["area"].to_numpy(dtype=float))
+    return _divided_histogram(sides, SIZE_LIMITS, SIZE_NAMES, "square root of the object's area, pixels of the file")
+
+
+@styled
+def sizes_in_view(
+    sides: np.ndarray, image_size: int, stride: int, view: int, suggested: tuple[int, int] | None = None
+) -> Figure:
+    """Histogram of the objects' longer sides as the model meets them, beside its cells and what one of them sees.
+
+    Args:
+        sides: [n] in parts of the shorter side of their image.
+        image_size: that side in pixels, `data.image_size`.
+        stride, view: side of a cell, and of what it sees without attention, pixels. Objects below two cells have hardly
+            one of their own; of those beyond the view no cell sees the whole.
+        suggested: the smallest and largest image size at which most objects lie between, written below.
+    """
+    words = f"longer side of the object, pixels at data.image_size {image_size}"
+    if suggested is not None:
+        low, high = suggested
+        said = f"nine of ten objects would lie between the lines at {low} to {high}"
+        if low > high:
+            said = f"no size puts nine of ten objects between the lines: small ones need {low}, large ones {high}"
+        words = f"{words}\n{said}"
+    limits, names = (2 * stride, view), ("below two cells", "seen whole", "beyond the view")
+    drawn = _divided_histogram(np.asarray(sides, dtype=float) * image_size, limits, names, words)
+    for limit, name in zip(limits, (f"2 cells, {2 * stride}", f"view, {view}"), strict=True):
+        at = {"rotation": 90, "ha": "right", "va": "top", "color": MUTED}
+        drawn.axes[0].text(limit, 0.97, name, transform=drawn.axes[0].get_xaxis_transform(), **at)
+    return drawn
+
+
+def _divided_histogram(sides: np.ndarray, limits: Sequence[float], names: Sequence[str], label: str) -> Figure:
+    """Histogram of sides on a logarithmic axis, with the share of each of the three parts that two limits make."""
     if not len(sides):
         raise Nothing("there are no objects")
     drawn, axes = figure(width=0.75, aspect=0.5)
-    low, high = min(sides.min(), 16) / 1.1, max(sides.max(), 192) * 1.1
+    low, high = min(sides.min(), limits[0] / 2) / 1.1, max(sides.max(), limits[1] * 2) * 1.1
     sns.histplot(x=sides, bins=np.geomspace(low, high, 50), color=PALETTE[0], alpha=1, edgecolor="white", ax=axes)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    edges = [low, *SIZE_LIMITS, high]
-    for name, start, end in zip(SIZE_NAMES, edges, edges[1:], strict=False):
+    edges = [low, *limits, high]
+    for name, start, end in zip(names, edges, edges[1:], strict=False):
         share = np.mean((sides >= start) & (sides < end))
         words = {"s": f"{name} {share:.0%}", "transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
         axes.text(np.sqrt(start * end), 1.02, **words)
-    for limit in SIZE_LIMITS:
+    for limit in limits:
         axes.axvline(limit, color=MUTED, linestyle=(0, (3, 2)), linewidth=0.8)
     axes.set_xlim(low, high)
-    axes.set_xticks([2**power for power in range(20) if low <= 2**power <= high] + [96])
+    powers = [2**power for power in range(20) if low <= 2**power <= high]
+    axes.set_xticks(powers + [limit for limit in limits if limit not in powers])
     axes.minorticks_off()
-    axes.set(xlabel="square root of the object's area, pixels of the file", ylabel="objects")
+    axes.set(xlabel=label, ylabel="objects")
     return drawn
 
 

@@ -31,10 +31,12 @@ class Pairs(NamedTuple):
 
 
 class Divisors(NamedTuple):
-    """What sums over queries are divided by: averages over processes."""
+    """What sums over the queries and images of a whole batch are divided by."""
 
-    boxes: Tensor  # number of boxes, 1 at least
-    class_weight: Tensor  # sum of the weights of all queries in the cross-entropy
+    boxes: Tensor  # number of boxes, 1 at least; in the mean over processes
+    class_weight: Tensor  # sum of the weights of all queries in the cross-entropy; likewise
+    pairs: int  # number of matched pairs, 1 at least
+    images: int
 
 
 class Criterion(nn.Module):
@@ -75,38 +77,45 @@ class Criterion(nn.Module):
         self.weight_mask, self.weight_poll = weight_mask, weight_poll
         self.no_object, self.focal_alpha, self.auxiliary = no_object, focal_alpha, auxiliary
 
-    def forward(self, outputs: Predictions, targets: list[dict]) -> tuple[Tensor, Terms]:
+    def forward(
+        self, outputs: Predictions, targets: list[dict], batch: list[dict] | None = None
+    ) -> tuple[Tensor, Terms]:
         """The total loss and everything worth logging.
 
         Args:
             outputs: what a model returns for B images.
             targets: B dicts with `labels` [T] and `boxes` [T,4] as `match` reads them.
+            batch: the targets of the whole batch of which these images are a part; None: they are all of it. Losses and
+                terms of the parts of a batch, added up, are those of the batch.
 
         Returns:
             The weighted sum, and the unweighted terms by name. Names of the last decoder layer have no suffix, those of
             auxiliary losses end in the number of their decoder layer, those of the proposals in `_enc`, those of
             encoder layers before the last in `_enc_` and their number.
         """
-        divisors = self._divisors(outputs, targets)
+        divisors = self._divisors(outputs, targets if batch is None else batch)
         pairs, terms = self._layer_losses(outputs, targets, divisors)
         total = self._weighted(terms)
-        terms |= class_error(outputs, pairs) | cardinality_error(outputs, targets)
+        terms |= class_error(outputs, pairs, divisors.pairs)
+        part = len(targets) / divisors.images  # what a mean over images counts in that over the batch
+        terms |= {name: part * value for name, value in cardinality_error(outputs, targets).items()}
         for suffix, layer in self._other_layers(outputs):
             _, losses = self._layer_losses(layer, targets, divisors)
             total = total + self._weighted(losses)
             terms |= {f"{name}_{suffix}": value for name, value in losses.items()}
         if outputs.tokens is not None:
-            terms |= token_losses(outputs.tokens)
+            terms |= {name: part * value for name, value in token_losses(outputs.tokens).items()}
             total = total + self.weight_mask * terms["loss_mask"]
         if outputs.polled is not None:
-            terms |= loss_poll(outputs.polled)
+            terms |= {name: part * value for name, value in loss_poll(outputs.polled).items()}
             total = total + self.weight_poll * terms["loss_poll"]
         return total, terms
 
     def counts(self, outputs: Predictions, targets: list[dict]) -> dict[str, float]:
         """What each loss of `forward` was divided by, to put batches of different content together."""
-        boxes, class_weight = (value.item() for value in self._divisors(outputs, targets))
-        classes = class_weight if outputs.classification == "softmax" else boxes
+        divisors = self._divisors(outputs, targets)
+        boxes = divisors.boxes.item()
+        classes = divisors.class_weight.item() if outputs.classification == "softmax" else boxes
         return {"loss_class": classes, "loss_bbox": boxes, "loss_giou": boxes, "class_error": boxes}
 
     def loss_labels(self, outputs: Predictions, pairs: Pairs, divisors: Divisors) -> Terms:
@@ -151,14 +160,15 @@ class Criterion(nn.Module):
             yield "enc", outputs.proposals
         yield from ((f"enc_{number}", layer) for number, layer in enumerate(outputs.encoder_auxiliary))
 
-    def _divisors(self, outputs: Predictions, targets: list[dict]) -> Divisors:
-        batch, queries, _ = outputs.logits.shape
-        boxes = sum(len(target["labels"]) for target in targets)
-        with_object = sum(min(len(target["labels"]), queries) for target in targets)
-        class_weight = with_object + self.no_object * (batch * queries - with_object)
+    def _divisors(self, outputs: Predictions, batch: list[dict]) -> Divisors:
+        """They follow from the number of boxes of every image alone, before any of them is matched."""
+        queries = outputs.logits.shape[1]
+        boxes = sum(len(target["labels"]) for target in batch)
+        pairs = sum(min(len(target["labels"]), queries) for target in batch)
+        class_weight = pairs + self.no_object * (len(batch) * queries - pairs)
         both = outputs.logits.new_tensor([float(boxes), class_weight], dtype=torch.float32)
         boxes, class_weight = self.mean_over_processes(both).unbind()
-        return Divisors(torch.where(boxes > 0, boxes, 1.0), class_weight)
+        return Divisors(torch.where(boxes > 0, boxes, 1.0), class_weight, max(1, pairs), len(batch))
 
 
 def matched(indices: list[Match], targets: list[dict]) -> Pairs:
@@ -174,10 +184,10 @@ def matched(indices: list[Match], targets: list[dict]) -> Pairs:
 
 
 @torch.no_grad()
-def class_error(outputs: Predictions, pairs: Pairs) -> Terms:
-    """`class_error`, logged only: wrong classes among matched queries, in percent."""
-    wrong = (outputs.logits.float()[pairs.image, pairs.query].argmax(-1) != pairs.labels).float()
-    return {"class_error": 100 * wrong.mean() if len(wrong) else wrong.sum()}
+def class_error(outputs: Predictions, pairs: Pairs, number: int) -> Terms:
+    """`class_error`, logged only: wrong classes among the matched queries, `number` in the whole batch, in percent."""
+    wrong = outputs.logits.float()[pairs.image, pairs.query].argmax(-1) != pairs.labels
+    return {"class_error": 100 * (wrong.sum() / number)}
 
 
 @torch.no_grad()

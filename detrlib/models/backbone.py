@@ -6,6 +6,7 @@ Batch-norm statistics are frozen (buffers, not parameters): batches of detection
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,9 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from detrlib.errors import ConfigError
+from detrlib.models.checkpointing import call
 from detrlib.models.pretrained import imagenet_weights, load_backbone_weights, read_weights
-from detrlib.models.swin import WIDTHS, swin_body, swin_stages
+from detrlib.models.swin import DEPTHS, PATCH, WIDTHS, WINDOW, swin_body, swin_stages
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Backbone(nn.Module):
         self.stages = tuple(stages)
         self.num_channels = [stage_channels(body, stage) for stage in self.stages]
         self.official_padding = official_padding
+        self.recompute = False  # see `checkpoint_activations`
 
     def forward(self, images: Tensor, padding: Tensor | None) -> list[FeatureMap]:
         masked = padding is not None and not self.official_padding
@@ -66,12 +69,13 @@ class Backbone(nn.Module):
         def inside(x: Tensor) -> Tensor:
             return x.masked_fill(masks[x.shape[-2:]][:, None], 0.0) if masked else x
 
+        again = self.recompute and self.training
         if isinstance(self.body, SwinTransformer):
             # How windows lie depends on the sizes as numbers: with padding, a GPU is asked for them, once.
             sizes = image_sizes(padding) if masked else None
-            maps = swin_stages(self.body, images, inside, sizes, self.official_padding)
+            maps = swin_stages(self.body, images, inside, sizes, self.official_padding, again)
         else:
-            maps = residual_stages(self.body, images, inside)
+            maps = residual_stages(self.body, images, inside, again)
         maps = [x for number, x in enumerate(maps, start=1) if number in self.stages]
         if padding is None or masked:
             return [FeatureMap(x, masks.get(x.shape[-2:])) for x in maps]
@@ -109,14 +113,58 @@ def stage_channels(body: nn.Module, stage: int) -> int:
     return (block.conv3 if isinstance(block, Bottleneck) else block.conv2).out_channels
 
 
-def residual_stages(body: nn.Module, images: Tensor, inside: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    """Images [B,3,H,W] -> maps of the four stages of a ResNet-like body; `inside` makes zero what is padding."""
+class CellView(NamedTuple):
+    """What a cell of a feature map stands for, and what it can see, both in pixels along a side."""
+
+    stride: int
+    view: int
+
+
+def cell_view(name: str, dilation: bool = False) -> CellView:
+    """Stride and receptive field of the last stage of the backbone called `name`; Araujo et al. 2019, Eq. 2.
+
+    What a cell sees of an image without attention. The middle of it counts most.
+    """
+    with torch.device("meta"):
+        body = build_body(name, dilation)
+    stride = view = 1
+    for size, step in _looks(body):
+        stride, view = stride * step, view + (size - 1) * stride
+    return CellView(stride, view)
+
+
+def _looks(body: nn.Module) -> Iterator[tuple[int, int]]:
+    """(size, step) of the windows that one cell looks through one after the other, in cells of the map before."""
+    if isinstance(body, SwinTransformer):
+        for number, depth in enumerate(DEPTHS):
+            yield (2, 2) if number else (PATCH, PATCH)
+            yield from [(2 * WINDOW - 1, 1)] * depth  # the cell at one end of a window sees the one at the other
+        return
+    shortcuts = [block.downsample for stage in (body.layer1, body.layer2, body.layer3, body.layer4) for block in stage]
+    skipped = {module for shortcut in shortcuts if shortcut is not None for module in shortcut}
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d) and module not in skipped:
+            size, step, dilation = (_side(getattr(module, what)) for what in ("kernel_size", "stride", "dilation"))
+            yield dilation * (size - 1) + 1, step
+
+
+def _side(value: int | tuple[int, int]) -> int:
+    return value if isinstance(value, int) else value[0]
+
+
+def residual_stages(
+    body: nn.Module, images: Tensor, inside: Callable[[Tensor], Tensor], again: bool = False
+) -> Iterator[Tensor]:
+    """Images [B,3,H,W] -> maps of the four stages of a ResNet-like body; `inside` makes zero what is padding.
+
+    again: of every block, keep the input only.
+    """
     x = images.contiguous(memory_format=torch.channels_last)
     x = inside(body.relu(normalised(body.conv1, body.bn1, inside(x))))
     x = inside(body.maxpool(x))  # whose windows reach from just outside an image into it
     for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
         for block in stage:
-            x = residual(block, x, inside)
+            x = call(residual, block, x, inside, again=again)
         yield x
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from detrlib.attention import MultiheadAttention
 from detrlib.attention.deformable import DeformableAttention, Samples
+from detrlib.models.checkpointing import call
 from detrlib.models.position import sine
 from detrlib.models.pyramid import Pyramid, cell_centres, over_levels
 from detrlib.models.sparse import Kept, ScoringNetwork
@@ -57,6 +58,7 @@ class DeformableEncoder(nn.Module):
     def __init__(self, num_layers: int, settings: LayerSettings, levels: int, points: int):
         super().__init__()
         self.layers = nn.ModuleList(DeformableEncoderLayer(settings, levels, points) for _ in range(num_layers))
+        self.recompute = False  # see `checkpoint_activations`
 
     def forward(
         self, memory: Pyramid, kept: Kept | None = None, need_samples: bool = False
@@ -67,8 +69,9 @@ class DeformableEncoder(nn.Module):
             position, reference_points = kept.gather(position), kept.gather(reference_points)
         x = memory.tokens if kept is None else kept.gather(memory.tokens)
         states, all_samples = [], []
+        again = self.recompute and self.training
         for layer in self.layers:
-            x, samples = layer(x, position, reference_points, memory, need_samples)
+            x, samples = call(layer, x, position, reference_points, memory, need_samples, again=again)
             memory = memory._replace(tokens=x if kept is None else kept.scatter(memory.tokens, x))
             states.append(x)
             all_samples.append(samples)

@@ -69,7 +69,7 @@ class TVMaxOfMap(TVMax):
         return super().weights(scores, self.source.grid)
 
 
-def _sees_map(model: nn.Module, site: Site, module: nn.Module) -> nn.Module | None:
+def sees_map(model: nn.Module, site: Site, module: nn.Module) -> nn.Module | None:
     """The module that sees the feature map whose cells are the keys of attention `module`; None: they are no cells."""
     if site == "decoder_self" or samples_points(module):
         return None
@@ -215,7 +215,7 @@ def _build(name: str, model: nn.Module, site: Site, module: nn.Module, settings:
         raise ConfigError(str(error)) from None
     if not isinstance(transform, TVMax):
         return transform
-    source = _sees_map(model, site, module)
+    source = sees_map(model, site, module)
     if source is None:
         raise ModelError(f"tvmax needs keys that form a grid; those at {site} of {type(model).__name__} do not")
     return TVMaxOfMap(transform.tv_lambda, source)

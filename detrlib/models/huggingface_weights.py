@@ -178,23 +178,24 @@ def _blank(way: type[_InUse], original: type[nn.Module]) -> nn.Module:
 
 def change(module: nn.Module, way: type[_InUse]) -> None:
     """Let a module be in use, in this way, under the name of its class."""
-    module.__class__ = _subclass(way, original_of(module))
+    if not isinstance(module, way):
+        module.__class__ = _subclass(way, type(module))
 
 
 def original_of(module: nn.Module) -> type[nn.Module]:
     """The class of a module when it is not in use."""
-    return getattr(type(module), "original", type(module))
+    return vars(type(module)).get("original", type(module))
 
 
 def way_of(module: nn.Module) -> type[_InUse] | None:
     """How an attention module can be changed, told from the names that its code uses; None: not, or it is none."""
-    original = original_of(module)
-    code = getattr(inspect.unwrap(original.forward), "__code__", None)
-    if "Attention" not in original.__name__ or code is None:
+    if "Attention" not in type(module).__name__:
         return None
-    if "ALL_ATTENTION_FUNCTIONS" in code.co_names:
+    codes = (getattr(inspect.unwrap(vars(kind).get("forward")), "__code__", None) for kind in type(module).__mro__)
+    names = {name for code in codes if code is not None for name in code.co_names}
+    if "ALL_ATTENTION_FUNCTIONS" in names:
         return ByName
-    return BySoftmax if "softmax" in code.co_names else None
+    return BySoftmax if "softmax" in names else None
 
 
 def samples_points(module: nn.Module) -> bool:

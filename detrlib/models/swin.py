@@ -17,9 +17,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer
+from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
+
+from detrlib.models.checkpointing import call
 
 PATCH = 4  # pixels, the side of a patch
+WINDOW = 7  # tokens, the side of a window
 DEPTHS = (2, 2, 6, 2)  # blocks of the stages of Swin-T
 WIDTHS = (96, 192, 384, 768)
 
@@ -44,22 +47,27 @@ def swin_stages(
     inside: Callable[[Tensor], Tensor],
     sizes: Sequence[Size] | None,
     always_shift: bool = False,
+    again: bool = False,
 ) -> Iterator[Tensor]:
     """Images [B,3,H,W] -> maps of the four stages [B,C,h,w], strides 4 to 32, normalised where the body has a norm.
 
-    inside: makes zero what is outside the images. sizes: of the images, in pixels; None: all fill the batch.
+    inside: makes zero what is outside the images. sizes: of the images, in pixels; None: all fill the batch. again: of
+    every block, keep the input only.
     """
 
     def within(tokens: Tensor) -> Tensor:  # [B,h,w,C]
         return inside(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
+    def encoded(block: SwinTransformerBlock, x: Tensor, grids: Sequence[Size] | None) -> Tensor:
+        attended = window_attention(block.attn, within(block.norm1(x)), grids, always_shift)
+        x = x + block.stochastic_depth(attended)
+        return x + block.stochastic_depth(block.mlp(block.norm2(x)))
+
     x = body.features[0](_whole(inside(images).permute(0, 2, 3, 1), PATCH).permute(0, 3, 1, 2))
     grids = sizes and [(_parts(height, PATCH), _parts(width, PATCH)) for height, width in sizes]
     for number in range(len(DEPTHS)):
         for block in body.features[2 * number + 1]:
-            attended = window_attention(block.attn, within(block.norm1(x)), grids, always_shift)
-            x = x + block.stochastic_depth(attended)
-            x = x + block.stochastic_depth(block.mlp(block.norm2(x)))
+            x = call(encoded, block, x, grids, again=again)
         norm = getattr(body, f"norm{number}", None)
         yield inside((norm(x) if norm else x).permute(0, 3, 1, 2))
         if number + 1 < len(DEPTHS):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from detrlib.attention import ConditionalCrossAttention, ConditionalSelfAttention, MultiheadAttention, Transform
 from detrlib.attention.deformable import Samples
+from detrlib.models.checkpointing import call
 from detrlib.models.outputs import Polled
 from detrlib.models.position import sine, sine_of_boxes
 
@@ -87,12 +88,13 @@ class Encoder(nn.Module):
         self.poll = poll
         self.layers = nn.ModuleList(EncoderLayer(settings) for _ in range(num_layers))
         self.norm = nn.LayerNorm(settings.dim) if settings.pre_norm and num_layers else None
+        self.recompute = False  # see `checkpoint_activations`
 
     def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Memory, list[Tensor | None]]:
         """Memory with tokens [B,K,E] -> the same with encoded tokens, weights [B,H,K,K] of every layer."""
         memory, maps = memory if self.poll is None else self.poll(memory), []
         for layer in self.layers:
-            tokens, weights = layer(memory, need_attention)
+            tokens, weights = call(layer, memory, need_attention, again=self.recompute and self.training)
             memory = memory._replace(tokens=tokens)
             maps.append(weights)
         return memory if self.norm is None else memory._replace(tokens=self.norm(memory.tokens)), maps

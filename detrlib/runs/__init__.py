@@ -20,7 +20,6 @@ from detrlib.runs.folder import (
     run_labels,
     run_name,
     run_path,
-    save_class_names,
     save_tables,
     truncate_metrics,
 )

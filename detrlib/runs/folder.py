@@ -3,8 +3,8 @@
     papermill_runs/<run_name>/
         config.yaml        every setting, resolved          environment.json   commit, versions, hardware
         data.json          what it is trained and judged on: counts, classes, digests; images that were held out
-        classes.json       names of classes by label
         start.json         what training started from, where that was other weights (`train.start`)
+        micro_batch.json   what `train.micro_batch: auto` has found, and on which device
         metrics.jsonl      one line per logged step or epoch, flat "group/name" keys
         checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
         results.json       final numbers; with `unfinished`: of a run that was interrupted, evaluated all the same
@@ -31,7 +31,7 @@ import pandas as pd
 from detrlib.config import PROJECT, Config, load_config
 from detrlib.data.classes import names_by_label
 from detrlib.errors import RunError, listed
-from detrlib.files import write_atomic, write_json
+from detrlib.files import write_atomic
 from detrlib.metrics.tables import part_files
 
 RUNS = PROJECT / "papermill_runs"
@@ -131,18 +131,13 @@ def run_config(run_dir: Path) -> Config:
 
 
 def class_names(run_dir: Path) -> dict[int, str]:
-    """The classes of a run by their labels: those it was trained with, and those of the data it was evaluated on.
+    """The classes of a run by their labels: those it was begun with, and those of the data it was evaluated on.
 
     Empty where neither is known. Raises DataError naming the file where they are damaged.
     """
-    classes, results = run_dir / "classes.json", run_dir / "results.json"
-    names = names_by_label(_read_json(classes), classes) if classes.exists() else {}
+    data, results = run_dir / "data.json", run_dir / "results.json"
+    names = names_by_label(_read_json(data).get("train", {}).get("classes", {}), data) if data.exists() else {}
     return names | (names_by_label(load_results(run_dir).get("names", {}), results) if results.exists() else {})
-
-
-def save_class_names(run_dir: Path, names: Mapping[int, str]) -> None:
-    """Write classes.json, so that a run that never comes to its end knows its classes too."""
-    write_json(run_dir / "classes.json", {str(label): name for label, name in names.items()})
 
 
 def append_metrics(run_dir: Path, record: dict[str, float | int | None]) -> None:

@@ -22,7 +22,11 @@ WHERE = (
     "data.root",
     *(f"data.{part}_{what}" for part in ("train", "val") for what in ("split", "images", "annotations")),
 )
-FREE_TO_CHANGE = ("data.workers", "data.cache", "train.log_every", "train.keep_every", "train.tracking", "evaluate")
+FREE_TO_CHANGE = (
+    *("data.workers", "data.cache", "data.check", "data.truncated", "train.micro_batch"),
+    *("train.checkpoint_activations", "train.log_every", "train.keep_every", "train.tracking", "evaluate"),
+)
+FROM_DATA = ("model.num_classes", "data.classes")  # which training fills in where a config leaves them open
 
 
 def open_run(cfg: Config, run_dir: Path, data: Mapping[str, Any] | None = None) -> bool:
@@ -68,11 +72,10 @@ def refuse_other_settings(new: Config, run_dir: Path, data: Mapping[str, Any] | 
         if data or moved:
             refuse_other_data(run_dir, data or describe_data(new.data))
     before = flat_settings(old)
-    # What training fills in from the data is no contradiction to a config that leaves it open.
     changed = [
         f"{key} was {before.get(key, 'not there')}, now {value}"
         for key, value in changed_settings(new, old).items()
-        if not key.startswith(free) and not (key == "model.num_classes" and None in (value, before[key]))
+        if not key.startswith(free) and not (key in FROM_DATA and None in (value, before[key]))
     ]
     if changed:
         raise RunError(

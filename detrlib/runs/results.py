@@ -28,7 +28,7 @@ def _evaluated(run_dir: Path) -> dict:
     results = load_results(run_dir)
     if "imported" in results:
         raise RunError(f"{run_dir} is made of {results['imported']} and not evaluated yet: detrlib evaluate {run_dir}")
-    return results | {"detection": _defined(results.get("detection", {}))}
+    return results | {name: _defined(results.get(name, {})) for name in ("detection", "floor")}
 
 
 def _defined(numbers: dict) -> dict:
@@ -90,9 +90,10 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
         run_dirs: folders of finished runs.
 
     Returns:
-        A row per run: run, group, seed, architecture, the transform at each site, the twelve numbers of COCO,
-        `<site>/<measure>` (means over layers), `<measure>/<size>` of the last layer for what is measured of matched
-        queries (paibb, paibb_normalised, pointing, distance), images, epoch, seconds; missing where a run has none.
+        A row per run: run, group, seed, architecture, the transform at each site, the twelve numbers of COCO, floor
+        (AP of fixed boxes, see `metrics.floor`), `<site>/<measure>` (means over layers), `<measure>/<size>` of the last
+        layer for what is measured of matched queries (paibb, paibb_normalised, pointing, distance), images, epoch,
+        seconds; missing where a run has none.
 
     Raises:
         RunError: a run is not finished.
@@ -106,6 +107,7 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
         row = {"run": label, "group": group_of(label), "seed": cfg.train.seed}
         row["architecture"] = detector or getattr(cfg.model, "type", cfg.model.architecture)
         row |= transforms | {name: value for name, value in results["detection"].items() if name != "per_class"}
+        row["floor"] = results["floor"].get("AP", np.nan)
         for site, measures in results.get("attention", {}).items():
             row |= {f"{site}/{name}": float(np.mean(values)) for name, values in measures.items()}
         for size, measures in results.get("localisation", {}).items():
@@ -122,8 +124,9 @@ def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
         run_dirs: folders of finished runs.
 
     Returns:
-        A row per run, named by the index: AP in six cuts, Gini and zeros of decoder cross-attention (means over
-        layers), PAIBB (of the last layer); the last three are missing (NaN) for models without attention.
+        A row per run, named by the index: AP in six cuts, floor (AP of fixed boxes, see `metrics.floor`; missing where
+        it was not measured), Gini and zeros of decoder cross-attention (means over layers), PAIBB (of the last layer);
+        the last three are missing (NaN) for models without attention.
 
     Raises:
         RunError: a run is not finished.
@@ -134,11 +137,17 @@ def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
         cross = results.get("attention", {}).get("decoder_cross", {"gini": np.nan, "zeros": np.nan})
         rows[label] = {
             **{name: results["detection"][name] for name in AP_CUTS},
+            "floor": results["floor"].get("AP", np.nan),
             "Gini": float(np.mean(cross["gini"])),
             "zeros": float(np.mean(cross["zeros"])),
             "PAIBB": results.get("paibb", {}).get("all", np.nan),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+
+
+def floor_numbers(run_dir: Path) -> pd.Series:
+    """The AP that fixed boxes reach on a run's data in the six cuts; missing where there is nothing to be measured."""
+    return pd.Series(_evaluated(run_dir)["floor"], dtype=object).reindex(AP_CUTS).astype(float)
 
 
 def class_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
@@ -148,17 +157,21 @@ def class_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
         run_dirs: folders of runs.
 
     Returns:
-        A row per run and class, in order of AP: run, class, AP, AP50 and note, which says of classes without objects
-        why they have no AP.
+        A row per run and class, in order of AP: run, class, AP, AP50, floor (AP of fixed boxes; missing where it was
+        not measured) and note, which says of classes without objects why they have no AP.
 
     Raises:
         RunError: a run is not finished.
     """
-    rows = [
-        {"run": label, "class": name, **numbers, "note": NO_OBJECTS if np.isnan(numbers["AP"]) else ""}
-        for run_dir, label in run_labels(run_dirs).items()
-        for name, numbers in _evaluated(run_dir)["detection"]["per_class"].items()
-    ]
+    rows = []
+    for run_dir, label in run_labels(run_dirs).items():
+        results = _evaluated(run_dir)
+        floors = results["floor"].get("per_class", {})
+        rows += [
+            {"run": label, "class": name, **numbers, "floor": floors.get(name, {}).get("AP", np.nan)}
+            | {"note": NO_OBJECTS if np.isnan(numbers["AP"]) else ""}
+            for name, numbers in results["detection"]["per_class"].items()
+        ]
     return pd.DataFrame(rows).sort_values("AP", ascending=False, ignore_index=True)
 
 

@@ -19,7 +19,9 @@ from detrlib.checkpoints.files import official_source
 from detrlib.checkpoints.huggingface import FAMILIES, huggingface_source
 from detrlib.checkpoints.source import Source, build_source
 from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED, fetch
+from detrlib.config import replace as replace_settings
 from detrlib.config.huggingface import fetch_huggingface, read_json
+from detrlib.data.classes import class_list
 from detrlib.errors import ConfigError, RunError, WeightsError
 from detrlib.files import load_checkpoint, save_checkpoint, write_json
 from detrlib.runs.folder import (
@@ -30,7 +32,6 @@ from detrlib.runs.folder import (
     load_results,
     run_config,
     run_path,
-    save_class_names,
 )
 from detrlib.runs.opening import begin_folder
 
@@ -97,11 +98,11 @@ def save_run(source: Source, run_dir: Path) -> None:
     """
     free_path(run_dir)
     state = build_source(source).state_dict()
-    begin_folder(run_dir, source.cfg)
+    classes = {"data.classes": class_list(source.names)} if source.names and not source.cfg.data.classes else {}
+    begin_folder(run_dir, replace_settings(source.cfg, classes))
     save_checkpoint(run_dir / "checkpoints" / "last.pt", {"model": state, "epoch": source.epoch, "global_step": 0})
-    if source.names:
-        save_class_names(run_dir, source.names)
-    write_json(run_dir / "results.json", {"imported": source.path.name})
+    names = {str(label): name for label, name in (source.names or {}).items()}
+    write_json(run_dir / "results.json", {"imported": source.path.name} | ({"names": names} if names else {}))
 
 
 def _no_overrides(path: Path, overrides: Mapping[str, Any] | None) -> None:

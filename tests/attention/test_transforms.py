@@ -304,6 +304,12 @@ def test_every_layer_starts_on_its_own(model_settings):
         assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("tv_lambda", [-0.1, float("nan")])
+def test_the_price_of_a_step_is_not_negative(tv_lambda):
+    with pytest.raises(ValueError, match=f"tv_lambda {tv_lambda}"):
+        build_transform("tvmax", HEADS, tv_lambda=tv_lambda)
+
+
 def test_unknown_transform_names_those_there_are():
     with pytest.raises(ValueError, match="'sparsmax'") as error:
         build_transform("sparsmax", HEADS)

@@ -54,3 +54,21 @@ def test_settings_are_frozen_at_every_depth():
 def test_values_out_of_range_and_contradictions_are_named(overrides, named):
     with pytest.raises(ConfigError, match=named):
         load_config(overrides=overrides)
+
+
+def test_parts_of_a_batch_are_a_number_or_auto():
+    chosen = [load_config(None, {"train.micro_batch": value}).train.micro_batch for value in (None, 4, "4", "auto")]
+    assert chosen == [None, 4, 4, "auto"]
+    for wrong in (0, -1, 1.5, "most"):
+        with pytest.raises(ConfigError, match=r"train\.micro_batch"):
+            load_config(None, {"train.micro_batch": wrong})
+
+
+def test_parts_that_are_computed_again_are_named_or_all():
+    given = (False, "true", "backbone", "backbone,encoder", ["encoder"])
+    chosen = [
+        load_config(None, {"train.checkpoint_activations": value}).train.checkpoint_activations for value in given
+    ]
+    assert chosen == [False, True, ("backbone",), ("backbone", "encoder"), ("encoder",)]
+    with pytest.raises(ConfigError, match=r"train\.checkpoint_activations"):
+        load_config(None, {"train.checkpoint_activations": "decoder"})

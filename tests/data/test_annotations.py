@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from pycocotools import mask
 
 from detrlib.data.annotations import read_annotations
 from detrlib.errors import DataError
@@ -65,10 +66,54 @@ def test_what_is_missing_is_filled_in(write):
         ({"area": "9000"}, {"area": 9000}),
         ({"bbox": ["4", 5, 10.0, "8"]}, {}),
         ({"image_id": "1", "category_id": 7.0}, {}),
+        ({"area": 0}, {"area": 80}),
+        ({"area": -3}, {"area": 80}),
+        ({"area": float("nan")}, {"area": 80}),
+        ({"area": float("inf")}, {"area": 80}),
     ],
 )
 def test_numbers_of_another_spelling_are_read(write, given, expected):
     assert read_annotations(write(FILE | {"annotations": [OBJECT | given]}))["annotations"] == [OBJECT | expected]
+
+
+POLYGONS = [[4, 5, 14, 5, 14, 13], [6, 2.5, 7, 2.5, 7, 6]]
+RUNS = {"size": [30, 40], "counts": [4 * 30 + 5, 8, 22, 8, 1200 - 163]}  # columns 4 and 5, rows 5 to 12
+
+
+@pytest.mark.parametrize(
+    "segmentation, box",
+    [
+        (POLYGONS, [4, 2.5, 10, 10.5]),
+        (POLYGONS[0], [4, 5, 10, 8]),
+        (RUNS, [4, 5, 2, 8]),
+        (mask.frPyObjects(RUNS, 30, 40) | {"counts": mask.frPyObjects(RUNS, 30, 40)["counts"].decode()}, [4, 5, 2, 8]),
+    ],
+)
+@pytest.mark.parametrize("bbox", [{}, {"bbox": []}, {"bbox": None}])
+def test_a_segmentation_without_a_box_has_one(write, segmentation, box, bbox):
+    entry = {name: value for name, value in OBJECT.items() if name not in ("bbox", "area")}
+    content = read_annotations(write(FILE | {"annotations": [OBJECT, entry | bbox | {"segmentation": segmentation}]}))
+    assert content["annotations"] == [OBJECT, entry | {"bbox": box, "area": pytest.approx(box[2] * box[3])}]
+
+
+@pytest.mark.parametrize("bbox", [[], None])
+def test_an_empty_box_is_no_object_and_is_left_for_the_data_set_to_count(write, bbox):
+    (found,) = read_annotations(write(FILE | {"annotations": [OBJECT | {"bbox": bbox}]}))["annotations"]
+    assert found["bbox"] == []
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ({}, ("annotations[0].bbox", "segmentation", "id 5")),
+        ({"segmentation": [[1, 2, 3]]}, ("annotations[0].segmentation", "3 coordinates", "id 5")),
+        ({"segmentation": [["a", "b", "c", "d"]]}, ("annotations[0].segmentation", "id 5")),
+        ({"segmentation": {"size": [30, 40]}}, ("annotations[0].segmentation", "counts", "id 5")),
+    ],
+)
+def test_what_has_neither_a_box_nor_polygons_is_named(write, entry, words):
+    without = {name: value for name, value in OBJECT.items() if name != "bbox"}
+    refused(write(FILE | {"annotations": [without | entry]}), *words)
 
 
 def test_sizes_and_names_of_another_spelling_are_read(write):
@@ -117,6 +162,7 @@ def test_a_file_that_is_not_coco_is_refused(write, text, words):
         ("annotations", {"area": "large"}, ("annotations[1].area: ", "'large'", "id 5")),
         ("images", {"id": "one"}, ("images[1].id: ", "'one'")),
         ("images", {"id": -1}, ("images[1].id: ", "-1")),
+        ("images", {"id": 2**63}, ("images[1].id: ", str(2**63))),
         ("images", {"id": 1}, ("images[1].id: 1", "twice")),
         ("images", {"id": 2, "file_name": ""}, ("images[1].file_name: ", "id 2")),
         ("images", {"id": 2, "width": "wide"}, ("images[1].width: ", "'wide'", "id 2")),

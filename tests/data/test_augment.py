@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
-from detrlib.data.augment import DetectionTransform, RandomSidesCrop, ResizeShorter, build_augmentation, denormalise
+from detrlib.data.augment import (
+    DetectionTransform,
+    RandomSidesCrop,
+    ResizeShorter,
+    build_augmentation,
+    denormalise,
+    largest_canvas,
+)
 
 RED = (250, 10, 10)
 
@@ -133,6 +141,27 @@ def test_an_unknown_recipe_is_refused():
         build_augmentation(64, "mosaic")
 
 
+@pytest.mark.parametrize("recipe", ["detr", "flip", "none"])
+@pytest.mark.parametrize("size", [(480, 640), (200, 900), (90, 100), (1000, 300)])
+def test_the_largest_size_is_that_of_the_largest_draw(recipe, size, monkeypatch):
+    """A crop is a part of an image that was resized before: what it is enlarged to shows no more of the picture."""
+    first, make_params = [], ResizeShorter.make_params
+
+    def noted(self, flat_inputs):
+        params = make_params(self, flat_inputs)
+        first.append(tuple(params["size"] or v2.query_size(flat_inputs)))
+        return params
+
+    monkeypatch.setattr(ResizeShorter, "make_params", noted)
+    transform, seen = build_augmentation(128, recipe, train=True), set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        first.clear()
+        transform(torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+        seen.add(first[0])
+    assert transform.largest(*size) == min(size, max(seen))
+
+
 def test_a_batch_may_share_its_sizes_but_neither_flips_nor_places_of_crops():
     pixels, boxes, labels = with_rectangle()
     transform, same, shapes = build_augmentation(64, "detr", train=True, scales="batch"), 0, set()
@@ -163,3 +192,29 @@ def test_images_meet_the_same_sizes_whoever_draws_them():
     assert set(drawn["image"].min(1)) == set(drawn["batch"].min(1))
     shares = [np.bincount(sides.min(1), minlength=40) / len(sides) for sides in drawn.values()]
     assert np.abs(shares[0] - shares[1]).max() < 0.05
+
+
+@pytest.mark.parametrize("recipe", ["detr", "flip", "none"])
+def test_no_batch_is_larger_than_the_largest_canvas(recipe):
+    """Nor than the largest single image, and both are nearly met."""
+    sizes, image_size = [(64, 48), (50, 90), (60, 60)], 80
+    transform = build_augmentation(image_size, recipe, train=True)
+    torch.manual_seed(0)
+    nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    drawn = [
+        transform(torch.zeros(3, height, width, dtype=torch.uint8), *nothing)[0].shape[-2:]
+        for width, height in sizes
+        for _ in range(200)
+    ]
+    highest, widest = (max(sides) for sides in zip(*drawn, strict=True))
+    height, width = largest_canvas(sizes, image_size, recipe, images=2)
+    assert 0.9 * height <= highest <= height and 0.9 * width <= widest <= width
+    height, width = largest_canvas(sizes, image_size, recipe, images=1)
+    assert 0.9 * height * width <= max(h * w for h, w in drawn) <= height * width
+
+
+def test_the_largest_canvas_of_coco_is_as_high_as_it_is_wide():
+    coco = [(640, 480), (480, 640), (640, 320)]
+    assert largest_canvas(coco, 800, "none", images=1) == (666, 1332)
+    assert largest_canvas(coco, 800, "none", images=2) == (1066, 1332)
+    assert largest_canvas(coco, 800, "detr", images=2) == (1250, 1332)

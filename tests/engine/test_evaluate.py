@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from detrlib.config import Data, load_config, replace
 from detrlib.data import build_dataset, collate
+from detrlib.data.formats import find_split
 from detrlib.engine.evaluate import evaluate, evaluate_run, load_model, results_folder
 from detrlib.engine.loop import train
 from detrlib.engine.start import initial_model
@@ -116,6 +117,29 @@ def test_an_evaluation_again_says_the_same(run_dir):
     before = load_results(run_dir)
     assert {**evaluate_run(run_dir), "seconds": 0} == {**before, "seconds": 0}
     assert load_model(run_dir).training is False
+
+
+def test_classes_of_evaluated_data_are_those_of_the_run_by_name(run_dir, tmp_path):
+    """The same images with other numbers for the classes are the same data; a class of another name is refused."""
+    cfg, before = load_config(run_dir / "config.yaml"), load_results(run_dir)
+    assert cfg.data.classes[:3] == (None, "circle", "square") and before["names"]["6"] == "cross"
+    images, annotations = find_split(cfg.data, "val")
+    content = json.loads(annotations.read_text())
+    for entry in content["categories"]:
+        entry["id"] = 7 - entry["id"]
+    for entry in content["annotations"]:
+        entry["category_id"] = 7 - entry["category_id"]
+    moved = {"data.val_images": str(images), "data.val_annotations": str(tmp_path / "a.json")}
+    write_json(tmp_path / "a.json", content)
+    found = evaluate_run(run_dir, overrides=moved)["detection"]
+    for name, value in before["detection"].pop("per_class").items():
+        assert found["per_class"][name] == pytest.approx(value)
+    assert {name: found[name] for name in before["detection"]} == pytest.approx(before["detection"])
+    evaluate_run(run_dir)  # what other tests look at
+    content["categories"][0]["name"] = "wheel"
+    write_json(tmp_path / "a.json", content)
+    with pytest.raises(DataError, match=r"a\.json: 'wheel' \(.* objects\)"):
+        evaluate_run(run_dir, overrides=moved)
 
 
 def test_what_cannot_be_evaluated_is_named(run_dir, tmp_path):

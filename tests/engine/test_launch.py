@@ -92,6 +92,23 @@ def test_two_processes_equal_one(tmp_path, capfd, classification, by, metrics_wi
 
 
 @pytest.mark.slow
+def test_two_processes_in_parts_of_a_batch_equal_one(tmp_path, capfd, metrics_without_times, tiny_config):
+    """Each has four images of a batch, three of them at a time, and then one."""
+    plain = {"data.augment": "none", "model.dropout": 0.0, "train.lr": 1e-4, "train.lr_backbone": 1e-4}
+    parts = plain | {"train.micro_batch": 3, "train.checkpoint_activations": True}
+    train(tiny_config(plain), tmp_path / "one")
+    printed = through_launch(tiny_config(parts), tmp_path / "two", capfd)
+    assert [sign for sign in SIGNS_OF_A_CRASH if sign in printed] == []
+    assert printed.count("memory: about") == 1 and "in each of 2 processes for 3 images of 64 x 64" in printed
+    records = [metrics_without_times(tmp_path / run)[0] for run in ("one", "two")]
+    for name in ("loss", "loss_class", "loss_bbox_0", "loss_giou", "cardinality_error", "grad_norm"):
+        assert records[1][f"train/{name}"] == pytest.approx(records[0][f"train/{name}"], rel=1e-4), name
+    one, two = (load_checkpoint(tmp_path / run / "checkpoints" / "last.pt")["model"] for run in ("one", "two"))
+    for name, weight in one.items():
+        assert (two[name] - weight).abs().max() < 2e-5, name
+
+
+@pytest.mark.slow
 def test_two_processes_start_freeze_and_anneal_alike(tmp_path, capfd, tiny_config, metrics_without_times):
     """What is not trained gets no gradient, which processes must not wait for."""
     train(tiny_config({"train.epochs": 1}), tmp_path / "dense")

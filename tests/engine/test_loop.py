@@ -111,6 +111,7 @@ VARIANTS = {
         "data.augment": "detr",  # images of several sizes, with padding
         "train.precision": "bfloat16",
     },
+    "so many updates": {"train.epoch_updates": 5},  # of 8 of the 32 images
     "augmented by workers, sizes by batch": {"data.workers": 1, "data.augment": "detr", "data.scales": "batch"},
 }
 
@@ -199,6 +200,73 @@ def test_validation_every_few_epochs_and_always_at_the_end(tmp_path, metrics_wit
     train(tiny_config({"train.epochs": 3, "train.eval_every": 2}), tmp_path)
     judged = [r["epoch"] for r in metrics_without_times(tmp_path) if "detection/AP" in r]
     assert judged == [2, 3]
+
+
+# --- the GPU that there is -------------------------------------------------------------------------------------
+
+
+def test_a_batch_in_parts_is_the_same_training(tmp_path, capsys, monkeypatch, metrics_without_times, tiny_config):
+    """What differs is the order of sums, of which Adam makes most where a gradient is nearly zero."""
+    monkeypatch.setattr(training, "TIMED_STEPS", STEPS - 1)
+    plain = {"model.dropout": 0.0, "data.augment": "detr", "train.lr": 1e-4, "train.lr_backbone": 1e-4}
+    parts = plain | {"train.micro_batch": 3, "train.checkpoint_activations": ["backbone", "encoder"]}
+    for name, overrides in (("whole", plain), ("parts", parts)):
+        train(tiny_config(overrides), tmp_path / name)
+        printed = capsys.readouterr().out
+        assert printed.count("memory: ") == printed.count("time: an epoch takes about") == 1
+        assert f"for {3 if name == 'parts' else 8} images of 100 x 100 pixels" in printed
+    whole, parted = (metrics_without_times(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("train/loss", "train/class_error", "train/cardinality_error", "train/grad_norm"):
+        assert [row.get(name) for row in parted[:3]] == pytest.approx([row.get(name) for row in whole[:3]], rel=1e-3)
+    one, two = (load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["model"] for name in ("whole", "parts"))
+    for name, weight in one.items():
+        assert (two[name] - weight).abs().max() < 2e-5, name
+
+
+def test_a_run_may_go_on_in_other_parts(tmp_path, interrupt, tiny_config):
+    interrupt(STEPS)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(), tmp_path)
+    assert train(tiny_config({"train.micro_batch": 4, "train.checkpoint_activations": True}), tmp_path)["epoch"] == 2
+
+
+def test_a_gpu_that_is_too_small_is_named_with_the_remedy(tmp_path, monkeypatch, tiny_config):
+    def too_large(*given, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "train_step", too_large)
+    with pytest.raises(RunError, match=r"for 8 images in a batch of 64 x 64 pixels at step 0; set train.micro_batch"):
+        train(tiny_config(), tmp_path)
+
+
+def test_epochs_of_so_many_updates_keep_the_units_of_the_schedule(tmp_path, capsys, metrics_without_times, tiny_config):
+    overrides = {"train.epoch_updates": 5, "train.lr_drop": 1, "train.eval_every": 2, "train.warmup_steps": 2}
+    results = train(tiny_config(overrides | {"train.epochs": 3}), tmp_path)
+    records = metrics_without_times(tmp_path)
+    rates = [record["lr/rest"] for record in records if "train/loss" in record]
+    assert rates == pytest.approx([1e-3 * x for x in (2 / 3, 1, 1, 1, 0.1, *[0.1] * 10)])
+    assert [r["global_step"] for r in records if "detection/AP" in r] == [10, 15] and results["global_step"] == 15
+    out = capsys.readouterr().out
+    assert "15 updates in all" in out and "15 updates (3.8 passes)" in out
+
+
+def test_the_floor_stands_beside_ap_and_signs_of_collapse_are_said_late_and_once(
+    tmp_path, monkeypatch, capsys, tiny_config
+):
+    results = train(tiny_config(), tmp_path / "run")
+    assert 0 < results["floor"]["AP"] < 0.5 and results["floor"]["images"] == 13
+    floor = f"AP {results['floor']['AP']:.3f}"
+    said = capsys.readouterr().out
+    assert (
+        floor in said.partition("epoch")[0] and "the floor: fixed boxes, which never look at the image, reach" in said
+    )
+    monkeypatch.setattr(training, "signs_of_collapse", lambda results: {"AP": "low"} if "spread" in results else {})
+    train(tiny_config({"train.epochs": 6}), tmp_path / "long")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line == "warning: low" or line[:5] == "epoch"]
+    assert [number for number, line in enumerate(lines) if line == "warning: low"] == [
+        2,
+        7,
+    ]  # after two, and at the end
 
 
 # --- from dense to sparse --------------------------------------------------------------------------------------

@@ -31,6 +31,47 @@ def test_crops_are_of_every_object_and_of_background(dataset):
     assert all(torch.equal(*pair) for pair in zip((crops, labels), collect_crops(dataset, 64), strict=True))
 
 
+def test_background_has_the_scale_of_an_object_and_no_crop_is_smaller_than_training_shows(dataset, monkeypatch):
+    sides = {}
+    crop, whole = pretrain._square_crop, dataset.image(0)
+
+    def watched(image, box, side, generator):
+        sides.setdefault(image.data_ptr(), []).append(side)
+        return crop(image, box, side, generator)
+
+    monkeypatch.setattr(pretrain, "_square_crop", watched)
+    crops, labels = collect_crops(dataset, image_size=256)  # objects are up to 2.6 times as long as a crop
+    window = pretrain.SIDE * min(whole.size) / 256
+    drawn = [side for of_image in sides.values() for side in of_image]
+    assert len(drawn) == len(crops)
+    assert min(drawn) >= window and max(drawn) <= window * 800 / 480 + 1e-6
+    assert len(set(drawn)) > 3 and (labels == dataset.num_classes).any()
+
+
+def test_the_middle_of_a_crop_lies_in_the_object_however_large_that_is():
+    image = torch.zeros(3, 200, 200, dtype=torch.uint8)
+    image[:, 20:180, 40:190] = 255
+    generator = torch.Generator().manual_seed(0)
+    quarter = pretrain.SIDE // 4
+    for _ in range(20):
+        crop = pretrain._square_crop(image, torch.tensor([40.0, 20, 190, 180]), 60, generator)
+        assert crop[:, quarter + 2 : -quarter - 2, quarter + 2 : -quarter - 2].float().mean() > 254
+
+
+def test_recognition_is_judged_class_by_class():
+    class Brightness(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, images):
+            return self.slope * images.mean((1, 2, 3))[:, None] * torch.tensor([-1.0, 1.0])
+
+    crops = torch.full((10, 3, 8, 8), 255, dtype=torch.uint8)
+    labels = torch.tensor([1] * 9 + [0])  # one dark class that looks bright: nine of ten are right
+    assert pretrain._recalls(Brightness(), crops, labels) == [0.0, 1.0]
+
+
 def test_weights_are_made_once_and_fit_the_backbone(dataset, quick, monkeypatch, tiny_config):
     settings = tiny_config().model.backbone
     before = torch.get_rng_state()

@@ -11,7 +11,7 @@ from accelerate.tracking import GeneralTracker
 
 from detrlib import runs
 from detrlib.config import PROJECT
-from detrlib.engine import loop, tracking
+from detrlib.engine import tracking
 from detrlib.engine.loop import train
 from detrlib.engine.tracking import MAIN, panels
 from detrlib.errors import ConfigError
@@ -50,7 +50,7 @@ def test_tracking_offline_needs_no_account_and_groups_metrics(tmp_path, wandb, t
     assert groups == {
         *("train-main-metrics", "train-metrics", "train-extra-metrics"),
         *("train-epoch-main-metrics", "train-epoch-metrics"),
-        *("val-epoch-metrics", "val-AP", "lr"),
+        *("val-epoch-metrics", "val-AP", "spread", "lr"),
         *("alpha", "pre_alpha", "pre_alpha_gradient", "pre_alpha_gradient_norm"),
     }
     names = {name for record in wandb.logged for name in record}
@@ -118,7 +118,7 @@ class Service(GeneralTracker):
 
 def test_other_services_are_given_the_settings_flat_and_plain(tmp_path, monkeypatch, tiny_config):
     service, projects = Service(), []
-    monkeypatch.setattr(loop, "trackers", lambda cfg, run_dir: [service])
+    monkeypatch.setattr(tracking, "trackers", lambda cfg, run_dir: [service])
     real = Accelerator.init_trackers
     monkeypatch.setattr(
         Accelerator, "init_trackers", lambda self, *given: (projects.append(given[0]), real(self, *given))[1]

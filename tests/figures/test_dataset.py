@@ -51,6 +51,23 @@ def test_size_distribution_divides_at_cocos_limits(texts):
     assert sum(bar.get_height() for bar in axes.patches) == 4
 
 
+def test_sizes_in_view_are_those_at_the_image_size(texts):
+    """At 240 pixels: 12, 16 (two cells of 8), 96 and 103 (the view)."""
+    sides = np.array([12, 16, 96, 103]) / 240
+    drawn = dataset.sizes_in_view(sides, 240, 8, 103, (88, 372))
+    (axes,) = drawn.axes
+    assert [line.get_xdata()[0] for line in axes.get_lines()] == [16, 103]
+    assert {"below two cells 25%", "seen whole 50%", "beyond the view 25%", "2 cells, 16", "view, 103"} <= set(
+        texts(drawn)
+    )
+    assert "image_size 240" in axes.get_xlabel() and "88 to 372" in axes.get_xlabel()
+    assert sum(bar.get_height() for bar in axes.patches) == 4
+    none = dataset.sizes_in_view(sides, 240, 8, 103, (400, 100)).axes[0].get_xlabel()
+    assert "no size" in none and "400" in none and "100" in none
+    assert dataset.sizes_in_view(sides, 240, 8, 103).axes[0].get_xlabel().count("\n") == 0
+    assert texts(dataset.sizes_in_view(np.array([]), 240, 8, 103)) == ["Nothing to show: there are no objects."]
+
+
 @pytest.mark.parametrize("draw", [dataset.class_histogram, dataset.size_distribution])
 def test_a_set_without_objects_has_nothing_to_show(draw, texts):
     assert texts(draw(objects({}))) == ["Nothing to show: there are no objects."]

@@ -210,6 +210,34 @@ def test_averaged_gradient_of_two_processes_is_that_of_the_whole_batch(
             torch.testing.assert_close(ours.boxes.grad / 2, theirs.boxes.grad[rows])
 
 
+# Parts of a batch
+
+
+@heads
+@pytest.mark.parametrize("counts", [(5, 1, 0, 9, 2), (0, 0, 3, 0, 0), (0, 0, 0, 0, 0)])
+def test_losses_and_terms_of_the_parts_of_a_batch_add_up(classification, counts, random_predictions, random_targets):
+    """Unequal parts, an image without boxes, and one with more of them than queries."""
+    whole, targets = random_predictions(5, 6, classification, layers=2), random_targets(*counts)
+    criterion = Criterion(**SETTINGS)
+    total, terms = criterion(whole, targets)
+    total.backward()
+    layers = [*whole.auxiliary, whole]
+    expected = [(layer.logits.grad, layer.boxes.grad) for layer in layers]
+    for layer in layers:
+        layer.logits.grad = layer.boxes.grad = None
+    sums = dict.fromkeys(terms, 0.0) | {"total": 0.0}
+    for rows in (slice(0, 2), slice(2, 4), slice(4, 5)):
+        last, auxiliary = (Predictions(p.logits[rows], p.boxes[rows], classification) for p in reversed(layers))
+        last.auxiliary = [auxiliary]
+        part, own = criterion(last, targets[rows], targets)
+        part.backward()
+        for name, value in ({"total": part} | own).items():
+            sums[name] += value.item()
+    assert sums == pytest.approx({name: value.item() for name, value in ({"total": total} | terms).items()}, rel=1e-5)
+    for layer, gradients in zip(layers, expected, strict=True):
+        torch.testing.assert_close((layer.logits.grad, layer.boxes.grad), gradients)
+
+
 # What is logged
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from detrlib.models.backbone import build_backbone, build_body, nearest_mask
+from detrlib.models.backbone import build_backbone, build_body, cell_view, nearest_mask, residual_stages
 from detrlib.models.pretrained import load_backbone_weights
 
 BACKBONES = {
@@ -31,6 +31,26 @@ def test_backbone_is_that_of_torchvision(name, official, randomise):
     assert level.features.shape == (1, *backbone.num_channels, 3, 4)
     assert level.padding.shape == (1, 3, 4)
     torch.testing.assert_close(level.features, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_a_cell_sees_what_its_gradient_reaches():
+    stride, view = cell_view("tiny")
+    body = build_body("tiny", dilation=False)
+    for weight in body.parameters():
+        weight.data.abs_()  # nothing cancels, nothing is cut off by a ReLU
+    images = torch.full((1, 3, 2 * view, 2 * view), 0.01, requires_grad=True)
+    *_, features = residual_stages(body, images, lambda x: x)
+    assert features.shape[-1] == -(-images.shape[-1] // stride)
+    features[0, :, features.shape[2] // 2, features.shape[3] // 2].sum().backward()
+    rows = torch.nonzero(images.grad.abs().sum((0, 1, 3)))
+    assert rows.max() - rows.min() + 1 == view
+
+
+def test_views_of_the_backbones_are_those_of_the_literature():
+    """Araujo et al. 2019, Table 1, has 435 for ResNet-18; DC5 halves the stride and sees as much."""
+    assert cell_view("resnet18") == (32, 435)
+    assert cell_view("resnet50", dilation=True) == (16, cell_view("resnet50").view)
+    assert cell_view("swin_t").stride == 32 and cell_view("swin_t").view > 224
 
 
 def test_official_padding_lets_features_depend_on_the_batch(padded_batch, small):

@@ -79,10 +79,8 @@ def test_every_site_is_found_in_layer_order(huggingface_detector, family):
 
 @pytest.mark.parametrize("implementation", ["eager", None])  # None: what they choose, sdpa where there is such
 def test_softmax_is_theirs_and_leaves_no_trace(huggingface_detector, family, implementation):
-    model, expected = (
-        huggingface_detector(family, implementation),
-        run(huggingface_detector(family, "eager"), family),
-    )
+    expected = run(huggingface_detector(family, "eager"), family)
+    model = huggingface_detector(family, implementation)
     before = run(model, family)
     classes, names = [type(module) for module in model.modules()], list(model.state_dict())
     with use("softmax", model) as inside:
@@ -97,39 +95,36 @@ def test_softmax_is_theirs_and_leaves_no_trace(huggingface_detector, family, imp
     assert same(run(model, family), before)
 
 
-@pytest.mark.parametrize("name", ["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax"])
-def test_weights_are_those_of_the_transform(huggingface_detector, family, name):
+def test_weights_are_those_of_the_transform(huggingface_detector, family):
     """Two algorithms: scores are those whose softmax the model returns; the reference makes other weights of them."""
     model = huggingface_detector(family)
-    site = "encoder_self"
-    with use("softmax", model):
-        scores = weights_at(run(model, family), site)[0].double().log()
-    with use(name, model, alpha=1.3, alpha_init=1.7):
-        found = weights_at(run(model, family), site)[0].double()
-        kept = model.state_dict()
-    alpha = {"softmax": 1.0, "sparsemax": 2.0, "entmax15": 1.5, "entmax": 1.3, "alpha_entmax": 1.7}[name]
-    assert any("pre_alpha" in key for key in kept) == (name == "alpha_entmax")
-    scored = scores.isfinite()
-    rows = scored.all(-1)  # padding apart, whose logarithm is not finite
+
+    def first_layer(name):
+        with use(name, model, "encoder_self", alpha=1.3, alpha_init=1.7):
+            return weights_at(run(model, family), "encoder_self")[0].double()
+
+    scores = first_layer("softmax").log()
+    rows = scores.isfinite().all(-1)  # padding apart, whose logarithm is not finite
     assert rows.any()
-    expected = scores[rows].softmax(-1) if alpha == 1 else reference_entmax(scores[rows], alpha)
-    torch.testing.assert_close(found[rows], expected, rtol=0, atol=1e-4)
+    for name, alpha in {"softmax": 1, "sparsemax": 2.0, "entmax15": 1.5, "entmax": 1.3, "alpha_entmax": 1.7}.items():
+        expected = reference_entmax(scores[rows], alpha)
+        torch.testing.assert_close(first_layer(name)[rows], expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("implementation", ["eager", None])
 @pytest.mark.parametrize("family", GLOBAL)
-def test_padding_gets_exactly_nothing(huggingface_detector, family, implementation, name):
+def test_padding_gets_exactly_nothing(huggingface_detector, family, implementation):
     model = huggingface_detector(family, implementation)
     cells = torch.zeros(4, 5, dtype=torch.bool)
     cells[:, 2:] = True  # 64 of 160 pixels are the image
-    with use(name, model, ["encoder_self", "decoder_cross"]):
-        outputs = run(model, family)
-    for site in ("encoder_self", "decoder_cross"):
-        for weights in weights_at(outputs, site):
-            assert weights.shape[-1] == 20
-            assert not weights[1][..., cells.flatten()].any()
-            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=0, atol=1e-5)
+    for name in TRANSFORMS:
+        with use(name, model, ["encoder_self", "decoder_cross"]):
+            outputs = run(model, family)
+        for site in ("encoder_self", "decoder_cross"):
+            for weights in weights_at(outputs, site):
+                assert weights.shape[-1] == 20
+                assert not weights[1][..., cells.flatten()].any(), name
+                torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=0, atol=1e-5)
 
 
 def test_without_the_mask_of_padding_weights_lie_on_it(huggingface_detector):
@@ -277,6 +272,7 @@ def test_an_exception_takes_it_out_too(huggingface_detector):
     assert same(run(model, "detr"), expected)
 
 
+@pytest.mark.parametrize("family", ["detr", "dab-detr", "d_fine"])
 def test_copies_and_pickles_keep_their_transforms(huggingface_detector, family):
     model = huggingface_detector(family)
     with torch.no_grad():

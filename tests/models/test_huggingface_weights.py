@@ -176,6 +176,29 @@ def test_modules_in_use_are_of_their_class_and_can_be_copied():
         torch.testing.assert_close(other(rows(2, 2, 4, 5)), module(rows(2, 2, 4, 5)))
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_a_subclass_of_others_keeps_its_own_ways(last):
+    class DoubledAttention(TwiceAttention):
+        def forward(self, scores):
+            return 2 * super().forward(scores)
+
+    class AttentionOver:
+        def forward(self, scores):
+            return 3 * super().forward(scores)
+
+    module = DoubledAttention()
+    module.transform = Sparsemax()
+    change(module, BySoftmax)
+    if last:
+        module.__class__ = type("OtherAttention", (AttentionOver, type(module)), {})
+    assert way_of(module) is BySoftmax
+    before = type(module)
+    change(module, BySoftmax)  # a use over a use
+    assert type(module) is before
+    scores = rows(2, 2, 4, 5)
+    torch.testing.assert_close(module(scores), (6 if last else 2) * Sparsemax()(scores))
+
+
 def test_a_map_is_noted():
     layer = nn.Conv2d(3, 4, 1)
     change(layer, SeesMap)

@@ -25,6 +25,7 @@ def test_tables_of_finished_runs(tmp_path):
     (tmp_path / "unfinished").mkdir()
     found = [tmp_path / "a", tmp_path / "b"]
     table = frames.results_table(found)
+    assert table.pop("floor").isna().all()  # results of older runs have none
     assert list(table.index) == ["a", "b"] and table.index.name == "run"
     assert table.loc["a"].to_dict() == pytest.approx(
         results(0.25)["detection"] | {"Gini": 0.3, "zeros": 0.25, "PAIBB": 0.75}
@@ -49,6 +50,18 @@ def test_what_coco_calls_undefined_is_missing_in_every_table(tmp_path):
     by_class = frames.class_table([run_dir])
     assert by_class["class"].tolist() == ["b", "a"] and by_class.AP.isna().tolist() == [False, True]
     assert by_class.note.tolist() == ["", frames.NO_OBJECTS]
+
+
+def test_the_floor_stands_beside_ap(tmp_path):
+    numbers = results(0.5) | {"floor": {"AP": 0.2, "AP50": 0.6, "AP_small": -1, "per_class": {"a": {"AP": 0.1}}}}
+    numbers["detection"]["per_class"] = {"a": {"AP": 0.5, "AP50": 0.75}, "b": {"AP": 0.4, "AP50": 0.5}}
+    write_json(tmp_path / "a" / "results.json", numbers)
+    save_config(load_config(), tmp_path / "a" / "config.yaml")
+    found = [tmp_path / "a"]
+    assert frames.results_table(found).loc["a", "floor"] == frames.results_frame(found).loc[0, "floor"] == 0.2
+    assert frames.floor_numbers(tmp_path / "a").dropna().to_dict() == {"AP": 0.2, "AP50": 0.6}
+    by_class = frames.class_table(found)
+    assert by_class["floor"].tolist()[0] == 0.1 and by_class["floor"].isna().tolist() == [False, True]
 
 
 def write_results(folder, gini, paibb):

@@ -1,0 +1,195 @@
+"""Our transforms in detectors of Hugging Face's transformers: how sparse their attention becomes, at every site.
+
+    with use("sparsemax", model, sites="encoder_self"):                 a model of yours with another attention
+    detrlib huggingface                                                 DETR, RT-DETR v2 and D-FINE, with random weights
+    detrlib huggingface PekingU/rtdetr_v2_r18vd --pictures photos/      weights by id or folder, on pictures
+
+Random weights say nothing about scores. Those of every layer are scaled to one standard deviation over the keys, so
+that what differs between transforms and sites is their own doing, and the number of keys; trained weights are measured
+as they are, unless told otherwise.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from detrlib.attention import TRANSFORMS, Transform, build_transform
+from detrlib.attention.transforms import Grid
+from detrlib.data.pictures import find_pictures, readable
+from detrlib.errors import ConfigError, WeightsError, listed
+from detrlib.metrics.sparsity import sparsity
+from detrlib.models.huggingface_attention import require_transformers, sees_map, sites_of, use
+from detrlib.models.outputs import Site
+
+SHARPEN = 4.0  # standard deviation of the scores of random weights
+MEASURES = ("zeros", "gini")
+STAGES = {  # of transformers' own ResNet-50, for types that would ask timm for theirs
+    "detr": ["stage4"],
+    "conditional_detr": ["stage4"],
+    "dab_detr": ["stage4"],
+    "deformable_detr": ["stage2", "stage3", "stage4"],
+}
+RANDOM = (*STAGES, "rt_detr", "rt_detr_v2", "d_fine", "deimv2")  # types that are made with random weights
+
+
+def open_detector(name: str, seed: int = 0) -> nn.Module:
+    """A detector of transformers: of a type in `RANDOM`, with random weights; or from an id or a folder, as trained.
+
+    Raises ModelError where transformers is missing or too old, WeightsError naming what cannot be opened.
+    """
+    require_transformers()
+    from transformers import AutoConfig, AutoModelForObjectDetection
+
+    if name in RANDOM:
+        resnet = {"model_type": "resnet", "out_features": STAGES.get(name)}
+        backbone = {"use_timm_backbone": False, "backbone_config": resnet} if name in STAGES else {}
+        config = AutoConfig.for_model(name.replace("dab_", "dab-"), **backbone)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForObjectDetection.from_config(config).eval()
+            for module in model.modules():
+                if hasattr(module, "sampling_offsets"):  # points are weighed alike before training
+                    nn.init.xavier_uniform_(module.attention_weights.weight)
+        return model
+    if "/" not in name and not Path(name).is_dir():
+        raise WeightsError(f"{name}: neither a folder, nor an id such as PekingU/rtdetr_v2_r18vd, nor {listed(RANDOM)}")
+    return _trained(AutoModelForObjectDetection, name).eval()
+
+
+def _trained(kind: Any, name: str) -> Any:
+    """What transformers makes of an id or a folder. Raises WeightsError naming it."""
+    try:
+        return kind.from_pretrained(name)
+    except Exception as error:  # of files, of sizes that do not fit, of timm that is missing, each in its own way
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{name}: transformers makes no {kind.__name__} of it: {reason[:300]}") from error
+
+
+class _Measured(Transform):
+    """A transform whose scores are sharpened, if told, and whose weights are measured."""
+
+    def __init__(self, inner: Transform, sharpen: float | None):
+        super().__init__()
+        self.inner, self.sharpen = inner, sharpen
+        self.rows = []
+
+    def forward(self, scores: Tensor, padding: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """As of the transform."""
+        valid = torch.ones_like(scores, dtype=torch.bool) if padding is None else ~padding.expand(scores.shape)
+        if self.sharpen is not None:
+            scores = scores * (self.sharpen / _spread(scores, valid).clamp(min=1e-12))
+        weights = self.inner(scores, padding, grid)
+        measured = sparsity(weights.detach(), valid)
+        self.rows.append(
+            {"keys": valid.sum(-1).float().mean().item()} | {name: measured[name].mean().item() for name in MEASURES}
+        )
+        return weights
+
+
+def _spread(scores: Tensor, valid: Tensor) -> Tensor:
+    """The standard deviation of scores over the valid keys of a row, all rows of a layer together."""
+    mean = (scores * valid).sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
+    return (((scores - mean) * valid).square().sum() / valid.sum()).sqrt()
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, inputs: dict[str, Tensor], transform: str, site: Site, sharpen: float | None = None, **settings
+) -> dict[str, float]:
+    """Keys, zeros and Gini index of the weights at one site under a transform: means over layers, heads and queries.
+
+    The other sites stay as they are. inputs: of the model, such as pixel_values and pixel_mask. settings and faults as
+    of `use`.
+    """
+    with use(transform, model, site, **settings):
+        modules = sites_of(model)[site]
+        kept = [module.transform for module in modules]
+        measured = [_Measured(inner, sharpen) for inner in kept]
+        try:
+            for module, one in zip(modules, measured, strict=True):
+                module.transform = one
+            model(**inputs)
+        finally:
+            for module, inner in zip(modules, kept, strict=True):
+                module.transform = inner
+    return pd.DataFrame([row for one in measured for row in one.rows]).mean().to_dict()
+
+
+def sparsity_table(
+    models: Sequence[str],
+    transforms: Sequence[str] = tuple(TRANSFORMS),
+    pictures: Any = (),
+    sharpen: float | None = None,
+    size: int = 640,
+    progress: bool = False,
+    **settings,
+) -> pd.DataFrame:
+    """Zeros and Gini index of the attention of detectors at every site that they have, under each transform.
+
+    Args:
+        models: types in `RANDOM`, ids of Hugging Face's, or folders.
+        transforms: names; one of each is put into one site at a time.
+        pictures: as of `find_pictures`; none: one image of noise.
+        sharpen: standard deviation of the scores over the keys, in each layer; default: `SHARPEN` for random weights,
+            while trained ones are taken as they are.
+        size: of noise, and of pictures for random weights, pixels along both sides.
+        progress: show a bar.
+        settings: alpha, alpha_init and tv_lambda, as of `use`.
+
+    Returns:
+        A row for each model, site and transform: columns model, site, transform, keys (how many a query could see),
+        zeros, gini. Where a transform needs a grid that the site has not, both are missing.
+
+    Raises:
+        ConfigError: an unknown transform, or a value out of range.
+        ModelError, WeightsError, DataError: name the model or the picture that cannot be used.
+    """
+    try:
+        for name in transforms:
+            build_transform(name, 1, **settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if sharpen is not None and not sharpen > 0:
+        raise ConfigError(f"sharpen {sharpen} must be above 0")
+    files = readable(find_pictures(pictures))[0] if pictures else []
+    rows = []
+    for name in tqdm(models, desc="measuring", unit="model", disable=not progress or None):
+        model = open_detector(name)
+        batches = _batches(name, model, files, size)
+        spread = SHARPEN if sharpen is None and name in RANDOM else sharpen
+        for site, modules in sites_of(model).items():
+            grid = sees_map(model, site, modules[0]) is not None
+            for transform in transforms:
+                measurable = batches if grid or transform != "tvmax" else []
+                found = [measure(model, batch, transform, site, spread, **settings) for batch in measurable]
+                means = pd.DataFrame(found).mean().to_dict()
+                rows.append({"model": name, "site": site, "transform": transform} | means)
+    return pd.DataFrame(rows, columns=["model", "site", "transform", "keys", *MEASURES])
+
+
+def _batches(name: str, model: nn.Module, pictures: Sequence, size: int) -> list[dict[str, Tensor]]:
+    """Inputs of a model, one image at a time; trained ones get pictures as their processor prepares them."""
+    if name in RANDOM or not pictures:
+        noise = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+        images = [torch.tensor(one.pixels(2 * size)).permute(2, 0, 1)[None] / 255 for one in pictures]
+        images = [F.interpolate(one, (size, size), mode="bilinear", antialias=True) for one in images] or [noise]
+        return [{"pixel_values": image} for image in images]
+    from transformers import AutoImageProcessor
+
+    processor = _trained(AutoImageProcessor, name)
+    return [dict(processor(images=one.read()[0], return_tensors="pt")) for one in pictures]
+
+
+def wide_table(table: pd.DataFrame) -> pd.DataFrame:
+    """A `sparsity_table` for a page: rows for each measure, model and site, a column for each transform."""
+    keys = table.groupby(["model", "site"])["keys"].transform("mean").round().astype(int)
+    named = ["model", "site", "keys", "measure"]
+    long = table.assign(keys=keys).melt([*named[:-1], "transform"], list(MEASURES), "measure")
+    wide = long.set_index([*named, "transform"])["value"].unstack(sort=False)
+    return wide.rename_axis(columns=None).reset_index(named[1:])

@@ -1,0 +1,79 @@
+"""A batch in parts gives the update of the whole, and one that is no number gives none."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from detrlib.data import collate
+from detrlib.engine.step import train_step
+from detrlib.errors import NonFiniteLoss
+from detrlib.losses import Criterion
+
+SIZES = ((64, 96), (80, 64), (48, 48), (64, 64), (40, 80))
+PYRAMID = {"levels": 2, "stages": [3, 4], "two_stage": True, "refine": True, "encoder_auxiliary": True}
+FAMILIES = {
+    "softmax": {"attention": {"encoder_self": "entmax15", "decoder_cross": "alpha_entmax"}},
+    "sigmoid": {"classification": "sigmoid", "queries": "anchor"},
+    "polled": {"polling": {"ratio": 0.4, "pooled": 5}},
+    "sparse encoder": {"architecture": "deformable", "deformable": PYRAMID | {"rho": 0.3}},
+    "official padding": {"compatibility": {"padding": "official"}},
+}
+
+
+@pytest.fixture(scope="module")
+def batch(random_boxes):
+    """Five images of different sizes, one without boxes and one with more of them than there are queries."""
+    torch.manual_seed(0)
+    samples = []
+    for size, number in zip(SIZES, (2, 0, 9, 1, 3), strict=True):
+        target = {"labels": torch.randint(5, (number,)), "boxes": random_boxes(number)}
+        samples.append((torch.randn(3, *size), target))
+    return collate(samples)
+
+
+def trained(model, batch, size, steps=3, **settings):
+    """A copy of the model after some updates by a batch in parts of `size`, and what the steps returned."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    parts = batch.split(size, keep_padding=getattr(model.backbone, "official_padding", False))
+    given = model, parts, Criterion(weight_poll=1.0), optimizer, Accelerator()
+    return model, [train_step(*given, clip_norm=0.1, **settings) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
+def test_parts_of_a_batch_give_the_update_of_the_whole(settings, size, batch, small):
+    start = small(**settings, dropout=0.0)
+    (whole, expected), (model, terms) = trained(start, batch, 5), trained(start, batch, size)
+    for first, second in zip(expected, terms, strict=True):
+        assert {k: v.item() for k, v in second.items()} == pytest.approx({k: v.item() for k, v in first.items()}, 1e-4)
+    assert expected[-1]["loss"] < expected[0]["loss"]
+    for (name, weight), other in zip(whole.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_later_part_that_is_no_number_leaves_the_weights(batch, small):
+    model = small(dropout=0.0).train()
+    optimizer, before = torch.optim.AdamW(model.parameters()), copy.deepcopy(model.state_dict())
+    parts = batch.split(2)
+    parts[1].images[0, 0, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteLoss, match="loss is nan"):
+        train_step(model, parts, Criterion(), optimizer, Accelerator())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    parts[1].images[0, 0, 0, 0] = 0.0
+    assert train_step(model, parts, Criterion(), optimizer, Accelerator())["loss"].isfinite()
+
+
+def test_gradients_are_watched_once_they_are_complete(batch, small):
+    start, norms = small(dropout=0.0), []
+    for size in (5, 1):
+        model = copy.deepcopy(start).train()
+        optimizer = torch.optim.AdamW(model.parameters())
+
+        def watch(model=model):
+            norms.append(model.class_embed.weight.grad.norm().item())
+
+        train_step(model, batch.split(size), Criterion(), optimizer, Accelerator(), watch=watch)
+    assert len(norms) == 2 and norms[0] == pytest.approx(norms[1], rel=1e-5)
