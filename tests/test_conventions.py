@@ -33,19 +33,19 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 630,
-    "config": 1130,
+    ".": 645,
+    "config": 1170,
     "attention": 1240,
     "attention/kernels": 1040,
-    "models": 2755,
+    "models": 2850,
     "losses": 315,
     "checkpoints": 1295,
-    "data": 2760,
+    "data": 2835,  # splits compared, one list of objects, every picture decoded once
     "metrics": 1975,
-    "runs": 1625,
-    "engine": 2380,
-    "experiments": 2090,
-    "figures": 3030,
+    "runs": 1635,
+    "engine": 2520,
+    "experiments": 2115,
+    "figures": 3035,
     "teaching": 480,
     "benchmarks": 870,
 }
