@@ -110,6 +110,11 @@ class HuggingFace(Attending):
         """As of `Attending`."""
         return self.decoder_layers if self.configuration.get("two_stage") else None
 
+    @property
+    def padding_matters(self) -> bool:
+        """As of `Attending`: what transformers sees has no padding."""
+        return False
+
     def scores_keys(self, site: SiteName) -> bool:
         """As of `Attending`."""
         return site not in POINTS.get(self.kind, ())

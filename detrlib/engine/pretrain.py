@@ -46,6 +46,8 @@ def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int) 
         "backbone": [settings.name, settings.dilation, [list(weight.shape) for weight in body.state_dict().values()]],
         "recipe": [image_size, SIDE, SMALLEST_SCALE, MOST_CROPS, SAMPLES, BATCH, LEARNING_RATE, SEED],
     }
+    if dataset.upright:  # other pixels under the same boxes
+        key["orientation"] = "exif"
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = cache_folder() / "backbones" / f"{settings.name}-{digest}.pt"
     if not path.exists():

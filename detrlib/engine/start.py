@@ -109,7 +109,7 @@ def starting_model(cfg: Config, train_set: CocoDataset | None = None) -> tuple[n
 
 def few_updates(cfg: Config, updates: int) -> list[str]:
     """A line that warns of a budget of so few updates that little can be learned from scratch; none if it is enough."""
-    if cfg.train.start or updates >= FEW_UPDATES:
+    if cfg.train.start or getattr(cfg.model, "source", None) or updates >= FEW_UPDATES:
         return []
     return [
         f"warning: {updates} updates in all, in {cfg.train.epochs} epochs, are few for a detector from scratch "

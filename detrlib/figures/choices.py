@@ -79,7 +79,7 @@ def cells_ask(example: Example) -> bool:
 
 def cell_at(example: Example, x: float, y: float) -> int:
     """The number, row by row, of the cell in which the encoder has the point (x, y); outside the image the nearest."""
-    rows, columns = example.shape("encoder_self")[-2:]
+    rows, columns = _grid(example)
     width, height = _cell_size(example)
     row, column = int((y + 0.5) // height), int((x + 0.5) // width)  # pixel 0 reaches from -0.5 to 0.5
     return min(max(row, 0), rows - 1) * columns + min(max(column, 0), columns - 1)
@@ -87,7 +87,7 @@ def cell_at(example: Example, x: float, y: float) -> int:
 
 def cell_box(example: Example, cell: int) -> np.ndarray:
     """[4], the area of a cell as a box, cut at the border of the image."""
-    row, column = divmod(cell, example.shape("encoder_self")[-1])
+    row, column = divmod(cell, _grid(example)[1])
     size = _cell_size(example)
     corners = np.array([[column, row], [column + 1, row + 1]]) * size - 0.5
     height, width = example.image.shape[:2]
@@ -96,8 +96,13 @@ def cell_box(example: Example, cell: int) -> np.ndarray:
 
 def _cell_size(example: Example) -> np.ndarray:
     """[2], width and height of a cell of the encoder's grid in pixels."""
-    cells = np.empty(example.shape("encoder_self")[-2:], dtype=bool)
+    cells = np.empty(_grid(example), dtype=bool)
     return np.array(example.image.shape[1::-1]) / example.extent_of(cells)[::-1]
+
+
+def _grid(example: Example) -> tuple[int, ...]:
+    """Rows and columns of the encoder's grid, which is that of the other maps where they share one."""
+    return example.shape("encoder_self" if "encoder_self" in example.sites else "decoder_cross")[-2:]
 
 
 # --- classes ---------------------------------------------------------------------------------------------------
