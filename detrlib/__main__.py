@@ -112,7 +112,8 @@ def train(
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
     results = launch(cfg, run_path(name), gpus, processes)
     numbers, floor = results["detection"], results.get("floor")
-    beside = f"  (floor {floor['AP']:.3f}, {floor['AP50']:.3f})" if floor else ""
+    known = floor and floor["AP"] >= 0
+    beside = f"  (floor {floor['AP']:.3f}, {floor['AP50']:.3f})" if known else ""
     typer.echo(f"{in_words({cut: numbers[cut] for cut in ('AP', 'AP50')})}{beside}  {run_path(name)}")
 
 

@@ -8,6 +8,7 @@ from detrlib.config import load_config
 from detrlib.data import CocoDataset, build_dataset
 from detrlib.errors import DataError
 from detrlib.metrics.collapse import signs_of_collapse
+from detrlib.metrics.detection import UNDEFINED
 from detrlib.metrics.floor import fixed_boxes, floor
 from detrlib.runs.folder import has_table, load_table, save_tables
 
@@ -44,7 +45,8 @@ def run_floor(run_dir: Path, dataset: CocoDataset, engine: str) -> dict:
 def floor_in_words(results: Mapping) -> list[str]:
     """The floor of results, and what looks collapsed in them, in one line each; none for what they do not hold."""
     lines = []
-    if numbers := results.get("floor"):
+    numbers = results.get("floor", {"AP": UNDEFINED})
+    if numbers["AP"] != UNDEFINED:
         reached = f"AP {numbers['AP']:.3f}  AP50 {numbers['AP50']:.3f}, on {numbers['images']} images"
         lines.append(f"the floor: boxes that are the same in every image reach {reached}")
     return [*lines, *(f"warning: {line}" for line in signs_of_collapse(results).values())]

@@ -9,6 +9,7 @@ from detrlib.data import build_dataset
 from detrlib.engine.evaluate import evaluate_run
 from detrlib.engine.floor import TABLE, floor_in_words, run_floor
 from detrlib.engine.loop import train
+from detrlib.metrics.detection import UNDEFINED
 from detrlib.metrics.floor import fixed_boxes, floor
 from detrlib.runs.folder import load_results, load_table
 
@@ -48,3 +49,5 @@ def test_the_floor_and_signs_of_collapse_in_words():
     first, second = floor_in_words({"floor": numbers, "detection": {"AP": 0.2}})
     assert "0.250" in first and "40 images" in first and second.startswith("warning: AP 0.200")
     assert len(floor_in_words({"floor": numbers, "detection": {"AP": 0.3}})) == 1
+    undefined = {"AP": UNDEFINED, "AP50": UNDEFINED, "images": 40}  # a split without objects
+    assert floor_in_words({"floor": undefined, "detection": {"AP": UNDEFINED}}) == []
