@@ -134,8 +134,11 @@ def cell_view(name: str, dilation: bool = False) -> CellView:
 
 
 def measured_view(backbone: nn.Module, length: int = 2048) -> CellView:
-    """The same of any convolutional backbone of transformers, which is changed: the pixels that reach a cell, at most
-    `length`, are those with a gradient, once no weight is negative and maxima are means."""
+    """Stride and receptive field of the last stage of a convolutional backbone of transformers, which is changed.
+
+    What a cell sees, `length` pixels at most, is where the image has a gradient, once no weight is negative and
+    maxima are means. Of our ResNets it is what `cell_view` computes.
+    """
     for module in list(backbone.modules()):
         for name, pool in module.named_children():
             if isinstance(pool, nn.MaxPool2d):

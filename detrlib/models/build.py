@@ -26,7 +26,6 @@ from detrlib.models.pyramid import LevelProjections
 from detrlib.models.sparse import ScoringNetwork
 from detrlib.models.transformer import AnchorDecoder, Decoder, Encoder, LayerSettings, MakeTransform, PointDecoder
 
-
 STEM = re.compile(r"\.(embedder|encoder\.stages\.0)\.")  # and the first stage, of transformers' backbones
 
 

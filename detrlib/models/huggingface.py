@@ -8,8 +8,8 @@ padding, so that an image alone is predicted as in any batch:
     of any size (DETR and the like)   images of one size run together
 
 Layers are trained by the losses of this library; what transformers hands to its own loss is what `Predictions` holds.
-Denoising queries, which RT-DETR and D-FINE add in training, are left out. Batch norms of the backbone are frozen where
-the configuration of transformers says so, as in the published fine-tuning; others, those of hybrid encoders, learn their
+Denoising queries, which RT-DETR and D-FINE add in training, are left out. Batch norms of the backbone are frozen if the
+configuration of transformers says so, as in the published fine-tuning; others, those of hybrid encoders, learn their
 statistics in training, from the images that are on a device at a time.
 
 Legend: B images, Q queries, H heads, K keys, L levels, P sampling points, h x w cells of a grid, C classes.
@@ -111,7 +111,7 @@ class HuggingFaceDetector(nn.Module):
         return self
 
     def learns_statistics(self) -> bool:
-        """Whether batch norms estimate means and variances in training, which depend on the images beside each other."""
+        """Whether batch norms estimate means and variances in training, from all images that run together."""
         return any(norm.weight.requires_grad for norm in _batch_norms(self))
 
     @torch.no_grad()

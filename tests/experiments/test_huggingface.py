@@ -116,7 +116,9 @@ def test_trained_weights_are_taken_as_they_are_and_see_pictures(trained, picture
     inputs = transformers.AutoImageProcessor.from_pretrained(trained)(images=Image.open(picture), return_tensors="pt")
     theirs = transformers.AutoModelForObjectDetection.from_pretrained(trained, attn_implementation="eager")
     expected = measure(theirs, dict(inputs), "sparsemax", "decoder_cross")
-    assert table["zeros"]["decoder_cross"] == pytest.approx(expected["zeros"], abs=0.02)  # libraries scale alike to a rounding
+    assert table["zeros"]["decoder_cross"] == pytest.approx(
+        expected["zeros"], abs=0.02
+    )  # libraries scale alike to a rounding
     sharpened = sparsity_table([str(trained)], ["sparsemax"], pictures=[picture], sharpen=50.0).set_index("site")
     assert (sharpened["zeros"] > table["zeros"]).all()
 
