@@ -34,18 +34,18 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
     ".": 660,
-    "config": 1180,
+    "config": 1175,
     "attention": 1240,
     "attention/kernels": 1040,
     "models": 2860,
     "losses": 315,
     "checkpoints": 1295,
-    "data": 2840,
+    "data": 2815,
     "metrics": 1975,
     "runs": 1650,
-    "engine": 2520,
-    "experiments": 2130,
-    "figures": 3050,
+    "engine": 2565,
+    "experiments": 2090,
+    "figures": 3045,
     "teaching": 480,
     "benchmarks": 870,
 }

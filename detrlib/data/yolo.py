@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from detrlib.data.decoding import UNREADABLE, picture_size
+from detrlib.data.decoding import picture_size
 from detrlib.data.pictures import is_picture, numbered
 from detrlib.errors import DataError, listed
 
@@ -58,7 +58,7 @@ def read(annotations: Path) -> dict:
             f"{annotations}: none of its {len(files)} pictures has a file of boxes; looked for {listed(labels, 1)}"
         )
     for id, file, label in zip(numbered([file.stem for file in files]), files, labels, strict=True):
-        width, height = _size(file)
+        width, height = picture_size(file, upright=True)  # to which YOLO's coordinates refer
         image = {"id": id, "file_name": os.path.relpath(file, folder), "width": width, "height": height}
         content["images"].append(image)
         for number, line in enumerate(_text(label).splitlines() if label.is_file() else (), 1):
@@ -147,14 +147,6 @@ def _label_file(picture: Path) -> Path:
         return beside
     parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
     return Path(*parts, beside.name)
-
-
-def _size(file: Path) -> tuple[int, int]:
-    """Width and height of a picture as it is shown, to which YOLO's coordinates refer."""
-    try:
-        return picture_size(file, upright=True)
-    except UNREADABLE as error:
-        raise DataError(f"{file}: not readable as an image ({error}); replace it or remove it") from error
 
 
 def _object(words: Sequence[str], names: Mapping[int, str], size: tuple[int, int], keypoints: bool) -> dict:

@@ -18,6 +18,12 @@ TRACKING = "tracking"  # folder in a run for the files of services
 MAIN = ("loss", "loss_class", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 
 
+def say(accelerator: Accelerator, *lines: object) -> None:
+    """Print lines at once, in the main process."""
+    for line in lines:
+        accelerator.print(line, flush=True)
+
+
 def show_messages() -> None:
     """Let the library's messages (data drawn, boxes dropped, backbone pretrained) appear on a command line."""
     logging.basicConfig(format="%(message)s")

@@ -189,7 +189,7 @@ def test_files_that_are_not_there_or_not_readable_are_named(data_yaml):
     with pytest.raises(DataError, match=r"train\.txt: not readable as text"):
         read(train)
     (root / "images" / "train" / "train0.png").write_text("no picture")
-    with pytest.raises(DataError, match=r"train0\.png: not readable as an image"):
+    with pytest.raises(DataError, match=r"train0\.png: not a picture"):
         read(data_yaml())
     (root / "labels").rename(root / "annotated")
     with pytest.raises(DataError, match=r"none of its 4 pictures has a file of boxes.*labels/train/train0\.txt"):
