@@ -42,7 +42,7 @@ CEILINGS = {
     "checkpoints": 1295,
     "data": 2815,
     "metrics": 1975,
-    "runs": 1650,
+    "runs": 1635,
     "engine": 2565,
     "experiments": 2090,
     "figures": 3045,

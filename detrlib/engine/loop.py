@@ -84,10 +84,12 @@ def train(cfg: Config, run_dir: Path) -> dict:
     with accelerator.main_process_first():
         resume = runs.refuse_run(cfg, run_dir, described)
         say(look_over(splits, cfg.model.num_queries, cfg.data.check))
-        say(*(() if resume else unfit_for_crops(cfg, train_set)))
+        if not resume:
+            say(*unfit_for_crops(cfg, train_set))
         model, start = (initial_model(cfg, "none"), None) if resume else starting_model(cfg, train_set)
         runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
-    say(*([start] if start else ()))
+    if start:
+        say(start)
     if accelerator.is_main_process and not resume:
         record_start(run_dir, start)
     trainer = Trainer(cfg, run_dir, accelerator, train_set, val_set, model)
