@@ -302,8 +302,8 @@ class Trainer:
         epoch, left = len(self.loader) * seconds, self.cfg.train.epochs - self.state.epoch
         until = datetime.now() + timedelta(seconds=left * epoch)
         self.say(
-            f"time: an epoch takes about {tracking.duration(epoch)}, {left} epochs about {tracking.duration(left * epoch)}, without "
-            f"evaluation until {until:%Y-%m-%d %H:%M}"
+            f"time: an epoch takes about {tracking.duration(epoch)}, {left} epochs about "
+            f"{tracking.duration(left * epoch)}, without evaluation until {until:%Y-%m-%d %H:%M}"
         )
 
     def _report(self, record: dict[str, float], seconds: float) -> None:
