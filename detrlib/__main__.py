@@ -383,7 +383,7 @@ def unrel(
 def costs(
     config: Annotated[Path, Argument(help="YAML file of a run")],
     settings: Settings = [],  # noqa: B006
-    size: Annotated[str, Option(metavar="H,W", help="pixels of the image")] = "800,1066",
+    size: Annotated[str, Option(metavar="H,W", help="pixels of the image; default: data.image_size, at 3:4")] = "",
     latency: Annotated[bool, Option("--latency", help="also measure milliseconds")] = False,
     memory: Annotated[float | None, Option(metavar="GIB", help="also say how many images train in so much")] = None,
 ) -> None:
@@ -392,11 +392,12 @@ def costs(
     from detrlib.experiments.costs import cost_table
     from detrlib.models import build_model
 
-    pixels = values_in(size, "--size", int)
+    cfg = load_config(config, {"model.num_classes": 91} | pairs(settings, "--set", "model.norm=pre"))
+    short = cfg.data.image_size
+    pixels = values_in(size or f"{short},{short * 4 // 3}", "--size", int)
     if len(pixels) != 2 or min(pixels) < 1:
         raise ConfigError(f"--size {size}: expected height and width in pixels, e.g. 800,1066")
-    chosen = {"model.num_classes": 91} | pairs(settings, "--set", "model.norm=pre")
-    model = build_model(load_config(config, chosen).model, backbone_weights="none")
+    model = build_model(cfg.model, backbone_weights="none")
     table = cost_table({config.stem: model}, tuple(pixels)).drop(columns="model")
     if latency:
         from detrlib.benchmarks.latency import measure_latency
@@ -406,7 +407,7 @@ def costs(
     if memory is not None:
         from detrlib.engine.memory import training_memory
 
-        typer.echo(training_memory(load_config(config, chosen), tuple(pixels), memory))
+        typer.echo(training_memory(cfg, tuple(pixels), memory))
 
 
 @app.command()

@@ -86,7 +86,7 @@ def test_from_the_terminal_to_the_end(tmp_path, config, metrics_without_times):
     epochs = [line for line in lines if line.startswith("epoch")]
     assert [line[:11] for line in epochs] == ["epoch   1/3", "epoch   2/3", "epoch   3/3"]
     assert all("loss" in line and "AP50" in line and "min left" in line for line in epochs)
-    assert lines[-2].startswith("best of 3 e") and f"detrlib evaluate {run_dir} --checkpoint best" in lines[-2]
+    assert lines[-2].startswith("best epoch: ") and f"detrlib evaluate {run_dir} --checkpoint best" in lines[-2]
     assert lines[-1].startswith("AP 0.") and lines[-1].endswith(str(run_dir))
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     assert metrics_without_times(run_dir)[0]["lr/rest"] == 1e-4
@@ -413,6 +413,8 @@ def test_costs(config):
     shown = detrlib("costs", config, "--size", "64,96")
     assert len(shown.splitlines()) > 3 and "backbone" in shown
     assert "--size" in refused("costs", config, "--size", "a,b")
+    own = detrlib("costs", config, "--set", "data.image_size=48", "--memory", "1")
+    assert "of 48 x 64 pixels" in own.splitlines()[-1]
     *_, line = detrlib("costs", config, "--size", "64,96", "--memory", "1").splitlines()
     assert line.startswith("training: ") and "of 64 x 96 pixels" in line and "fit into 1 GiB" in line
 

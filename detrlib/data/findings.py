@@ -147,5 +147,5 @@ def _shared(pictures: Mapping[str, pd.DataFrame]) -> list[str]:
                 sentences.append(f"{split}: {share}: what is measured on them was learned by heart")
         again = own[own.duplicated("digest")]
         if len(again):
-            sentences.append(f"{split}: {len(again)} pictures are there more than once ({listed(again['file'], 2)})")
+            sentences.append(f"{split}: copies of other pictures: {len(again)} ({listed(again['file'], 2)})")
     return sentences

@@ -216,5 +216,5 @@ def _nothing_in(root: Path) -> str:
 
 def _neighbours(folder: Path) -> str:
     if not folder.is_dir():
-        return "nor its folder"
+        return f"nor is there {folder}"
     return f"{folder} holds {listed(sorted(other.name for other in folder.iterdir()), 10) or 'nothing'}"

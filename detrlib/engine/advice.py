@@ -26,8 +26,8 @@ def few_updates(cfg: Config, updates: int) -> list[str]:
     if cfg.train.start or getattr(cfg.model, "source", None) or updates >= FEW_UPDATES:
         return []
     return [
-        f"warning: {updates} updates in all, in {cfg.train.epochs} epochs, are few for a detector from scratch "
-        f"({MEASURED_UPDATES}); raise train.epochs or train.epoch_updates, the updates of each, or begin with the "
+        f"warning: {updates} updates in all (train.epochs {cfg.train.epochs}) are few for a detector from scratch "
+        f"({MEASURED_UPDATES}); raise train.epochs, or train.epoch_updates (updates of an epoch), or begin with the "
         "weights of a detector (train.start)"
     ]
 

@@ -39,7 +39,7 @@ from detrlib.engine import tracking
 from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
-from detrlib.engine.start import initial_model, record_start, starting_model
+from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model
 from detrlib.engine.state import TrainingState
 from detrlib.engine.step import train_step
 from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss, RunError
@@ -85,10 +85,13 @@ def train(cfg: Config, run_dir: Path) -> dict:
     described = describe_data(cfg.data, splits)
     with accelerator.main_process_first():
         resume = runs.refuse_run(cfg, run_dir, described)
+        first = None  # weights that are given are found before every picture is decoded, others are learned from them
+        if not (resume or learns_from_crops(cfg)):
+            first = starting_model(cfg, train_set)
         say(look_over(splits, cfg.model.num_queries, cfg.data.check))
         if not resume:
             say(*unfit_for_crops(cfg, train_set))
-        model, start = (initial_model(cfg, "none"), None) if resume else starting_model(cfg, train_set)
+        model, start = (initial_model(cfg, "none"), None) if resume else first or starting_model(cfg, train_set)
         runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:
         say(start)

@@ -100,7 +100,7 @@ class TrainingState:
             return "no epoch is kept as the best"
         epoch = load_checkpoint(path, ["epoch"])["epoch"]
         measure = f"detrlib evaluate {run_name(run_dir)} --checkpoint best"
-        return f"best of {self.epoch} epochs: epoch {epoch}, AP {self.best:.3f}; to measure it: {measure}"
+        return f"best epoch: {epoch} of {self.epoch}, AP {self.best:.3f}; to measure it: {measure}"
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. Raises RunError naming it when it is damaged or of another architecture."""

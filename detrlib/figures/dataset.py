@@ -92,6 +92,7 @@ def sizes_in_view(
     drawn = _divided_histogram(np.asarray(sides, dtype=float) * image_size, limits, names, words)
     for limit, name in zip(limits, (f"2 cells, {2 * stride}", f"view, {view}"), strict=True):
         at = {"rotation": 90, "ha": "right", "va": "top", "color": MUTED}
+        at["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}  # bars may stand behind it
         drawn.axes[0].text(limit, 0.97, name, transform=drawn.axes[0].get_xaxis_transform(), **at)
     return drawn
 

@@ -16,6 +16,7 @@ Legend: B images, Q queries, H heads, K keys, L levels, P sampling points, h x w
 """
 
 import functools
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, get_args
@@ -93,6 +94,7 @@ class HuggingFaceDetector(nn.Module):
             chosen = [image for image, own in enumerate(sizes) if self.square or own == size]
             # With labels, though there are none, all layers are handed to the loss.
             pixels = self._pixels(images, sizes, chosen)
+            self._refuse_few_cells(size)
             groups.append(_Group(size, self.model(pixel_values=pixels, labels=[], output_attentions=bool(sites))))
             order += chosen
         order = torch.tensor(order, device=images.device).argsort()
@@ -121,6 +123,17 @@ class HuggingFaceDetector(nn.Module):
         with blaming_options():
             self.eval()(torch.zeros(1, 3, side, side, device=next(self.parameters()).device), need_attention=True)
         self.train(training)
+
+    def _refuse_few_cells(self, size: Size) -> None:
+        """Raise ConfigError for images with fewer cells than RT-DETR and its successors choose as queries."""
+        config = self.model.config
+        queries, strides = config.num_queries, getattr(config, "feat_strides", ())
+        cells = sum(math.ceil(size[0] / stride) * math.ceil(size[1] / stride) for stride in strides)
+        if strides and len(strides) == config.num_feature_levels and cells < queries:
+            raise ConfigError(
+                f"{size[0]} x {size[1]} pixels have {cells} cells, of which the model chooses {queries} as queries: "
+                "use larger images (model.square, data.image_size, --size) or a lower num_queries in model.options"
+            )
 
     def _pixels(self, images: Tensor, sizes: list[Size], chosen: list[int]) -> Tensor:
         """What the model sees of the chosen images: of a size, [b,3,h,w], or all of them as squares."""

@@ -72,7 +72,7 @@ def test_pictures_of_both_splits_and_repeated_ones(splits):
     assert look_over(opened, check="headers").sentences == [], "pixels are not known yet"
     found = look_over(opened)
     said(found, "val: 2 of 3 pictures are in train too", "1.png = 4.png", "2.png = 5.png")
-    said(found, "train: 1 pictures are there more than once", "7.png")
+    said(found, "train: copies of other pictures: 1", "7.png")
     assert look_over(opened, check="headers").sentences == found.sentences, "what is remembered costs nothing"
     assert look_over(opened, check="none").sentences == []
 

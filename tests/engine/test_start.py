@@ -200,9 +200,10 @@ def test_a_run_that_goes_on_does_not_ask_for_what_it_started_from(finished, tmp_
     assert (tmp_path / "run" / "start.json").exists()
 
 
-def test_what_does_not_fit_is_refused_before_training(finished, tmp_path, tiny_config):
+def test_what_does_not_fit_is_refused_before_pictures_are_decoded(finished, tmp_path, tiny_config, monkeypatch):
     cfg = tiny_config({"model.num_queries": 11, "train.start": str(finished)})
-    with pytest.raises(WeightsError, match=r"query_embed\.weight"):
+    with monkeypatch.context() as patched, pytest.raises(WeightsError, match=r"query_embed\.weight"):
+        patched.setattr("detrlib.engine.loop.look_over", lambda *_: pytest.fail("decoded"))
         train(cfg, tmp_path)
     assert list(tmp_path.iterdir()) == []
     train(replace(cfg, {"model.num_queries": 10, "train.epochs": 1}), tmp_path)  # nothing was begun

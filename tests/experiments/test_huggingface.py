@@ -162,6 +162,7 @@ def test_the_table_of_a_page(tiny_models):
         (["detr"], {"transforms": ["soft"]}, ConfigError, "soft"),
         (["detr"], {"alpha": 3.0}, ConfigError, "alpha 3.0"),
         (["detr"], {"sharpen": 0.0}, ConfigError, "sharpen 0.0"),
+        (["rt_detr_v2"], {"size": 64}, ConfigError, "64 x 64 pixels have 84 cells.*300.*--size"),
         (["nosuch"], {}, WeightsError, "nosuch"),
         (["nobody/nosuch"], {}, WeightsError, "nobody/nosuch"),
         (["detr"], {"pictures": ["nosuch.jpg"]}, DataError, "nosuch.jpg"),
