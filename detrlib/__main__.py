@@ -112,7 +112,8 @@ def train(
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
     results = launch(cfg, run_path(name), gpus, processes)
     numbers, floor = results["detection"], results.get("floor")
-    beside = f"  (floor {floor['AP']:.3f}, {floor['AP50']:.3f})" if floor else ""
+    known = floor and floor["AP"] >= 0
+    beside = f"  (floor {floor['AP']:.3f}, {floor['AP50']:.3f})" if known else ""
     typer.echo(f"{in_words({cut: numbers[cut] for cut in ('AP', 'AP50')})}{beside}  {run_path(name)}")
 
 
@@ -416,7 +417,7 @@ def huggingface(
     transforms: Annotated[str | None, Option(metavar="A,B", help="names of transforms; default: all")] = None,
     pictures: Annotated[list[str], Option(help="files, folders or globs; default: noise")] = [],  # noqa: B006
     sharpen: Annotated[float | None, Option(help="standard deviation of scores; default for random weights: 4")] = None,
-    size: Annotated[int, Option(min=64, help="pixels along both sides, for noise and random weights")] = 640,
+    size: Annotated[int, Option(min=64, help="pixels of noise and, for random weights, of the shorter side")] = 640,
     alpha: Annotated[float, Option(help="of entmax")] = 1.25,
     alpha_init: Annotated[float, Option(help="of alpha_entmax")] = 1.75,
     tv_lambda: Annotated[float, Option(help="of tvmax")] = 0.1,

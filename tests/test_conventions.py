@@ -34,20 +34,20 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
     ".": 660,
-    "config": 1175,
-    "attention": 1240,
-    "attention/kernels": 1040,
-    "models": 2860,
-    "losses": 315,
-    "checkpoints": 1295,
-    "data": 2815,
+    "config": 1203,
+    "attention": 1228,
+    "attention/kernels": 1021,
+    "models": 2915,
+    "losses": 312,
+    "checkpoints": 1293,
+    "data": 2852,
     "metrics": 1975,
-    "runs": 1635,
-    "engine": 2565,
-    "experiments": 2090,
-    "figures": 3046,
-    "teaching": 480,
-    "benchmarks": 870,
+    "runs": 1631,
+    "engine": 2584,
+    "experiments": 2076,
+    "figures": 3045,
+    "teaching": 464,
+    "benchmarks": 858,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
 LONGEST_COMMANDS = 460  # the command line: every option of every command is a line

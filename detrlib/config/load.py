@@ -328,7 +328,8 @@ def _explain(error: ValidationError) -> str:
         given = "" if isinstance(fault["input"], dict | BaseModel) else f" (given {fault['input']!r})"
         message = fault["msg"].removeprefix("Value error, ")
         choices = list(FAMILIES) if where == "model.architecture" else re.findall(r"'(\w+)'", message)
-        near = difflib.get_close_matches(str(fault["input"]), choices, 1, 0.4) if given else []
+        text = fault["input"] if isinstance(fault["input"], str) else ""  # no is not all
+        near = difflib.get_close_matches(text, choices, 1, 0.4)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         hint = "; write a list, such as [1, 2]" if fault["type"] == "tuple_type" else hint
         lines.append(f"{where}: {message}{given}{hint}" if given else message)

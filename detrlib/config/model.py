@@ -24,7 +24,7 @@ Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -34,6 +34,16 @@ class Section(BaseModel):
         of_any_length = any(get_args(part)[1:] == (...,) for part in (kind, *get_args(kind)))
         if of_any_length and isinstance(value, str | int) and not isinstance(value, bool):
             return tuple(part.strip() for part in str(value).split(","))
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`train.micro_batch: true` was meant to be something else than 1."""
+        kind = cls.model_fields[info.field_name].annotation
+        kinds = {getattr(part, "__origin__", part) for part in (kind, *get_args(kind))}
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError("expected a number")
         return value
 
 

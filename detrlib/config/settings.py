@@ -31,13 +31,13 @@ class Shapes(Section):
     train: int = Field(4000, ge=0)
     val: int = Field(500, ge=0)
     size: int = Field(128, ge=64)  # side of the square images, pixels
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class Data(Section):
     # "shapes", or a folder in the layout of COCO, Roboflow, YOLO (or its data.yaml) or Pascal VOC, see
     # detrlib/data/formats.py; relative paths start at the project root.
-    root: str = "shapes"
+    root: str = Field("shapes", min_length=1)
     train_split: str = "train2017"  # also what the folder calls so: train
     val_split: str = "val2017"  # val, valid, validation
     holdout: float | None = Field(None, gt=0.0, lt=1.0)  # share of the training images to validate on instead
@@ -75,7 +75,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _classes_have_names(self):
-        if self.classes is not None and not self.names:
+        if self.classes is not None and not any(name and name.strip() for name in self.classes):
             raise ValueError("data.classes names no class; leave it out to take those of the training split")
         return self
 
@@ -89,14 +89,14 @@ class Data(Section):
 
 
 class Loss(Section):
-    cost_class: float = 1.0
-    cost_bbox: float = 5.0
-    cost_giou: float = 2.0
-    weight_class: float = 1.0
-    weight_bbox: float = 5.0
-    weight_giou: float = 2.0
-    weight_mask: float = 1.0  # of the scoring network of a sparse encoder
-    weight_poll: float = 1e-4  # of the mean score of kept cells, where model.polling keeps some
+    cost_class: float = Field(1.0, ge=0.0)
+    cost_bbox: float = Field(5.0, ge=0.0)
+    cost_giou: float = Field(2.0, ge=0.0)
+    weight_class: float = Field(1.0, ge=0.0)
+    weight_bbox: float = Field(5.0, ge=0.0)
+    weight_giou: float = Field(2.0, ge=0.0)
+    weight_mask: float = Field(1.0, ge=0.0)  # of the scoring network of a sparse encoder
+    weight_poll: float = Field(1e-4, ge=0.0)  # of the mean score of kept cells, where model.polling keeps some
     no_object: float = Field(0.1, gt=0.0)  # weight of the no-object class in the cross-entropy
     focal_alpha: float = Field(0.25, gt=0.0, lt=1.0)
     auxiliary: bool = True  # a loss after every decoder layer
@@ -142,7 +142,7 @@ class Train(Section):
     clip_norm: float = Field(0.1, ge=0.0)  # 0: no clipping
     precision: Literal["float32", "bfloat16"] = "float32"
     ema: float = Field(0.0, ge=0.0, lt=1.0)  # decay of an exponential moving average of the weights; 0: none
-    seed: int = 42
+    seed: int = Field(42, ge=0, lt=2**31)
     log_every: int = Field(50, ge=1)  # iterations
     eval_every: int = Field(1, ge=1)  # epochs; the last one is always evaluated
     keep_every: int = Field(0, ge=0)  # epochs between checkpoints that are kept for good; 0: only last and best

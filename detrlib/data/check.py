@@ -72,7 +72,7 @@ def _facts(dataset: CocoDataset, decode: bool) -> pd.DataFrame:
     """What is known of each picture, remembered or found now."""
     memory = cache_folder() / "pictures" / f"v{VERSION}-{_hash(str(dataset.images_path.absolute()))}.parquet"
     known = _remembered(memory)
-    names = [str(path.relative_to(dataset.images_path)) for path in dataset.files]
+    names = dataset.file_names
     stats = {name: path.stat() for name, path in zip(names, dataset.files, strict=True)}
     done = zip(known.index, known["bytes"], known["modified"], known["decoded"], strict=True)
     valid = {(name, size, time) for name, size, time, decoded in done if decoded or not decode}
@@ -177,7 +177,10 @@ def _message(faults: Mapping[str, str], splits: Mapping[str, CocoDataset]) -> st
     if len(faults) > SHOWN:
         path = cache_folder() / "pictures" / f"faults-{_hash(*faults)}.txt"
         text = "".join(f"{name}: {why}\n" for name, why in faults.items())
-        write_atomic(path, lambda temporary: temporary.write_text(text))
-        said += f" (all of them in {path})"
+        try:
+            write_atomic(path, lambda temporary: temporary.write_text(text))
+            said += f" (all of them in {path})"
+        except RunError:  # the faults are what matters
+            said += f" (no list of all of them could be written to {path})"
     cut = "; data.truncated: accept reads JPEG files that are cut short" if "cut short" in faults.values() else ""
     return f"{said}; replace them, or remove their entries{cut}"

@@ -21,8 +21,9 @@ from torchvision.transforms.v2 import functional
 from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.data.annotations import Annotation, Annotations, ImageRecord, read_annotations
 from detrlib.data.classes import labels_in
-from detrlib.data.decoding import UNREADABLE, picture_size, read_picture, why_unreadable
+from detrlib.data.decoding import UNREADABLE, read_picture, why_unreadable
 from detrlib.data.objects import Objects, clean, clipped
+from detrlib.data.pictures import sizes_in_files
 from detrlib.errors import DataError, listed
 
 MOST_LABELS = 100_000  # of a class head
@@ -261,9 +262,10 @@ class CocoDataset(Dataset):
             )
         if moved:
             self.notes.append(f"{len(moved)} pictures are found without the folders that their file_name begins with")
-        for record, path in zip(self._records, self.files, strict=True):
-            if not (record.get("width") and record.get("height")):
-                record["width"], record["height"] = picture_size(path, self.upright)
+        without = [record for record in self._records if not (record.get("width") and record.get("height"))]
+        sizes = sizes_in_files([self.images_path / record["file_name"] for record in without], self.upright)
+        for record, size in zip(without, sizes, strict=True):
+            record["width"], record["height"] = size
 
     def _labels_of_categories(
         self, content: Annotations, objects: Objects, classes: Mapping[int, str] | None, contiguous: bool
@@ -330,8 +332,8 @@ class _Present:
     def has(self, name: str) -> bool:
         path = self.root / name
         if path.parent not in self.listings:
-            with_files = path.parent.is_dir()
-            self.listings[path.parent] = {entry.name for entry in os.scandir(path.parent)} if with_files else set()
+            entries = os.scandir(path.parent) if path.parent.is_dir() else ()
+            self.listings[path.parent] = {entry.name for entry in entries if entry.is_file()}  # no link to nowhere
         return path.name in self.listings[path.parent]
 
 

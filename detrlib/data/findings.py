@@ -81,7 +81,8 @@ def _of_classes(counts: pd.DataFrame) -> list[str]:
     first, *others = counts
     sentences = []
     for split in (first, *others):
-        if len(absent := counts.index[counts[split] == 0]):
+        known = counts[counts[first] > 0] if split != first else counts
+        if len(absent := known.index[known[split] == 0]):
             why = "they cannot be learned" if split == first else "their AP is not defined"
             sentences.append(f"{split} has no object of {listed(absent, NAMES)}: {why}")
     few = counts[(counts[first] > 0) & (counts[first] < FEW)][first].sort_values()

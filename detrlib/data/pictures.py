@@ -120,6 +120,19 @@ def readable(pictures: Sequence[Picture]) -> tuple[list[Picture], dict[str, str]
     return [one for one in pictures if one.name not in faults], faults
 
 
+def sizes_in_files(files: Iterable[Path], upright: bool) -> list[tuple[int, int]]:
+    """Width and height of pictures, of which only headers are read. Raises DataError naming all that have none."""
+    sizes, faults = [], {}
+    for file in files:
+        try:
+            sizes.append(picture_size(file, upright))
+        except UNREADABLE as error:
+            faults[str(file)] = why_unreadable(error)
+    if faults:
+        raise DataError(f"{len(faults)} pictures cannot be used: {unreadable(faults)}; replace or remove them")
+    return sizes
+
+
 def unreadable(faults: Mapping[str, str]) -> str:
     """In one line, which files cannot be read and why."""
     return listed((f"{name}: {why}" for name, why in faults.items()), between="; ")

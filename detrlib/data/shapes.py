@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from detrlib.config import Shapes
+from detrlib.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,13 @@ def shapes_folder(settings: Shapes, cache: Path | None = None) -> Path:
     folder = cache / name
     if folder.is_dir():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+    except OSError as error:
+        raise DataError(
+            f"{cache}: the embedded shapes cannot be kept there ({error.strerror}); set DETRLIB_CACHE to another folder"
+        ) from None
     try:
         draft.chmod(0o755)  # mkdtemp locks others out of what may be a shared cache
         logger.info("drawing %d images into %s, once", settings.train + settings.val, folder)

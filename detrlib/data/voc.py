@@ -113,7 +113,11 @@ def _others(folder: Path) -> Iterator[ElementTree.Element]:
 
 def _listed(annotations: Path, trees: dict[str, ElementTree.Element]) -> list[str]:
     """The names in a list, of which each has an XML file."""
-    stems = list(dict.fromkeys(filter(None, map(str.strip, annotations.read_text(encoding="utf-8-sig").splitlines()))))
+    try:
+        lines = annotations.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{annotations}: not readable as text ({error})") from None
+    stems = list(dict.fromkeys(filter(None, map(str.strip, lines))))
     if lost := [stem for stem in stems if stem not in trees]:
         raise DataError(
             f"{annotations}: {len(lost)} of {len(stems)} have no XML file in Annotations: {listed(lost, 3)}"

@@ -11,17 +11,21 @@ enclosing box is taken; all are shares of the width and height of the picture as
 kpt_shape, keypoints follow the box. A picture without a file, or with an empty one, has no objects.
 """
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from detrlib.data.decoding import picture_size
-from detrlib.data.pictures import is_picture, numbered
+from detrlib.data.pictures import is_picture, numbered, sizes_in_files
 from detrlib.errors import DataError, listed
+
+logger = logging.getLogger(__name__)
+log_once = cache(logger.info)  # the same files are read several times
 
 SUFFIXES = (".yaml", ".yml")
 SPLITS = ("train", "val", "valid", "validation", "test")
@@ -57,8 +61,11 @@ def read(annotations: Path) -> dict:
         raise DataError(
             f"{annotations}: none of its {len(files)} pictures has a file of boxes; looked for {listed(labels, 1)}"
         )
-    for id, file, label in zip(numbered([file.stem for file in files]), files, labels, strict=True):
-        width, height = picture_size(file, upright=True)  # to which YOLO's coordinates refer
+    if lacking := [file.name for file, label in zip(files, labels, strict=True) if not label.is_file()]:
+        said = f"{len(lacking)} of {len(files)} pictures have no file of boxes ({listed(lacking, 2)})"
+        log_once(f"{annotations}: {said} and count as pictures without objects")
+    ids, sizes = numbered([file.stem for file in files]), sizes_in_files(files, upright=True)  # to which shares refer
+    for id, file, label, (width, height) in zip(ids, files, labels, sizes, strict=True):
         image = {"id": id, "file_name": os.path.relpath(file, folder), "width": width, "height": height}
         content["images"].append(image)
         for number, line in enumerate(_text(label).splitlines() if label.is_file() else (), 1):
@@ -99,6 +106,7 @@ def pictures(annotations: Path) -> tuple[Path, list[Path]]:
 
 def _listed_picture(line: str, place: Path, bases: Sequence[Path]) -> Path:
     """The picture that a line of a text file means: relative to that file, or else to the data set."""
+    line = line.replace("\\", "/")
     tried = [Path(os.path.normpath(base / line)) for base in (place.parent, *bases)]
     for path in tried:
         if path.is_file():
@@ -124,7 +132,8 @@ def _settings(file: Path, refuse: bool) -> dict[str, Any]:
 def _entries(places: Any) -> list[str]:
     """The places of pictures that a value names."""
     places = [places] if isinstance(places, str) and places else places
-    return places if isinstance(places, list) and all(isinstance(place, str) for place in places) else []
+    strings = isinstance(places, list) and all(isinstance(place, str) for place in places)
+    return [place.replace("\\", "/") for place in places] if strings else []  # written on Windows
 
 
 def _names(file: Path, values: Mapping[str, Any]) -> dict[int, str]:

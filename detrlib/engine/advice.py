@@ -5,12 +5,15 @@ What there is to say of data alone stands in `detrlib.data.findings`, and of mem
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from detrlib.config import Config, Data
 from detrlib.data import CocoDataset
 from detrlib.data.objects import suggested_image_sizes
 from detrlib.engine.start import learns_from_crops
 from detrlib.metrics.collapse import signs_of_collapse
-from detrlib.models import cell_view
+from detrlib.metrics.detection import UNDEFINED
+from detrlib.models import backbone_view
 
 FEW_UPDATES, MEASURED_UPDATES = 500, "of 32 drawn pictures each, 400 give AP 0.42 and 1,000 give 0.67"
 FEW_OBJECTS = 500
@@ -29,12 +32,23 @@ def few_updates(cfg: Config, updates: int) -> list[str]:
     ]
 
 
+def divided_statistics(model: nn.Module, at_a_time: int, batch_size: int) -> list[str]:
+    """Batch norms that see a part of a batch."""
+    if at_a_time >= batch_size or not getattr(model, "learns_statistics", bool)():
+        return []
+    return [
+        f"warning: batch norms of this model learn means and variances from {at_a_time} images at a time, not from the "
+        f"{batch_size} of a batch: results depend on train.micro_batch and on the number of processes, and few images "
+        "make them coarse. model.options.freeze_backbone_batch_norms and train.freeze keep those of trained weights"
+    ]
+
+
 def unfit_for_crops(cfg: Config, train_set: CocoDataset) -> list[str]:
     """Objects too few, or too large, for a backbone that learns from crops of them, where the model begins with one."""
     if not learns_from_crops(cfg):
         return []
     lines, sides, size = [], train_set.object_sides(), cfg.data.image_size
-    stride, view = cell_view(cfg.model.backbone.name, cfg.model.backbone.dilation)
+    stride, view = backbone_view(cfg.model)
     if len(sides) < FEW_OBJECTS:
         lines.append(
             f"warning: {len(sides)} objects are few for weights from crops ({MEASURED_OBJECTS}); begin with trained "
@@ -65,7 +79,8 @@ def much_padding(share: float, settings: Data) -> list[str]:
 def floor_and_collapse(results: Mapping) -> list[str]:
     """The floor of results, and what looks collapsed in them; none for what they do not hold."""
     lines = []
-    if numbers := results.get("floor"):
+    numbers = results.get("floor", {"AP": UNDEFINED})
+    if numbers["AP"] != UNDEFINED:
         reached = f"AP {numbers['AP']:.3f}  AP50 {numbers['AP50']:.3f}, on {numbers['images']} images"
         lines.append(f"the floor: boxes that are the same in every image reach {reached}")
     return [*lines, *(f"warning: {line}" for line in signs_of_collapse(results).values())]

@@ -36,7 +36,7 @@ from detrlib.data import Batch, CocoDataset, collate, describe_data, look_over, 
 from detrlib.data.batch import EpochSampler, batches
 from detrlib.data.classes import class_list
 from detrlib.engine import tracking
-from detrlib.engine.advice import few_updates, floor_and_collapse, much_padding, unfit_for_crops
+from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.start import initial_model, record_start, starting_model
@@ -80,6 +80,8 @@ def train(cfg: Config, run_dir: Path) -> dict:
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
         cfg = cfg.model_copy(update={"model": cfg.model.completed()})
     cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set), "data.classes": class_list(train_set.names)})
+    if cfg.model.architecture == "huggingface":
+        initial_model(cfg, "none").try_out()  # transformers itself compares few of its options
     described = describe_data(cfg.data, splits)
     with accelerator.main_process_first():
         resume = runs.refuse_run(cfg, run_dir, described)
@@ -184,8 +186,9 @@ class Trainer:
                 keep_fixed_boxes(self.run_dir, self.loader.dataset)
         self.accelerator.wait_for_everyone()
         self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
-        updates = self.cfg.train.epochs * len(self.sampler)
-        self.say(*floor_and_collapse(self.floor), *few_updates(self.cfg, updates))
+        settings = self.cfg.train
+        self.say(*floor_and_collapse(self.floor), *few_updates(self.cfg, settings.epochs * len(self.sampler)))
+        self.say(*divided_statistics(self.state.trained, self.micro_batch, settings.batch_size))
 
     def _train_epoch(self) -> dict[str, float]:
         """One epoch; means of everything logged."""
@@ -299,8 +302,8 @@ class Trainer:
         epoch, left = len(self.loader) * seconds, self.cfg.train.epochs - self.state.epoch
         until = datetime.now() + timedelta(seconds=left * epoch)
         self.say(
-            f"time: an epoch takes about {_duration(epoch)}, {left} epochs about {_duration(left * epoch)}, without "
-            f"evaluation until {until:%Y-%m-%d %H:%M}"
+            f"time: an epoch takes about {tracking.duration(epoch)}, {left} epochs about "
+            f"{tracking.duration(left * epoch)}, without evaluation until {until:%Y-%m-%d %H:%M}"
         )
 
     def _report(self, record: dict[str, float], seconds: float) -> None:
@@ -321,13 +324,6 @@ class Trainer:
         del self.state
         self.accelerator.free_memory()
         self.accelerator.end_training()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def main() -> None:

@@ -312,4 +312,4 @@ def keep_freed_memory() -> None:
 
 
 def _gib(amount: int) -> str:
-    return f"{amount / 2**30:.1f} GiB"
+    return f"{amount / 2**30:.1f} GiB" if amount >= 2**30 // 10 else f"{amount / 2**20:.0f} MiB"

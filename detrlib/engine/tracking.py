@@ -40,6 +40,14 @@ def trackers(cfg: Config, run_dir: Path) -> list[GeneralTracker | str] | None:
     return [*chosen, *settings.also] or None
 
 
+def duration(seconds: float) -> str:
+    """In words: 48 s, 20 min, 3 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def start_tracking(accelerator: Accelerator, cfg: Config) -> None:
     """Let every service of the accelerator begin a run of `train.tracking.project` with the settings of `cfg`."""
     settings = {

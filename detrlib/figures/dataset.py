@@ -185,8 +185,8 @@ def _draw_objects(
     captions: bool = True,
 ) -> None:
     """Boxes in the colours of their classes, whose names those have that find room, large ones first."""
-    boxes, labels = np.asarray(boxes).reshape(-1, 4), np.asarray(labels)  # of tensors and columns too
-    order = np.argsort(-np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), kind="stable")
+    boxes, labels = np.asarray(boxes).reshape(-1, 4), np.asarray(labels)  # from tensors and tables, too
+    order = np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(1), kind="stable")
     colours = [class_colour(int(labels[index]), names) for index in order]
     for index, colour in zip(order, colours, strict=True):
         draw_box(axes, boxes[index], colour, width=thinner(len(boxes)))

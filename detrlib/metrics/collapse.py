@@ -80,7 +80,7 @@ def symptoms(results: Mapping) -> pd.DataFrame:
     """
     rows = {}
     ap, floor = (results.get(name, {}).get("AP", UNDEFINED) for name in ("detection", "floor"))
-    if UNDEFINED not in (ap, floor):
+    if UNDEFINED not in (ap, floor) and results["floor"]["images"] >= FEWEST:  # one image has a floor of 1
         said = f"AP {ap:.3f} is {{}} the floor: fixed boxes, which never look at the image, reach {floor:.3f}"
         rows["AP"] = ap, floor, ap <= floor, said, ("not above", "above")
     spread = results.get("spread", {"images": 0})

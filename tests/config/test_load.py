@@ -134,6 +134,15 @@ def test_an_unknown_override_names_the_nearest_setting():
         ("model.attention.encoder_self", "entmax51"),
         ("model.backbone", "resnet50"),
         ("model.dropout", 1.0),
+        ("loss.weight_bbox", -1),
+        ("loss.cost_giou", ".nan"),
+        ("train.lr", ".inf"),
+        ("train.clip_norm", ".inf"),
+        ("train.micro_batch", True),
+        ("model.attention.tv_lambda", True),
+        ("train.seed", -1),
+        ("data.root", ""),
+        ("data.classes", [None, " "]),
     ],
 )
 def test_a_wrong_value_is_refused_and_the_message_names_the_setting(setting, value):
@@ -145,6 +154,9 @@ def test_a_wrong_value_is_refused_and_the_message_names_the_setting(setting, val
 def test_a_wrong_choice_suggests_the_nearest_one():
     with pytest.raises(ConfigError, match="did you mean 'entmax15'"):
         load_config(overrides={"model.attention.encoder_self": "entmax51"})
+    with pytest.raises(ConfigError, match=r"data\.check") as error:
+        load_config(overrides={"data.check": "no"})  # which YAML reads as false
+    assert "did you mean" not in str(error.value)
 
 
 DEFORMABLE = {"model.architecture": "deformable"}

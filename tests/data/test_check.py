@@ -151,3 +151,23 @@ def test_a_log_without_a_bar_has_a_line_now_and_then(photographs, caplog, monkey
     with caplog.at_level("INFO"):
         check_pictures({"train": photographs()})
     assert "decoding 4 pictures of" in caplog.text and "2 of 4 pictures decoded" in caplog.text
+
+
+def test_many_faults_are_named_also_where_no_list_of_them_can_be_written(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "SHOWN", 2)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DETRLIB_CACHE", str(tmp_path / "file"))
+    for number in range(3):
+        (photographs.folder / f"{number}.jpg").write_text("no picture")
+    with pytest.raises(DataError, match=r"0\.jpg: not a picture"):
+        check_pictures({"train": photographs()})
+
+
+def test_pictures_may_be_named_by_paths_elsewhere(photographs, tmp_path):
+    content = json.loads((tmp_path / "a.json").read_text())
+    for image in content["images"]:
+        image["file_name"] = str(photographs.folder / image["file_name"])
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    (tmp_path / "empty").mkdir()
+    dataset = CocoDataset(tmp_path / "empty", tmp_path / "a.json")
+    assert check_pictures({"train": dataset})["train"]["file"].tolist() == dataset.file_names

@@ -56,6 +56,7 @@ def test_rare_and_absent_classes_and_crowded_images(splits):
     found = look_over(splits([*[[1, 1]] * 10, [2, 2, 2]], [[1], [3, 3, 3, 3], []]), num_queries=2)
     said(found, "fewer than 20", "train", "dog (3)")
     said(found, "cannot be learned", "train", "bird")
+    assert "bird" not in str([one for one in found.sentences if "not defined" in one])
     said(found, "AP is not defined", "val", "dog")
     said(found, "train: 1 images hold more objects", "num_queries 2", "up to 3")
     said(found, "val: 1 images hold more objects", "up to 4")

@@ -3,10 +3,12 @@
 import hashlib
 
 import numpy as np
+import pytest
 
 from detrlib.config import Shapes
 from detrlib.data import CocoDataset, shapes
 from detrlib.data.shapes import cache_folder, draw_image, shapes_folder
+from detrlib.errors import DataError
 
 TINY = Shapes(train=6, val=3, size=64)
 
@@ -62,3 +64,9 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.delenv("DETRLIB_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "detrlib"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file.*DETRLIB_CACHE"):
+        shapes_folder(Shapes(train=1, val=1), tmp_path / "file")

@@ -147,3 +147,9 @@ def test_files_without_any_object_are_refused(root):
         path.write_text("<annotation/>")
     with pytest.raises(DataError, match="no object in any XML file"):
         build_dataset(Data(root=str(root)), "train")
+
+
+def test_a_list_that_is_no_text_is_named(train):
+    train.write_bytes("bär".encode("latin-1"))
+    with pytest.raises(DataError, match=r"train\.txt"):
+        read(train)

@@ -47,9 +47,11 @@ def boxes(train):
         {"path": "..", "train": "set/images/train"},
         {"path": "/home/of/somebody/set"},
         {"train": "./images/train/"},
+        {"train": "images\\train"},
         {"train": ["images/train", "images/val"]},
         {"train": "train.txt"},
         {"train": ["train.txt", "images/val"]},
+        {"train": "windows.txt"},
     ],
     ids=str,
 )
@@ -57,6 +59,7 @@ def test_places_as_people_write_them(data_yaml, places):
     train = data_yaml(**places)
     root = train.parent.parent
     (root / "train.txt").write_text("".join(f"./images/train/train{n}.png\n" for n in range(4)) + "\n")
+    (root / "windows.txt").write_bytes((root / "train.txt").read_bytes().replace(b"/", b"\\").replace(b"\n", b"\r\n"))
     folder, files = pictures(train)
     of_val = isinstance(places.get("train"), list)
     assert [file.name for file in files[:4]] == [f"train{n}.png" for n in range(4)] and len(files) == 4 + 3 * of_val
@@ -197,3 +200,21 @@ def test_files_that_are_not_there_or_not_readable_are_named(data_yaml):
     (root / "data.yaml").write_text("train: [")
     with pytest.raises(DataError, match=r"data\.yaml: not readable as YAML"):
         splits(root)
+
+
+def test_every_picture_that_cannot_be_read_is_named(data_yaml):
+    train = data_yaml()
+    for number in (0, 2):
+        (train.parent.parent / "images" / "train" / f"train{number}.png").write_bytes(b"")
+    with pytest.raises(DataError) as error:
+        read(train)
+    assert "train0.png" in str(error.value) and "train2.png" in str(error.value)
+
+
+def test_pictures_without_a_file_of_boxes_are_counted(data_yaml, caplog):
+    train = data_yaml()
+    (train.parent.parent / "labels" / "train" / "train0.txt").unlink()
+    with caplog.at_level("INFO"):
+        read(train)
+        read(train)
+    assert caplog.text.count("1 of 4 pictures") == 1 and "train0.png" in caplog.text

@@ -6,6 +6,7 @@ from detrlib.config import Data
 from detrlib.data import build_dataset
 from detrlib.engine import advice
 from detrlib.engine.advice import FEW_UPDATES, few_updates, floor_and_collapse, much_padding, unfit_for_crops
+from detrlib.metrics.detection import UNDEFINED
 
 
 def test_a_small_budget_is_warned_of_unless_weights_are_given(tiny_config):
@@ -45,4 +46,5 @@ def test_the_floor_and_signs_of_collapse_in_words():
     first, second = floor_and_collapse({"floor": numbers, "detection": {"AP": 0.2}})
     assert "0.250" in first and "40 images" in first and second.startswith("warning: AP 0.200")
     assert len(floor_and_collapse({"floor": numbers, "detection": {"AP": 0.3}})) == 1
-    assert floor_and_collapse({}) == []
+    undefined = {"AP": UNDEFINED, "AP50": UNDEFINED, "images": 40}  # a split without objects
+    assert floor_and_collapse({"floor": undefined, "detection": {"AP": UNDEFINED}}) == floor_and_collapse({}) == []

@@ -16,7 +16,7 @@ def results(ap=0.4, floor=0.2, detections=0.3, images=40, attention=(2.0, 5.0), 
     located = {"all": {"pairs": pairs, "paibb_normalised": {"mean": list(attention)}}}
     entropy = {"decoder_cross": {"matched": {"entropy": {"mean": [0.5] * len(attention)}}}}
     spread = {"images": images, "detections": detections, "objects": 0.3}
-    return {"detection": {"AP": ap}, "floor": {"AP": floor}} | {
+    return {"detection": {"AP": ap}, "floor": {"AP": floor, "images": images}} | {
         "spread": spread,
         "localisation": located,
         "sparsity": entropy,
@@ -73,7 +73,7 @@ def test_images_without_objects_do_not_count():
         ({"attention": (0.9, 1.1)}, []),  # one layer that looks is enough
         ({"ap": 0.1, "detections": 0.0, "attention": (0.3,)}, ["AP", "box", "attention"]),
         ({"ap": -1}, []),  # nothing to be detected
-        ({"detections": 0.0, "images": FEWEST - 1}, []),
+        ({"ap": 0.1, "detections": 0.0, "images": FEWEST - 1}, []),
         ({"attention": (0.3,), "pairs": FEWEST - 1}, []),
     ],
 )
