@@ -185,7 +185,7 @@ def _draw_objects(
     captions: bool = True,
 ) -> None:
     """Boxes in the colours of their classes, whose names those have that find room, large ones first."""
-    order = sorted(range(len(boxes)), key=lambda index: -np.prod(boxes[index][2:] - boxes[index][:2]))
+    order = sorted(range(len(boxes)), key=lambda index: -float((boxes[index][2:] - boxes[index][:2]).prod()))
     colours = [class_colour(int(labels[index]), names) for index in order]
     for index, colour in zip(order, colours, strict=True):
         draw_box(axes, boxes[index], colour, width=thinner(len(boxes)))
