@@ -417,7 +417,7 @@ def huggingface(
     transforms: Annotated[str | None, Option(metavar="A,B", help="names of transforms; default: all")] = None,
     pictures: Annotated[list[str], Option(help="files, folders or globs; default: noise")] = [],  # noqa: B006
     sharpen: Annotated[float | None, Option(help="standard deviation of scores; default for random weights: 4")] = None,
-    size: Annotated[int, Option(min=64, help="pixels along both sides, for noise and random weights")] = 640,
+    size: Annotated[int, Option(min=64, help="pixels of noise and, for random weights, of the shorter side")] = 640,
     alpha: Annotated[float, Option(help="of entmax")] = 1.25,
     alpha_init: Annotated[float, Option(help="of alpha_entmax")] = 1.75,
     tv_lambda: Annotated[float, Option(help="of tvmax")] = 0.1,

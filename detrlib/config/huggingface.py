@@ -38,6 +38,17 @@ RESNETS = {  # kind, channels and number of blocks of each stage
 INSTALL = 'pip install "detrlib[huggingface]"'
 PREPROCESSOR = "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+OLDEST = 5  # major version of transformers whose modules look up their attention
+
+
+def require_transformers() -> None:
+    """Make sure that transformers is there and new enough. Raises ConfigError that says how to get it."""
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(f"detectors of Hugging Face need its library transformers: {INSTALL}") from None
+    if int(transformers.__version__.split(".")[0]) < OLDEST:
+        raise ConfigError(f"transformers {transformers.__version__} is too old, {OLDEST}.0 is needed: {INSTALL} -U")
 
 
 class HuggingFace(Attending):
@@ -50,6 +61,8 @@ class HuggingFace(Attending):
     # Of transformers' configuration, where not as in the source, or as is the rule for the type.
     options: dict[str, Any] = Field(default_factory=dict)
     square: int = Field(640, ge=32, multiple_of=32)  # side that images are resized to, of types that need one
+    # Stem and first stage of the backbone, as DETR and its kin have it; None: if these have weights of a source to keep
+    freeze_stem: bool | None = None
     attention: Attention = Attention()
 
     @model_validator(mode="after")
@@ -71,8 +84,11 @@ class HuggingFace(Attending):
 
     def completed(self) -> "HuggingFace":
         """The same with all options, as a run keeps them. Raises as `complete`."""
-        options = {name: value for name, value in self.configuration.items() if name != "type"}
-        return self.model_copy(update={"type": self.configuration["type"], "options": options})
+        return self.model_copy(update={"type": self.configuration["type"], "options": self.options_in_full()})
+
+    def options_in_full(self) -> dict[str, Any]:
+        """Those that are not given too, as in the source or by the rule for the type. Raises as `complete`."""
+        return {name: value for name, value in self.configuration.items() if name != "type"}
 
     @property
     def kind(self) -> Kind:
@@ -93,6 +109,12 @@ class HuggingFace(Attending):
     def num_heads(self) -> int:
         """Of the decoder's attention, and as a rule of the encoder's."""
         return self.configuration["decoder_attention_heads"]
+
+    @property
+    def stem_is_frozen(self) -> bool:
+        """Whether stem and first stage of the backbone are not trained. RT-DETR and D-FINE train all of it."""
+        kept = self.source is not None and self.kind not in SQUARE
+        return kept if self.freeze_stem is None else self.freeze_stem
 
     @property
     def num_queries(self) -> int:
@@ -150,10 +172,9 @@ def their_config(kind: Kind, options: Mapping[str, Any], **others: Any) -> Any:
 
     Raises ConfigError as `complete`.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise ConfigError(f"model.architecture huggingface needs transformers: {INSTALL}") from None
+    require_transformers()
+    import transformers
+
     theirs = transformers.CONFIG_MAPPING[kind.replace("dab_", "dab-")]
     try:
         known = theirs().to_dict()

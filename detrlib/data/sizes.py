@@ -13,7 +13,7 @@ def suggested_image_sizes(sides: Tensor, stride: int, view: int) -> tuple[int, i
     Args:
         sides: longer sides of the objects in parts of the shorter side of their images, as of
             `CocoDataset.object_sides`; one or more.
-        stride, view: of a backbone, in pixels, as of `detrlib.models.cell_view`.
+        stride, view: of a backbone, in pixels, as of `detrlib.models.backbone_view`.
 
     Returns:
         The smallest size at which nine of ten objects are two cells long or more, and the largest at which nine of ten

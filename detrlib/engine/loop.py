@@ -30,7 +30,7 @@ from detrlib.engine import tracking
 from detrlib.engine.evaluate import evaluate, save_results
 from detrlib.engine.floor import floor_in_words, keep_fixed_boxes, run_floor
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
-from detrlib.engine.start import few_updates, initial_model, record_start, starting_model
+from detrlib.engine.start import divided_statistics, few_updates, initial_model, record_start, starting_model
 from detrlib.engine.state import TrainingState
 from detrlib.engine.step import train_step
 from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss, RunError
@@ -70,6 +70,8 @@ def train(cfg: Config, run_dir: Path) -> dict:
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
         cfg = cfg.model_copy(update={"model": cfg.model.completed()})
     cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set), "data.classes": class_list(train_set.names)})
+    if cfg.model.architecture == "huggingface":
+        initial_model(cfg, "none").try_out()  # transformers itself compares few of its options
     described = describe_data(cfg.data, splits)
     with accelerator.main_process_first():
         resume = runs.refuse_run(cfg, run_dir, described)
@@ -148,7 +150,11 @@ class Trainer:
                 keep_fixed_boxes(self.run_dir, self.loader.dataset)
         self.accelerator.wait_for_everyone()
         self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
-        for line in (*floor_in_words(self.floor), *few_updates(self.cfg, epochs * len(self.sampler))):
+        for line in (
+            *floor_in_words(self.floor),
+            *few_updates(self.cfg, epochs * len(self.sampler)),
+            *divided_statistics(state.trained, self.micro_batch, self.cfg.train.batch_size),
+        ):
             self.accelerator.print(line)
         while state.epoch < epochs:
             start = time.perf_counter()

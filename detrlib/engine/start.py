@@ -118,6 +118,17 @@ def few_updates(cfg: Config, updates: int) -> list[str]:
     ]
 
 
+def divided_statistics(model: nn.Module, at_a_time: int, batch_size: int) -> list[str]:
+    """A line that says so where batch norms see a part of a batch; none where there are none, or they see all of it."""
+    if at_a_time >= batch_size or not getattr(model, "learns_statistics", bool)():
+        return []
+    return [
+        f"warning: batch norms of this model learn means and variances from {at_a_time} images at a time, not from the "
+        f"{batch_size} of a batch: results depend on train.micro_batch and on the number of processes, and few images "
+        "make them coarse. model.options.freeze_backbone_batch_norms and train.freeze keep those of trained weights"
+    ]
+
+
 def warn_of_crops(cfg: Config, dataset: CocoDataset) -> None:
     """Say so where a backbone from crops of the data will not do, and name what would: few objects, or large ones."""
     size, (stride, view) = cfg.data.image_size, cell_view(cfg.model.backbone.name, cfg.model.backbone.dilation)

@@ -15,60 +15,56 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from detrlib.attention import TRANSFORMS, Transform, build_transform
 from detrlib.attention.transforms import Grid
-from detrlib.data.pictures import find_pictures, readable
+from detrlib.checkpoints.adapted import adapted_source
+from detrlib.checkpoints.source import COCO_LABELS, build_source
+from detrlib.config import load_config
+from detrlib.config.huggingface import KINDS, source_folder
+from detrlib.data.pictures import Picture, find_pictures, readable
+from detrlib.engine.predict import Detector
 from detrlib.errors import ConfigError, WeightsError, listed
 from detrlib.metrics.sparsity import sparsity
-from detrlib.models.huggingface_attention import require_transformers, sees_map, sites_of, use
+from detrlib.models import build_model
+from detrlib.models.huggingface_attention import sees_map, sites_of, use
+from detrlib.models.huggingface_weights import samples_points
 from detrlib.models.outputs import Site
 
 SHARPEN = 4.0  # standard deviation of the scores of random weights
 MEASURES = ("zeros", "gini")
-STAGES = {  # of transformers' own ResNet-50, for types that would ask timm for theirs
-    "detr": ["stage4"],
-    "conditional_detr": ["stage4"],
-    "dab_detr": ["stage4"],
-    "deformable_detr": ["stage2", "stage3", "stage4"],
-}
-RANDOM = (*STAGES, "rt_detr", "rt_detr_v2", "d_fine", "deimv2")  # types that are made with random weights
 
 
-def open_detector(name: str, seed: int = 0) -> nn.Module:
-    """A detector of transformers: of a type in `RANDOM`, with random weights; or from an id or a folder, as trained.
+def open_detector(name: str, size: int = 640, seed: int = 0) -> Detector:
+    """A detector of transformers: of a type in `KINDS`, with random weights; or from an id or a folder, as trained.
 
-    Raises ModelError where transformers is missing or too old, WeightsError naming what cannot be opened.
+    Args:
+        name: a type, an id or a folder.
+        size: pixels of the shorter side of pictures, for random weights; trained ones see them as in their training.
+        seed: of random weights.
+
+    Raises:
+        ConfigError: transformers is missing or too old.
+        WeightsError: names what cannot be opened.
     """
-    require_transformers()
-    from transformers import AutoConfig, AutoModelForObjectDetection
-
-    if name in RANDOM:
-        resnet = {"model_type": "resnet", "out_features": STAGES.get(name)}
-        backbone = {"use_timm_backbone": False, "backbone_config": resnet} if name in STAGES else {}
-        config = AutoConfig.for_model(name.replace("dab_", "dab-"), **backbone)
+    if name in KINDS:
+        settings = {"architecture": "huggingface", "type": name, "num_classes": COCO_LABELS, "square": size}
+        cfg = load_config(overrides={"model": settings, "data.image_size": size})
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = AutoModelForObjectDetection.from_config(config).eval()
+            model = build_model(cfg.model)
             for module in model.modules():
-                if hasattr(module, "sampling_offsets"):  # points are weighed alike before training
+                if samples_points(module):  # points are weighed alike before training
                     nn.init.xavier_uniform_(module.attention_weights.weight)
-        return model
-    if "/" not in name and not Path(name).is_dir():
-        raise WeightsError(f"{name}: neither a folder, nor an id such as PekingU/rtdetr_v2_r18vd, nor {listed(RANDOM)}")
-    return _trained(AutoModelForObjectDetection, name).eval()
-
-
-def _trained(kind: Any, name: str) -> Any:
-    """What transformers makes of an id or a folder. Raises WeightsError naming it."""
-    try:
-        return kind.from_pretrained(name)
-    except Exception as error:  # of files, of sizes that do not fit, of timm that is missing, each in its own way
-        reason = " ".join(str(error).split())
-        raise WeightsError(f"{name}: transformers makes no {kind.__name__} of it: {reason[:300]}") from error
+        names = {}
+    elif "/" not in name and not Path(name).is_dir():
+        raise WeightsError(f"{name}: neither a folder, nor an id such as PekingU/rtdetr_v2_r18vd, nor {listed(KINDS)}")
+    else:
+        source = adapted_source(source_folder(name, weights=True))
+        cfg, model, names = source.cfg, build_source(source), source.names or {}
+    return Detector(name, model.eval(), cfg, names, torch.device("cpu"))
 
 
 class _Measured(Transform):
@@ -104,8 +100,8 @@ def measure(
 ) -> dict[str, float]:
     """Keys, zeros and Gini index of the weights at one site under a transform: means over layers, heads and queries.
 
-    The other sites stay as they are. inputs: of the model, such as pixel_values and pixel_mask. settings and faults as
-    of `use`.
+    The other sites stay as they are. inputs: of the model, such as images, or pixel_values and pixel_mask where it is
+    one of transformers itself. settings and faults as of `use`.
     """
     with use(transform, model, site, **settings):
         modules = sites_of(model)[site]
@@ -133,12 +129,12 @@ def sparsity_table(
     """Zeros and Gini index of the attention of detectors at every site that they have, under each transform.
 
     Args:
-        models: types in `RANDOM`, ids of Hugging Face's, or folders.
+        models: types in `KINDS`, ids of Hugging Face's, or folders.
         transforms: names; one of each is put into one site at a time.
         pictures: as of `find_pictures`; none: one image of noise.
         sharpen: standard deviation of the scores over the keys, in each layer; default: `SHARPEN` for random weights,
             while trained ones are taken as they are.
-        size: of noise, and of pictures for random weights, pixels along both sides.
+        size: pixels along both sides of noise, and along the shorter side of pictures for random weights.
         progress: show a bar.
         settings: alpha, alpha_init and tv_lambda, as of `use`.
 
@@ -148,7 +144,7 @@ def sparsity_table(
 
     Raises:
         ConfigError: an unknown transform, or a value out of range.
-        ModelError, WeightsError, DataError: name the model or the picture that cannot be used.
+        WeightsError, DataError: name the model or the picture that cannot be used.
     """
     try:
         for name in transforms:
@@ -160,9 +156,9 @@ def sparsity_table(
     files = readable(find_pictures(pictures))[0] if pictures else []
     rows = []
     for name in tqdm(models, desc="measuring", unit="model", disable=not progress or None):
-        model = open_detector(name)
-        batches = _batches(name, model, files, size)
-        spread = SHARPEN if sharpen is None and name in RANDOM else sharpen
+        detector = open_detector(name, size)
+        model, batches = detector.model, _batches(detector, files, size)
+        spread = SHARPEN if sharpen is None and name in KINDS else sharpen
         for site, modules in sites_of(model).items():
             grid = sees_map(model, site, modules[0]) is not None
             for transform in transforms:
@@ -173,17 +169,11 @@ def sparsity_table(
     return pd.DataFrame(rows, columns=["model", "site", "transform", "keys", *MEASURES])
 
 
-def _batches(name: str, model: nn.Module, pictures: Sequence, size: int) -> list[dict[str, Tensor]]:
-    """Inputs of a model, one image at a time; trained ones get pictures as their processor prepares them."""
-    if name in RANDOM or not pictures:
-        noise = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-        images = [torch.tensor(one.pixels(2 * size)).permute(2, 0, 1)[None] / 255 for one in pictures]
-        images = [F.interpolate(one, (size, size), mode="bilinear", antialias=True) for one in images] or [noise]
-        return [{"pixel_values": image} for image in images]
-    from transformers import AutoImageProcessor
-
-    processor = _trained(AutoImageProcessor, name)
-    return [dict(processor(images=one.read()[0], return_tensors="pt")) for one in pictures]
+def _batches(detector: Detector, pictures: Sequence[Picture], size: int) -> list[dict[str, Tensor]]:
+    """Inputs of a model, one image at a time: pictures as its evaluation prepares them, or noise."""
+    if not pictures:
+        return [{"images": torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))}]
+    return [{"images": detector.batch([(picture, *picture.read())]).images} for picture in pictures]
 
 
 def wide_table(table: pd.DataFrame) -> pd.DataFrame:

@@ -185,13 +185,14 @@ def _draw_objects(
     captions: bool = True,
 ) -> None:
     """Boxes in the colours of their classes, whose names those have that find room, large ones first."""
-    order = sorted(range(len(boxes)), key=lambda index: -float((boxes[index][2:] - boxes[index][:2]).prod()))
+    boxes, labels = np.asarray(boxes).reshape(-1, 4), np.asarray(labels)  # from tensors and tables, too
+    order = np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(1), kind="stable")
     colours = [class_colour(int(labels[index]), names) for index in order]
     for index, colour in zip(order, colours, strict=True):
         draw_box(axes, boxes[index], colour, width=thinner(len(boxes)))
     if captions:
         texts = [names[int(labels[index])] for index in order]
-        write_captions(axes, np.asarray(boxes)[order], texts, colours, image.shape[:2], TEXT_WIDTH / 3, most=12)
+        write_captions(axes, boxes[order], texts, colours, image.shape[:2], TEXT_WIDTH / 3, most=12)
 
 
 def _objects(frame: pd.DataFrame) -> pd.DataFrame:

@@ -133,6 +133,24 @@ def cell_view(name: str, dilation: bool = False) -> CellView:
     return CellView(stride, view)
 
 
+def measured_view(backbone: nn.Module, length: int = 2048) -> CellView:
+    """Stride and receptive field of the last stage of a convolutional backbone of transformers, which is changed.
+
+    What a cell sees, `length` pixels at most, is where the image has a gradient, once no weight is negative and
+    maxima are means. Of our ResNets it is what `cell_view` computes.
+    """
+    for module in list(backbone.modules()):
+        for name, pool in module.named_children():
+            if isinstance(pool, nn.MaxPool2d):
+                setattr(module, name, nn.AvgPool2d(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode))
+        if isinstance(module, nn.Conv2d):
+            nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+    strip = torch.ones(1, 3, 32, length, dtype=torch.double, requires_grad=True)
+    last = backbone.double().eval()(strip).feature_maps[-1]
+    last[..., last.shape[-1] // 2].sum().backward()
+    return CellView(length // last.shape[-1], int((strip.grad[0].sum((0, 1)) != 0).sum()))
+
+
 def _looks(body: nn.Module) -> Iterator[tuple[int, int]]:
     """(size, step) of the windows that one cell looks through one after the other, in cells of the map before."""
     if isinstance(body, SwinTransformer):

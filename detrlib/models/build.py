@@ -1,5 +1,6 @@
 """From settings to a model: the one place where configuration and architecture meet."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,10 @@ from torch import nn
 from detrlib.attention import AlphaEntmax, Transform, build_transform
 from detrlib.attention.transforms import Entmax
 from detrlib.config import Deformable, Detr, HuggingFace, Model, project_path
-from detrlib.config.huggingface import POINTS, SQUARE, their_config
+from detrlib.config.huggingface import POINTS, SQUARE, require_transformers, their_config
 from detrlib.config.model import SiteName
 from detrlib.errors import ConfigError
-from detrlib.models.backbone import Backbone, build_backbone
+from detrlib.models.backbone import Backbone, CellView, build_backbone, cell_view, measured_view
 from detrlib.models.deformable import DeformableDETR
 from detrlib.models.deformable_layers import DeformableDecoder, DeformableEncoder, DeformableTransformer
 from detrlib.models.detr import DETR, Transformer
@@ -24,6 +25,8 @@ from detrlib.models.position import LearnedPosition, SinePosition
 from detrlib.models.pyramid import LevelProjections
 from detrlib.models.sparse import ScoringNetwork
 from detrlib.models.transformer import AnchorDecoder, Decoder, Encoder, LayerSettings, MakeTransform, PointDecoder
+
+STEM = re.compile(r"\.(embedder|encoder\.stages\.0)\.")  # and the first stage, of transformers' backbones
 
 
 def build_model(settings: Model, backbone_weights: str | Path | None = None) -> nn.Module:
@@ -108,20 +111,24 @@ def _deformable(settings: Deformable, weights: str | Path | None) -> DeformableD
 
 
 def _huggingface(settings: HuggingFace) -> nn.Module:
+    require_transformers()
     from transformers import AutoModelForObjectDetection
 
     from detrlib.data.augment import MEAN, STD
-    from detrlib.models.huggingface import HuggingFaceDetector
+    from detrlib.models.huggingface import HuggingFaceDetector, blaming_options
     from detrlib.models.huggingface_attention import sites_of, use
 
-    kind, options = settings.kind, {name: value for name, value in settings.configuration.items() if name != "type"}
+    kind, options = settings.kind, settings.options_in_full()
     if len(options.get("encode_proj_layers", [0])) > 1:
         raise ConfigError("model.options.encode_proj_layers names several levels; maps of one grid are drawn: name one")
     # All layers learn, from our losses; denoising queries come with transformers' own.
     theirs = their_config(kind, options | {"auxiliary_loss": True} | ({"num_denoising": 0} if kind in SQUARE else {}))
     theirs.num_labels = settings.num_classes
-    model = AutoModelForObjectDetection.from_config(theirs)
-    model.requires_grad_()  # which parts are not trained is said by train.freeze
+    with blaming_options():
+        model = AutoModelForObjectDetection.from_config(theirs)
+    for name, parameter in model.named_parameters():
+        if "backbone." in name:  # some types freeze all of it where it is transformers' own
+            parameter.requires_grad_(not (settings.stem_is_frozen and STEM.search(name)))
     pixels = {"square": settings.square, "mean": MEAN, "std": STD} if kind in SQUARE else {}
     stride = 2 ** (1 + int(theirs.backbone_config.out_features[0][-1])) if kind in POINTS else None
     detector = HuggingFaceDetector(model, settings.classification, stride, **pixels)
@@ -131,6 +138,20 @@ def _huggingface(settings: HuggingFace) -> nn.Module:
     chosen = {site: name for site, name in chosen.items() if name != "softmax" or site not in plain}
     use(chosen, model, alpha=attention.alpha, alpha_init=attention.alpha_init, tv_lambda=attention.tv_lambda)
     return detector
+
+
+def backbone_view(settings: Model) -> CellView:
+    """What a cell of the last feature map stands for, and what it sees of the image without attention, in pixels.
+
+    Raises ConfigError where the backbone of transformers is not known.
+    """
+    if not isinstance(settings, HuggingFace):
+        return cell_view(settings.backbone.name, settings.backbone.dilation)
+    require_transformers()
+    from transformers import AutoBackbone
+
+    theirs = their_config(settings.kind, settings.options_in_full())
+    return measured_view(AutoBackbone.from_config(theirs.backbone_config))
 
 
 def _position(settings: Model, centred: bool) -> nn.Module:

@@ -8,13 +8,16 @@ padding, so that an image alone is predicted as in any batch:
     of any size (DETR and the like)   images of one size run together
 
 Layers are trained by the losses of this library; what transformers hands to its own loss is what `Predictions` holds.
-Denoising queries, which RT-DETR and D-FINE add in training, are left out.
+Denoising queries, which RT-DETR and D-FINE add in training, are left out. Batch norms of the backbone are frozen if the
+configuration of transformers says so, as in the published fine-tuning; others, those of hybrid encoders, learn their
+statistics in training, from the images that are on a device at a time.
 
 Legend: B images, Q queries, H heads, K keys, L levels, P sampling points, h x w cells of a grid, C classes.
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrlib.attention.deformable import Samples, Shapes
+from detrlib.errors import ConfigError, DetrlibError
 from detrlib.models.backbone import image_sizes
 from detrlib.models.deformable import NOWHERE
 from detrlib.models.outputs import AttentionMaps, Predictions, SampledMaps, Site
@@ -99,6 +103,25 @@ class HuggingFaceDetector(nn.Module):
                 predictions.attention.key_padding = None
         return predictions
 
+    def train(self, mode: bool = True) -> "HuggingFaceDetector":
+        """As of every module; batch norms whose parameters are not trained keep their statistics too."""
+        super().train(mode)
+        for norm in _batch_norms(self):
+            norm.train(mode and norm.weight.requires_grad)
+        return self
+
+    def learns_statistics(self) -> bool:
+        """Whether batch norms estimate means and variances in training, from all images that run together."""
+        return any(norm.weight.requires_grad for norm in _batch_norms(self))
+
+    @torch.no_grad()
+    def try_out(self) -> None:
+        """See one image of nothing. Raises ConfigError naming model.options, some of which contradict each other."""
+        training, side = self.training, self.square or 256
+        with blaming_options():
+            self.eval()(torch.zeros(1, 3, side, side, device=next(self.parameters()).device), need_attention=True)
+        self.train(training)
+
     def _pixels(self, images: Tensor, sizes: list[Size], chosen: list[int]) -> Tensor:
         """What the model sees of the chosen images: of a size, [b,3,h,w], or all of them as squares."""
         if self.square is None:
@@ -158,6 +181,24 @@ class HuggingFaceDetector(nn.Module):
         )
         key_padding = (rows[:, :, None] | columns[:, None]).flatten(1)
         return AttentionMaps(**maps, grid=grid, key_padding=key_padding, encoder_grid=encoder_grid)
+
+
+@contextmanager
+def blaming_options() -> Iterator[None]:
+    """While transformers builds or runs a model for the first time: it fails where options contradict each other."""
+    try:
+        yield
+    except (DetrlibError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any layer, which tells of its own sizes only
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"model.options: some contradict each other, or model.square: transformers fails on {reason[:300]}"
+        ) from None
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.affine]
 
 
 def _all_layers(*given: Any, **others: Any) -> tuple[None, dict[str, Tensor], None]:

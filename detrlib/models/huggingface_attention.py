@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detrlib.attention import TRANSFORMS, Transform, build_transform
 from detrlib.attention.transforms import Grid, TVMax
+from detrlib.config.huggingface import require_transformers
 from detrlib.errors import ConfigError, ModelError, listed
 from detrlib.models.huggingface_weights import (
     ByName,
@@ -28,20 +29,8 @@ from detrlib.models.huggingface_weights import (
 )
 from detrlib.models.outputs import Site, site_of
 
-OLDEST = 5  # major version of transformers whose modules look up their attention
-INSTALL = 'pip install "detrlib[huggingface]"'
 MASKED = ("eager", "sdpa")  # implementations whose masks tell padding cell by cell
 SITES = get_args(Site)
-
-
-def require_transformers() -> None:
-    """Make sure that transformers is there and new enough. Raises ModelError that says how to get it."""
-    try:
-        import transformers
-    except ImportError:
-        raise ModelError(f"detectors of Hugging Face need its transformers: {INSTALL}") from None
-    if int(transformers.__version__.split(".")[0]) < OLDEST:
-        raise ModelError(f"transformers {transformers.__version__} is too old, {OLDEST}.0 is needed: {INSTALL} -U")
 
 
 def sites_of(model: nn.Module) -> dict[Site, list[nn.Module]]:
@@ -162,9 +151,8 @@ def use(
         A handle that takes the transforms out again, also as a context.
 
     Raises:
-        ConfigError: an unknown transform or site, or a value out of range.
-        ModelError: the model has no such site, no grid there, or no attention that can be changed; transformers is
-            missing or too old.
+        ConfigError: an unknown transform or site, or a value out of range; transformers is missing or too old.
+        ModelError: the model has no such site, no grid there, or no attention that can be changed.
     """
     require_transformers()
     settings = {"alpha": alpha, "alpha_init": alpha_init, "tv_lambda": tv_lambda}

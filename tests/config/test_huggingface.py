@@ -1,13 +1,15 @@
 """Settings of detectors of transformers: what they tell, and what is refused before any long work."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 
-from detrlib.config import load_config, replace, save_config
+from detrlib.config import PROJECT, load_config, replace, save_config
 from detrlib.config.huggingface import KINDS, HuggingFace
 from detrlib.errors import ConfigError, WeightsError
+from detrlib.models import build_model
 
 FAMILY = {"model.architecture": "huggingface"}
 
@@ -41,8 +43,29 @@ def test_a_complete_configuration_is_read_without_transformers(huggingface_setti
 def test_without_transformers_one_line_says_how_to_get_it(huggingface_settings, monkeypatch):
     model = load_config(overrides=huggingface_settings("detr")).model
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=r"transformers.*pip install"):
+    with pytest.raises(ConfigError, match=r"transformers.*detrlib\[huggingface\]"):
         _ = model.num_queries
+
+
+def test_a_whole_run_needs_transformers_to_build_its_model_and_says_so(huggingface_settings, monkeypatch):
+    model = load_config(overrides=huggingface_settings("detr")).model.completed()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"transformers.*detrlib\[huggingface\]"):
+        build_model(model)
+
+
+def test_everything_else_works_without_transformers():
+    """Models, the command line and every module can be imported where it is not installed."""
+    program = """
+import pkgutil, sys
+sys.modules["transformers"] = None
+import detrlib, detrlib.models, detrlib.__main__
+for module in pkgutil.walk_packages(detrlib.__path__, "detrlib."):
+    if "benchmarks" not in module.name and "kernels" not in module.name:
+        __import__(module.name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -53,6 +76,8 @@ def test_without_transformers_one_line_says_how_to_get_it(huggingface_settings, 
         ({"model.type": "detr", "model.options.id2label": 3}, r"model\.options\.id2label"),
         ({"model.type": "detr", "model.hidden_dim": 64}, r"model\.hidden_dim.*model\.options"),
         ({"model.type": "d_fine", "model.square": 100}, r"model\.square"),
+        ({"model.type": "d_fine", "model.options": 3}, r"model\.options"),
+        ({"model.type": "detr", "model.attention.decoder_self": "tvmax"}, r"model\.attention\.decoder_self"),
         ({"model.type": "d_fine", "loss.auxiliary": False}, r"loss\.auxiliary.*d_fine"),
     ],
 )

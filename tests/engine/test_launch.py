@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from detrlib.config import PROJECT
+from detrlib.config import PROJECT, load_config
 from detrlib.engine import launch as door
 from detrlib.engine.launch import launch
 from detrlib.engine.loop import train
@@ -106,6 +106,17 @@ def test_two_processes_in_parts_of_a_batch_equal_one(tmp_path, capfd, metrics_wi
     one, two = (load_checkpoint(tmp_path / run / "checkpoints" / "last.pt")["model"] for run in ("one", "two"))
     for name, weight in one.items():
         assert (two[name] - weight).abs().max() < 2e-5, name
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_detector_of_transformers(tmp_path, capfd, huggingface_settings, tiny_config):
+    """Every parameter has a gradient, which processes wait for; what they evaluate is the same model."""
+    settings = huggingface_settings("d_fine", num_classes=None)["model"]
+    kept = {name: getattr(tiny_config(), name).model_dump() for name in ("data", "train")}
+    printed = through_launch(load_config(overrides=kept | {"model": settings}), tmp_path / "run", capfd)
+    assert [sign for sign in SIGNS_OF_A_CRASH if sign in printed] == []
+    assert "from 4 images at a time" in printed  # batch norms see what a process has
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["global_step"] == 2 * STEPS
 
 
 @pytest.mark.slow

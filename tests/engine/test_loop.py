@@ -135,6 +135,41 @@ def test_stop_and_resume_equals_an_uninterrupted_run(
     assert json.loads((parts / "results.json").read_text())["epoch"] == 2
 
 
+def test_a_detector_of_transformers_stops_and_goes_on(tmp_path, interrupt, huggingface_settings, tiny_config, capsys):
+    """Averaged, annealed, in parts of a batch, and without its backbone, whose batch norms stand still too."""
+    settings = huggingface_settings("rt_detr_v2", num_classes=None)["model"]
+    settings["options"] |= {"freeze_backbone_batch_norms": False}
+    settings["attention"] = {"encoder_self": "entmax15", "anneal": {"epochs": 1.5}}
+    kept = {"data": tiny_config().data.model_dump(), "train": tiny_config().train.model_dump()}
+    kept["train"] |= {"ema": 0.5, "micro_batch": 3, "freeze": ["backbone"]}
+    cfg = load_config(overrides=kept | {"model": settings, "evaluate.examples": 1})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = train(cfg, whole)
+    assert "learn means and variances from 3 images at a time" in capsys.readouterr().out
+    interrupt(STEPS + 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, parts)
+    results = train(cfg, parts)
+    last = load_checkpoint(whole / "checkpoints" / "last.pt")
+    assert same(last, load_checkpoint(parts / "checkpoints" / "last.pt"))
+    assert {**results, "seconds": 0} == {**expected, "seconds": 0}
+    before = training.initial_model(load_config(whole / "config.yaml")).state_dict()
+    moved = {name for name, value in last["model"].items() if not torch.equal(value, before[name])}
+    assert any("running_mean" in name for name in moved) and not any("backbone." in name for name in moved)
+
+
+def test_options_that_contradict_each_other_are_refused_before_pictures_are_read(
+    tmp_path, monkeypatch, huggingface_settings, tiny_config
+):
+    settings = huggingface_settings("rt_detr_v2", num_classes=None)["model"]
+    settings["options"] |= {"encode_proj_layers": [7]}
+    cfg = load_config(overrides={"data": tiny_config().data.model_dump(), "model": settings})
+    monkeypatch.setattr(training, "look_over", None)
+    with pytest.raises(ConfigError, match=r"model\.options"):
+        train(cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_goes_on_where_its_data_have_moved(tmp_path, interrupt, tiny_config, write_layout):
     root = write_layout(tmp_path / "here", "yolo")
     settings = {"train.batch_size": 2, "data.holdout": 0.3, "evaluate.examples": 0}

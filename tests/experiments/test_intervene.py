@@ -19,6 +19,7 @@ from detrlib.experiments.intervene import (
     swaps,
 )
 from detrlib.experiments.interventions import learned_alphas, pruned, swapped
+from detrlib.runs import load_results
 from detrlib.runs.results import interventions_frame
 
 
@@ -43,7 +44,7 @@ def loaded(run_dir):
 
 
 def test_without_interventions_a_run_finds_what_it_found(fresh):
-    results = interventions.load_results(fresh)
+    results = load_results(fresh)
     (row,) = intervene_run(fresh, []).to_dict("records")
     assert (row["kind"], row["site"], row["images"]) == ("none", "decoder_cross", results["images"])
     assert row["AP"] == results["detection"]["AP"] and row["AP50"] == results["detection"]["AP50"]
@@ -102,7 +103,7 @@ def test_rows_measure_what_they_say(fresh):
     assert rows.loc[("alpha", site), "zeros"] > 0.1
     assert rows.loc[("head", site), ["layer", "head"]].tolist() == [0, 2]
     assert rows.loc["learned_alpha"]["value"].tolist() == ["mean", "shuffled"]
-    cfg = interventions.replace(interventions.load_config(fresh / "config.yaml"), {"data.val_limit": 5})
+    cfg = interventions.replace(interventions.run_config(fresh), {"data.val_limit": 5})
     dataset, accelerator = interventions.build_dataset(cfg.data, "val"), interventions.Accelerator()
     with swapped(model, "decoder_cross", "tvmax", tv_lambda=0.2):
         results, _ = interventions.evaluate(model, dataset, cfg, accelerator)
@@ -121,7 +122,7 @@ def test_shuffled_alphas_are_those_of_the_layer_in_another_order(small):
 
 def test_heads_are_put_in_order_of_the_loss_on_training_images(fresh):
     order = prune_order(fresh, "decoder_cross", images=6)
-    cfg = interventions.load_config(fresh / "config.yaml")
+    cfg = interventions.run_config(fresh)
     assert sorted(order) == [(layer, head) for layer in range(2) for head in range(4)]
     dataset = interventions.build_dataset(
         interventions.replace(cfg, {"data.train_limit": 6}).data, "train", augment=False

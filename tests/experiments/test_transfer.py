@@ -198,7 +198,7 @@ def test_a_run_without_names(run_dir, elsewhere, tmp_path):
     """As an imported checkpoint is before it has been evaluated."""
     write_json(tmp_path / "results.json", {"imported": "detr.pth"})
     (tmp_path / "config.yaml").write_text((run_dir / "config.yaml").read_text())
-    with pytest.raises(RunError, match=r"results\.json .*--by-id"):
+    with pytest.raises(RunError, match=r"no names of classes.*--by-id"):
         evaluate_on(tmp_path, elsewhere, split="test")
 
 

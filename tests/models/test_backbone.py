@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 
+from detrlib.models import backbone_view
 from detrlib.models.backbone import build_backbone, build_body, cell_view, nearest_mask, residual_stages
 from detrlib.models.pretrained import load_backbone_weights
 
@@ -51,6 +52,19 @@ def test_views_of_the_backbones_are_those_of_the_literature():
     assert cell_view("resnet18") == (32, 435)
     assert cell_view("resnet50", dilation=True) == (16, cell_view("resnet50").view)
     assert cell_view("swin_t").stride == 32 and cell_view("swin_t").view > 224
+
+
+def test_what_a_cell_of_transformers_backbone_sees_is_what_ours_sees(model_settings):
+    pytest.importorskip("transformers")
+    resnet = {
+        "model_type": "resnet",
+        "layer_type": "basic",
+        "hidden_sizes": [64, 128, 256, 512],
+        "depths": [2, 2, 2, 2],
+    }
+    theirs = {"backbone_config": resnet | {"out_features": ["stage4"]}}
+    found = backbone_view(model_settings(architecture="huggingface", type="detr", options=theirs))
+    assert found == cell_view("resnet18") == backbone_view(model_settings(backbone={"name": "resnet18"}))
 
 
 def test_official_padding_lets_features_depend_on_the_batch(padded_batch, small):

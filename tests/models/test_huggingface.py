@@ -1,6 +1,8 @@
 """Detectors of transformers behind the interface of this library: the same numbers, no padding, maps that add up."""
 
 import copy
+import json
+import re
 
 import pytest
 import torch
@@ -20,12 +22,13 @@ SITES = ("encoder_self", "decoder_self", "decoder_cross")
 
 @pytest.fixture(scope="module")
 def detector(huggingface_settings):
-    def detector(kind: str, points: int | list[int] = 4, **settings) -> nn.Module:
+    def detector(kind: str, points: int | list[int] = 4, own_options: dict | None = None, **settings) -> nn.Module:
         """One whose attention and boxes differ from query to query."""
         torch.manual_seed(0)
         overrides = huggingface_settings(kind, **settings)
         if kind in POINTS:
             overrides["model"]["options"]["decoder_n_points"] = points
+        overrides["model"]["options"] |= own_options or {}
         model = build_model(load_config(overrides=overrides).model).eval()
         with torch.no_grad():
             for layer in model.modules():
@@ -142,6 +145,81 @@ def test_the_model_itself_is_pickled_and_copied_with_its_transforms(detector):
     weights = ours.attention.decoder_cross.samples[0].weights
     assert (weights == 0).float().mean() > 0.2  # of the points of a query, most have no weight
     torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(weights.shape[:3]))
+
+
+@pytest.mark.parametrize("kind", ["detr", "conditional_detr", "dab_detr", "deformable_detr"])
+def test_padded_cells_have_exactly_no_weight_and_do_not_ask(detector, padded_batch, kind):
+    sparse = {"decoder_self": "sparsemax"} | {
+        site: "entmax15" for site in SITES[::2] if site not in POINTS.get(kind, ())
+    }
+    images, padding = padded_batch((64, 160), (30, 70), canvas=(64, 160))
+    with torch.no_grad():
+        attention = detector(kind, attention=sparse)(images, padding, need_attention=True).attention
+    padded = attention.key_padding
+    assert padded[1].any() and not padded[0].any()
+    for site in ("encoder_self", "decoder_cross"):
+        for layer in getattr(attention, site):
+            if isinstance(getattr(attention, site), SampledMaps):
+                continue  # points near the edge are shared between cells inside and outside
+            assert not layer[1, ..., padded[1]].any() and (layer[1] == 0).any()
+            assert site == "decoder_cross" or not layer[1, :, padded[1]].any()
+
+
+@pytest.mark.parametrize("kind", ["detr", "deformable_detr", "rt_detr_v2", "d_fine"])
+def test_stem_and_first_stage_are_frozen_with_the_weights_of_a_source(huggingface_settings, kind, tmp_path):
+    """As DETR and its kin were trained; constants of D-FINE stay constants."""
+
+    def frozen(**settings) -> set[str]:
+        model = build_model(load_config(overrides={"model": huggingface_settings(kind)["model"] | settings}).model)
+        names = {name for name, value in model.named_parameters() if not value.requires_grad}
+        return {name.split("backbone.")[-1] for name in names}
+
+    constants = {"model.model.decoder.reg_scale", "model.model.decoder.up"} if kind == "d_fine" else set()
+    assert frozen() == constants
+    stem = frozen(freeze_stem=True) - constants
+    assert stem and all(re.search(r"embedder|stages\.0", name) for name in stem)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    assert bool(frozen(source=str(tmp_path)) - constants) == (kind not in SQUARE)
+
+
+def test_batch_norms_that_are_not_trained_keep_their_statistics(detector):
+    model = detector("rt_detr_v2", own_options={"freeze_backbone_batch_norms": False})
+    assert model.learns_statistics()
+    for name, parameter in model.named_parameters():
+        if "backbone." in name:
+            parameter.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    model.train()(torch.randn(2, 3, 64, 64))
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert moved and not any("backbone." in name for name in moved)
+    model.requires_grad_(False)
+    assert not model.learns_statistics()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("detr", {"d_model": 30}),
+        ("detr", {"encoder_attention_heads": 5}),
+        ("deformable_detr", {"num_feature_levels": 1}),
+        ("rt_detr_v2", {"d_model": 30}),
+        ("rt_detr_v2", {"num_queries": 500}),  # more than there are tokens to choose from
+        ("d_fine", {"encode_proj_layers": [7]}),
+        ("d_fine", {"decoder_in_channels": [32, 32, 16]}),
+    ],
+)
+def test_options_that_contradict_each_other_are_said_to_in_one_line(detector, kind, options):
+    with pytest.raises(ConfigError, match=r"model\.options") as refusal:
+        detector(kind, own_options=options).try_out()
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_model_that_is_tried_out_stays_as_it_was(detector):
+    model = detector("d_fine").train()
+    before = copy.deepcopy(model.state_dict())
+    model.try_out()
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_faults_name_the_setting_or_the_site(huggingface_settings, detector):

@@ -14,7 +14,7 @@ from detrlib.attention.reference import entmax as reference_entmax
 from detrlib.attention.transforms import Softmax, Sparsemax, Transform
 from detrlib.errors import ConfigError, ModelError
 from detrlib.models import alpha_modules
-from detrlib.models.huggingface_attention import SITES, require_transformers, sites_of, use
+from detrlib.models.huggingface_attention import SITES, sites_of, use
 
 transformers = pytest.importorskip("transformers")
 
@@ -415,11 +415,11 @@ def test_a_softmax_more_than_expected_is_noticed(huggingface_detector):
 def test_transformers_that_is_missing_or_too_old(monkeypatch, huggingface_detector):
     model = huggingface_detector("detr")
     monkeypatch.setattr("transformers.__version__", "4.57.1")
-    with pytest.raises(ModelError, match=r"4\.57\.1.*detrlib\[huggingface\]"):
+    with pytest.raises(ConfigError, match=r"4\.57\.1.*detrlib\[huggingface\]"):
         use("softmax", model)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ModelError, match=r"detrlib\[huggingface\]"):
-        require_transformers()
+    with pytest.raises(ConfigError, match=r"detrlib\[huggingface\]"):
+        use("softmax", model)
 
 
 def test_own_transforms_can_take_the_place(huggingface_detector):
