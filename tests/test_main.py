@@ -80,8 +80,9 @@ def test_from_the_terminal_to_the_end(tmp_path, config, metrics_without_times):
     run_dir = tmp_path / "nested" / "run"
     done = in_a_process("train", config, "--name", run_dir, "--set", "train.epochs=3", "train.lr=1e-4")
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("the floor") and "updates in all" in lines[1]
+    said, lines = done.stdout, done.stdout.splitlines()
+    order = [said.index(part) for part in ("data: ", "memory: ", "the floor: ", "updates in all", "epoch   1/3")]
+    assert order == sorted(order)  # as the head of engine/loop.py has it
     epochs = [line for line in lines if line.startswith("epoch")]
     assert [line[:11] for line in epochs] == ["epoch   1/3", "epoch   2/3", "epoch   3/3"]
     assert all("loss" in line and "AP50" in line and "min left" in line for line in epochs)

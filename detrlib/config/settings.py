@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from detrlib.config.huggingface import SQUARE, HuggingFace
+from detrlib.config.agreement import disagreement
+from detrlib.config.huggingface import HuggingFace
 from detrlib.config.model import Deformable, Detr, Section, SiteName
 
 FAMILIES = {"detr": Detr, "deformable": Deformable, "huggingface": HuggingFace}
@@ -175,39 +176,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="after")
-    def _sites_to_store_exist(self):
-        if "encoder_self" not in self.evaluate.store_sites or self.model.architecture == "huggingface":
-            return self
-        if not self.model.encoder_layers:
-            raise ValueError(
-                "evaluate.store_sites: model.encoder_layers is 0, there is no encoder_self to store; leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _what_is_frozen_exists(self):
-        if "encoder" in self.train.freeze and not self.model.encoder_layers:
-            raise ValueError("train.freeze: model.encoder_layers is 0, there is no encoder to freeze; leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _alpha_arrives(self):
-        needed = self.model.attention.anneal.epochs
-        if needed > self.train.epochs:
-            raise ValueError(
-                f"model.attention.anneal.epochs {needed} is more than train.epochs {self.train.epochs}: alpha would "
-                "not arrive; lower it, or train longer"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _every_head_has_a_loss(self):
-        theirs = self.model.architecture == "huggingface" and self.model.type in SQUARE
-        refine = self.model.architecture == "deformable" and self.model.deformable.refine
-        if (refine or theirs) and not self.loss.auxiliary:
-            which = f"model.type {self.model.type}" if theirs else "model.deformable.refine"
-            raise ValueError(
-                f"loss.auxiliary: with {which} every layer has heads of its own, "
-                "which learn from its own loss only; set it to true"
-            )
+    def _sections_agree(self):
+        if fault := disagreement(self):
+            raise ValueError(fault)
         return self

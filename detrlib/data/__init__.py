@@ -1,4 +1,12 @@
-"""Images and boxes: any folder that `formats` knows, or the embedded shapes."""
+"""Images and boxes: any folder that `formats` knows, or the embedded shapes.
+
+formats (yolo, voc), shapes    what lies on a disk, read as a file of COCO's
+annotations, objects, classes  what may stand in it, which of that are objects, and of which classes
+decoding, pictures             how the file of a picture is read; pictures without annotations
+coco                           the data set: images with their boxes
+check, findings                before training: every picture decoded, what would otherwise be silent
+augment, batch                 what images pass on their way to a model
+"""
 
 import logging
 from collections.abc import Mapping
@@ -10,6 +18,7 @@ from detrlib.data.batch import Batch, collate
 from detrlib.data.coco import CocoDataset
 from detrlib.data.findings import Findings, look_over
 from detrlib.data.formats import find_split, held_out
+from detrlib.data.objects import suggested_image_sizes
 from detrlib.data.shapes import cache_folder
 from detrlib.errors import DataError
 

@@ -6,10 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detrlib.config import Data
 from detrlib.errors import ConfigError, DataError
-
-MUCH_PADDING = 0.5  # share of the pixels of batches
 
 
 class Batch(NamedTuple):
@@ -87,14 +84,6 @@ def collate(samples: list[tuple[Tensor, dict]]) -> Batch:
         padded[index, :, :h, :w] = image
         padding_mask[index, :h, :w] = False
     return Batch(padded, padding_mask, list(targets))
-
-
-def padding_words(share: float, settings: Data) -> str:
-    """In a line, what can be done where more than half of the pixels of batches are padding; empty where less are."""
-    remedy = "images differ in shape, of which smaller batches (train.batch_size) have less"
-    if settings.scales == "image" and settings.augment == "detr":
-        remedy = "data.scales: batch draws sizes once for a batch, which is faster and no longer the published recipe"
-    return f"{share:.0%} of the pixels of batches are padding: {remedy}" if share > MUCH_PADDING else ""
 
 
 def batches(loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -80,7 +80,7 @@ def labels_in(content: Mapping, classes: Mapping[int, str], annotated: Counter[i
         found = listed((f"{theirs[id]!r} ({annotated[id]} objects)" for id in unknown), MOST_NAMES)
         raise DataError(
             f"{file}: {found} is no class of training, which has {listed(classes.values(), MOST_NAMES)}; correct the "
-            "name, remove the objects, or add the class to the categories of the training split (or data.classes). A "
+            "name, remove the objects, or add the class to the categories of the training split, or to data.classes. A "
             "trained run is evaluated without them by detrlib evaluate RUN --on DATA"
         )
     labels = {id: label for id, label in labels.items() if label is not None}

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional
 from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.data.annotations import Annotation, Annotations, ImageRecord, read_annotations
 from detrlib.data.classes import labels_in
-from detrlib.data.decoding import UNREADABLE, read_picture
+from detrlib.data.decoding import UNREADABLE, read_picture, why_unreadable
 from detrlib.data.objects import Objects, clean, clipped
 from detrlib.data.pictures import sizes_in_files
 from detrlib.errors import DataError, listed
@@ -91,7 +91,7 @@ class CocoDataset(Dataset):
         self._records = sorted(records, key=lambda record: record["id"])[:limit]
         self.image_ids = [record["id"] for record in self._records]
         self._find_files(content)
-        objects = clean(content["annotations"], self._sizes, clip)
+        objects = clean(content["annotations"], self.sizes, clip)
         self._label_of = self._labels_of_categories(content, objects, classes, contiguous)
         self.dropped = len(objects.without_area)
         self._note_changes(objects, strict)
@@ -134,7 +134,7 @@ class CocoDataset(Dataset):
             image, (height, width) = read_picture(path, self.upright, truncated=self.truncated)
         except UNREADABLE as error:
             raise DataError(
-                f"{path}: not readable as an image ({error}); {self._used_by(record)}; replace it or remove its entry"
+                f"{path}: {why_unreadable(error)}; {self._used_by(record)}; replace it or remove its entry"
             ) from error
         if fault := self.size_fault(index, width, height):
             raise DataError(f"{path}: {fault}")
@@ -163,14 +163,14 @@ class CocoDataset(Dataset):
 
     def object_sides(self) -> Tensor:
         """The longer side of every object [n] in parts of its image's shorter one: times `image_size`, in pixels."""
-        shorter = torch.tensor([min(record["width"], record["height"]) for record in self._records])
+        shorter = torch.tensor([min(size) for size in self.sizes.values()])
         sides = (self._boxes[:, 2:] - self._boxes[:, :2]).amax(1)
         return sides / shorter.repeat_interleave(self.objects_per_image())
 
-    @cached_property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(width, height) of every image file, pixels."""
-        return [(record["width"], record["height"]) for record in self._records]
+    @property
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """Image id -> (width, height) of its file in pixels, in the order of the images."""
+        return {record["id"]: (record["width"], record["height"]) for record in self._records}
 
     @property
     def labels(self) -> Tensor:
@@ -215,14 +215,10 @@ class CocoDataset(Dataset):
 
         Read again when asked for, so that training need not hold it in memory.
         """
-        content, sizes = read_annotations(self.annotations_path), self._sizes
+        content, sizes = read_annotations(self.annotations_path), self.sizes
         content["images"] = [record for record in content["images"] if record["id"] in sizes]
         content["annotations"] = clean(content["annotations"], sizes, self.clip).annotations
         return content
-
-    @property
-    def _sizes(self) -> dict[int, tuple[int, int]]:
-        return {record["id"]: (record["width"], record["height"]) for record in self._records}
 
     def _pixels(self, index: int) -> tuple[Tensor, tuple[int, int]]:
         """uint8 [3, h, w], reduced where it is cached, and the height and width of the picture."""
@@ -316,7 +312,7 @@ class CocoDataset(Dataset):
         for annotation in objects.annotations:
             if not annotation["iscrowd"]:
                 of_image[annotation["image_id"]].append(annotation)
-        taught, sizes = [annotation for own in of_image.values() for annotation in own], self._sizes
+        taught, sizes = [annotation for own in of_image.values() for annotation in own], self.sizes
         boxes = [clipped(annotation["bbox"], *sizes[annotation["image_id"]]) for annotation in taught]
         self._boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         self._labels = torch.tensor([self._label_of[a["category_id"]] for a in taught], dtype=torch.int64)

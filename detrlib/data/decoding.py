@@ -10,6 +10,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
+from detrlib.errors import DataError
+
 # What Pillow raises, by file type and fault, for a picture it cannot decode.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
 MOST_PIXELS = 2**26  # larger pictures of one's own are reduced while they are read,
@@ -58,9 +60,12 @@ def _decode(source: Path | io.BytesIO, upright: bool, reduce: bool) -> tuple[Ima
 
 
 def picture_size(path: Path, upright: bool = False) -> tuple[int, int]:
-    """Width and height of a file's picture, of which only the header is read. Raises as `read_picture`."""
-    with open_picture(path) as file:
-        return file.size[::-1] if upright and orientation_of(file) in TURNED else file.size
+    """Width and height of a file's picture, of which only the header is read. Raises DataError naming the file."""
+    try:
+        with open_picture(path) as file:
+            return file.size[::-1] if upright and orientation_of(file) in TURNED else file.size
+    except UNREADABLE as error:
+        raise DataError(f"{path}: {why_unreadable(error)}; replace it or remove its entry") from error
 
 
 def orientation_of(file: Image.Image) -> int:

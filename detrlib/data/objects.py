@@ -1,12 +1,20 @@
-"""Which annotations are objects, and what their boxes are: one list for what is taught and for what is judged."""
+"""Which annotations are objects, and what their boxes are: one list for what is taught and for what is judged.
+
+And how large they are beside what a cell of the feature map sees, from which sizes of images follow.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from detrlib.data.annotations import Annotation
 
 BEYOND = 0.5  # pixels beyond the image that are worth a word; less is rounding
+MOST = 0.9  # of the objects: the share that is to fit an image size
+FEWEST_CELLS = 2  # that an object is to be long
 
 
 class Objects(NamedTuple):
@@ -55,3 +63,20 @@ def clipped(box: list[float], width: int, height: int) -> tuple[float, float, fl
     """xywh -> xyxy inside the image, all in pixels."""
     x, y, w, h = box
     return max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+
+
+def suggested_image_sizes(sides: Tensor, stride: int, view: int) -> tuple[int, int]:
+    """The range of `data.image_size` in which cells see most objects whole and most objects have cells of their own.
+
+    Args:
+        sides: longer sides of the objects in parts of the shorter side of their images, as of
+            `CocoDataset.object_sides`; one or more.
+        stride, view: of a backbone, in pixels, as of `detrlib.models.backbone_view`.
+
+    Returns:
+        The smallest size at which nine of ten objects are two cells long or more, and the largest at which nine of ten
+        are no longer than what a cell sees; both 32 at least. Where the first is above the second no size does both.
+    """
+    smallest = FEWEST_CELLS * stride / torch.quantile(sides, 1 - MOST).item()
+    largest = view / torch.quantile(sides, MOST).item()
+    return max(32, round(smallest)), max(32, round(largest))

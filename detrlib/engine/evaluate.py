@@ -9,6 +9,7 @@
 Legend: B images, L layers, H heads, Q queries, K keys.
 """
 
+import logging
 import re
 import time
 from collections.abc import Collection, Mapping
@@ -27,22 +28,34 @@ from detrlib.data import CocoDataset, build_dataset, collate, describe_data
 from detrlib.data.batch import batches
 from detrlib.data.classes import class_list
 from detrlib.data.formats import other_split
-from detrlib.engine.floor import run_floor
 from detrlib.engine.start import starting_model
-from detrlib.errors import ConfigError, RunError, listed
+from detrlib.errors import ConfigError, DataError, RunError, listed
 from detrlib.files import load_checkpoint, write_json
 from detrlib.losses import Criterion, match
 from detrlib.metrics.accumulate import AttentionMeasures
 from detrlib.metrics.collapse import BestDetections
 from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
+from detrlib.metrics.floor import fixed_boxes, floor
 from detrlib.models import Predictions, alpha_modules
 from detrlib.models.outputs import Site
 from detrlib.runs.examples import recorder
-from detrlib.runs.folder import RESERVED, class_names, is_finished, load_results, run_config, save_tables
+from detrlib.runs.folder import (
+    RESERVED,
+    class_names,
+    has_table,
+    is_finished,
+    load_results,
+    load_table,
+    run_config,
+    save_tables,
+)
 from detrlib.runs.opening import WHERE, begin_folder, refuse_other_data
 from detrlib.runs.sources import build_source, refuse_predictions, run_source
 
+logger = logging.getLogger(__name__)
+
 DETECTIONS_PER_IMAGE = 100  # as COCO counts them
+FIXED_BOXES = "fixed_boxes"  # in measures/: kept, so that the annotations of the training split are read once
 MAY_MOVE = {key for key in WHERE if not key.endswith("split")}  # of settings of data, in an evaluation
 UNTRAINED = "untrained"  # in place of a checkpoint's name: the model as it was before training
 
@@ -145,6 +158,31 @@ def load_model(run_dir: Path, checkpoint: str = "last", cfg: Config | None = Non
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context in which a model is run in `train.precision`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def keep_fixed_boxes(run_dir: Path, train_set: CocoDataset) -> None:
+    """Choose the fixed boxes of a training split, and store them in the run's folder."""
+    save_tables(run_dir, {FIXED_BOXES: fixed_boxes(train_set)})
+
+
+def run_floor(run_dir: Path, dataset: CocoDataset, engine: str) -> dict:
+    """What results.json is to say of the floor on a data set.
+
+    Args:
+        run_dir: of the run, whose fixed boxes are chosen now where it has none yet.
+        dataset: what it is evaluated on.
+        engine: `evaluate.engine`.
+
+    Returns:
+        {"floor": as of `metrics.floor.floor`}, or nothing where the training split is not on this machine.
+    """
+    if not has_table(run_dir, FIXED_BOXES):
+        try:
+            keep_fixed_boxes(run_dir, build_dataset(run_config(run_dir).data, "train"))
+        except DataError as error:
+            logger.info("no floor beside AP, which takes the annotations of the training split: %s", error)
+            return {}
+    return {"floor": floor(load_table(run_dir, FIXED_BOXES), dataset, engine)}
 
 
 def save_results(run_dir: Path, results: dict, detections: list[dict], ground_truth: dict) -> dict:

@@ -6,12 +6,21 @@
 
 The batch size is that of all processes together and losses are normalised over them, so a run gives the same
 result on one GPU or eight. The same run folder again resumes after the last complete epoch.
+
+What a person should know is said in this order, nothing of it twice:
+
+    before a model is made      the data (`look_over`), objects that a backbone from crops will not learn from
+    before the first step       weights that it starts from, memory, the floor of AP, too few updates
+    after the first steps       how long it will take (`_forecast`)
+    after an epoch              loss and AP; after the first, much padding; from the middle on, signs of collapse
+    at the end                  the best epoch
 """
 
 import argparse
 import math
 import time
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,13 +33,13 @@ from tqdm.auto import tqdm
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, collate, describe_data, look_over, open_splits
-from detrlib.data.batch import EpochSampler, batches, padding_words
+from detrlib.data.batch import EpochSampler, batches
 from detrlib.data.classes import class_list
 from detrlib.engine import tracking
-from detrlib.engine.evaluate import evaluate, save_results
-from detrlib.engine.floor import floor_in_words, keep_fixed_boxes, run_floor
+from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
+from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
-from detrlib.engine.start import divided_statistics, few_updates, initial_model, record_start, starting_model
+from detrlib.engine.start import initial_model, record_start, starting_model
 from detrlib.engine.state import TrainingState
 from detrlib.engine.step import train_step
 from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss, RunError
@@ -66,6 +75,7 @@ def train(cfg: Config, run_dir: Path) -> dict:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
         )
+    say = partial(tracking.say, accelerator)
     train_set, val_set = (splits := open_splits(cfg.data)).values()
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
         cfg = cfg.model_copy(update={"model": cfg.model.completed()})
@@ -75,19 +85,21 @@ def train(cfg: Config, run_dir: Path) -> dict:
     described = describe_data(cfg.data, splits)
     with accelerator.main_process_first():
         resume = runs.refuse_run(cfg, run_dir, described)
-        accelerator.print(look_over(splits, cfg.model.num_queries, cfg.data.check))
+        say(look_over(splits, cfg.model.num_queries, cfg.data.check))
+        if not resume:
+            say(*unfit_for_crops(cfg, train_set))
         model, start = (initial_model(cfg, "none"), None) if resume else starting_model(cfg, train_set)
         runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:
-        accelerator.print(start)
+        say(start)
     if accelerator.is_main_process and not resume:
         record_start(run_dir, start)
     trainer = Trainer(cfg, run_dir, accelerator, train_set, val_set, model)
     try:
         return trainer.run(resume)
     except KeyboardInterrupt:
-        accelerator.print(f"\ninterrupted; the same run name continues after epoch {trainer.state.epoch}")
-        accelerator.print(trainer.state.best_so_far(run_dir))
+        interrupted = f"\ninterrupted; the same run name continues after epoch {trainer.state.epoch}"
+        say(interrupted, trainer.state.best_so_far(run_dir))
         raise
     finally:
         trainer.close()
@@ -116,6 +128,7 @@ class Trainer:
         model: nn.Module,
     ):
         self.cfg, self.run_dir, self.accelerator, self.val_set = cfg, run_dir, accelerator, val_set
+        self.say = partial(tracking.say, accelerator)
         set_seed(cfg.train.seed)
         shared = accelerator.process_index, accelerator.num_processes
         given = cfg.train.batch_size, *shared, cfg.train.seed, cfg.train.epoch_updates
@@ -142,20 +155,8 @@ class Trainer:
         state, epochs = self.state, self.cfg.train.epochs
         if resume:
             state.restore(self.run_dir / "checkpoints" / "last.pt")
-            self.accelerator.print(f"resuming {self.run_dir.name} after epoch {state.epoch}")
-        if self.accelerator.is_main_process:
-            runs.truncate_metrics(self.run_dir, state.global_step)
-            self.accelerator.print(self.plan.line(self.micro_batch), flush=True)
-            if not resume:
-                keep_fixed_boxes(self.run_dir, self.loader.dataset)
-        self.accelerator.wait_for_everyone()
-        self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
-        for line in (
-            *floor_in_words(self.floor),
-            *few_updates(self.cfg, epochs * len(self.sampler)),
-            *divided_statistics(state.trained, self.micro_batch, self.cfg.train.batch_size),
-        ):
-            self.accelerator.print(line)
+            self.say(f"resuming {self.run_dir.name} after epoch {state.epoch}")
+        self._prepare(resume)
         while state.epoch < epochs:
             start = time.perf_counter()
             record = self._train_epoch()
@@ -172,9 +173,22 @@ class Trainer:
         self._warn(results)
         if self.accelerator.is_main_process:
             save_results(self.run_dir, results, detections, self.val_set.ground_truth)
-            self.accelerator.print(state.best_so_far(self.run_dir), flush=True)
+            self.say(state.best_so_far(self.run_dir))
         self.accelerator.wait_for_everyone()
         return results
+
+    def _prepare(self, resume: bool) -> None:
+        """Make the run folder ready, and say what training takes and what it has to beat."""
+        if self.accelerator.is_main_process:
+            runs.truncate_metrics(self.run_dir, self.state.global_step)
+            self.say(self.plan.line(self.micro_batch))
+            if not resume:
+                keep_fixed_boxes(self.run_dir, self.loader.dataset)
+        self.accelerator.wait_for_everyone()
+        self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
+        settings = self.cfg.train
+        self.say(*floor_and_collapse(self.floor), *few_updates(self.cfg, settings.epochs * len(self.sampler)))
+        self.say(*divided_statistics(self.state.trained, self.micro_batch, settings.batch_size))
 
     def _train_epoch(self) -> dict[str, float]:
         """One epoch; means of everything logged."""
@@ -254,7 +268,7 @@ class Trainer:
         """Say what looks collapsed, each sign once."""
         signs = signs_of_collapse(results)
         for name in [name for name in signs if name not in self.warned]:
-            self.accelerator.print(f"warning: {signs[name]}", flush=True)
+            self.say(f"warning: {signs[name]}")
         self.warned |= set(signs)
 
     # What is written: metrics, and a line per epoch. Only the main process writes.
@@ -287,10 +301,9 @@ class Trainer:
         self.timed = True
         epoch, left = len(self.loader) * seconds, self.cfg.train.epochs - self.state.epoch
         until = datetime.now() + timedelta(seconds=left * epoch)
-        self.accelerator.print(
-            f"time: an epoch takes about {_duration(epoch)}, {left} epochs about {_duration(left * epoch)}, without "
-            f"evaluation until {until:%Y-%m-%d %H:%M}",
-            flush=True,
+        self.say(
+            f"time: an epoch takes about {tracking.duration(epoch)}, {left} epochs about "
+            f"{tracking.duration(left * epoch)}, without evaluation until {until:%Y-%m-%d %H:%M}"
         )
 
     def _report(self, record: dict[str, float], seconds: float) -> None:
@@ -299,27 +312,18 @@ class Trainer:
         if record.get("detection/AP", -1) >= 0:  # undefined without objects
             precision = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
         passes = updates * self.sampler.batch_size / self.sampler.length
-        self.accelerator.print(
+        self.say(
             f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
             f"loss {record['epoch/loss']:.3f}  {precision}"
             f"{seconds:.0f} s, about {(epochs - epoch) * seconds / 60:.0f} min left",
-            flush=True,
+            *(much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
         )
-        if epoch == 1 and (much := padding_words(record["extra/padding"], self.cfg.data)):
-            self.accelerator.print(much, flush=True)
 
     def close(self) -> None:
         """Finish tracking and leave the process group in order: gloo aborts now and then if a DDP model outlives it."""
         del self.state
         self.accelerator.free_memory()
         self.accelerator.end_training()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def main() -> None:

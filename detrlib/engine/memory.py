@@ -88,41 +88,43 @@ class Passes:
         self.model, self.device, self.precision, self.objects = model, device, cfg.train.precision, objects
         self.criterion = Criterion(**dict(cfg.loss))
 
-    def bytes(self, images: int, size: tuple[int, int]) -> tuple[int, int]:
+    def bytes(self, images: int, size: tuple[int, int], backward: bool = True) -> tuple[int, int]:
         """What a pass over random images of `size` (height, width) needs besides the weights.
 
-        Returns bytes that are there when the forward pass is over, and the most that are there at a time.
+        Returns bytes that are there when the forward pass is over, and the most that are there at a time; without
+        `backward` the pass ends there.
         """
         cuda, training = self.device.type == "cuda", self.model.training
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         try:
             with torch.random.fork_rng([self.device] if cuda else []):
-                return self._of_allocator(images, size) if cuda else self._of_tensors(images, size)
+                measure = self._of_allocator if cuda else self._of_tensors
+                return measure(self._batch(images, size), backward)
         finally:
             self.model.zero_grad()
             self.model.train(training)
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(buffers[name])
 
-    def _of_allocator(self, images: int, size: tuple[int, int]) -> tuple[int, int]:
+    def _of_allocator(self, batch: Batch, backward: bool) -> tuple[int, int]:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        kept = self._run(self._batch(images, size), lambda: torch.cuda.memory_allocated(self.device))
+        kept = self._run(batch, backward, lambda: torch.cuda.memory_allocated(self.device))
         return kept - before, torch.cuda.max_memory_allocated(self.device) - before
 
-    def _of_tensors(self, images: int, size: tuple[int, int]) -> tuple[int, int]:
-        batch = self._batch(images, size)
+    def _of_tensors(self, batch: Batch, backward: bool) -> tuple[int, int]:
         with LiveBytes([*self.model.parameters(), *self.model.buffers()]) as live:
-            kept = self._run(batch, lambda: live.now)
+            kept = self._run(batch, backward, lambda: live.now)
         return kept + batch.images.nbytes, live.peak + batch.images.nbytes
 
-    def _run(self, batch: Batch, held: Callable[[], int]) -> int:
+    def _run(self, batch: Batch, backward: bool, held: Callable[[], int]) -> int:
         batch = batch.to(self.device)
         with autocast(self.precision, self.device):
             predictions = self.model.train()(batch.images, batch.padding_mask)
         loss, _ = self.criterion(predictions, batch.targets)
         kept = held()
-        loss.backward()
+        if backward:
+            loss.backward()
         return kept
 
     def _batch(self, images: int, size: tuple[int, int]) -> Batch:
@@ -186,15 +188,16 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _extrapolated(passes: Passes, area: int, side: int) -> tuple[int, int]:
     """What images of an area need once and each, from passes over images of 1, 2 and 4 squares of `side`."""
-    one, two = (passes.bytes(images, (side, side)) for images in (1, 2))
-    wide, large = (passes.bytes(1, (height, 2 * side)) for height in (side, 2 * side))
-    square = max(0.0, (large[0] - 3 * wide[0] + 2 * one[0]) / 6)
+    one, large = (passes.bytes(1, (edge, edge)) for edge in (side, 2 * side))
+    two, _ = passes.bytes(2, (side, side), backward=False)  # of which only what is kept is asked
+    wide, _ = passes.bytes(1, (side, 2 * side), backward=False)
+    square = max(0.0, (large[0] - 3 * wide + 2 * one[0]) / 6)
     linear = (large[0] - one[0] - 15 * square) / 3
     more = [peak - kept for kept, peak in (one, large)]  # than is kept
     growth = max(0.0, (more[1] - more[0]) / 3)
     areas = area / side**2
-    each = two[0] - one[0] + linear * (areas - 1) + square * (areas**2 - 1) + growth * (areas - 1)
-    return max(0, 2 * one[0] - two[0]) + more[0], round(each)
+    each = two - one[0] + linear * (areas - 1) + square * (areas**2 - 1) + growth * (areas - 1)
+    return max(0, 2 * one[0] - two) + more[0], round(each)
 
 
 def most_that_fit(whole: int, fits: Callable[[int], bool]) -> int:
@@ -226,7 +229,7 @@ class Plan:
         fits: Callable[[int], bool] | None = None,
     ):
         self.cfg, self.model, self.whole, self.accelerator = cfg, model, whole, accelerator
-        self.sizes, self.device = train_set.sizes, accelerator.device
+        self.sizes, self.device = train_set.sizes.values(), accelerator.device
         self.objects = int(train_set.objects_per_image().max())
         self.fits = self._tried if fits is None and self.device.type == "cuda" else fits
 

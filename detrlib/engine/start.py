@@ -8,7 +8,6 @@ same name, and of no-object. And attention may have another transform: what the 
 out (its alphas, for example), what the new one has to learn stays as initialised.
 """
 
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,21 +21,15 @@ from detrlib.config import Config, Model, flat_settings, project_path
 from detrlib.config.huggingface import source_folder
 from detrlib.data import CocoDataset, build_dataset
 from detrlib.data.classes import find_label
-from detrlib.data.sizes import suggested_image_sizes
 from detrlib.engine.pretrain import backbone_weights
 from detrlib.errors import WeightsError, listed
 from detrlib.files import weight_faults, write_json
-from detrlib.models import build_model, cell_view, set_alphas
+from detrlib.models import build_model, set_alphas
 from detrlib.runs.sources import Source, open_source
-
-log = logging.getLogger(__name__)
 
 # Class heads, and what detectors of transformers call theirs.
 HEADS = re.compile(r"(model\.)*(decoder\.)?(class_embed|class_labels_classifier|enc_score_head)\.")
 OF_TRANSFORM = ".transform."
-FEW_UPDATES, MEASURED_UPDATES = 500, "of 32 drawn pictures each, 400 give AP 0.42 and 1,000 give 0.67"
-FEW_OBJECTS = 500
-MEASURED_OBJECTS = "with 173 AP stays within 0.05 of a fixed box, and is 0.1 above it from a detector of drawn shapes"
 # Once weights are given.
 OF_NO_MATTER = ("model.num_classes", "model.source", "model.backbone.weights", "model.backbone.freeze_stem")
 
@@ -70,6 +63,12 @@ class Start:
         return "\n    ".join(lines)
 
 
+def learns_from_crops(cfg: Config) -> bool:
+    """Whether the model begins with a backbone that learns from crops of the training data, and no other weights."""
+    backbone, given = getattr(cfg.model, "backbone", None), cfg.train.start or getattr(cfg.model, "source", None)
+    return backbone is not None and backbone.weights == "crops" and not given
+
+
 def initial_model(cfg: Config, weights: str | Path | None = None) -> nn.Module:
     """A model of random weights, which follow from cfg.train.seed alone; those of the backbone may be given."""
     with torch.random.fork_rng(devices=[]):
@@ -87,14 +86,11 @@ def starting_model(cfg: Config, train_set: CocoDataset | None = None) -> tuple[n
     Raises:
         WeightsError: the source is missing or does not fit; all entries that do not are named.
     """
-    backbone, theirs = getattr(cfg.model, "backbone", None), getattr(cfg.model, "source", None)
+    theirs, crops = getattr(cfg.model, "source", None), learns_from_crops(cfg)
     given = cfg.train.start or theirs
-    crops = backbone is not None and backbone.weights == "crops" and not given
     if train_set is None and (crops or given):
         train_set = build_dataset(cfg.data, "train")
-    if crops:
-        warn_of_crops(cfg, train_set)
-    weights = backbone_weights(backbone, train_set, cfg.data.image_size) if crops else None
+    weights = backbone_weights(cfg.model.backbone, train_set, cfg.data.image_size) if crops else None
     model, start = initial_model(cfg, "none" if given else weights), None
     if cfg.train.start:
         file = project_path(cfg.train.start)
@@ -105,49 +101,6 @@ def starting_model(cfg: Config, train_set: CocoDataset | None = None) -> tuple[n
         start = take_over(model, source, cfg.model, train_set.names)
     set_alphas(model, cfg.model.annealed_alphas(0))
     return model, start
-
-
-def few_updates(cfg: Config, updates: int) -> list[str]:
-    """A line that warns of a budget of so few updates that little can be learned from scratch; none if it is enough."""
-    if cfg.train.start or getattr(cfg.model, "source", None) or updates >= FEW_UPDATES:
-        return []
-    return [
-        f"warning: {updates} updates in all, in {cfg.train.epochs} epochs, are few for a detector from scratch "
-        f"({MEASURED_UPDATES}); raise train.epochs or train.epoch_updates, the updates of each, or begin with the "
-        "weights of a detector (train.start)"
-    ]
-
-
-def divided_statistics(model: nn.Module, at_a_time: int, batch_size: int) -> list[str]:
-    """A line that says so where batch norms see a part of a batch; none where there are none, or they see all of it."""
-    if at_a_time >= batch_size or not getattr(model, "learns_statistics", bool)():
-        return []
-    return [
-        f"warning: batch norms of this model learn means and variances from {at_a_time} images at a time, not from the "
-        f"{batch_size} of a batch: results depend on train.micro_batch and on the number of processes, and few images "
-        "make them coarse. model.options.freeze_backbone_batch_norms and train.freeze keep those of trained weights"
-    ]
-
-
-def warn_of_crops(cfg: Config, dataset: CocoDataset) -> None:
-    """Say so where a backbone from crops of the data will not do, and name what would: few objects, or large ones."""
-    size, (stride, view) = cfg.data.image_size, cell_view(cfg.model.backbone.name, cfg.model.backbone.dilation)
-    sides = dataset.object_sides()
-    if len(sides) < FEW_OBJECTS:
-        log.warning(
-            "%d objects are few for weights from crops (%s); begin with trained ones: train.start, as in "
-            "papermill_runs/configs/large-objects.yaml, or a backbone with model.backbone.weights: imagenet",
-            *(len(sides), MEASURED_OBJECTS),
-        )
-    middle = round(size * sides.median().item())
-    if middle > view:
-        smallest, largest = suggested_image_sizes(sides, stride, view)
-        log.warning(
-            "at data.image_size %d half of the objects are longer than %d pixels, of which a cell of the backbone %s "
-            "sees %d: set data.image_size to %s",
-            *(size, middle, cfg.model.backbone.name, view),
-            f"{smallest} to {largest}" if smallest < largest else f"{largest} for the large ones",
-        )
 
 
 def record_start(run_dir: Path, start: Start | None) -> None:

@@ -18,6 +18,12 @@ TRACKING = "tracking"  # folder in a run for the files of services
 MAIN = ("loss", "loss_class", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 
 
+def say(accelerator: Accelerator, *lines: object) -> None:
+    """Print lines at once, in the main process."""
+    for line in lines:
+        accelerator.print(line, flush=True)
+
+
 def show_messages() -> None:
     """Let the library's messages (data drawn, boxes dropped, backbone pretrained) appear on a command line."""
     logging.basicConfig(format="%(message)s")
@@ -32,6 +38,14 @@ def trackers(cfg: Config, run_dir: Path) -> list[GeneralTracker | str] | None:
         raise ConfigError(f"train.tracking.also: {missing[0]} is not installed; pip install it, or leave it out")
     chosen = [] if settings.wandb == "disabled" else [WandB(cfg, run_dir)]
     return [*chosen, *settings.also] or None
+
+
+def duration(seconds: float) -> str:
+    """In words: 48 s, 20 min, 3 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def start_tracking(accelerator: Accelerator, cfg: Config) -> None:

@@ -20,18 +20,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.config import Config
 from detrlib.data import Batch, build_dataset, collate
+from detrlib.data.pictures import Picture
 from detrlib.engine.evaluate import load_model
-from detrlib.engine.predict import Detector
+from detrlib.engine.predict import Detector, open_detector, predict_each
 from detrlib.errors import ConfigError, RunError
 from detrlib.experiments.attribution import allowed_methods, explain
 from detrlib.files import write_atomic, write_json
@@ -47,9 +46,8 @@ from detrlib.metrics.faithfulness import (
 )
 from detrlib.metrics.localisation import object_size
 from detrlib.models import Predictions
-from detrlib.models.outputs import cell_side
 from detrlib.runs.detected import Detected
-from detrlib.runs.examples import EXAMPLE_SCORE, picture
+from detrlib.runs.examples import EXAMPLE_SCORE
 from detrlib.runs.folder import run_config
 
 logger = logging.getLogger(__name__)
@@ -190,65 +188,42 @@ def _save(
     return frame
 
 
-def explained_detections(
-    run_dir: Path, image: int = 0, most: int = 3, checkpoint: str = "last"
-) -> tuple[
-    list[np.ndarray],
-    np.ndarray,
-    list[str],
-    dict[str, list[np.ndarray]],
-    list[np.ndarray],
-    np.ndarray,
-    dict[int, str],
-]:
+def explained_detections(run_dir: Path, image: int = 0, most: int = 3, checkpoint: str = "last") -> Detected:
     """Explain the best detections of the first validation image, from number `image` on, that has any.
 
     Args:
         run_dir: folder of a run.
         image: number of the first image that may be taken, in order of image id.
-        most: how many detections at most, those with the highest scores.
-        checkpoint: whose weights, see `load_model`.
+        most: how many detections at most are explained, those with the highest scores.
+        checkpoint: "last", "best", "epoch-0010" and so on.
 
     Returns:
-        What `figures.explanations.explanations_grid` draws, for n detections: n times the image uint8 [H,W,3]; boxes
-        [n,4] xyxy in its pixels; n titles; {method: n maps [h,w]}; n times the image's height and width in cells;
-        n labels; the classes by their labels.
+        What is detected in that image with a score of `EXAMPLE_SCORE` or more, with explanations of the best, for
+        `figures.explanations.explained`.
 
     Raises:
-        RunError: no image from there on has a detection of a score of `EXAMPLE_SCORE`.
+        RunError: no image from there on has such a detection.
     """
-    cfg, model = run_config(run_dir), load_model(run_dir, checkpoint)
-    dataset = build_dataset(cfg.data, "val")
+    detector, dataset = open_detector(run_dir, checkpoint=checkpoint), build_dataset(run_config(run_dir).data, "val")
     for index in range(image, len(dataset)):
-        batch = collate([dataset[index]])
-        with torch.no_grad():
-            predictions = model(batch.images, batch.padding_mask, need_attention=("decoder_cross",))
-        queries, labels, _ = detections_to_explain(predictions, batch, cfg, EXAMPLE_SCORE, True)
-        if len(queries):
-            break
-    else:
-        raise RunError(f"{run_dir}: no detection with a score of {EXAMPLE_SCORE} from image {image} on")
-    scores = predictions.class_scores()[0, queries, labels]
-    best = scores.argsort(descending=True)[:most]
-    queries, labels, scores = queries[best], labels[best], scores[best]
-    explanations = explain(model, batch.images, batch.padding_mask, queries, labels)
-    size, count = batch.targets[0]["size"], len(queries)
-    extent = (size / cell_side(batch.images.shape[-2:], predictions.attention.grid)).numpy()
-    titles = [f"{dataset.names[label]} {score:.2f}" for label, score in zip(labels.tolist(), scores, strict=True)]
-    maps = {name: list(own.cpu().numpy()) for name, own in explanations.items()}
-    boxes = to_pixels(cxcywh_to_xyxy(predictions.boxes[0, queries]), size).numpy()
-    images = [picture(batch.images[0]).numpy()] * count
-    return images, boxes, titles, maps, [extent] * count, labels.numpy(), dataset.names
+        own = Picture(dataset.file_names[index], dataset.image_ids[index], dataset.image(index))
+        options = {"min_score": EXAMPLE_SCORE, "sites": ["decoder_cross"], "progress": False}
+        ((detected,),) = predict_each([detector], [own], **options)
+        if len(detected):
+            return explain_detected(detector, detected, most=most)
+    raise RunError(f"{run_dir}: no detection with a score of {EXAMPLE_SCORE} from image {image} on")
 
 
-def explain_detected(detector: Detector, detected: Detected, methods: Iterable[str] | None = None) -> Detected:
+def explain_detected(
+    detector: Detector, detected: Detected, methods: Iterable[str] | None = None, most: int | None = None
+) -> Detected:
     """Explain what a detector found in a picture of one's own, which is read again.
 
-    Returns the same with `explanations` {method: [n,h,w]} of its detections, over the cells of the picture. Arguments
-    and faults are those of `explain`; DataError where the picture is no longer there.
+    Returns the same with `explanations` {method: [n,h,w]} of its detections, or of the best `most`, over the cells of
+    the picture. Other arguments and faults are those of `explain`; DataError where the picture is no longer there.
     """
     batch = detector.batch([(detected.source, *detected.source.read())])
-    queries, labels = (torch.from_numpy(x).to(detector.device) for x in (detected.queries, detected.labels))
+    queries, labels = (torch.from_numpy(x[:most]).to(detector.device) for x in (detected.queries, detected.labels))
     maps = explain(detector.model, batch.images, batch.padding_mask, queries, labels, methods, detected.image_id)
     rows, columns = (math.ceil(cells) for cells in detected.example.extent)
     own = {method: of_all[:, :rows, :columns].cpu().numpy() for method, of_all in maps.items()}

@@ -12,8 +12,7 @@ from typing import Any
 from detrlib.config import Config, load_config, project_path, replace
 from detrlib.data import build_dataset
 from detrlib.data.yolo import is_data_yaml
-from detrlib.engine.evaluate import on_split, save_results
-from detrlib.engine.floor import run_floor
+from detrlib.engine.evaluate import on_split, run_floor, save_results
 from detrlib.errors import DataError, RunError
 from detrlib.experiments.transfer import find_data
 from detrlib.metrics.detection import coco_ap

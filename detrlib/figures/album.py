@@ -23,17 +23,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from detrlib.errors import RunError
-from detrlib.figures.explanations import explanations_grid
+from detrlib.figures.explanations import explained
 from detrlib.figures.page import page_picture, write_page
 from detrlib.figures.predictions import (
-    MOST,
     SHEET,
     MapChoice,
     contact_sheet,
     detections_by_run,
     maps_by_detection,
 )
-from detrlib.figures.style import NOTHING, literal, look
+from detrlib.figures.style import NOTHING, look
 from detrlib.runs.detected import Detected, save_detected
 
 MOST_IN_PAGE = 100  # pictures; a browser opens a page of some 30 megabytes without complaint
@@ -87,7 +86,7 @@ class Album:
             self._save(maps_by_detection(by_run, self.view, image), f"attention/{name}.png")
         for run, detected in by_run.items():
             if detected.explanations and len(detected):
-                self._save(_explained(detected, image), f"explanations/{name}--{self.folders[run]}.png")
+                self._save(explained(detected, image), f"explanations/{name}--{self.folders[run]}.png")
             self._detected[run].append(detected.light())
         if self.pictures < MOST_IN_PAGE:
             self._pages.append(page_picture(by_run, reduced(image, PAGE_PIXELS)))
@@ -154,16 +153,6 @@ def reduced(image: np.ndarray, longest: int) -> np.ndarray:
     smaller = Image.fromarray(image)
     smaller.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     return np.asarray(smaller)
-
-
-def _explained(detected: Detected, image: np.ndarray) -> Figure:
-    """A row for each of the best detections, a column for each explanation."""
-    shown = range(min(len(detected), MOST))
-    titles = [literal(f"{detected.names[i]} {detected.scores[i]:.2f}") for i in shown]
-    maps = {method: list(of_all) for method, of_all in detected.explanations.items()}
-    extents = [detected.example.extent] * len(shown)
-    look = {"labels": detected.labels.tolist(), "names": detected.classes}
-    return explanations_grid([image] * len(shown), detected.boxes_in(image), titles, maps, extents, **look)
 
 
 def _file_names(titles: Iterable[str], taken: Iterable[str] = ()) -> list[str]:

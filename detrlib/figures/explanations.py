@@ -13,6 +13,7 @@ from scipy.stats import norm
 from detrlib.errors import ConfigError
 from detrlib.figures.attention import WIDEST_PANEL, draw_box, draw_image
 from detrlib.figures.overlay import Panel, Sharing, draw_maps, room
+from detrlib.figures.predictions import MOST
 from detrlib.figures.style import (
     MUTED,
     PALETTE,
@@ -20,11 +21,13 @@ from detrlib.figures.style import (
     Nothing,
     class_colour,
     image_panels,
+    literal,
     panels,
     run_colours,
     styled,
 )
 from detrlib.metrics.faithfulness import image_means
+from detrlib.runs.detected import Detected
 
 TITLES = {"grad_attention": "grad × attention"}
 METHOD_COLOURS = dict(zip(("raw", "rollout", "relevance", "grad_attention"), PALETTE, strict=False))
@@ -66,6 +69,22 @@ def explanations_grid(
             draw_box(axes, boxes[number], class_colour(int(labels[number]), names) if len(labels) else PALETTE[0])
     draw_maps(drawn, laid, scale, logarithmic, label="value")
     return drawn
+
+
+def explained(detected: Detected, image: np.ndarray | None = None) -> Figure:
+    """Draw the explanations of the best detections in a picture: a row for each, a column for each method.
+
+    Args:
+        detected: with explanations, as of `explain_detected` and `explained_detections` in `experiments.explain`.
+        image: its picture [H,W,3] uint8; None: it is read.
+    """
+    image = detected.image() if image is None else image
+    maps = {method: list(of_all[:MOST]) for method, of_all in detected.explanations.items()}
+    count = min(map(len, maps.values()))
+    scores = zip(detected.names, detected.scores[:count], strict=False)
+    titles = [literal(f"{name} {score:.2f}") for name, score in scores]
+    boxes, extents = detected.boxes_in(image), [detected.example.extent] * count
+    return explanations_grid([image] * count, boxes, titles, maps, extents, detected.labels, detected.classes)
 
 
 @styled

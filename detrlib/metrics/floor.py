@@ -37,7 +37,7 @@ def fixed_boxes(dataset: CocoDataset) -> pd.DataFrame:
         thresholds of AP; it is the precision to be expected, and hence the order that AP rewards.
     """
     boxes, labels = zip(*(dataset.objects(index) for index in range(len(dataset))), strict=True)
-    sides = torch.tensor(dataset.sizes, dtype=torch.float32).repeat(1, 2)  # width, height, width, height
+    sides = torch.tensor(list(dataset.sizes.values()), dtype=torch.float32).repeat(1, 2)  # width, height, width, height
     boxes = [of_image / side for of_image, side in zip(boxes, sides, strict=True)]
     images = torch.arange(len(dataset)).repeat_interleave(torch.tensor([len(of_image) for of_image in labels]))
     return choose_boxes(torch.cat(boxes), torch.cat(labels), images, len(dataset))
@@ -106,8 +106,8 @@ def floor(
     Returns:
         The numbers of `coco_ap`, and `boxes`, how many there are, and `images`, how many they were measured on.
     """
-    chosen = _evenly(len(dataset), IMAGES_MEASURED)
-    sizes = {dataset.image_ids[index]: dataset.sizes[index] for index in chosen}
+    images = list(dataset.sizes.items())
+    sizes = dict(images[index] for index in _evenly(len(images), IMAGES_MEASURED))
     truth = dict(dataset.ground_truth)
     for part, key in (("images", "id"), ("annotations", "image_id")):
         truth[part] = [entry for entry in truth[part] if entry[key] in sizes]

@@ -37,7 +37,7 @@ class Detected:
     classes: Mapping[int, str] = field(default_factory=dict)  # all that the model knows, label -> name
     example: Example | None = None  # with attention: the same rows, with their maps
     sparsity: pd.DataFrame | None = None  # of this picture, see `sparsity_of`
-    explanations: dict[str, np.ndarray] = field(default_factory=dict)  # method -> [n,h,w]
+    explanations: dict[str, np.ndarray] = field(default_factory=dict)  # method -> [m,h,w] of the m best
 
     def __len__(self) -> int:
         return len(self.scores)

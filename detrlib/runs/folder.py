@@ -131,13 +131,13 @@ def run_config(run_dir: Path) -> Config:
 
 
 def class_names(run_dir: Path) -> dict[int, str]:
-    """The classes of a run by their labels: those it was begun with, and those of the data it was evaluated on.
+    """The classes of a run by their labels: those of its settings, and those of the data it was evaluated on.
 
-    Empty where neither is known. Raises DataError naming the file where they are damaged.
+    Empty where neither is known. Raises DataError naming the results where their names are damaged.
     """
-    data, results = run_dir / "data.json", run_dir / "results.json"
-    names = names_by_label(_read_json(data).get("train", {}).get("classes", {}), data) if data.exists() else {}
-    return names | (names_by_label(load_results(run_dir).get("names", {}), results) if results.exists() else {})
+    results = run_dir / "results.json"
+    evaluated = names_by_label(load_results(run_dir).get("names", {}), results) if results.exists() else {}
+    return (run_config(run_dir).data.names or {}) | evaluated
 
 
 def append_metrics(run_dir: Path, record: dict[str, float | int | None]) -> None:

@@ -101,8 +101,7 @@ def save_run(source: Source, run_dir: Path) -> None:
     classes = {"data.classes": class_list(source.names)} if source.names and not source.cfg.data.classes else {}
     begin_folder(run_dir, replace_settings(source.cfg, classes))
     save_checkpoint(run_dir / "checkpoints" / "last.pt", {"model": state, "epoch": source.epoch, "global_step": 0})
-    names = {str(label): name for label, name in (source.names or {}).items()}
-    write_json(run_dir / "results.json", {"imported": source.path.name} | ({"names": names} if names else {}))
+    write_json(run_dir / "results.json", {"imported": source.path.name})
 
 
 def _no_overrides(path: Path, overrides: Mapping[str, Any] | None) -> None:

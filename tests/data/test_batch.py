@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from detrlib.config import Data
 from detrlib.data import build_dataset
-from detrlib.data.batch import EpochSampler, batches, collate, padding_words
+from detrlib.data.batch import EpochSampler, batches, collate
 from detrlib.errors import ConfigError, DataError
 
 
@@ -130,14 +129,9 @@ def test_a_fault_of_the_data_is_one_line_whichever_process_meets_it(workers):
     assert str(caught.value) == "0.png cannot be read: truncated"
 
 
-def test_much_padding_is_told_with_a_remedy_that_helps():
-    sizes = [(10, 10), (10, 40)]
-    samples = [(torch.zeros(3, *size), {"image_id": 0}) for size in sizes]
+def test_the_share_of_padding_is_that_of_pixels():
+    samples = [(torch.zeros(3, *size), {"image_id": 0}) for size in [(10, 10), (10, 40)]]
     assert collate(samples).padding == pytest.approx(30 / 80) and collate(samples[:1]).padding == 0
-    assert padding_words(0.5, Data()) == ""
-    assert padding_words(0.6, Data()).startswith("60% of the pixels") and "data.scales" in padding_words(0.6, Data())
-    for settings in (Data(scales="batch"), Data(augment="flip")):
-        assert "train.batch_size" in padding_words(0.6, settings)
 
 
 def test_a_loader_asks_for_a_batch_at_once(tiny_config):

@@ -400,5 +400,5 @@ def test_sizes_of_files_and_sides_of_objects(folder):
     """Longer sides in parts of the shorter side of the image, crowds left out."""
     boxes = [annotation(1, (0, 0, 10, 20)), annotation(2, (0, 0, 30, 6), image_id=2), annotation(3, iscrowd=1)]
     dataset = CocoDataset(*folder(boxes, {"1.png": picture(40, 30), "2.png": picture(60, 80)}))
-    assert dataset.sizes == [(40, 30), (60, 80)]
+    assert list(dataset.sizes.values()) == [(40, 30), (60, 80)] and list(dataset.sizes) == dataset.image_ids
     assert dataset.object_sides().tolist() == pytest.approx([20 / 30, 30 / 60])

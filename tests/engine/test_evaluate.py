@@ -1,22 +1,24 @@
 """A pass over a data set: which attention is measured, what losses are means of, and runs that cannot be evaluated."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from detrlib.config import Data, load_config, replace
+from detrlib.config import Data, load_config, replace, save_config
 from detrlib.data import build_dataset, collate
 from detrlib.data.formats import find_split
-from detrlib.engine.evaluate import evaluate, evaluate_run, load_model, results_folder
+from detrlib.engine.evaluate import FIXED_BOXES, evaluate, evaluate_run, load_model, results_folder, run_floor
 from detrlib.engine.loop import train
 from detrlib.engine.start import initial_model
 from detrlib.errors import ConfigError, DataError, RunError
 from detrlib.files import write_json
 from detrlib.losses.criterion import Criterion
-from detrlib.runs.folder import load_results
+from detrlib.metrics.floor import fixed_boxes, floor
+from detrlib.runs.folder import load_results, load_table
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +166,29 @@ def test_results_do_not_replace_those_on_other_data(tmp_path):
     for other in (None, Path("nowhere.json")):
         with pytest.raises(RunError, match="test2017 holds results on other data"):
             results_folder(tmp_path, "test2017", other)
+
+
+# The floor: kept by training, made later where it is missing, left out where nothing is to be had
+
+
+def test_the_floor_is_that_of_the_training_split(run_dir):
+    cfg = load_config(run_dir / "config.yaml")
+    fixed = fixed_boxes(build_dataset(cfg.data, "train"))
+    assert load_table(run_dir, FIXED_BOXES).equals(fixed)
+    expected = floor(fixed, build_dataset(cfg.data, "val"))
+    assert load_results(run_dir)["floor"] == evaluate_run(run_dir)["floor"] == expected
+
+
+def test_an_older_run_gets_its_floor_with_its_next_evaluation(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "old")
+    (tmp_path / "old" / "measures" / f"{FIXED_BOXES}.parquet").unlink()
+    assert evaluate_run(tmp_path / "old")["floor"] == load_results(run_dir)["floor"]
+
+
+def test_without_the_training_split_there_is_none(run_dir, tmp_path):
+    """As for weights of others that are evaluated on a split of one's own."""
+    cfg = load_config(run_dir / "config.yaml")
+    dataset = build_dataset(cfg.data, "val")
+    (tmp_path / "run").mkdir()
+    save_config(replace(cfg, {"data.train_images": str(tmp_path / "nowhere")}), tmp_path / "run" / "config.yaml")
+    assert run_floor(tmp_path / "run", dataset, "faster_coco_eval") == {}

@@ -8,17 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.config import load_config
-from detrlib.data import build_dataset, collate
-from detrlib.engine.evaluate import load_model
+from detrlib.data import build_dataset
 from detrlib.engine.launch import launch
 from detrlib.engine.predict import open_detector, predict
 from detrlib.errors import ConfigError, RunError
 from detrlib.experiments import explain as module
 from detrlib.experiments.attribution import METHODS
 from detrlib.experiments.explain import (
-    detections_to_explain,
     explain_detected,
     explained_detections,
     explained_each,
@@ -61,7 +58,7 @@ def test_runs_that_cannot_be_measured_are_refused(run_dir, tmp_path):
         faithfulness_run(run_dir, 2, min_score=1.1)
     with pytest.raises(ConfigError, match="steps"):
         faithfulness_run(run_dir, 2, steps=1)
-    with pytest.raises(RunError, match=r"none.*results\.json"):
+    with pytest.raises(RunError, match=r"none.*config\.yaml"):
         faithfulness_run(tmp_path / "none")
 
 
@@ -83,43 +80,29 @@ def finding(run_dir, monkeypatch):
     return run_dir
 
 
-def test_explained_detections_are_the_best_of_an_image_with_a_map_for_every_method(finding):
-    dataset = build_dataset(load_config(finding / "config.yaml").data, "val")
-    index = next(index for index in range(len(dataset)) if len(dataset.objects(index)[1]) > 2)
-    images, boxes, titles, maps, extents, given, classes = explained_detections(finding, image=index, most=2)
-    assert len(images) == len(titles) == len(extents) == 2 and boxes.shape == (2, 4)
-    batch = collate([dataset[index]])
-    model = load_model(finding)
-    predictions = model(batch.images, batch.padding_mask, need_attention=True)
-    queries, labels, _ = detections_to_explain(predictions, batch, load_config(finding / "config.yaml"), 0.0, True)
-    scores = predictions.class_scores()[0, queries, labels].detach()
-    best = scores.argsort(descending=True)[:2]
-    assert list(given) == labels[best].tolist() and classes == dataset.names
-    names = [dataset.names[label] for label in labels[best].tolist()]
-    assert titles == [f"{name} {score:.2f}" for name, score in zip(names, scores[best].tolist(), strict=True)]
-    expected = to_pixels(cxcywh_to_xyxy(predictions.boxes[0, queries[best]]), batch.targets[0]["size"])
-    np.testing.assert_allclose(boxes, expected.detach().numpy(), rtol=1e-5)
-    assert tuple(maps) == METHODS
-    raw = predictions.attention.as_images("decoder_cross", -1)[0].mean(0)[queries[best]].detach().numpy()
-    np.testing.assert_allclose(np.stack(maps["raw"]), raw, rtol=1e-4)
-    assert images[0].shape == (64, 64, 3) and images[0].dtype == np.uint8
-    assert tuple(extents[0]) == predictions.attention.grid  # shapes fill their batch
+def test_the_best_detections_of_a_validation_image_are_explained_as_predictions_are(finding):
+    dataset, detector = build_dataset(load_config(finding / "config.yaml").data, "val"), open_detector(str(finding))
+    detected = explained_detections(finding, image=3, most=2)
+    (predicted,) = predict(detector, dataset.image(3), min_score=0, attention=True, progress=False)
+    np.testing.assert_allclose(detected.boxes, predicted.boxes, rtol=1e-5)
+    assert detected.names == predicted.names and detected.image_id == dataset.image_ids[3]
+    assert tuple(detected.explanations) == METHODS
+    assert {len(maps) for maps in detected.explanations.values()} == {2}
+    raw = predicted.example.maps(layer=-1).mean(0)[:2]
+    np.testing.assert_allclose(detected.explanations["raw"], raw, rtol=1e-4, atol=1e-6)
 
 
 def test_images_without_detections_are_passed_over_until_none_is_left(finding, monkeypatch):
-    found, asked = module.detections_to_explain, []
+    tried, predict_each = [], module.predict_each
 
-    def nothing_before_the_third(predictions, batch, *arguments):
-        asked.append(batch.targets[0]["image_id"])
-        queries, labels, areas = found(predictions, batch, *arguments)
-        return (queries, labels, areas) if len(asked) == 3 else (queries[:0], labels[:0], areas[:0])
+    def nothing_before_the_third(detectors, pictures, **options):
+        tried.extend(picture.image_id for picture in pictures)
+        yield from predict_each(detectors, pictures, **options | {"min_score": 0.0 if len(tried) == 3 else 1.0})
 
-    monkeypatch.setattr(module, "detections_to_explain", nothing_before_the_third)
-    third = explained_detections(finding, image=1)
-    assert asked == [2, 3, 4]
-    monkeypatch.setattr(module, "detections_to_explain", found)
-    assert third[2] == explained_detections(finding, image=3)[2]
-    monkeypatch.setattr(module, "EXAMPLE_SCORE", 1.1)
+    monkeypatch.setattr(module, "predict_each", nothing_before_the_third)
+    assert explained_detections(finding, image=1, most=1).image_id == 4 and tried == [2, 3, 4]
+    monkeypatch.setattr(module, "predict_each", predict_each)
+    monkeypatch.setattr(module, "EXAMPLE_SCORE", 1.0)
     with pytest.raises(RunError, match=r"tiny: .* from image 2 on"):
         explained_detections(finding, image=2)
 

@@ -10,7 +10,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detrlib.config import load_config
+from detrlib.config import load_config, replace, save_config
 from detrlib.data import build_dataset
 from detrlib.engine.evaluate import evaluate_run
 from detrlib.engine.loop import train
@@ -195,10 +195,11 @@ def test_faults_are_told_before_the_model_runs(run_dir, elsewhere, tmp_path, mon
 
 
 def test_a_run_without_names(run_dir, elsewhere, tmp_path):
-    """As an imported checkpoint is before it has been evaluated."""
+    """As an imported checkpoint without them is before it has been evaluated."""
     write_json(tmp_path / "results.json", {"imported": "detr.pth"})
-    (tmp_path / "config.yaml").write_text((run_dir / "config.yaml").read_text())
-    with pytest.raises(RunError, match=r"no names of classes.*--by-id"):
+    cfg = load_config(run_dir / "config.yaml")
+    save_config(replace(cfg, {"data.classes": None}), tmp_path / "config.yaml")
+    with pytest.raises(RunError, match=r"names.*--by-id"):
         evaluate_on(tmp_path, elsewhere, split="test")
 
 

@@ -94,6 +94,7 @@ def test_objects_come_once(tmp_path):
     rows = [(7, 3, 64.0, layer, head) for layer in (0, 1) for head in (-1, 0)]
     located = pd.DataFrame(rows, columns=["image_id", "label", "area", "layer", "head"])
     runs.save_tables(tmp_path, {"located": located})
+    save_config(load_config(), tmp_path / "config.yaml")
     assert frames.objects_frame([tmp_path / "none", tmp_path]).to_dict("records") == [
         {"image_id": 7, "area": 64.0, "category": "cup", "crowd": False}
     ]

@@ -1,0 +1,31 @@
+"""Settings of several sections that must go together; what a section can say alone stands in its own fields."""
+
+from typing import TYPE_CHECKING
+
+from detrlib.config.huggingface import SQUARE
+
+if TYPE_CHECKING:
+    from detrlib.config.settings import Config
+
+
+def disagreement(cfg: "Config") -> str | None:
+    """In words, which settings do not go together, and the remedy; None: they do."""
+    model, theirs = cfg.model, cfg.model.architecture == "huggingface"
+    if "encoder_self" in cfg.evaluate.store_sites and not theirs and not model.encoder_layers:
+        return "evaluate.store_sites: model.encoder_layers is 0, there is no encoder_self to store; leave it out"
+    if "encoder" in cfg.train.freeze and not model.encoder_layers:
+        return "train.freeze: model.encoder_layers is 0, there is no encoder to freeze; leave it out"
+    if (needed := model.attention.anneal.epochs) > cfg.train.epochs:
+        return (
+            f"model.attention.anneal.epochs {needed} is more than train.epochs {cfg.train.epochs}: alpha would not "
+            "arrive; lower it, or train longer"
+        )
+    own_heads = f"model.type {model.type}" if theirs and model.type in SQUARE else ""
+    if model.architecture == "deformable" and model.deformable.refine:
+        own_heads = "model.deformable.refine"
+    if own_heads and not cfg.loss.auxiliary:
+        return (
+            f"loss.auxiliary: with {own_heads} every layer has heads of its own, which learn from its own loss only; "
+            "set it to true"
+        )
+    return None
