@@ -12,10 +12,11 @@ from detrlib.attention.transforms import Entmax
 from detrlib.checkpoints.adapted import write_adapted
 from detrlib.config import load_config, replace
 from detrlib.data import build_dataset
+from detrlib.engine import start
 from detrlib.engine.evaluate import evaluate_run, load_model
 from detrlib.engine.loop import train
 from detrlib.engine.predict import predict
-from detrlib.engine.start import FEW_UPDATES, few_updates, initial_model, take_over, warn_of_large_objects
+from detrlib.engine.start import FEW_UPDATES, few_updates, initial_model, take_over, warn_of_crops
 from detrlib.errors import ModelError, WeightsError
 from detrlib.experiments.explain import faithfulness_run
 from detrlib.experiments.intervene import intervene_run, plan
@@ -229,8 +230,16 @@ def test_a_small_budget_is_warned_of_unless_weights_are_given(tiny_config):
 @pytest.mark.parametrize("size, warns", [(64, False), (480, True)])
 def test_objects_that_no_cell_sees_whole_are_pointed_out(size, warns, tiny_config, caplog):
     cfg = tiny_config({"data.image_size": size})  # half of the shapes are longer than 0.3 of the image
-    warn_of_large_objects(cfg, build_dataset(cfg.data, "train"))
-    assert ("data.image_size" in caplog.text and "train.start" in caplog.text) is warns
+    warn_of_crops(cfg, build_dataset(cfg.data, "train"))
+    assert ("data.image_size" in caplog.text) is warns
+
+
+@pytest.mark.parametrize("few, warns", [(10, False), (10_000, True)])
+def test_few_objects_are_pointed_out_with_what_would_do(few, warns, tiny_config, caplog, monkeypatch):
+    monkeypatch.setattr(start, "FEW_OBJECTS", few)
+    cfg = tiny_config()
+    warn_of_crops(cfg, build_dataset(cfg.data, "train"))
+    assert ("train.start" in caplog.text) is warns
 
 
 def test_a_detector_of_transformers_is_fine_tuned_from_a_folder_and_looked_at(huggingface_settings, tmp_path, capsys):
