@@ -185,7 +185,7 @@ def _draw_objects(
     captions: bool = True,
 ) -> None:
     """Boxes in the colours of their classes, whose names those have that find room, large ones first."""
-    boxes = np.asarray(boxes)  # of a data set they are tensors, which numpy's functions do not all take
+    boxes, labels = np.asarray(boxes), np.asarray(labels)  # those of a data set are tensors, those of a table Series
     order = np.argsort(-np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), kind="stable")
     colours = [class_colour(int(labels[index]), names) for index in order]
     for index, colour in zip(order, colours, strict=True):
