@@ -88,6 +88,13 @@ def test_annotated_images_show_boxes_in_the_colour_of_their_class(boxes_in, titl
     assert boxes_in(alone.axes[0], dog) == [tuple(BOXES[0])]  # the same colour without cats
 
 
+def test_objects_of_a_data_set_and_of_a_table_are_drawn_alike(boxes_in):
+    """The first are tensors, the others a Series that counts the rows of another table."""
+    for boxes, labels in ((torch.tensor(BOXES), torch.tensor([1, 2])), (BOXES, pd.Series([1, 2], index=[7, 3]))):
+        drawn = dataset.annotated_images([IMAGE], [boxes], [labels], NAMES)
+        assert len(boxes_in(drawn.axes[0])) == 2
+
+
 def test_annotated_images_write_the_names_of_many_classes_at_the_boxes(titles, texts):
     many = {label: f"class {label}" for label in range(12)}
     height, width = IMAGE.shape[:2]
