@@ -11,6 +11,7 @@ from detrlib.errors import ConfigError
     [
         ({"model.encoder_layers": 0, "evaluate.store_sites": ["encoder_self"]}, "evaluate.store_sites"),
         ({"model.encoder_layers": 0, "train.freeze": ["encoder"]}, "train.freeze"),
+        ({"model.encoder_layers": 0, "train.checkpoint_activations": ["encoder"]}, "train.checkpoint_activations"),
         ({"model.architecture": "deformable", "model.deformable.refine": True, "loss.auxiliary": False}, "refine"),
     ],
 )
