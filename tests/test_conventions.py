@@ -44,7 +44,7 @@ CEILINGS = {
     "metrics": 1990,
     "runs": 1650,
     "engine": 2600,
-    "experiments": 2090,
+    "experiments": 2105,
     "figures": 3060,
     "teaching": 480,
     "benchmarks": 870,

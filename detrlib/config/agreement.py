@@ -13,8 +13,10 @@ def disagreement(cfg: "Config") -> str | None:
     model, theirs = cfg.model, cfg.model.architecture == "huggingface"
     if "encoder_self" in cfg.evaluate.store_sites and not theirs and not model.encoder_layers:
         return "evaluate.store_sites: model.encoder_layers is 0, there is no encoder_self to store; leave it out"
-    if "encoder" in cfg.train.freeze and not model.encoder_layers:
-        return "train.freeze: model.encoder_layers is 0, there is no encoder to freeze; leave it out"
+    for name in ("freeze", "checkpoint_activations"):
+        parts = getattr(cfg.train, name)
+        if isinstance(parts, tuple) and "encoder" in parts and not model.encoder_layers:
+            return f"train.{name}: model.encoder_layers is 0, there is no encoder; leave it out"
     if (needed := model.attention.anneal.epochs) > cfg.train.epochs:
         return (
             f"model.attention.anneal.epochs {needed} is more than train.epochs {cfg.train.epochs}: alpha would not "

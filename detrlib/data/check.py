@@ -112,8 +112,8 @@ def _examined(folder: Path, names: list[str], decode: bool) -> Iterator[tuple[st
     if decode:
         logger.info("decoding %d pictures of %s once, before training (data.check)", len(names), folder)
     with ThreadPoolExecutor(cores()) as pool:
-        futures = {pool.submit(_examine, folder / name, decode): name for name in names}
         try:
+            futures = {pool.submit(_examine, folder / name, decode): name for name in names}
             for future in _reported(as_completed(futures), len(futures)):
                 yield futures[future], future.result()
         finally:

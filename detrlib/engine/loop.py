@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 4 -m detrlib.engine.loop RUN_DIR           a cluster; RUN_DIR holds config.yaml
 
 The batch size is that of all processes together and losses are normalised over them, so a run gives the same
-result on one GPU or eight. The same run folder again resumes after the last complete epoch.
+result on one GPU or eight, but for what each process draws at random. The same run folder again resumes after the last
+complete epoch.
 
 What a person should know is said in this order, nothing of it twice:
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from detrlib.figures import dataset, style
 
@@ -81,8 +82,17 @@ def test_annotated_images_show_boxes_in_the_colour_of_their_class(boxes_in, titl
     assert boxes_in(drawn.axes[0], cat) == [tuple(BOXES[0])] and boxes_in(drawn.axes[0], dog) == [tuple(BOXES[1])]
     assert boxes_in(drawn.axes[2]) == [] and len(boxes_in(drawn.axes[3], dog)) == 2
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["cat", "dog"]
+    tensors = torch.tensor(BOXES), torch.tensor([1, 2])  # as data sets give them
+    assert len(dataset.annotated_images([IMAGE], *([one] for one in tensors), NAMES).axes) == 1
     alone = dataset.annotated_images([IMAGE], [BOXES[:1]], [[2]], NAMES)
     assert boxes_in(alone.axes[0], dog) == [tuple(BOXES[0])]  # the same colour without cats
+
+
+def test_objects_of_a_data_set_and_of_a_table_are_drawn_alike(boxes_in):
+    """The first are tensors, the others a Series that counts the rows of another table."""
+    for boxes, labels in ((torch.tensor(BOXES), torch.tensor([1, 2])), (BOXES, pd.Series([1, 2], index=[7, 3]))):
+        drawn = dataset.annotated_images([IMAGE], [boxes], [labels], NAMES)
+        assert len(boxes_in(drawn.axes[0])) == 2
 
 
 def test_annotated_images_write_the_names_of_many_classes_at_the_boxes(titles, texts):
