@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event, Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -193,10 +194,14 @@ def _work_off(jobs: list[Job], slots: int) -> None:
     free = SimpleQueue()
     for slot in range(slots):
         free.put(slot)
+    starting, interrupted = Lock(), Event()  # so that a run that begins meanwhile is interrupted too, or never begins
 
     def work(job: Job) -> None:
         slot = free.get()
-        _start(job, slot, slots)
+        with starting:
+            if interrupted.is_set():
+                return
+            _start(job, slot, slots)
         job.failed, job.process = job.process.wait() != 0, None
         free.put(slot)
 
@@ -211,10 +216,12 @@ def _work_off(jobs: list[Job], slots: int) -> None:
                     future.result()  # raises what went wrong in `work` itself
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            interrupted.set()
             wait({future for future in left if not future.cancelled()}, GRACE)
-            for job in jobs:
-                if process := job.process:
-                    process.send_signal(signal.SIGINT)
+            with starting:
+                for job in jobs:
+                    if process := job.process:
+                        process.send_signal(signal.SIGINT)
             raise
 
 
