@@ -14,8 +14,6 @@ from detrlib.errors import ConfigError, DataError, DetrlibError, listed
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
-
-
 PAIRS = ("--set", "--map", "-p")  # options that take NAME=VALUE, once or several times
 
 
@@ -419,9 +417,6 @@ def huggingface(
     pictures: Annotated[list[str], Option(help="files, folders or globs; default: noise")] = [],  # noqa: B006
     sharpen: Annotated[float | None, Option(help="standard deviation of scores; default for random weights: 4")] = None,
     size: Annotated[int, Option(min=64, help="pixels of noise and, for random weights, of the shorter side")] = 640,
-    alpha: Annotated[float, Option(help="of entmax")] = 1.25,
-    alpha_init: Annotated[float, Option(help="of alpha_entmax")] = 1.75,
-    tv_lambda: Annotated[float, Option(help="of tvmax")] = 0.1,
     out: Annotated[Path | None, Option(help="folder for the table as CSV, Markdown and LaTeX")] = None,
 ) -> None:
     """Zeros and Gini of the attention of Hugging Face's detectors at every site, under each transform.
@@ -430,20 +425,19 @@ def huggingface(
     rt_detr_v2 and d_fine, whose weights are random and whose scores are sharpened.
     """
     from detrlib.attention import TRANSFORMS
-    from detrlib.experiments.huggingface import sparsity_table, wide_table
+    from detrlib.experiments.huggingface import SETTINGS, sparsity_table, wide_table
     from detrlib.figures.album import check_folder
     from detrlib.figures.tables import save_table
 
     if out:
         check_folder(out)
     names = values_in(transforms, "--transforms") or list(TRANSFORMS)
-    settings = {"alpha": alpha, "alpha_init": alpha_init, "tv_lambda": tv_lambda}
     models = models or ["detr", "rt_detr_v2", "d_fine"]
-    table = sparsity_table(models, names, pictures, sharpen, size, progress=True, **settings)
+    table = sparsity_table(models, names, pictures, sharpen, size, progress=True, **SETTINGS)
     wide = wide_table(table)
     typer.echo(wide.round(3).to_string(na_rep="–"))
     if out:
-        note = f"sharpen {sharpen}, size {size}, {settings}, pictures {pictures or 'noise'}"
+        note = f"sharpen {sharpen}, size {size}, {SETTINGS}, pictures {pictures or 'noise'}"
         caption = "Sparsity of attention under each transform, put into one site at a time."
         save_table(wide, "huggingface", caption, out, note, unranked=list(wide))
         table.to_csv(out / "huggingface.csv", index=False)

@@ -1,7 +1,7 @@
 """Every picture of a data set decoded once, before training: what cannot be read is named at once, all of it.
 
 What was found is remembered by size and time of each file, so that another start, of any run, need not decode again.
-118,000 photographs of COCO take about 10 minutes on one core, and less in proportion on more.
+200 photographs took 0.8 seconds of one core (AMD EPYC), so those of COCO should take some 8 minutes of it.
 """
 
 import hashlib

@@ -15,7 +15,7 @@ from detrlib.losses.criterion import Criterion
 
 def train_step(
     model: nn.Module,
-    batch: list[Batch],
+    parts: list[Batch],
     criterion: Criterion,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
@@ -32,7 +32,7 @@ def train_step(
 
     Args:
         model: as `accelerator.prepare` returns it, in training mode.
-        batch: of this process, in as many parts as that of every other process, see `Batch.split`; on any device.
+        parts: of the batch of this process, as many as every other process has, see `Batch.split`; on any device.
         criterion: gives the loss and its unweighted terms.
         optimizer: as `accelerator.prepare` returns it.
         accelerator: averages gradients over the processes.
@@ -47,13 +47,13 @@ def train_step(
     Raises:
         NonFiniteLoss: the loss or the norm of its gradients is no number; weights are as they were.
     """
-    targets = [target for part in batch for target in part.targets]
+    targets = [target for part in parts for target in part.targets]
     sums: dict[str, Tensor] = {}
     optimizer.zero_grad()
-    for number, part in enumerate(batch, start=1):
+    for number, part in enumerate(parts, start=1):
         images, padding_mask, own_targets = part.to(accelerator.device)
         # Processes exchange gradients once, when they are complete.
-        with accelerator.no_sync(model) if number < len(batch) else nullcontext():
+        with accelerator.no_sync(model) if number < len(parts) else nullcontext():
             with autocast(precision, accelerator.device):
                 predictions = model(images, padding_mask)
             loss, terms = criterion(predictions, own_targets, targets)

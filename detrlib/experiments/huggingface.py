@@ -34,6 +34,7 @@ from detrlib.models.huggingface_weights import samples_points
 from detrlib.models.outputs import Site
 
 SHARPEN = 4.0  # standard deviation of the scores of random weights
+SETTINGS = {"alpha": 1.25, "alpha_init": 1.75, "tv_lambda": 0.1}  # of the command: away from entmax15
 MEASURES = ("zeros", "gini")
 
 
