@@ -33,7 +33,7 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 660,
+    ".": 680,
     "config": 1220,
     "attention": 1240,
     "attention/kernels": 1040,
@@ -43,8 +43,8 @@ CEILINGS = {
     "data": 2870,
     "metrics": 1990,
     "runs": 1650,
-    "engine": 2600,
-    "experiments": 2105,
+    "engine": 2660,
+    "experiments": 2190,
     "figures": 3060,
     "teaching": 480,
     "benchmarks": 870,
