@@ -38,7 +38,7 @@ CEILINGS = {
     "attention": 1240,
     "attention/kernels": 1040,
     "models": 2930,
-    "losses": 330,
+    "losses": 380,
     "checkpoints": 1310,
     "data": 2870,
     "metrics": 1990,
