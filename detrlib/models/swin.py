@@ -11,7 +11,7 @@ Legend: B images, C channels, H heads, M side of a window, T = M * M tokens of a
 whole windows; R = B, or 1 if all images fill the batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,35 +44,42 @@ def swin_body(stages: Sequence[int]) -> SwinTransformer:
 def swin_stages(
     body: SwinTransformer,
     images: Tensor,
-    inside: Callable[[Tensor], Tensor],
-    sizes: Sequence[Size] | None,
+    padding: Tensor | None = None,
+    sizes: Sequence[Size] | None = None,
     always_shift: bool = False,
     again: bool = False,
-) -> Iterator[Tensor]:
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Images [B,3,H,W] -> maps of the four stages [B,C,h,w], strides 4 to 32, normalised where the body has a norm.
 
-    inside: makes zero what is outside the images. sizes: of the images, in pixels; None: all fill the batch. again: of
-    every block, keep the input only.
+    Each comes with the padding of its tokens [B,h,w], which is not made zero.
+
+    padding: [B,H,W], True = outside an image, whose height and width in pixels are `sizes`; None: all fill the batch.
+    again: of every block, keep the input only.
     """
 
-    def within(tokens: Tensor) -> Tensor:  # [B,h,w,C]
-        return inside(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-    def encoded(block: SwinTransformerBlock, x: Tensor, grids: Sequence[Size] | None) -> Tensor:
-        attended = window_attention(block.attn, within(block.norm1(x)), grids, always_shift)
+    def encoded(block: SwinTransformerBlock, x: Tensor, outside: Tensor | None, grids: Sequence[Size] | None) -> Tensor:
+        attended = window_attention(block.attn, _within(block.norm1(x), outside), grids, always_shift)
         x = x + block.stochastic_depth(attended)
         return x + block.stochastic_depth(block.mlp(block.norm2(x)))
 
-    x = body.features[0](_whole(inside(images).permute(0, 2, 3, 1), PATCH).permute(0, 3, 1, 2))
+    pixels = _within(images.permute(0, 2, 3, 1), padding)
+    x = body.features[0](_whole(pixels, PATCH).permute(0, 3, 1, 2))  # [B,h,w,C]
+    outside = None if padding is None else padding[:, ::PATCH, ::PATCH]
     grids = sizes and [(_parts(height, PATCH), _parts(width, PATCH)) for height, width in sizes]
     for number in range(len(DEPTHS)):
         for block in body.features[2 * number + 1]:
-            x = call(encoded, block, x, grids, again=again)
+            x = call(encoded, block, x, outside, grids, again=again)
         norm = getattr(body, f"norm{number}", None)
-        yield inside((norm(x) if norm else x).permute(0, 3, 1, 2))
+        yield (norm(x) if norm else x).permute(0, 3, 1, 2), outside
         if number + 1 < len(DEPTHS):
-            x = body.features[2 * number + 2](within(x))
+            x = body.features[2 * number + 2](_within(x, outside))
+            outside = None if outside is None else outside[:, ::2, ::2]
             grids = grids and [(_parts(height, 2), _parts(width, 2)) for height, width in grids]
+
+
+def _within(tokens: Tensor, outside: Tensor | None) -> Tensor:
+    """Tokens [B,h,w,C], zero outside the images."""
+    return tokens if outside is None else tokens.masked_fill(outside[..., None], 0.0)
 
 
 def window_attention(
