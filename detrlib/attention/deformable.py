@@ -53,7 +53,7 @@ def sample_and_mix_written_out(values: Tensor, shapes: Shapes, locations: Tensor
         for level, part in enumerate(maps.split([h * w for h, w in shapes], 2)):
             sampled = F.grid_sample(part.unflatten(2, shapes[level]), grids[:, :, level], align_corners=False)
             mixed = mixed + (sampled * shares[..., level, :]).sum(-1)  # [B*H,D,Q]
-    return mixed.unflatten(0, (len(values), -1)).permute(0, 3, 1, 2).flatten(2).to(values.dtype)
+    return mixed.unflatten(0, (values.shape[0], -1)).permute(0, 3, 1, 2).flatten(2).to(values.dtype)
 
 
 def splat(

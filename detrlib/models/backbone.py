@@ -66,8 +66,7 @@ class Backbone(nn.Module):
         own = None if self.official_padding else padding  # of which nothing may be seen
         again = self.recompute and self.training
         if isinstance(self.body, SwinTransformer):
-            # How windows lie depends on the sizes as numbers: with padding, a GPU is asked for them, once.
-            sizes = None if own is None else image_sizes(own)
+            sizes = None if own is None else valid_sizes(own)
             maps = swin_stages(self.body, images, own, sizes, self.official_padding, again)
         else:
             maps = residual_stages(self.body, images, own, again)
@@ -101,10 +100,15 @@ def nearest_mask(padding: Tensor, grid: Sequence[int]) -> Tensor:
     return F.interpolate(padding[None].float(), size=tuple(grid)).bool()[0]
 
 
-def image_sizes(padding: Tensor) -> list[tuple[int, int]]:
-    """(height, width) of the images in the upper left corners of a padded batch [B,H,W]."""
+def valid_sizes(padding: Tensor) -> Tensor:
+    """(height, width) [B,2] of the images in the upper left corners of a padded batch [B,H,W]."""
     valid = ~padding
-    return [tuple(size) for size in torch.stack([valid[:, :, 0].sum(1), valid[:, 0].sum(1)], 1).tolist()]
+    return torch.stack([valid[:, :, 0].sum(1), valid[:, 0].sum(1)], 1)
+
+
+def image_sizes(padding: Tensor) -> list[tuple[int, int]]:
+    """The same as numbers, for which a GPU is waited for."""
+    return [tuple(size) for size in valid_sizes(padding).tolist()]
 
 
 def stage_channels(body: nn.Module, stage: int) -> int:

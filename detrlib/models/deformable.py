@@ -36,7 +36,7 @@ def proposal_cells(pyramid: Pyramid) -> Cells:
     """A box around the centre of every token, the larger the coarser its level."""
     centres = cell_centres(pyramid)
     sides = [centres.new_full((h * w,), SMALLEST_BOX * 2**level) for level, (h, w) in enumerate(pyramid.shapes)]
-    sides = torch.cat(sides)[None, :, None].expand(len(centres), -1, 2)
+    sides = torch.cat(sides)[None, :, None].expand(centres.shape[0], -1, 2)
     boxes = torch.cat([centres, sides], -1)  # [B,S,4]
     valid = ((boxes > BORDER) & (boxes < 1 - BORDER)).all(-1)
     if pyramid.padding is not None:
@@ -121,7 +121,7 @@ class DeformableDETR(nn.Module):
         if self.two_stage:
             queries, proposals = self._propose(memory, cells)
         else:
-            queries = self.transformer.learned_queries(self.query_embed.weight, len(images))
+            queries = self.transformer.learned_queries(self.query_embed.weight, images.shape[0])
         box_heads = self._decoder_heads(self.bbox_embed)
         look = kept is not None or "decoder_cross" in sites
         decoded = self.transformer.decoder(queries, memory, box_heads, "decoder_self" in sites, look)

@@ -19,7 +19,7 @@ class Kept(NamedTuple):
     def gather(self, values: Tensor) -> Tensor:
         """Values [B or 1,S,...] of all tokens -> those of the kept ones, [B,k,...]."""
         index = self.index.view(*self.index.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:])
-        return values.expand(len(index), *values.shape[1:]).gather(1, index)
+        return values.expand(index.shape[0], *values.shape[1:]).gather(1, index)
 
     def scatter(self, tokens: Tensor, updated: Tensor) -> Tensor:
         """Tokens [B,S,E] with the kept ones replaced by `updated` [B,k,E]."""
@@ -29,7 +29,7 @@ class Kept(NamedTuple):
 
     def mask(self, tokens: int) -> Tensor:
         """[B,S], True = kept."""
-        return torch.zeros(len(self.index), tokens, dtype=torch.bool, device=self.index.device).scatter(
+        return torch.zeros(self.index.shape[0], tokens, dtype=torch.bool, device=self.index.device).scatter(
             1, self.index, ~self.surplus
         )
 
@@ -42,12 +42,12 @@ def keep_best(scores: Tensor, padding: Tensor | None, ratio: float) -> Kept:
     """
     tokens = scores.shape[1]
     if padding is None:
-        valid = torch.full((len(scores),), tokens, device=scores.device)
+        valid = torch.full(scores.shape[:1], tokens, device=scores.device)
     else:
         valid = (~padding).sum(1)
         scores = scores.masked_fill(padding, -torch.inf)
     wanted = ((valid.double() * ratio).long() + 1).minimum(valid)  # [B]
-    best = scores.topk(min(int(tokens * ratio) + 1, tokens), dim=1).indices
+    best = scores.topk(min(torch.sym_int(tokens * ratio) + 1, tokens), dim=1).indices
     index, rank = best.sort(dim=1)  # as tokens lie in memory
     return Kept(index, rank >= wanted[:, None], rank >= wanted.amax())
 
