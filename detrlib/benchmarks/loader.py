@@ -7,6 +7,7 @@ resizes with Pillow and makes normalised floating point numbers of every image; 
 batch is normalised where the model is, which is counted beside it as if that were the same core.
 """
 
+import itertools
 import json
 import tempfile
 import time
@@ -65,7 +66,7 @@ def photographs(folder: Path, count: int, size: tuple[int, int] = (640, 480)) ->
 
 
 def measure(images: Path, annotations: Path, image_size: int = 800, rounds: int = 5) -> pd.DataFrame:
-    """CPU time of one thread for an image of a batch, medians, all ways taking turns.
+    """CPU time of one thread for an image, median over rounds through the data, all ways taking turns.
 
     Returns rows of: recipe, way, ms (of an image), images_per_second, and times, which is how many images that way
     prepares in the time that the published transforms take for one.
@@ -74,14 +75,14 @@ def measure(images: Path, annotations: Path, image_size: int = 800, rounds: int 
     for recipe, train in (("training", True), ("validation", False)):
         dataset = CocoDataset(images, annotations, build_augmentation(image_size, "detr", train))
         ways = {OFFICIAL: official_batch, OWN: own_batch, NORMALISED: lambda *given: own_batch(*given).images}
-        spent: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(rounds):
-            for first in range(0, len(dataset) - BATCH + 1, BATCH):
-                asked = [Drawn(index, f"{turn} {index}", f"{turn} {first}") for index in range(first, first + BATCH)]
-                for name, way in ways.items():
-                    start = time.thread_time()
-                    way(dataset, asked)
-                    spent[name].append((time.thread_time() - start) / BATCH)
+        spent = {name: np.zeros(rounds) for name in ways}
+        firsts = range(0, len(dataset) - BATCH + 1, BATCH)
+        for turn, first in itertools.product(range(rounds), firsts):
+            asked = [Drawn(index, f"{turn} {index}", f"{turn} {first}") for index in range(first, first + BATCH)]
+            for name, way in ways.items():
+                start = time.thread_time()
+                way(dataset, asked)
+                spent[name][turn] += (time.thread_time() - start) / (BATCH * len(firsts))
         medians = {name: float(np.median(values)) for name, values in spent.items()}
         rows += [
             {

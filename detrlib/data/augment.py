@@ -17,12 +17,12 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from detrlib.data.decoding import as_pixels
 from detrlib.errors import ConfigError
 
 PAPER_SIZE = 800  # shorter side in validation, pixels; the unit of the lengths below
@@ -36,11 +36,6 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 Size = tuple[int, int]  # height, width
-
-
-def as_pixels(image: Image.Image) -> Tensor:
-    """A picture in RGB as uint8 [3,H,W], which lies in memory as [H,W,3]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def normalised(pixels: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -133,7 +128,8 @@ class Crop(NamedTuple):
     width: int
 
     def pixels(self, pixels: Tensor) -> Tensor:
-        return pixels[:, self.top : self.top + self.height, self.left : self.left + self.width]
+        part = pixels[:, self.top : self.top + self.height, self.left : self.left + self.width]
+        return part.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # in one piece: others are resized at half the speed
 
     def boxes(self, boxes: Tensor, size: Size) -> Tensor:
         return boxes - torch.tensor([self.left, self.top, self.left, self.top])

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from detrlib.config import Data
 from detrlib.data.augment import normalised
+from detrlib.data.shapes import cores
 from detrlib.errors import ConfigError, DataError
 
 MOST_WORKERS = 8  # that are taken unasked: each decodes and augments some 200 photographs a second
@@ -107,8 +108,7 @@ def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) ->
     """
     workers = settings.workers
     if workers == "auto":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        beside = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1  # the process itself wants one
+        beside = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1  # the process itself wants one
         workers = 0 if settings.cache else min(max(beside, 0), MOST_WORKERS)
     return DataLoader(
         dataset,

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 
 from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.data.annotations import Annotation, Annotations, ImageRecord, read_annotations
-from detrlib.data.augment import Resize, as_pixels
+from detrlib.data.augment import Resize
 from detrlib.data.batch import Drawn
 from detrlib.data.classes import labels_in
-from detrlib.data.decoding import UNREADABLE, read_picture, why_unreadable
+from detrlib.data.decoding import UNREADABLE, as_pixels, read_picture, why_unreadable
 from detrlib.data.objects import Objects, clean, clipped
 from detrlib.data.pictures import sizes_in_files
 from detrlib.errors import DataError, listed

@@ -23,7 +23,7 @@ def photographs(tmp_path_factory):
 def test_batches_are_those_of_the_published_transforms(photographs, image_size, recipe, train):
     """To one level of grey, with the same padding, which is exactly zero, and the same boxes.
 
-    Where torch resizes 8 bit numbers as floating point ones, Pillow rounds between rows and columns, and torch does not.
+    Where torch has no kernel for 8 bit numbers, it does not round between rows and columns, as Pillow does.
     """
     levels = 2 if recipe == "detr" and torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 1
     dataset = CocoDataset(*photographs, build_augmentation(image_size, recipe, train))
