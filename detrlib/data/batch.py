@@ -99,8 +99,33 @@ def collate(samples: list[tuple[Tensor, dict]]) -> Batch:
     return Batch(padded.permute(0, 3, 1, 2), padding_mask, list(targets))
 
 
+class Packed(NamedTuple):
+    """A batch on its way between processes, where every tensor costs its receiver 0.1 ms: few, and long ones."""
+
+    pixels: Tensor
+    padding_mask: Tensor | None
+    columns: dict[str, Tensor | list]  # of all targets one after the other
+    lengths: dict[str, list[int]]  # of a column, what each image has of it
+
+
+def pack(samples: list[tuple[Tensor, dict]]) -> Packed:
+    """What `collate` makes of samples, with one tensor for each entry of the targets."""
+    batch = collate(samples)
+    columns = {name: [target[name] for target in batch.targets] for name in batch.targets[0]}
+    tensors = {name: torch.cat(column) for name, column in columns.items() if isinstance(column[0], Tensor)}
+    lengths = {name: [len(own) for own in columns[name]] for name in tensors}
+    return Packed(batch.pixels, batch.padding_mask, columns | tensors, lengths)
+
+
+def unpack(packed: Packed) -> Batch:
+    """The batch; tensors of its targets are parts of those that came."""
+    columns = packed.columns | {name: packed.columns[name].split(own) for name, own in packed.lengths.items()}
+    targets = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return Batch(packed.pixels, packed.padding_mask, targets)
+
+
 def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) -> DataLoader:
-    """Batches of a data set, prepared by as many processes as `data.workers` says.
+    """Batches of a data set, for `batches`, prepared by as many processes as `data.workers` says.
 
     settings: the section `data` of a config.
     pinned: batches lie in memory that a GPU copies from while it computes.
@@ -112,7 +137,7 @@ def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) ->
         workers = 0 if settings.cache else min(max(beside, 0), MOST_WORKERS)
     return DataLoader(
         dataset,
-        collate_fn=collate,
+        collate_fn=pack,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pinned,
@@ -121,13 +146,13 @@ def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) ->
     )
 
 
-def batches(loader: Iterable[Batch]) -> Iterator[Batch]:
+def batches(loader: Iterable[Packed]) -> Iterator[Batch]:
     """The batches of a loader. A fault of the data that a worker process has met is the one line it is without workers.
 
     PyTorch hands on an exception of a worker with the worker's traceback for a message.
     """
     try:
-        yield from loader
+        yield from map(unpack, loader)
     except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
 

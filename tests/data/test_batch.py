@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detrlib.data import build_dataset
-from detrlib.data.batch import EpochSampler, batches, collate, open_loader
+from detrlib.data.batch import EpochSampler, batches, collate, open_loader, pack, unpack
 from detrlib.errors import ConfigError, DataError
 
 
@@ -127,11 +127,27 @@ class Torn(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_fault_of_the_data_is_one_line_whichever_process_meets_it(workers):
-    loader = torch.utils.data.DataLoader(Torn(), collate_fn=collate, num_workers=workers)
+def test_a_fault_of_the_data_is_one_line_whichever_process_meets_it(workers, tiny_config):
+    loader = open_loader(Torn(), tiny_config({"data.workers": workers}).data, pinned=False)
     with pytest.raises(DataError) as caught:
         list(batches(loader))
     assert str(caught.value) == "0.png cannot be read: truncated"
+
+
+def test_a_batch_is_the_same_after_its_way_between_processes():
+    samples = [
+        (
+            torch.randint(256, (3, 20, 30 + number), dtype=torch.uint8),
+            {"boxes": torch.rand(number, 4), "image_id": number},
+        )
+        for number in range(3)
+    ]
+    expected, found = collate(samples), unpack(pack(samples))
+    assert torch.equal(found.pixels, expected.pixels) and torch.equal(found.padding_mask, expected.padding_mask)
+    for target, wanted in zip(found.targets, expected.targets, strict=True):
+        assert torch.equal(target["boxes"], wanted["boxes"]) and target["image_id"] == wanted["image_id"]
+    tensors = [part for part in pack(samples).columns.values() if isinstance(part, torch.Tensor)]
+    assert [len(tensor) for tensor in tensors] == [3]  # not one for each image
 
 
 def test_the_share_of_padding_is_that_of_pixels():
@@ -151,7 +167,7 @@ def test_augmentation_follows_from_seed_and_epoch_alone(tiny_config, scales):
         next(iter(loader))  # an epoch before, of which workers are kept
         sampler.epoch = number
         before = torch.get_rng_state()
-        found = list(loader)
+        found = list(batches(loader))
         assert torch.equal(before, torch.get_rng_state())  # dropout does not depend on workers
         return [image for batch in found for image in images_of(batch)]
 
