@@ -40,7 +40,7 @@ CEILINGS = {
     "models": 2930,
     "losses": 330,
     "checkpoints": 1310,
-    "data": 2870,
+    "data": 3350,
     "metrics": 1990,
     "runs": 1650,
     "engine": 2600,
