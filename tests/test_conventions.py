@@ -40,7 +40,7 @@ CEILINGS = {
     "models": 2930,
     "losses": 380,
     "checkpoints": 1310,
-    "data": 3060,
+    "data": 3500,
     "metrics": 1990,
     "runs": 1650,
     "engine": 2600,
