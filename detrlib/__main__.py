@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
+from detrlib.benchmarks import program, programs
 from detrlib.errors import ConfigError, DataError, DetrlibError, listed, show_messages
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
@@ -249,18 +250,10 @@ def explain(
     from detrlib.experiments.explain import faithfulness_run
     from detrlib.runs.folder import run_path
 
-    frame = faithfulness_run(
-        run_path(run),
-        images,
-        values_in(methods, "--methods") or None,
-        steps,
-        checkpoint=checkpoint,
-        unit=unit,
-        replacement=replacement,
-        min_score=min_score,
-        matched=not all_queries,
-        batch_size=batch_size,
-    )
+    names = values_in(methods, "--methods") or None
+    options = {"unit": unit, "replacement": replacement, "min_score": min_score, "batch_size": batch_size}
+    chosen = {"checkpoint": checkpoint, "matched": not all_queries}
+    frame = faithfulness_run(run_path(run), images, names, steps, **chosen, **options)
     columns = ["deletion_similarity", "insertion_similarity"]
     typer.echo(frame.groupby("method", sort=False)[columns].mean().round(3).to_string())
 
@@ -404,6 +397,15 @@ def costs(
         from detrlib.engine.memory import training_memory
 
         typer.echo(training_memory(cfg, tuple(pixels), memory))
+
+
+@app.command()
+def benchmark(
+    what: Annotated[str, Argument(metavar="WHAT", help=" | ".join(programs()))],
+    out: Annotated[Path, Option(help="folder of the tables and the numbers")] = Path("build/benchmarks"),
+) -> None:
+    """Measure speed and memory of this machine, beside other implementations."""
+    program(what)(out)
 
 
 @app.command()

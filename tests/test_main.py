@@ -15,6 +15,7 @@ from scipy.io import savemat
 from typer.testing import CliRunner
 
 from detrlib import __main__ as commands
+from detrlib import benchmarks
 from detrlib.checkpoints.files import export_official
 from detrlib.config import PROJECT, load_config, replace, save_config
 from detrlib.data import build_dataset
@@ -427,6 +428,16 @@ def test_huggingface(huggingface_detector, tmp_path):
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv", ".md", ".tex", ".txt"}
     assert "nosuch" in refused("huggingface", "nosuch")
     assert "a file" in refused("huggingface", "--out", tmp_path / "out" / "huggingface.csv")
+
+
+def test_a_benchmark_is_a_file_with_a_function_main(tmp_path, monkeypatch):
+    assert "nonsense" in refused("benchmark", "nonsense")
+    (tmp_path / "sums.py").write_text("def main(out):\n    (out / 'sums.json').write_text('2')\n")
+    (tmp_path / "other.py").write_text("raise AssertionError\n")
+    monkeypatch.setattr(benchmarks, "__path__", [str(tmp_path)])
+    assert benchmarks.programs() == ["sums"]
+    detrlib("benchmark", "sums", "--out", tmp_path)
+    assert (tmp_path / "sums.json").read_text() == "2"
 
 
 def test_every_command_has_a_line_of_help():
