@@ -2,6 +2,7 @@
 
 formats (yolo, voc), shapes    what lies on a disk, read as a file of COCO's
 annotations, objects, classes  what may stand in it, which of that are objects, and of which classes
+columns, blocks, index         the same at the size of COCO: as columns, read in blocks, once on a machine
 decoding, pictures             how the file of a picture is read; pictures without annotations
 coco                           the data set: images with their boxes
 check, findings                before training: every picture decoded, what would otherwise be silent

@@ -277,9 +277,10 @@ def _share(dataset: CocoDataset, cfg: Config, accelerator: Accelerator) -> DataL
 def _losses(criterion: Criterion, predictions: Predictions, targets: list[dict]) -> dict[str, tuple[float, float]]:
     """Every term of the loss of a batch, with its weight in the mean over batches."""
     terms, counts = criterion(predictions, targets)[1], criterion.counts(predictions, targets)
+    values = torch.stack(list(terms.values())).tolist()
     return {
-        name: (value.item(), counts.get(re.sub(r"(_enc)?(_\d+)?$", "", name), len(targets)))
-        for name, value in terms.items()
+        name: (value, counts.get(re.sub(r"(_enc)?(_\d+)?$", "", name), len(targets)))
+        for name, value in zip(terms, values, strict=True)
     }
 
 
