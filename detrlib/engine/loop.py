@@ -41,7 +41,7 @@ from detrlib.engine.advice import divided_statistics, few_updates, floor_and_col
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model
-from detrlib.engine.state import TrainingState
+from detrlib.engine.state import TrainingState, require_compiler
 from detrlib.engine.step import Pending, train_step
 from detrlib.errors import ConfigError, DetrlibError, RunError
 from detrlib.files import save_checkpoint
@@ -50,7 +50,6 @@ from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.models import checkpoint_activations
 
 LOOKED_AT = 64  # images whose attention is measured while training goes on
-
 TIMED_STEPS = 3  # after the first, from which the time of an epoch is told
 
 
@@ -76,6 +75,8 @@ def train(cfg: Config, run_dir: Path) -> dict:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
         )
+    if cfg.train.compile:
+        require_compiler(accelerator.device)
     say = partial(tracking.say, accelerator)
     train_set, val_set = (splits := open_splits(cfg.data)).values()
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
@@ -134,9 +135,8 @@ class Trainer:
         self.cfg, self.run_dir, self.accelerator, self.val_set = cfg, run_dir, accelerator, val_set
         self.say = partial(tracking.say, accelerator)
         set_seed(cfg.train.seed)
-        shared = accelerator.process_index, accelerator.num_processes
-        given = cfg.train.batch_size, *shared, cfg.train.seed, cfg.train.epoch_updates
-        self.sampler = EpochSampler(len(train_set), *given)
+        given = cfg.train.batch_size, accelerator.process_index, accelerator.num_processes, cfg.train.seed
+        self.sampler = EpochSampler(len(train_set), *given, cfg.train.epoch_updates)
         self.loader = DataLoader(
             train_set,
             batch_sampler=self.sampler,
@@ -194,6 +194,8 @@ class Trainer:
         settings = self.cfg.train
         self.say(*floor_and_collapse(self.floor), *few_updates(self.cfg, settings.epochs * len(self.sampler)))
         self.say(*divided_statistics(self.state.trained, self.micro_batch, settings.batch_size))
+        if settings.compile:
+            self.state.compile()
 
     def _train_epoch(self) -> dict[str, float]:
         """One epoch; means of everything logged."""
