@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 4 -m detrlib.engine.loop RUN_DIR           a cluster; RUN_DIR holds config.yaml
 
 The batch size is that of all processes together and losses are normalised over them, so a run gives the same
-result on one GPU or eight, but for what each process draws at random. The same run folder again resumes after the last
+result on one GPU or eight, but for dropout. The same run folder again resumes after the last
 complete epoch.
 
 What a person should know is said in this order, nothing of it twice:
@@ -28,13 +28,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
-from detrlib.data import Batch, CocoDataset, collate, describe_data, look_over, open_splits
-from detrlib.data.batch import EpochSampler, batches
+from detrlib.data import Batch, CocoDataset, describe_data, look_over, open_splits
+from detrlib.data.batch import EpochSampler, batches, open_loader
 from detrlib.data.classes import class_list
 from detrlib.engine import tracking
 from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
@@ -135,15 +134,10 @@ class Trainer:
         self.cfg, self.run_dir, self.accelerator, self.val_set = cfg, run_dir, accelerator, val_set
         self.say = partial(tracking.say, accelerator)
         set_seed(cfg.train.seed)
-        given = cfg.train.batch_size, accelerator.process_index, accelerator.num_processes, cfg.train.seed
-        self.sampler = EpochSampler(len(train_set), *given, cfg.train.epoch_updates)
-        self.loader = DataLoader(
-            train_set,
-            batch_sampler=self.sampler,
-            collate_fn=collate,
-            num_workers=cfg.data.workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+        shared = accelerator.process_index, accelerator.num_processes
+        given = cfg.train.batch_size, *shared, cfg.train.seed, cfg.train.epoch_updates
+        self.sampler = EpochSampler(len(train_set), *given)
+        self.loader = open_loader(train_set, cfg.data, accelerator.device.type == "cuda", batch_sampler=self.sampler)
         checkpoint_activations(model, cfg.train.checkpoint_activations)
         self.state = TrainingState(model, cfg, len(self.sampler), accelerator)
         self.plan = Plan(cfg, self.state.trained, train_set, self.sampler.own_size, accelerator)
@@ -200,7 +194,7 @@ class Trainer:
     def _train_epoch(self) -> dict[str, float]:
         """One epoch; means of everything logged."""
         cfg, accelerator, state = self.cfg.train, self.accelerator, self.state
-        # Order and augmentation depend on seed and epoch alone, so that a resumed run repeats an uninterrupted one.
+        # Like order and augmentation, dropout depends on seed and epoch alone: resumed runs repeat uninterrupted ones.
         set_seed(cfg.seed + 1000 * (state.epoch + 1) + accelerator.process_index)
         self.sampler.epoch = state.epoch
         state.model.train()
@@ -235,7 +229,7 @@ class Trainer:
         try:
             terms = train_step(*given, **told, explain=partial(self._failure, batch, state.position))
         except torch.OutOfMemoryError:
-            size = " x ".join(map(str, batch.images.shape[-2:]))
+            size = " x ".join(map(str, batch.pixels.shape[-2:]))
             raise RunError(
                 f"the GPU has not enough memory for {self.micro_batch} images in a batch of {size} pixels at step "
                 f"{state.global_step}; set {SMALLER}, and start again: the same run goes on after epoch {state.epoch}"

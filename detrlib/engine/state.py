@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from detrlib.config import Config
-from detrlib.engine.optimizer import lr_factors, parameter_groups
+from detrlib.engine.optimizer import build_optimizer, lr_factors
 from detrlib.errors import ConfigError
 from detrlib.files import load_checkpoint, load_weights, save_checkpoint
 from detrlib.models import set_alphas
@@ -34,7 +34,7 @@ class TrainingState:
 
     def __init__(self, model: nn.Module, cfg: Config, steps_per_epoch: int, accelerator: Accelerator):
         self.accelerator, self.steps_per_epoch, self.annealed = accelerator, steps_per_epoch, cfg.model.annealed_alphas
-        optimizer = torch.optim.AdamW(parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
+        optimizer = build_optimizer(model, cfg.train)
         factors = lr_factors(optimizer, steps_per_epoch, cfg.train)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)

@@ -92,12 +92,12 @@ def train_step(
     sums: dict[str, Tensor] = {}
     optimizer.zero_grad()
     for number, part in enumerate(parts, start=1):
-        images, padding_mask, own_targets = part.to(accelerator.device)
+        part = part.to(accelerator.device)
         # Processes exchange gradients once, when they are complete.
         with accelerator.no_sync(model) if number < len(parts) else nullcontext():
             with autocast(precision, accelerator.device):
-                predictions = model(images, padding_mask)
-            loss, terms = criterion(predictions, own_targets, targets)
+                predictions = model(part.images, part.padding_mask)
+            loss, terms = criterion(predictions, part.targets, targets)
             pending.read()  # the matcher has just waited for what came later
             accelerator.backward(loss)
         for name, value in ({"loss": loss} | terms).items():

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -20,6 +20,9 @@ from detrlib.errors import ConfigError
 from detrlib.models.checkpointing import call
 from detrlib.models.pretrained import imagenet_weights, load_backbone_weights, read_weights
 from detrlib.models.swin import DEPTHS, PATCH, WIDTHS, WINDOW, swin_body, swin_stages
+
+# Asked for once, since a graph that is compiled cannot ask.
+CAPABILITY, ONEDNN = torch.backends.cpu.get_cpu_capability(), torch.backends.mkldnn.is_available()
 
 
 @dataclass
@@ -56,7 +59,9 @@ class Backbone(nn.Module):
 
     def __init__(self, body: nn.Module, stages: Sequence[int] = (4,), official_padding: bool = False):
         super().__init__()
-        self.body = body.to(memory_format=convolution_layout(torch.device("cpu")))  # where models are built
+        self.body = body.to(memory_format=torch.channels_last)
+        for part in (body.layer2, body.layer3, body.layer4) if isinstance(body, ResNet) else ():
+            part.to(memory_format=trained_layout(torch.device("cpu")))  # where models are built
         self.stages = tuple(stages)
         self.num_channels = [stage_channels(body, stage) for stage in self.stages]
         self.official_padding = official_padding
@@ -82,14 +87,15 @@ class Backbone(nn.Module):
         return levels
 
 
-def convolution_layout(device: torch.device) -> torch.memory_format:
-    """The layout of images and filters in which convolutions are fastest, see `detrlib benchmark step`.
+def trained_layout(device: torch.device) -> torch.memory_format:
+    """The layout in which convolutions of the later stages of torchvision's ResNets are fastest, forward and backward.
 
-    On processors without AVX-512, oneDNN's 3 x 3 convolutions in channels-last layout are slower by an eighth, and
-    those with stride 2 by a third; with it, 1 x 1 convolutions in this layout are faster by an eighth.
+    It is channels-last, but for processors without AVX-512: there the gradients of 3 x 3 filters take a third longer in
+    it, and those with stride 2 three times as long. The stem and the first stage, in DETR not trained, are faster in it
+    everywhere. See `detrlib benchmark step`.
     """
-    fast = torch.backends.cpu.get_cpu_capability() == "AVX512" if device.type == "cpu" else device.type == "cuda"
-    return torch.channels_last if fast else torch.contiguous_format
+    slow = device.type == "cpu" and CAPABILITY == "AVX2"
+    return torch.contiguous_format if slow else torch.channels_last
 
 
 def nearest_mask(padding: Tensor, grid: Sequence[int]) -> Tensor:
@@ -190,7 +196,7 @@ def residual_stages(
         again: of every block, keep the input only.
     """
     x = images if padding is None else images.masked_fill(padding[:, None], 0.0)
-    x = normalised(body.conv1, body.bn1, x.contiguous(memory_format=convolution_layout(images.device)))
+    x = normalised(body.conv1, body.bn1, x.contiguous(memory_format=torch.channels_last))
     padding = _shrunk(padding, body.conv1)
     x = body.maxpool(rectified(x, padding))
     if isinstance(body.maxpool, nn.MaxPool2d):
@@ -198,6 +204,8 @@ def residual_stages(
         if padding is not None and isinstance(body.layer1[0], BasicBlock):
             x = x.masked_fill(padding[:, None], 0.0)  # windows reach from just outside an image into it
     for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
+        if stage is body.layer2 and isinstance(body, ResNet):
+            x = x.contiguous(memory_format=trained_layout(x.device))
         for block in stage:
             x, padding = call(residual, block, x, padding, again=again)
         yield x, padding
@@ -236,7 +244,7 @@ def normalised(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
     dilation = conv.dilation
-    if x.is_cpu and _side(conv.kernel_size) == 1 and torch.backends.mkldnn.is_available():
+    if x.is_cpu and _side(conv.kernel_size) == 1 and ONEDNN:
         # One cell cannot be dilated, but convolutions said to be go to oneDNN, which with one thread is faster by up
         # to a quarter than where PyTorch sends small batches otherwise.
         dilation = 2

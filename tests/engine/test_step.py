@@ -58,11 +58,11 @@ def test_a_later_part_that_is_no_number_leaves_the_weights(batch, small):
     model = small(dropout=0.0).train()
     optimizer, before = torch.optim.AdamW(model.parameters()), copy.deepcopy(model.state_dict())
     parts = batch.split(2)
-    parts[1].images[0, 0, 0, 0] = torch.nan
+    parts[1].pixels[0, 0, 0, 0] = torch.nan
     with pytest.raises(NonFiniteLoss, match="loss is nan"):
         train_step(model, parts, Criterion(), optimizer, Accelerator())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    parts[1].images[0, 0, 0, 0] = 0.0
+    parts[1].pixels[0, 0, 0, 0] = 0.0
     assert train_step(model, parts, Criterion(), optimizer, Accelerator())["loss"].isfinite()
 
 
