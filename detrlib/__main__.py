@@ -343,11 +343,15 @@ def import_weights(
 @app.command()
 def export(
     run: Annotated[str, Argument(metavar="RUN|NAME", help="a run, or whatever import takes")],
-    path: Annotated[Path, Argument(help="FILE.safetensors, FILE.pth (official names), or a folder (Hugging Face)")],
-    layout: Annotated[Literal["safetensors", "official", "huggingface"] | None, Option("--format")] = None,
+    path: Annotated[
+        Path, Argument(help="FILE.safetensors, .pth (official), .pt2 or .onnx, or a folder (Hugging Face)")
+    ],
+    layout: Annotated[
+        Literal["safetensors", "official", "huggingface", "program", "onnx"] | None, Option("--format")
+    ] = None,
     checkpoint: Checkpoint = "last",
 ) -> None:
-    """Write the weights of a model for other programs: safetensors, the official layout, or Hugging Face's."""
+    """Write a model for others: safetensors, the official layout, Hugging Face's, or a program of PyTorch's or ONNX."""
     from detrlib.checkpoints.export import export as write
     from detrlib.runs.sources import open_source
 

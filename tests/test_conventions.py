@@ -39,7 +39,7 @@ CEILINGS = {
     "attention/kernels": 1040,
     "models": 3000,
     "losses": 380,
-    "checkpoints": 1310,
+    "checkpoints": 1390,
     "data": 3500,
     "metrics": 1990,
     "runs": 1650,

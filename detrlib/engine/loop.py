@@ -40,7 +40,7 @@ from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.pace import Pace
 from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model
-from detrlib.engine.state import TrainingState
+from detrlib.engine.state import TrainingState, require_compiler
 from detrlib.engine.step import Pending, train_step
 from detrlib.errors import ConfigError, DetrlibError, RunError, show_messages
 from detrlib.files import save_checkpoint
@@ -73,6 +73,8 @@ def train(cfg: Config, run_dir: Path) -> dict:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
         )
+    if cfg.train.compile:
+        require_compiler(accelerator.device)
     say = partial(tracking.say, accelerator)
     train_set, val_set = (splits := open_splits(cfg.data)).values()
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
@@ -187,6 +189,8 @@ class Trainer:
         settings = self.cfg.train
         self.say(*floor_and_collapse(self.floor), *few_updates(self.cfg, settings.epochs * len(self.sampler)))
         self.say(*divided_statistics(self.state.trained, self.micro_batch, settings.batch_size))
+        if settings.compile:
+            self.state.compile()
 
     def _train_epoch(self) -> dict[str, float]:
         """One epoch; means of everything logged."""
