@@ -1,0 +1,258 @@
+"""Entmax of rows by Newton's method: a loop that ends when it has converged, for a CPU, and a fixed number of steps.
+
+Legend: R rows, K keys. With z = (alpha - 1) (x - max x) and c = 1 / (alpha - 1), entmax is p = (1 + z - s)_+ ^ c where
+s >= 0 solves ||(1 + z - s)_+||_c = 1. As alpha -> 1 this becomes exp(x - max x - s / (alpha - 1)), a softmax.
+
+For c >= 1, that is alpha <= 2, the norm is convex and decreasing in s: Newton's steps from s = 0, where it is at least
+1, approach the root from the left and never overshoot. They are few: a step from slope g to slope g' leaves f' of the
+excess f = norm - 1 with f' / f + g' / g <= 1, so f g falls to a quarter or less; g lies between 1 and K^(1/c) (Hoelder),
+f begins below K^(1/c), and the error of s is at most f.
+
+On a CPU few keys are worked on. Any s left of the root tells which have no weight: those with 1 + z <= s. And what holds
+for some keys of a row holds for all: the root for some of them lies left of the root for all. So a row is folded into
+columns of `SEGMENTS` keys, whose maxima give the largest score, a first s, and the few columns with a key that matters.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**18  # scores worked on at a time where most keys have weight: what a CPU's cache holds
+PART = 2**20  # scores looked through at a time: more would have left the cache when their columns are looked up
+SEGMENTS, LANES = 14, 32  # keys of a column; a row has a multiple of so many columns, for vector instructions
+SHORT = 64  # rows of fewer keys are not worth folding
+FEW = 0.2  # of the keys of a row: with more of them, looking for them costs more than it saves
+COARSE_STEPS = 3  # with the maxima of columns
+MOST_STEPS = 60  # never reached in practice: convergence is quadratic, and finite for sparsemax
+# Steps after which an excess of K^(1/c) <= 2^16 has become less than the resolution of numbers, if nobody looks.
+FIXED_STEPS = {torch.float32: 28, torch.float64: 42}
+LOG2_E = math.log2(math.e)
+Number = float | Tensor  # one for all rows, or [R,1]
+
+
+class Packed(NamedTuple):
+    """Keys of R rows side by side, in the order of rows; what is known of rows has R entries."""
+
+    row: Tensor  # [N] of each key
+    counts: Tensor  # [R]
+
+    def sum(self, keys: Tensor) -> Tensor:
+        return torch.segment_reduce(keys, "sum", lengths=self.counts, unsafe=True)
+
+    def spread(self, rows: Number) -> Number:
+        """What is known of rows, for each of their keys."""
+        return rows.index_select(0, self.row) if isinstance(rows, Tensor) else rows
+
+
+class Whole:
+    """Rows [R,K] as they are; what is known of them is [R,1]."""
+
+    @staticmethod
+    def sum(keys: Tensor) -> Tensor:
+        return keys.sum(-1, keepdim=True)
+
+    @staticmethod
+    def spread(rows: Number) -> Number:
+        return rows
+
+
+def in_fixed_steps(x: Tensor, alpha: Number) -> Tensor:
+    """entmax of x [...,K], for a device that should not be waited for, and for graphs: alpha a number or [...,1]."""
+    c = 1 / (alpha - 1)
+    z, s = (x - x.amax(-1, keepdim=True)) * (alpha - 1), torch.zeros_like(x[..., :1])
+    return _weights(*_newton(z, s, c, Whole, FIXED_STEPS[x.dtype], ends=False)[1:], c, Whole)
+
+
+def solve(x: Tensor, alpha: Number) -> tuple[Tensor, Tensor, Tensor]:
+    """entmax of rows x [R,K] on a CPU.
+
+    Returns weights [R,K]; positions in them of the few keys of a row that can have weight [N], in order; and how many
+    there are in each row [R]: 0 where they are not few, and were not looked for.
+    """
+    weights, start, found = torch.empty_like(x), 0, []
+    for part, out in zip(*(t.split(max(1, PART // x.shape[1])) for t in (x, weights)), strict=True):
+        own = alpha[start : start + len(part)] if isinstance(alpha, Tensor) else alpha
+        index, counts = _solve(part, own, out)
+        found.append((index + start * x.shape[1] if start else index, counts))
+        start += len(part)
+    return weights, *(torch.cat(each) if len(each) > 1 else each[0] for each in zip(*found, strict=True))
+
+
+def _solve(x: Tensor, alpha: Number, out: Tensor) -> tuple[Tensor, Tensor]:
+    """As `solve`, weights into out."""
+    beyond, c, s = alpha - 1, 1 / (alpha - 1), torch.zeros_like(x[:, :1])
+    counts = torch.zeros(len(x), dtype=torch.long)
+    if x.shape[1] < SHORT:
+        top, index = x.amax(-1, keepdim=True), counts[:0]
+    else:
+        columns = _columns(x)
+        top = columns.amax(-1, keepdim=True)
+        columns.sub_(top).mul_(beyond)
+        s = _newton(columns, s, c, Whole, COARSE_STEPS, ends=False)[0]
+        index, counts, z = _few(x, columns > s - 1, top, beyond, s - 1)
+    if len(index):
+        rows, keys = _packed(counts)
+        weights = _newton_weights(z, *(_take(t, rows, flat=True) for t in (s, c)), keys)
+        out.zero_().view(-1).index_copy_(0, index, weights)
+    for rows in _others(counts, x.shape[1]):
+        z = x.index_select(0, rows).sub_(top.index_select(0, rows)).mul_(_take(beyond, rows))
+        out.index_copy_(0, rows, _newton_weights(z, s.index_select(0, rows), _take(c, rows), Whole))
+    return index, counts
+
+
+def support(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """What `solve` tells besides weights [R,K], found in them again."""
+    if weights.shape[1] < SHORT:
+        return torch.empty(0, dtype=torch.long), torch.zeros(len(weights), dtype=torch.long)
+    none = torch.zeros_like(weights[:, :1])
+    return _few(weights, _columns(weights) > 0, none, 1.0, none)[:2]
+
+
+def _packed(counts: Tensor) -> tuple[Tensor, Packed]:
+    """The rows that were packed, and how."""
+    rows = counts.nonzero().view(-1)
+    counts = counts.index_select(0, rows)
+    return rows, Packed(torch.arange(len(rows)).repeat_interleave(counts), counts)
+
+
+def _others(counts: Tensor, keys: int) -> tuple[Tensor, ...]:
+    """The rows that were not, in parts that fit a cache."""
+    return (counts == 0).nonzero().view(-1).split(max(1, BLOCK // keys))
+
+
+def _take(rows: Number, index: Tensor, flat: bool = False) -> Number:
+    if not isinstance(rows, Tensor):
+        return rows
+    taken = rows.index_select(0, index)
+    return taken.view(-1) if flat else taken
+
+
+def _segments(keys: int) -> tuple[int, int]:
+    """How many segments rows of so many keys are folded into, and how many columns wide."""
+    width = -(-keys // (SEGMENTS * LANES)) * LANES
+    return -(-keys // width), width
+
+
+def _columns(x: Tensor) -> Tensor:
+    """The maximum of each column of the folded rows [R,K]: key k stands in column k % width."""
+    segments, width = _segments(x.shape[1])
+    whole = (segments - 1) * width
+    maxima = x[:, :whole].unflatten(1, (segments - 1, width)).amax(1)
+    rest = x.shape[1] - whole  # the last segment may be shorter
+    torch.maximum(maxima[:, :rest], x[:, whole:], out=maxima[:, :rest])
+    return maxima
+
+
+def _few(x: Tensor, kept: Tensor, top: Tensor, beyond: Number, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys in columns kept [R,width] whose z = (x - top) beyond is above floor [R,1]: positions, counts, z.
+
+    Without the rows that keep too many columns, or none (not a number).
+    """
+    segments, width = _segments(x.shape[1])
+    flat = kept.view(-1).nonzero().view(-1)
+    row = flat // width
+    many = torch.bincount(row, minlength=len(x)) > (1 - (1 - FEW) ** segments) * width
+    if many.any():
+        few = (~many).index_select(0, row).nonzero().view(-1)
+        flat, row = flat.index_select(0, few), row.index_select(0, few)
+    position = (flat + row * (x.shape[1] - width))[:, None] + torch.arange(0, segments * width, width)
+    z = x.view(-1).index_select(0, position.clamp_(max=x.numel() - 1).view(-1)).view_as(position)
+    z.sub_(top.index_select(0, row)).mul_(_take(beyond, row))
+    beyond_end = flat - row * width >= x.shape[1] - (segments - 1) * width  # there the next row begins
+    z[:, -1].masked_fill_(beyond_end, -math.inf)
+    which = (z > floor.index_select(0, row)).view(-1).nonzero().view(-1)
+    counts = torch.bincount(row.index_select(0, which // segments), minlength=len(x))
+    return position.view(-1).index_select(0, which), counts, z.view(-1).index_select(0, which)
+
+
+def _newton_weights(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole]) -> Tensor:
+    return _weights(*_newton(z, s, c, rows, MOST_STEPS)[1:], c, rows)
+
+
+def _newton(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole], most: int, ends: bool = True) -> tuple:
+    """Newton's steps from `s` on the left of the root: s after the last step, and before it u^c, u^(c-1), the step.
+
+    Here u = (1 + z - s)_+. Without `ends` the steps are as many as they may be.
+    """
+    # The error of a quadratically convergent method is about the square of its last step. Below c = 2 the curvature has
+    # no bound, and steps shrink to rounding before it is safe to stop.
+    resolution = torch.finfo(z.dtype).eps
+    safe, bold = 4 * resolution, 0.1 * resolution**0.5
+    tolerance = torch.where(c < 2, safe, bold) / c if isinstance(c, Tensor) else (safe if c < 2 else bold) / c
+    power, sparsemax = rows.spread((c - 1) * LOG2_E), not isinstance(c, Tensor) and c == 1
+    for done in range(most):
+        if isinstance(c, Tensor) or c not in (1, 2):
+            u = (z - rows.spread(s)).clamp_(min=-1)  # less 1: exact for c of any size
+            lower = u.log1p().mul_(power).exp2_()  # which, unlike exp, does not slow down where it underflows
+            whole = u.add_(1).mul_(lower)
+        else:
+            u = (z - rows.spread(s - 1)).clamp_(min=0)
+            whole, lower = (u, u.sign()) if c == 1 else (u.square(), u)
+        total, slope = rows.sum(whole), rows.sum(lower)
+        # Newton on S^(1/c) - 1, whose derivative is -W S^(1/c - 1): S is the sum of u^c (total), W of u^(c-1) (slope).
+        step = (total - 1 if sparsemax else total.mul(torch.expm1(total.log() / -c)).neg_()) / slope
+        s = s + step
+        if ends and done and not (step > tolerance).any():
+            break
+    return s, whole, lower, step
+
+
+def _weights(whole: Tensor, lower: Tensor, step: Tensor, c: Number, rows: Packed | type[Whole]) -> Tensor:
+    """Weights after the last step: so small a step that u^c changes by c u^(c-1) times it."""
+    weights = whole.addcmul_(lower, rows.spread(step * -c)).clamp_(min=0)
+    return weights.div_(rows.spread(rows.sum(weights)))
+
+
+def differentiate(
+    weights: Tensor, gradient: Tensor, alpha: Number, need_alpha: bool, index: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """From weights and their gradient [R,K] to that of the scores and of alpha [R,1]; the rest as of `solve`."""
+    to_scores = torch.empty_like(weights)
+    to_alpha = torch.empty_like(weights[:, :1]) if need_alpha else None
+    if len(index):
+        rows, keys = _packed(counts)
+        p, g = (t.view(-1).index_select(0, index) for t in (weights, gradient))
+        found = differentiate_rows(p, g, _take(alpha, rows, flat=True), need_alpha, keys)
+        to_scores.zero_().view(-1).index_copy_(0, index, found[0])
+        if need_alpha:
+            to_alpha.view(-1).index_copy_(0, rows, found[1])
+    for rows in _others(counts, weights.shape[1]):
+        p, g = weights.index_select(0, rows), gradient.index_select(0, rows)
+        found = differentiate_rows(p, g, _take(alpha, rows), need_alpha)
+        to_scores.index_copy_(0, rows, found[0])
+        if need_alpha:
+            to_alpha.index_copy_(0, rows, found[1])
+    return to_scores, to_alpha
+
+
+def differentiate_rows(
+    p: Tensor, g: Tensor, alpha: Number, need_alpha: bool, rows: Packed | type[Whole] = Whole
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of scores and alpha (Correia et al. 2019, Prop. 1).
+
+    That of the scores is s (g - m) with s = p^(2 - alpha) and the mean m = sum s g / sum s. That of alpha divides
+    differences that vanish as alpha -> 1 by (alpha - 1)^2, unless written in q = p^(1 - alpha) - 1: since s = p + p q, and
+    s (g - m) sums to zero, all that is left is sum p (m - g) (q + (alpha - 1) log p) / (alpha - 1)^2.
+    """
+    tiny, beyond = torch.finfo(p.dtype).tiny, rows.spread(alpha - 1)
+    if need_alpha:
+        log_p = p.clamp(min=tiny).log_().mul_(beyond)
+        growth = log_p.neg().expm1_()
+        s = torch.addcmul(p, p, growth)  # zero where p is
+    else:
+        s = _support_power(p, beyond, tiny)
+    mean = rows.sum(g * s) / rows.sum(s)
+    centred = g - rows.spread(mean)
+    if not need_alpha:
+        return centred.mul_(s), None
+    to_alpha = rows.sum(growth.add_(log_p).mul_(p).mul_(centred)) / -((alpha - 1) ** 2)
+    return centred.mul_(s), to_alpha
+
+
+def _support_power(p: Tensor, beyond: Number, tiny: float) -> Tensor:
+    """p ^ (1 - beyond) where p is positive, else 0."""
+    if isinstance(beyond, Tensor) or beyond not in (0.5, 1):
+        return p.clamp(min=tiny).log_().mul_((1 - beyond) * LOG2_E).exp2_().mul_(p.sign())
+    return p.sign() if beyond == 1 else p.clamp(min=tiny).rsqrt_().mul_(p)  # sqrt is slow at zero
