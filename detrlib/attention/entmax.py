@@ -24,12 +24,14 @@ def entmax(scores: Tensor, alpha: float | Tensor) -> Tensor:
     """Weights over the last axis (Peters et al. 2019, Eq. 10): [..., K] -> [..., K], rows sum to one.
 
     alpha from 1 + 1e-6 to 2: a number, or a tensor that broadcasts to [..., 1] and then gets a gradient (Correia et al.
-    2019, Prop. 1). Scores of -inf get weight zero; a row of nothing else is not allowed. Raises ValueError for an alpha out of range,
-    for which a GPU is waited for where it holds alpha: a layer whose alpha cannot leave the range calls
+    2019, Prop. 1). Scores of -inf get weight zero; a row of nothing else is not allowed. Raises ValueError for an alpha
+    out of range, for which a GPU is waited for where it holds alpha: a layer whose alpha cannot leave the range calls
     `entmax_unchecked`.
     """
-    alphas = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float64)
-    wrong = alphas[~((alphas >= LEAST_ALPHA) & (alphas <= 2))].tolist()  # not a number is among them
+    if isinstance(alpha, Tensor):
+        wrong = alpha[~((alpha >= LEAST_ALPHA) & (alpha <= 2))].tolist()  # not a number is among them
+    else:
+        wrong = [] if LEAST_ALPHA <= alpha <= 2 else [alpha]
     if wrong:
         raise ValueError(f"alpha {wrong[0]:g} must lie between 1 + 1e-6 and 2; 1 itself is a softmax")
     return entmax_unchecked(scores, alpha)
@@ -89,7 +91,7 @@ def _gradients(
     if (kernels := _kernels(weights, alphas, alpha)) is not None:
         to_scores, to_alpha = kernels.entmax_rows_backward(p, g, rows if alphas is None else rows.view(-1), need_alpha)
     elif p.is_cpu:
-        to_scores, to_alpha = differentiate(p, g, rows, need_alpha, *(found or support(p)))
+        to_scores, to_alpha = differentiate(p, g, rows, need_alpha, *(found or support(p, rows)))
     else:
         to_scores, to_alpha = differentiate_rows(p, g, rows, need_alpha)
     return to_scores.view(weights.shape), to_alpha.view(alphas.shape) if need_alpha else None

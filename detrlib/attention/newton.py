@@ -5,12 +5,12 @@ s >= 0 solves ||(1 + z - s)_+||_c = 1. As alpha -> 1 this becomes exp(x - max x 
 
 For c >= 1, that is alpha <= 2, the norm is convex and decreasing in s: Newton's steps from s = 0, where it is at least
 1, approach the root from the left and never overshoot. They are few: a step from slope g to slope g' leaves f' of the
-excess f = norm - 1 with f' / f + g' / g <= 1, so f g falls to a quarter or less; g lies between 1 and K^(1/c) (Hoelder),
-f begins below K^(1/c), and the error of s is at most f.
+excess f = norm - 1 with f' / f + g' / g <= 1, so that f g falls to a quarter or less; g lies between 1 and K^(1/c), by
+Hoelder's inequality, f begins below K^(1/c), and the error of s is at most f.
 
-On a CPU few keys are worked on. Any s left of the root tells which have no weight: those with 1 + z <= s. And what holds
-for some keys of a row holds for all: the root for some of them lies left of the root for all. So a row is folded into
-columns of `SEGMENTS` keys, whose maxima give the largest score, a first s, and the few columns with a key that matters.
+On a CPU few keys are worked on. Any s left of the root tells which have no weight: those with 1 + z <= s. And the root
+for some keys of a row lies left of the root for all. So a row is folded into columns of up to `SEGMENTS` keys, whose
+maxima give the largest score, a first s, and the few columns in which a key matters.
 """
 
 import math
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**18  # scores worked on at a time where most keys have weight: what a CPU's cache holds
-PART = 2**20  # scores looked through at a time: more would have left the cache when their columns are looked up
+PART = 2**21  # scores looked through at a time: more would have left the cache when their columns are looked up
 SEGMENTS, LANES = 14, 32  # keys of a column; a row has a multiple of so many columns, for vector instructions
-SHORT = 64  # rows of fewer keys are not worth folding
+SHORT, SHORT_OF_PRODUCTS = 64, 512  # rows of fewer keys are not worth folding; of real powers, and of whole ones
 FEW = 0.2  # of the keys of a row: with more of them, looking for them costs more than it saves
 COARSE_STEPS = 3  # with the maxima of columns
 MOST_STEPS = 60  # never reached in practice: convergence is quadratic, and finite for sparsemax
@@ -30,6 +30,7 @@ MOST_STEPS = 60  # never reached in practice: convergence is quadratic, and fini
 FIXED_STEPS = {torch.float32: 28, torch.float64: 42}
 LOG2_E = math.log2(math.e)
 Number = float | Tensor  # one for all rows, or [R,1]
+Rows = slice | Tensor  # which
 
 
 class Packed(NamedTuple):
@@ -62,7 +63,7 @@ def in_fixed_steps(x: Tensor, alpha: Number) -> Tensor:
     """entmax of x [...,K], for a device that should not be waited for, and for graphs: alpha a number or [...,1]."""
     c = 1 / (alpha - 1)
     z, s = (x - x.amax(-1, keepdim=True)) * (alpha - 1), torch.zeros_like(x[..., :1])
-    return _weights(*_newton(z, s, c, Whole, FIXED_STEPS[x.dtype], ends=False)[1:], c, Whole)
+    return _weights(z, _newton(z, s, c, Whole, FIXED_STEPS[x.dtype], ends=False), c, Whole)
 
 
 def solve(x: Tensor, alpha: Number) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,27 +85,33 @@ def _solve(x: Tensor, alpha: Number, out: Tensor) -> tuple[Tensor, Tensor]:
     """As `solve`, weights into out."""
     beyond, c, s = alpha - 1, 1 / (alpha - 1), torch.zeros_like(x[:, :1])
     counts = torch.zeros(len(x), dtype=torch.long)
+    index = counts[:0]
     if x.shape[1] < SHORT:
-        top, index = x.amax(-1, keepdim=True), counts[:0]
+        top = x.amax(-1, keepdim=True)
     else:
         columns = _columns(x)
         top = columns.amax(-1, keepdim=True)
         columns.sub_(top).mul_(beyond)
-        s = _newton(columns, s, c, Whole, COARSE_STEPS, ends=False)[0]
-        index, counts, z = _few(x, columns > s - 1, top, beyond, s - 1)
+        s = _newton(columns, s, c, Whole, COARSE_STEPS, ends=False)
+        if not _short(x, alpha):
+            index, counts, z = _few(x, columns > s - 1, top, beyond, s - 1)
     if len(index):
         rows, keys = _packed(counts)
-        weights = _newton_weights(z, *(_take(t, rows, flat=True) for t in (s, c)), keys)
+        start, power = (_flat(_take(t, rows)) for t in (s, c))
+        weights = _weights(z, _newton(z, start, power, keys, MOST_STEPS), power, keys, z)
         out.zero_().view(-1).index_copy_(0, index, weights)
     for rows in _others(counts, x.shape[1]):
-        z = x.index_select(0, rows).sub_(top.index_select(0, rows)).mul_(_take(beyond, rows))
-        out.index_copy_(0, rows, _newton_weights(z, s.index_select(0, rows), _take(c, rows), Whole))
+        power, place = _take(c, rows), _place(out, rows)
+        z = torch.sub(_take(x, rows), _take(top, rows), out=place).mul_(_take(beyond, rows))
+        weights = _weights(z, _newton(z, _take(s, rows), power, Whole, MOST_STEPS), power, Whole, z)
+        if place is None:
+            out.index_copy_(0, rows, weights)
     return index, counts
 
 
-def support(weights: Tensor) -> tuple[Tensor, Tensor]:
+def support(weights: Tensor, alpha: Number) -> tuple[Tensor, Tensor]:
     """What `solve` tells besides weights [R,K], found in them again."""
-    if weights.shape[1] < SHORT:
+    if _short(weights, alpha):
         return torch.empty(0, dtype=torch.long), torch.zeros(len(weights), dtype=torch.long)
     none = torch.zeros_like(weights[:, :1])
     return _few(weights, _columns(weights) > 0, none, 1.0, none)[:2]
@@ -117,16 +124,34 @@ def _packed(counts: Tensor) -> tuple[Tensor, Packed]:
     return rows, Packed(torch.arange(len(rows)).repeat_interleave(counts), counts)
 
 
-def _others(counts: Tensor, keys: int) -> tuple[Tensor, ...]:
+def _others(counts: Tensor, keys: int) -> list[Rows]:
     """The rows that were not, in parts that fit a cache."""
-    return (counts == 0).nonzero().view(-1).split(max(1, BLOCK // keys))
+    others, size = (counts == 0).nonzero().view(-1), max(1, BLOCK // keys)
+    if len(others) < len(counts):
+        return list(others.split(size))
+    return [slice(first, first + size) for first in range(0, len(counts), size)]  # needs no copies
 
 
-def _take(rows: Number, index: Tensor, flat: bool = False) -> Number:
-    if not isinstance(rows, Tensor):
-        return rows
-    taken = rows.index_select(0, index)
-    return taken.view(-1) if flat else taken
+def _take(known: Number, rows: Rows) -> Number:
+    """What is known of such rows."""
+    if not isinstance(known, Tensor):
+        return known
+    return known[rows] if isinstance(rows, slice) else known.index_select(0, rows)
+
+
+def _place(results: Tensor, rows: Rows) -> Tensor | None:
+    """Where results can be written to without a copy."""
+    return results[rows] if isinstance(rows, slice) else None
+
+
+def _flat(known: Number) -> Number:
+    """[R,1] -> [R]."""
+    return known.view(-1) if isinstance(known, Tensor) else known
+
+
+def _short(rows: Tensor, alpha: Number) -> bool:
+    """Whether looking for few keys would take longer than to work on all of them."""
+    return rows.shape[1] < (SHORT if isinstance(alpha, Tensor) or alpha not in (1.5, 2) else SHORT_OF_PRODUCTS)
 
 
 def _segments(keys: int) -> tuple[int, int]:
@@ -167,42 +192,63 @@ def _few(x: Tensor, kept: Tensor, top: Tensor, beyond: Number, floor: Tensor) ->
     return position.view(-1).index_select(0, which), counts, z.view(-1).index_select(0, which)
 
 
-def _newton_weights(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole]) -> Tensor:
-    return _weights(*_newton(z, s, c, rows, MOST_STEPS)[1:], c, rows)
+def _weights(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole], out: Tensor | None = None) -> Tensor:
+    """(1 + z - s)_+ ^ c, and what rounding has left is put right: rows sum to one."""
+    if _real(c):
+        weights = _less(z, s, rows, out).log1p_().mul_(rows.spread(c) * LOG2_E).exp2_()
+    else:
+        weights = _above(z, s, rows, out)
+        weights = weights if c == 1 else weights.square_()
+    return weights.div_(rows.spread(rows.sum(weights)))
 
 
-def _newton(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole], most: int, ends: bool = True) -> tuple:
-    """Newton's steps from `s` on the left of the root: s after the last step, and before it u^c, u^(c-1), the step.
+def _real(c: Number) -> bool:
+    """Whether a power is to be taken through logarithms, and not by products."""
+    return isinstance(c, Tensor) or c not in (1, 2)
 
-    Here u = (1 + z - s)_+. Without `ends` the steps are as many as they may be.
-    """
+
+def _less(z: Tensor, s: Tensor, rows: Packed | type[Whole], out: Tensor | None) -> Tensor:
+    """u - 1 for u = (1 + z - s)_+: exact for c of any size."""
+    return torch.sub(z, rows.spread(s), out=out).clamp_(min=-1)
+
+
+def _above(z: Tensor, s: Tensor, rows: Packed | type[Whole], out: Tensor | None) -> Tensor:
+    """u = (1 + z - s)_+."""
+    return torch.sub(z, rows.spread(s - 1), out=out).clamp_(min=0)
+
+
+def _newton(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole], most: int, ends: bool = True) -> Tensor:
+    """The root s, approached from `s` on its left. Without `ends` the steps are as many as they may be."""
     # The error of a quadratically convergent method is about the square of its last step. Below c = 2 the curvature has
     # no bound, and steps shrink to rounding before it is safe to stop.
     resolution = torch.finfo(z.dtype).eps
     safe, bold = 4 * resolution, 0.1 * resolution**0.5
-    tolerance = torch.where(c < 2, safe, bold) / c if isinstance(c, Tensor) else (safe if c < 2 else bold) / c
-    power, sparsemax = rows.spread((c - 1) * LOG2_E), not isinstance(c, Tensor) and c == 1
-    for done in range(most):
-        if isinstance(c, Tensor) or c not in (1, 2):
-            u = (z - rows.spread(s)).clamp_(min=-1)  # less 1: exact for c of any size
+    tolerance = torch.where(c < 2, safe, bold) if isinstance(c, Tensor) else safe if c < 2 else bold
+    power = rows.spread(c - 1) * LOG2_E
+    buffer = torch.empty_like(z) if ends else None  # graphs know of none
+    for done in range(1, most + 1):
+        if _real(c):
+            u = _less(z, s, rows, buffer)
             lower = u.log1p().mul_(power).exp2_()  # which, unlike exp, does not slow down where it underflows
-            whole = u.add_(1).mul_(lower)
+            slope, total = rows.sum(lower), rows.sum(lower.mul_(u.add_(1)))
         else:
-            u = (z - rows.spread(s - 1)).clamp_(min=0)
-            whole, lower = (u, u.sign()) if c == 1 else (u.square(), u)
-        total, slope = rows.sum(whole), rows.sum(lower)
+            u = _above(z, s, rows, buffer)
+            first = rows.sum(u)
+            slope, total = (rows.sum(u.sign_()), first) if c == 1 else (first, rows.sum(u.square_()))
         # Newton on S^(1/c) - 1, whose derivative is -W S^(1/c - 1): S is the sum of u^c (total), W of u^(c-1) (slope).
-        step = (total - 1 if sparsemax else total.mul(torch.expm1(total.log() / -c)).neg_()) / slope
+        excess = total - 1 if not isinstance(c, Tensor) and c == 1 else -total * torch.expm1(total.log() / -c)
+        step = excess / slope
         s = s + step
-        if ends and done and not (step > tolerance).any():
+        if not ends:
+            continue
+        unfinished = c * step > tolerance
+        left = int(unfinished.sum())
+        if not left:
             break
-    return s, whole, lower, step
-
-
-def _weights(whole: Tensor, lower: Tensor, step: Tensor, c: Number, rows: Packed | type[Whole]) -> Tensor:
-    """Weights after the last step: so small a step that u^c changes by c u^(c-1) times it."""
-    weights = whole.addcmul_(lower, rows.spread(step * -c)).clamp_(min=0)
-    return weights.div_(rows.spread(rows.sum(weights)))
+        if rows is Whole and 2 * left < len(z):  # the others need not wait
+            some = unfinished.view(-1).nonzero().view(-1)
+            return s.index_copy_(0, some, _newton(*(_take(t, some) for t in (z, s, c)), rows, most - done))
+    return s
 
 
 def differentiate(
@@ -214,27 +260,34 @@ def differentiate(
     if len(index):
         rows, keys = _packed(counts)
         p, g = (t.view(-1).index_select(0, index) for t in (weights, gradient))
-        found = differentiate_rows(p, g, _take(alpha, rows, flat=True), need_alpha, keys)
+        found = differentiate_rows(p, g, _flat(_take(alpha, rows)), need_alpha, keys)
         to_scores.zero_().view(-1).index_copy_(0, index, found[0])
         if need_alpha:
             to_alpha.view(-1).index_copy_(0, rows, found[1])
     for rows in _others(counts, weights.shape[1]):
-        p, g = weights.index_select(0, rows), gradient.index_select(0, rows)
-        found = differentiate_rows(p, g, _take(alpha, rows), need_alpha)
-        to_scores.index_copy_(0, rows, found[0])
+        place = _place(to_scores, rows)
+        p, g = _take(weights, rows), _take(gradient, rows)
+        found = differentiate_rows(p, g, _take(alpha, rows), need_alpha, out=place)
+        if place is None:
+            to_scores.index_copy_(0, rows, found[0])
         if need_alpha:
-            to_alpha.index_copy_(0, rows, found[1])
+            to_alpha[rows] = found[1]
     return to_scores, to_alpha
 
 
 def differentiate_rows(
-    p: Tensor, g: Tensor, alpha: Number, need_alpha: bool, rows: Packed | type[Whole] = Whole
+    p: Tensor,
+    g: Tensor,
+    alpha: Number,
+    need_alpha: bool,
+    rows: Packed | type[Whole] = Whole,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of scores and alpha (Correia et al. 2019, Prop. 1).
 
     That of the scores is s (g - m) with s = p^(2 - alpha) and the mean m = sum s g / sum s. That of alpha divides
-    differences that vanish as alpha -> 1 by (alpha - 1)^2, unless written in q = p^(1 - alpha) - 1: since s = p + p q, and
-    s (g - m) sums to zero, all that is left is sum p (m - g) (q + (alpha - 1) log p) / (alpha - 1)^2.
+    differences that vanish as alpha -> 1 by (alpha - 1)^2, unless written in q = p^(1 - alpha) - 1: since s = p + p q
+    and s (g - m) sums to zero, all that is left is sum p (m - g) (q + (alpha - 1) log p) / (alpha - 1)^2.
     """
     tiny, beyond = torch.finfo(p.dtype).tiny, rows.spread(alpha - 1)
     if need_alpha:
@@ -243,8 +296,8 @@ def differentiate_rows(
         s = torch.addcmul(p, p, growth)  # zero where p is
     else:
         s = _support_power(p, beyond, tiny)
-    mean = rows.sum(g * s) / rows.sum(s)
-    centred = g - rows.spread(mean)
+    mean = rows.sum(torch.mul(g, s, out=out)) / rows.sum(s)
+    centred = torch.sub(g, rows.spread(mean), out=out)
     if not need_alpha:
         return centred.mul_(s), None
     to_alpha = rows.sum(growth.add_(log_p).mul_(p).mul_(centred)) / -((alpha - 1) ** 2)
