@@ -49,14 +49,14 @@ class Part(NamedTuple):
 
 
 STAGES = (  # one after the other; parts of one run side by side
+    (Part("kernels.machine", "Machine", 60),),
     (
-        Part("kernels.machine", "Machine", 60),
         Part("kernels.check_rows", "Kernels of rows against plain PyTorch in float64 on the CPU", 90),
         Part("kernels.check_fused", "Fused attention against the same", 90),
         Part("kernels.check_fused_half", "Fused attention in half precision against the same", 90),
         Part("kernels.check_deformable", "Deformable attention against the same", 90),
     ),
-    (Part("training.time_steps", "Training steps, 4 images of 800 x 1066", 60),),
+    (Part("training.time_steps", "Training steps, 4 images of 800 x 1066", 75),),
     (Part("kernels.time_rows", "Transforms of scores", 45),),
     (Part("kernels.time_fused", "Attention", 60),),
     (Part("kernels.time_deformable", "Deformable attention", 30),),

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from detrlib.config import Config
 from detrlib.data import Batch
-from detrlib.engine.optimizer import parameter_groups
-from detrlib.engine.step import train_step
+from detrlib.engine.optimizer import build_optimizer
+from detrlib.engine.step import Pending, train_step
 from detrlib.losses.criterion import Criterion
 from detrlib.models import build_model
 
@@ -50,7 +50,7 @@ def training_step(
         images /= model.backbone(images, None)[-1].features.std()
     if compiler:
         model.compile(backend=compiler)
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
+    optimizer = build_optimizer(model, cfg.train)
     given = [Batch(images, mask, targets)], Criterion(**dict(cfg.loss)), optimizer, Accelerator(cpu=device == "cpu")
-    how = {"precision": cfg.train.precision, "clip_norm": cfg.train.clip_norm}
+    how = {"precision": cfg.train.precision, "clip_norm": cfg.train.clip_norm, "pending": Pending()}
     return lambda: train_step(model, *given, **how)

@@ -67,7 +67,7 @@ SIZES = {
 COMPARED = {"detr-r50": "detr", "deformable-r50": "deformable_detr"}  # configs, and what transformers calls them
 MODELS = (*COMPARED, "efficient-r50", "pnp-detr-r50")
 PRECISIONS = ("float32", "TF32", "bfloat16")
-WHOLE = 64  # images of a batch whose largest part is looked for
+WHOLE = 32  # images of a batch whose largest part is looked for
 
 
 def config(name: str, device: str, **settings: Any) -> Config:
@@ -239,7 +239,7 @@ def waits(device: str) -> Iterator[Counter]:
         finally:
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    places.update(place(one) for one in caught if "synchroniz" in str(one.message))
+    places.update(place(one) for one in caught if "called a synchronizing" in str(one.message))
 
 
 def place(warning: warnings.WarningMessage) -> str:
