@@ -135,6 +135,24 @@ def test_stop_and_resume_equals_an_uninterrupted_run(
     assert json.loads((parts / "results.json").read_text())["epoch"] == 2
 
 
+@pytest.mark.gpu
+def test_a_gpu_stops_and_goes_on_too(tmp_path, interrupt, gpu, metrics_without_times, tiny_config):
+    """In bfloat16, in as large parts as fit; sums in another order from run to run are not equal bit for bit."""
+    cfg = tiny_config({"train.precision": "bfloat16", "train.micro_batch": "auto", "train.lr": 1e-4})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(cfg, whole)
+    interrupt(STEPS + 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, parts)
+    results = train(cfg, parts)
+    assert results["global_step"] == 2 * STEPS and "micro_batch.json" in {path.name for path in parts.iterdir()}
+    losses, expected = (
+        [record["train/loss"] for record in metrics_without_times(run) if "train/loss" in record]
+        for run in (parts, whole)
+    )
+    assert len(losses) == 2 * STEPS and losses == pytest.approx(expected, 0.05)
+
+
 def test_a_detector_of_transformers_stops_and_goes_on(tmp_path, interrupt, huggingface_settings, tiny_config, capsys):
     """Averaged, annealed, in parts of a batch, and without its backbone, whose batch norms stand still too."""
     settings = huggingface_settings("rt_detr_v2", num_classes=None)["model"]
