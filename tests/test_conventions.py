@@ -35,19 +35,19 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 CEILINGS = {
     ".": 660,
     "config": 1220,
-    "attention": 1240,
+    "attention": 1260,
     "attention/kernels": 1040,
-    "models": 2930,
-    "losses": 330,
+    "models": 3000,
+    "losses": 380,
     "checkpoints": 1310,
-    "data": 3350,
+    "data": 3500,
     "metrics": 1990,
     "runs": 1650,
-    "engine": 2600,
+    "engine": 2720,
     "experiments": 2105,
     "figures": 3060,
     "teaching": 480,
-    "benchmarks": 1235,
+    "benchmarks": 1365,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
 LONGEST_COMMANDS = 460  # the command line: every option of every command is a line

@@ -26,7 +26,7 @@ from detrlib.attention.transforms import ALPHA_HIGH, ALPHA_LOW
 from detrlib.benchmarks.rivals import Candidate, left_out, others, package_version, prox, tvmax_by_map
 from detrlib.config import Config, load_config
 from detrlib.engine.memory import keep_freed_memory
-from detrlib.engine.optimizer import parameter_groups
+from detrlib.engine.optimizer import build_optimizer
 from detrlib.losses.criterion import Criterion
 from detrlib.models import build_model
 from detrlib.models.outputs import Site
@@ -307,7 +307,7 @@ def training_step(cfg: Config, size: tuple[int, int], batch: int = 1, device: st
     with torch.no_grad():  # the features of a network without pretraining are huge: attention would see one key only
         images /= model.backbone(images, None)[-1].features.std()
     criterion = Criterion(**dict(cfg.loss))
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.train), weight_decay=cfg.train.weight_decay)
+    optimizer = build_optimizer(model, cfg.train)
 
     def step() -> None:
         loss, _ = criterion(model(images), targets)

@@ -65,7 +65,9 @@ class Data(Section):
     # pixels less is padding then (metrics: extra/padding).
     scales: Literal["image", "batch"] = "image"
     cache: bool = False  # keep decoded images in memory, at the largest scale that training draws
-    workers: int = Field(2, ge=0)
+    # Processes that prepare images; auto: one for every core that the training processes of the machine leave, 8 at
+    # most, and none with `cache`. Results do not depend on it.
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     shapes: Shapes = Shapes()
 
     @property
@@ -81,7 +83,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _cache_is_in_one_process(self):
-        if self.cache and self.workers:
+        if self.cache and self.workers not in (0, "auto"):
             raise ValueError(
                 "data.cache works without workers only, which forget it every epoch: set data.workers to 0"
             )

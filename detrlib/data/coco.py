@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional
 
 from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.data.annotations import Annotations
+from detrlib.data.augment import Resize
+from detrlib.data.batch import Drawn
 from detrlib.data.classes import labels_in
 from detrlib.data.columns import ImageColumns, Names
-from detrlib.data.decoding import UNREADABLE, read_picture, why_unreadable
+from detrlib.data.decoding import UNREADABLE, as_pixels, read_picture, why_unreadable
 from detrlib.data.index import read_columns
 from detrlib.data.objects import AT_ONCE, Objects, clean, clipped
 from detrlib.data.pictures import find_files, sizes_in_files
@@ -31,7 +31,7 @@ MOST_LABELS = 100_000  # of a class head
 class CocoDataset(Dataset):
     """Images of one split with their boxes, in order of image id.
 
-    `dataset[i]` is `(image, target)`: image float32 [3, H, W] and
+    `dataset[i]` is `(pixels, target)`: pixels uint8 [3, H, W] and
         boxes          [n, 4] cxcywh in 0..1 of the transformed image, before any padding
         labels         [n] int64, indices into `names`
         image_id       int
@@ -44,7 +44,8 @@ class CocoDataset(Dataset):
 
     images       folder of the image files
     annotations  JSON file with `images`, `annotations` and `categories`, or what `formats` reads as one
-    transform    callable(image uint8 [3, H, W], boxes [n, 4] xyxy pixels, labels [n]) -> the same three
+    transform    callable(pixels uint8 [3, H, W], boxes [n, 4] xyxy pixels, labels [n], draws) -> the first three; see
+                 `DetectionTransform`, whose draws are None for `dataset[i]`
     classes      label -> name, of the training split: those of this one are matched by name; None: its own
     contiguous   its own classes have labels 0..n-1 in order of category id; otherwise the category ids themselves
     strict       refuse boxes without an area
@@ -102,16 +103,16 @@ class CocoDataset(Dataset):
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
+    def __getitem__(self, index: int | Drawn) -> tuple[Tensor, dict]:
+        index, *draws = index if isinstance(index, Drawn) else (index,)
         pixels, original_size = self._pixels(index)
         boxes, labels = self.objects(index)
         if pixels.shape[-2:] != original_size:  # reduced in the cache
             down, across = (kept / own for kept, own in zip(pixels.shape[-2:], original_size, strict=True))
             boxes *= torch.tensor([across, down, across, down])
         if self.transform is not None:
-            pixels, boxes, labels = self.transform(pixels, boxes, labels)
-        image = functional.to_dtype(pixels, torch.float32, scale=True)
-        height, width = image.shape[-2:]
+            pixels, boxes, labels = self.transform(pixels, boxes, labels, draws or None)
+        height, width = pixels.shape[-2:]
         target = {
             "boxes": xyxy_to_cxcywh(boxes) / torch.tensor([width, height, width, height]),
             "labels": labels,
@@ -119,12 +120,7 @@ class CocoDataset(Dataset):
             "original_size": torch.tensor(original_size),
             "size": torch.tensor([height, width]),
         }
-        return image, target
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, dict]]:
-        """The samples of one batch, which is how a `DataLoader` asks for them."""
-        with getattr(self.transform, "batch", nullcontext)():
-            return [self[index] for index in indices]
+        return pixels, target
 
     def image(self, index: int) -> Image.Image:
         """The picture in RGB, as annotated: stored, or upright. Raises `DataError` when it is unreadable or not of the
@@ -233,14 +229,15 @@ class CocoDataset(Dataset):
     def _pixels(self, index: int) -> tuple[Tensor, tuple[int, int]]:
         """uint8 [3, h, w], reduced where it is cached, and the height and width of the picture."""
         if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        pixels = functional.pil_to_tensor(self.image(index))
+            pixels, size = self._cache[index]
+            return pixels.clone(), size  # its receiver may change it
+        pixels = as_pixels(self.image(index))
         size = tuple(pixels.shape[-2:])
         if self._cache is not None:
             largest = getattr(self.transform, "largest", lambda height, width: (height, width))(*size)
             if largest != size:
-                pixels = functional.resize(pixels, list(largest), antialias=True)
-            self._cache[index] = pixels, size
+                pixels = Resize(*largest).pixels(pixels)
+            self._cache[index] = pixels.clone(), size
         return pixels, size
 
     def _find_files(self, names: list[str]) -> None:

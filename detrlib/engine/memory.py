@@ -115,7 +115,7 @@ class Passes:
     def _of_tensors(self, batch: Batch, backward: bool) -> tuple[int, int]:
         with LiveBytes([*self.model.parameters(), *self.model.buffers()]) as live:
             kept = self._run(batch, backward, lambda: live.now)
-        return kept + batch.images.nbytes, live.peak + batch.images.nbytes
+        return kept + batch.pixels.nbytes, live.peak + batch.pixels.nbytes
 
     def _run(self, batch: Batch, backward: bool, held: Callable[[], int]) -> int:
         batch = batch.to(self.device)
@@ -132,7 +132,8 @@ class Passes:
         mask[0, -1] = True  # layers keep masks where there is padding
         boxes = torch.rand(images, self.objects, 4) / 2 + 0.25
         targets = [{"labels": torch.zeros(self.objects, dtype=torch.long), "boxes": own} for own in boxes]
-        return Batch(torch.randn(images, 3, *size), mask, targets)
+        pixels = torch.randint(256, (images, 3, *size), dtype=torch.uint8)
+        return Batch(pixels, mask, targets)
 
 
 def estimate(

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from detrlib.data import collate
-from detrlib.engine.step import train_step
+from detrlib.engine.step import Pending, _unless, train_step
 from detrlib.errors import NonFiniteLoss
 from detrlib.losses import Criterion
 
@@ -58,12 +58,40 @@ def test_a_later_part_that_is_no_number_leaves_the_weights(batch, small):
     model = small(dropout=0.0).train()
     optimizer, before = torch.optim.AdamW(model.parameters()), copy.deepcopy(model.state_dict())
     parts = batch.split(2)
-    parts[1].images[0, 0, 0, 0] = torch.nan
+    parts[1].pixels[0, 0, 0, 0] = torch.nan
     with pytest.raises(NonFiniteLoss, match="loss is nan"):
         train_step(model, parts, Criterion(), optimizer, Accelerator())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    parts[1].images[0, 0, 0, 0] = 0.0
+    parts[1].pixels[0, 0, 0, 0] = 0.0
     assert train_step(model, parts, Criterion(), optimizer, Accelerator())["loss"].isfinite()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_optimiser_skips_what_is_no_number(kind):
+    """And goes on as if the update had not been tried."""
+    weights = {}
+    for tries in ([False, False], [False, True, False]):
+        weight = torch.ones(3, requires_grad=True)
+        optimizer = kind([weight], lr=0.1, fused=True)
+        for skip in tries:
+            weight.grad = torch.full((3,), torch.nan if skip else 0.5)
+            with _unless(torch.tensor(skip), optimizer):
+                optimizer.step()
+        weights[len(tries)] = weight.detach()
+    torch.testing.assert_close(weights[3], weights[2])
+    assert not torch.equal(weights[2], torch.ones(3))
+
+
+def test_what_is_no_number_is_told_when_it_is_read_and_once():
+    pending = Pending()
+    pending.read()
+    assert pending.note({"loss": torch.tensor(1.0)})
+    pending.read()
+    finite = pending.note({"loss": torch.tensor(2.0), "gradient norm": torch.tensor(torch.inf)}, "step 3: {}".format)
+    assert not finite
+    with pytest.raises(NonFiniteLoss, match="step 3: gradient norm is inf"):
+        pending.read()
+    pending.read()
 
 
 def test_gradients_are_watched_once_they_are_complete(batch, small):
