@@ -22,14 +22,14 @@ from torch import Tensor
 BLOCK = 2**19  # scores worked on at a time where most keys have weight: enough to outweigh the calls
 PART = 2**23  # scores looked through at a time: what is looked up takes less memory than the scores
 SEGMENTS, LANES = 14, 32  # keys of a column; a row has a multiple of so many columns, for vector instructions
-# Keys that matter are looked for in rows of at least so many keys, and used where they are at most such a share of them.
+# Keys that matter are looked for in rows of at least so many, and used where they are at most such a share of a row.
 # Powers through logarithms are dear; those of alpha = 1.5 and 2 are products, for which it pays less.
 SHORT, FEW = 64, 0.2
 SHORT_OF_PRODUCTS, FEW_OF_PRODUCTS = 512, 0.05
 COARSE_STEPS = 2  # with the maxima of columns
 MOST_STEPS = 60  # never reached in practice: convergence is quadratic, and finite for sparsemax
 # Steps after which an excess of K^(1/c) <= 2^16 has become less than the resolution of numbers, if nobody looks.
-FIXED_STEPS = {torch.float32: 28, torch.float64: 42}
+FIXED_STEPS = {torch.float64: 42, torch.float32: 28, torch.bfloat16: 28, torch.float16: 28}
 LOG2_E = math.log2(math.e)
 Number = float | Tensor  # one for all rows, or [R,1]
 Rows = slice | Tensor  # which
