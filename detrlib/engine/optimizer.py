@@ -49,6 +49,24 @@ def parameter_groups(model: nn.Module, cfg: Train) -> list[dict]:
     return [{"name": name, "params": params, **settings[name]} for name, params in groups.items() if params]
 
 
+def build_optimizer(model: nn.Module, cfg: Train) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) for the `parameter_groups` of a model, in one pass over memory."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg), weight_decay=cfg.weight_decay, fused=True)
+    optimizer.register_load_state_dict_post_hook(_like_parameters)
+    return optimizer
+
+
+def _like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give what was loaded the strides of its parameter: the fused update takes the numbers as they lie in memory.
+
+    Filters lie otherwise where the run began on another kind of processor, see `models.backbone.convolution_layout`.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def lr_factor(step: int, steps_per_epoch: int, cfg: Train) -> float:
     """What the learning rates are multiplied by before update number `step`, counted from 0."""
     if step < cfg.warmup_steps:

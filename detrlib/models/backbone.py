@@ -3,7 +3,7 @@
 Batch-norm statistics are frozen (buffers, not parameters): batches of detection are too small to estimate them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -20,6 +20,9 @@ from detrlib.errors import ConfigError
 from detrlib.models.checkpointing import call
 from detrlib.models.pretrained import imagenet_weights, load_backbone_weights, read_weights
 from detrlib.models.swin import DEPTHS, PATCH, WIDTHS, WINDOW, swin_body, swin_stages
+
+# Asked for once, since a graph that is compiled cannot ask.
+CAPABILITY, ONEDNN = torch.backends.cpu.get_cpu_capability(), torch.backends.mkldnn.is_available()
 
 
 @dataclass
@@ -56,39 +59,43 @@ class Backbone(nn.Module):
 
     def __init__(self, body: nn.Module, stages: Sequence[int] = (4,), official_padding: bool = False):
         super().__init__()
-        self.body = body.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+        self.body = body.to(memory_format=torch.channels_last)
+        for part in (body.layer2, body.layer3, body.layer4) if isinstance(body, ResNet) else ():
+            part.to(memory_format=trained_layout(torch.device("cpu")))  # where models are built
         self.stages = tuple(stages)
         self.num_channels = [stage_channels(body, stage) for stage in self.stages]
         self.official_padding = official_padding
         self.recompute = False  # see `checkpoint_activations`
 
     def forward(self, images: Tensor, padding: Tensor | None) -> list[FeatureMap]:
-        masked = padding is not None and not self.official_padding
-        masks = masks_by_size(padding) if masked else {}
-
-        def inside(x: Tensor) -> Tensor:
-            return x.masked_fill(masks[x.shape[-2:]][:, None], 0.0) if masked else x
-
+        own = None if self.official_padding else padding  # of which nothing may be seen
         again = self.recompute and self.training
         if isinstance(self.body, SwinTransformer):
-            # How windows lie depends on the sizes as numbers: with padding, a GPU is asked for them, once.
-            sizes = image_sizes(padding) if masked else None
-            maps = swin_stages(self.body, images, inside, sizes, self.official_padding, again)
+            sizes = None if own is None else valid_sizes(own)
+            maps = swin_stages(self.body, images, own, sizes, self.official_padding, again)
         else:
-            maps = residual_stages(self.body, images, inside, again)
-        maps = [x for number, x in enumerate(maps, start=1) if number in self.stages]
-        if padding is None or masked:
-            return [FeatureMap(x, masks.get(x.shape[-2:])) for x in maps]
-        return [FeatureMap(x, nearest_mask(padding, x.shape[-2:])) for x in maps]
+            maps = residual_stages(self.body, images, own, again)
+        levels = []
+        for number, (x, outside) in enumerate(maps, start=1):
+            if number not in self.stages:
+                continue
+            if outside is not None:
+                x = x.masked_fill(outside[:, None], 0.0)
+            elif padding is not None:
+                outside = nearest_mask(padding, x.shape[-2:])
+            levels.append(FeatureMap(x, outside))
+        return levels
 
 
-def masks_by_size(padding: Tensor) -> dict[torch.Size, Tensor]:
-    """Padding [B,H,W] of the grids of all strides by their size; a cell belongs to an image if its first pixel does."""
-    masks = {}
-    while padding.shape[-2:] not in masks:
-        masks[padding.shape[-2:]] = padding
-        padding = padding[:, ::2, ::2]
-    return masks
+def trained_layout(device: torch.device) -> torch.memory_format:
+    """The layout in which convolutions of the later stages of torchvision's ResNets are fastest, forward and backward.
+
+    It is channels-last, but for processors without AVX-512: there the gradients of 3 x 3 filters take a third longer in
+    it, and those with stride 2 three times as long. The stem and the first stage, in DETR not trained, are faster in it
+    everywhere. See `detrlib benchmark step`.
+    """
+    slow = device.type == "cpu" and CAPABILITY == "AVX2"
+    return torch.contiguous_format if slow else torch.channels_last
 
 
 def nearest_mask(padding: Tensor, grid: Sequence[int]) -> Tensor:
@@ -99,10 +106,15 @@ def nearest_mask(padding: Tensor, grid: Sequence[int]) -> Tensor:
     return F.interpolate(padding[None].float(), size=tuple(grid)).bool()[0]
 
 
-def image_sizes(padding: Tensor) -> list[tuple[int, int]]:
-    """(height, width) of the images in the upper left corners of a padded batch [B,H,W]."""
+def valid_sizes(padding: Tensor) -> Tensor:
+    """(height, width) [B,2] of the images in the upper left corners of a padded batch [B,H,W]."""
     valid = ~padding
-    return [tuple(size) for size in torch.stack([valid[:, :, 0].sum(1), valid[:, 0].sum(1)], 1).tolist()]
+    return torch.stack([valid[:, :, 0].sum(1), valid[:, 0].sum(1)], 1)
+
+
+def image_sizes(padding: Tensor) -> list[tuple[int, int]]:
+    """The same as numbers, for which a GPU is waited for."""
+    return [tuple(size) for size in valid_sizes(padding).tolist()]
 
 
 def stage_channels(body: nn.Module, stage: int) -> int:
@@ -171,36 +183,72 @@ def _side(value: int | tuple[int, int]) -> int:
 
 
 def residual_stages(
-    body: nn.Module, images: Tensor, inside: Callable[[Tensor], Tensor], again: bool = False
-) -> Iterator[Tensor]:
-    """Images [B,3,H,W] -> maps of the four stages of a ResNet-like body; `inside` makes zero what is padding.
+    body: nn.Module, images: Tensor, padding: Tensor | None = None, again: bool = False
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Maps of the four stages of a ResNet-like body, each with the padding of its cells, which is not made zero.
 
-    again: of every block, keep the input only.
+    A cell belongs to an image if its first pixel does.
+
+    Args:
+        body: of torchvision, or a `TinyBody`.
+        images: [B,3,H,W].
+        padding: [B,H,W], True = no convolution is to see it; None: there is none.
+        again: of every block, keep the input only.
     """
-    x = images.contiguous(memory_format=torch.channels_last)
-    x = inside(body.relu(normalised(body.conv1, body.bn1, inside(x))))
-    x = inside(body.maxpool(x))  # whose windows reach from just outside an image into it
+    x = images if padding is None else images.masked_fill(padding[:, None], 0.0)
+    x = normalised(body.conv1, body.bn1, x.contiguous(memory_format=torch.channels_last))
+    padding = _shrunk(padding, body.conv1)
+    x = body.maxpool(rectified(x, padding))
+    if isinstance(body.maxpool, nn.MaxPool2d):
+        padding = _shrunk(padding, body.maxpool)
+        if padding is not None and isinstance(body.layer1[0], BasicBlock):
+            x = x.masked_fill(padding[:, None], 0.0)  # windows reach from just outside an image into it
     for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
+        if stage is body.layer2 and isinstance(body, ResNet):
+            x = x.contiguous(memory_format=trained_layout(x.device))
         for block in stage:
-            x = call(residual, block, x, inside, again=again)
-        yield x
+            x, padding = call(residual, block, x, padding, again=again)
+        yield x, padding
 
 
-def residual(block: BasicBlock | Bottleneck, x: Tensor, inside: Callable[[Tensor], Tensor]) -> Tensor:
-    """A residual block of torchvision with `inside` applied wherever a 3 x 3 convolution is going to look."""
+def residual(block: BasicBlock | Bottleneck, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A residual block of torchvision, to whose 3 x 3 convolutions padding is zero: x and padding after it.
+
+    Basic blocks begin with such a convolution: what they are given must be zero in padding, and so is what they return.
+    """
     shortcut = x if block.downsample is None else normalised(*block.downsample, x)
-    x = inside(block.relu(normalised(block.conv1, block.bn1, x)))
-    x = normalised(block.conv2, block.bn2, x)
     if isinstance(block, Bottleneck):
-        x = normalised(block.conv3, block.bn3, block.relu(x))
-    return inside(block.relu(x + shortcut))
+        x = rectified(normalised(block.conv1, block.bn1, x), padding)
+        x, padding = rectified(normalised(block.conv2, block.bn2, x)), _shrunk(padding, block.conv2)
+        return rectified(normalised(block.conv3, block.bn3, x).add_(shortcut)), padding
+    padding = _shrunk(padding, block.conv1)
+    x = rectified(normalised(block.conv1, block.bn1, x), padding)
+    return rectified(normalised(block.conv2, block.bn2, x).add_(shortcut), padding), padding
+
+
+def _shrunk(padding: Tensor | None, window: nn.Conv2d | nn.MaxPool2d) -> Tensor | None:
+    """Padding [B,h,w] of the cells that `window` makes of those before."""
+    step = _side(window.stride)
+    return padding if padding is None or step == 1 else padding[:, ::step, ::step]
+
+
+def rectified(x: Tensor, padding: Tensor | None = None) -> Tensor:
+    """ReLU of x [B,C,h,w], which it takes the place of, and zero in padding [B,h,w]."""
+    if padding is not None:  # ReLU makes zero of -inf, and of the gradient there: no pass of its own over either
+        x = x.add_(torch.zeros_like(padding, dtype=x.dtype).masked_fill_(padding, -torch.inf)[:, None])
+    return x.relu_()
 
 
 def normalised(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
     """norm(conv(x)) in one pass: a frozen norm is a fixed scale and shift per channel, which the filters can carry."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    dilation = conv.dilation
+    if x.is_cpu and _side(conv.kernel_size) == 1 and ONEDNN:
+        # One cell cannot be dilated, but convolutions said to be go to oneDNN, which with one thread is faster by up
+        # to a quarter than where PyTorch sends small batches otherwise.
+        dilation = 2
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, dilation, conv.groups)
 
 
 class TinyBody(nn.Module):

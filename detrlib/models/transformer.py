@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from detrlib.attention import ConditionalCrossAttention, ConditionalSelfAttention, MultiheadAttention, Transform
 from detrlib.attention.deformable import Samples
+from detrlib.attention.dropout import Dropout
 from detrlib.models.checkpointing import call
 from detrlib.models.outputs import Polled
 from detrlib.models.position import sine, sine_of_boxes
@@ -65,7 +66,7 @@ class EncoderLayer(nn.Module):
         self.linear2 = nn.Linear(settings.feedforward_dim, dim)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
         self.pre_norm = pre_norm
 
     def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -113,7 +114,7 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.pre_norm = settings.pre_norm
 
     def build_self_attention(self, settings: LayerSettings) -> nn.Module:
@@ -162,7 +163,7 @@ class Decoder(nn.Module):
 
     def forward(self, queries: Tensor, memory: Memory, box_head: nn.Module, need_attention: bool = False) -> Decoded:
         """queries [Q,E] -> what each layer returns."""
-        position = queries.expand(len(memory.tokens), -1, -1)
+        position = queries.expand(memory.tokens.shape[0], -1, -1)
         x = torch.zeros_like(position)
         decoded = Decoded([], [], [], [])
         for layer in self.layers:
@@ -223,7 +224,7 @@ class PointDecoder(nn.Module):
 
     def forward(self, queries: Tensor, memory: Memory, box_head: nn.Module, need_attention: bool = False) -> Decoded:
         """queries [Q,E] -> what each layer returns."""
-        position = queries.expand(len(memory.tokens), -1, -1)
+        position = queries.expand(memory.tokens.shape[0], -1, -1)
         point = self.reference_point(position).float().sigmoid()  # [B,Q,2] x, y
         encoding = sine(point.flip(-1), position.shape[-1] // 2, self.temperature).flatten(-2).to(position.dtype)
         start = F.pad(torch.logit(point, eps=1e-5), (0, 2))
@@ -258,7 +259,7 @@ class AnchorDecoder(nn.Module):
 
     def forward(self, queries: Tensor, memory: Memory, box_head: nn.Module, need_attention: bool = False) -> Decoded:
         """queries [Q,4], reference boxes as logits of cxcywh -> what each layer returns."""
-        reference = queries.sigmoid().expand(len(memory.tokens), -1, -1)  # [B,Q,4]
+        reference = queries.sigmoid().expand(memory.tokens.shape[0], -1, -1)  # [B,Q,4]
         x = memory.tokens.new_zeros(*reference.shape[:2], memory.tokens.shape[-1])
         decoded = Decoded([], [], [], [])
         for number, layer in enumerate(self.layers):

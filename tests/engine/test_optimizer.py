@@ -7,7 +7,7 @@ import torch
 
 from detrlib.engine.evaluate import load_model
 from detrlib.engine.loop import train
-from detrlib.engine.optimizer import lr_factor, parameter_groups
+from detrlib.engine.optimizer import build_optimizer, lr_factor, parameter_groups
 from detrlib.models import alpha_modules, build_model
 
 
@@ -40,6 +40,26 @@ def test_alpha_has_a_group_of_its_own_found_by_the_type_of_its_module(model_of, 
     trained = [id(p) for group in groups.values() for p in group["params"]]
     assert sorted(trained) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert {id(p) for p in groups["backbone"]["params"]} == {id(p) for p in model.backbone.parameters()}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_update_does_not_depend_on_the_layout_of_a_checkpoint(settings, layout):
+    """Filters lie otherwise on another kind of processor, and the fused update takes numbers as they lie in memory."""
+    torch.manual_seed(0)
+    updated, gradients = [], torch.randn(2, 8, 4, 3, 3)
+    for move in (False, True):
+        torch.manual_seed(1)
+        filters = torch.nn.Conv2d(4, 8, 3, bias=False)
+        optimizer = build_optimizer(filters, settings())
+        for gradient in gradients:
+            filters.weight.grad = gradient.clone()
+            optimizer.step()
+            state = optimizer.state_dict()
+            for name in ("exp_avg", "exp_avg_sq") if move else ():
+                state["state"][0][name] = state["state"][0][name].contiguous(memory_format=layout)
+            optimizer.load_state_dict(state)
+        updated.append(filters.weight.detach())
+    torch.testing.assert_close(*updated, rtol=0, atol=0)
 
 
 def test_the_rate_of_alpha_can_be_set_to_anything_even_zero(model_of, settings):
