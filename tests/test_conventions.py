@@ -33,21 +33,21 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 660,
+    ".": 680,
     "config": 1220,
-    "attention": 1260,
+    "attention": 1520,
     "attention/kernels": 1040,
     "models": 3000,
     "losses": 380,
-    "checkpoints": 1310,
+    "checkpoints": 1390,
     "data": 3500,
     "metrics": 1990,
     "runs": 1650,
-    "engine": 2720,
-    "experiments": 2105,
+    "engine": 2780,
+    "experiments": 2190,
     "figures": 3060,
     "teaching": 480,
-    "benchmarks": 1365,
+    "benchmarks": 2220,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
 LONGEST_COMMANDS = 460  # the command line: every option of every command is a line

@@ -269,7 +269,8 @@ class DeformableAttention(nn.Module):
             offsets = wide(offsets).unflatten(-1, (self.num_heads, self.levels, self.points, 2))
             reference_points = wide(reference_points)[:, :, None, :, None]  # [B,Q,1,L,1,2 or 4]
             if reference_points.shape[-1] == 2:
-                unit = torch.stack([offsets.new_full((), 1 / n) for h, w in shapes for n in (w, h)]).view(-1, 1, 2)
+                sides = torch.stack([offsets.new_full((), n) for h, w in shapes for n in (w, h)])
+                unit = sides.reciprocal().view(-1, 1, 2)  # [L,1,2]
             else:
                 unit = reference_points[..., 2:] * (0.5 / self.points)
             return Samples(reference_points[..., :2] + offsets * unit, weights)

@@ -10,7 +10,8 @@ All of it is four lines (`mix`, and the projection in `MultiheadAttention`), for
 and `attend` computes them in one of four ways, by what is known before any number is:
 
     written down    the lines above, if the weights are asked for, or if there are no more than `MOST_SCORES` scores
-    PyTorch's       `scaled_dot_product_attention`, for softmax: no score is written down
+    PyTorch's       `scaled_dot_product_attention`, for softmax: no score is written down, but with dropout on a CPU,
+                    for which `_mix_softmax` writes them down in fewer passes
     one kernel      kernels/flash.py, for the entmax family on a GPU, from `FUSED_KEYS` keys on: likewise
     in parts        of the queries, for what is left: no more than `MOST_SCORES` scores exist at a time
 
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from detrlib.attention.dropout import drawn_by_bits, thinned
+from detrlib.attention.dropout import dropout as drop
 from detrlib.attention.entmax import KERNEL_ALPHA, has_triton
 from detrlib.attention.transforms import AlphaEntmax, Entmax, Grid, Softmax, Transform
 
@@ -42,7 +45,7 @@ def mix(
     """Attention as it is written in the papers, every score and every weight in memory; arguments as of `attend`."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B,H,Q,K]
     weights = transform(scores, None if padding is None else padding[:, None, None, :], grid)
-    return F.dropout(weights, dropout).to(value.dtype) @ value, weights
+    return drop(weights, dropout).to(value.dtype) @ value, weights
 
 
 def attend(
@@ -75,19 +78,34 @@ def attend(
     """
     if need_weights:
         return mix(query, key, value, transform, padding, grid, dropout)
+    row = max(1, query.shape[0] * query.shape[1] * key.shape[2])  # scores of one query in every image and head
+    few = row * query.shape[2] <= MOST_SCORES
     if isinstance(transform, Softmax) and not transform.padding_adds_one:
+        if dropout and few and drawn_by_bits(query):
+            return _mix_softmax(query, key, value, padding, dropout), None
         keep = None if padding is None else ~padding[:, None, None, :]  # [B,1,1,K]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None
     if _fused(query, key, value, transform):
         return _flash().sparse_attention(query, key, value, transform.alpha, padding, dropout), None
-    row = max(1, query.shape[0] * query.shape[1] * key.shape[2])  # scores of one query in every image and head
-    if row * query.shape[2] <= MOST_SCORES:
+    if few:
         return mix(query, key, value, transform, padding, grid, dropout)[0], None
     parts = [  # the backward pass computes each part's scores again
         checkpoint(mix, part, key, value, transform, padding, grid, dropout, use_reentrant=False)[0]
         for part in query.split(max(1, MOST_SCORES // row), 2)
     ]
     return torch.cat(parts, 2), None
+
+
+def _mix_softmax(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout: float) -> Tensor:
+    """As `mix` with softmax, passing over the scores as few times as can be."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B,H,Q,K]
+    empty = None
+    if padding is not None:
+        empty = padding.all(-1, keepdim=True)  # [B,1]; such rows stay finite, and mix nothing in the end
+        hidden = torch.zeros_like(padding, dtype=scores.dtype).masked_fill_(padding & ~empty, -torch.inf)
+        scores = scores.add_(hidden[:, None, None])
+    mixed = thinned(scores.softmax(-1), dropout) @ (value / (1 - dropout))
+    return mixed if empty is None else mixed.masked_fill(empty[:, None, None], 0.0)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, transform: Transform) -> bool:

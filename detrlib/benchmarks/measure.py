@@ -4,6 +4,7 @@ Results are tidy, a row per number. Columns: benchmark, case (a shape, or sites 
 implementation), quantity, unit, value, low and high (quartiles), repeats. Legend: B images, H heads, Q queries, K keys.
 """
 
+import functools
 import json
 import math
 import os
@@ -24,11 +25,9 @@ from detrlib import runs
 from detrlib.attention import AlphaEntmax, build_transform, reference
 from detrlib.attention.transforms import ALPHA_HIGH, ALPHA_LOW
 from detrlib.benchmarks.rivals import Candidate, left_out, others, package_version, prox, tvmax_by_map
-from detrlib.config import Config, load_config
+from detrlib.benchmarks.synthetic import random, training_step
+from detrlib.config import load_config
 from detrlib.engine.memory import keep_freed_memory
-from detrlib.engine.optimizer import build_optimizer
-from detrlib.losses.criterion import Criterion
-from detrlib.models import build_model
 from detrlib.models.outputs import Site
 
 FORWARD, BOTH = "forward", "forward + backward"
@@ -90,10 +89,29 @@ def compare(
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """How long `run` takes, until the device has finished."""
-    start = now(device)
+    """How long `run` takes, until the device has finished.
+
+    On a GPU by its own clock: it is kept busy by filling memory until `run` has told it what to do, for a millisecond
+    at most, and what it then has to read is no longer in its cache.
+    """
+    if not device.startswith("cuda"):
+        start = now(device)
+        run()
+        return now(device) - start
+    for _ in range(4):
+        _spoiler(device).zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     run()
-    return now(device) - start
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+@functools.cache
+def _spoiler(device: str) -> Tensor:
+    """More than the cache of any GPU holds."""
+    return torch.empty(2**28, dtype=torch.uint8, device=device)
 
 
 def now(device: str) -> float:
@@ -137,11 +155,6 @@ def _rows(benchmark: str, case: str, measured: list[Candidate], quantity: str, u
     return [row | {"quantity": quantity, "unit": unit} | n for row, n in zip(rows, numbers, strict=True)]
 
 
-def _random(shape: tuple[int, ...], scale: float, device: str, seed: int = 0) -> Tensor:
-    """From N(0, scale^2), the same on every device."""
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
 # Transforms
 
 
@@ -171,8 +184,8 @@ def measure_transforms(
     """
     rows, device = [], settings.device
     for case, shape in shapes.items():
-        scores = _random(shape.scores, settings.score_scale, device).requires_grad_()
-        gradient = _random(shape.scores, 1.0, device, 1)
+        scores = random(shape.scores, settings.score_scale, device).requires_grad_()
+        gradient = random(shape.scores, 1.0, device, 1)
         candidates = implementations(names, shape, settings, compared)
         for quantity, make in ((FORWARD, _forward), (BOTH, _forward_and_backward)):
             passes = {i: make(candidate, scores, gradient) for i, candidate in enumerate(candidates)}
@@ -210,7 +223,7 @@ def measure_accuracy(names: list[str], shape: Shape, settings: Settings) -> pd.D
     `measure_tvmax`.
     """
     rows, device = [], settings.device
-    scores, gradient = _random(shape.scores, settings.score_scale, device), _random(shape.scores, 1.0, device, 1)
+    scores, gradient = random(shape.scores, settings.score_scale, device), random(shape.scores, 1.0, device, 1)
     alphas = torch.linspace(1.1, 1.9, shape.heads, device=device, dtype=torch.float64)[:, None, None]  # [H,1,1]
     powers = {"softmax": 1, "sparsemax": 2.0, "entmax15": 1.5, "entmax": settings.alpha, "alpha_entmax": alphas}
     for name in (name for name in names if name != "tvmax"):
@@ -251,11 +264,11 @@ def measure_tvmax(shape: Shape, maps: int, settings: Settings) -> pd.DataFrame:
         Candidate("tvmax", "loop, linear gradient", partial(by_map, search=False)),
         Candidate("tvmax", "loop, linear gradient, accurate", accurate),
     ]
-    whole = _random(shape.scores, settings.score_scale, settings.device).flatten(0, 2)  # [B*H*Q,K]
+    whole = random(shape.scores, settings.score_scale, settings.device).flatten(0, 2)  # [B*H*Q,K]
     part, passes = whole[:maps].cpu(), {}
     for candidate in candidates:
         scores = (whole if candidate.source == "detrlib" else part).detach().requires_grad_()
-        gradient = _random(scores.shape, 1.0, scores.device.type, 1)
+        gradient = random(scores.shape, 1.0, scores.device.type, 1)
         passes[candidate.source] = _forward_and_backward(candidate, scores, gradient)
     times = compare(passes, settings.repeats, settings.limit, settings.device)
     times.loc[times.index != "detrlib", ["value", "low", "high"]] *= len(whole) / len(part)
@@ -292,28 +305,3 @@ def measure_steps(names: list[str], backbone: str, image_size: int, batch: int, 
         values = times.loc[["softmax", *((case, name) for name in names)]].to_dict("records")
         rows += _rows("step", case, candidates, "step", "s", values)
     return pd.DataFrame(rows)
-
-
-def training_step(cfg: Config, size: tuple[int, int], batch: int = 1, device: str = "cpu") -> Callable[[], None]:
-    """A step of training `cfg.model` with weights drawn at random, from `batch` random images of `size` (height, width)
-    with eight boxes each to updated weights; call it to take the step.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build_model(cfg.model).to(device).train()
-    images = _random((batch, 3, *size), 1.0, device)
-    boxes = 0.5 + 0.05 * _random((batch, 8, 4), 1.0, device).clamp(-4, 4)
-    targets = [{"labels": torch.arange(8, device=device), "boxes": per_image} for per_image in boxes]
-    with torch.no_grad():  # the features of a network without pretraining are huge: attention would see one key only
-        images /= model.backbone(images, None)[-1].features.std()
-    criterion = Criterion(**dict(cfg.loss))
-    optimizer = build_optimizer(model, cfg.train)
-
-    def step() -> None:
-        loss, _ = criterion(model(images), targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step

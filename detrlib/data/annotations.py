@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pycocotools import mask
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError, with_config
 from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
@@ -195,6 +194,8 @@ def _complete_boxes(annotations: list[Annotation], path: Path) -> None:
 def _around(segmentation: Any) -> list[float]:
     """The box (x, y, width, height) of polygons, or of a mask as run lengths, compressed or not."""
     if isinstance(segmentation, dict):
+        from pycocotools import mask
+
         height, width = segmentation["size"]
         encoded = isinstance(segmentation["counts"], list)
         return mask.toBbox(mask.frPyObjects(segmentation, height, width) if encoded else segmentation).tolist()

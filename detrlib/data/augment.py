@@ -112,15 +112,15 @@ class Resize(NamedTuple):
         return functional.resize_image(pixels, [self.height, self.width], antialias=True)
 
     def boxes(self, boxes: Tensor, size: Size) -> Tensor:
-        down, across = self.height / size[0], self.width / size[1]
-        return boxes * torch.tensor([across, down, across, down])
+        new, old = torch.tensor([self.width, self.height] * 2), torch.tensor([size[1], size[0]] * 2)
+        return boxes * new / old  # in this order what ends at the edge of the image does so exactly
 
     def size(self, size: Size) -> Size:
         return self.height, self.width
 
 
 class Crop(NamedTuple):
-    """A part of the image; boxes may reach beyond it."""
+    """A part of the image; boxes are cut to it, and of those outside nothing is left."""
 
     top: int
     left: int
@@ -132,7 +132,8 @@ class Crop(NamedTuple):
         return part.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # in one piece: others are resized at half the speed
 
     def boxes(self, boxes: Tensor, size: Size) -> Tensor:
-        return boxes - torch.tensor([self.left, self.top, self.left, self.top])
+        inside = boxes - torch.tensor([self.left, self.top] * 2)
+        return torch.minimum(inside.clamp_(min=0), torch.tensor([self.width, self.height] * 2))
 
     def size(self, size: Size) -> Size:
         return self.height, self.width
@@ -228,21 +229,23 @@ class DetectionTransform:
 
         Args:
             image: PIL in RGB, or uint8 [3,H,W].
-            boxes, labels: [n,4] xyxy in pixels, and [n].
+            boxes, labels: [n,4] xyxy in pixels, within the image, and [n].
             draws: texts that random numbers of the image and of its batch follow from, see `Draws`; None: chance,
                 that is torch's generator.
 
         Returns:
-            The same three; boxes are clipped to the new image, and those with nothing left are dropped.
+            The same three; boxes are cut by crops, and those with nothing left are dropped.
         """
         pixels = image if isinstance(image, Tensor) else as_pixels(image)
         size = tuple(pixels.shape[-2:])
-        for step in self.draw(size, *(draws or ())):
+        steps = self.draw(size, *(draws or ()))
+        for step in steps:
             pixels, boxes = step.pixels(pixels), step.boxes(boxes, size)
             size = step.size(size)
-        boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([size[1], size[0]] * 2))
-        visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        return pixels, boxes[visible], labels[visible]
+        if any(isinstance(step, Crop) for step in steps):
+            visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+            boxes, labels = boxes[visible], labels[visible]
+        return pixels, boxes, labels
 
 
 def build_augmentation(

@@ -108,8 +108,7 @@ class CocoDataset(Dataset):
         pixels, original_size = self._pixels(index)
         boxes, labels = self.objects(index)
         if pixels.shape[-2:] != original_size:  # reduced in the cache
-            down, across = (kept / own for kept, own in zip(pixels.shape[-2:], original_size, strict=True))
-            boxes *= torch.tensor([across, down, across, down])
+            boxes = Resize(*pixels.shape[-2:]).boxes(boxes, original_size)
         if self.transform is not None:
             pixels, boxes, labels = self.transform(pixels, boxes, labels, draws or None)
         height, width = pixels.shape[-2:]

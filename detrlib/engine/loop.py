@@ -12,7 +12,7 @@ What a person should know is said in this order, nothing of it twice:
 
     before a model is made      the data (`look_over`), objects that a backbone from crops will not learn from
     before the first step       weights that it starts from, memory, the floor of AP, too few updates
-    after the first steps       how long it will take (`_forecast`)
+    after the first steps       how long it will take, and again each minute (`pace`)
     after an epoch              loss and AP; after the first, much padding; from the middle on, signs of collapse
     at the end                  the best epoch
 """
@@ -20,7 +20,6 @@ What a person should know is said in this order, nothing of it twice:
 import argparse
 import math
 import time
-from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -39,18 +38,17 @@ from detrlib.engine import tracking
 from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
+from detrlib.engine.pace import Pace
 from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model
-from detrlib.engine.state import TrainingState
+from detrlib.engine.state import TrainingState, require_compiler
 from detrlib.engine.step import Pending, train_step
-from detrlib.errors import ConfigError, DetrlibError, RunError
+from detrlib.errors import ConfigError, DetrlibError, RunError, show_messages
 from detrlib.files import save_checkpoint
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.models import checkpoint_activations
 
 LOOKED_AT = 64  # images whose attention is measured while training goes on
-
-TIMED_STEPS = 3  # after the first, from which the time of an epoch is told
 
 
 def train(cfg: Config, run_dir: Path) -> dict:
@@ -75,6 +73,8 @@ def train(cfg: Config, run_dir: Path) -> dict:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
         )
+    if cfg.train.compile:
+        require_compiler(accelerator.device)
     say = partial(tracking.say, accelerator)
     train_set, val_set = (splits := open_splits(cfg.data)).values()
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
@@ -144,7 +144,7 @@ class Trainer:
         self.criterion = Criterion(lambda x: accelerator.reduce(x, "mean"), **dict(cfg.loss))
         self.pending = Pending()  # whether the last update was one
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
-        self.timed = False  # whether `_forecast` has spoken
+        self.pace = Pace(cfg.train, len(self.sampler), len(val_set) / cfg.train.batch_size)
         self.floor, self.warned = {}, set()  # see `run_floor`; signs of collapse that were said
         tracking.start_tracking(accelerator, cfg)
 
@@ -160,7 +160,9 @@ class Trainer:
             record = self._train_epoch()
             state.epoch += 1
             if state.epoch % self.cfg.train.eval_every == 0 or state.epoch == epochs:
+                began = time.perf_counter()
                 record |= self._validate()
+                self.pace.evaluations.append(time.perf_counter() - began)
             self._log(record)
             ap = record.get("detection/AP", -math.inf)
             state.save(self.run_dir / "checkpoints", ap, self.cfg.train.keep_every)
@@ -187,6 +189,8 @@ class Trainer:
         settings = self.cfg.train
         self.say(*floor_and_collapse(self.floor), *few_updates(self.cfg, settings.epochs * len(self.sampler)))
         self.say(*divided_statistics(self.state.trained, self.micro_batch, settings.batch_size))
+        if settings.compile:
+            self.state.compile()
 
     def _train_epoch(self) -> dict[str, float]:
         """One epoch; means of everything logged."""
@@ -207,11 +211,9 @@ class Trainer:
                 took = time.perf_counter() - clock
                 self._log_step(terms, {"extra/iter_time": took, "extra/data_time": waited})
                 bar.set_postfix(loss=f"{terms['loss']:.3f}")
+            if line := self.pace.step(time.perf_counter() - clock, number, state.epoch):
+                self.say(line)
             clock = time.perf_counter()
-            if number == 0:  # which prepares things, and tells nothing of the others
-                began = clock
-            elif number == TIMED_STEPS and not self.timed:
-                self._forecast((clock - began) / TIMED_STEPS)
         self.pending.read()
         totals = accelerator.reduce(sums, "mean") / len(self.loader)
         means = {f"epoch/{name}": value for name, value in zip(terms, totals.tolist(), strict=True)}
@@ -292,16 +294,6 @@ class Trainer:
         runs.append_metrics(self.run_dir, record)
         self.accelerator.log(tracking.panels(record, self.criterion.weights), step=self.state.global_step)
 
-    def _forecast(self, seconds: float) -> None:
-        """Say how long training will take, from the first steps of `seconds` each."""
-        self.timed = True
-        epoch, left = len(self.loader) * seconds, self.cfg.train.epochs - self.state.epoch
-        until = datetime.now() + timedelta(seconds=left * epoch)
-        self.say(
-            f"time: an epoch takes about {tracking.duration(epoch)}, {left} epochs about "
-            f"{tracking.duration(left * epoch)}, without evaluation until {until:%Y-%m-%d %H:%M}"
-        )
-
     def _report(self, record: dict[str, float], seconds: float) -> None:
         epoch, epochs, updates = self.state.epoch, self.cfg.train.epochs, self.state.global_step
         precision = ""
@@ -311,7 +303,7 @@ class Trainer:
         self.say(
             f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
             f"loss {record['epoch/loss']:.3f}  {precision}"
-            f"{seconds:.0f} s, about {(epochs - epoch) * seconds / 60:.0f} min left",
+            f"{seconds:.0f} s, about {tracking.duration(self.pace.left(epoch))} left",
             *(much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
         )
 
@@ -327,7 +319,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train in a run folder that holds config.yaml; for torchrun.")
     parser.add_argument("run_dir", type=runs.run_path, help="run folder with a config.yaml")
     run_dir = parser.parse_args().run_dir
-    tracking.show_messages()
+    show_messages()
     keep_freed_memory()
     try:
         train(load_config(run_dir / "config.yaml"), run_dir)

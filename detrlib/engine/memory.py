@@ -281,7 +281,7 @@ class Plan:
     def _tried(self, images: int) -> bool:
         """Whether a pass over the largest images fits on the GPU, beside what an update will add and some to spare."""
         trained = _bytes(p for p in self.model.parameters() if p.requires_grad)
-        spare = 3 * trained + torch.cuda.get_device_properties(self.device).total_memory // SPARE
+        spare = 3 * trained + _limit(self.device) // SPARE
         try:
             held = torch.empty(spare, dtype=torch.uint8, device=self.device)
             Passes(self.model, self.cfg, self.objects, self.device).bytes(images, self._largest(images))
@@ -296,11 +296,18 @@ class Plan:
 def free_memory(device: torch.device) -> int:
     """Bytes that a process may still take: of its GPU, with what PyTorch holds there, or its share of the machine's."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        held = torch.cuda.memory_reserved(device)
+        return min(torch.cuda.mem_get_info(device)[0] + held, _limit(device))
     free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")  # the limit of a container
     if limit.exists() and (given := limit.read_text().strip()).isdigit():
         free = min(free, int(given))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _limit(device: torch.device) -> int:
+    """Bytes of a GPU that PyTorch may take at all: fewer than it has after `set_per_process_memory_fraction`."""
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return int(share * torch.cuda.get_device_properties(device).total_memory)
 
 
 def keep_freed_memory() -> None:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from detrlib.config import Backbone
 from detrlib.data import CocoDataset, cache_folder
 from detrlib.data.augment import PAPER_SIZE, TRAINING_SIZES, normalised
-from detrlib.files import save_checkpoint
+from detrlib.files import one_at_a_time, save_checkpoint
 from detrlib.models.backbone import build_body, stage_channels
 
 log = logging.getLogger(__name__)
@@ -51,16 +51,22 @@ def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int) 
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = cache_folder() / "backbones" / f"{settings.name}-{digest}.pt"
     if not path.exists():
-        with torch.random.fork_rng():
-            torch.manual_seed(SEED)
-            body, recalls = train_classifier(settings, dataset, image_size)
-        log.info(
-            "backbone pretrained on crops: of held-out ones %.3f are recognised, mean over %d classes (a guess: %.3f); "
-            "kept in %s",
-            *(sum(recalls) / len(recalls), len(recalls), 1 / len(recalls), path),
-        )
-        save_checkpoint(path, body.state_dict())
+        with one_at_a_time(path):
+            if not path.exists():  # otherwise another process has made it meanwhile
+                _pretrain(settings, dataset, image_size, path)
     return path
+
+
+def _pretrain(settings: Backbone, dataset: CocoDataset, image_size: int, path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        body, recalls = train_classifier(settings, dataset, image_size)
+    log.info(
+        "backbone pretrained on crops: of held-out ones %.3f are recognised, mean over %d classes (a guess: %.3f); "
+        "kept in %s",
+        *(sum(recalls) / len(recalls), len(recalls), 1 / len(recalls), path),
+    )
+    save_checkpoint(path, body.state_dict())
 
 
 def train_classifier(settings: Backbone, dataset: CocoDataset, image_size: int) -> tuple[nn.Module, list[float]]:

@@ -11,9 +11,22 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from detrlib.config import Config
 from detrlib.engine.optimizer import build_optimizer, lr_factors
+from detrlib.errors import ConfigError
 from detrlib.files import load_checkpoint, load_weights, save_checkpoint
 from detrlib.models import set_alphas
 from detrlib.runs.folder import run_name
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raises ConfigError where torch.compile does not work, for want of a C++ compiler on a CPU."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # of whatever it stumbled over
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"train.compile: torch.compile does not work here ({reason}); install a C++ compiler such as g++, or leave "
+            "it out"
+        ) from None
 
 
 class TrainingState:
@@ -59,6 +72,14 @@ class TrainingState:
         if alphas := self.alphas:
             set_alphas(self.trained, alphas)
             set_alphas(self.evaluated, alphas)
+
+    def compile(self) -> None:
+        """From now on let torch.compile run what is trained and evaluated; names of weights stay as they are.
+
+        The first graph holds for batches of one size, and once another comes, the next for any.
+        """
+        for model in {self.trained, self.evaluated}:
+            model.compile()
 
     def advance(self) -> None:
         """After an update of the weights: what moves along with them."""

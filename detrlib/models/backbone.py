@@ -21,6 +21,9 @@ from detrlib.models.checkpointing import call
 from detrlib.models.pretrained import imagenet_weights, load_backbone_weights, read_weights
 from detrlib.models.swin import DEPTHS, PATCH, WIDTHS, WINDOW, swin_body, swin_stages
 
+# Asked for once, since a graph that is compiled cannot ask.
+CAPABILITY, ONEDNN = torch.backends.cpu.get_cpu_capability(), torch.backends.mkldnn.is_available()
+
 
 @dataclass
 class FeatureMap:
@@ -91,7 +94,7 @@ def trained_layout(device: torch.device) -> torch.memory_format:
     it, and those with stride 2 three times as long. The stem and the first stage, in DETR not trained, are faster in it
     everywhere. See `detrlib benchmark step`.
     """
-    slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    slow = device.type == "cpu" and CAPABILITY == "AVX2"
     return torch.contiguous_format if slow else torch.channels_last
 
 
@@ -241,7 +244,7 @@ def normalised(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
     dilation = conv.dilation
-    if x.is_cpu and _side(conv.kernel_size) == 1 and torch.backends.mkldnn.is_available():
+    if x.is_cpu and _side(conv.kernel_size) == 1 and ONEDNN:
         # One cell cannot be dilated, but convolutions said to be go to oneDNN, which with one thread is faster by up
         # to a quarter than where PyTorch sends small batches otherwise.
         dilation = 2

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from detrlib.attention import ConditionalCrossAttention, ConditionalSelfAttention, MultiheadAttention, Transform
 from detrlib.attention.deformable import Samples
+from detrlib.attention.dropout import Dropout
 from detrlib.models.checkpointing import call
 from detrlib.models.outputs import Polled
 from detrlib.models.position import sine, sine_of_boxes
@@ -65,7 +66,7 @@ class EncoderLayer(nn.Module):
         self.linear2 = nn.Linear(settings.feedforward_dim, dim)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
         self.pre_norm = pre_norm
 
     def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -113,7 +114,7 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.pre_norm = settings.pre_norm
 
     def build_self_attention(self, settings: LayerSettings) -> nn.Module:

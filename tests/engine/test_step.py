@@ -35,7 +35,7 @@ def batch(random_boxes):
 
 def trained(model, batch, size, steps=3, **settings):
     """A copy of the model after some updates by a batch in parts of `size`, and what the steps returned."""
-    model = copy.deepcopy(model).train()
+    model = copy.deepcopy(model).to(Accelerator().device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     parts = batch.split(size, keep_padding=getattr(model.backbone, "official_padding", False))
     given = model, parts, Criterion(weight_poll=1.0), optimizer, Accelerator()
@@ -52,6 +52,21 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(settings, size, batch, sm
     assert expected[-1]["loss"] < expected[0]["loss"]
     for (name, weight), other in zip(whole.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
+def test_a_gpu_gives_the_update_of_the_cpu(settings, batch, small, request):
+    start = small(**settings, dropout=0.0)
+    whole, (expected,) = trained(start, batch, 5, steps=1)
+    device = request.getfixturevalue("gpu").type
+    model, (terms,) = trained(start, batch, 5, steps=1)
+    assert {k: v.item() for k, v in terms.items()} == pytest.approx({k: v.item() for k, v in expected.items()}, 1e-4)
+    for (name, weight), other in zip(whole.named_parameters(), model.parameters(), strict=True):
+        assert other.device.type == device
+        torch.testing.assert_close(other.cpu(), weight, rtol=1e-4, atol=1e-5, msg=name)
+    rounded = trained(start, batch, 5, steps=1, precision="bfloat16")[1][0]["loss"].item()
+    assert rounded == pytest.approx(expected["loss"].item(), 0.1)
 
 
 def test_a_later_part_that_is_no_number_leaves_the_weights(batch, small):

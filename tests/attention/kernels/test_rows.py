@@ -63,8 +63,8 @@ def test_rows_longer_than_a_block(alpha, monkeypatch, check_rows, random, rows, 
     check_rows(x, spread(alpha, 3))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="sizes for a GPU")
-@pytest.mark.parametrize("length", [950, 15000, 16384, 20000])
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [950, 15000, 40000])
 def test_rows_at_their_real_size(alpha, length, check_rows, random, spread):
     check_rows(random(70, length, scale=2), spread(alpha, 70))
 
