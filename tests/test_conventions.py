@@ -29,25 +29,25 @@ ORDER = (
 RANK = {name: number for number, names in enumerate(ORDER) for name in names}
 FIGURES_MAY_IMPORT = {"boxes", "errors", "models.outputs", "metrics", "runs", "figures"}
 ATTENTION_MAY_IMPORT = {"torch", "triton"} | set(sys.stdlib_module_names)
-PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what processes of theirs say
+PRINTS = {"__main__", "engine.launch", "experiments.sweep", "benchmarks.step"}  # and what processes of theirs say
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
     ".": 660,
     "config": 1220,
-    "attention": 1240,
+    "attention": 1290,
     "attention/kernels": 1040,
-    "models": 2930,
+    "models": 2985,
     "losses": 330,
     "checkpoints": 1310,
     "data": 2870,
     "metrics": 1990,
     "runs": 1650,
-    "engine": 2600,
+    "engine": 2610,
     "experiments": 2105,
     "figures": 3060,
     "teaching": 480,
-    "benchmarks": 870,
+    "benchmarks": 1145,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
 LONGEST_COMMANDS = 460  # the command line: every option of every command is a line

@@ -25,6 +25,7 @@ from detrlib.attention import AlphaEntmax, build_transform, reference
 from detrlib.attention.transforms import ALPHA_HIGH, ALPHA_LOW
 from detrlib.benchmarks.rivals import Candidate, left_out, others, package_version, prox, tvmax_by_map
 from detrlib.config import Config, load_config
+from detrlib.data import Batch
 from detrlib.engine.memory import keep_freed_memory
 from detrlib.engine.optimizer import build_optimizer
 from detrlib.losses.criterion import Criterion
@@ -32,6 +33,7 @@ from detrlib.models import build_model
 from detrlib.models.outputs import Site
 
 FORWARD, BOTH = "forward", "forward + backward"
+LOSS = "loss of the batch"  # in a profile
 SITES = get_args(Site)
 KEPT = ", memory kept"  # at the end of cases of `measure_keeping_memory`
 NUMBER = ["value", "low", "high", "repeats"]
@@ -71,9 +73,15 @@ class Settings(NamedTuple):
 
 
 def compare(
-    candidates: Mapping[str, Callable[[], object]], repeats: int, limit: float = math.inf, device: str = "cpu"
+    candidates: Mapping[str, Callable[[], object]],
+    repeats: int,
+    limit: float = math.inf,
+    device: str = "cpu",
+    clock: Callable[[], float] | None = None,
 ) -> pd.DataFrame:
     """Seconds that each candidate takes: columns value (the median), low and high (quartiles), repeats.
+
+    clock: None is that on the wall, when the device has finished; `time.process_time` counts what this process works.
 
     Candidates take turns, so that whatever else the machine does hits all of them alike. The first turn only warms up;
     a candidate that has taken more than `limit` seconds in those after it takes no more turns.
@@ -82,18 +90,19 @@ def compare(
     for turn in range(repeats + 1):
         for name, run in candidates.items():
             if sum(taken[name]) <= limit:
-                took = seconds(run, device)
+                took = seconds(run, device, clock)
                 taken[name] += [took] if turn else []
     quartiles = {name: [*np.quantile(each, (0.5, 0.25, 0.75)), len(each)] for name, each in taken.items()}
     table = pd.DataFrame.from_dict(quartiles, orient="index", columns=NUMBER)
     return table.astype({"repeats": "Int64"}).rename_axis("candidate")
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """How long `run` takes, until the device has finished."""
-    start = now(device)
+def seconds(run: Callable[[], object], device: str, clock: Callable[[], float] | None = None) -> float:
+    """How long `run` takes by a clock, or until the device has finished."""
+    clock = clock or partial(now, device)
+    start = clock()
     run()
-    return now(device) - start
+    return clock() - start
 
 
 def now(device: str) -> float:
@@ -275,7 +284,8 @@ def measure_steps(names: list[str], backbone: str, image_size: int, batch: int, 
     """Seconds of a training step of DETR, from images to updated weights, with each transform in the decoder's
     cross-attention alone and at all three sites, beside softmax everywhere. Images and boxes are random.
     """
-    cases, steps, size = {"decoder_cross": SITES[-1:], "all sites": SITES}, {}, (image_size, image_size)
+    cases, steps = {"decoder_cross": SITES[-1:], "all sites": SITES}, {}
+    images = random_batch((image_size, image_size), batch, settings.device)
     # The stem stays frozen, as if there were weights to keep.
     plain = {"model.backbone": {"name": backbone, "weights": "none", "freeze_stem": True}, "model.num_classes": 91}
     for case, sites in cases.items():
@@ -283,8 +293,8 @@ def measure_steps(names: list[str], backbone: str, image_size: int, batch: int, 
             # tvmax needs keys on a grid, and those of decoder_self are none.
             where = {site: name for site in sites if (site, name) != ("decoder_self", "tvmax")}
             cfg = load_config(None, plain | {"model.attention": where})
-            steps[case, name] = training_step(cfg, size, batch, settings.device)
-    softmax = training_step(load_config(None, plain), size, batch, settings.device)
+            steps[case, name] = training_step(cfg, images)
+    softmax = training_step(load_config(None, plain), images)
     times = compare({"softmax": softmax} | steps, settings.repeats, settings.limit, settings.device)
     rows = []
     for case in cases:
@@ -294,26 +304,39 @@ def measure_steps(names: list[str], backbone: str, image_size: int, batch: int, 
     return pd.DataFrame(rows)
 
 
-def training_step(cfg: Config, size: tuple[int, int], batch: int = 1, device: str = "cpu") -> Callable[[], None]:
-    """A step of training `cfg.model` with weights drawn at random, from `batch` random images of `size` (height, width)
-    with eight boxes each to updated weights; call it to take the step.
+def training_step(cfg: Config, batch: Batch) -> Callable[[], None]:
+    """A step of training `cfg.model` with weights drawn at random, from a batch to updated weights; call it to take
+    the step.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build_model(cfg.model).to(device).train()
-    images = _random((batch, 3, *size), 1.0, device)
-    boxes = 0.5 + 0.05 * _random((batch, 8, 4), 1.0, device).clamp(-4, 4)
-    targets = [{"labels": torch.arange(8, device=device), "boxes": per_image} for per_image in boxes]
+        model = build_model(cfg.model).to(batch.images.device).train()
+    images, padding_mask, targets = batch
     with torch.no_grad():  # the features of a network without pretraining are huge: attention would see one key only
-        images /= model.backbone(images, None)[-1].features.std()
+        images = images / model.backbone(images, None)[-1].features.std()
     criterion = Criterion(**dict(cfg.loss))
     optimizer = build_optimizer(model, cfg.train)
 
     def step() -> None:
-        loss, _ = criterion(model(images), targets)
+        predictions = model(images, padding_mask)
+        with torch.profiler.record_function(LOSS):
+            loss, _ = criterion(predictions, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def random_batch(size: tuple[int, int], images: int = 1, device: str = "cpu", padded: bool = False) -> Batch:
+    """Random images of `size` (height, width) with eight boxes each; if `padded`, a quarter of the last one's width and
+    a tenth of its height are padding.
+    """
+    pixels, mask = _random((images, 3, *size), 1.0, device), None
+    if padded:
+        mask = torch.zeros(images, *size, dtype=torch.bool, device=device)
+        mask[-1, :, int(0.75 * size[1]) :] = mask[-1, int(0.9 * size[0]) :] = True
+        pixels.masked_fill_(mask[:, None], 0.0)
+    boxes = 0.5 + 0.05 * _random((images, 8, 4), 1.0, device).clamp(-4, 4)
+    return Batch(pixels, mask, [{"labels": torch.arange(8, device=device), "boxes": each} for each in boxes])
