@@ -66,13 +66,17 @@ lab: .venv/.ready  ## open JupyterLab
 	    "$$python" -m venv .venv; \
 	    if $(PIP) install --quiet uv; then uv=.venv/bin/uv; fi; \
 	fi; \
-	if [ -z "$$uv" ] || ! "$$uv" pip install --python $(PY) -r requirements.lock; then \
+	if [ -n "$$uv" ]; then \
+	    { "$$uv" pip install --python $(PY) -r requirements.lock 2>&1 && touch .venv/.pinned; } \
+	        | grep -v -e '^ *[-+~] ' -e '^ Downloaded' -e '^Downloading .*([0-9.]*KiB)' -e '^Downloading .*([0-9]\{1,2\}\.[0-9]*MiB)' || true; \
+	fi; \
+	if [ ! -e .venv/.pinned ]; then uv=; \
 	    echo "Without uv it takes some minutes longer."; \
 	    $(PY) -m ensurepip >/dev/null; \
 	    { $(PIP) install --progress-bar off -r requirements.lock && touch .venv/.pinned; } \
 	        | sed -n -e '/^ *Downloading .*[0-9][0-9].*[MG]B)/p' -e '/^ *Using cached .*[0-9][0-9].*[MG]B)/p' -e 's/^\(Installing\) collected.*/\1 .../p'; \
 	    [ -e .venv/.pinned ]; \
 	fi; \
-	if [ -n "$$uv" ] && [ ! -e .venv/.pinned ]; then "$$uv" pip install --quiet --python $(PY) --no-deps -e .; \
+	if [ -n "$$uv" ]; then "$$uv" pip install --quiet --python $(PY) --no-deps -e .; \
 	else $(PIP) install --quiet --no-deps -e .; fi; \
 	touch $@; echo "Ready."

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from detrlib.errors import ConfigError, DataError, DetrlibError, listed
+from detrlib.benchmarks import program, programs
+from detrlib.errors import ConfigError, DataError, DetrlibError, listed, show_messages
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
@@ -89,8 +90,6 @@ def in_words(numbers: dict[str, float]) -> str:
 @app.callback()
 def messages() -> None:
     """Sparse attention in detection transformers: train, measure, explain and change detectors."""
-    from detrlib.engine.tracking import show_messages
-
     show_messages()
 
 
@@ -251,18 +250,10 @@ def explain(
     from detrlib.experiments.explain import faithfulness_run
     from detrlib.runs.folder import run_path
 
-    frame = faithfulness_run(
-        run_path(run),
-        images,
-        values_in(methods, "--methods") or None,
-        steps,
-        checkpoint=checkpoint,
-        unit=unit,
-        replacement=replacement,
-        min_score=min_score,
-        matched=not all_queries,
-        batch_size=batch_size,
-    )
+    names = values_in(methods, "--methods") or None
+    options = {"unit": unit, "replacement": replacement, "min_score": min_score, "batch_size": batch_size}
+    chosen = {"checkpoint": checkpoint, "matched": not all_queries}
+    frame = faithfulness_run(run_path(run), images, names, steps, **chosen, **options)
     columns = ["deletion_similarity", "insertion_similarity"]
     typer.echo(frame.groupby("method", sort=False)[columns].mean().round(3).to_string())
 
@@ -315,9 +306,9 @@ def sweep(
 @app.command(hidden=True)
 def sweep_run(folder: Path) -> None:
     """One run of a sweep in a process of its own."""
-    from detrlib.experiments.sweep import run_one
+    from detrlib.engine.notebooks import execute_asked
 
-    run_one(folder)
+    execute_asked(folder)
 
 
 @app.command()
@@ -352,11 +343,15 @@ def import_weights(
 @app.command()
 def export(
     run: Annotated[str, Argument(metavar="RUN|NAME", help="a run, or whatever import takes")],
-    path: Annotated[Path, Argument(help="FILE.safetensors, FILE.pth (official names), or a folder (Hugging Face)")],
-    layout: Annotated[Literal["safetensors", "official", "huggingface"] | None, Option("--format")] = None,
+    path: Annotated[
+        Path, Argument(help="FILE.safetensors, .pth (official), .pt2 or .onnx, or a folder (Hugging Face)")
+    ],
+    layout: Annotated[
+        Literal["safetensors", "official", "huggingface", "program", "onnx"] | None, Option("--format")
+    ] = None,
     checkpoint: Checkpoint = "last",
 ) -> None:
-    """Write the weights of a model for other programs: safetensors, the official layout, or Hugging Face's."""
+    """Write a model for others: safetensors, the official layout, Hugging Face's, or a program of PyTorch's or ONNX."""
     from detrlib.checkpoints.export import export as write
     from detrlib.runs.sources import open_source
 
@@ -406,6 +401,15 @@ def costs(
         from detrlib.engine.memory import training_memory
 
         typer.echo(training_memory(cfg, tuple(pixels), memory))
+
+
+@app.command()
+def benchmark(
+    what: Annotated[str, Argument(metavar="WHAT", help=" | ".join(programs()))],
+    out: Annotated[Path, Option(help="folder of the tables and the numbers")] = Path("build/benchmarks"),
+) -> None:
+    """Measure speed and memory of this machine, beside other implementations."""
+    program(what)(out)
 
 
 @app.command()

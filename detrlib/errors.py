@@ -3,6 +3,7 @@
 The command line prints it and ends with a code that is not zero; notebooks show it as the last line of a cell.
 """
 
+import logging
 from collections.abc import Iterable
 
 
@@ -39,3 +40,9 @@ def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:
     values = list(values)
     more = [f"and {len(values) - most} more"] if len(values) > most else []
     return between.join([*map(str, values[:most]), *more])
+
+
+def show_messages() -> None:
+    """Let the library's messages (data drawn, boxes dropped, backbone pretrained) appear on a command line."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("detrlib").setLevel(logging.INFO)

@@ -1,15 +1,18 @@
 """Whole files, written so that a reader never meets half of one, and read so that no code in them runs."""
 
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from detrlib.errors import RunError, listed
+
+if TYPE_CHECKING:  # what only executes notebooks need not wait for torch
+    import torch
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -35,6 +38,22 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """While it is entered, other processes that enter it for the same `path` wait: what takes long is made once.
+
+    Raises RunError where nothing can be written beside `path`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock").open("w")
+    except OSError as error:
+        raise RunError(f"could not write beside {path}: {error}") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def write_json(path: Path, values: Any) -> None:
     """`values` as indented JSON, written atomically."""
     write_atomic(path, lambda temporary: temporary.write_text(json.dumps(values, indent=1) + "\n"))
@@ -42,11 +61,15 @@ def write_json(path: Path, values: Any) -> None:
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """`state` as torch saves it, written atomically."""
+    import torch
+
     write_atomic(path, lambda temporary: torch.save(state, temporary))
 
 
 def load_checkpoint(path: Path, needed: Collection[str] = ()) -> dict:
     """A checkpoint on the CPU; no code in the file is run. Raises RunError naming the file, and entries it lacks."""
+    import torch
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -76,7 +99,7 @@ def weight_faults(own: dict, given: dict) -> list[str]:
     return faults + [f"{name} holds values that are no numbers" for name in given if not given[name].isfinite().all()]
 
 
-def load_weights(model: torch.nn.Module, state: dict, source: Path) -> None:
+def load_weights(model: "torch.nn.Module", state: dict, source: Path) -> None:
     """Copy weights into `model`. Raises RunError naming the first faults if they are of another one, or not finite."""
     faults = weight_faults(model.state_dict(), state)
     if faults:

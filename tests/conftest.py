@@ -21,6 +21,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"  # runs are compared bit for bit, whic
 
 import matplotlib.pyplot as plt
 import torch
+from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
@@ -56,11 +57,32 @@ def pytest_configure(config):
         config._detrlib_cache = os.environ["DETRLIB_CACHE"] = tempfile.mkdtemp(prefix="detrlib-tests-")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With -m gpu only files that have such tests are read: others need packages that a machine with a GPU may lack."""
+    if config.option.markexpr == "gpu" and collection_path.name.startswith("test_"):
+        return "mark.gpu" not in collection_path.read_text() or None
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 def pytest_unconfigure(config):
     """Remove the session's cache, and leave one that was given alone."""
     if hasattr(config, "_detrlib_cache"):
         shutil.rmtree(config._detrlib_cache, ignore_errors=True)
         del os.environ["DETRLIB_CACHE"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU, which is Accelerate's device too as long as a test lasts; float32 is not rounded to TF32."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield torch.device("cuda")
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -33,21 +33,21 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep", "benchmarks.step"}  
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 660,
+    ".": 680,
     "config": 1220,
-    "attention": 1290,
+    "attention": 1520,
     "attention/kernels": 1040,
-    "models": 2985,
-    "losses": 330,
-    "checkpoints": 1310,
-    "data": 2870,
+    "models": 3000,
+    "losses": 380,
+    "checkpoints": 1390,
+    "data": 3500,
     "metrics": 1990,
     "runs": 1650,
-    "engine": 2610,
-    "experiments": 2105,
+    "engine": 2780,
+    "experiments": 2190,
     "figures": 3060,
     "teaching": 480,
-    "benchmarks": 1145,
+    "benchmarks": 2460,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
 LONGEST_COMMANDS = 460  # the command line: every option of every command is a line
@@ -129,7 +129,8 @@ def test_attention_stands_alone(path):
 @each(MODULES)
 def test_no_hooks_path_tricks_exits_or_stray_prints(path):
     tree = parse(path)
-    forbidden = {"sys.path", "sys.exit", "exit", "quit"} | (set() if dotted_name(path) in PRINTS else {"print"})
+    prints = dotted_name(path) in PRINTS or path.is_relative_to(LIBRARY / "benchmarks")  # programs that show a table
+    forbidden = {"sys.path", "sys.exit", "exit", "quit"} | (set() if prints else {"print"})
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             names = {alias.name for alias in node.names}

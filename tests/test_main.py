@@ -15,6 +15,7 @@ from scipy.io import savemat
 from typer.testing import CliRunner
 
 from detrlib import __main__ as commands
+from detrlib import benchmarks
 from detrlib.checkpoints.files import export_official
 from detrlib.config import PROJECT, load_config, replace, save_config
 from detrlib.data import build_dataset
@@ -85,7 +86,7 @@ def test_from_the_terminal_to_the_end(tmp_path, config, metrics_without_times):
     assert order == sorted(order)  # as the head of engine/loop.py has it
     epochs = [line for line in lines if line.startswith("epoch")]
     assert [line[:11] for line in epochs] == ["epoch   1/3", "epoch   2/3", "epoch   3/3"]
-    assert all("loss" in line and "AP50" in line and "min left" in line for line in epochs)
+    assert all("loss" in line and "AP50" in line and " left" in line for line in epochs)
     assert lines[-2].startswith("best epoch: ") and f"detrlib evaluate {run_dir} --checkpoint best" in lines[-2]
     assert lines[-1].startswith("AP 0.") and lines[-1].endswith(str(run_dir))
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
@@ -365,7 +366,7 @@ def test_sweep(tmp_path, config, monkeypatch):
 
 def test_one_run_of_a_sweep(tmp_path, monkeypatch):
     worked_on = []
-    monkeypatch.setattr(sweeps, "run_one", worked_on.append)
+    monkeypatch.setattr(notebooks, "execute_asked", worked_on.append)
     detrlib("sweep-run", tmp_path)
     assert worked_on == [tmp_path]
 
@@ -427,6 +428,16 @@ def test_huggingface(huggingface_detector, tmp_path):
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv", ".md", ".tex", ".txt"}
     assert "nosuch" in refused("huggingface", "nosuch")
     assert "a file" in refused("huggingface", "--out", tmp_path / "out" / "huggingface.csv")
+
+
+def test_a_benchmark_is_a_file_with_a_function_main(tmp_path, monkeypatch):
+    assert "nonsense" in refused("benchmark", "nonsense")
+    (tmp_path / "sums.py").write_text("def main(out):\n    (out / 'sums.json').write_text('2')\n")
+    (tmp_path / "other.py").write_text("raise AssertionError\n")
+    monkeypatch.setattr(benchmarks, "__path__", [str(tmp_path)])
+    assert benchmarks.programs() == ["sums"]
+    detrlib("benchmark", "sums", "--out", tmp_path)
+    assert (tmp_path / "sums.json").read_text() == "2"
 
 
 def test_every_command_has_a_line_of_help():

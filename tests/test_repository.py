@@ -2,9 +2,11 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -178,3 +180,16 @@ def test_make_leaves_an_environment_that_is_linked_alone(tmp_path):
     done = subprocess.run(["make", "-B", "setup"], cwd=tmp_path / "checkout", capture_output=True, text=True)
     assert done.returncode != 0 and ".venv is a link to" in done.stdout + done.stderr
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == [".ready"]
+
+
+@pytest.mark.parametrize(
+    "given, wanted", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_threads_that_wait_for_each_other_leave_their_core_soon(given, wanted):
+    """Before torch is imported, since its OpenMP reads this then; what the user has set wins."""
+    unset = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    program = "import os, sys, detrlib; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT, env=unset | given, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [wanted, "False"], done.stderr

@@ -33,12 +33,27 @@ def sample_and_mix(values: Tensor, shapes: Shapes, locations: Tensor, weights: T
     is bilinear between the centres of cells, with zeros outside the level.
     """
     _check(shapes, locations.shape[3], values.shape[1])
+    if torch.compiler.is_compiling():  # what is below asks for numbers, and other programs have no such kernels
+        return sample_and_mix_written_out(values, shapes, locations, weights)
     if (kernels := _kernels(values)) is not None:
         return kernels.sample_and_mix(values, shapes, locations, weights)
     with torch.autocast(values.device.type, enabled=False):
         table = wide(values)
         mixed = _Mix.apply(table, locations.to(table.dtype), weights.to(table.dtype), shapes)
         return mixed.flatten(2).to(values.dtype)
+
+
+def sample_and_mix_written_out(values: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """The same by torch's own interpolation, level by level: for graphs that are compiled or exported, and to read."""
+    maps = wide(values).transpose(1, 2).flatten(0, 1).transpose(1, 2)  # [B*H,D,S]
+    grids = (2 * locations - 1).to(maps.dtype).transpose(1, 2).flatten(0, 1)  # [B*H,Q,L,P,2], -1 to 1
+    shares = weights.to(maps.dtype).transpose(1, 2).flatten(0, 1)[:, None]  # [B*H,1,Q,L,P]
+    mixed = 0
+    with torch.autocast(values.device.type, enabled=False):
+        for level, part in enumerate(maps.split([h * w for h, w in shapes], 2)):
+            sampled = F.grid_sample(part.unflatten(2, shapes[level]), grids[:, :, level], align_corners=False)
+            mixed = mixed + (sampled * shares[..., level, :]).sum(-1)  # [B*H,D,Q]
+    return mixed.unflatten(0, (values.shape[0], -1)).permute(0, 3, 1, 2).flatten(2).to(values.dtype)
 
 
 def splat(
@@ -78,8 +93,8 @@ def _corners(locations: Tensor, weights: Tensor, shapes: Shapes, shift: float = 
 
     def per_level(numbers: Iterable[int]) -> Tensor:
         """[H,L,P], written out: with the last axis alone to repeat, inner loops would be short."""
-        column = torch.tensor(list(numbers), device=locations.device)[:, None]
-        return column.repeat(locations.shape[2], 1, locations.shape[4])
+        heads, points = locations.shape[2], locations.shape[4]
+        return torch.cat([torch.full((heads, 1, points), n, device=locations.device) for n in numbers], 1)
 
     def line(axis: int, size: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Along one axis: the cell before each location and its share, the cell after and its share."""
@@ -254,7 +269,8 @@ class DeformableAttention(nn.Module):
             offsets = wide(offsets).unflatten(-1, (self.num_heads, self.levels, self.points, 2))
             reference_points = wide(reference_points)[:, :, None, :, None]  # [B,Q,1,L,1,2 or 4]
             if reference_points.shape[-1] == 2:
-                unit = offsets.new_tensor([[(1 / w, 1 / h)] for h, w in shapes])  # [L,1,2]
+                sides = torch.stack([offsets.new_full((), n) for h, w in shapes for n in (w, h)])
+                unit = sides.reciprocal().view(-1, 1, 2)  # [L,1,2]
             else:
                 unit = reference_points[..., 2:] * (0.5 / self.points)
             return Samples(reference_points[..., :2] + offsets * unit, weights)

@@ -46,8 +46,9 @@ class Transform(nn.Module):
             # A row of nothing but -inf has no weights: leave it finite here, and clear it in the end.
             empty = padding.all(-1, keepdim=True)
             weights = self.weights(scores.masked_fill(padding & ~empty, float("-inf")), grid)
-            # There is hardly ever such a row. On a GPU a copy costs less than to wait for the answer.
-            return weights if empty.is_cpu and not empty.any() else weights.masked_fill(empty, 0.0)
+            # There is hardly ever such a row. On a GPU a copy costs less than the answer; a graph cannot ask.
+            asked = empty.is_cpu and not torch.compiler.is_compiling()
+            return weights if asked and not empty.any() else weights.masked_fill(empty, 0.0)
 
     def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
         raise NotImplementedError

@@ -19,7 +19,6 @@ needs.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from detrlib.attention.entmax import entmax
 
@@ -49,28 +48,48 @@ def solve(scores: Tensor, lam: float, valid: Tensor | None = None) -> tuple[Tens
     if not lam >= 0:
         raise ValueError(f"lam {lam} must not be negative")
     hidden = scores.isneginf() if valid is None else scores.isneginf() | ~valid
-    return _Prox.apply(scores, float(lam), hidden)
+    return _prox(scores, float(lam), hidden)[:2]
 
 
-class _Prox(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores: Tensor, lam: float, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        maps, away = scores.reshape(-1, *scores.shape[-2:]), hidden.reshape(-1, *scores.shape[-2:])
-        y = maps.masked_fill(away, 0)
-        centre = y.sum((1, 2), keepdim=True) / (~away).sum((1, 2), keepdim=True).clamp(min=1)
-        y = (y - centre).masked_fill_(away, 0)  # keeps rounding relative to the differences
-        x, patches, gap = _solve(y, lam, away if away.any() else None)  # its rounds wait for a GPU in any case
-        prox = torch.where(away, maps, x + centre).reshape(scores.shape)
-        ctx.save_for_backward(patches.int(), hidden)
-        ctx.mark_non_differentiable(gap := gap.view(scores.shape[:-2]))
-        return prox, gap
+@torch.library.custom_op("detrlib::tv_prox", mutates_args=())
+def _prox(scores: Tensor, lam: float, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The proximal step, its gap, and the patches [M,N] that the gradient needs: one operator in a compiled graph."""
+    maps, away = scores.reshape(-1, *scores.shape[-2:]), hidden.reshape(-1, *scores.shape[-2:])
+    y = maps.masked_fill(away, 0)
+    centre = y.sum((1, 2), keepdim=True) / (~away).sum((1, 2), keepdim=True).clamp(min=1)
+    y = (y - centre).masked_fill_(away, 0)  # keeps rounding relative to the differences
+    x, patches, gap = _solve(y, lam, away if away.any() else None)  # its rounds wait for a GPU in any case
+    prox = torch.where(away, maps, x + centre).reshape(scores.shape)
+    return prox, gap.view(scores.shape[:-2]), patches.int()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        patches, hidden = ctx.saved_tensors
-        rows = gradient.masked_fill(hidden, 0).reshape(len(patches), -1)
-        return _mean(rows, patches.long(), 1).view(gradient.shape), None, None
+
+@torch.library.custom_op("detrlib::tv_prox_gradient", mutates_args=())
+def _prox_gradient(gradient: Tensor, patches: Tensor, hidden: Tensor) -> Tensor:
+    rows = gradient.masked_fill(hidden, 0).reshape(len(patches), -1)
+    return _mean(rows, patches.long(), 1).view(gradient.shape)
+
+
+@_prox.register_fake
+def _(scores: Tensor, lam: float, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    prox, gap = torch.empty_like(scores, memory_format=torch.contiguous_format), scores.new_empty(scores.shape[:-2])
+    return prox, gap, scores.new_empty(gap.numel(), prox.shape[-2] * prox.shape[-1], dtype=torch.int32)
+
+
+@_prox_gradient.register_fake
+def _(gradient: Tensor, patches: Tensor, hidden: Tensor) -> Tensor:
+    return torch.empty_like(gradient, memory_format=torch.contiguous_format)
+
+
+def _remember(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(output[2], inputs[2])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+    return _prox_gradient(gradient, *ctx.saved_tensors), None, None
+
+
+_prox.register_autograd(_backward, setup_context=_remember)
 
 
 def _solve(y: Tensor, lam: float, away: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

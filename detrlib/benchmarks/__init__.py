@@ -1,1 +1,29 @@
-"""Speed, memory and accuracy beside other implementations. Nothing else imports it."""
+"""Speed, memory and accuracy beside other implementations. Nothing else imports it.
+
+A module here that has a function `main(out: Path) -> None` is a program of `detrlib benchmark`: it prints a table and
+writes what it measured into the folder `out`.
+"""
+
+import re
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from detrlib.errors import ConfigError, listed
+
+
+def programs() -> list[str]:
+    """Names of the modules here that `detrlib benchmark` runs; none of them is imported."""
+    files = (path for folder in __path__ for path in Path(folder).glob("*.py"))
+    return sorted(path.stem for path in files if re.search(r"^def main\(out", path.read_text(), re.MULTILINE))
+
+
+def program(name: str) -> Callable[[Path], None]:
+    """The function `main` of a module here.
+
+    Raises:
+        ConfigError: there is no such program.
+    """
+    if name not in programs():
+        raise ConfigError(f"benchmark {name}: there is none of that name; there are {listed(programs())}")
+    return import_module(f"{__name__}.{name}").main

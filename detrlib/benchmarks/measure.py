@@ -4,6 +4,7 @@ Results are tidy, a row per number. Columns: benchmark, case (a shape, or sites 
 implementation), quantity, unit, value, low and high (quartiles), repeats. Legend: B images, H heads, Q queries, K keys.
 """
 
+import functools
 import json
 import math
 import os
@@ -24,16 +25,12 @@ from detrlib import runs
 from detrlib.attention import AlphaEntmax, build_transform, reference
 from detrlib.attention.transforms import ALPHA_HIGH, ALPHA_LOW
 from detrlib.benchmarks.rivals import Candidate, left_out, others, package_version, prox, tvmax_by_map
-from detrlib.config import Config, load_config
-from detrlib.data import Batch
+from detrlib.benchmarks.synthetic import random, training_step
+from detrlib.config import load_config
 from detrlib.engine.memory import keep_freed_memory
-from detrlib.engine.optimizer import build_optimizer
-from detrlib.losses.criterion import Criterion
-from detrlib.models import build_model
 from detrlib.models.outputs import Site
 
 FORWARD, BOTH = "forward", "forward + backward"
-LOSS = "loss of the batch"  # in a profile
 SITES = get_args(Site)
 KEPT = ", memory kept"  # at the end of cases of `measure_keeping_memory`
 NUMBER = ["value", "low", "high", "repeats"]
@@ -81,7 +78,7 @@ def compare(
 ) -> pd.DataFrame:
     """Seconds that each candidate takes: columns value (the median), low and high (quartiles), repeats.
 
-    clock: None is that on the wall, when the device has finished; `time.process_time` counts what this process works.
+    clock: `time.process_time` counts what this process works; None: that on the wall, until the device has finished.
 
     Candidates take turns, so that whatever else the machine does hits all of them alike. The first turn only warms up;
     a candidate that has taken more than `limit` seconds in those after it takes no more turns.
@@ -98,11 +95,30 @@ def compare(
 
 
 def seconds(run: Callable[[], object], device: str, clock: Callable[[], float] | None = None) -> float:
-    """How long `run` takes by a clock, or until the device has finished."""
-    clock = clock or partial(now, device)
-    start = clock()
+    """How long `run` takes by a clock, or until the device has finished.
+
+    On a GPU by its own clock: it is kept busy by filling memory until `run` has told it what to do, for a millisecond
+    at most, and what it then has to read is no longer in its cache.
+    """
+    if clock or not device.startswith("cuda"):
+        clock = clock or partial(now, device)
+        start = clock()
+        run()
+        return clock() - start
+    for _ in range(4):
+        _spoiler(device).zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     run()
-    return clock() - start
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+@functools.cache
+def _spoiler(device: str) -> Tensor:
+    """More than the cache of any GPU holds."""
+    return torch.empty(2**28, dtype=torch.uint8, device=device)
 
 
 def now(device: str) -> float:
@@ -146,11 +162,6 @@ def _rows(benchmark: str, case: str, measured: list[Candidate], quantity: str, u
     return [row | {"quantity": quantity, "unit": unit} | n for row, n in zip(rows, numbers, strict=True)]
 
 
-def _random(shape: tuple[int, ...], scale: float, device: str, seed: int = 0) -> Tensor:
-    """From N(0, scale^2), the same on every device."""
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
 # Transforms
 
 
@@ -180,8 +191,8 @@ def measure_transforms(
     """
     rows, device = [], settings.device
     for case, shape in shapes.items():
-        scores = _random(shape.scores, settings.score_scale, device).requires_grad_()
-        gradient = _random(shape.scores, 1.0, device, 1)
+        scores = random(shape.scores, settings.score_scale, device).requires_grad_()
+        gradient = random(shape.scores, 1.0, device, 1)
         candidates = implementations(names, shape, settings, compared)
         for quantity, make in ((FORWARD, _forward), (BOTH, _forward_and_backward)):
             passes = {i: make(candidate, scores, gradient) for i, candidate in enumerate(candidates)}
@@ -219,7 +230,7 @@ def measure_accuracy(names: list[str], shape: Shape, settings: Settings) -> pd.D
     `measure_tvmax`.
     """
     rows, device = [], settings.device
-    scores, gradient = _random(shape.scores, settings.score_scale, device), _random(shape.scores, 1.0, device, 1)
+    scores, gradient = random(shape.scores, settings.score_scale, device), random(shape.scores, 1.0, device, 1)
     alphas = torch.linspace(1.1, 1.9, shape.heads, device=device, dtype=torch.float64)[:, None, None]  # [H,1,1]
     powers = {"softmax": 1, "sparsemax": 2.0, "entmax15": 1.5, "entmax": settings.alpha, "alpha_entmax": alphas}
     for name in (name for name in names if name != "tvmax"):
@@ -260,11 +271,11 @@ def measure_tvmax(shape: Shape, maps: int, settings: Settings) -> pd.DataFrame:
         Candidate("tvmax", "loop, linear gradient", partial(by_map, search=False)),
         Candidate("tvmax", "loop, linear gradient, accurate", accurate),
     ]
-    whole = _random(shape.scores, settings.score_scale, settings.device).flatten(0, 2)  # [B*H*Q,K]
+    whole = random(shape.scores, settings.score_scale, settings.device).flatten(0, 2)  # [B*H*Q,K]
     part, passes = whole[:maps].cpu(), {}
     for candidate in candidates:
         scores = (whole if candidate.source == "detrlib" else part).detach().requires_grad_()
-        gradient = _random(scores.shape, 1.0, scores.device.type, 1)
+        gradient = random(scores.shape, 1.0, scores.device.type, 1)
         passes[candidate.source] = _forward_and_backward(candidate, scores, gradient)
     times = compare(passes, settings.repeats, settings.limit, settings.device)
     times.loc[times.index != "detrlib", ["value", "low", "high"]] *= len(whole) / len(part)
@@ -284,8 +295,7 @@ def measure_steps(names: list[str], backbone: str, image_size: int, batch: int, 
     """Seconds of a training step of DETR, from images to updated weights, with each transform in the decoder's
     cross-attention alone and at all three sites, beside softmax everywhere. Images and boxes are random.
     """
-    cases, steps = {"decoder_cross": SITES[-1:], "all sites": SITES}, {}
-    images = random_batch((image_size, image_size), batch, settings.device)
+    cases, steps, size = {"decoder_cross": SITES[-1:], "all sites": SITES}, {}, (image_size, image_size)
     # The stem stays frozen, as if there were weights to keep.
     plain = {"model.backbone": {"name": backbone, "weights": "none", "freeze_stem": True}, "model.num_classes": 91}
     for case, sites in cases.items():
@@ -293,8 +303,8 @@ def measure_steps(names: list[str], backbone: str, image_size: int, batch: int, 
             # tvmax needs keys on a grid, and those of decoder_self are none.
             where = {site: name for site in sites if (site, name) != ("decoder_self", "tvmax")}
             cfg = load_config(None, plain | {"model.attention": where})
-            steps[case, name] = training_step(cfg, images)
-    softmax = training_step(load_config(None, plain), images)
+            steps[case, name] = training_step(cfg, size, batch, settings.device)
+    softmax = training_step(load_config(None, plain), size, batch, settings.device)
     times = compare({"softmax": softmax} | steps, settings.repeats, settings.limit, settings.device)
     rows = []
     for case in cases:
@@ -302,41 +312,3 @@ def measure_steps(names: list[str], backbone: str, image_size: int, batch: int, 
         values = times.loc[["softmax", *((case, name) for name in names)]].to_dict("records")
         rows += _rows("step", case, candidates, "step", "s", values)
     return pd.DataFrame(rows)
-
-
-def training_step(cfg: Config, batch: Batch) -> Callable[[], None]:
-    """A step of training `cfg.model` with weights drawn at random, from a batch to updated weights; call it to take
-    the step.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build_model(cfg.model).to(batch.images.device).train()
-    images, padding_mask, targets = batch
-    with torch.no_grad():  # the features of a network without pretraining are huge: attention would see one key only
-        images = images / model.backbone(images, None)[-1].features.std()
-    criterion = Criterion(**dict(cfg.loss))
-    optimizer = build_optimizer(model, cfg.train)
-
-    def step() -> None:
-        predictions = model(images, padding_mask)
-        with torch.profiler.record_function(LOSS):
-            loss, _ = criterion(predictions, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def random_batch(size: tuple[int, int], images: int = 1, device: str = "cpu", padded: bool = False) -> Batch:
-    """Random images of `size` (height, width) with eight boxes each; if `padded`, a quarter of the last one's width and
-    a tenth of its height are padding.
-    """
-    pixels, mask = _random((images, 3, *size), 1.0, device), None
-    if padded:
-        mask = torch.zeros(images, *size, dtype=torch.bool, device=device)
-        mask[-1, :, int(0.75 * size[1]) :] = mask[-1, int(0.9 * size[0]) :] = True
-        pixels.masked_fill_(mask[:, None], 0.0)
-    boxes = 0.5 + 0.05 * _random((images, 8, 4), 1.0, device).clamp(-4, 4)
-    return Batch(pixels, mask, [{"labels": torch.arange(8, device=device), "boxes": each} for each in boxes])

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -78,6 +79,29 @@ def _of_entmax_library(name: str, alpha: float, alphas: Tensor) -> Candidate:
         "entmax": lambda scores: entmax.entmax_bisect(scores, alpha, dim=-1),
     }
     return Candidate(name, "entmax", functions[name])
+
+
+def attention_rivals(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[str, str, Callable[[], Tensor]]]:
+    """Transform, source and computation of other implementations of sparse attention, for [B,H,Q,D] and [B,H,K,D]."""
+    if "adasplash" in left_out(query.device.type) or query.shape != key.shape:  # it is self-attention
+        return []
+    import adasplash
+
+    return [("entmax15", "adasplash", lambda: adasplash.adasplash(query, key, value, alpha=1.5, is_causal=False))]
+
+
+def by_grid_sample(values: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """`attention.deformable.sample_and_mix` as published code does it without a kernel of its own: level by level."""
+    parts = []
+    for level, ((height, width), tokens) in enumerate(
+        zip(shapes, values.split([h * w for h, w in shapes], 1), strict=True)
+    ):
+        maps = tokens.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, (height, width))  # [B*H,D,h,w]
+        where = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1).to(values.dtype)  # [B*H,Q,P,2]
+        parts.append(F.grid_sample(maps, where, align_corners=False))  # [B*H,D,Q,P]
+    shares = weights.transpose(1, 2).flatten(0, 1).flatten(2).unsqueeze(1).to(values.dtype)  # [B*H,1,Q,L*P]
+    mixed = (torch.cat(parts, -1) * shares).sum(-1)  # [B*H,D,Q]
+    return mixed.unflatten(0, (len(values), -1)).flatten(1, 2).transpose(1, 2)
 
 
 def tvmax_by_map(

@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 
 from detrlib.benchmarks.detectors import plain_step, transformers_step
-from detrlib.benchmarks.measure import LOSS, compare, environment, random_batch, training_step
+from detrlib.benchmarks.measure import compare, environment
+from detrlib.benchmarks.synthetic import random_batch, training_step
 from detrlib.config import load_config
-from detrlib.data import Batch
 from detrlib.engine.memory import keep_freed_memory
 from detrlib.files import write_json
 
@@ -27,7 +27,6 @@ OURS = "detrlib"
 MODEL = {"model.backbone": {"name": "resnet50", "weights": "none", "freeze_stem": True}, "model.num_classes": 91}
 KINDS = {  # of operations, by what their names contain; the first that fits
     "optimiser": ("Optimizer.",),  # and all within it
-    "loss": (LOSS,),  # likewise
     "convolution": ("conv",),
     "attention": ("bmm", "softmax", "scaled_dot_product", "attention"),
     "linear": ("aten::mm", "addmm"),
@@ -35,7 +34,6 @@ KINDS = {  # of operations, by what their names contain; the first that fits
     "copy": ("copy_", "aten::cat"),
     "mask": ("masked_fill", "where"),
 }
-WITHIN = ("optimiser", "loss")
 
 
 class Case(NamedTuple):
@@ -62,7 +60,7 @@ def main(out: Path) -> None:
             if case.threads > (os.cpu_count() or 1):
                 continue
             torch.set_num_threads(case.threads)
-            steps = steps_of(random_batch(case.size, 2, padded=True))
+            steps = steps_of(case.size)
             rows.append(times(steps, case))
             if case.threads == 1:
                 profiles[case.name] = profile(steps[OURS])
@@ -77,9 +75,11 @@ def main(out: Path) -> None:
     write_json(out / "step.json", {"environment": known, "results": results, "profiles": profiles})
 
 
-def steps_of(batch: Batch) -> dict[str, Callable[[], object]]:
-    """Steps on a batch by whose they are; those of transformers where it is installed."""
-    steps = {OURS: training_step(load_config(None, MODEL), batch), "plain PyTorch": plain_step(batch)}
+def steps_of(size: tuple[int, int]) -> dict[str, Callable[[], object]]:
+    """Steps on two images of `size`, by whose they are; those of transformers where it is installed."""
+    batch = random_batch(size, 2, "cpu", padded=True)
+    ours = training_step(load_config(None, MODEL), size, 2, padded=True)
+    steps = {OURS: ours, "plain PyTorch": plain_step(batch)}
     try:
         steps["transformers"] = transformers_step(batch)
     except ImportError:
@@ -97,7 +97,7 @@ def times(steps: dict[str, Callable[[], object]], case: Case) -> pd.DataFrame:
 
 
 def profile(step: Callable[[], object]) -> dict[str, float]:
-    """Shares of the time of a step by kind of operation, the largest first; loss is forward with its matching."""
+    """Shares of the time of a step by kind of operation, the largest first."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would complain of a missing GPU
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         step()
@@ -111,8 +111,7 @@ def kind_of(event: torch.autograd.profiler_util.FunctionEvent) -> str:
     """The kind of an operation in a profile, "elementwise" where it is none of `KINDS`."""
     outer = event
     while outer is not None:
-        for kind in WITHIN:
-            if any(part in outer.name for part in KINDS[kind]):
-                return kind
+        if KINDS["optimiser"][0] in outer.name:
+            return "optimiser"
         outer = outer.cpu_parent
     return next((kind for kind, parts in KINDS.items() if any(p in event.name for p in parts)), "elementwise")

@@ -3,6 +3,7 @@
 detrlib export my-run model.safetensors     names of this library; settings and names of classes stand in the file
 detrlib export my-run model.pth             as the official code writes and reads
 detrlib export my-run model/                as Hugging Face's transformers writes and reads
+detrlib export my-run model.pt2             a program that runs without this library, see program.py; or model.onnx
 """
 
 import json
@@ -17,6 +18,7 @@ from detrlib.checkpoints.adapted import write_adapted
 from detrlib.checkpoints.files import TOLD, OfficialCheckpoint, export_official, official_config
 from detrlib.checkpoints.huggingface import write_huggingface
 from detrlib.checkpoints.official import family_of
+from detrlib.checkpoints.program import write_onnx, write_program
 from detrlib.checkpoints.source import Source, build_source, fitting
 from detrlib.config import flat_settings, load_config
 from detrlib.config.model import SiteName
@@ -24,12 +26,14 @@ from detrlib.data.classes import names_by_label
 from detrlib.errors import ConfigError, WeightsError
 from detrlib.files import save_checkpoint, write_atomic
 
-Layout = Literal["safetensors", "official", "huggingface"]
+Layout = Literal["safetensors", "official", "huggingface", "program", "onnx"]
 BY_SUFFIX: dict[str, Layout] = {
     ".safetensors": "safetensors",
     ".pth": "official",
     ".pt": "official",
     "": "huggingface",
+    ".pt2": "program",
+    ".onnx": "onnx",
 }
 # Settings that an official file need not tell: they change no prediction of an image alone, or its entries show them.
 UNTOLD = (
@@ -46,13 +50,13 @@ def export(source: Source, path: Path, layout: Layout | None = None) -> Path:
     Args:
         source: see `runs.sources.open_source`.
         path: a file, or a folder for Hugging Face's layout; must not be there yet.
-        layout: "safetensors", "official" or "huggingface"; None: by the suffix .safetensors, .pth or none.
+        layout: "safetensors", "official", "huggingface", "program" or "onnx"; None: by the suffix, see `BY_SUFFIX`.
 
     Returns:
         `path`.
 
     Raises:
-        ConfigError: the suffix says nothing.
+        ConfigError: the suffix says nothing, or packages for ONNX are missing.
         WeightsError: there is something at `path`, or others have no such model; names the setting.
         RunError: the file cannot be written.
     """
@@ -70,7 +74,8 @@ def export(source: Source, path: Path, layout: Layout | None = None) -> Path:
             f"{path}: official code has no model of transformers'; give a folder, or a .safetensors file"
         )
     theirs = write_adapted if source.cfg.model.architecture == "huggingface" else write_huggingface
-    write = {"safetensors": write_own, "official": write_official, "huggingface": theirs}[layout]
+    write = {"safetensors": write_own, "official": write_official, "huggingface": theirs}
+    write = (write | {"program": write_program, "onnx": write_onnx})[layout]
     write(source, path)
     return path
 

@@ -22,6 +22,8 @@ def disagreement(cfg: "Config") -> str | None:
             f"model.attention.anneal.epochs {needed} is more than train.epochs {cfg.train.epochs}: alpha would not "
             "arrive; lower it, or train longer"
         )
+    if cfg.train.compile and model.attention.anneal.epochs:
+        return "train.compile: with model.attention.anneal every step would be compiled anew; leave one of them out"
     own_heads = f"model.type {model.type}" if theirs and model.type in SQUARE else ""
     if model.architecture == "deformable" and model.deformable.refine:
         own_heads = "model.deformable.refine"

@@ -65,7 +65,9 @@ class Data(Section):
     # pixels less is padding then (metrics: extra/padding).
     scales: Literal["image", "batch"] = "image"
     cache: bool = False  # keep decoded images in memory, at the largest scale that training draws
-    workers: int = Field(2, ge=0)
+    # Processes that prepare images; auto: one for every core that the training processes of the machine leave, 8 at
+    # most, and none with `cache`. Results do not depend on it.
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     shapes: Shapes = Shapes()
 
     @property
@@ -81,7 +83,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _cache_is_in_one_process(self):
-        if self.cache and self.workers:
+        if self.cache and self.workers not in (0, "auto"):
             raise ValueError(
                 "data.cache works without workers only, which forget it every epoch: set data.workers to 0"
             )
@@ -130,6 +132,9 @@ class Train(Section):
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     # Parts whose activations are computed again in the backward pass rather than kept, layer by layer; true: both
     checkpoint_activations: bool | tuple[CheckpointedName, ...] = False
+    # Forward and backward passes by torch.compile, in training and its evaluation: minutes at the start, and again when
+    # the size of batches first changes. Needs a C++ compiler on a CPU.
+    compile: bool = False
     lr: float = Field(1e-4, gt=0.0)
     lr_backbone: float = Field(1e-5, ge=0.0)  # 0 is freeze: [backbone], as published code has it
     lr_alpha: float | None = Field(None, ge=0.0)  # None: 10 x lr

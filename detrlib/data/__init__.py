@@ -2,6 +2,7 @@
 
 formats (yolo, voc), shapes    what lies on a disk, read as a file of COCO's
 annotations, objects, classes  what may stand in it, which of that are objects, and of which classes
+columns, blocks, index         the same at the size of COCO: as columns, read in blocks, once on a machine
 decoding, pictures             how the file of a picture is read; pictures without annotations
 coco                           the data set: images with their boxes
 check, findings                before training: every picture decoded, what would otherwise be silent
@@ -36,8 +37,9 @@ def build_dataset(settings: Data, split: Literal["train", "val"], *, augment: bo
         augment: whether images pass DETR's random flips, scales and crops; None: those of the training split do.
 
     Returns:
-        Pairs (image float32 [3,H,W], normalised as for ImageNet; target with boxes [n,4] cxcywh in 0..1, labels [n],
-        sizes in pixels), in order of image id. Labels are those of `settings.classes`, or of the split's own file.
+        Pairs (pixels uint8 [3,H,W]; target with boxes [n,4] cxcywh in 0..1, labels [n], sizes in pixels), in order of
+        image id. `collate` makes batches of them, whose `images` are what models see. Labels are those of
+        `settings.classes`, or of the split's own file.
 
     Raises:
         DataError: a file or folder is missing, or an annotation is faulty; names the file, the entry and the remedy.

@@ -10,12 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pycocotools import mask
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError, with_config
 from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from detrlib.data.formats import read_content
+from detrlib.data.formats import open_content
 from detrlib.errors import DataError
 
 Text = Annotated[str, Field(min_length=1)]
@@ -44,7 +43,7 @@ class Annotation(TypedDict):
     also where the file has none above 0) and iscrowd (0). An empty bbox says that there is no object; it stays empty.
     """
 
-    id: NotRequired[int | None]
+    id: NotRequired[Annotated[int, Field(ge=-(2**63), lt=2**63)] | None]
     image_id: Id
     category_id: Id
     bbox: NotRequired[Annotated[list[float], Field(max_length=4)] | None]
@@ -113,11 +112,16 @@ def read_image_list(path: Path) -> list[ImageRecord]:
 
 
 def _read(path: Path, kind: TypeAdapter) -> Any:
-    data = read_content(Path(path))
+    data = _content(path)
     try:
         return kind.validate_json(data)
     except ValidationError as error:
         raise DataError(f"{path}: {_fault(error, data)}") from None
+
+
+def _content(path: Path) -> bytes:
+    with open_content(Path(path)) as file:
+        return file.read()
 
 
 def first_fault(error: ValidationError, index: str = "[{}]", start: int = 0) -> str:
@@ -166,7 +170,7 @@ def _check_references(content: Annotations, path: Path) -> None:
 def _complete_boxes(annotations: list[Annotation], path: Path) -> None:
     """Give what has no box that of its segmentation, which is read from the file for these entries alone."""
     lacking = [number for number, annotation in enumerate(annotations) if len(annotation.get("bbox") or ()) != 4]
-    entries = from_json(read_content(Path(path)))["annotations"] if lacking else []
+    entries = from_json(_content(path))["annotations"] if lacking else []
     for number in lacking:
         entry, where = entries[number], f"{path}: annotations[{number}]"
         if entry.get("bbox"):
@@ -190,6 +194,8 @@ def _complete_boxes(annotations: list[Annotation], path: Path) -> None:
 def _around(segmentation: Any) -> list[float]:
     """The box (x, y, width, height) of polygons, or of a mask as run lengths, compressed or not."""
     if isinstance(segmentation, dict):
+        from pycocotools import mask
+
         height, width = segmentation["size"]
         encoded = isinstance(segmentation["counts"], list)
         return mask.toBbox(mask.frPyObjects(segmentation, height, width) if encoded else segmentation).tolist()

@@ -1,4 +1,4 @@
-"""DETR's augmentation at any image size, from transforms that move images and boxes together.
+"""DETR's augmentation at any image size: what is drawn is a list of steps, which move pixels and boxes together.
 
 The paper resizes the shorter side to 480..800 pixels. Every length of that recipe is given here as it stands in
 the paper and multiplied by `image_size` / 800.
@@ -6,21 +6,23 @@ the paper and multiplied by `image_size` / 800.
 Where every image draws a size of its own, as in the paper, more than half of the pixels of a batch can be padding. With
 `data.scales` "batch" the draws that decide about sizes (cropped or not, sides of the crop, scale) are made once for a
 batch: each image meets the same sizes equally often, but beside images of like size. Flips and places of crops stay
-each image's own. Every process draws for its own part of a batch.
+each image's own.
+
+Pixels stay 8 bit numbers, a colour's three side by side in memory: torch resizes those several times faster than
+others, and a batch of them is a quarter as large. `normalised` makes of them what models see, on their device.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from detrlib.data.decoding import as_pixels
 from detrlib.errors import ConfigError
 
 PAPER_SIZE = 800  # shorter side in validation, pixels; the unit of the lengths below
@@ -32,6 +34,26 @@ CROP_SIDES = (384, 600)
 # Mean and standard deviation of ImageNet's pixels per channel (RGB in 0..1), which pretrained backbones expect.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+Size = tuple[int, int]  # height, width
+
+
+def normalised(pixels: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    """Images as models see them, made on the device of their pixels: the one place that normalises.
+
+    Args:
+        pixels: [B,3,H,W] uint8; floating point numbers are taken for normalised already.
+        padding_mask: [B,H,W], True = padding; None: no image is padded.
+
+    Returns:
+        [B,3,H,W] float32 with mean 0 and deviation 1 over ImageNet's pixels, and exactly 0 where there is padding.
+    """
+    if pixels.is_floating_point():
+        return pixels
+    images = pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+    for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):  # numbers: a tensor would have to be copied
+        images[:, channel].sub_(mean).div_(std)
+    return images if padding_mask is None else images.masked_fill_(padding_mask[:, None], 0.0)
 
 
 def resized(height: int, width: int, shorter: int, longest: int | None = None) -> tuple[int, int]:
@@ -49,115 +71,181 @@ def resized(height: int, width: int, shorter: int, longest: int | None = None) -
     return (shorter, other) if height <= width else (other, shorter)
 
 
-class SizeDraws:
-    """Where the draws that decide about sizes come from: torch's generator, or one that is the same for all images."""
+class Draws:
+    """Where the random numbers of one image come from: its own, and those that decide about sizes.
 
-    generator: torch.Generator | None = None
+    image: what the numbers follow from; None: from torch's generator.
+    batch: what those of sizes follow from; None: they are the image's own too.
+    """
 
-    def between(self, low: int, high: int) -> int:
-        """A number from `low` to `high`, both included."""
-        return int(torch.randint(low, high + 1, (), generator=self.generator))
+    def __init__(self, image: str | None = None, batch: str | None = None):
+        self.own = random.Random(int(torch.randint(2**62, ())) if image is None else image)
+        self.sizes = self.own if batch is None else random.Random(batch)
 
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Within it every image meets the same draws, see `begin`; what they are follows from torch's generator."""
-        self.seed, self.generator = int(torch.randint(2**31, ())), torch.Generator()
-        try:
-            yield
-        finally:
-            self.generator = None
-
-    def begin(self) -> None:
-        """An image begins."""
-        if self.generator is not None:
-            self.generator.manual_seed(self.seed)
+    @staticmethod
+    def between(source: random.Random, low: int, high: int) -> int:
+        """From `low` to `high`, both included, by one number of `source` however wide that is: others stay the same."""
+        return low + int(source.random() * (high - low + 1))
 
 
-class ResizeShorter(v2.Transform):
+class Flip(NamedTuple):
+    """Left and right change places."""
+
+    def pixels(self, pixels: Tensor) -> Tensor:
+        return pixels.flip(-1)
+
+    def boxes(self, boxes: Tensor, size: Size) -> Tensor:
+        x0, y0, x1, y1 = boxes.unbind(1)
+        return torch.stack([size[1] - x1, y0, size[1] - x0, y1], 1)
+
+    def size(self, size: Size) -> Size:
+        return size
+
+
+class Resize(NamedTuple):
+    """To so many pixels, bilinear, each a mean of all that it covers where there were more."""
+
+    height: int
+    width: int
+
+    def pixels(self, pixels: Tensor) -> Tensor:
+        return functional.resize_image(pixels, [self.height, self.width], antialias=True)
+
+    def boxes(self, boxes: Tensor, size: Size) -> Tensor:
+        new, old = torch.tensor([self.width, self.height] * 2), torch.tensor([size[1], size[0]] * 2)
+        return boxes * new / old  # in this order what ends at the edge of the image does so exactly
+
+    def size(self, size: Size) -> Size:
+        return self.height, self.width
+
+
+class Crop(NamedTuple):
+    """A part of the image; boxes are cut to it, and of those outside nothing is left."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def pixels(self, pixels: Tensor) -> Tensor:
+        part = pixels[:, self.top : self.top + self.height, self.left : self.left + self.width]
+        return part.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # in one piece: others are resized at half the speed
+
+    def boxes(self, boxes: Tensor, size: Size) -> Tensor:
+        inside = boxes - torch.tensor([self.left, self.top] * 2)
+        return torch.minimum(inside.clamp_(min=0), torch.tensor([self.width, self.height] * 2))
+
+    def size(self, size: Size) -> Size:
+        return self.height, self.width
+
+
+Step = Flip | Resize | Crop
+Geometry = Callable[[Size, Draws], list[Step]]  # what is done to an image of that size
+
+
+class RandomFlip:
+    """Every second image."""
+
+    def __call__(self, size: Size, draws: Draws) -> list[Step]:
+        return [Flip()] if draws.own.random() < 0.5 else []
+
+
+class ResizeShorter:
     """Resize to a shorter side drawn from `sizes`; an image that has it already is left as it is."""
 
-    def __init__(self, sizes: list[int], longest: int | None = None, draws: SizeDraws | None = None):
-        super().__init__()
-        self.sizes, self.longest, self.draws = sizes, longest, draws or SizeDraws()
+    def __init__(self, sizes: list[int], longest: int | None = None):
+        self.sizes, self.longest = sizes, longest
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2.query_size(flat_inputs)
-        shorter = self.sizes[self.draws.between(0, len(self.sizes) - 1)]
-        size = resized(height, width, shorter, self.longest)
-        return {"size": None if size == (height, width) else list(size)}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if params["size"] is None:
-            return inpt
-        return self._call_kernel(functional.resize, inpt, params["size"], antialias=True)
+    def __call__(self, size: Size, draws: Draws) -> list[Step]:
+        shorter = self.sizes[draws.between(draws.sizes, 0, len(self.sizes) - 1)]
+        new = resized(*size, shorter, self.longest)
+        return [] if new == size else [Resize(*new)]
 
 
-class RandomSidesCrop(v2.Transform):
+class RandomSidesCrop:
     """Crop a random rectangle whose sides are drawn from `shortest`..`longest`, or less where the image is smaller."""
 
-    def __init__(self, shortest: int, longest: int, draws: SizeDraws | None = None):
-        super().__init__()
-        self.shortest, self.longest, self.draws = shortest, longest, draws or SizeDraws()
+    def __init__(self, shortest: int, longest: int):
+        self.shortest, self.longest = shortest, longest
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2.query_size(flat_inputs)
-        crop_height, crop_width = self._side(height), self._side(width)
-        own = SizeDraws()
-        top, left = own.between(0, height - crop_height), own.between(0, width - crop_width)
-        return {"top": top, "left": left, "height": crop_height, "width": crop_width}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(functional.crop, inpt, **params)
-
-    def _side(self, available: int) -> int:
-        return self.draws.between(min(self.shortest, available), min(self.longest, available))
+    def __call__(self, size: Size, draws: Draws) -> list[Step]:
+        height, width = (
+            draws.between(draws.sizes, min(self.shortest, available), min(self.longest, available))
+            for available in size
+        )
+        corner = (draws.between(draws.own, 0, free) for free in (size[0] - height, size[1] - width))
+        return [Crop(*corner, height, width)]
 
 
-class EitherOf(v2.Transform):
+class InTurn:
+    """One transform after the other."""
+
+    def __init__(self, *transforms: Geometry):
+        self.transforms = transforms
+
+    def __call__(self, size: Size, draws: Draws) -> list[Step]:
+        steps = []
+        for transform in self.transforms:
+            for step in transform(size, draws):
+                steps.append(step)
+                size = step.size(size)
+        return steps
+
+
+class EitherOf:
     """One of several transforms, each as likely as the others."""
 
-    def __init__(self, transforms: list[v2.Transform], draws: SizeDraws):
-        super().__init__()
-        self.transforms, self.draws = transforms, draws
+    def __init__(self, *transforms: Geometry):
+        self.transforms = transforms
 
-    def forward(self, *inputs: Any) -> Any:
-        each = torch.full([len(self.transforms)], 1 / len(self.transforms))
-        return self.transforms[int(torch.multinomial(each, 1, generator=self.draws.generator))](*inputs)
+    def __call__(self, size: Size, draws: Draws) -> list[Step]:
+        return self.transforms[draws.between(draws.sizes, 0, len(self.transforms) - 1)](size, draws)
 
 
 class DetectionTransform:
-    """Apply `geometry` to an image and its boxes together, then normalise the image for the backbone.
+    """What `geometry` draws, done to an image and its boxes.
 
+    geometry: one of the above, or any other function.
     resizes: one of them is the first thing that changes the scale of an image; none: its pixels are looked at.
-    draws: of sizes within `geometry`, where images of a batch share them.
+    share_sizes: images of a batch draw the same sizes.
     """
 
-    def __init__(self, geometry: v2.Transform, resizes: Sequence[ResizeShorter] = (), draws: SizeDraws | None = None):
-        self.geometry, self.resizes, self.draws = geometry, resizes, draws
+    def __init__(self, geometry: Geometry, resizes: Sequence[ResizeShorter] = (), share_sizes: bool = False):
+        self.geometry, self.resizes, self.share_sizes = geometry, resizes, share_sizes
 
-    def largest(self, height: int, width: int) -> tuple[int, int]:
+    def largest(self, height: int, width: int) -> Size:
         """The largest (height, width) at which an image of that size is looked at; never more than it has."""
         sizes = [resized(height, width, max(one.sizes), one.longest) for one in self.resizes]
         return min((height, width), max(sizes, default=(height, width)))
 
-    def batch(self) -> AbstractContextManager:
-        """Within it images are those of one batch."""
-        return nullcontext() if self.draws is None else self.draws.shared()
+    def draw(self, size: Size, image: str | None = None, batch: str | None = None) -> list[Step]:
+        """The steps for an image of that size; equal texts for an image, and for a batch, make equal draws."""
+        return self.geometry(size, Draws(image, batch if self.share_sizes else None))
 
-    def __call__(self, image: Image.Image | Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """image PIL or [3, H, W]; boxes [n, 4] xyxy pixels; labels [n] -> the same, boxes in pixels of the new image.
+    def __call__(
+        self, image: Image.Image | Tensor, boxes: Tensor, labels: Tensor, draws: Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels, boxes and labels after the steps that are drawn for an image.
 
-        Boxes are clipped to the image; those with nothing left, and their labels, are dropped.
+        Args:
+            image: PIL in RGB, or uint8 [3,H,W].
+            boxes, labels: [n,4] xyxy in pixels, within the image, and [n].
+            draws: texts that random numbers of the image and of its batch follow from, see `Draws`; None: chance,
+                that is torch's generator.
+
+        Returns:
+            The same three; boxes are cut by crops, and those with nothing left are dropped.
         """
-        if self.draws is not None:
-            self.draws.begin()
-        image = tv_tensors.Image(image)
-        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[-2:])
-        image, boxes = self.geometry(image, boxes)
-        boxes = functional.clamp_bounding_boxes(boxes).as_subclass(Tensor)
-        visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        pixels = functional.to_dtype(image.as_subclass(Tensor), torch.float32, scale=True)
-        return functional.normalize(pixels, MEAN, STD), boxes[visible], labels[visible]
+        pixels = image if isinstance(image, Tensor) else as_pixels(image)
+        size = tuple(pixels.shape[-2:])
+        steps = self.draw(size, *(draws or ()))
+        for step in steps:
+            pixels, boxes = step.pixels(pixels), step.boxes(boxes, size)
+            size = step.size(size)
+        if any(isinstance(step, Crop) for step in steps):
+            visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+            boxes, labels = boxes[visible], labels[visible]
+        return pixels, boxes, labels
 
 
 def build_augmentation(
@@ -182,18 +270,12 @@ def build_augmentation(
     plain = ResizeShorter([image_size], scaled(LONGEST))
     if not train or recipe == "none":
         return DetectionTransform(plain, [plain])
-    flip = v2.RandomHorizontalFlip()
     if recipe == "flip":
-        return DetectionTransform(v2.Compose([flip, plain]), [plain])
-    draws = SizeDraws()
-    any_size = ResizeShorter([scaled(size) for size in TRAINING_SIZES], scaled(LONGEST), draws)
-    zoom = [
-        ResizeShorter([scaled(size) for size in SIZES_BEFORE_CROP], draws=draws),
-        RandomSidesCrop(*(scaled(side) for side in CROP_SIDES), draws),
-        any_size,
-    ]
-    geometry = v2.Compose([flip, EitherOf([any_size, v2.Compose(zoom)], draws)])
-    return DetectionTransform(geometry, [any_size, zoom[0]], draws if scales == "batch" else None)
+        return DetectionTransform(InTurn(RandomFlip(), plain), [plain])
+    any_size = ResizeShorter([scaled(size) for size in TRAINING_SIZES], scaled(LONGEST))
+    first = ResizeShorter([scaled(size) for size in SIZES_BEFORE_CROP])
+    zoom = InTurn(first, RandomSidesCrop(*(scaled(side) for side in CROP_SIDES)), any_size)
+    return DetectionTransform(InTurn(RandomFlip(), EitherOf(any_size, zoom)), [any_size, first], scales == "batch")
 
 
 def largest_canvas(
@@ -211,9 +293,3 @@ def largest_canvas(
     if images == 1:
         return max(drawn, key=math.prod)
     return tuple(map(max, zip(*drawn, strict=True)))
-
-
-def denormalise(images: Tensor) -> Tensor:
-    """Normalised images [..., 3, H, W] -> pixels in 0..1, for looking at them."""
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (images * std + mean).clamp(0, 1)

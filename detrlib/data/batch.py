@@ -1,20 +1,32 @@
 """A batch of images of different sizes: padded to one size, with a mask that tells image from padding."""
 
+import os
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from detrlib.config import Data
+from detrlib.data.augment import normalised
+from detrlib.data.shapes import cores
 from detrlib.errors import ConfigError, DataError
+
+MOST_WORKERS = 8  # that are taken unasked: each decodes and augments some 200 photographs a second
 
 
 class Batch(NamedTuple):
     """Images, which of their pixels are padding, and what is annotated in them."""
 
-    images: Tensor  # [B,3,H,W]
+    pixels: Tensor  # [B,3,H,W] uint8, 0 where there is padding
     padding_mask: Tensor | None  # [B,H,W], True = padding; None: no image is padded
     targets: list[dict]  # of each image, see `CocoDataset`
+
+    @property
+    def images(self) -> Tensor:
+        """What models see, float32 [B,3,H,W] on the device of the batch, made anew each time; see `normalised`."""
+        return normalised(self.pixels, self.padding_mask)
 
     @property
     def padding(self) -> float:
@@ -25,7 +37,7 @@ class Batch(NamedTuple):
         """The padding mask [B,H,W], all False where no image is padded."""
         if self.padding_mask is not None:
             return self.padding_mask
-        return torch.zeros_like(self.images[:, 0], dtype=torch.bool)
+        return torch.zeros_like(self.pixels[:, 0], dtype=torch.bool, memory_format=torch.contiguous_format)
 
     def to(self, device: torch.device | str) -> "Batch":
         """This batch on `device`. Copies from pinned memory do not wait."""
@@ -34,7 +46,7 @@ class Batch(NamedTuple):
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         targets = [{name: moved(value) for name, value in target.items()} for target in self.targets]
-        return Batch(moved(self.images), moved(self.padding_mask), targets)
+        return Batch(moved(self.pixels), moved(self.padding_mask), targets)
 
     def split(self, size: int, keep_padding: bool = False) -> list["Batch"]:
         """Parts of `size` images, the last of fewer where that does not divide them.
@@ -42,16 +54,16 @@ class Batch(NamedTuple):
         Padding that no image of a part needs is cut off, while the batch is on a CPU, unless it is to be kept because
         predictions depend on it, as in official code.
         """
-        if size >= len(self.images):
+        if size >= len(self.pixels):
             return [self]
         parts = []
-        for rows in (slice(first, first + size) for first in range(0, len(self.images), size)):
-            images, mask = self.images[rows], None if self.padding_mask is None else self.padding_mask[rows]
+        for rows in (slice(first, first + size) for first in range(0, len(self.pixels), size)):
+            pixels, mask = self.pixels[rows], None if self.padding_mask is None else self.padding_mask[rows]
             if mask is not None and not keep_padding:
                 height, width = (int((~edge).sum(1).max()) for edge in (mask[:, :, 0], mask[:, 0]))
-                images, mask = images[:, :, :height, :width], mask[:, :height, :width]
+                pixels, mask = pixels[:, :, :height, :width], mask[:, :height, :width]
                 mask = mask if mask.any() else None
-            parts.append(Batch(images, mask, self.targets[rows]))
+            parts.append(Batch(pixels, mask, self.targets[rows]))
         return parts
 
 
@@ -65,7 +77,7 @@ def collate(samples: list[tuple[Tensor, dict]]) -> Batch:
     needs to ask a tensor on a GPU.
 
     Args:
-        samples: images [3,h,w] with their targets, as data sets return them.
+        samples: pixels uint8 [3,h,w] with their targets, as data sets return them.
 
     Returns:
         A batch; targets stay as they are.
@@ -73,32 +85,90 @@ def collate(samples: list[tuple[Tensor, dict]]) -> Batch:
     Raises:
         ValueError: there are no samples.
     """
-    images, targets = zip(*samples, strict=True)
-    height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
-    if all(image.shape[-2:] == (height, width) for image in images):
-        return Batch(torch.stack(images), None, list(targets))
-    padded = images[0].new_zeros(len(images), images[0].shape[0], height, width)
-    padding_mask = torch.ones(len(images), height, width, dtype=torch.bool)
-    for index, image in enumerate(images):
-        h, w = image.shape[-2:]
-        padded[index, :, :h, :w] = image
+    pixels, targets = zip(*samples, strict=True)
+    colours_last = [image.permute(1, 2, 0) for image in pixels]  # as they lie in memory: rows are copied whole
+    height, width = (max(image.shape[axis] for image in colours_last) for axis in (0, 1))
+    if all(image.shape[:2] == (height, width) for image in colours_last):
+        return Batch(torch.stack(colours_last).permute(0, 3, 1, 2), None, list(targets))
+    padded = colours_last[0].new_zeros(len(pixels), height, width, colours_last[0].shape[2])
+    padding_mask = torch.ones(len(pixels), height, width, dtype=torch.bool)
+    for index, image in enumerate(colours_last):
+        h, w = image.shape[:2]
+        padded[index, :h, :w] = image
         padding_mask[index, :h, :w] = False
-    return Batch(padded, padding_mask, list(targets))
+    return Batch(padded.permute(0, 3, 1, 2), padding_mask, list(targets))
 
 
-def batches(loader: Iterable[Batch]) -> Iterator[Batch]:
+class Packed(NamedTuple):
+    """A batch on its way between processes, where every tensor costs its receiver 0.1 ms: few, and long ones."""
+
+    pixels: Tensor
+    padding_mask: Tensor | None
+    columns: dict[str, Tensor | list]  # of all targets one after the other
+    lengths: dict[str, list[int]]  # of a column, what each image has of it
+
+
+def pack(samples: list[tuple[Tensor, dict]]) -> Packed:
+    """What `collate` makes of samples, with one tensor for each entry of the targets."""
+    batch = collate(samples)
+    columns = {name: [target[name] for target in batch.targets] for name in batch.targets[0]}
+    tensors = {name: torch.cat(column) for name, column in columns.items() if isinstance(column[0], Tensor)}
+    lengths = {name: [len(own) for own in columns[name]] for name in tensors}
+    return Packed(batch.pixels, batch.padding_mask, columns | tensors, lengths)
+
+
+def unpack(packed: Packed) -> Batch:
+    """The batch; tensors of its targets are parts of those that came."""
+    columns = packed.columns | {name: packed.columns[name].split(own) for name, own in packed.lengths.items()}
+    targets = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return Batch(packed.pixels, packed.padding_mask, targets)
+
+
+def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) -> DataLoader:
+    """Batches of a data set, for `batches`, prepared by as many processes as `data.workers` says.
+
+    settings: the section `data` of a config.
+    pinned: batches lie in memory that a GPU copies from while it computes.
+    order: arguments of `DataLoader`: batch_sampler, or batch_size.
+    """
+    workers = settings.workers
+    if workers == "auto":
+        beside = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1  # the process itself wants one
+        workers = 0 if settings.cache else min(max(beside, 0), MOST_WORKERS)
+    return DataLoader(
+        dataset,
+        collate_fn=pack,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pinned,
+        generator=torch.Generator(),  # or it would draw from that of the model, and when depends on the workers
+        **order,
+    )
+
+
+def batches(loader: Iterable[Packed]) -> Iterator[Batch]:
     """The batches of a loader. A fault of the data that a worker process has met is the one line it is without workers.
 
     PyTorch hands on an exception of a worker with the worker's traceback for a message.
     """
     try:
-        yield from loader
+        yield from map(unpack, loader)
     except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
 
 
+class Drawn(NamedTuple):
+    """An image of a training batch, and what its random numbers follow from, see `augment.Draws`."""
+
+    index: int
+    image: str
+    batch: str
+
+
 class EpochSampler(torch.utils.data.Sampler):
-    """Batches of indices for one process, which depend on seed and epoch alone.
+    """Batches for one process: which images, and how they are augmented, depends on seed and epoch alone.
+
+    It depends neither on the number of processes nor on that of their workers, nor on what else draws random numbers.
 
     An epoch is a shuffle of all images, incomplete batches dropped; or, with `updates`, so many batches, which go on in
     an endless sequence of shuffles where the epoch before ended, so that every image comes equally often. Every process
@@ -129,8 +199,12 @@ class EpochSampler(torch.utils.data.Sampler):
             shuffle, start = divmod(self.epoch * images, self.length)
             shuffles = range(shuffle, shuffle - (-(start + images) // self.length))
             order = torch.cat([self._shuffle(number) for number in shuffles])[start : start + images]
-        for batch in order.view(-1, self.batch_size):
-            yield batch[self.process :: self.processes].tolist()
+        for number, batch in enumerate(order.view(-1, self.batch_size).tolist(), self.epoch * len(self)):
+            drawn = [
+                Drawn(index, f"{self.seed} batch {number} image {place}", f"{self.seed} batch {number}")
+                for place, index in enumerate(batch)
+            ]
+            yield drawn[self.process :: self.processes]
 
     def _shuffle(self, number: int) -> Tensor:
         return torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + number))

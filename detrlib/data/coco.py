@@ -2,13 +2,9 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from functools import cached_property
-from itertools import accumulate
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,14 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional
 
 from detrlib.boxes import xyxy_to_cxcywh
-from detrlib.data.annotations import Annotation, Annotations, ImageRecord, read_annotations
+from detrlib.data.annotations import Annotations
+from detrlib.data.augment import Resize
+from detrlib.data.batch import Drawn
 from detrlib.data.classes import labels_in
-from detrlib.data.decoding import UNREADABLE, read_picture, why_unreadable
-from detrlib.data.objects import Objects, clean, clipped
-from detrlib.data.pictures import sizes_in_files
+from detrlib.data.columns import ImageColumns, Names
+from detrlib.data.decoding import UNREADABLE, as_pixels, read_picture, why_unreadable
+from detrlib.data.index import read_columns
+from detrlib.data.objects import AT_ONCE, Objects, clean, clipped
+from detrlib.data.pictures import find_files, sizes_in_files
 from detrlib.errors import DataError, listed
 
 MOST_LABELS = 100_000  # of a class head
@@ -32,7 +31,7 @@ MOST_LABELS = 100_000  # of a class head
 class CocoDataset(Dataset):
     """Images of one split with their boxes, in order of image id.
 
-    `dataset[i]` is `(image, target)`: image float32 [3, H, W] and
+    `dataset[i]` is `(pixels, target)`: pixels uint8 [3, H, W] and
         boxes          [n, 4] cxcywh in 0..1 of the transformed image, before any padding
         labels         [n] int64, indices into `names`
         image_id       int
@@ -45,7 +44,8 @@ class CocoDataset(Dataset):
 
     images       folder of the image files
     annotations  JSON file with `images`, `annotations` and `categories`, or what `formats` reads as one
-    transform    callable(image uint8 [3, H, W], boxes [n, 4] xyxy pixels, labels [n]) -> the same three
+    transform    callable(pixels uint8 [3, H, W], boxes [n, 4] xyxy pixels, labels [n], draws) -> the first three; see
+                 `DetectionTransform`, whose draws are None for `dataset[i]`
     classes      label -> name, of the training split: those of this one are matched by name; None: its own
     contiguous   its own classes have labels 0..n-1 in order of category id; otherwise the category ids themselves
     strict       refuse boxes without an area
@@ -85,14 +85,15 @@ class CocoDataset(Dataset):
         self.upright, self.truncated, self.clip = upright, truncated, clip
         self.notes: list[str] = []
 
-        content = read_annotations(self.annotations_path)
-        kept = keep([record["file_name"] for record in content["images"]])
-        records = [record for record in content["images"] if record["file_name"] in kept]
-        self._records = sorted(records, key=lambda record: record["id"])[:limit]
-        self.image_ids = [record["id"] for record in self._records]
-        self._find_files(content)
-        objects = clean(content["annotations"], self.sizes, clip)
-        self._label_of = self._labels_of_categories(content, objects, classes, contiguous)
+        self._columns = read_columns(self.annotations_path)
+        images, names = self._columns.images, self._columns.images.names.tolist()
+        kept = keep(names)
+        rows = torch.tensor([row for row, name in enumerate(names) if name in kept], dtype=torch.int64)
+        self._rows = rows[images.ids[rows].argsort()][:limit]
+        self._ids, self._sizes = images.ids[self._rows], images.sizes[self._rows]
+        self._find_files([names[row] for row in self._rows.tolist()])
+        objects = self._objects()
+        self._label_of = self._labels_of_categories(objects, classes, contiguous)
         self.dropped = len(objects.without_area)
         self._note_changes(objects, strict)
         self._collect_boxes(objects)
@@ -100,54 +101,48 @@ class CocoDataset(Dataset):
             raise DataError(f"{annotations}: no usable box in {len(self)} images: nothing to learn from")
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._ids)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
+    def __getitem__(self, index: int | Drawn) -> tuple[Tensor, dict]:
+        index, *draws = index if isinstance(index, Drawn) else (index,)
         pixels, original_size = self._pixels(index)
         boxes, labels = self.objects(index)
         if pixels.shape[-2:] != original_size:  # reduced in the cache
-            down, across = (kept / own for kept, own in zip(pixels.shape[-2:], original_size, strict=True))
-            boxes *= torch.tensor([across, down, across, down])
+            boxes = Resize(*pixels.shape[-2:]).boxes(boxes, original_size)
         if self.transform is not None:
-            pixels, boxes, labels = self.transform(pixels, boxes, labels)
-        image = functional.to_dtype(pixels, torch.float32, scale=True)
-        height, width = image.shape[-2:]
+            pixels, boxes, labels = self.transform(pixels, boxes, labels, draws or None)
+        height, width = pixels.shape[-2:]
         target = {
             "boxes": xyxy_to_cxcywh(boxes) / torch.tensor([width, height, width, height]),
             "labels": labels,
-            "image_id": self.image_ids[index],
+            "image_id": int(self._ids[index]),
             "original_size": torch.tensor(original_size),
             "size": torch.tensor([height, width]),
         }
-        return image, target
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, dict]]:
-        """The samples of one batch, which is how a `DataLoader` asks for them."""
-        with getattr(self.transform, "batch", nullcontext)():
-            return [self[index] for index in indices]
+        return pixels, target
 
     def image(self, index: int) -> Image.Image:
         """The picture in RGB, as annotated: stored, or upright. Raises `DataError` when it is unreadable or not of the
         annotated size."""
-        record, path = self._records[index], self.files[index]
+        path = self.images_path / self._names[index]
         try:
             image, (height, width) = read_picture(path, self.upright, truncated=self.truncated)
         except UNREADABLE as error:
             raise DataError(
-                f"{path}: {why_unreadable(error)}; {self._used_by(record)}; replace it or remove its entry"
+                f"{path}: {why_unreadable(error)}; {self._mention(index)}; replace it or remove its entry"
             ) from error
         if fault := self.size_fault(index, width, height):
             raise DataError(f"{path}: {fault}")
         return image
 
-    @cached_property
+    @property
     def files(self) -> list[Path]:
         """The picture of each image."""
-        return [self.images_path / record["file_name"] for record in self._records]
+        return [self.images_path / name for name in self.file_names]
 
     def size_fault(self, index: int, width: int, height: int) -> str | None:
         """In words, why a picture of that size is not the one that was annotated; None: it may be."""
-        annotated = self._records[index]["width"], self._records[index]["height"]
+        annotated = tuple(self._sizes[index].tolist())
         if (width, height) == annotated:
             return None
         other = ("as stored", "stored") if self.upright else ("after rotation by EXIF", "exif")
@@ -158,19 +153,23 @@ class CocoDataset(Dataset):
 
     def objects(self, index: int) -> tuple[Tensor, Tensor]:
         """Boxes [n, 4] xyxy in pixels of the file and labels [n] of one image, crowds left out."""
-        first, last = self._first[index], self._first[index + 1]
+        first, last = self._first[index : index + 2].tolist()
         return self._boxes[first:last].clone(), self._labels[first:last].clone()
 
     def object_sides(self) -> Tensor:
         """The longer side of every object [n] in parts of its image's shorter one: times `image_size`, in pixels."""
-        shorter = torch.tensor([min(size) for size in self.sizes.values()])
         sides = (self._boxes[:, 2:] - self._boxes[:, :2]).amax(1)
-        return sides / shorter.repeat_interleave(self.objects_per_image())
+        return sides / self._sizes.amin(1).repeat_interleave(self.objects_per_image())
+
+    @property
+    def image_ids(self) -> list[int]:
+        """Of the images, rising."""
+        return self._ids.tolist()
 
     @property
     def sizes(self) -> dict[int, tuple[int, int]]:
         """Image id -> (width, height) of its file in pixels, in the order of the images."""
-        return {record["id"]: (record["width"], record["height"]) for record in self._records}
+        return dict(zip(self.image_ids, map(tuple, self._sizes.tolist()), strict=True))
 
     @property
     def labels(self) -> Tensor:
@@ -179,18 +178,19 @@ class CocoDataset(Dataset):
 
     def objects_per_image(self) -> Tensor:
         """How many are taught in each image, [N] int64."""
-        return torch.tensor(self._first).diff()
+        return self._first.diff()
 
     @property
     def file_names(self) -> list[str]:
         """Of the images, as the annotations have them."""
-        return [record["file_name"] for record in self._records]
+        return self._names.tolist()
 
     def description(self) -> dict[str, Any]:
         """What is in this data set, wherever it lies: images, objects, classes, and a digest of all that is taught."""
-        records = [[record[key] for key in ("id", "file_name", "width", "height")] for record in self._records]
+        columns = zip(self.image_ids, self.file_names, self._sizes.tolist(), strict=True)
+        records = [[id, name, width, height] for id, name, (width, height) in columns]
         digest = hashlib.sha256(json.dumps(records).encode())
-        for tensor in (self._boxes, self._labels, torch.tensor(self._first)):
+        for tensor in (self._boxes, self._labels, self._first):
             digest.update(tensor.numpy().tobytes())
         classes = {str(label): name for label, name in self.names.items()}
         counts = {"images": len(self), "objects": len(self._labels)}
@@ -201,83 +201,75 @@ class CocoDataset(Dataset):
 
         Sizes are in pixels; area is that of the object's mask where the file has it, of its box elsewhere.
         """
-        rows = []
-        for annotation in self.ground_truth["annotations"]:
-            label = self._label_of[annotation["category_id"]]
-            _, _, width, height = annotation["bbox"]
-            area, crowd = annotation["area"], bool(annotation["iscrowd"])
-            rows.append((annotation["image_id"], label, self.names[label], width, height, area, crowd))
-        return pd.DataFrame(rows, columns=["image_id", "label", "category", "width", "height", "area", "crowd"])
+        objects = self._objects().among(self._columns.boxes)
+        labels = self._labels_of(objects.category_ids)
+        width, height = objects.boxes[:, 2:].T.numpy()
+        columns = {"image_id": objects.image_ids.numpy(), "label": labels.numpy()}
+        columns |= {"category": [self.names[label] for label in labels.tolist()], "width": width, "height": height}
+        return pd.DataFrame(columns | {"area": objects.areas.numpy(), "crowd": objects.crowd.numpy()})
 
-    @cached_property
+    @property
     def ground_truth(self) -> Annotations:
         """The annotation file, restricted to the images of this dataset and cleaned as what is taught.
 
-        Read again when asked for, so that training need not hold it in memory.
+        Made anew when asked for, so that nobody holds it in memory in between.
         """
-        content, sizes = read_annotations(self.annotations_path), self.sizes
-        content["images"] = [record for record in content["images"] if record["id"] in sizes]
-        content["annotations"] = clean(content["annotations"], sizes, self.clip).annotations
-        return content
+        images = self._columns.images
+        rows = self._rows.sort().values  # in the order of the file
+        names = images.names.tolist()
+        own = Names.of(names[row] for row in rows.tolist())
+        records = ImageColumns(images.ids[rows], own, images.sizes[rows]).records()
+        annotations = self._objects().among(self._columns.boxes).annotations()
+        return {"images": records, "annotations": annotations} | self._columns.rest
+
+    def _objects(self) -> Objects:
+        return clean(self._columns.boxes, self._ids, self._sizes, self.clip)
 
     def _pixels(self, index: int) -> tuple[Tensor, tuple[int, int]]:
         """uint8 [3, h, w], reduced where it is cached, and the height and width of the picture."""
         if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        pixels = functional.pil_to_tensor(self.image(index))
+            pixels, size = self._cache[index]
+            return pixels.clone(), size  # its receiver may change it
+        pixels = as_pixels(self.image(index))
         size = tuple(pixels.shape[-2:])
         if self._cache is not None:
             largest = getattr(self.transform, "largest", lambda height, width: (height, width))(*size)
             if largest != size:
-                pixels = functional.resize(pixels, list(largest), antialias=True)
-            self._cache[index] = pixels, size
+                pixels = Resize(*largest).pixels(pixels)
+            self._cache[index] = pixels.clone(), size
         return pixels, size
 
-    def _find_files(self, content: Annotations) -> None:
-        """Every file must exist and every size be known. One listing per folder: fast for 118,000 files.
-
-        Names written on Windows, or on another machine with folders that are not here, are found by their last part.
-        """
+    def _find_files(self, names: list[str]) -> None:
+        """Every file must exist and every size be known."""
         if not self.images_path.is_dir():
             raise DataError(f"{self.images_path}: no such folder of images; {self.annotations_path} refers to it")
-        present, missing, moved = _Present(self.images_path), [], set()
-        for record in self._records:
-            slashes = record["file_name"].replace("\\", "/")
-            names = (record["file_name"], slashes, PurePosixPath(slashes).name)
-            name = next((name for name in names if present.has(name)), None)
-            if name is None:
-                missing.append(record)
-            elif name != record["file_name"]:
-                record["file_name"] = name
-                moved.add(name)
-        used = Counter(record["file_name"] for record in self._records)
-        missing += [one for one in self._records if one["file_name"] in moved and used[one["file_name"]] > 1]
-        if missing:
-            record = missing[0]
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            own = [a for a in content["annotations"] if a["image_id"] == record["id"]]
-            raise DataError(
-                f"{self.annotations_path}: image file {self.images_path / record['file_name']}{more} is missing; "
-                f"{_mention(record, own)}; add the file or remove the entry"
-            )
+        names, moved, missing = find_files(self.images_path, names)
         if moved:
-            self.notes.append(f"{len(moved)} pictures are found without the folders that their file_name begins with")
-        without = [record for record in self._records if not (record.get("width") and record.get("height"))]
-        sizes = sizes_in_files([self.images_path / record["file_name"] for record in without], self.upright)
-        for record, size in zip(without, sizes, strict=True):
-            record["width"], record["height"] = size
+            self.notes.append(f"{moved} pictures are found without the folders that their file_name begins with")
+        self._names = Names.of(names)
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise DataError(
+                f"{self.annotations_path}: image file {self.images_path / names[missing[0]]}{more} is missing; "
+                f"{self._mention(missing[0])}; add the file or remove the entry"
+            )
+        without = (self._sizes == 0).any(1).nonzero()[:, 0].tolist()
+        if without:
+            sizes = sizes_in_files([self.images_path / names[index] for index in without], self.upright)
+            self._sizes[without] = torch.tensor(sizes)
 
     def _labels_of_categories(
-        self, content: Annotations, objects: Objects, classes: Mapping[int, str] | None, contiguous: bool
+        self, objects: Objects, classes: Mapping[int, str] | None, contiguous: bool
     ) -> dict[int, int]:
         """{category id: label}; sets `names` {label: name}, `category_ids` {label: category id} and `num_classes`."""
-        categories = sorted(content["categories"], key=lambda category: category["id"])
+        rest = self._columns.rest
+        categories = sorted(rest["categories"], key=lambda category: category["id"])
         own = {category["id"]: label if contiguous else category["id"] for label, category in enumerate(categories)}
         named = {category["id"]: category["name"] for category in categories}
         labels = own
         if classes is not None:
-            annotated = Counter(annotation["category_id"] for annotation in objects.annotations)
-            labels = labels_in(content, classes, annotated, self.annotations_path)
+            annotated = Counter(self._columns.boxes.category_ids[objects.rows].tolist())
+            labels = labels_in(rest, classes, annotated, self.annotations_path)
             if other := [f"{named[id]} (id {id}) is label {label}" for id, label in labels.items() if own[id] != label]:
                 self.notes.append(f"classes are matched with those of training by name: {listed(other, 6)}")
         elif max(own.values()) >= MOST_LABELS:
@@ -308,35 +300,23 @@ class CocoDataset(Dataset):
 
     def _collect_boxes(self, objects: Objects) -> None:
         """Keep the boxes that are taught, of all images, in two flat tensors, which workers share."""
-        of_image = {id: [] for id in self.image_ids}
-        for annotation in objects.annotations:
-            if not annotation["iscrowd"]:
-                of_image[annotation["image_id"]].append(annotation)
-        taught, sizes = [annotation for own in of_image.values() for annotation in own], self.sizes
-        boxes = [clipped(annotation["bbox"], *sizes[annotation["image_id"]]) for annotation in taught]
-        self._boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-        self._labels = torch.tensor([self._label_of[a["category_id"]] for a in taught], dtype=torch.int64)
-        self._first = [0, *accumulate(map(len, of_image.values()))]
+        taught = (~self._columns.boxes.crowd[objects.rows]).nonzero()[:, 0]
+        taught = taught[objects.images[taught].argsort(stable=True)]
+        images = objects.images[taught]
+        self._boxes = torch.empty(len(taught), 4)
+        for start in range(0, len(taught), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            corners = clipped(objects.boxes[taught[part]], self._sizes[images[part]])
+            self._boxes[part] = torch.cat(corners, 1)
+        self._labels = self._labels_of(self._columns.boxes.category_ids[objects.rows[taught]])
+        self._first = torch.cat([images.new_zeros(1), torch.bincount(images, minlength=len(self)).cumsum(0)])
 
-    def _used_by(self, record: ImageRecord) -> str:
-        content = read_annotations(self.annotations_path)
-        return _mention(record, [a for a in content["annotations"] if a["image_id"] == record["id"]])
+    def _labels_of(self, category_ids: Tensor) -> Tensor:
+        categories, labels = torch.tensor(sorted(self._label_of.items())).T.contiguous()
+        return labels[torch.searchsorted(categories, category_ids)]
 
-
-class _Present:
-    """Which files are in a folder and those within it, each listed once."""
-
-    def __init__(self, root: Path):
-        self.root, self.listings = root, {}
-
-    def has(self, name: str) -> bool:
-        path = self.root / name
-        if path.parent not in self.listings:
-            entries = os.scandir(path.parent) if path.parent.is_dir() else ()
-            self.listings[path.parent] = {entry.name for entry in entries if entry.is_file()}  # no link to nowhere
-        return path.name in self.listings[path.parent]
-
-
-def _mention(record: ImageRecord, annotations: list[Annotation]) -> str:
-    ids = listed(annotation["id"] for annotation in annotations)
-    return f"image id {record['id']}, " + (f"annotation ids {ids}" if annotations else "which has no annotations")
+    def _mention(self, index: int) -> str:
+        """An image with its annotations, for a message."""
+        id, boxes = int(self._ids[index]), self._columns.boxes
+        own = listed(boxes.ids[boxes.image_ids == id].tolist())
+        return f"image id {id}, " + (f"annotation ids {own}" if own else "which has no annotations")

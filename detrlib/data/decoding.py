@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
+from torch import Tensor
 
 from detrlib.errors import DataError
 
@@ -43,6 +45,11 @@ def read_picture(
         if not (truncated and path.is_file() and is_jpeg(path)):
             raise
         return _decode(io.BytesIO(path.read_bytes() + END_OF_JPEG), upright, reduce)
+
+
+def as_pixels(image: Image.Image) -> Tensor:
+    """A picture in RGB as uint8 [3,H,W], which lies in memory as [H,W,3]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _decode(source: Path | io.BytesIO, upright: bool, reduce: bool) -> tuple[Image.Image, tuple[int, int]]:

@@ -7,15 +7,16 @@
     Pascal VOC  Annotations/*.xml, ImageSets/Main/<split>.txt  that list, or without lists the folder; see `voc`
                 <split>/*.xml, or *.xml                        that folder; pictures beside them
 
-Whatever the layout, `read_content` gives what a file of COCO's would hold, which `annotations` then checks.
+Whatever the layout, `open_content` gives what a file of COCO's would hold, which `annotations` then checks.
 """
 
 import codecs
 import hashlib
+import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic_core import to_json
 
@@ -37,7 +38,7 @@ REMEDIES = {
 }
 
 
-def read_content(annotations: Path) -> bytes:
+def open_content(annotations: Path) -> BinaryIO:
     """What the annotations of a split hold, as the JSON of a COCO file, which is not checked here.
 
     Args:
@@ -47,15 +48,17 @@ def read_content(annotations: Path) -> bytes:
         DataError: nothing there can be read, or a line or an entry of YOLO's or Pascal VOC's files is faulty; names it.
     """
     if annotations.parent.is_file():
-        return to_json(yolo.read(annotations))
+        return io.BytesIO(to_json(yolo.read(annotations)))
     if annotations.is_dir() or annotations.suffix == ".txt":
-        return to_json(voc.read(annotations))
+        return io.BytesIO(to_json(voc.read(annotations)))
     if annotations.suffix in yolo.SUFFIXES:
         raise DataError(f"{annotations}: has pictures of several splits; name one of them, such as {annotations}/val")
     try:
-        return annotations.read_bytes().removeprefix(codecs.BOM_UTF8)
+        file = annotations.open("rb")
     except OSError as error:
         raise DataError(f"{annotations}: no annotation file that can be read ({error.strerror})") from None
+    file.seek(len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0)
+    return file
 
 
 def find_split(settings: Data, split: str) -> tuple[Path, Path]:

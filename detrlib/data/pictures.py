@@ -5,9 +5,11 @@ that theirs refer to what programs show. Pictures of one's own are turned uprigh
 """
 
 import glob
+import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -98,6 +100,39 @@ def find_pictures(pictures: Any, limit: int | None = None) -> list[Picture]:
         for number, one in enumerate(chosen, 1):
             one.image_id = number
     return chosen
+
+
+def find_files(folder: Path, names: list[str]) -> tuple[list[str], int, list[int]]:
+    """The files of a data set in a folder, of which each listing is read once: fast for 118,000 of them.
+
+    Names written on Windows, or on another machine with folders that are not here, are found by their last part.
+
+    Returns:
+        Names as they are there; how many of them were found so; and the numbers of those that are not there, or that
+        were found so but mean the file of another.
+    """
+    listings, missing, moved, found = {}, [], set(), list(names)
+
+    def is_there(name: str) -> bool:
+        within, last = os.path.split(os.path.join(folder, name))
+        if within not in listings:
+            entries = os.scandir(within) if os.path.isdir(within) else ()
+            listings[within] = {entry.name for entry in entries if entry.is_file()}  # no link to nowhere
+        return last in listings[within]
+
+    for index, name in enumerate(names):
+        if not is_there(name):
+            slashes = name.replace("\\", "/")
+            there = next(filter(is_there, (slashes, PurePosixPath(slashes).name)), None)
+            if there is None:
+                missing.append(index)
+            else:
+                found[index] = there
+                moved.add(there)
+    if moved:
+        used = Counter(found)
+        missing += [index for index, name in enumerate(found) if name in moved and used[name] > 1]
+    return found, len(moved), missing
 
 
 def are_pictures(text: str) -> bool:

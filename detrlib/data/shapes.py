@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from detrlib.config import Shapes
-from detrlib.errors import DataError
+from detrlib.errors import DataError, RunError
+from detrlib.files import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -76,29 +77,26 @@ def shapes_folder(settings: Shapes, cache: Path | None = None) -> Path:
     if folder.is_dir():
         return folder
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
-    except OSError as error:
+        with one_at_a_time(folder):
+            if not folder.is_dir():  # otherwise another process has drawn it meanwhile
+                _draw(folder, settings)
+    except (OSError, RunError) as error:
         raise DataError(
-            f"{cache}: the embedded shapes cannot be kept there ({error.strerror}); set DETRLIB_CACHE to another folder"
+            f"{cache}: the embedded shapes cannot be kept there ({error}); set DETRLIB_CACHE to another folder"
         ) from None
+    return folder
+
+
+def _draw(folder: Path, settings: Shapes) -> None:
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         draft.chmod(0o755)  # mkdtemp locks others out of what may be a shared cache
         logger.info("drawing %d images into %s, once", settings.train + settings.val, folder)
         for split, count in zip(SPLITS, (settings.train, settings.val), strict=True):
             _write_split(draft, split, count, settings)
-        _publish(draft, folder)
+        draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return folder
-
-
-def _publish(draft: Path, folder: Path) -> None:
-    try:
-        draft.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # otherwise another process was first, with the same pictures
-            raise
 
 
 def _write_split(root: Path, split: str, count: int, settings: Shapes) -> None:

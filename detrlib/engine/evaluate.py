@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from detrlib.config import Config, replace
-from detrlib.data import CocoDataset, build_dataset, collate, describe_data
-from detrlib.data.batch import batches
+from detrlib.data import CocoDataset, build_dataset, describe_data
+from detrlib.data.batch import batches, open_loader
 from detrlib.data.classes import class_list
 from detrlib.data.formats import other_split
 from detrlib.engine.start import starting_model
@@ -271,15 +271,16 @@ def evaluate(
 def _share(dataset: CocoDataset, cfg: Config, accelerator: Accelerator) -> DataLoader:
     """Batches of the images that are this process's to evaluate: no image is counted twice."""
     shard = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
-    return DataLoader(shard, cfg.evaluate.batch_size, collate_fn=collate, num_workers=cfg.data.workers)
+    return open_loader(shard, cfg.data, accelerator.device.type == "cuda", batch_size=cfg.evaluate.batch_size)
 
 
 def _losses(criterion: Criterion, predictions: Predictions, targets: list[dict]) -> dict[str, tuple[float, float]]:
     """Every term of the loss of a batch, with its weight in the mean over batches."""
     terms, counts = criterion(predictions, targets)[1], criterion.counts(predictions, targets)
+    values = torch.stack(list(terms.values())).tolist()
     return {
-        name: (value.item(), counts.get(re.sub(r"(_enc)?(_\d+)?$", "", name), len(targets)))
-        for name, value in terms.items()
+        name: (value, counts.get(re.sub(r"(_enc)?(_\d+)?$", "", name), len(targets)))
+        for name, value in zip(terms, values, strict=True)
     }
 
 

@@ -5,14 +5,14 @@
     torchrun --nproc-per-node 4 -m detrlib.engine.loop RUN_DIR           a cluster; RUN_DIR holds config.yaml
 
 The batch size is that of all processes together and losses are normalised over them, so a run gives the same
-result on one GPU or eight, but for what each process draws at random. The same run folder again resumes after the last
+result on one GPU or eight, but for dropout. The same run folder again resumes after the last
 complete epoch.
 
 What a person should know is said in this order, nothing of it twice:
 
     before a model is made      the data (`look_over`), objects that a backbone from crops will not learn from
     before the first step       weights that it starts from, memory, the floor of AP, too few updates
-    after the first steps       how long it will take (`_forecast`)
+    after the first steps       how long it will take, and again each minute (`pace`)
     after an epoch              loss and AP; after the first, much padding; from the middle on, signs of collapse
     at the end                  the best epoch
 """
@@ -20,7 +20,6 @@ What a person should know is said in this order, nothing of it twice:
 import argparse
 import math
 import time
-from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -28,30 +27,28 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
-from detrlib.data import Batch, CocoDataset, collate, describe_data, look_over, open_splits
-from detrlib.data.batch import EpochSampler, batches
+from detrlib.data import Batch, CocoDataset, describe_data, look_over, open_splits
+from detrlib.data.batch import EpochSampler, batches, open_loader
 from detrlib.data.classes import class_list
 from detrlib.engine import tracking
 from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
+from detrlib.engine.pace import Pace
 from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model
-from detrlib.engine.state import TrainingState
-from detrlib.engine.step import train_step
-from detrlib.errors import ConfigError, DetrlibError, NonFiniteLoss, RunError
+from detrlib.engine.state import TrainingState, require_compiler
+from detrlib.engine.step import Pending, train_step
+from detrlib.errors import ConfigError, DetrlibError, RunError, show_messages
 from detrlib.files import save_checkpoint
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.models import checkpoint_activations
 
 LOOKED_AT = 64  # images whose attention is measured while training goes on
-
-TIMED_STEPS = 3  # after the first, from which the time of an epoch is told
 
 
 def train(cfg: Config, run_dir: Path) -> dict:
@@ -76,6 +73,8 @@ def train(cfg: Config, run_dir: Path) -> dict:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
         )
+    if cfg.train.compile:
+        require_compiler(accelerator.device)
     say = partial(tracking.say, accelerator)
     train_set, val_set = (splits := open_splits(cfg.data)).values()
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
@@ -137,20 +136,15 @@ class Trainer:
         shared = accelerator.process_index, accelerator.num_processes
         given = cfg.train.batch_size, *shared, cfg.train.seed, cfg.train.epoch_updates
         self.sampler = EpochSampler(len(train_set), *given)
-        self.loader = DataLoader(
-            train_set,
-            batch_sampler=self.sampler,
-            collate_fn=collate,
-            num_workers=cfg.data.workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+        self.loader = open_loader(train_set, cfg.data, accelerator.device.type == "cuda", batch_sampler=self.sampler)
         checkpoint_activations(model, cfg.train.checkpoint_activations)
         self.state = TrainingState(model, cfg, len(self.sampler), accelerator)
         self.plan = Plan(cfg, self.state.trained, train_set, self.sampler.own_size, accelerator)
         self.micro_batch = self.plan.images(run_dir)
         self.criterion = Criterion(lambda x: accelerator.reduce(x, "mean"), **dict(cfg.loss))
+        self.pending = Pending()  # whether the last update was one
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
-        self.timed = False  # whether `_forecast` has spoken
+        self.pace = Pace(cfg.train, len(self.sampler), len(val_set) / cfg.train.batch_size)
         self.floor, self.warned = {}, set()  # see `run_floor`; signs of collapse that were said
         tracking.start_tracking(accelerator, cfg)
 
@@ -166,7 +160,9 @@ class Trainer:
             record = self._train_epoch()
             state.epoch += 1
             if state.epoch % self.cfg.train.eval_every == 0 or state.epoch == epochs:
+                began = time.perf_counter()
                 record |= self._validate()
+                self.pace.evaluations.append(time.perf_counter() - began)
             self._log(record)
             ap = record.get("detection/AP", -math.inf)
             state.save(self.run_dir / "checkpoints", ap, self.cfg.train.keep_every)
@@ -193,35 +189,34 @@ class Trainer:
         settings = self.cfg.train
         self.say(*floor_and_collapse(self.floor), *few_updates(self.cfg, settings.epochs * len(self.sampler)))
         self.say(*divided_statistics(self.state.trained, self.micro_batch, settings.batch_size))
+        if settings.compile:
+            self.state.compile()
 
     def _train_epoch(self) -> dict[str, float]:
         """One epoch; means of everything logged."""
         cfg, accelerator, state = self.cfg.train, self.accelerator, self.state
-        # Order and augmentation depend on seed and epoch alone, so that a resumed run repeats an uninterrupted one.
+        # Like order and augmentation, dropout depends on seed and epoch alone: resumed runs repeat uninterrupted ones.
         set_seed(cfg.seed + 1000 * (state.epoch + 1) + accelerator.process_index)
         self.sampler.epoch = state.epoch
         state.model.train()
-        sums, padding, quiet = {}, [], None if accelerator.is_main_process else True
+        sums, padding, quiet = 0.0, [], None if accelerator.is_main_process else True
         bar = tqdm(self.loader, desc=f"epoch {state.epoch + 1}/{cfg.epochs}", leave=False, disable=quiet)
         clock = time.perf_counter()
         for number, batch in enumerate(batches(bar)):
             waited = time.perf_counter() - clock
             padding.append(batch.padding)
             terms = self._step(batch)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value
+            sums = sums + torch.stack(list(terms.values()))
             if state.global_step % cfg.log_every == 0:
                 took = time.perf_counter() - clock
                 self._log_step(terms, {"extra/iter_time": took, "extra/data_time": waited})
                 bar.set_postfix(loss=f"{terms['loss']:.3f}")
+            if line := self.pace.step(time.perf_counter() - clock, number, state.epoch):
+                self.say(line)
             clock = time.perf_counter()
-            if number == 0:  # which prepares things, and tells nothing of the others
-                began = clock
-            elif number == TIMED_STEPS and not self.timed:
-                self._forecast((clock - began) / TIMED_STEPS)
-        names = sorted(sums)
-        totals = accelerator.reduce(torch.stack([sums[name] for name in names]), "mean") / len(self.loader)
-        means = {f"epoch/{name}": value for name, value in zip(names, totals.tolist(), strict=True)}
+        self.pending.read()
+        totals = accelerator.reduce(sums, "mean") / len(self.loader)
+        means = {f"epoch/{name}": value for name, value in zip(terms, totals.tolist(), strict=True)}
         return means | {"extra/padding": sum(padding) / len(padding)}
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
@@ -229,12 +224,11 @@ class Trainer:
         cfg, state = self.cfg.train, self.state
         parts = batch.split(self.micro_batch, keep_padding=self.cfg.model.padding_matters)
         given = state.model, parts, self.criterion, state.optimizer, self.accelerator
+        told = {"precision": cfg.precision, "clip_norm": cfg.clip_norm, "watch": self._watch, "pending": self.pending}
         try:
-            terms = train_step(*given, precision=cfg.precision, clip_norm=cfg.clip_norm, watch=self._watch)
-        except NonFiniteLoss as error:
-            raise NonFiniteLoss(self._failure(batch, str(error))) from None
+            terms = train_step(*given, **told, explain=partial(self._failure, batch, state.position))
         except torch.OutOfMemoryError:
-            size = " x ".join(map(str, batch.images.shape[-2:]))
+            size = " x ".join(map(str, batch.pixels.shape[-2:]))
             raise RunError(
                 f"the GPU has not enough memory for {self.micro_batch} images in a batch of {size} pixels at step "
                 f"{state.global_step}; set {SMALLER}, and start again: the same run goes on after epoch {state.epoch}"
@@ -242,19 +236,18 @@ class Trainer:
         state.advance()
         return terms
 
-    def _failure(self, batch: Batch, what: str) -> str:
-        """Keep what is needed to look into a failed step, and say where."""
-        state, rates = self.state, self.state.learning_rates
+    def _failure(self, batch: Batch, position: dict, what: str) -> str:
+        """Keep what is needed to look into a step that failed at a position of training, and say where."""
         ids = [target["image_id"] for target in batch.targets]
         path = self.run_dir / f"failure-{self.accelerator.process_index}.pt"
-        save_checkpoint(path, state.state_dict() | {"batch": tuple(batch), "image_ids": ids, "learning_rates": rates})
+        save_checkpoint(path, self.state.state_dict() | position | {"batch": tuple(batch), "image_ids": ids})
         remedy = "Start again"
-        if state.epoch:  # other settings are for another run
+        if position["epoch"]:  # other settings are for another run
             remedy = f"Start a new run from the last complete epoch, train.start: {runs.run_name(self.run_dir)},"
         return (
-            f"{what} at step {state.global_step} (epoch {state.epoch + 1}, learning rates {rates}, "
-            f"image ids {ids}). Weights and batch are in {path}. {remedy} with a lower train.lr, train.clip_norm: 0.1, "
-            "train.warmup_steps, or train.precision: float32."
+            f"{what} at step {position['global_step']} (epoch {position['epoch'] + 1}, learning rates "
+            f"{position['learning_rates']}, image ids {ids}). Weights and batch are in {path}. {remedy} with a lower "
+            "train.lr, train.clip_norm: 0.1, train.warmup_steps, or train.precision: float32."
         )
 
     def _validate(self) -> dict[str, float]:
@@ -283,6 +276,7 @@ class Trainer:
             self.alpha_gradients = tracking.alpha_gradients(self.state.trained)
 
     def _log_step(self, terms: dict[str, Tensor], times: dict[str, float]) -> None:
+        self.pending.read()
         rates = {f"lr/{name}": rate for name, rate in self.state.learning_rates.items()}
         memory = {}
         if self.accelerator.device.type == "cuda":
@@ -300,16 +294,6 @@ class Trainer:
         runs.append_metrics(self.run_dir, record)
         self.accelerator.log(tracking.panels(record, self.criterion.weights), step=self.state.global_step)
 
-    def _forecast(self, seconds: float) -> None:
-        """Say how long training will take, from the first steps of `seconds` each."""
-        self.timed = True
-        epoch, left = len(self.loader) * seconds, self.cfg.train.epochs - self.state.epoch
-        until = datetime.now() + timedelta(seconds=left * epoch)
-        self.say(
-            f"time: an epoch takes about {tracking.duration(epoch)}, {left} epochs about "
-            f"{tracking.duration(left * epoch)}, without evaluation until {until:%Y-%m-%d %H:%M}"
-        )
-
     def _report(self, record: dict[str, float], seconds: float) -> None:
         epoch, epochs, updates = self.state.epoch, self.cfg.train.epochs, self.state.global_step
         precision = ""
@@ -319,7 +303,7 @@ class Trainer:
         self.say(
             f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
             f"loss {record['epoch/loss']:.3f}  {precision}"
-            f"{seconds:.0f} s, about {(epochs - epoch) * seconds / 60:.0f} min left",
+            f"{seconds:.0f} s, about {tracking.duration(self.pace.left(epoch))} left",
             *(much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
         )
 
@@ -335,7 +319,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train in a run folder that holds config.yaml; for torchrun.")
     parser.add_argument("run_dir", type=runs.run_path, help="run folder with a config.yaml")
     run_dir = parser.parse_args().run_dir
-    tracking.show_messages()
+    show_messages()
     keep_freed_memory()
     try:
         train(load_config(run_dir / "config.yaml"), run_dir)

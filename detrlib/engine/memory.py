@@ -115,7 +115,7 @@ class Passes:
     def _of_tensors(self, batch: Batch, backward: bool) -> tuple[int, int]:
         with LiveBytes([*self.model.parameters(), *self.model.buffers()]) as live:
             kept = self._run(batch, backward, lambda: live.now)
-        return kept + batch.images.nbytes, live.peak + batch.images.nbytes
+        return kept + batch.pixels.nbytes, live.peak + batch.pixels.nbytes
 
     def _run(self, batch: Batch, backward: bool, held: Callable[[], int]) -> int:
         batch = batch.to(self.device)
@@ -132,7 +132,8 @@ class Passes:
         mask[0, -1] = True  # layers keep masks where there is padding
         boxes = torch.rand(images, self.objects, 4) / 2 + 0.25
         targets = [{"labels": torch.zeros(self.objects, dtype=torch.long), "boxes": own} for own in boxes]
-        return Batch(torch.randn(images, 3, *size), mask, targets)
+        pixels = torch.randint(256, (images, 3, *size), dtype=torch.uint8)
+        return Batch(pixels, mask, targets)
 
 
 def estimate(
@@ -280,7 +281,7 @@ class Plan:
     def _tried(self, images: int) -> bool:
         """Whether a pass over the largest images fits on the GPU, beside what an update will add and some to spare."""
         trained = _bytes(p for p in self.model.parameters() if p.requires_grad)
-        spare = 3 * trained + torch.cuda.get_device_properties(self.device).total_memory // SPARE
+        spare = 3 * trained + _limit(self.device) // SPARE
         try:
             held = torch.empty(spare, dtype=torch.uint8, device=self.device)
             Passes(self.model, self.cfg, self.objects, self.device).bytes(images, self._largest(images))
@@ -295,11 +296,18 @@ class Plan:
 def free_memory(device: torch.device) -> int:
     """Bytes that a process may still take: of its GPU, with what PyTorch holds there, or its share of the machine's."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        held = torch.cuda.memory_reserved(device)
+        return min(torch.cuda.mem_get_info(device)[0] + held, _limit(device))
     free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")  # the limit of a container
     if limit.exists() and (given := limit.read_text().strip()).isdigit():
         free = min(free, int(given))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _limit(device: torch.device) -> int:
+    """Bytes of a GPU that PyTorch may take at all: fewer than it has after `set_per_process_memory_fraction`."""
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return int(share * torch.cuda.get_device_properties(device).total_memory)
 
 
 def keep_freed_memory() -> None:

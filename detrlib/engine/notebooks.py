@@ -25,6 +25,7 @@ from detrlib.errors import ConfigError, RunError
 from detrlib.files import write_atomic
 
 NOTEBOOKS = PROJECT / "notebooks"
+ASKED = "notebooks.json"  # in a folder: {notebook: its parameters}, what is to be executed there
 
 
 def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progress: bool = False) -> Path:
@@ -57,6 +58,15 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
         if output.exists():
             _correct_notes(output, cut_off)
     return output
+
+
+def execute_asked(folder: Path) -> None:
+    """Execute in `folder` the notebooks that its notebooks.json names, in that order, with the parameters given there.
+
+    Raises RunError as `execute_notebook`.
+    """
+    for name, parameters in json.loads((folder / ASKED).read_text()).items():
+        execute_notebook(name, folder / find_notebook(name).name, parameters)
 
 
 def _correct_notes(output: Path, cut_off: bool) -> None:

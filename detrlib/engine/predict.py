@@ -21,7 +21,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 
 from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED
@@ -60,7 +59,7 @@ class Detector:
         transform, samples = build_augmentation(self.cfg.data.image_size), []
         for picture, image, size in pictures:
             none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-            pixels, boxes, labels = transform(functional.pil_to_tensor(image), *none)
+            pixels, boxes, labels = transform(image, *none)
             target = {"boxes": boxes, "labels": labels, "image_id": picture.image_id}
             sizes = {"original_size": torch.tensor(size), "size": torch.tensor(pixels.shape[-2:])}
             samples.append((pixels, target | sizes))

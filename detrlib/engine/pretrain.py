@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import normalize, pil_to_tensor, resized_crop
+from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop
 from tqdm.auto import tqdm
 
 from detrlib.config import Backbone
 from detrlib.data import CocoDataset, cache_folder
-from detrlib.data.augment import MEAN, PAPER_SIZE, STD, TRAINING_SIZES
-from detrlib.files import save_checkpoint
+from detrlib.data.augment import PAPER_SIZE, TRAINING_SIZES, normalised
+from detrlib.files import one_at_a_time, save_checkpoint
 from detrlib.models.backbone import build_body, stage_channels
 
 log = logging.getLogger(__name__)
@@ -51,16 +51,22 @@ def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int) 
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = cache_folder() / "backbones" / f"{settings.name}-{digest}.pt"
     if not path.exists():
-        with torch.random.fork_rng():
-            torch.manual_seed(SEED)
-            body, recalls = train_classifier(settings, dataset, image_size)
-        log.info(
-            "backbone pretrained on crops: of held-out ones %.3f are recognised, mean over %d classes (a guess: %.3f); "
-            "kept in %s",
-            *(sum(recalls) / len(recalls), len(recalls), 1 / len(recalls), path),
-        )
-        save_checkpoint(path, body.state_dict())
+        with one_at_a_time(path):
+            if not path.exists():  # otherwise another process has made it meanwhile
+                _pretrain(settings, dataset, image_size, path)
     return path
+
+
+def _pretrain(settings: Backbone, dataset: CocoDataset, image_size: int, path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        body, recalls = train_classifier(settings, dataset, image_size)
+    log.info(
+        "backbone pretrained on crops: of held-out ones %.3f are recognised, mean over %d classes (a guess: %.3f); "
+        "kept in %s",
+        *(sum(recalls) / len(recalls), len(recalls), 1 / len(recalls), path),
+    )
+    save_checkpoint(path, body.state_dict())
 
 
 def train_classifier(settings: Backbone, dataset: CocoDataset, image_size: int) -> tuple[nn.Module, list[float]]:
@@ -147,18 +153,14 @@ def _background_box(size: tuple[int, int], boxes: Tensor, side: float, generator
 
 def _augment(crops: Tensor) -> Tensor:
     """uint8 [B,3,S,S] -> normalised float32, half the batch flipped."""
-    images = _normalised(crops)
+    images = normalised(crops)
     half = len(images) // 2
     return torch.cat([images[:half], images[half:].flip(-1)])
-
-
-def _normalised(crops: Tensor) -> Tensor:
-    return normalize(crops.float() / 255, MEAN, STD)
 
 
 @torch.no_grad()
 def _recalls(model: nn.Module, crops: Tensor, labels: Tensor) -> list[float]:
     """Of every class that is there, the share of its crops that are recognised."""
     device = next(model.parameters()).device
-    found = torch.cat([model(_normalised(part.to(device))).argmax(1).cpu() for part in crops.split(256)])
+    found = torch.cat([model(normalised(part.to(device))).argmax(1).cpu() for part in crops.split(256)])
     return [(found[labels == label] == label).float().mean().item() for label in labels.unique()]

@@ -1,18 +1,32 @@
 """What changes in training, and what a checkpoint holds of it."""
 
+import copy
 import math
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from detrlib.config import Config
 from detrlib.engine.optimizer import build_optimizer, lr_factors
+from detrlib.errors import ConfigError
 from detrlib.files import load_checkpoint, load_weights, save_checkpoint
 from detrlib.models import set_alphas
 from detrlib.runs.folder import run_name
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raises ConfigError where torch.compile does not work, for want of a C++ compiler on a CPU."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # of whatever it stumbled over
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"train.compile: torch.compile does not work here ({reason}); install a C++ compiler such as g++, or leave "
+            "it out"
+        ) from None
 
 
 class TrainingState:
@@ -24,8 +38,8 @@ class TrainingState:
         factors = lr_factors(optimizer, steps_per_epoch, cfg.train)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        average = get_ema_multi_avg_fn(cfg.train.ema)
-        self.average = AveragedModel(self.trained, multi_avg_fn=average) if cfg.train.ema else None
+        self.average, self.averaged_steps = copy.deepcopy(self.trained) if cfg.train.ema else None, 0
+        self.move_average = get_ema_multi_avg_fn(cfg.train.ema)
         self.epoch, self.global_step, self.best = 0, 0, -math.inf
         self._anneal()
 
@@ -37,12 +51,17 @@ class TrainingState:
     @property
     def evaluated(self) -> nn.Module:
         """The model that is evaluated: the average of its weights where there is one."""
-        return self.trained if self.average is None else self.average.module
+        return self.trained if self.average is None else self.average
 
     @property
     def learning_rates(self) -> dict[str, float]:
         """By name of the optimiser's group."""
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+
+    @property
+    def position(self) -> dict:
+        """Where training is, in numbers."""
+        return {"epoch": self.epoch, "global_step": self.global_step, "learning_rates": self.learning_rates}
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -54,20 +73,43 @@ class TrainingState:
             set_alphas(self.trained, alphas)
             set_alphas(self.evaluated, alphas)
 
+    def compile(self) -> None:
+        """From now on let torch.compile run what is trained and evaluated; names of weights stay as they are.
+
+        The first graph holds for batches of one size, and once another comes, the next for any.
+        """
+        for model in {self.trained, self.evaluated}:
+            model.compile()
+
     def advance(self) -> None:
         """After an update of the weights: what moves along with them."""
         self.schedule.step()
         if self.average is not None:
-            self.average.update_parameters(self.trained)
+            self._average()
         self.global_step += 1
         self._anneal()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the average towards the weights; it begins at the first that were trained. Buffers are theirs.
+
+        (`AveragedModel` of torch keeps its count in a tensor, for which a GPU is waited for at every step.)
+        """
+        own, weights = list(self.average.parameters()), list(self.trained.parameters())
+        for mine, theirs in zip(self.average.buffers(), self.trained.buffers(), strict=True):
+            mine.copy_(theirs)
+        if self.averaged_steps:
+            self.move_average(own, weights, self.averaged_steps)
+        else:
+            torch._foreach_copy_(own, weights)
+        self.averaged_steps += 1
 
     def state_dict(self) -> dict:
         """All of it, as last.pt holds it."""
         return {
             "model": self.trained.state_dict(),
-            "average": self.average.module.state_dict() if self.average is not None else None,
-            "averaged_steps": int(self.average.n_averaged) if self.average is not None else 0,
+            "average": self.average.state_dict() if self.average is not None else None,
+            "averaged_steps": self.averaged_steps,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.last_epoch,
             "epoch": self.epoch,
@@ -107,8 +149,8 @@ class TrainingState:
         state = load_checkpoint(path, needed=self.state_dict())
         load_weights(self.trained, state["model"], path)
         if self.average is not None:
-            load_weights(self.average.module, state["average"], path)
-            self.average.n_averaged.fill_(state["averaged_steps"])
+            load_weights(self.average, state["average"], path)
+            self.averaged_steps = state["averaged_steps"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.global_step, self.best = state["epoch"], state["global_step"], state["best"]
         self.schedule.last_epoch = state["schedule"]  # the rates themselves came with the optimiser

@@ -1,7 +1,13 @@
-"""One update of the weights: the batch part by part, one gradient."""
+"""One update of the weights: the batch part by part, one gradient.
 
-from collections.abc import Callable
-from contextlib import nullcontext
+On a GPU the CPU only queues what is to be done, and runs ahead of it. It waits once in a step, for the costs that it
+matches by (see losses/matcher.py), and where losses are logged. So whether a loss is a number is known to it one step
+late: the GPU itself leaves the weights alone where it is none, and `Pending` tells of it as soon as the CPU has waited.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +17,35 @@ from detrlib.data import Batch
 from detrlib.engine.evaluate import autocast
 from detrlib.errors import NonFiniteLoss
 from detrlib.losses.criterion import Criterion
+
+
+class Pending:
+    """Loss and gradient norm of the last update, of which the CPU does not know yet whether they are numbers."""
+
+    def __init__(self):
+        self._noted = None
+
+    def note(self, numbers: dict[str, Tensor], explain: Callable[[str], str] = str) -> Tensor:
+        """Send `numbers`, by what they are, to the CPU. explain: from what is none to the message of the error.
+
+        Returns whether all of them are numbers, on their device.
+        """
+        values = torch.stack(list(numbers.values()))
+        sent = values.to("cpu", non_blocking=values.is_cuda)
+        arrival = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+        self._noted = list(numbers), sent, arrival, explain
+        return values.isfinite().all()
+
+    def read(self) -> None:
+        """Raise NonFiniteLoss where one of them is no number. Nobody waits who has waited for a later result."""
+        if self._noted is None:
+            return
+        (names, sent, arrival, explain), self._noted = self._noted, None
+        if arrival is not None:
+            arrival.synchronize()
+        for name, value in zip(names, sent.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteLoss(explain(f"{name} is {value}"))
 
 
 def train_step(
@@ -23,6 +58,8 @@ def train_step(
     precision: str = "float32",
     clip_norm: float = 0.0,
     watch: Callable[[], None] = lambda: None,
+    pending: Pending | None = None,
+    explain: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
     """One update of the weights.
 
@@ -39,35 +76,58 @@ def train_step(
         precision: float32, or bfloat16 for the forward pass.
         clip_norm: largest norm of all gradients together; 0 leaves them as they are.
         watch: called between the backward pass and clipping, when gradients are what the loss made them.
+        pending: of the update before, read here, and then of this one; None: this one is read at once.
+        explain: from what is no number to the message of the error.
 
     Returns:
         "loss", which was minimised, its unweighted terms, and with clipping "grad_norm", that before it; detached, and
         of the whole batch.
 
     Raises:
-        NonFiniteLoss: the loss or the norm of its gradients is no number; weights are as they were.
+        NonFiniteLoss: the loss or the norm of its gradients is no number; weights are as they were. On a GPU, with a
+            fused optimiser, this is told of the update before.
     """
+    pending, may_wait = (Pending(), False) if pending is None else (pending, _skips(optimizer))
     targets = [target for part in parts for target in part.targets]
     sums: dict[str, Tensor] = {}
     optimizer.zero_grad()
     for number, part in enumerate(parts, start=1):
-        images, padding_mask, own_targets = part.to(accelerator.device)
+        part = part.to(accelerator.device)
         # Processes exchange gradients once, when they are complete.
         with accelerator.no_sync(model) if number < len(parts) else nullcontext():
             with autocast(precision, accelerator.device):
-                predictions = model(images, padding_mask)
-            loss, terms = criterion(predictions, own_targets, targets)
-            if not torch.isfinite(loss):
-                raise NonFiniteLoss(f"loss is {loss.item()}")
+                predictions = model(part.images, part.padding_mask)
+            loss, terms = criterion(predictions, part.targets, targets)
+            pending.read()  # the matcher has just waited for what came later
             accelerator.backward(loss)
         for name, value in ({"loss": loss} | terms).items():
             sums[name] = sums.get(name, 0.0) + value.detach()
         del predictions, loss, terms  # before the next part takes their place
 
     watch()
+    numbers = {"loss": sums["loss"]}
     if clip_norm:
-        sums["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-        if not torch.isfinite(sums["grad_norm"]):
-            raise NonFiniteLoss(f"gradient norm is {sums['grad_norm'].item()}")
-    optimizer.step()
+        sums["grad_norm"] = numbers["gradient norm"] = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+    finite = pending.note(numbers, explain)
+    if not may_wait:
+        pending.read()
+    with _unless(~finite, optimizer) if may_wait else nullcontext():
+        optimizer.step()
     return sums
+
+
+def _skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser can be told on a GPU to leave the weights alone."""
+    group = optimizer.param_groups[0]
+    return bool(group.get("fused")) and group["params"][0].is_cuda
+
+
+@contextmanager
+def _unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A fused optimiser does nothing where `skip` is true, which is not asked for: as for gradients scaled too far."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # within that of Accelerate
+    inner.found_inf = skip.float()
+    try:
+        yield
+    finally:
+        del inner.found_inf

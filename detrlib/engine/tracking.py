@@ -24,12 +24,6 @@ def say(accelerator: Accelerator, *lines: object) -> None:
         accelerator.print(line, flush=True)
 
 
-def show_messages() -> None:
-    """Let the library's messages (data drawn, boxes dropped, backbone pretrained) appear on a command line."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("detrlib").setLevel(logging.INFO)
-
-
 def trackers(cfg: Config, run_dir: Path) -> list[GeneralTracker | str] | None:
     """What `Accelerator(log_with=...)` takes for `train.tracking`. Raises ConfigError where a package is missing."""
     settings = cfg.train.tracking

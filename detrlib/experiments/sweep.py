@@ -10,14 +10,13 @@ thesis_figures are executed over all runs and the last becomes report.html. What
 interrupted goes on.
 """
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
@@ -25,12 +24,14 @@ from threading import Event, Lock
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from detrlib import runs
 from detrlib.config import PROJECT, Config, load_config, project_path, read_yaml, save_config
 from detrlib.data import build_dataset, look_over, open_splits
 from detrlib.data.shapes import cores
 from detrlib.engine.notebooks import (
+    ASKED,
     checked_parameters,
     execute_notebook,
     find_executed,
@@ -39,10 +40,13 @@ from detrlib.engine.notebooks import (
     shrink_pictures,
 )
 from detrlib.engine.pretrain import backbone_weights
+from detrlib.engine.tracking import duration
 from detrlib.errors import ConfigError, RunError
+from detrlib.experiments.time_left import Course, seconds_left
 from detrlib.files import write_atomic, write_json
 
-SECONDS_BETWEEN_REPORTS = 15
+SECONDS = 2  # between two looks at the runs where a bar is shown
+LINES = {False: 15, True: 60}  # seconds between two lines elsewhere, before and after the time left is known
 GRACE = 5  # seconds; a terminal interrupts children too, and twice would be in the midst of their leaving in order
 
 
@@ -55,6 +59,7 @@ class Job:
     measure: dict[str, Any]  # parameters of notebook evaluate
     process: subprocess.Popen | None = None
     failed: bool = False
+    course: Course = field(default_factory=Course)
 
     @property
     def finished(self) -> bool:
@@ -62,18 +67,18 @@ class Job:
         # One that was interrupted may have been evaluated by hand.
         return executed and (runs.is_finished(self.folder) or not (self.folder / "results.json").exists())
 
-    def progress(self) -> tuple[float, str]:
-        """Share of the training steps done, and a few words."""
+    def progress(self) -> str:
+        """In a word or two, how far it is; its course is told."""
+        if self.course.over:
+            return "failed" if self.failed else "done"
         records = runs.read_metrics(self.folder)
-        if self.finished:
-            return 1.0, "done"
-        if self.failed:
-            return 1.0, "failed"
         if not records:
-            return 0.0, "waiting" if self.process is None else "starting"
+            return "waiting" if self.process is None else "starting"
         ap50 = [r["detection/AP50"] for r in records if r.get("detection/AP50") is not None]
+        times = [r["extra/iter_time"] for r in records if "extra/iter_time" in r]
         done = records[-1]["global_step"] / max(1, self._steps)
-        return min(done, 0.99), f"{done:4.0%}" + (f" AP50 {ap50[-1]:.2f}" if ap50 else "")
+        self.course.see(time.monotonic(), done, times[-1] * self._steps if times else None)
+        return (f"{done:4.0%}" if done < 1 else "measuring") + (f" AP50 {ap50[-1]:.2f}" if ap50 else "")
 
     @cached_property
     def _steps(self) -> int:
@@ -202,16 +207,20 @@ def _work_off(jobs: list[Job], slots: int) -> None:
             if interrupted.is_set():
                 return
             _start(job, slot, slots)
-        job.failed, job.process = job.process.wait() != 0, None
+        job.failed = job.process.wait() != 0
+        job.course.ended, job.course.over, job.process = time.monotonic(), True, None
         free.put(slot)
 
-    start, first = time.monotonic(), [job.progress()[0] for job in jobs]
-    with ThreadPoolExecutor(slots) as pool:
+    for job in jobs:
+        job.course.over = job.finished
+    start = time.monotonic()
+    bar = tqdm(total=1, bar_format="{percentage:3.0f}% {bar:20}{postfix}", dynamic_ncols=True, disable=None)
+    with bar, ThreadPoolExecutor(slots) as pool:
         left = {pool.submit(work, job) for job in waiting}
         try:
             while left:
-                print(_status(jobs, first, time.monotonic() - start), flush=True)
-                done, left = wait(left, SECONDS_BETWEEN_REPORTS)
+                known = _report(jobs, slots, start, bar)
+                done, left = wait(left, LINES[known] if bar.disable else SECONDS)
                 for future in done:
                     future.result()  # raises what went wrong in `work` itself
         except BaseException:
@@ -228,29 +237,29 @@ def _work_off(jobs: list[Job], slots: int) -> None:
 def _start(job: Job, slot: int, slots: int) -> None:
     """Begin or continue a run in a subprocess with its share of the machine."""
     write_atomic(job.folder / "sweep.yaml", lambda path: save_config(job.cfg, path))
-    write_json(job.folder / "measure.json", job.measure)
-    environment = dict(os.environ, PYTHONUNBUFFERED="1", WANDB_SILENT="true")
+    environment, gpus = dict(os.environ, PYTHONUNBUFFERED="1", WANDB_SILENT="true"), []
     if torch.cuda.is_available():
         inherited = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(inherited.split(",")[slot::slots])
+        gpus = inherited.split(",")[slot::slots]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     else:
         # Several runs with a thread each use the cores better than one run with several threads; on a machine that
         # others use as well, threads wait for each other, so what the user has set wins.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, _slots() // slots)))
+    write_json(job.folder / ASKED, _asked(job, len(gpus) or None))
     command = [sys.executable, "-m", "detrlib", "sweep-run", str(job.folder)]
     with (job.folder / "log.txt").open("a") as log:
         job.process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    job.course.started = time.monotonic()
 
 
-def run_one(folder: Path) -> None:
-    """Train and evaluate one run of a sweep through its notebooks, skipping what is done."""
-    name = _within_project(folder)
-    if not runs.is_finished(folder):
-        parameters = {"config": str(folder / "sweep.yaml"), "run_name": name, "gpus": torch.cuda.device_count() or None}
-        _execute(folder, "train", parameters)
-    asked = folder / "measure.json"
-    measure = json.loads(asked.read_text()) if asked.exists() else {}
-    _execute(folder, "evaluate", measure | {"run_name": name})
+def _asked(job: Job, gpus: int | None) -> dict[str, dict[str, Any]]:
+    """The notebooks that are left of a run, and their parameters."""
+    name = {"run_name": _within_project(job.folder)}
+    asked = {"train": {"config": str(job.folder / "sweep.yaml"), "gpus": gpus} | name, "evaluate": job.measure | name}
+    if runs.is_finished(job.folder):
+        del asked["train"]
+    return asked
 
 
 def _within_project(path: Path) -> str:
@@ -258,14 +267,19 @@ def _within_project(path: Path) -> str:
     return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
 
 
-def _status(jobs: list[Job], first: list[float], seconds: float) -> str:
-    """One line: how far each run is, and the time that is left at the pace so far."""
-    states = [job.progress() for job in jobs]
-    done = sum(share for share, _ in states) - sum(first)
-    left = len(jobs) - sum(share for share, _ in states)
-    pace = f"about {max(1, round(seconds * left / done / 60))} min left" if done > 0.02 else "estimating the time left"
-    words = "  ".join(f"{job.folder.name} {text}" for job, (_, text) in zip(jobs, states, strict=True))
-    return f"[{int(seconds) // 60:02d}:{int(seconds) % 60:02d}] {words}  ({pace})"
+def _report(jobs: list[Job], slots: int, start: float, bar: tqdm) -> bool:
+    """Say how far each run is, and how much time is left for all of it; whether that is known already."""
+    words = "  ".join(f"{job.folder.name} {job.progress()}" for job in jobs)
+    now, courses = time.monotonic(), [job.course for job in jobs]
+    left = seconds_left(courses, slots, now)
+    over = f"{sum(course.over for course in courses)} of {len(jobs)} runs done"
+    ahead = "estimating the time left" if left is None else f"about {duration(left)} left with all figures"
+    minutes, seconds = divmod(int(now - start), 60)
+    if bar.disable:
+        print(f"[{minutes:02d}:{seconds:02d}] {words}  ({over}, {ahead})", flush=True)
+    bar.n = sum(1.0 if course.over else course.share for course in courses) / len(jobs)
+    bar.set_postfix_str(f"{over}, {ahead}: {words}")
+    return left is not None
 
 
 def _last_line(log: Path) -> str:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from detrlib.config import Config, project_path, replace
-from detrlib.data.annotations import Annotations, read_annotations
+from detrlib.data.annotations import Annotations
 from detrlib.data.classes import ClassMatch, match_classes, translate
 from detrlib.data.formats import choose_split, find_splits, images_of
+from detrlib.data.index import read_columns
 from detrlib.data.pictures import pictures_folder
 from detrlib.engine.evaluate import evaluate_into, evaluation_config, results_folder
 from detrlib.errors import ConfigError, DataError, RunError
@@ -62,7 +63,7 @@ def evaluate_on(
     if on != annotations:
         named = "-".join(filter(None, ((on.parent if on.is_file() else on).name, split)))
     folder = results_folder(run_dir, save_as or named, annotations)
-    content = read_annotations(annotations)
+    content = read_columns(annotations).content()
     ours = class_names(run_dir)
     match = _match(run_dir, cfg, annotations, content, ours, names or {}, by_id)
     copy = (folder / annotations.name).with_suffix(".json")  # with the run's labels as category ids
@@ -93,7 +94,7 @@ def find_data(data: Path, images: Path | None, split: str | None, usual: str) ->
         return images or images_of(annotations), annotations
     if split:
         raise ConfigError(f"split {split} (--split) belongs to a folder; {data} is one annotation file")
-    first, remedy = read_annotations(data)["images"][0]["file_name"], "give their folder (images, --images)"
+    first, remedy = read_columns(data).images.names[0], "give their folder (images, --images)"
     return pictures_folder(data, first, images, remedy), data
 
 

@@ -3,31 +3,47 @@
 A loss is a method or function that takes the outputs of a layer and returns a dict of terms; `Criterion.forward` adds
 up the terms that have a weight and passes all of them on to be logged.
 
-Legend: B images, Q queries, C classes, T boxes of an image, N matched pairs of the batch, S tokens of all levels.
+Layers of one shape are computed together, as one tensor [L,B,Q,...].
+
+Legend: L layers, B images, Q queries, C classes, T boxes of an image, N matched pairs of the batch, S tokens of all
+levels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from detrlib.boxes import cxcywh_to_xyxy, giou
-from detrlib.losses.matcher import Match, MatchingCosts, match
+from detrlib.losses.matcher import Assigned, MatchingCosts, on_device, start_matching
 from detrlib.models.outputs import Polled, Predictions, Tokens
 
 Terms = dict[str, Tensor]  # by name, as they are logged
 
 
-class Pairs(NamedTuple):
-    """The N matched pairs of a batch: where the query is, and what it is to predict."""
+class Stack(NamedTuple):
+    """Layers of one shape that learn from the same targets."""
 
-    image: Tensor  # [N]
-    query: Tensor  # [N]
-    labels: Tensor  # [N]
-    boxes: Tensor  # [N,4] cxcywh in 0..1
+    suffixes: list[str]  # of the names of their losses
+    outputs: Predictions  # logits [L,B,Q,C] and boxes [L,B,Q,4] of all of them
+
+
+class Pairs(NamedTuple):
+    """The N matched pairs of a batch, once for each of L layers: where the query is, and what it is to predict."""
+
+    image: Tensor  # [L*N], counted from layer to layer: layer * B + image
+    query: Tensor  # [L*N]
+    labels: Tensor  # [L*N]
+    boxes: Tensor  # [L*N,4] cxcywh in 0..1
+
+    def predicted(self, values: Tensor) -> Tensor:
+        """Of values [L,B,Q,n] of all queries those of the matched ones, [L,N,n]."""
+        return values.flatten(0, 1)[self.image, self.query].unflatten(0, (len(values), -1))
 
 
 class Divisors(NamedTuple):
@@ -74,7 +90,7 @@ class Criterion(nn.Module):
         self.mean_over_processes = mean_over_processes
         self.costs = MatchingCosts(cost_class, cost_bbox, cost_giou, focal_alpha)
         self.weights = {"loss_class": weight_class, "loss_bbox": weight_bbox, "loss_giou": weight_giou}
-        self.weight_mask, self.weight_poll = weight_mask, weight_poll
+        self.other_weights = {"loss_mask": weight_mask, "loss_poll": weight_poll}
         self.no_object, self.focal_alpha, self.auxiliary = no_object, focal_alpha, auxiliary
 
     def forward(
@@ -94,21 +110,24 @@ class Criterion(nn.Module):
             encoder layers before the last in `_enc_` and their number.
         """
         divisors = self._divisors(outputs, targets if batch is None else batch)
-        pairs, terms = self._layer_losses(outputs, targets, divisors)
-        total = self._weighted(terms)
-        terms |= class_error(outputs, pairs, divisors.pairs)
+        stacks = self._stacks(outputs)
+        assign = start_matching([stack.outputs for stack in stacks], targets, self.costs)
         part = len(targets) / divisors.images  # what a mean over images counts in that over the batch
-        terms |= {name: part * value for name, value in cardinality_error(outputs, targets).items()}
-        for suffix, layer in self._other_layers(outputs):
-            _, losses = self._layer_losses(layer, targets, divisors)
-            total = total + self._weighted(losses)
-            terms |= {f"{name}_{suffix}": value for name, value in losses.items()}
-        if outputs.tokens is not None:
-            terms |= {name: part * value for name, value in token_losses(outputs.tokens).items()}
-            total = total + self.weight_mask * terms["loss_mask"]
-        if outputs.polled is not None:
-            terms |= {name: part * value for name, value in loss_poll(outputs.polled).items()}
-            total = total + self.weight_poll * terms["loss_poll"]
+        others = cardinality_error(outputs, targets)
+        others |= {} if outputs.tokens is None else token_losses(outputs.tokens)
+        others |= {} if outputs.polled is None else loss_poll(outputs.polled)
+        others = {name: part * value for name, value in others.items()}
+        total = sum(weight * others[name] for name, weight in self.other_weights.items() if name in others)
+        terms = {}
+        for stack, pairs in zip(stacks, all_pairs(assign(), targets), strict=True):
+            if stack.outputs.any_object:
+                pairs = pairs._replace(labels=torch.zeros_like(pairs.labels))
+            losses = self.loss_labels(stack.outputs, pairs, divisors) | self.loss_boxes(stack.outputs, pairs, divisors)
+            total = total + sum(weight * losses[name].sum() for name, weight in self.weights.items())
+            if not terms:  # the last decoder layer is the first of the first stack
+                terms = class_error(stack.outputs, pairs, divisors.pairs) | others
+            for name, values in losses.items():
+                terms |= {f"{name}{suffix}": value for suffix, value in zip(stack.suffixes, values, strict=True)}
         return total, terms
 
     def counts(self, outputs: Predictions, targets: list[dict]) -> dict[str, float]:
@@ -119,46 +138,40 @@ class Criterion(nn.Module):
         return {"loss_class": classes, "loss_bbox": boxes, "loss_giou": boxes, "class_error": boxes}
 
     def loss_labels(self, outputs: Predictions, pairs: Pairs, divisors: Divisors) -> Terms:
-        """`loss_class`: cross-entropy where classes have a softmax, focal loss where they have sigmoids."""
-        logits = outputs.logits.float()  # [B,Q,C] or [B,Q,C+1]
+        """`loss_class` [L]: cross-entropy where classes have a softmax, focal loss where they have sigmoids."""
+        logits = outputs.logits.float()  # [L,B,Q,C] or [L,B,Q,C+1]
+        layers, images = logits.shape[:2]
         if outputs.classification == "sigmoid":  # Lin et al. 2017, Eq. 5, over all queries and classes
-            wanted = torch.zeros_like(logits)
+            wanted = torch.zeros_like(logits).flatten(0, 1)
             wanted[pairs.image, pairs.query, pairs.labels] = 1.0
-            total = sigmoid_focal_loss(logits, wanted, alpha=self.focal_alpha, reduction="sum")
-            return {"loss_class": total / divisors.boxes}
+            each = sigmoid_focal_loss(logits, wanted.view_as(logits), alpha=self.focal_alpha)
+            return {"loss_class": each.flatten(1).sum(1) / divisors.boxes}
         no_object = logits.shape[-1] - 1  # what unmatched queries are to say, at a weight of its own
-        wanted = torch.full(logits.shape[:2], no_object, device=logits.device)  # [B,Q]
+        wanted = torch.full((layers * images, logits.shape[2]), no_object, device=logits.device)
         wanted[pairs.image, pairs.query] = pairs.labels
         weight = torch.ones(no_object + 1, device=logits.device)
         weight[no_object] = self.no_object
-        total = F.cross_entropy(logits.transpose(1, 2), wanted, weight, reduction="sum")
-        return {"loss_class": total / divisors.class_weight}
+        each = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")
+        return {"loss_class": each.view(layers, -1).sum(1) / divisors.class_weight}
 
     def loss_boxes(self, outputs: Predictions, pairs: Pairs, divisors: Divisors) -> Terms:
-        """`loss_bbox`, the L1 distance of matched boxes, and `loss_giou`, 1 - GIoU (Carion et al. 2020, Eq. 2)."""
-        boxes = outputs.boxes.float()[pairs.image, pairs.query]  # [N,4]
-        overlap = giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes))  # [N]
+        """`loss_bbox` [L], L1 distance of matched boxes, and `loss_giou` [L], 1 - GIoU (Carion et al. 2020, Eq. 2)."""
+        boxes = pairs.predicted(outputs.boxes.float())  # [L,N,4]
+        wanted = pairs.boxes.view_as(boxes)
+        overlap = giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))  # [L,N]
         return {
-            "loss_bbox": F.l1_loss(boxes, pairs.boxes, reduction="sum") / divisors.boxes,
-            "loss_giou": (1 - overlap).sum() / divisors.boxes,
+            "loss_bbox": (boxes - wanted).abs().sum((1, 2)) / divisors.boxes,
+            "loss_giou": (1 - overlap).sum(1) / divisors.boxes,
         }
 
-    def _layer_losses(self, outputs: Predictions, targets: list[dict], divisors: Divisors) -> tuple[Pairs, Terms]:
-        if outputs.any_object:
-            targets = [target | {"labels": torch.zeros_like(target["labels"])} for target in targets]
-        pairs = matched(match(outputs, targets, self.costs), targets)
-        return pairs, self.loss_labels(outputs, pairs, divisors) | self.loss_boxes(outputs, pairs, divisors)
-
-    def _weighted(self, losses: Terms) -> Tensor:
-        return sum(weight * losses[name] for name, weight in self.weights.items())
-
-    def _other_layers(self, outputs: Predictions) -> Iterator[tuple[str, Predictions]]:
-        """All but the last decoder layer that learns from the same targets, with the suffix of its losses' names."""
+    def _stacks(self, outputs: Predictions) -> list[Stack]:
+        """All layers that learn from the targets, those of one shape together, the last decoder layer first."""
+        decoder = {"": outputs}
         if self.auxiliary:
-            yield from ((str(number), layer) for number, layer in enumerate(outputs.auxiliary))
-        if outputs.proposals is not None:
-            yield "enc", outputs.proposals
-        yield from ((f"enc_{number}", layer) for number, layer in enumerate(outputs.encoder_auxiliary))
+            decoder |= {f"_{number}": layer for number, layer in enumerate(outputs.auxiliary)}
+        proposals = {} if outputs.proposals is None else {"_enc": outputs.proposals}
+        encoder = {f"_enc_{number}": layer for number, layer in enumerate(outputs.encoder_auxiliary)}
+        return [stacked(layers) for layers in (decoder, proposals, encoder) if layers]
 
     def _divisors(self, outputs: Predictions, batch: list[dict]) -> Divisors:
         """They follow from the number of boxes of every image alone, before any of them is matched."""
@@ -166,27 +179,39 @@ class Criterion(nn.Module):
         boxes = sum(len(target["labels"]) for target in batch)
         pairs = sum(min(len(target["labels"]), queries) for target in batch)
         class_weight = pairs + self.no_object * (len(batch) * queries - pairs)
-        both = outputs.logits.new_tensor([float(boxes), class_weight], dtype=torch.float32)
+        both = on_device(np.float32([boxes, class_weight]), outputs.logits.device)
         boxes, class_weight = self.mean_over_processes(both).unbind()
         return Divisors(torch.where(boxes > 0, boxes, 1.0), class_weight, max(1, pairs), len(batch))
 
 
-def matched(indices: list[Match], targets: list[dict]) -> Pairs:
-    """The pairs of all images, one image after the other; indices as `match` returns them."""
-    return Pairs(
-        torch.cat([torch.full_like(query, image) for image, (query, _) in enumerate(indices)]),
-        torch.cat([query for query, _ in indices]),
-        *(
-            torch.cat([target[name][index] for target, (_, index) in zip(targets, indices, strict=True)])
-            for name in ("labels", "boxes")
-        ),
-    )
+def stacked(layers: dict[str, Predictions]) -> Stack:
+    """Layers of one shape and kind, by the suffix of their losses, as one."""
+    every = list(layers.values())
+    logits, boxes = (torch.stack([getattr(layer, name) for layer in every]) for name in ("logits", "boxes"))
+    return Stack(list(layers), Predictions(logits, boxes, every[0].classification, any_object=every[0].any_object))
+
+
+def all_pairs(stacks: list[Assigned], targets: list[dict]) -> list[Pairs]:
+    """The pairs of all stacks of layers: their indices go to the device in one copy."""
+    first = [0, *accumulate(len(target["labels"]) for target in targets)]  # object of each image, of those of all
+    indices, counts = [], []
+    for stack in stacks:
+        for number, (queries, objects) in enumerate(stack):
+            indices.append(np.stack([np.full_like(queries, number), queries, objects + first[number % len(targets)]]))
+        counts.append(sum(len(queries) for queries, _ in stack))
+    labels, boxes = (torch.cat([target[name] for target in targets]) for name in ("labels", "boxes"))
+    rows = on_device(np.concatenate(indices, axis=1), labels.device).split(counts, 1)
+    return [Pairs(image, query, labels[chosen], boxes[chosen]) for image, query, chosen in rows]
 
 
 @torch.no_grad()
 def class_error(outputs: Predictions, pairs: Pairs, number: int) -> Terms:
-    """`class_error`, logged only: wrong classes among the matched queries, `number` in the whole batch, in percent."""
-    wrong = outputs.logits.float()[pairs.image, pairs.query].argmax(-1) != pairs.labels
+    """`class_error`, logged only: wrong classes among the matched queries, `number` in the whole batch, in percent.
+
+    Of the first of the layers [L,B,Q,C].
+    """
+    right = pairs.labels.unflatten(0, (len(outputs.logits), -1))
+    wrong = pairs.predicted(outputs.logits)[0].argmax(-1) != right[0]
     return {"class_error": 100 * (wrong.sum() / number)}
 
 
@@ -197,7 +222,7 @@ def cardinality_error(outputs: Predictions, targets: list[dict]) -> Terms:
         counted = (outputs.logits.argmax(-1) != outputs.logits.shape[-1] - 1).sum(1)
     else:
         counted = (outputs.class_scores().amax(-1) > 0.5).sum(1)
-    actual = torch.tensor([len(target["labels"]) for target in targets], device=counted.device)
+    actual = on_device([len(target["labels"]) for target in targets], counted.device)
     return {"cardinality_error": (counted - actual).abs().float().mean()}
 
 

@@ -139,7 +139,7 @@ class AttentionMeasures:
         sizes, originals = (
             torch.stack([target[name] for target in batch.targets])[image] for name in ("size", "original_size")
         )
-        extents = sizes.double() / cell_side(batch.images.shape[-2:], maps.grid)
+        extents = sizes.double() / cell_side(batch.pixels.shape[-2:], maps.grid)
         looks = torch.cat([looks.mean(2, keepdim=True), looks], 2).unflatten(-1, maps.grid)  # [n,L,H+1,h,w]
         measures = localisation.locate(looks, boxes, extents, self.settings.paibb, originals)
         values = torch.stack([measures[name] for name in localisation.MEASURES], 1).cpu()  # [n,M,L,H+1]

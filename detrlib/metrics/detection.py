@@ -14,14 +14,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import ArrayLike
-from pycocotools import coco, cocoeval
 
 from detrlib.errors import DataError
 
@@ -94,7 +93,9 @@ def _fast(truth: dict, results: list[dict]) -> COCOeval_faster:
     return evaluation
 
 
-def _official(truth: dict, results: list[dict]) -> cocoeval.COCOeval:
+def _official(truth: dict, results: list[dict]) -> Any:
+    from pycocotools import coco, cocoeval  # which a machine for speed alone may lack
+
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for every step
         index = coco.COCO()
         index.dataset = truth
@@ -142,9 +143,8 @@ def _check_images(image_ids: Iterable[int], detections: Sequence[Mapping]) -> No
         )
 
 
-def _per_class(
-    evaluation: COCOeval_faster | cocoeval.COCOeval, names: Mapping[int, str]
-) -> dict[str, dict[str, float]]:
+def _per_class(evaluation: Any, names: Mapping[int, str]) -> dict[str, dict[str, float]]:
+    """AP and AP50 by name of class, of either engine's evaluation."""
     # [IoU thresholds, recall levels, classes]: all object sizes, at most 100 detections
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     category_ids = evaluation.params.catIds

@@ -21,6 +21,9 @@ from detrlib.models.checkpointing import call
 from detrlib.models.pretrained import imagenet_weights, load_backbone_weights, read_weights
 from detrlib.models.swin import DEPTHS, PATCH, WIDTHS, WINDOW, swin_body, swin_stages
 
+# Asked for once, since a graph that is compiled cannot ask.
+CAPABILITY, ONEDNN = torch.backends.cpu.get_cpu_capability(), torch.backends.mkldnn.is_available()
+
 
 @dataclass
 class FeatureMap:
@@ -68,8 +71,7 @@ class Backbone(nn.Module):
         own = None if self.official_padding else padding  # of which nothing may be seen
         again = self.recompute and self.training
         if isinstance(self.body, SwinTransformer):
-            # How windows lie depends on the sizes as numbers: with padding, a GPU is asked for them, once.
-            sizes = None if own is None else image_sizes(own)
+            sizes = None if own is None else valid_sizes(own)
             maps = swin_stages(self.body, images, own, sizes, self.official_padding, again)
         else:
             maps = residual_stages(self.body, images, own, again)
@@ -92,7 +94,7 @@ def trained_layout(device: torch.device) -> torch.memory_format:
     it, and those with stride 2 three times as long. The stem and the first stage, in DETR not trained, are faster in it
     everywhere. See `detrlib benchmark step`.
     """
-    slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    slow = device.type == "cpu" and CAPABILITY == "AVX2"
     return torch.contiguous_format if slow else torch.channels_last
 
 
@@ -104,10 +106,15 @@ def nearest_mask(padding: Tensor, grid: Sequence[int]) -> Tensor:
     return F.interpolate(padding[None].float(), size=tuple(grid)).bool()[0]
 
 
-def image_sizes(padding: Tensor) -> list[tuple[int, int]]:
-    """(height, width) of the images in the upper left corners of a padded batch [B,H,W]."""
+def valid_sizes(padding: Tensor) -> Tensor:
+    """(height, width) [B,2] of the images in the upper left corners of a padded batch [B,H,W]."""
     valid = ~padding
-    return [tuple(size) for size in torch.stack([valid[:, :, 0].sum(1), valid[:, 0].sum(1)], 1).tolist()]
+    return torch.stack([valid[:, :, 0].sum(1), valid[:, 0].sum(1)], 1)
+
+
+def image_sizes(padding: Tensor) -> list[tuple[int, int]]:
+    """The same as numbers, for which a GPU is waited for."""
+    return [tuple(size) for size in valid_sizes(padding).tolist()]
 
 
 def stage_channels(body: nn.Module, stage: int) -> int:
@@ -237,7 +244,7 @@ def normalised(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
     dilation = conv.dilation
-    if x.is_cpu and _side(conv.kernel_size) == 1 and torch.backends.mkldnn.is_available():
+    if x.is_cpu and _side(conv.kernel_size) == 1 and ONEDNN:
         # One cell cannot be dilated, but convolutions said to be go to oneDNN, which with one thread is faster by up
         # to a quarter than where PyTorch sends small batches otherwise.
         dilation = 2

@@ -35,8 +35,8 @@ class Cells(NamedTuple):
 def proposal_cells(pyramid: Pyramid) -> Cells:
     """A box around the centre of every token, the larger the coarser its level."""
     centres = cell_centres(pyramid)
-    sides = [torch.full((h * w,), SMALLEST_BOX * 2**level) for level, (h, w) in enumerate(pyramid.shapes)]
-    sides = torch.cat(sides).to(centres)[None, :, None].expand(len(centres), -1, 2)
+    sides = [centres.new_full((h * w,), SMALLEST_BOX * 2**level) for level, (h, w) in enumerate(pyramid.shapes)]
+    sides = torch.cat(sides)[None, :, None].expand(centres.shape[0], -1, 2)
     boxes = torch.cat([centres, sides], -1)  # [B,S,4]
     valid = ((boxes > BORDER) & (boxes < 1 - BORDER)).all(-1)
     if pyramid.padding is not None:
@@ -121,7 +121,7 @@ class DeformableDETR(nn.Module):
         if self.two_stage:
             queries, proposals = self._propose(memory, cells)
         else:
-            queries = self.transformer.learned_queries(self.query_embed.weight, len(images))
+            queries = self.transformer.learned_queries(self.query_embed.weight, images.shape[0])
         box_heads = self._decoder_heads(self.bbox_embed)
         look = kept is not None or "decoder_cross" in sites
         decoded = self.transformer.decoder(queries, memory, box_heads, "decoder_self" in sites, look)
@@ -158,7 +158,9 @@ class DeformableDETR(nn.Module):
                 f"{len(memory.shapes)} levels {memory.shapes}; lower model.num_queries or use larger images"
             )
         number = len(self.transformer.decoder.layers)
-        proposals = self._token_predictions(self.transformer.judged(memory.tokens, cells.valid), cells, number)
+        hidden = None if self.official_padding else ~cells.valid
+        features = self.transformer.judged(memory.tokens, cells.valid)
+        proposals = self._token_predictions(features, cells.logits, hidden, number)
         proposals.any_object = not self.class_specific
         score = proposals.logits.amax(-1) if self.class_specific else proposals.logits[..., 0]
         best = score.topk(self.num_queries, dim=1).indices  # [B,Q]
@@ -168,19 +170,21 @@ class DeformableDETR(nn.Module):
         )
         return self.transformer.proposed_queries(boxes, tokens), proposals
 
-    def _token_predictions(self, features: Tensor, cells: Cells, number: int) -> Predictions:
-        """What tokens with `features` [B,S,E] predict by head `number`, as corrections of their cells."""
+    def _token_predictions(self, features: Tensor, starts: Tensor, hidden: Tensor | None, number: int) -> Predictions:
+        """What tokens with `features` [B,S,E] predict by head `number`, as corrections of boxes of logits `starts`."""
         logits = self.class_embed[number](features)
-        if not self.official_padding:
-            logits = logits.masked_fill(~cells.valid[..., None], NOWHERE)
-        return Predictions(logits, (self.bbox_embed[number](features).float() + cells.logits).sigmoid(), "sigmoid")
+        if hidden is not None:
+            logits = logits.masked_fill(hidden[..., None], NOWHERE)
+        return Predictions(logits, (self.bbox_embed[number](features).float() + starts).sigmoid(), "sigmoid")
 
     def _encoder_predictions(self, states: list[Tensor], cells: Cells, kept: Kept | None) -> list[Predictions]:
         """What the (kept) tokens [B,k,E] predict after each encoder layer but the last."""
+        starts, hidden = cells.logits, None if self.official_padding else ~cells.valid
         if kept is not None:
-            cells = Cells(kept.gather(cells.logits), kept.gather(cells.valid) & ~kept.surplus)
+            starts = kept.gather(starts)
+            hidden = kept.spare if self.official_padding else kept.gather(hidden) | kept.surplus
         first = len(self.transformer.decoder.layers) + 1
-        return [self._token_predictions(state, cells, first + layer) for layer, state in enumerate(states)]
+        return [self._token_predictions(state, starts, hidden, first + layer) for layer, state in enumerate(states)]
 
     def _predict(self, decoded: Decoded) -> Predictions:
         class_heads = self._decoder_heads(self.class_embed)

@@ -52,7 +52,7 @@ class PollAndPool(nn.Module):
     def _shares(self, features: Tensor, hidden: Tensor) -> Tensor:
         """Shares [B,M,K] in every pooled token of the cells that are not `hidden` [B,K]; zero where all are."""
         if self.share is None:
-            return features.new_zeros(len(features), 0, features.shape[1])
+            return features.new_zeros(features.shape[0], 0, features.shape[1])
         logits, hidden = self.share(features).transpose(1, 2), hidden[:, None]
         lowest = torch.finfo(logits.dtype).min  # -inf would leave NaN in the gradient where all are hidden
         return logits.masked_fill(hidden, lowest).softmax(-1).masked_fill(hidden, 0.0)

@@ -38,7 +38,7 @@ def flattened(maps: list[FeatureMap], position: nn.Module, level_embed: Tensor) 
         [level.grid for level in maps],
         torch.stack([_valid_shares(level.padding) for level in maps], 1)
         if padded
-        else tokens.new_ones(len(tokens), len(maps), 2, dtype=torch.float32),
+        else tokens.new_ones(tokens.shape[0], len(maps), 2, dtype=torch.float32),
     )
 
 

@@ -1,6 +1,6 @@
 """Sparse DETR (Roh et al. 2022): a scoring network chooses the tokens that the encoder updates.
 
-Legend: B images, S tokens of all levels, k kept tokens, the most of the batch, E channels.
+Legend: B images, S tokens of all levels, k kept tokens, the most that an image can have, E channels.
 """
 
 from typing import NamedTuple
@@ -14,11 +14,12 @@ class Kept(NamedTuple):
 
     index: Tensor  # [B,k] in ascending order
     surplus: Tensor  # [B,k], True = not kept after all
+    spare: Tensor  # [B,k], True = more than any image of the batch keeps
 
     def gather(self, values: Tensor) -> Tensor:
         """Values [B or 1,S,...] of all tokens -> those of the kept ones, [B,k,...]."""
         index = self.index.view(*self.index.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:])
-        return values.expand(len(index), *values.shape[1:]).gather(1, index)
+        return values.expand(index.shape[0], *values.shape[1:]).gather(1, index)
 
     def scatter(self, tokens: Tensor, updated: Tensor) -> Tensor:
         """Tokens [B,S,E] with the kept ones replaced by `updated` [B,k,E]."""
@@ -28,25 +29,27 @@ class Kept(NamedTuple):
 
     def mask(self, tokens: int) -> Tensor:
         """[B,S], True = kept."""
-        return torch.zeros(len(self.index), tokens, dtype=torch.bool, device=self.index.device).scatter(
+        return torch.zeros(self.index.shape[0], tokens, dtype=torch.bool, device=self.index.device).scatter(
             1, self.index, ~self.surplus
         )
 
 
 def keep_best(scores: Tensor, padding: Tensor | None, ratio: float) -> Kept:
-    """The int(ratio * n) + 1 best of the n valid tokens of each image, but no more than n; scores and padding [B,S]."""
-    largest = scores.shape[1]
+    """The int(ratio * n) + 1 best of the n valid tokens of each image, but no more than n; scores and padding [B,S].
+
+    As many are listed as an image without padding would keep, so that their number follows from shapes alone: no GPU is
+    asked for it. What an image does not keep of them is surplus.
+    """
+    tokens = scores.shape[1]
     if padding is None:
-        valid = torch.full((len(scores),), largest, device=scores.device)
+        valid = torch.full(scores.shape[:1], tokens, device=scores.device)
     else:
         valid = (~padding).sum(1)
-        # The one number that a GPU is asked for here: otherwise all layers would work on surplus for the padding, too.
-        largest = int(valid.max())
         scores = scores.masked_fill(padding, -torch.inf)
     wanted = ((valid.double() * ratio).long() + 1).minimum(valid)  # [B]
-    best = scores.topk(min(int(largest * ratio) + 1, largest), dim=1).indices  # as many as the largest image wants
+    best = scores.topk(min(torch.sym_int(tokens * ratio) + 1, tokens), dim=1).indices
     index, rank = best.sort(dim=1)  # as tokens lie in memory
-    return Kept(index, rank >= wanted[:, None])
+    return Kept(index, rank >= wanted[:, None], rank >= wanted.amax())
 
 
 class ScoringNetwork(nn.Module):

@@ -12,6 +12,7 @@ whole windows; R = B, or 1 if all images fill the batch.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,6 @@ PATCH = 4  # pixels, the side of a patch
 WINDOW = 7  # tokens, the side of a window
 DEPTHS = (2, 2, 6, 2)  # blocks of the stages of Swin-T
 WIDTHS = (96, 192, 384, 768)
-
-Size = tuple[int, int]  # height, width
 
 
 def swin_body(stages: Sequence[int]) -> SwinTransformer:
@@ -45,7 +44,7 @@ def swin_stages(
     body: SwinTransformer,
     images: Tensor,
     padding: Tensor | None = None,
-    sizes: Sequence[Size] | None = None,
+    sizes: Tensor | None = None,
     always_shift: bool = False,
     again: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -53,11 +52,11 @@ def swin_stages(
 
     Each comes with the padding of its tokens [B,h,w], which is not made zero.
 
-    padding: [B,H,W], True = outside an image, whose height and width in pixels are `sizes`; None: all fill the batch.
+    padding: [B,H,W], True = outside an image, whose height and width in pixels are `sizes` [B,2]; None: all fill it.
     again: of every block, keep the input only.
     """
 
-    def encoded(block: SwinTransformerBlock, x: Tensor, outside: Tensor | None, grids: Sequence[Size] | None) -> Tensor:
+    def encoded(block: SwinTransformerBlock, x: Tensor, outside: Tensor | None, grids: Tensor | None) -> Tensor:
         attended = window_attention(block.attn, _within(block.norm1(x), outside), grids, always_shift)
         x = x + block.stochastic_depth(attended)
         return x + block.stochastic_depth(block.mlp(block.norm2(x)))
@@ -65,7 +64,7 @@ def swin_stages(
     pixels = _within(images.permute(0, 2, 3, 1), padding)
     x = body.features[0](_whole(pixels, PATCH).permute(0, 3, 1, 2))  # [B,h,w,C]
     outside = None if padding is None else padding[:, ::PATCH, ::PATCH]
-    grids = sizes and [(_parts(height, PATCH), _parts(width, PATCH)) for height, width in sizes]
+    grids = None if sizes is None else _parts(sizes, PATCH)
     for number in range(len(DEPTHS)):
         for block in body.features[2 * number + 1]:
             x = call(encoded, block, x, outside, grids, again=again)
@@ -74,7 +73,7 @@ def swin_stages(
         if number + 1 < len(DEPTHS):
             x = body.features[2 * number + 2](_within(x, outside))
             outside = None if outside is None else outside[:, ::2, ::2]
-            grids = grids and [(_parts(height, 2), _parts(width, 2)) for height, width in grids]
+            grids = None if grids is None else _parts(grids, 2)
 
 
 def _within(tokens: Tensor, outside: Tensor | None) -> Tensor:
@@ -82,51 +81,72 @@ def _within(tokens: Tensor, outside: Tensor | None) -> Tensor:
     return tokens if outside is None else tokens.masked_fill(outside[..., None], 0.0)
 
 
+class _Axis(NamedTuple):
+    """Where windows begin along one axis."""
+
+    step: int  # tokens that the first window is shifted by
+    shifted: bool | Tensor  # whether it is: of all images, or [B] of each
+    reach: int | Tensor  # tokens in whole windows of the images, likewise
+
+
 def window_attention(
-    attention: ShiftedWindowAttention, x: Tensor, grids: Sequence[Size] | None = None, always_shift: bool = False
+    attention: ShiftedWindowAttention, x: Tensor, grids: Tensor | None = None, always_shift: bool = False
 ) -> Tensor:
     """Attention among the tokens [B,h,w,C] of every window, with the parameters of `attention`.
 
-    grids: rows and columns of tokens of every image, the rest of `x` being zero; None: all of it, as in torchvision.
-    always_shift: axes of one window too.
+    grids: rows and columns of tokens of every image [B,2], the rest of `x` being zero; None: all of it, as in
+    torchvision. Images differ in where their windows begin without being asked for their sizes as numbers, which would
+    make a GPU wait. always_shift: axes of one window too.
     """
     height, width = x.shape[1:3]
     side = attention.window_size[0]
     x = _whole(x, side)
-    grids = grids or [(height, width)]
-    reaches = [(side * _parts(rows, side), side * _parts(columns, side)) for rows, columns in grids]
-    alike = {}  # images by their shift
-    for number, reach in enumerate(reaches):
-        axes = zip(attention.shift_size, reach, strict=True)
-        shift = tuple(step if size > side or always_shift else 0 for step, size in axes)
-        alike.setdefault(shift, []).append(number)
-    if len(alike) == 1:
-        (shift,) = alike
-        x = _attend(attention, x, shift, reaches)
-    else:
-        parts = [_attend(attention, x[rows], shift, [reaches[i] for i in rows]) for shift, rows in alike.items()]
-        order = [number for rows in alike.values() for number in rows]
-        x = torch.cat(parts)[torch.tensor(order, device=x.device).argsort()]
-    return x[:, :height, :width]
+    axes, owns = [], (None, None) if grids is None else grids.unbind(1)
+    for step, size, own in zip(attention.shift_size, x.shape[1:3], owns, strict=True):
+        reach = size if own is None else side * _parts(own, side)
+        axes.append(_Axis(step, True if always_shift else reach > side, reach))
+    return _attend(attention, x, axes)[:, :height, :width]
 
 
-def _attend(attention: ShiftedWindowAttention, x: Tensor, shift: Size, reaches: Sequence[Size]) -> Tensor:
-    """Attention within windows that begin at `shift`; those at the end take in, but keep apart, what is before it."""
+def _attend(attention: ShiftedWindowAttention, x: Tensor, axes: Sequence[_Axis]) -> Tensor:
+    """Attention within shifted windows; those at the end take in, but keep apart, what is before the first."""
     side, heads = attention.window_size[0], attention.num_heads
     grid = x.shape[1:3]
-    x = _windows(x.roll((-shift[0], -shift[1]), (1, 2)), side)  # [B,N,T,C]
+    x = _windows(_rolled(x, axes, -1), side)  # [B,N,T,C]
     query, key, value = attention.qkv(x).unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5)  # each [B,N,H,T,C/H]
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B,N,H,T,T]
     scores = scores + attention.get_relative_position_bias()
-    if any(shift):  # other windows are never of two regions
-        regions = _regions(grid, shift, reaches, x.device).roll((-shift[0], -shift[1]), (1, 2))
-        regions = _windows(regions[..., None], side)  # [R,N,T,1]
+    if any(axis.step for axis in axes):  # other windows are never of two regions
+        rows, columns = (_regions(size, axis, x.device) for size, axis in zip(grid, axes, strict=True))
+        regions = _rolled((3 * rows[:, :, None] + columns[:, None])[..., None], axes, -1)  # [R,h,w,1]
+        regions = _windows(regions, side)  # [R,N,T,1]
         apart = regions != regions.transpose(-2, -1)
         scores = scores.masked_fill(apart[:, :, None], -torch.inf)
     x = attention.proj((scores.softmax(-1) @ value).transpose(2, 3).flatten(3))  # [B,N,T,C]
     rows, columns = grid[0] // side, grid[1] // side
     x = x.unflatten(2, (side, side)).unflatten(1, (rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return x.roll(shift, (1, 2))
+    return _rolled(x, axes, 1)
+
+
+def _rolled(x: Tensor, axes: Sequence[_Axis], sign: int) -> Tensor:
+    """[B,h,w,C] moved along both axes by what each image is shifted by."""
+    for number, (step, shifted, _) in enumerate(axes, start=1):
+        if isinstance(shifted, Tensor) and step:
+            x = torch.where(shifted[:, None, None, None], x.roll(sign * step, number), x)
+        elif step and shifted:
+            x = x.roll(sign * step, number)
+    return x
+
+
+def _regions(size: int, axis: _Axis, device: torch.device) -> Tensor:
+    """Numbers [R,size]: 0 before the first window, 1 in windows of the image, 2 beyond them.
+
+    Tokens of a window see each other if they have the same along both axes.
+    """
+    first, end = axis.step * axis.shifted, axis.reach
+    first, end = (edge[:, None] if isinstance(edge, Tensor) else edge for edge in (first, end))
+    cells = torch.arange(size, device=device)[None]
+    return (cells >= first).long() + (cells >= end)
 
 
 def _windows(x: Tensor, side: int) -> Tensor:
@@ -135,19 +155,7 @@ def _windows(x: Tensor, side: int) -> Tensor:
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _regions(grid: Size, shift: Size, reaches: Sequence[Size], device: torch.device) -> Tensor:
-    """Numbers [R,h,w]; tokens of a window see each other if they have the same.
-
-    Along each axis: 0 before the first window, 1 in windows of the image, 2 beyond them.
-    """
-    ends = torch.tensor(reaches, device=device)  # [R,2]
-    rows, columns = (torch.arange(size, device=device) for size in grid)
-    rows = (rows >= shift[0]).long() + (rows >= ends[:, :1])  # [R,h]
-    columns = (columns >= shift[1]).long() + (columns >= ends[:, 1:])  # [R,w]
-    return 3 * rows[:, :, None] + columns[:, None]
-
-
-def _parts(size: int, of: int) -> int:
+def _parts(size: int | Tensor, of: int) -> int | Tensor:
     """How many parts of the size `of` cover `size`."""
     return -(-size // of)
 

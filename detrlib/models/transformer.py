@@ -163,7 +163,7 @@ class Decoder(nn.Module):
 
     def forward(self, queries: Tensor, memory: Memory, box_head: nn.Module, need_attention: bool = False) -> Decoded:
         """queries [Q,E] -> what each layer returns."""
-        position = queries.expand(len(memory.tokens), -1, -1)
+        position = queries.expand(memory.tokens.shape[0], -1, -1)
         x = torch.zeros_like(position)
         decoded = Decoded([], [], [], [])
         for layer in self.layers:
@@ -224,7 +224,7 @@ class PointDecoder(nn.Module):
 
     def forward(self, queries: Tensor, memory: Memory, box_head: nn.Module, need_attention: bool = False) -> Decoded:
         """queries [Q,E] -> what each layer returns."""
-        position = queries.expand(len(memory.tokens), -1, -1)
+        position = queries.expand(memory.tokens.shape[0], -1, -1)
         point = self.reference_point(position).float().sigmoid()  # [B,Q,2] x, y
         encoding = sine(point.flip(-1), position.shape[-1] // 2, self.temperature).flatten(-2).to(position.dtype)
         start = F.pad(torch.logit(point, eps=1e-5), (0, 2))
@@ -259,7 +259,7 @@ class AnchorDecoder(nn.Module):
 
     def forward(self, queries: Tensor, memory: Memory, box_head: nn.Module, need_attention: bool = False) -> Decoded:
         """queries [Q,4], reference boxes as logits of cxcywh -> what each layer returns."""
-        reference = queries.sigmoid().expand(len(memory.tokens), -1, -1)  # [B,Q,4]
+        reference = queries.sigmoid().expand(memory.tokens.shape[0], -1, -1)  # [B,Q,4]
         x = memory.tokens.new_zeros(*reference.shape[:2], memory.tokens.shape[-1])
         decoded = Decoded([], [], [], [])
         for number, layer in enumerate(self.layers):

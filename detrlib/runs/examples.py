@@ -17,7 +17,6 @@ from torch import Tensor
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.config import Config
 from detrlib.data import Batch
-from detrlib.data.augment import denormalise
 from detrlib.errors import RunError
 from detrlib.files import write_atomic
 from detrlib.losses.matcher import Match
@@ -202,7 +201,7 @@ def make_example(batch: Batch, predictions: Predictions, indices: list[Match], i
         return to_pixels(cxcywh_to_xyxy(boxes.float()), size)
 
     values = {
-        "image": picture(batch.images[index, :, :height, :width]),
+        "image": batch.pixels[index, :, :height, :width].permute(1, 2, 0),
         "true_boxes": pixels(target["boxes"]),
         "true_labels": target["labels"],
         "boxes": pixels(predictions.boxes[index, order]),
@@ -217,12 +216,7 @@ def make_example(batch: Batch, predictions: Predictions, indices: list[Match], i
 
 def cells_of(batch: Batch, maps: AttentionMaps, index: int) -> Tensor:
     """[2], height and width of an image in cells of the key grid."""
-    return batch.targets[index]["size"].cpu() / cell_side(batch.images.shape[-2:], maps.grid)
-
-
-def picture(image: Tensor) -> Tensor:
-    """Normalised [3,H,W] -> uint8 [H,W,3]."""
-    return (denormalise(image.float()) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    return batch.targets[index]["size"].cpu() / cell_side(batch.pixels.shape[-2:], maps.grid)
 
 
 def save_example(run_dir: Path, example: Example) -> None:

@@ -314,3 +314,37 @@ def test_unknown_transform_names_those_there_are():
     with pytest.raises(ValueError, match="'sparsmax'") as error:
         build_transform("sparsmax", HEADS)
     assert all(name in str(error.value) for name in TRANSFORMS)
+
+
+@every_transform
+def test_one_graph_holds_a_transform_and_its_gradients(name):
+    """Compiled, and exported for any number of keys."""
+    layer, grid = build_transform(name, num_heads=4, alpha=1.3), (6, 12)
+    scores = (2 * torch.randn(2, 4, 5, 72)).requires_grad_()
+    padding = torch.zeros(2, 1, 1, 72, dtype=torch.bool)
+    padding[1, ..., 40:] = True
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    upstream, inputs = torch.randn_like(scores), [scores, *layer.parameters()]
+    found = [
+        [weights, *torch.autograd.grad(weights, inputs, upstream)]
+        for weights in (layer(scores, padding, grid), compiled(scores, padding, grid))
+    ]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+    half = torch.export.Dim("half", min=3, max=2000)
+    graph = torch.export.export(
+        Gridded(layer), (scores.detach(), padding), dynamic_shapes=({3: 2 * half}, {3: 2 * half})
+    )
+    other = torch.randn(2, 4, 5, 34), padding[..., 10:44]
+    torch.testing.assert_close(graph.module()(*other), Gridded(layer)(*other), atol=1e-5, rtol=0)
+
+
+class Gridded(torch.nn.Module):
+    """A transform of keys in two rows of cells."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, scores, padding):
+        return self.layer(scores, padding, (2, scores.shape[-1] // 2))

@@ -4,7 +4,7 @@ import torch
 
 from detrlib.benchmarks import step
 from detrlib.benchmarks.detectors import PlainDetr
-from detrlib.benchmarks.measure import random_batch
+from detrlib.benchmarks.synthetic import random_batch
 from detrlib.config import load_config
 from detrlib.models import build_model
 
@@ -29,7 +29,7 @@ def test_the_plain_model_is_ours():
         other.load_state_dict(
             {name.replace("multihead_attn", "cross_attn"): value for name, value in own.state_dict().items()}
         )
-    images = random_batch((96, 64), 2).images / 100
+    images = random_batch((96, 64), 2, "cpu").images / 100
     with torch.no_grad():
         found, expected = plain(images, torch.zeros_like(images[:, 0], dtype=torch.bool)), ours(images)
     torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-4, atol=1e-4)

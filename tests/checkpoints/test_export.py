@@ -59,8 +59,8 @@ def test_the_layout_follows_from_the_suffix_or_is_named(source_of, tmp_path):
     folder = export(source, tmp_path / "folder")
     assert_same_weights(open_source(folder), source)
     assert_same_weights(open_source(export(source, tmp_path / "v1.2", "huggingface")), source)
-    with pytest.raises(ConfigError, match=r"model\.onnx.*\.safetensors.*--format"):
-        export(source, tmp_path / "model.onnx")
+    with pytest.raises(ConfigError, match=r"model\.h5.*\.safetensors.*--format"):
+        export(source, tmp_path / "model.h5")
     with pytest.raises(WeightsError, match=r"folder is there already"):
         export(source, folder)
 

@@ -4,15 +4,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as v2_functional
 
 from detrlib.data.augment import (
+    MEAN,
+    STD,
+    Crop,
     DetectionTransform,
+    Draws,
     RandomSidesCrop,
+    Resize,
     ResizeShorter,
     build_augmentation,
-    denormalise,
     largest_canvas,
+    normalised,
 )
 
 RED = (250, 10, 10)
@@ -38,10 +43,13 @@ def test_validation_resizes_as_detr_does(size):
 
 
 def test_training_sizes_are_detrs():
-    any_size = build_augmentation(800, "detr", train=True).geometry.transforms[1].transforms[0]
+    transform, drawn = build_augmentation(800, "detr", train=True), set()
     torch.manual_seed(0)
-    drawn = [any_size.make_params([torch.zeros(3, 48, 64)])["size"] for _ in range(200)]
-    assert {tuple(size) for size in drawn} == {size_in_detr((64, 48), side, 1333) for side in range(480, 801, 32)}
+    for _ in range(400):
+        steps = transform.draw((48, 64))
+        if not any(isinstance(step, Crop) for step in steps):
+            drawn.add(tuple(steps[-1]))
+    assert drawn == {size_in_detr((64, 48), side, 1333) for side in range(480, 801, 32)}
 
 
 def with_rectangle(width=96, height=72, box=(30, 20, 60, 44)):
@@ -52,9 +60,9 @@ def with_rectangle(width=96, height=72, box=(30, 20, 60, 44)):
 
 
 def reddish(image):
-    """Which pixels of a normalised image show the rectangle: bool [H, W]."""
-    red, green, _ = denormalise(image)
-    return red - green > 0.4
+    """Which pixels of an image show the rectangle: bool [H, W]."""
+    red, green, _ = image.int()
+    return red - green > 102
 
 
 def test_boxes_stay_on_their_pixels_through_every_draw():
@@ -124,8 +132,8 @@ def test_a_resize_to_the_same_size_touches_no_pixel():
     image, boxes, labels = with_rectangle()
     pixels, after, _ = build_augmentation(72)(image, boxes, labels)
     assert torch.equal(after, boxes)
-    assert np.array_equal((denormalise(pixels) * 255).round().byte().permute(1, 2, 0).numpy(), np.asarray(image))
-    assert ResizeShorter([72]).make_params([torch.zeros(3, 72, 96)]) == {"size": None}
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
+    assert ResizeShorter([72])((72, 96), Draws()) == []
 
 
 def test_validation_and_recipe_none_draw_nothing_at_random():
@@ -143,37 +151,25 @@ def test_an_unknown_recipe_is_refused():
 
 @pytest.mark.parametrize("recipe", ["detr", "flip", "none"])
 @pytest.mark.parametrize("size", [(480, 640), (200, 900), (90, 100), (1000, 300)])
-def test_the_largest_size_is_that_of_the_largest_draw(recipe, size, monkeypatch):
+def test_the_largest_size_is_that_of_the_largest_draw(recipe, size):
     """A crop is a part of an image that was resized before: what it is enlarged to shows no more of the picture."""
-    first, make_params = [], ResizeShorter.make_params
-
-    def noted(self, flat_inputs):
-        params = make_params(self, flat_inputs)
-        first.append(tuple(params["size"] or v2.query_size(flat_inputs)))
-        return params
-
-    monkeypatch.setattr(ResizeShorter, "make_params", noted)
     transform, seen = build_augmentation(128, recipe, train=True), set()
     for seed in range(60):
-        torch.manual_seed(seed)
-        first.clear()
-        transform(torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        seen.add(first[0])
+        resizes = [step for step in transform.draw(size, str(seed)) if isinstance(step, Resize)]
+        seen.add(tuple(resizes[0]))
     assert transform.largest(*size) == min(size, max(seen))
 
 
 def test_a_batch_may_share_its_sizes_but_neither_flips_nor_places_of_crops():
     pixels, boxes, labels = with_rectangle()
     transform, same, shapes = build_augmentation(64, "detr", train=True, scales="batch"), 0, set()
-    torch.manual_seed(0)
-    for _ in range(40):
-        with transform.batch():
-            images = [transform(pixels, boxes, labels)[0] for _ in range(6)]
+    for batch in range(40):
+        images = [transform(pixels, boxes, labels, (f"{batch} {image}", str(batch)))[0] for image in range(6)]
         (shape,) = {image.shape for image in images}
         shapes.add(shape)
         same += all(torch.equal(images[0], image) for image in images)
     assert len(shapes) > 20 and same == 0
-    assert len({transform(pixels, boxes, labels)[0].shape for _ in range(20)}) > 5  # without a batch each has its own
+    assert len({transform(pixels, boxes, labels)[0].shape for _ in range(20)}) > 5  # alone each has its own
 
 
 def test_images_meet_the_same_sizes_whoever_draws_them():
@@ -182,12 +178,8 @@ def test_images_meet_the_same_sizes_whoever_draws_them():
     drawn = {}
     for scales in ("image", "batch"):
         transform = build_augmentation(32, "detr", train=True, scales=scales)
-        torch.manual_seed(1)
-        sides = []
-        for _ in range(1500):
-            with transform.batch():
-                sides.append(transform(pixels, boxes, labels)[0].shape[-2:])
-        drawn[scales] = np.array(sides)
+        draws = ((f"{number} {scales}", f"{number}") for number in range(1500))
+        drawn[scales] = np.array([transform(pixels, boxes, labels, each)[0].shape[-2:] for each in draws])
     assert np.allclose(drawn["image"].mean(0), drawn["batch"].mean(0), atol=0.6)
     assert set(drawn["image"].min(1)) == set(drawn["batch"].min(1))
     shares = [np.bincount(sides.min(1), minlength=40) / len(sides) for sides in drawn.values()]
@@ -218,3 +210,28 @@ def test_the_largest_canvas_of_coco_is_as_high_as_it_is_wide():
     assert largest_canvas(coco, 800, "none", images=1) == (666, 1332)
     assert largest_canvas(coco, 800, "none", images=2) == (1066, 1332)
     assert largest_canvas(coco, 800, "detr", images=2) == (1250, 1332)
+
+
+def test_models_see_what_was_normalised_one_image_at_a_time_and_zeros_around_it():
+    """A batch of 8 bit numbers, in whatever order of memory, gives what official code makes of each picture."""
+    pixels, padding = torch.randint(256, (2, 3, 20, 30), dtype=torch.uint8), torch.zeros(2, 20, 30, dtype=torch.bool)
+    padding[0, 15:], padding[1, :, 11:] = True, True
+    expected = v2_functional.normalize(pixels / 255, MEAN, STD)
+    for given in (pixels, pixels.contiguous(memory_format=torch.channels_last)):
+        images = normalised(given, padding)
+        assert images.dtype == torch.float32 and images.is_contiguous()
+        inside = ~padding[:, None].expand_as(images)
+        torch.testing.assert_close(images[inside], expected[inside], atol=1e-6, rtol=1e-6)
+        assert (images[~inside] == 0).all() and (pixels[~inside] > 0).any()
+        torch.testing.assert_close(normalised(given), expected, atol=1e-6, rtol=1e-6)
+    assert normalised(expected, padding) is expected  # floating point numbers are taken for normalised
+
+
+def test_images_of_different_sizes_meet_the_same_sizes_in_a_batch():
+    """However many numbers an image has to choose from, the draws after that are the same."""
+    transform = build_augmentation(800, "detr", train=True, scales="batch")
+    for batch in range(40):
+        drawn = [transform.draw(size, f"{batch} {size}", str(batch)) for size in ((481, 641), (501, 331), (2000, 3000))]
+        cropped = [any(isinstance(step, Crop) for step in steps) for steps in drawn]
+        first = [next(min(step) for step in steps if isinstance(step, Resize)) for steps in drawn]
+        assert len(set(cropped)) == len(set(first)) == 1

@@ -1,20 +1,20 @@
 """Batches: padding below and to the right, and the same global batch whatever the number of processes."""
 
 import itertools
+import os
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from detrlib.data import build_dataset
-from detrlib.data.batch import EpochSampler, batches, collate
+from detrlib.data.batch import EpochSampler, batches, collate, open_loader, pack, unpack
 from detrlib.errors import ConfigError, DataError
 
 
 def test_collate_pads_below_and_to_the_right_and_masks_padding():
     samples = [(torch.rand(3, 40, 65), {"image_id": 1}), (torch.rand(3, 64, 32), {"image_id": 2})]
     batch = collate(samples)
-    assert batch.images.shape == (2, 3, 64, 65) and batch.padding_mask.shape == (2, 64, 65)
+    assert batch.pixels.shape == (2, 3, 64, 65) and batch.padding_mask.shape == (2, 64, 65)
     assert batch.padding_mask.dtype == torch.bool
     for (image, target), padded, mask, kept in zip(samples, *batch, strict=True):
         height, width = image.shape[-2:]
@@ -31,23 +31,27 @@ def test_parts_of_a_batch_lose_the_padding_that_they_do_not_need():
     sizes = [(20, 30), (20, 30), (10, 12), (8, 16), (24, 8)]
     batch = collate([(torch.rand(3, *size), {"image_id": number}) for number, size in enumerate(sizes)])
     parts = batch.split(2)
-    assert [tuple(part.images.shape[-2:]) for part in parts] == [(20, 30), (10, 16), (24, 8)]
-    assert [len(part.images) for part in parts] == [2, 2, 1]  # 2 does not divide 5: the last part is smaller
+    assert [tuple(part.pixels.shape[-2:]) for part in parts] == [(20, 30), (10, 16), (24, 8)]
+    assert [len(part.pixels) for part in parts] == [2, 2, 1]  # 2 does not divide 5: the last part is smaller
     assert [part.padding_mask is None for part in parts] == [True, False, True]
     assert [target for part in parts for target in part.targets] == batch.targets
     for number, part in enumerate(parts):
-        assert torch.equal(part.images, collate_again(batch, sizes, slice(2 * number, 2 * number + 2)).images)
+        assert torch.equal(part.pixels, collate_again(batch, sizes, slice(2 * number, 2 * number + 2)).pixels)
         assert torch.equal(part.mask(), collate_again(batch, sizes, slice(2 * number, 2 * number + 2)).mask())
     kept = batch.split(2, keep_padding=True)
-    assert all(torch.equal(part.images, batch.images[2 * i : 2 * i + 2]) for i, part in enumerate(kept))
+    assert all(torch.equal(part.pixels, batch.pixels[2 * i : 2 * i + 2]) for i, part in enumerate(kept))
     assert all(torch.equal(part.mask(), batch.mask()[2 * i : 2 * i + 2]) for i, part in enumerate(kept))
     assert batch.split(5) == batch.split(9) == [batch]
 
 
 def collate_again(batch, sizes, rows):
     """These images of a batch, put into one of their own."""
-    samples = zip(batch.images[rows], sizes[rows], batch.targets[rows], strict=True)
+    samples = zip(batch.pixels[rows], sizes[rows], batch.targets[rows], strict=True)
     return collate([(image[:, :height, :width], target) for image, (height, width), target in samples])
+
+
+def indices_of(sampler):
+    return [[drawn.index for drawn in batch] for batch in sampler]
 
 
 @pytest.mark.parametrize("length, batch, processes", [(33, 8, 1), (33, 8, 2), (33, 12, 3), (5, 8, 2)])
@@ -56,7 +60,7 @@ def test_shards_partition_every_batch(length, batch, processes):
         sampler = EpochSampler(length, batch, process, processes, seed=3)
         sampler.epoch = number
         assert len(list(sampler)) == len(sampler)
-        return list(sampler)
+        return indices_of(sampler)
 
     size = min(batch, length - length % processes)
     for number in (0, 1):
@@ -82,7 +86,7 @@ def test_epochs_of_so_many_updates_take_every_image_equally_often(length, batch,
         sampler = EpochSampler(length, batch, process, processes, seed=3, updates=updates)
         sampler.epoch = number
         assert len(list(sampler)) == len(sampler) == updates
-        return list(sampler)
+        return indices_of(sampler)
 
     size, epochs = min(batch, length - length % processes), 20
     shards = [[epoch(number, process, processes) for number in range(epochs)] for process in range(processes)]
@@ -102,8 +106,9 @@ def test_one_pass_as_so_many_updates_begins_with_the_same_images():
     """The first pass of a seed is the same; the images that fill no batch come next instead of being left out."""
     one, many = (EpochSampler(33, 8, 0, 1, 3, updates) for updates in (None, 4))
     assert list(one) == list(many)
+    first_pass = set(itertools.chain(*indices_of(one)))
     many.epoch = 1
-    assert not set(next(iter(many))[:1]) & set(itertools.chain(*one))
+    assert not set(indices_of(many)[0][:1]) & first_pass
 
 
 def test_fewer_images_than_processes_is_refused():
@@ -122,11 +127,27 @@ class Torn(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_fault_of_the_data_is_one_line_whichever_process_meets_it(workers):
-    loader = torch.utils.data.DataLoader(Torn(), collate_fn=collate, num_workers=workers)
+def test_a_fault_of_the_data_is_one_line_whichever_process_meets_it(workers, tiny_config):
+    loader = open_loader(Torn(), tiny_config({"data.workers": workers}).data, pinned=False)
     with pytest.raises(DataError) as caught:
         list(batches(loader))
     assert str(caught.value) == "0.png cannot be read: truncated"
+
+
+def test_a_batch_is_the_same_after_its_way_between_processes():
+    samples = [
+        (
+            torch.randint(256, (3, 20, 30 + number), dtype=torch.uint8),
+            {"boxes": torch.rand(number, 4), "image_id": number},
+        )
+        for number in range(3)
+    ]
+    expected, found = collate(samples), unpack(pack(samples))
+    assert torch.equal(found.pixels, expected.pixels) and torch.equal(found.padding_mask, expected.padding_mask)
+    for target, wanted in zip(found.targets, expected.targets, strict=True):
+        assert torch.equal(target["boxes"], wanted["boxes"]) and target["image_id"] == wanted["image_id"]
+    tensors = [part for part in pack(samples).columns.values() if isinstance(part, torch.Tensor)]
+    assert [len(tensor) for tensor in tensors] == [3]  # not one for each image
 
 
 def test_the_share_of_padding_is_that_of_pixels():
@@ -134,11 +155,46 @@ def test_the_share_of_padding_is_that_of_pixels():
     assert collate(samples).padding == pytest.approx(30 / 80) and collate(samples[:1]).padding == 0
 
 
-def test_a_loader_asks_for_a_batch_at_once(tiny_config):
-    """So that images of a batch can share sizes, also in a worker."""
-    cfg = tiny_config({"data.augment": "detr", "data.scales": "batch", "data.workers": 1})
-    dataset = build_dataset(cfg.data, "train")
-    loader = DataLoader(dataset, batch_sampler=EpochSampler(32, 8, 0, 1, 0), collate_fn=collate, num_workers=1)
-    torch.manual_seed(0)
-    found = list(loader)
-    assert all(batch.padding_mask is None for batch in found) and len({batch.images.shape for batch in found}) > 1
+@pytest.mark.parametrize("scales", ["image", "batch"])
+def test_augmentation_follows_from_seed_and_epoch_alone(tiny_config, scales):
+    """Neither from the workers that do it, nor from other draws, nor from how processes share a batch."""
+
+    def epoch(number, workers, process=0, processes=1, seed=0):
+        cfg = tiny_config({"data.augment": "detr", "data.scales": scales, "data.workers": workers})
+        dataset = build_dataset(cfg.data, "train")
+        sampler = EpochSampler(32, 8, process, processes, seed)
+        loader = open_loader(dataset, cfg.data, pinned=False, batch_sampler=sampler)
+        next(iter(loader))  # an epoch before, of which workers are kept
+        sampler.epoch = number
+        before = torch.get_rng_state()
+        found = list(batches(loader))
+        assert torch.equal(before, torch.get_rng_state())  # dropout does not depend on workers
+        return [image for batch in found for image in images_of(batch)]
+
+    here, there = epoch(1, 0), epoch(1, 1)
+    assert all(map(torch.equal, here, there)) and len(here) == 32
+    shared = [epoch(1, 0, process, 2) for process in (0, 1)]
+    together = [shared[place % 2][place // 2] for place in range(32)]
+    assert all(map(torch.equal, here, together))
+    for other in (epoch(2, 0), epoch(1, 0, seed=1)):
+        assert not any(map(torch.equal, here, other))
+    sizes = [{image.shape for image in here[first : first + 8]} for first in range(0, 32, 8)]
+    assert [len(shapes) == 1 for shapes in sizes] == [scales == "batch"] * 4
+
+
+def images_of(batch):
+    """The pixels of each image without padding."""
+    sizes = [target["size"].tolist() for target in batch.targets]
+    return [image[:, :height, :width] for image, (height, width) in zip(batch.pixels, sizes, strict=True)]
+
+
+def test_workers_are_as_many_as_the_cores_that_are_left(tiny_config, monkeypatch):
+    def workers(cores, processes=1, **settings):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        cfg = tiny_config({"data.workers": "auto"} | settings)
+        return open_loader(Torn(), cfg.data, pinned=False).num_workers
+
+    assert [workers(cores) for cores in (1, 2, 4, 64)] == [0, 1, 3, 8]
+    assert [workers(16, processes) for processes in (2, 4, 16)] == [7, 3, 0]
+    assert workers(16, **{"data.cache": True}) == 0 and workers(16, **{"data.workers": 2}) == 2

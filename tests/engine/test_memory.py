@@ -33,8 +33,8 @@ def detector(tiny_config):
 def plan(detector):
     def plan(overrides=None, fits=None, whole=8):
         """The plan of a tiny run; `fits` stands for a GPU."""
-        cfg, model = detector(overrides)
-        return Plan(cfg, model, build_dataset(cfg.data, "train"), whole, Accelerator(), fits)
+        (cfg, model), accelerator = detector(overrides), Accelerator()
+        return Plan(cfg, model.to(accelerator.device), build_dataset(cfg.data, "train"), whole, accelerator, fits)
 
     return plan
 
@@ -166,6 +166,20 @@ def test_what_was_found_is_remembered_for_the_same_device_and_batch(tmp_path, pl
     assert plan(auto, fits).images(tmp_path) == 2 and tried == [8, 4, 2]
     assert plan(auto, fits, whole=6).images(tmp_path) == 2 and tried == [8, 4, 2, 6, 3, 2]
     assert plan(auto | {"train.checkpoint_activations": True}, fits).images(tmp_path) == 2 and len(tried) == 9
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_tried_and_its_memory_told(tmp_path, gpu, plan):
+    asked = plan({"train.micro_batch": "auto"})
+    assert asked.images(tmp_path) == 8
+    assert json.loads((tmp_path / "micro_batch.json").read_text())["device"] == torch.cuda.get_device_name(gpu)
+    assert "are free" in asked.line(8)
+    torch.cuda.set_per_process_memory_fraction(1e-5)
+    try:
+        with pytest.raises(ConfigError, match="micro_batch"):
+            asked.images(tmp_path / "full")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_the_whole_batch_without_a_gpu_and_no_more_than_there_is(tmp_path, plan):

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -12,6 +14,7 @@ from detrlib.config import PROJECT
 from detrlib.engine import notebooks
 from detrlib.engine.notebooks import checked_parameters, execute_notebook, find_executed, find_notebook, is_executed
 from detrlib.errors import RunError
+from detrlib.files import write_json
 
 
 @pytest.fixture
@@ -159,3 +162,17 @@ def test_an_interrupted_notebook_does_not_count_as_executed(write, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         execute_notebook("book", output, {})
     assert not is_executed(output)
+
+
+def test_notebooks_that_a_folder_asks_for_are_executed_in_it(write, tmp_path):
+    """In the order given, without torch, for which a process that only waits would be waited for."""
+    for name in ("06_first", "07_second"):
+        write(name, "n = 1", "print(n)")
+    run = tmp_path / "run"
+    write_json(run / notebooks.ASKED, {"second": {"n": 3}, "first": {}})
+    notebooks.execute_asked(run)
+    assert is_executed(run / "06_first.ipynb") and is_executed(run / "07_second.ipynb")
+    assert nbformat.read(run / "07_second.ipynb", as_version=4).cells[-1].outputs[0].text == "3\n"
+    program = "import sys, detrlib.engine.notebooks; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert not {"torch", "pandas", "matplotlib"} & set(loaded.stdout.split())

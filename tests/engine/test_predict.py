@@ -69,6 +69,16 @@ def test_drawn_shapes_give_the_detections_of_an_evaluation(run_dir, drawn):
                 assert own[key] == pytest.approx(row["bbox"], abs=1e-2)
 
 
+@pytest.mark.gpu
+def test_a_gpu_sees_what_the_cpu_sees(run_dir, drawn, gpu):
+    here, there = (predict(run_dir, drawn, min_score=0, device=name, progress=False) for name in ("cpu", gpu.type))
+    for one, other in zip(here, there, strict=True):
+        assert np.allclose(one.scores, other.scores, atol=1e-4)
+        ours, theirs = (sorted(zip(x.queries, x.labels, x.boxes.tolist(), strict=True)) for x in (one, other))
+        assert [row[:2] for row in ours] == [row[:2] for row in theirs]
+        assert np.allclose([row[2] for row in ours], [row[2] for row in theirs], atol=0.05)
+
+
 def test_maps_are_those_that_an_evaluation_stores(run_dir, drawn):
     stored = load_examples(run_dir)[0]
     path = drawn / f"{stored.image_id:012d}.png"

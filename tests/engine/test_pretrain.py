@@ -1,5 +1,7 @@
 """Backbone weights from crops of the training data: what is cropped, and that they are made once."""
 
+import threading
+
 import pytest
 import torch
 
@@ -83,3 +85,21 @@ def test_weights_are_made_once_and_fit_the_backbone(dataset, quick, monkeypatch,
     assert backbone_weights(settings, dataset, image_size=64) == path
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         backbone_weights(settings, dataset, image_size=32)
+
+
+def test_processes_that_start_at_once_train_once(dataset, quick, monkeypatch, tmp_path, tiny_config):
+    """A second one waits for the first, here a thread that has another's lock, and takes what that has made."""
+    monkeypatch.setenv("DETRLIB_CACHE", str(tmp_path))
+    settings, real, made = tiny_config().model.backbone, pretrain.train_classifier, []
+
+    def slowly(*given):
+        made.append(second.start())
+        second.join(0.5)
+        assert second.is_alive()  # it waits
+        return real(*given)
+
+    second = threading.Thread(target=lambda: made.append(backbone_weights(settings, dataset, image_size=64)))
+    monkeypatch.setattr(pretrain, "train_classifier", slowly)
+    path = backbone_weights(settings, dataset, image_size=64)
+    second.join()
+    assert made == [None, path]

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from detrlib.data import collate
-from detrlib.engine.step import train_step
+from detrlib.engine.step import Pending, _unless, train_step
 from detrlib.errors import NonFiniteLoss
 from detrlib.losses import Criterion
 
@@ -35,7 +35,7 @@ def batch(random_boxes):
 
 def trained(model, batch, size, steps=3, **settings):
     """A copy of the model after some updates by a batch in parts of `size`, and what the steps returned."""
-    model = copy.deepcopy(model).train()
+    model = copy.deepcopy(model).to(Accelerator().device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     parts = batch.split(size, keep_padding=getattr(model.backbone, "official_padding", False))
     given = model, parts, Criterion(weight_poll=1.0), optimizer, Accelerator()
@@ -54,16 +54,59 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(settings, size, batch, sm
         torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
+def test_a_gpu_gives_the_update_of_the_cpu(settings, batch, small, request):
+    start = small(**settings, dropout=0.0)
+    whole, (expected,) = trained(start, batch, 5, steps=1)
+    device = request.getfixturevalue("gpu").type
+    model, (terms,) = trained(start, batch, 5, steps=1)
+    assert {k: v.item() for k, v in terms.items()} == pytest.approx({k: v.item() for k, v in expected.items()}, 1e-4)
+    for (name, weight), other in zip(whole.named_parameters(), model.parameters(), strict=True):
+        assert other.device.type == device
+        torch.testing.assert_close(other.cpu(), weight, rtol=1e-4, atol=1e-5, msg=name)
+    rounded = trained(start, batch, 5, steps=1, precision="bfloat16")[1][0]["loss"].item()
+    assert rounded == pytest.approx(expected["loss"].item(), 0.1)
+
+
 def test_a_later_part_that_is_no_number_leaves_the_weights(batch, small):
     model = small(dropout=0.0).train()
     optimizer, before = torch.optim.AdamW(model.parameters()), copy.deepcopy(model.state_dict())
     parts = batch.split(2)
-    parts[1].images[0, 0, 0, 0] = torch.nan
+    parts[1].pixels[0, 0, 0, 0] = torch.nan
     with pytest.raises(NonFiniteLoss, match="loss is nan"):
         train_step(model, parts, Criterion(), optimizer, Accelerator())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    parts[1].images[0, 0, 0, 0] = 0.0
+    parts[1].pixels[0, 0, 0, 0] = 0.0
     assert train_step(model, parts, Criterion(), optimizer, Accelerator())["loss"].isfinite()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_optimiser_skips_what_is_no_number(kind):
+    """And goes on as if the update had not been tried."""
+    weights = {}
+    for tries in ([False, False], [False, True, False]):
+        weight = torch.ones(3, requires_grad=True)
+        optimizer = kind([weight], lr=0.1, fused=True)
+        for skip in tries:
+            weight.grad = torch.full((3,), torch.nan if skip else 0.5)
+            with _unless(torch.tensor(skip), optimizer):
+                optimizer.step()
+        weights[len(tries)] = weight.detach()
+    torch.testing.assert_close(weights[3], weights[2])
+    assert not torch.equal(weights[2], torch.ones(3))
+
+
+def test_what_is_no_number_is_told_when_it_is_read_and_once():
+    pending = Pending()
+    pending.read()
+    assert pending.note({"loss": torch.tensor(1.0)})
+    pending.read()
+    finite = pending.note({"loss": torch.tensor(2.0), "gradient norm": torch.tensor(torch.inf)}, "step 3: {}".format)
+    assert not finite
+    with pytest.raises(NonFiniteLoss, match="step 3: gradient norm is inf"):
+        pending.read()
+    pending.read()
 
 
 def test_gradients_are_watched_once_they_are_complete(batch, small):

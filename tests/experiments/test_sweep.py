@@ -13,6 +13,7 @@ from detrlib.errors import ConfigError, RunError
 from detrlib.experiments import sweep
 from detrlib.experiments.sweep import read_sweep
 from detrlib.files import write_json
+from detrlib.runs import append_metrics
 
 
 @pytest.fixture
@@ -202,13 +203,30 @@ def test_an_interrupt_ends_all_runs(sweep_file, stand_ins, tmp_path, monkeypatch
     assert len(children) == 2 and all(child.returncode for child in children)
 
 
-def test_one_run_of_a_sweep_skips_training_that_is_done(stand_ins, tmp_path):
-    sweep.run_one(tmp_path)
-    assert stand_ins == [
-        ("train", {"config": str(tmp_path / "sweep.yaml"), "run_name": str(tmp_path), "gpus": None}),
-        ("evaluate", {"run_name": str(tmp_path)}),
-    ]
-    stand_ins.clear()
+def test_training_that_is_done_is_not_asked_for_again(tmp_path):
+    job, name = sweep.Job(tmp_path, load_config(), {"num_examples": 2}), {"run_name": str(tmp_path)}
+    evaluated = {"evaluate": {"num_examples": 2} | name}
+    trained = {"train": {"config": str(tmp_path / "sweep.yaml"), "gpus": 3} | name}
+    assert sweep._asked(job, 3) == trained | evaluated
     (tmp_path / "results.json").write_text("{}")
-    sweep.run_one(tmp_path)
-    assert [name for name, _ in stand_ins] == ["evaluate"]
+    assert sweep._asked(job, 3) == evaluated
+
+
+def test_the_time_left_is_said_for_the_whole_sweep(tmp_path, capsys, monkeypatch):
+    """One of two runs, one at a time, has done half of its steps, a quarter of them in 50 seconds."""
+    jobs = [sweep.Job(tmp_path / name, load_config(), {}) for name in ("one", "two")]
+    monkeypatch.setattr(sweep.Job, "_steps", 200)
+    clock, bar = [0.0], sweep.tqdm(total=1, disable=True)
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: clock[0])
+    assert not sweep._report(jobs, 1, 0.0, bar)
+    assert "one waiting  two waiting  (0 of 2 runs done, estimating the time left)" in capsys.readouterr().out
+    jobs[0].course.started, jobs[0].process = 0.0, "a process"
+    (tmp_path / "one").mkdir()
+    for clock[0], step in ((20.0, 0), (70.0, 50), (120.0, 100)):
+        append_metrics(tmp_path / "one", {"global_step": step, "epoch": 0, "extra/iter_time": 1.0})
+        assert sweep._report(jobs, 1, 0.0, bar) == (step > 0)
+    # 100 s more and an end like the start of 20 s, 20 + 200 + 20 s of the other, 6 x 20 s of figures.
+    assert (
+        "[02:00] one  50%  two waiting  (0 of 2 runs done, about 8 min left with all figures)"
+        in capsys.readouterr().out
+    )

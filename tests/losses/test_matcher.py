@@ -5,7 +5,7 @@ import torch
 from torchvision.ops import sigmoid_focal_loss
 
 from detrlib.losses import MatchingCosts
-from detrlib.losses.matcher import focal_class_cost, match, matching_cost
+from detrlib.losses.matcher import focal_class_cost, match, matching_cost, start_matching
 from detrlib.models import Predictions
 
 COSTS = MatchingCosts(cost_class=1.5, cost_bbox=4.0, cost_giou=2.5)  # of `cost_of_pair`
@@ -55,6 +55,22 @@ def test_costs_of_an_image_do_not_depend_on_its_batch(classification, cost_of_pa
         cost = matching_cost(alone, target["labels"][None], target["boxes"][None], COSTS)[0]
         expected = [[cost_of_pair(alone, 0, q, target, t) for t in range(len(target["labels"]))] for q in range(5)]
         torch.testing.assert_close(cost, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@heads
+def test_layers_are_matched_together_as_one_by_one(classification, random_predictions, random_targets):
+    """Stacks of different numbers of queries too, and one whose class 0 stands for all."""
+    targets = random_targets(2, 0, 9)
+    stacks = [random_predictions(2 * 3, queries, classification) for queries in (5, 7)]
+    for stack in stacks:
+        stack.logits, stack.boxes = (values.unflatten(0, (2, 3)) for values in (stack.logits, stack.boxes))
+    stacks[1].any_object = True
+    for stack, assigned in zip(stacks, start_matching(stacks, targets, COSTS)(), strict=True):
+        assert len(assigned) == 6
+        for number in range(2):
+            layer = Predictions(stack.logits[number], stack.boxes[number], classification, any_object=stack.any_object)
+            together = [set(zip(*map(list, pairs), strict=True)) for pairs in assigned[3 * number : 3 * number + 3]]
+            assert together == [as_pairs(pairs) for pairs in match(layer, targets, COSTS)]
 
 
 def test_focal_cost_is_the_change_of_the_focal_loss():

@@ -187,7 +187,7 @@ def test_processes_put_together_are_one(tmp_path, setup, small):
     shards = [AttentionMeasures(cfg, tmp_path / "parts", process, 3) for process in range(3)]  # the last has no images
     model = small(**MODELS["sparse everywhere"])
     for looks, images in zip(shards, ([0, 2], [1]), strict=False):
-        part = Batch(batch.images[images], batch.padding_mask[images], [batch.targets[i] for i in images])
+        part = Batch(batch.pixels[images], batch.padding_mask[images], [batch.targets[i] for i in images])
         with torch.no_grad():
             found = model(part.images, part.padding_mask, need_attention=True)
         looks.add(found, part, match(found, part.targets, Criterion(**dict(cfg.loss)).costs))

@@ -49,7 +49,8 @@ def test_the_best_valid_tokens_are_kept(ratio):
 
 def test_gather_and_scatter():
     tokens = torch.arange(2 * 5 * 3.0).view(2, 5, 3)
-    kept = Kept(torch.tensor([[0, 3], [2, 4]]), torch.tensor([[False, False], [True, False]]))
+    none = torch.zeros(2, 2, dtype=torch.bool)
+    kept = Kept(torch.tensor([[0, 3], [2, 4]]), torch.tensor([[False, False], [True, False]]), none)
     assert torch.equal(kept.gather(tokens), torch.stack([tokens[0, [0, 3]], tokens[1, [2, 4]]]))
     assert torch.equal(kept.gather(tokens[:1])[1], tokens[0, [2, 4]])  # one position for all images
     found = kept.scatter(tokens, torch.full((2, 2, 3), -1.0))

@@ -76,9 +76,10 @@ def _launch(values: Tensor, locations: Tensor) -> tuple[tuple[int], tuple[int, i
 
 @functools.lru_cache(maxsize=1024)
 def _levels(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """Width, height and first token of each level [L,3], remembered: sending them makes a GPU wait."""
+    """Width, height and first token of each level [L,3]. Filled in there: sending them would make a GPU wait."""
     first = accumulate((h * w for h, w in shapes[:-1]), initial=0)
-    return torch.tensor([(w, h, start) for (h, w), start in zip(shapes, first, strict=True)], device=device)
+    numbers = [n for (h, w), start in zip(shapes, first, strict=True) for n in (w, h, start)]
+    return torch.stack([torch.full((), n, device=device) for n in numbers]).view(-1, 3)
 
 
 @triton.jit

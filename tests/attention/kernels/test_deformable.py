@@ -89,7 +89,31 @@ def test_double_precision_is_for_plain_pytorch(kernels, draw, make_samples):
         kernels.sample_and_mix(values, SHAPES, *(x.to(DEVICE) for x in make_samples()))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_at_their_real_size(kernels, dtype, draw):
+    """Four levels of an image of 800 x 1066, many queries to a value. No location is near the border of a cell."""
+    shapes = [(100, 134), (50, 67), (25, 34), (13, 17)]
+    extent = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
+    where = extent * (0.5 + 0.3 * draw(2, 300, 8, 4, 4, 2, seed=1))
+    locations = (where.floor() + 0.5 + where.frac().abs().clamp(0.05, 0.95)) / extent
+    weights = draw(2, 300, 8, 16, seed=2).softmax(-1).view(2, 300, 8, 4, 4)
+    values = draw(2, sum(h * w for h, w in shapes), 8, 32).to(dtype)
+    inputs = [x.to(DEVICE).requires_grad_() for x in (values, locations.float(), weights.float())]
+    exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    found, expected = (
+        kernels.sample_and_mix(inputs[0], shapes, *inputs[1:]),
+        sample_and_mix(exact[0], shapes, *exact[1:]),
+    )
+    weighting = draw(*found.shape, seed=3).to(dtype)
+    mine = found, *torch.autograd.grad((found * weighting.to(DEVICE)).sum(), inputs)
+    theirs = expected, *torch.autograd.grad((expected * weighting.double()).sum(), exact)
+    for x, y in zip(mine, theirs, strict=True):
+        error = (x.double().cpu() - y).abs().max() / y.abs().max().clamp(min=1)
+        assert error < max(5e-5, 4 * torch.finfo(x.dtype).eps)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_module_uses_kernels_on_a_gpu(dtype, make_batch, make_module):
     module, (query, references, tokens, padding) = make_module(), make_batch(4)

@@ -161,10 +161,9 @@ def test_the_last_step_is_small_enough_where_the_curvature_has_no_bound(
     close(used_weights(query, key, alpha)[0, 0], by_bisection(hard, 1.99), atol=2e-7)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="sizes for a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("channels", [32, 64, 128])
-@pytest.mark.parametrize("alpha", [2.0, 1.5, "learned"])
+@pytest.mark.parametrize(("channels", "alpha"), [(32, 2.0), (32, 1.5), (32, "learned"), (64, 1.5), (128, "learned")])
 def test_fused_attention_at_its_real_size(
     dtype, atol, channels, alpha, monkeypatch, check_attention, flash, random, spread
 ):
@@ -256,7 +255,7 @@ def test_dropout_of_everything_leaves_nothing_and_more_is_refused(dropout_inputs
         flash.sparse_attention(query, key, key, 1.3, None, 1.5)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="sizes for a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("alpha", [2.0, 1.5, "learned"])
 def test_dropout_at_its_real_size(dtype, atol, alpha, monkeypatch, check_attention, flash, random, spread):

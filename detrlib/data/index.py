@@ -1,0 +1,96 @@
+"""Annotations are read and checked once on a machine: what is kept of a large file lies in the cache, as columns.
+
+Processes map that index into their memory, so that all of them share one copy. It is found by the digest of the
+annotations, wherever they lie. Files below `LEAST` bytes are read anew each time, which is as quick.
+"""
+
+import fcntl
+import hashlib
+import logging
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pydantic_core import from_json, to_json
+
+from detrlib.data.annotations import read_annotations
+from detrlib.data.blocks import OddFile, read_blocks
+from detrlib.data.columns import BoxColumns, Columns, ImageColumns, Names
+from detrlib.data.formats import open_content
+from detrlib.data.shapes import cache_folder
+from detrlib.errors import RunError
+from detrlib.files import save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # of an index: raise it with every change of what is kept, or of what is checked
+LEAST = 2**22  # bytes
+
+
+def read_columns(annotations: Path) -> Columns:
+    """Read the annotations of a split, checked and complete, from the index or else from the file.
+
+    Args:
+        annotations: as `find_split` gives them.
+
+    Raises:
+        DataError: as `read_annotations`.
+    """
+    if not annotations.is_file() or annotations.stat().st_size < LEAST:
+        return _read(annotations)
+    with annotations.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    index = cache_folder() / "annotations" / f"v{VERSION}-{digest}.pt"
+    if (known := _load(index)) is not None:
+        return known
+    try:
+        with _locked(index):  # of the processes of a training, one reads and the others wait
+            if (known := _load(index)) is None:
+                known = _read(annotations)
+                save_checkpoint(index, _state(known))
+                known = _load(index) or known  # now shared with the others
+    except (OSError, RunError) as error:  # a cache that cannot be written is no reason not to train
+        logger.warning("every process reads %s anew: %s", annotations, error)
+        known = known or _read(annotations)
+    return known
+
+
+def _read(annotations: Path) -> Columns:
+    try:
+        with open_content(annotations) as file:
+            return read_blocks(file)
+    except OddFile as odd:
+        logger.debug("%s is read entry by entry: %s", annotations, odd)
+        return Columns.of(read_annotations(annotations))
+
+
+@contextmanager
+def _locked(index: Path):
+    """Alone with an index among the processes that make it."""
+    index.parent.mkdir(parents=True, exist_ok=True)
+    with index.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _state(columns: Columns) -> dict:
+    """Columns as `torch.save` keeps them without code."""
+    images, boxes, rest = columns
+    kept = {"names": images.names._asdict(), "ids": images.ids, "sizes": images.sizes}
+    return {"images": kept, "boxes": boxes._asdict(), "rest": to_json(rest).decode()}
+
+
+def _load(index: Path) -> Columns | None:
+    """What an index holds, mapped into memory; None: there is none, or it is damaged."""
+    if not index.exists():
+        return None
+    try:
+        if damaged := zipfile.ZipFile(index).testzip():
+            raise zipfile.BadZipFile(f"{damaged} has changed")
+        state = torch.load(index, map_location="cpu", mmap=True, weights_only=True)
+        images = state["images"] | {"names": Names(**state["images"]["names"])}
+        return Columns(ImageColumns(**images), BoxColumns(**state["boxes"]), from_json(state["rest"]))
+    except Exception as error:  # torch has many for a file that is none of its own
+        logger.warning("%s is damaged and is made anew (%s)", index, error)
+        return None
