@@ -161,9 +161,7 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
         logs = "; ".join(f"{log}: {_last_line(log)}" for log in failed)
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {logs}. Call again to retry them.")
     print("drawing figures and tables", flush=True)
-    names = {"run_names": [_within_project(job.folder) for job in jobs]}
-    _execute(folder, "attention_maps", names)
-    executed = _execute(folder, "thesis_figures", names | {"output": _within_project(folder / "figures")})
+    executed = _draw(folder, [_within_project(job.folder) for job in jobs])
     shrink_pictures(executed)
     table = folder / "figures" / "main_table.md"
     if table.exists():  # an edited notebook need not write it
@@ -171,8 +169,24 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
     return report_html(executed, report, f"{folder.name}: report")
 
 
-def _execute(folder: Path, name: str, parameters: dict[str, Any]) -> Path:
-    return execute_notebook(name, folder / find_notebook(name).name, parameters)
+def _draw(folder: Path, names: list[str]) -> Path:
+    """Execute the notebooks on maps and on figures side by side; the second, which is the report."""
+    write_json(folder / ASKED, {"attention_maps": {"run_names": names}})
+    log, report = folder / "log.txt", find_notebook("thesis_figures").name
+    with log.open("a") as output:
+        maps = subprocess.Popen(
+            [sys.executable, "-m", "detrlib", "sweep-run", str(folder)], cwd=PROJECT, stdout=output, stderr=output
+        )
+    try:
+        parameters = {"run_names": names, "output": _within_project(folder / "figures")}
+        executed = execute_notebook("thesis_figures", folder / report, parameters)
+        if maps.wait():
+            raise RunError(f"{log}: {_last_line(log)}. Call again to draw what is missing.")
+    finally:
+        if maps.poll() is None:
+            maps.send_signal(signal.SIGINT)
+            maps.wait()
+    return executed
 
 
 def _prepare(jobs: list[Job]) -> None:
