@@ -29,7 +29,7 @@ ORDER = (
 RANK = {name: number for number, names in enumerate(ORDER) for name in names}
 FIGURES_MAY_IMPORT = {"boxes", "errors", "models.outputs", "metrics", "runs", "figures"}
 ATTENTION_MAY_IMPORT = {"torch", "triton"} | set(sys.stdlib_module_names)
-PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # they pass on what processes of theirs say
+PRINTS = {"__main__", "engine.launch", "experiments.sweep", "benchmarks.step"}  # and what processes of theirs say
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
@@ -47,7 +47,7 @@ CEILINGS = {
     "experiments": 2190,
     "figures": 3060,
     "teaching": 480,
-    "benchmarks": 2220,
+    "benchmarks": 2460,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
 LONGEST_COMMANDS = 460  # the command line: every option of every command is a line

@@ -19,15 +19,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 2**18  # scores worked on at a time where most keys have weight: what a CPU's cache holds
-PART = 2**21  # scores looked through at a time: more would have left the cache when their columns are looked up
+BLOCK = 2**19  # scores worked on at a time where most keys have weight: enough to outweigh the calls
+PART = 2**23  # scores looked through at a time: what is looked up takes less memory than the scores
 SEGMENTS, LANES = 14, 32  # keys of a column; a row has a multiple of so many columns, for vector instructions
-SHORT, SHORT_OF_PRODUCTS = 64, 512  # rows of fewer keys are not worth folding; of real powers, and of whole ones
-FEW = 0.2  # of the keys of a row: with more of them, looking for them costs more than it saves
-COARSE_STEPS = 3  # with the maxima of columns
+# Keys that matter are looked for in rows of at least so many, and used where they are at most such a share of a row.
+# Powers through logarithms are dear; those of alpha = 1.5 and 2 are products, for which it pays less.
+SHORT, FEW = 64, 0.2
+SHORT_OF_PRODUCTS, FEW_OF_PRODUCTS = 512, 0.05
+COARSE_STEPS = 2  # with the maxima of columns
 MOST_STEPS = 60  # never reached in practice: convergence is quadratic, and finite for sparsemax
 # Steps after which an excess of K^(1/c) <= 2^16 has become less than the resolution of numbers, if nobody looks.
-FIXED_STEPS = {torch.float32: 28, torch.float64: 42}
+FIXED_STEPS = {torch.float64: 42, torch.float32: 28, torch.bfloat16: 28, torch.float16: 28}
 LOG2_E = math.log2(math.e)
 Number = float | Tensor  # one for all rows, or [R,1]
 Rows = slice | Tensor  # which
@@ -94,7 +96,7 @@ def _solve(x: Tensor, alpha: Number, out: Tensor) -> tuple[Tensor, Tensor]:
         columns.sub_(top).mul_(beyond)
         s = _newton(columns, s, c, Whole, COARSE_STEPS, ends=False)
         if not _short(x, alpha):
-            index, counts, z = _few(x, columns > s - 1, top, beyond, s - 1)
+            index, counts, z = _few(x, columns > s - 1, top, beyond, s - 1, _most(alpha))
     if len(index):
         rows, keys = _packed(counts)
         start, power = (_flat(_take(t, rows)) for t in (s, c))
@@ -114,7 +116,7 @@ def support(weights: Tensor, alpha: Number) -> tuple[Tensor, Tensor]:
     if _short(weights, alpha):
         return torch.empty(0, dtype=torch.long), torch.zeros(len(weights), dtype=torch.long)
     none = torch.zeros_like(weights[:, :1])
-    return _few(weights, _columns(weights) > 0, none, 1.0, none)[:2]
+    return _few(weights, _columns(weights) > 0, none, 1.0, none, _most(alpha))[:2]
 
 
 def _packed(counts: Tensor) -> tuple[Tensor, Packed]:
@@ -151,7 +153,16 @@ def _flat(known: Number) -> Number:
 
 def _short(rows: Tensor, alpha: Number) -> bool:
     """Whether looking for few keys would take longer than to work on all of them."""
-    return rows.shape[1] < (SHORT if isinstance(alpha, Tensor) or alpha not in (1.5, 2) else SHORT_OF_PRODUCTS)
+    return rows.shape[1] < (SHORT_OF_PRODUCTS if _by_products(alpha) else SHORT)
+
+
+def _most(alpha: Number) -> float:
+    """The share of keys that are still few."""
+    return FEW_OF_PRODUCTS if _by_products(alpha) else FEW
+
+
+def _by_products(alpha: Number) -> bool:
+    return not isinstance(alpha, Tensor) and alpha in (1.5, 2)
 
 
 def _segments(keys: int) -> tuple[int, int]:
@@ -170,15 +181,17 @@ def _columns(x: Tensor) -> Tensor:
     return maxima
 
 
-def _few(x: Tensor, kept: Tensor, top: Tensor, beyond: Number, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _few(
+    x: Tensor, kept: Tensor, top: Tensor, beyond: Number, floor: Tensor, most: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The keys in columns kept [R,width] whose z = (x - top) beyond is above floor [R,1]: positions, counts, z.
 
-    Without the rows that keep too many columns, or none (not a number).
+    Without the rows that keep none (not a number), or as many columns as a share `most` of keys would take.
     """
     segments, width = _segments(x.shape[1])
     flat = kept.view(-1).nonzero().view(-1)
     row = flat // width
-    many = torch.bincount(row, minlength=len(x)) > (1 - (1 - FEW) ** segments) * width
+    many = torch.bincount(row, minlength=len(x)) > (1 - (1 - most) ** segments) * width
     if many.any():
         few = (~many).index_select(0, row).nonzero().view(-1)
         flat, row = flat.index_select(0, few), row.index_select(0, few)

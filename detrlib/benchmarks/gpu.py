@@ -13,7 +13,7 @@ network, fetch on another one what is missing there (here for Python 3.12), and 
     pip download -d wheels --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
         --platform manylinux2014_x86_64 pydantic
     pip download -d wheels --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
-        --platform manylinux2014_x86_64 --no-deps faster-coco-eval pycocotools entmax adasplash
+        --platform manylinux2014_x86_64 --no-deps msgspec faster-coco-eval pycocotools entmax adasplash
     pip install --no-index --no-deps wheels/*.whl
 
 entmax and adasplash are measured against where they are there; nothing else asks for them here. Each part is a process

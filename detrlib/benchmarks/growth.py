@@ -15,7 +15,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detrlib.attention import attend, build_transform
 from detrlib.benchmarks.measure import environment, peak_memory
-from detrlib.config import Config, load_config
+from detrlib.config import Config, load_config, replace
 from detrlib.data import build_dataset
 from detrlib.data.index import read_columns
 from detrlib.engine.evaluate import evaluate, save_results
@@ -49,7 +49,7 @@ FRESH = get_context("forkserver")  # processes that have imported what they need
 FRESH.set_forkserver_preload([__name__])
 ENTRIES = 7.3  # annotations of an image, as in COCO
 SEEN = {  # a small detector whose every map is measured and stored: what is done for each image beside the model
-    "data": {"image_size": 64, "workers": 0},
+    **{"data.image_size": 64, "data.workers": 0, "model.num_classes": 7},
     "model.backbone": {"name": "tiny", "weights": "none"},
     "model.attention": dict.fromkeys(("encoder_self", "decoder_self", "decoder_cross"), "entmax15"),
     **{"model.hidden_dim": 64, "model.num_heads": 4, "model.encoder_layers": 2, "model.decoder_layers": 2},
@@ -69,7 +69,7 @@ class Sizes(NamedTuple):
     annotated: tuple[int, ...] = (2000, 10_000, 40_000, 118_000)  # images of an annotation file
     few: int = 100  # queries, where keys or images grow
     keys_of: int = 1024  # keys, where queries or images grow
-    repeats: int = 3
+    repeats: int = 2
     pixels: int = 128  # side of an image that processes train on
     steps: int = 4
 
@@ -198,24 +198,25 @@ def _peak() -> int:
 # Evaluation
 
 
-def _evaluations(counts: Iterable[int]) -> list[dict]:
+def _evaluations(counts: Sequence[int]) -> list[dict]:
     """An evaluation with every measure and map, its files and the spread over samples of images; in the process that
     does it, what the pass over images takes, and all of it."""
     rows = []
-    counts = sorted(counts)
+    build_dataset(_seen(counts).data, "val")  # drawn here, and not in the process that is measured
     for count in counts:
-        measured = _alone(_evaluated, count, counts[-1])
+        measured = _alone(_evaluated, _seen(counts), count)
         rows += [_point("images evaluated", series, count, *numbers) for series, numbers in measured.items()]
     return rows
 
 
-def _evaluated(count: int, most: int) -> dict[str, tuple[float, int]]:
+def _seen(counts: Sequence[int]) -> Config:
+    return load_config(None, SEEN | {"data.shapes": {"train": 32, "val": max(counts), "size": 64}})
+
+
+def _evaluated(cfg: Config, count: int) -> dict[str, tuple[float, int]]:
     torch.set_num_threads(1)
-    settings = {"data.shapes": {"train": 32, "val": most, "size": 64}, "data.val_limit": count}
-    cfg = load_config(None, _flat(SEEN) | settings)
-    dataset = build_dataset(cfg.data, "val")
-    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"num_classes": dataset.num_classes})})
-    model = build_model(cfg.model)
+    cfg = replace(cfg, {"data.val_limit": count})
+    dataset, model = build_dataset(cfg.data, "val"), build_model(cfg.model)
     with tempfile.TemporaryDirectory() as folder:
         run_dir, before, start = Path(folder), _resident(), time.process_time()
         results, detections = evaluate(model, dataset, cfg, Accelerator(cpu=True), run_dir=run_dir, progress=False)
@@ -223,12 +224,6 @@ def _evaluated(count: int, most: int) -> dict[str, tuple[float, int]]:
         save_results(run_dir, results, detections, dataset.ground_truth)
         ap_table(load_matches(run_dir), resamples=100)
         return {"pass over images": passed, "with files and AP": (time.process_time() - start, _peak() - before)}
-
-
-def _flat(settings: dict) -> dict:
-    """Dotted settings: those of data one by one, since a whole section would replace the rest of it."""
-    rest = {name: value for name, value in settings.items() if name != "data"}
-    return rest | {f"data.{name}": value for name, value in settings["data"].items()}
 
 
 # Annotations
@@ -311,7 +306,7 @@ def _processes(sizes: Sizes) -> list[dict]:
 def _trained(processes: int, meeting: str, pixels: int, steps: int, rank: int) -> tuple[float, int]:
     """Seconds of the quickest step after the first one, and memory, of one of several processes."""
     torch.set_num_threads(1)
-    cfg: Config = load_config(None, _flat(SEEN) | {"model.num_classes": 6})
+    cfg: Config = load_config(None, SEEN)
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
     try:
         torch.manual_seed(rank)

@@ -143,7 +143,7 @@ class Criterion(nn.Module):
         layers, images = logits.shape[:2]
         if outputs.classification == "sigmoid":  # Lin et al. 2017, Eq. 5, over all queries and classes
             wanted = torch.zeros_like(logits).flatten(0, 1)
-            wanted[pairs.image, pairs.query, pairs.labels] = 1.0
+            wanted[pairs.image, pairs.query, pairs.labels] = logits.new_ones(())
             each = sigmoid_focal_loss(logits, wanted.view_as(logits), alpha=self.focal_alpha)
             return {"loss_class": each.flatten(1).sum(1) / divisors.boxes}
         no_object = logits.shape[-1] - 1  # what unmatched queries are to say, at a weight of its own

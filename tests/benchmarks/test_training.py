@@ -45,7 +45,7 @@ def test_parts_of_a_batch_are_looked_for():
     assert rows[0]["of pixels"] == "1250 x 1250"  # crops beside each other: see `largest_canvas`
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:test_training")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_waits_are_counted_where_they_are(monkeypatch):
     def step():
         for _ in range(2):

@@ -374,6 +374,39 @@ def test_a_loss_that_is_no_number_is_named_and_kept(tmp_path, monkeypatch, tiny_
     assert train(tiny_config(), tmp_path)["epoch"] == 2  # resumes from the last complete epoch
 
 
+def test_a_compiled_run_has_plain_names_and_goes_on_without(tmp_path, monkeypatch, interrupt, tiny_config):
+    """And with it where it began without. (Graphs run as they are here: C++ would take a minute.)"""
+    compile_in_place, compiled = torch.nn.Module.compile, []
+
+    def compile_quickly(model):
+        compiled.append(model)
+        compile_in_place(model, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    monkeypatch.setattr(training, "require_compiler", lambda device: None)
+    settings = {"train.ema": 0.9, "model.dropout": 0.0}
+    plain = train(tiny_config(settings), tmp_path / "plain")
+    for name, first, then in (("off", True, False), ("on", False, True)):
+        interrupt(STEPS + 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(settings | {"train.compile": first}), tmp_path / name)
+        results = train(tiny_config(settings | {"train.compile": then}), tmp_path / name)
+        assert results["detection"]["AP"] == pytest.approx(plain["detection"]["AP"], abs=0.02)
+        one, two = (load_checkpoint(tmp_path / run / "checkpoints" / "last.pt") for run in ("plain", name))
+        for weights in ("model", "average"):
+            assert one[weights].keys() == two[weights].keys()
+    assert len(compiled) == 4  # weights and their average, in two runs
+
+
+def test_a_machine_without_a_compiler_is_named_first(tmp_path, monkeypatch, tiny_config):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(ConfigError, match=r"train\.compile: .*g\+\+"):
+        train(tiny_config({"train.compile": True}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"train\.compile: .*anneal"):
+        tiny_config({"train.compile": True, "model.attention": {"decoder_cross": "entmax", "anneal": {"epochs": 1}}})
+
+
 def test_a_finished_run_and_other_settings_are_refused(tmp_path, interrupt, tiny_config):
     interrupt(STEPS)
     with pytest.raises(KeyboardInterrupt):

@@ -5,11 +5,15 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from detrlib.data import collate
 from detrlib.engine.step import Pending, _unless, train_step
 from detrlib.errors import NonFiniteLoss
-from detrlib.losses import Criterion
+from detrlib.losses import Criterion, matcher
+from detrlib.losses import criterion as criterion_module
+from detrlib.losses.matcher import on_device
 
 SIZES = ((64, 96), (80, 64), (48, 48), (64, 64), (40, 80))
 PYRAMID = {"levels": 2, "stages": [3, 4], "two_stage": True, "refine": True, "encoder_auxiliary": True}
@@ -20,6 +24,27 @@ FAMILIES = {
     "sparse encoder": {"architecture": "deformable", "deformable": PYRAMID | {"rho": 0.3}},
     "official padding": {"compatibility": {"padding": "official"}},
 }
+
+
+NO_WAIT = FAMILIES | {
+    "softmax": {},
+    "swin": {"backbone": {"name": "swin_t", "weights": "none"}},
+    "conditional": {"queries": "conditional", "position": "learned"},
+    "deformable": {"architecture": "deformable", "deformable": {"levels": 2, "stages": [3, 4]}},
+}
+WAITS = ("local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "repeat_interleave")
+SENDS = ("lift_fresh",)  # torch.tensor(numbers): sent to a GPU, it is waited for
+
+
+class WithoutWaiting(TorchDispatchMode):
+    """Refuses operations for whose result a GPU would be waited for, or whose shape depends on numbers."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._schema.name.partition("::")[2].lstrip("_")
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masks = any(getattr(each, "dtype", None) is torch.bool for each in indices)
+        assert not masks and not name.startswith((*WAITS, *SENDS)), name
+        return operation(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +132,58 @@ def test_what_is_no_number_is_told_when_it_is_read_and_once():
     with pytest.raises(NonFiniteLoss, match="step 3: gradient norm is inf"):
         pending.read()
     pending.read()
+
+
+@pytest.mark.parametrize("settings", NO_WAIT.values(), ids=NO_WAIT)
+def test_forward_and_loss_ask_for_no_number(settings, batch, small, monkeypatch):
+    """But for the costs of matching, which are sent to the CPU. (Rules that transforms follow on a CPU ask there.)"""
+
+    def sent(*given):  # which on a GPU does not wait
+        with _disable_current_modes():
+            return on_device(*given)
+
+    for module in (matcher, criterion_module):
+        monkeypatch.setattr(module, "on_device", sent)
+    model, criterion = small(**settings).train(), Criterion()
+    with WithoutWaiting():
+        loss, _ = criterion(model(batch.images, batch.padding_mask), batch.targets)
+    assert loss.isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", NO_WAIT.values(), ids=NO_WAIT)
+def test_a_step_on_a_gpu_waits_for_nothing_but_matching(settings, batch, small, monkeypatch):
+    """The matcher waits for an event of its own, which torch does not count; a wait for all that is queued, it does."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+    try:
+        accelerator, pending, pinned = Accelerator(), Pending(), batch.to("cpu")
+        pinned = type(batch)(batch.images.pin_memory(), batch.padding_mask.pin_memory(), pinned.targets)
+        for target in pinned.targets:
+            target |= {name: value.pin_memory() for name, value in target.items()}
+        model = small(**settings).train().cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        given = model, [pinned], Criterion(), optimizer, accelerator
+        train_step(*given, clip_norm=0.1, pending=pending)  # which prepares things
+        torch.cuda.set_sync_debug_mode("error")
+        terms = [train_step(*given, clip_norm=0.1, pending=pending) for _ in range(3)]
+        torch.cuda.set_sync_debug_mode("default")
+        pending.read()
+        assert all(term["loss"].isfinite() for term in terms)
+        before = copy.deepcopy(model.state_dict())
+        images = pinned.images.clone()
+        images[0] = torch.nan
+        train_step(model, [pinned._replace(images=images)], *given[2:], clip_norm=0.1, pending=pending)
+        with pytest.raises(NonFiniteLoss, match="loss is nan"):
+            train_step(*given, clip_norm=0.1, pending=pending)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        PartialState._reset_state()
+        AcceleratorState._reset_state()
 
 
 def test_gradients_are_watched_once_they_are_complete(batch, small):

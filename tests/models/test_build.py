@@ -54,6 +54,28 @@ def test_no_mask_says_what_a_mask_of_no_padding_says(family, small):
         assert without.attention.key_padding is None and not masked.attention.key_padding.any()
 
 
+COMPILED = ("detr", "swin", "anchors", "conditional", "poll and pool", "deformable", "efficient", "sparse")
+QUICK = ("detr", "sparse")  # the others are much like them
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMPILED]
+)
+def test_models_are_one_graph(family, small, padded_batch):
+    """No step of the way depends on numbers in tensors: in training with padding, in evaluation without."""
+    images, padding_mask = padded_batch((70, 101), (96, 64), canvas=(96, 128))
+    for training, given in ((True, (images, padding_mask)), (False, (images, None))):
+        model = small(**FAMILIES[family], dropout=0.0, encoder_layers=2, decoder_layers=2).train(training)
+        torch._dynamo.reset()
+        graph = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+        torch.manual_seed(0)
+        expected = model(*given)
+        torch.manual_seed(0)
+        found = graph(*given)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=1e-4)
+
+
 def test_settings_that_need_data_are_refused(model_settings):
     with pytest.raises(ConfigError, match=r"model\.num_classes"):
         build_model(model_settings(backbone=BACKBONE))
