@@ -2,9 +2,8 @@
 
 Nothing is assumed about the model: passes forward and backward are made and watched. On a GPU they are of the largest
 images that training can draw, and its allocator says what it gave. On a CPU, where these would take long, they are of
-small images: what a forward pass keeps is w + n (a + b A + c A^2) for n images of area A, since scores of attention
-grow with the square of the area, and four passes give the four numbers. What the backward pass needs besides at its
-worst moment is taken to grow with the area.
+small images: the worst moment takes w + n (a + b A + c A^2) for n images of area A, since scores of attention grow with
+the square of the area, and four passes give the four numbers.
 """
 
 import ctypes
@@ -189,16 +188,14 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _extrapolated(passes: Passes, area: int, side: int) -> tuple[int, int]:
     """What images of an area need once and each, from passes over images of 1, 2 and 4 squares of `side`."""
-    one, large = (passes.bytes(1, (edge, edge)) for edge in (side, 2 * side))
+    sizes = (side, side), (side, 2 * side), (2 * side, 2 * side)
+    (kept, one), (_, wide), (_, large) = (passes.bytes(1, size) for size in sizes)
     two, _ = passes.bytes(2, (side, side), backward=False)  # of which only what is kept is asked
-    wide, _ = passes.bytes(1, (side, 2 * side), backward=False)
-    square = max(0.0, (large[0] - 3 * wide + 2 * one[0]) / 6)
-    linear = (large[0] - one[0] - 15 * square) / 3
-    more = [peak - kept for kept, peak in (one, large)]  # than is kept
-    growth = max(0.0, (more[1] - more[0]) / 3)
+    square = max(0.0, (large - 3 * wide + 2 * one) / 6)
+    linear = (large - one - 15 * square) / 3
     areas = area / side**2
-    each = two - one[0] + linear * (areas - 1) + square * (areas**2 - 1) + growth * (areas - 1)
-    return max(0, 2 * one[0] - two) + more[0], round(each)
+    each = two - kept + linear * (areas - 1) + square * (areas**2 - 1)
+    return max(0, 2 * kept - two) + one - kept, round(each)
 
 
 def most_that_fit(whole: int, fits: Callable[[int], bool]) -> int:
