@@ -3,7 +3,7 @@
 On a machine with a GPU, in a checkout, these two commands say it; the second writes gpu.md, a table for each part, and
 gpu.json into the folder:
 
-    python -m pytest -m gpu
+    python -m pytest -m gpu                (with pytest-xdist and -n 8, kernels are compiled side by side)
     python -m detrlib benchmark gpu --out build/benchmarks
 
 They need PyTorch 2.11 or newer with Triton, torchvision, transformers, accelerate, pandas, pyarrow, scipy, matplotlib,

@@ -68,7 +68,7 @@ class Batch(NamedTuple):
 
 
 def _whole(part: Tensor) -> Tensor:
-    """Images cut out of pinned memory, as one piece of it: several would be sent by way of memory that is not pinned."""
+    """Images cut out of pinned memory, as one piece of it: many would be sent by way of memory that is not pinned."""
     scattered = part.stride(0) != part[0].numel()
     return torch.empty_like(part, pin_memory=True).copy_(part) if scattered and part.is_pinned() else part
 

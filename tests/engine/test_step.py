@@ -151,7 +151,7 @@ def test_forward_and_loss_ask_for_no_number(settings, batch, small, monkeypatch)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("settings", NO_WAIT.values(), ids=NO_WAIT)
+@pytest.mark.parametrize("settings", [FAMILIES["softmax"], *NO_WAIT.values()], ids=["entmax", *NO_WAIT])
 def test_a_step_on_a_gpu_waits_for_nothing_but_matching(settings, batch, small, monkeypatch):
     """The matcher waits for an event of its own, which torch does not count; a wait for all that is queued, it does."""
     if not torch.cuda.is_available():
