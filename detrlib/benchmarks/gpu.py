@@ -52,17 +52,17 @@ STAGES = (  # one after the other; parts of one run side by side
     (Part("kernels.machine", "Machine", 60),),
     (
         Part("kernels.check_rows", "Kernels of rows against plain PyTorch in float64 on the CPU", 90),
-        Part("kernels.check_fused", "Fused attention against the same", 90),
-        Part("kernels.check_fused_half", "Fused attention in half precision against the same", 90),
+        Part("kernels.check_fused", "Fused attention against the same", 100),
+        Part("kernels.check_fused_half", "Fused attention in half precision against the same", 100),
         Part("kernels.check_deformable", "Deformable attention against the same", 90),
     ),
-    (Part("training.time_steps", "Training steps, 4 images of 800 x 1066", 90),),
+    (Part("training.time_steps", "Training steps, 4 images of 800 x 1066", 85),),
     (Part("kernels.time_rows", "Transforms of scores", 45),),
     (Part("kernels.time_fused", "Attention", 60),),
     (Part("kernels.time_deformable", "Deformable attention", 30),),
     (Part("training.time_sparsity", "Price of sparse attention at all sites", 45),),
-    (Part("training.count_waits", "Waits in a training step", 30),),
-    (Part("training.largest_parts", "Images at a time that fit", 60),),
+    (Part("training.count_waits", "Waits in a training step", 25),),
+    (Part("training.largest_parts", "Images at a time that fit", 45),),
     (Part("training.time_compiled", "Compiled training steps", 180),),
 )
 
