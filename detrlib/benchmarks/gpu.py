@@ -3,7 +3,7 @@
 On a machine with a GPU, in a checkout, these two commands say it; the second writes gpu.md, a table for each part, and
 gpu.json into the folder:
 
-    python -m pytest -m gpu
+    python -m pytest -m gpu                (with pytest-xdist and -n 8, kernels are compiled side by side)
     python -m detrlib benchmark gpu --out build/benchmarks
 
 They need PyTorch 2.11 or newer with Triton, torchvision, transformers, accelerate, pandas, pyarrow, scipy, matplotlib,
@@ -52,16 +52,16 @@ STAGES = (  # one after the other; parts of one run side by side
     (Part("kernels.machine", "Machine", 60),),
     (
         Part("kernels.check_rows", "Kernels of rows against plain PyTorch in float64 on the CPU", 90),
-        Part("kernels.check_fused", "Fused attention against the same", 90),
-        Part("kernels.check_fused_half", "Fused attention in half precision against the same", 90),
+        Part("kernels.check_fused", "Fused attention against the same", 100),
+        Part("kernels.check_fused_half", "Fused attention in half precision against the same", 100),
         Part("kernels.check_deformable", "Deformable attention against the same", 90),
     ),
-    (Part("training.time_steps", "Training steps, 4 images of 800 x 1066", 75),),
+    (Part("training.time_steps", "Training steps, 4 images of 800 x 1066", 85),),
     (Part("kernels.time_rows", "Transforms of scores", 45),),
     (Part("kernels.time_fused", "Attention", 60),),
     (Part("kernels.time_deformable", "Deformable attention", 30),),
     (Part("training.time_sparsity", "Price of sparse attention at all sites", 45),),
-    (Part("training.count_waits", "Waits in a training step", 30),),
+    (Part("training.count_waits", "Waits in a training step", 25),),
     (Part("training.largest_parts", "Images at a time that fit", 45),),
     (Part("training.time_compiled", "Compiled training steps", 180),),
 )

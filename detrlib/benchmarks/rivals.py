@@ -61,10 +61,15 @@ def others(name: str, alpha: float, alphas: Tensor) -> list[Candidate]:
     if name != "tvmax" and "entmax" not in missing:
         candidates.append(_of_entmax_library(name, alpha, alphas))
     if number and "adasplash" not in missing:
-        import adasplash
-
-        candidates.append(Candidate(name, "adasplash", lambda scores: adasplash.triton_entmax(scores, alpha=number)))
+        candidates.append(Candidate(name, "adasplash", lambda scores: _adasplash().triton_entmax(scores, alpha=number)))
     return candidates
+
+
+def _adasplash():
+    """Imported where it is measured, since one that does not fit this Triton should cost its own rows alone."""
+    import adasplash
+
+    return adasplash
 
 
 def _of_entmax_library(name: str, alpha: float, alphas: Tensor) -> Candidate:
@@ -85,9 +90,7 @@ def attention_rivals(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[st
     """Transform, source and computation of other implementations of sparse attention, for [B,H,Q,D] and [B,H,K,D]."""
     if "adasplash" in left_out(query.device.type) or query.shape != key.shape:  # it is self-attention
         return []
-    import adasplash
-
-    return [("entmax15", "adasplash", lambda: adasplash.adasplash(query, key, value, alpha=1.5, is_causal=False))]
+    return [("entmax15", "adasplash", lambda: _adasplash().adasplash(query, key, value, alpha=1.5, is_causal=False))]
 
 
 def by_grid_sample(values: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:

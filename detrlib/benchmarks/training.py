@@ -248,7 +248,10 @@ def place(warning: warnings.WarningMessage) -> str:
 
 
 def count_waits(device: str) -> Iterator[dict]:
-    """How often a training step waits for the GPU: once, for the costs that are matched, is as it should be."""
+    """How often a training step waits for all that a GPU has to do: never is as it should be.
+
+    The matcher waits for its costs alone, by an event, which torch does not count.
+    """
     for name in MODELS:
         case = {"model": name}
         try:

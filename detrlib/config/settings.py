@@ -146,7 +146,7 @@ class Train(Section):
     lr_drop: int = Field(200, ge=1)  # epochs until the step
     warmup_steps: int = Field(0, ge=0)
     clip_norm: float = Field(0.1, ge=0.0)  # 0: no clipping
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"  # on a GPU float32 of convolutions is TF32, PyTorch's default
     ema: float = Field(0.0, ge=0.0, lt=1.0)  # decay of an exponential moving average of the weights; 0: none
     seed: int = Field(42, ge=0, lt=2**31)
     log_every: int = Field(50, ge=1)  # iterations

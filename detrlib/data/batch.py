@@ -61,10 +61,16 @@ class Batch(NamedTuple):
             pixels, mask = self.pixels[rows], None if self.padding_mask is None else self.padding_mask[rows]
             if mask is not None and not keep_padding:
                 height, width = (int((~edge).sum(1).max()) for edge in (mask[:, :, 0], mask[:, 0]))
-                pixels, mask = pixels[:, :, :height, :width], mask[:, :height, :width]
+                pixels, mask = _whole(pixels[:, :, :height, :width]), _whole(mask[:, :height, :width])
                 mask = mask if mask.any() else None
             parts.append(Batch(pixels, mask, self.targets[rows]))
         return parts
+
+
+def _whole(part: Tensor) -> Tensor:
+    """Images cut out of pinned memory, as one piece of it: many would be sent by way of memory that is not pinned."""
+    scattered = part.stride(0) != part[0].numel()
+    return torch.empty_like(part, pin_memory=True).copy_(part) if scattered and part.is_pinned() else part
 
 
 def collate(samples: list[tuple[Tensor, dict]]) -> Batch:

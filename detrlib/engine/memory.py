@@ -131,8 +131,8 @@ class Passes:
         mask[0, -1] = True  # layers keep masks where there is padding
         boxes = torch.rand(images, self.objects, 4) / 2 + 0.25
         targets = [{"labels": torch.zeros(self.objects, dtype=torch.long), "boxes": own} for own in boxes]
-        pixels = torch.randint(256, (images, 3, *size), dtype=torch.uint8)
-        return Batch(pixels, mask, targets)
+        pixels = torch.randint(256, (3, *size), dtype=torch.uint8)  # drawing as many as a GPU holds would take seconds
+        return Batch(pixels.expand(images, -1, -1, -1), mask, targets)
 
 
 def estimate(
@@ -303,7 +303,7 @@ def free_memory(device: torch.device) -> int:
 
 def _limit(device: torch.device) -> int:
     """Bytes of a GPU that PyTorch may take at all: fewer than it has after `set_per_process_memory_fraction`."""
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    share = torch.cuda.get_per_process_memory_fraction(device.index)  # takes no device without a number
     return int(share * torch.cuda.get_device_properties(device).total_memory)
 
 

@@ -96,8 +96,8 @@ class TrainingState:
         (`AveragedModel` of torch keeps its count in a tensor, for which a GPU is waited for at every step.)
         """
         own, weights = list(self.average.parameters()), list(self.trained.parameters())
-        for mine, theirs in zip(self.average.buffers(), self.trained.buffers(), strict=True):
-            mine.copy_(theirs)
+        if buffers := list(self.average.buffers()):  # hundreds of frozen statistics
+            torch._foreach_copy_(buffers, list(self.trained.buffers()))
         if self.averaged_steps:
             self.move_average(own, weights, self.averaged_steps)
         else:

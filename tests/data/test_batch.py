@@ -44,6 +44,18 @@ def test_parts_of_a_batch_lose_the_padding_that_they_do_not_need():
     assert batch.split(5) == batch.split(9) == [batch]
 
 
+@pytest.mark.gpu
+def test_parts_of_a_pinned_batch_are_sent_without_a_detour():
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((4, 6), (3, 5), (5, 4), (2, 7))]
+    batch = collate([(image, {}) for image in images])
+    pinned = batch._replace(pixels=batch.pixels.pin_memory(), padding_mask=batch.padding_mask.pin_memory())
+    for part, same in zip(pinned.split(2), batch.split(2), strict=True):
+        assert part.pixels.is_pinned() and part.pixels.is_contiguous(memory_format=torch.channels_last)
+        assert part.padding_mask.is_pinned() and part.padding_mask.is_contiguous()
+        sent = part.to("cuda")
+        assert torch.equal(sent.pixels.cpu(), same.pixels) and torch.equal(sent.padding_mask.cpu(), same.padding_mask)
+
+
 def collate_again(batch, sizes, rows):
     """These images of a batch, put into one of their own."""
     samples = zip(batch.pixels[rows], sizes[rows], batch.targets[rows], strict=True)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,12 +175,25 @@ def test_a_gpu_is_tried_and_its_memory_told(tmp_path, gpu, plan):
     assert asked.images(tmp_path) == 8
     assert json.loads((tmp_path / "micro_batch.json").read_text())["device"] == torch.cuda.get_device_name(gpu)
     assert "are free" in asked.line(8)
+    torch.cuda.empty_cache()  # of which eight small images would take what they need
     torch.cuda.set_per_process_memory_fraction(1e-5)
     try:
         with pytest.raises(ConfigError, match="micro_batch"):
             asked.images(tmp_path / "full")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_the_share_of_a_gpu_is_asked_for_by_its_number(monkeypatch):
+    """Accelerate calls the only one cuda, without a number, of which torch would tell nothing."""
+
+    def share(number):
+        assert number is None or isinstance(number, int)
+        return 0.25
+
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", share)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
+    assert memory._limit(torch.device("cuda")) == memory._limit(torch.device("cuda:1")) == 250
 
 
 def test_the_whole_batch_without_a_gpu_and_no_more_than_there_is(tmp_path, plan):

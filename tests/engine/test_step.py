@@ -151,7 +151,7 @@ def test_forward_and_loss_ask_for_no_number(settings, batch, small, monkeypatch)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("settings", NO_WAIT.values(), ids=NO_WAIT)
+@pytest.mark.parametrize("settings", [FAMILIES["softmax"], *NO_WAIT.values()], ids=["entmax", *NO_WAIT])
 def test_a_step_on_a_gpu_waits_for_nothing_but_matching(settings, batch, small, monkeypatch):
     """The matcher waits for an event of its own, which torch does not count; a wait for all that is queued, it does."""
     if not torch.cuda.is_available():
@@ -161,7 +161,7 @@ def test_a_step_on_a_gpu_waits_for_nothing_but_matching(settings, batch, small, 
     AcceleratorState._reset_state()
     try:
         accelerator, pending, pinned = Accelerator(), Pending(), batch.to("cpu")
-        pinned = type(batch)(batch.images.pin_memory(), batch.padding_mask.pin_memory(), pinned.targets)
+        pinned = type(batch)(batch.pixels.pin_memory(), batch.padding_mask.pin_memory(), pinned.targets)
         for target in pinned.targets:
             target |= {name: value.pin_memory() for name, value in target.items()}
         model = small(**settings).train().cuda()
@@ -174,9 +174,9 @@ def test_a_step_on_a_gpu_waits_for_nothing_but_matching(settings, batch, small, 
         pending.read()
         assert all(term["loss"].isfinite() for term in terms)
         before = copy.deepcopy(model.state_dict())
-        images = pinned.images.clone()
-        images[0] = torch.nan
-        train_step(model, [pinned._replace(images=images)], *given[2:], clip_norm=0.1, pending=pending)
+        pixels = pinned.pixels.clone()
+        pixels[0] = torch.nan
+        train_step(model, [pinned._replace(pixels=pixels)], *given[2:], clip_norm=0.1, pending=pending)
         with pytest.raises(NonFiniteLoss, match="loss is nan"):
             train_step(*given, clip_norm=0.1, pending=pending)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
