@@ -409,7 +409,11 @@ def benchmark(
     out: Annotated[Path, Option(help="folder of the tables and the numbers")] = Path("build/benchmarks"),
 ) -> None:
     """Measure speed and memory of this machine, beside other implementations."""
-    program(what)(out)
+    from detrlib.figures.album import check_folder
+
+    main = program(what)
+    check_folder(out)
+    main(out)
 
 
 @app.command()
