@@ -48,6 +48,7 @@ from detrlib.files import write_atomic, write_json
 SECONDS = 2  # between two looks at the runs where a bar is shown
 LINES = {False: 15, True: 60}  # seconds between two lines elsewhere, before and after the time left is known
 GRACE = 5  # seconds; a terminal interrupts children too, and twice would be in the midst of their leaving in order
+PATIENCE = 30  # seconds that an interrupted run has for leaving in order, before it is interrupted again
 
 
 @dataclass
@@ -243,10 +244,12 @@ def _work_off(jobs: list[Job], slots: int) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             interrupted.set()
             wait({future for future in left if not future.cancelled()}, GRACE)
-            with starting:
-                for job in jobs:
-                    if process := job.process:
-                        process.send_signal(signal.SIGINT)
+            for _ in range(2):  # a process that is just beginning may miss a signal
+                with starting:
+                    for job in jobs:
+                        if process := job.process:
+                            process.send_signal(signal.SIGINT)
+                wait({future for future in left if not future.cancelled()}, PATIENCE)
             raise
 
 
