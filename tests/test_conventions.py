@@ -40,7 +40,7 @@ CEILINGS = {
     "models": 3000,
     "losses": 380,
     "checkpoints": 1390,
-    "data": 3500,
+    "data": 3530,
     "metrics": 1990,
     "runs": 1650,
     "engine": 2780,
