@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from detrlib.benchmarks import program, programs
+from detrlib.benchmarks import programs, run_program
 from detrlib.errors import ConfigError, DataError, DetrlibError, listed, show_messages
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
@@ -409,7 +409,7 @@ def benchmark(
     out: Annotated[Path, Option(help="folder of the tables and the numbers")] = Path("build/benchmarks"),
 ) -> None:
     """Measure speed and memory of this machine, beside other implementations."""
-    program(what)(out)
+    run_program(what, out)
 
 
 @app.command()

@@ -438,6 +438,7 @@ def test_a_benchmark_is_a_file_with_a_function_main(tmp_path, monkeypatch):
     assert benchmarks.programs() == ["sums"]
     detrlib("benchmark", "sums", "--out", tmp_path)
     assert (tmp_path / "sums.json").read_text() == "2"
+    assert "a file" in refused("benchmark", "sums", "--out", tmp_path / "sums.json")
 
 
 def test_every_command_has_a_line_of_help():

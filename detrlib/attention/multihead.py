@@ -81,7 +81,7 @@ def attend(
     row = max(1, query.shape[0] * query.shape[1] * key.shape[2])  # scores of one query in every image and head
     few = row * query.shape[2] <= MOST_SCORES
     if isinstance(transform, Softmax) and not transform.padding_adds_one:
-        if dropout and few and drawn_by_bits(query):
+        if 0 < dropout < 1 and few and drawn_by_bits(query):
             return _mix_softmax(query, key, value, padding, dropout), None
         keep = None if padding is None else ~padding[:, None, None, :]  # [B,1,1,K]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None

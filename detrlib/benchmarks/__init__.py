@@ -5,7 +5,6 @@ writes what it measured into the folder `out`.
 """
 
 import re
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -18,12 +17,16 @@ def programs() -> list[str]:
     return sorted(path.stem for path in files if re.search(r"^def main\(out", path.read_text(), re.MULTILINE))
 
 
-def program(name: str) -> Callable[[Path], None]:
-    """The function `main` of a module here.
+def run_program(name: str, out: Path) -> None:
+    """Run a program, which writes into the folder `out`.
 
     Raises:
         ConfigError: there is no such program.
+        RunError: `out` cannot be a folder; nothing has been measured yet.
     """
+    from detrlib.figures.album import check_folder  # not imported to name the programs
+
     if name not in programs():
         raise ConfigError(f"benchmark {name}: there is none of that name; there are {listed(programs())}")
-    return import_module(f"{__name__}.{name}").main
+    check_folder(out)
+    import_module(f"{__name__}.{name}").main(out)

@@ -84,9 +84,7 @@ class Data(Section):
     @model_validator(mode="after")
     def _cache_is_in_one_process(self):
         if self.cache and self.workers not in (0, "auto"):
-            raise ValueError(
-                "data.cache works without workers only, which forget it every epoch: set data.workers to 0"
-            )
+            raise ValueError("data.cache works without workers only, or each would fill its own: set data.workers to 0")
         return self
 
 

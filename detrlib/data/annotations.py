@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
@@ -19,7 +19,7 @@ from detrlib.errors import DataError
 
 Text = Annotated[str, Field(min_length=1)]
 Flag = Annotated[bool, AfterValidator(int)]  # 0, 1, false and their spellings as text
-Id = Annotated[int, Field(ge=0, lt=2**63)]  # tensors and tables hold no more
+Id = Pixels = Annotated[int, Field(ge=0, lt=2**63)]  # tensors and tables hold no more
 
 KEEP_THE_REST = ConfigDict(extra="allow", coerce_numbers_to_str=True)
 DROP_THE_REST = ConfigDict(extra="ignore", coerce_numbers_to_str=True)
@@ -31,8 +31,8 @@ class ImageRecord(TypedDict):
 
     id: Id
     file_name: Text
-    width: NotRequired[NonNegativeInt | None]
-    height: NotRequired[NonNegativeInt | None]
+    width: NotRequired[Pixels | None]
+    height: NotRequired[Pixels | None]
 
 
 @with_config(DROP_THE_REST)

@@ -1,7 +1,12 @@
 """A batch of images of different sizes: padded to one size, with a mask that tells image from padding."""
 
+import logging
+import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detrlib.config import Data
-from detrlib.data.augment import normalised
+from detrlib.data.augment import LONGEST, PAPER_SIZE, normalised
 from detrlib.data.shapes import cores
 from detrlib.errors import ConfigError, DataError
 
 MOST_WORKERS = 8  # that are taken unasked: each decodes and augments some 200 photographs a second
+SHARED, AHEAD = Path("/dev/shm"), 3  # where batches of workers lie, and how many of each: two are prepared ahead
+log_once = cache(logging.getLogger(__name__).warning)
 
 
 class Batch(NamedTuple):
@@ -139,8 +146,8 @@ def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) ->
     """
     workers = settings.workers
     if workers == "auto":
-        beside = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1  # the process itself wants one
-        workers = 0 if settings.cache else min(max(beside, 0), MOST_WORKERS)
+        images = order["batch_sampler"].own_size if "batch_sampler" in order else order.get("batch_size", 1)
+        workers = 0 if settings.cache else _workers(images, settings.image_size)
     return DataLoader(
         dataset,
         collate_fn=pack,
@@ -150,6 +157,21 @@ def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) ->
         generator=torch.Generator(),  # or it would draw from that of the model, and when depends on the workers
         **order,
     )
+
+
+def _workers(images: int, image_size: int) -> int:
+    """How many processes prepare batches of so many images: as there are cores left, and room in shared memory.
+
+    One that finds it full never sends its batch, and who waits for that waits for ever; containers often have 64 MB.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(max(cores() // processes - 1, 0), MOST_WORKERS)  # the process itself wants one
+    batch = images * 4 * (image_size * LONGEST / PAPER_SIZE) ** 2  # bytes of pixels and mask, at most
+    room = shutil.disk_usage(SHARED).free / processes if SHARED.is_dir() else math.inf
+    if workers * AHEAD * batch > room:
+        workers = int(room / (AHEAD * batch))
+        log_once(f"data.workers: auto is {workers}, for which {SHARED} has room; give it more (docker run --shm-size)")
+    return workers
 
 
 def batches(loader: Iterable[Packed]) -> Iterator[Batch]:

@@ -163,11 +163,11 @@ def _reported(done: Iterable, total: int) -> Iterator:
 def _faults(dataset: CocoDataset, found: pd.DataFrame) -> dict[str, str]:
     """{file: why} of the pictures that cannot be used."""
     faults = {}
-    for index, row in enumerate(found.itertuples()):
+    for index, (file, row) in enumerate(zip(dataset.files, found.itertuples(), strict=True)):
         size = (row.height, row.width) if dataset.upright and row.orientation >= 5 else (row.width, row.height)
         why = row.fault or ("cut short" if row.truncated and not dataset.truncated else None)
         if why := why or dataset.size_fault(index, *size):
-            faults[str(dataset.files[index])] = why
+            faults[str(file)] = why
     return faults
 
 

@@ -37,9 +37,10 @@ def read_columns(annotations: Path) -> Columns:
     Raises:
         DataError: as `read_annotations`.
     """
-    if not annotations.is_file() or annotations.stat().st_size < LEAST:
+    # A list of Pascal VOC's (.txt) says where the annotations are, and stays as it is where they change.
+    if not annotations.is_file() or annotations.suffix == ".txt" or annotations.stat().st_size < LEAST:
         return _read(annotations)
-    with annotations.open("rb") as file:
+    with open_content(annotations) as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     index = cache_folder() / "annotations" / f"v{VERSION}-{digest}.pt"
     if (known := _load(index)) is not None:
@@ -83,14 +84,14 @@ def _state(columns: Columns) -> dict:
 
 def _load(index: Path) -> Columns | None:
     """What an index holds, mapped into memory; None: there is none, or it is damaged."""
-    if not index.exists():
-        return None
     try:
         if damaged := zipfile.ZipFile(index).testzip():
             raise zipfile.BadZipFile(f"{damaged} has changed")
         state = torch.load(index, map_location="cpu", mmap=True, weights_only=True)
         images = state["images"] | {"names": Names(**state["images"]["names"])}
         return Columns(ImageColumns(**images), BoxColumns(**state["boxes"]), from_json(state["rest"]))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except Exception as error:  # torch has many for a file that is none of its own
         logger.warning("%s is damaged and is made anew (%s)", index, error)
         return None

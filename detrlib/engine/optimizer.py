@@ -52,8 +52,14 @@ def parameter_groups(model: nn.Module, cfg: Train) -> list[dict]:
 def build_optimizer(model: nn.Module, cfg: Train) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) for the `parameter_groups` of a model, in one pass over memory."""
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg), weight_decay=cfg.weight_decay, fused=True)
+    optimizer.register_load_state_dict_pre_hook(_in_one_pass)
     optimizer.register_load_state_dict_post_hook(_like_parameters)
     return optimizer
+
+
+def _in_one_pass(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    """What is to be loaded, for an optimiser that stays fused: that of an earlier version was not, and says so."""
+    return state | {"param_groups": [group | {"fused": True} for group in state["param_groups"]]}
 
 
 def _like_parameters(optimizer: torch.optim.Optimizer) -> None:

@@ -83,8 +83,8 @@ class Job:
 
     @cached_property
     def _steps(self) -> int:
-        images = len(build_dataset(self.cfg.data, "train"))
-        return self.cfg.train.epochs * max(1, images // self.cfg.train.batch_size)
+        settings, images = self.cfg.train, len(build_dataset(self.cfg.data, "train"))
+        return settings.epochs * (settings.epoch_updates or max(1, images // settings.batch_size))
 
 
 class Sweep(NamedTuple):
@@ -218,13 +218,15 @@ def _work_off(jobs: list[Job], slots: int) -> None:
 
     def work(job: Job) -> None:
         slot = free.get()
-        with starting:
-            if interrupted.is_set():
-                return
-            _start(job, slot, slots)
-        job.failed = job.process.wait() != 0
-        job.course.ended, job.course.over, job.process = time.monotonic(), True, None
-        free.put(slot)
+        try:
+            with starting:
+                if interrupted.is_set():
+                    return
+                _start(job, slot, slots)
+            job.failed = job.process.wait() != 0
+            job.course.ended, job.course.over, job.process = time.monotonic(), True, None
+        finally:
+            free.put(slot)  # also where it could not be started: the next one waits for it
 
     for job in jobs:
         job.course.over = job.finished

@@ -32,6 +32,7 @@ def test_nothing_all_and_evaluation():
     x = torch.randn(5)
     assert torch.equal(dropout(x, 0.0), x)
     assert not dropout(x, 1.0).any()
+    assert torch.equal(attend(*torch.randn(3, 1, 2, 5, 4), Softmax(), dropout=1.0)[0], torch.zeros(1, 2, 5, 4))
     assert torch.equal(Dropout(0.5).eval()(x), x)
 
 

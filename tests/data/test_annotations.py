@@ -163,6 +163,7 @@ def test_a_file_that_is_not_coco_is_refused(write, text, words):
         ("images", {"id": "one"}, ("images[1].id: ", "'one'")),
         ("images", {"id": -1}, ("images[1].id: ", "-1")),
         ("images", {"id": 2**63}, ("images[1].id: ", str(2**63))),
+        ("images", {"width": 2**63}, ("images[1].width: ", str(2**63))),
         ("images", {"id": 1}, ("images[1].id: 1", "twice")),
         ("images", {"id": 2, "file_name": ""}, ("images[1].file_name: ", "id 2")),
         ("images", {"id": 2, "width": "wide"}, ("images[1].width: ", "'wide'", "id 2")),

@@ -2,10 +2,12 @@
 
 import itertools
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from detrlib.data import batch as batch_module
 from detrlib.data import build_dataset
 from detrlib.data.batch import EpochSampler, batches, collate, open_loader, pack, unpack
 from detrlib.errors import ConfigError, DataError
@@ -198,6 +200,20 @@ def images_of(batch):
     """The pixels of each image without padding."""
     sizes = [target["size"].tolist() for target in batch.targets]
     return [image[:, :height, :width] for image, (height, width) in zip(batch.pixels, sizes, strict=True)]
+
+
+def test_workers_are_no_more_than_shared_memory_has_room_for(tiny_config, monkeypatch, tmp_path, caplog):
+    """In containers it is small, and a worker that finds it full is waited for."""
+    monkeypatch.setattr(batch_module, "cores", lambda: 16)
+    monkeypatch.setattr(batch_module, "SHARED", tmp_path)
+
+    def workers(free, images):
+        monkeypatch.setattr(batch_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        settings = tiny_config({"data.workers": "auto", "data.image_size": 800}).data
+        return open_loader(Torn(), settings, pinned=False, batch_size=images).num_workers
+
+    assert workers(2**26, 16) == 0 and str(tmp_path) in caplog.text
+    assert workers(2**26, 1) == 3 and workers(2**34, 16) == 8
 
 
 def test_workers_are_as_many_as_the_cores_that_are_left(tiny_config, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -87,6 +88,34 @@ def test_without_a_cache_it_works_and_says_so_once(cache, reads, write, caplog):
     path = write()
     assert read_columns(path).content() == FILE
     assert len(caplog.records) == 1 and str(path) in caplog.text
+
+
+def test_files_that_are_not_ones_own_are_a_line(cache, write, caplog, monkeypatch):
+    """The cache of another user, and then annotations of his."""
+    path, opened = write(), Path.open
+
+    def refuse(part):
+        def not_yours(self, *options, **named):
+            if part in self.parts:
+                raise PermissionError(13, "Permission denied")
+            return opened(self, *options, **named)
+
+        return not_yours
+
+    monkeypatch.setattr(index.zipfile, "ZipFile", lambda path: refuse(path.name)(path))
+    monkeypatch.setattr(Path, "open", refuse(cache.name))
+    assert read_columns(path).content() == FILE and str(path) in caplog.text
+    monkeypatch.setattr(Path, "open", refuse(path.name))
+    with pytest.raises(DataError, match=r"a\.json: .*Permission denied"):
+        read_columns(path)
+
+
+def test_a_list_of_pictures_says_nothing_of_their_annotations(cache, tmp_path, write_layout):
+    root = write_layout(tmp_path / "voc", "voc")
+    path, one = root / "ImageSets" / "Main" / "train.txt", root / "Annotations" / "train0.xml"
+    before = len(read_columns(path).boxes.ids)
+    one.write_text("<annotation></annotation>")
+    assert len(read_columns(path).boxes.ids) < before
 
 
 def test_a_faulty_file_is_named_each_time_and_leaves_nothing(cache, write):

@@ -1,5 +1,6 @@
 """Groups of parameters with rates of their own, and the schedules that the rates follow."""
 
+import copy
 import itertools
 
 import pytest
@@ -60,6 +61,23 @@ def test_an_update_does_not_depend_on_the_layout_of_a_checkpoint(settings, layou
             optimizer.load_state_dict(state)
         updated.append(filters.weight.detach())
     torch.testing.assert_close(*updated, rtol=0, atol=0)
+
+
+def test_a_run_of_an_earlier_version_goes_on_in_one_pass(settings):
+    torch.manual_seed(0)
+    linear, gradients = torch.nn.Linear(4, 3), torch.randn(2, 3, 4)
+    before = torch.optim.AdamW([{"params": [linear.weight], "name": "rest"}], lr=0.1, weight_decay=0.2)
+    linear.weight.grad = gradients[0]
+    before.step()
+    linear.bias = None
+    copied = copy.deepcopy(linear)
+    after = build_optimizer(copied, settings())
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert after.param_groups[0]["fused"] and after.param_groups[0]["lr"] == 0.1
+    linear.weight.grad, copied.weight.grad = gradients[1], gradients[1].clone()
+    before.step()
+    after.step()
+    torch.testing.assert_close(copied.weight, linear.weight)
 
 
 def test_the_rate_of_alpha_can_be_set_to_anything_even_zero(model_of, settings):

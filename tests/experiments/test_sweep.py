@@ -214,6 +214,22 @@ def test_training_that_is_done_is_not_asked_for_again(tmp_path):
     assert sweep._asked(job, 3) == evaluated
 
 
+def test_updates_of_an_epoch_may_be_given(tmp_path, tiny_config):
+    cfg = tiny_config({"train.epochs": 3, "train.epoch_updates": 7})
+    assert sweep.Job(tmp_path, cfg, {})._steps == 21
+
+
+def test_a_run_that_cannot_be_started_ends_the_sweep(sweep_file, stand_ins, tmp_path, monkeypatch):
+    """Those that wait for its place end with it."""
+
+    def full(path, content):
+        raise RunError(f"could not write {path}")
+
+    monkeypatch.setattr(sweep, "write_json", full)
+    with pytest.raises(RunError, match=r"one|two|three"):
+        sweep.sweep(sweep_file(), tmp_path / "many", parallel=1)
+
+
 def test_the_time_left_is_said_for_the_whole_sweep(tmp_path, capsys, monkeypatch):
     """One of two runs, one at a time, has done half of its steps, a quarter of them in 50 seconds."""
     jobs = [sweep.Job(tmp_path / name, load_config(), {}) for name in ("one", "two")]
