@@ -61,11 +61,83 @@ class Whole:
         return rows
 
 
+def newton_step(
+    z: Tensor, s: Tensor, c: Number, power: Number, rows: Packed | type[Whole], buffer: Tensor | None = None
+) -> Tensor:
+    """How far a Newton's step goes from s: f / -f' of the excess f = S^(1/c) - 1, where -f' = W S^(1/c - 1).
+
+    S is the sum of u^c and W that of u^(c-1), with u = (1 + z - s)_+ of each key. Powers that are no products are taken
+    through logarithms: power = (c - 1) log2 e of each key, and exp2, which, unlike exp, does not slow down where it
+    underflows.
+    """
+    if _real(c):
+        u = _less(z, s, rows, buffer)  # u - 1
+        lower = u.log1p().mul_(power).exp2_()  # u^(c-1)
+        w, total = rows.sum(lower), rows.sum(lower.mul_(u.add_(1)))
+    elif c == 2:
+        u = _above(z, s, rows, buffer)
+        w, total = rows.sum(u), rows.sum(u.square_())
+    else:
+        u = _above(z, s, rows, buffer)
+        total = rows.sum(u)
+        return (total - 1) / rows.sum(u.sign_())
+    return -total * torch.expm1(total.log() / -c) / w
+
+
+def _root(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole], most: int, ends: bool = True) -> Tensor:
+    """The root s, approached from `s` on its left. Without `ends` the steps are as many as they may be."""
+    # The error of a quadratically convergent method is about the square of its last step. Below c = 2 the curvature has
+    # no bound, and steps shrink to rounding before it is safe to stop.
+    resolution = torch.finfo(z.dtype).eps
+    safe, bold = 4 * resolution, 0.1 * resolution**0.5
+    tolerance = torch.where(c < 2, safe, bold) if isinstance(c, Tensor) else safe if c < 2 else bold
+    power = rows.spread(c - 1) * LOG2_E
+    buffer = torch.empty_like(z) if ends else None  # graphs know of none
+    for done in range(1, most + 1):
+        step = newton_step(z, s, c, power, rows, buffer)
+        s = s + step
+        if not ends:
+            continue
+        unfinished = c * step > tolerance
+        left = int(unfinished.sum())
+        if not left:
+            break
+        if rows is Whole and 2 * left < len(z):  # the others need not wait
+            some = unfinished.view(-1).nonzero().view(-1)
+            return s.index_copy_(0, some, _root(*(_take(t, some) for t in (z, s, c)), rows, most - done))
+    return s
+
+
+def _weights(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole], out: Tensor | None = None) -> Tensor:
+    """(1 + z - s)_+ ^ c, and what rounding has left is put right: rows sum to one."""
+    if _real(c):
+        weights = _less(z, s, rows, out).log1p_().mul_(rows.spread(c) * LOG2_E).exp2_()
+    else:
+        weights = _above(z, s, rows, out)
+        weights = weights if c == 1 else weights.square_()
+    return weights.div_(rows.spread(rows.sum(weights)))
+
+
+def _real(c: Number) -> bool:
+    """Whether a power is to be taken through logarithms, and not by products."""
+    return isinstance(c, Tensor) or c not in (1, 2)
+
+
+def _less(z: Tensor, s: Tensor, rows: Packed | type[Whole], out: Tensor | None) -> Tensor:
+    """u - 1 for u = (1 + z - s)_+: exact for c of any size."""
+    return torch.sub(z, rows.spread(s), out=out).clamp_(min=-1)
+
+
+def _above(z: Tensor, s: Tensor, rows: Packed | type[Whole], out: Tensor | None) -> Tensor:
+    """u = (1 + z - s)_+."""
+    return torch.sub(z, rows.spread(s - 1), out=out).clamp_(min=0)
+
+
 def in_fixed_steps(x: Tensor, alpha: Number) -> Tensor:
     """entmax of x [...,K], for a device that should not be waited for, and for graphs: alpha a number or [...,1]."""
     c = 1 / (alpha - 1)
     z, s = (x - x.amax(-1, keepdim=True)) * (alpha - 1), torch.zeros_like(x[..., :1])
-    return _weights(z, _newton(z, s, c, Whole, FIXED_STEPS[x.dtype], ends=False), c, Whole)
+    return _weights(z, _root(z, s, c, Whole, FIXED_STEPS[x.dtype], ends=False), c, Whole)
 
 
 def solve(x: Tensor, alpha: Number) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,18 +166,18 @@ def _solve(x: Tensor, alpha: Number, out: Tensor) -> tuple[Tensor, Tensor]:
         columns = _columns(x)
         top = columns.amax(-1, keepdim=True)
         columns.sub_(top).mul_(beyond)
-        s = _newton(columns, s, c, Whole, COARSE_STEPS, ends=False)
+        s = _root(columns, s, c, Whole, COARSE_STEPS, ends=False)
         if not _short(x, alpha):
             index, counts, z = _few(x, columns > s - 1, top, beyond, s - 1, _most(alpha))
     if len(index):
         rows, keys = _packed(counts)
         start, power = (_flat(_take(t, rows)) for t in (s, c))
-        weights = _weights(z, _newton(z, start, power, keys, MOST_STEPS), power, keys, z)
+        weights = _weights(z, _root(z, start, power, keys, MOST_STEPS), power, keys, z)
         out.zero_().view(-1).index_copy_(0, index, weights)
     for rows in _others(counts, x.shape[1]):
         power, place = _take(c, rows), _place(out, rows)
         z = torch.sub(_take(x, rows), _take(top, rows), out=place).mul_(_take(beyond, rows))
-        weights = _weights(z, _newton(z, _take(s, rows), power, Whole, MOST_STEPS), power, Whole, z)
+        weights = _weights(z, _root(z, _take(s, rows), power, Whole, MOST_STEPS), power, Whole, z)
         if place is None:
             out.index_copy_(0, rows, weights)
     return index, counts
@@ -203,65 +275,6 @@ def _few(
     which = (z > floor.index_select(0, row)).view(-1).nonzero().view(-1)
     counts = torch.bincount(row.index_select(0, which // segments), minlength=len(x))
     return position.view(-1).index_select(0, which), counts, z.view(-1).index_select(0, which)
-
-
-def _weights(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole], out: Tensor | None = None) -> Tensor:
-    """(1 + z - s)_+ ^ c, and what rounding has left is put right: rows sum to one."""
-    if _real(c):
-        weights = _less(z, s, rows, out).log1p_().mul_(rows.spread(c) * LOG2_E).exp2_()
-    else:
-        weights = _above(z, s, rows, out)
-        weights = weights if c == 1 else weights.square_()
-    return weights.div_(rows.spread(rows.sum(weights)))
-
-
-def _real(c: Number) -> bool:
-    """Whether a power is to be taken through logarithms, and not by products."""
-    return isinstance(c, Tensor) or c not in (1, 2)
-
-
-def _less(z: Tensor, s: Tensor, rows: Packed | type[Whole], out: Tensor | None) -> Tensor:
-    """u - 1 for u = (1 + z - s)_+: exact for c of any size."""
-    return torch.sub(z, rows.spread(s), out=out).clamp_(min=-1)
-
-
-def _above(z: Tensor, s: Tensor, rows: Packed | type[Whole], out: Tensor | None) -> Tensor:
-    """u = (1 + z - s)_+."""
-    return torch.sub(z, rows.spread(s - 1), out=out).clamp_(min=0)
-
-
-def _newton(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole], most: int, ends: bool = True) -> Tensor:
-    """The root s, approached from `s` on its left. Without `ends` the steps are as many as they may be."""
-    # The error of a quadratically convergent method is about the square of its last step. Below c = 2 the curvature has
-    # no bound, and steps shrink to rounding before it is safe to stop.
-    resolution = torch.finfo(z.dtype).eps
-    safe, bold = 4 * resolution, 0.1 * resolution**0.5
-    tolerance = torch.where(c < 2, safe, bold) if isinstance(c, Tensor) else safe if c < 2 else bold
-    power = rows.spread(c - 1) * LOG2_E
-    buffer = torch.empty_like(z) if ends else None  # graphs know of none
-    for done in range(1, most + 1):
-        if _real(c):
-            u = _less(z, s, rows, buffer)
-            lower = u.log1p().mul_(power).exp2_()  # which, unlike exp, does not slow down where it underflows
-            slope, total = rows.sum(lower), rows.sum(lower.mul_(u.add_(1)))
-        else:
-            u = _above(z, s, rows, buffer)
-            first = rows.sum(u)
-            slope, total = (rows.sum(u.sign_()), first) if c == 1 else (first, rows.sum(u.square_()))
-        # Newton on S^(1/c) - 1, whose derivative is -W S^(1/c - 1): S is the sum of u^c (total), W of u^(c-1) (slope).
-        excess = total - 1 if not isinstance(c, Tensor) and c == 1 else -total * torch.expm1(total.log() / -c)
-        step = excess / slope
-        s = s + step
-        if not ends:
-            continue
-        unfinished = c * step > tolerance
-        left = int(unfinished.sum())
-        if not left:
-            break
-        if rows is Whole and 2 * left < len(z):  # the others need not wait
-            some = unfinished.view(-1).nonzero().view(-1)
-            return s.index_copy_(0, some, _newton(*(_take(t, some) for t in (z, s, c)), rows, most - done))
-    return s
 
 
 def differentiate(
