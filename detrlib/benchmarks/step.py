@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
-from detrlib.benchmarks.detectors import plain_step, transformers_step
+from detrlib.benchmarks.detectors import plain_step, transformers_model, transformers_step
 from detrlib.benchmarks.measure import compare, environment, profiled, threads
 from detrlib.benchmarks.synthetic import random_batch, training_step
 from detrlib.config import load_config
@@ -76,7 +76,7 @@ def steps_of(size: tuple[int, int]) -> dict[str, Callable[[], object]]:
     ours = training_step(load_config(None, MODEL), size, 2, padded=True)
     steps = {OURS: ours, "plain PyTorch": plain_step(batch)}
     try:
-        steps["transformers"] = transformers_step(batch)
+        steps["transformers"] = transformers_step(batch, transformers_model("detr", {}, {}))
     except ImportError:
         print("transformers: not installed, left out")
     return steps
