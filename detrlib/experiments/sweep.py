@@ -48,6 +48,7 @@ from detrlib.files import write_atomic, write_json
 SECONDS = 2  # between two looks at the runs where a bar is shown
 LINES = {False: 15, True: 60}  # seconds between two lines elsewhere, before and after the time left is known
 GRACE = 5  # seconds; a terminal interrupts children too, and twice would be in the midst of their leaving in order
+PATIENCE = 30  # seconds that an interrupted run has for leaving in order, before it is interrupted again
 
 
 @dataclass
@@ -161,9 +162,7 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
         logs = "; ".join(f"{log}: {_last_line(log)}" for log in failed)
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {logs}. Call again to retry them.")
     print("drawing figures and tables", flush=True)
-    names = {"run_names": [_within_project(job.folder) for job in jobs]}
-    _execute(folder, "attention_maps", names)
-    executed = _execute(folder, "thesis_figures", names | {"output": _within_project(folder / "figures")})
+    executed = _draw(folder, [_within_project(job.folder) for job in jobs])
     shrink_pictures(executed)
     table = folder / "figures" / "main_table.md"
     if table.exists():  # an edited notebook need not write it
@@ -171,8 +170,24 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
     return report_html(executed, report, f"{folder.name}: report")
 
 
-def _execute(folder: Path, name: str, parameters: dict[str, Any]) -> Path:
-    return execute_notebook(name, folder / find_notebook(name).name, parameters)
+def _draw(folder: Path, names: list[str]) -> Path:
+    """Execute the notebooks on maps and on figures side by side; the second, which is the report."""
+    write_json(folder / ASKED, {"attention_maps": {"run_names": names}})
+    log, report = folder / "log.txt", find_notebook("thesis_figures").name
+    with log.open("a") as output:
+        maps = subprocess.Popen(
+            [sys.executable, "-m", "detrlib", "sweep-run", str(folder)], cwd=PROJECT, stdout=output, stderr=output
+        )
+    try:
+        parameters = {"run_names": names, "output": _within_project(folder / "figures")}
+        executed = execute_notebook("thesis_figures", folder / report, parameters)
+        if maps.wait():
+            raise RunError(f"{log}: {_last_line(log)}. Call again to draw what is missing.")
+    finally:
+        if maps.poll() is None:
+            maps.send_signal(signal.SIGINT)
+            maps.wait()
+    return executed
 
 
 def _prepare(jobs: list[Job]) -> None:
@@ -227,10 +242,12 @@ def _work_off(jobs: list[Job], slots: int) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             interrupted.set()
             wait({future for future in left if not future.cancelled()}, GRACE)
-            with starting:
-                for job in jobs:
-                    if process := job.process:
-                        process.send_signal(signal.SIGINT)
+            for _ in range(2):  # a process that is just beginning may miss a signal
+                with starting:
+                    for job in jobs:
+                        if process := job.process:
+                            process.send_signal(signal.SIGINT)
+                wait({future for future in left if not future.cancelled()}, PATIENCE)
             raise
 
 

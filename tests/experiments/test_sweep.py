@@ -1,5 +1,7 @@
 """Sweeps: what a file asks for, runs side by side, and what is reported when one fails or all are interrupted."""
 
+import json
+import os
 import subprocess
 import sys
 import time
@@ -122,11 +124,9 @@ def test_a_failing_run_is_reported_with_its_log_and_the_others_finish(sweep_file
     capsys.readouterr()
     assert sweep.sweep(path, folder, parallel=2) == folder / "report.html"
     names = [str(folder / name) for name in read_sweep(path).configs]
-    assert stand_ins == [
-        "two",
-        ("attention_maps", {"run_names": names}),
-        ("thesis_figures", {"run_names": names, "output": str(folder / "figures")}),
-    ]
+    figures = ("thesis_figures", {"run_names": names, "output": str(folder / "figures")})
+    assert stand_ins == ["two", "many", figures]  # maps and figures side by side
+    assert json.loads((folder / "notebooks.json").read_text()) == {"attention_maps": {"run_names": names}}
     assert "one done  three done  two waiting" in capsys.readouterr().out
 
     stand_ins.clear()
@@ -140,7 +140,7 @@ def test_runs_of_earlier_versions_count_as_finished(sweep_file, stand_ins, tmp_p
         (tmp_path / "many" / name).mkdir(parents=True)
         (tmp_path / "many" / name / "06_evaluate.ipynb").write_text('{"metadata": {}, "cells": []}')
     sweep.sweep(sweep_file(), tmp_path / "many")
-    assert [name for name, _ in stand_ins] == ["attention_maps", "thesis_figures"]
+    assert stand_ins[0] == "many" and stand_ins[1][0] == "thesis_figures"
 
 
 def test_a_run_that_was_interrupted_and_evaluated_by_hand_is_not_done(tmp_path):
@@ -156,24 +156,24 @@ def test_threads_that_the_user_has_set_win(sweep_file, stand_ins, tmp_path, monk
     given, begin = [], sweep.subprocess.Popen
 
     def popen(command, **options):
-        given.append(options["env"]["OMP_NUM_THREADS"])
+        given.append(options.get("env", os.environ)["OMP_NUM_THREADS"])
         return begin(command, **options)
 
     monkeypatch.setattr(sweep.subprocess, "Popen", popen)
     monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     sweep.sweep(sweep_file(), tmp_path / "many", parallel=1)
-    assert given == ["7"] * 3
+    assert given == ["7"] * 4  # three runs, and the maps of all
 
 
 def test_no_more_runs_than_slots_work_at_a_time(sweep_file, stand_ins, tmp_path, monkeypatch):
     """Each has the GPUs, or the share of the cores, of its slot."""
     real, busy, seen = sweep.subprocess.Popen, [], []
 
-    def popen(command, *, env, **options):
+    def popen(command, **options):
         busy[:] = [child for child in busy if child.poll() is None]
-        busy.append(real(command, env=env, **options))
-        seen.append((len(busy), env["CUDA_VISIBLE_DEVICES"]))
+        busy.append(real(command, **options))
+        seen.append((len(busy), options.get("env", os.environ)["CUDA_VISIBLE_DEVICES"]))
         return busy[-1]
 
     monkeypatch.setattr(sweep.subprocess, "Popen", popen)
@@ -181,6 +181,8 @@ def test_no_more_runs_than_slots_work_at_a_time(sweep_file, stand_ins, tmp_path,
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     runs = {str(number): None for number in range(6)}
     sweep.sweep(sweep_file(runs=runs), tmp_path / "many", parallel=2)
+    *seen, (_, everything) = seen
+    assert everything == "4,5,6,7"  # when maps are drawn
     assert len(seen) == 6 and max(count for count, _ in seen) <= 2
     assert {gpus for _, gpus in seen} == {"4,6", "5,7"}
 
