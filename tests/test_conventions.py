@@ -29,7 +29,7 @@ ORDER = (
 RANK = {name: number for number, names in enumerate(ORDER) for name in names}
 FIGURES_MAY_IMPORT = {"boxes", "errors", "models.outputs", "metrics", "runs", "figures"}
 ATTENTION_MAY_IMPORT = {"torch", "triton"} | set(sys.stdlib_module_names)
-PRINTS = {"__main__", "engine.launch", "experiments.sweep", "benchmarks.step"}  # and what processes of theirs say
+PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processes of theirs say
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
@@ -37,7 +37,7 @@ CEILINGS = {
     "config": 1220,
     "attention": 1520,
     "attention/kernels": 1040,
-    "models": 3000,
+    "models": 3010,
     "losses": 380,
     "checkpoints": 1390,
     "data": 3530,

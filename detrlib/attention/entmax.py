@@ -70,15 +70,14 @@ class _Entmax(torch.autograd.Function):
 
 def _weights(scores: Tensor, alphas: Tensor | None, alpha: float) -> tuple[Tensor, ...]:
     """Weights, and on a CPU where they are: see `newton.solve`."""
-    rows, alphas = scores.reshape(-1, scores.shape[-1]).contiguous(), None if alphas is None else alphas.reshape(-1, 1)
+    x = scores.reshape(-1, scores.shape[-1]).contiguous()
+    rows = alpha if alphas is None else alphas.reshape(-1, 1)
     if (kernels := _kernels(scores, alphas, alpha)) is not None:
-        found = [kernels.entmax_rows(rows, alpha if alphas is None else alphas.view(-1))]
+        found = [kernels.entmax_rows(x, rows if alphas is None else rows.view(-1))]
+    elif x.is_cpu:
+        found = solve(x, rows)
     else:
-        found = (
-            solve(rows, alpha if alphas is None else alphas)
-            if rows.is_cpu
-            else [in_fixed_steps(rows, alpha if alphas is None else alphas)]
-        )
+        found = [in_fixed_steps(x, rows)]
     return found[0].view(scores.shape), *found[1:]
 
 

@@ -4,9 +4,9 @@ Legend: R rows, K keys. With z = (alpha - 1) (x - max x) and c = 1 / (alpha - 1)
 s >= 0 solves ||(1 + z - s)_+||_c = 1. As alpha -> 1 this becomes exp(x - max x - s / (alpha - 1)), a softmax.
 
 For c >= 1, that is alpha <= 2, the norm is convex and decreasing in s: Newton's steps from s = 0, where it is at least
-1, approach the root from the left and never overshoot. They are few: a step from slope g to slope g' leaves f' of the
-excess f = norm - 1 with f' / f + g' / g <= 1, so that f g falls to a quarter or less; g lies between 1 and K^(1/c), by
-Hoelder's inequality, f begins below K^(1/c), and the error of s is at most f.
+1, approach the root from the left and never overshoot. They are few: a step from an excess f0 = norm - 1 with slope -g0
+leads to f1 and -g1 with f1 / f0 + g1 / g0 <= 1, so that f g falls to a quarter or less; by Hoelder's inequality g lies
+between 1 and K^(1/c); f begins below K^(1/c), and the error of s is at most f.
 
 On a CPU few keys are worked on. Any s left of the root tells which have no weight: those with 1 + z <= s. And the root
 for some keys of a row lies left of the root for all. So a row is folded into columns of up to `SEGMENTS` keys, whose
@@ -61,11 +61,83 @@ class Whole:
         return rows
 
 
+def newton_step(
+    z: Tensor, s: Tensor, c: Number, power: Number, rows: Packed | type[Whole], buffer: Tensor | None = None
+) -> Tensor:
+    """How far a Newton's step goes from s: f / -f' of the excess f = S^(1/c) - 1, where -f' = W S^(1/c - 1).
+
+    S is the sum of u^c and W that of u^(c-1), with u = (1 + z - s)_+ of each key. Powers that are no products are taken
+    through logarithms: power = (c - 1) log2 e of each key, and exp2, which, unlike exp, does not slow down where it
+    underflows.
+    """
+    if not _by_products(c):
+        u = _less(z, s, rows, buffer)  # u - 1
+        lower = u.log1p().mul_(power).exp2_()  # u^(c-1)
+        w, total = rows.sum(lower), rows.sum(lower.mul_(u.add_(1)))
+    elif c == 2:
+        u = _above(z, s, rows, buffer)
+        w, total = rows.sum(u), rows.sum(u.square_())
+    else:
+        u = _above(z, s, rows, buffer)
+        total = rows.sum(u)
+        return (total - 1) / rows.sum(u.sign_())
+    return -total * torch.expm1(total.log() / -c) / w
+
+
+def _root(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole], most: int, ends: bool = True) -> Tensor:
+    """The root s, approached from `s` on its left. Without `ends` the steps are as many as they may be."""
+    # The error of a quadratically convergent method is about the square of its last step. Below c = 2 the curvature has
+    # no bound, and steps shrink to rounding before it is safe to stop.
+    resolution = torch.finfo(z.dtype).eps
+    safe, bold = 4 * resolution, 0.1 * resolution**0.5
+    tolerance = torch.where(c < 2, safe, bold) if isinstance(c, Tensor) else safe if c < 2 else bold
+    power = rows.spread(c - 1) * LOG2_E
+    buffer = torch.empty_like(z) if ends else None  # graphs know of none
+    for done in range(1, most + 1):
+        step = newton_step(z, s, c, power, rows, buffer)
+        s = s + step
+        if not ends:
+            continue
+        unfinished = c * step > tolerance
+        left = int(unfinished.sum())
+        if not left:
+            break
+        if rows is Whole and 2 * left < len(z):  # the others need not wait
+            some = unfinished.view(-1).nonzero().view(-1)
+            return s.index_copy_(0, some, _root(*(_take(t, some) for t in (z, s, c)), rows, most - done))
+    return s
+
+
+def _weights(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole], out: Tensor | None = None) -> Tensor:
+    """(1 + z - s)_+ ^ c, and what rounding has left is put right: rows sum to one."""
+    if _by_products(c):
+        weights = _above(z, s, rows, out)
+        weights = weights if c == 1 else weights.square_()
+    else:
+        weights = _less(z, s, rows, out).log1p_().mul_(rows.spread(c) * LOG2_E).exp2_()
+    return weights.div_(rows.spread(rows.sum(weights)))
+
+
+def _by_products(c: Number) -> bool:
+    """Whether powers are taken by products, for alpha = 1.5 and 2, and not through logarithms."""
+    return not isinstance(c, Tensor) and c in (1, 2)
+
+
+def _less(z: Tensor, s: Tensor, rows: Packed | type[Whole], out: Tensor | None) -> Tensor:
+    """u - 1 for u = (1 + z - s)_+: exact for c of any size."""
+    return torch.sub(z, rows.spread(s), out=out).clamp_(min=-1)
+
+
+def _above(z: Tensor, s: Tensor, rows: Packed | type[Whole], out: Tensor | None) -> Tensor:
+    """u = (1 + z - s)_+."""
+    return torch.sub(z, rows.spread(s - 1), out=out).clamp_(min=0)
+
+
 def in_fixed_steps(x: Tensor, alpha: Number) -> Tensor:
     """entmax of x [...,K], for a device that should not be waited for, and for graphs: alpha a number or [...,1]."""
     c = 1 / (alpha - 1)
     z, s = (x - x.amax(-1, keepdim=True)) * (alpha - 1), torch.zeros_like(x[..., :1])
-    return _weights(z, _newton(z, s, c, Whole, FIXED_STEPS[x.dtype], ends=False), c, Whole)
+    return _weights(z, _root(z, s, c, Whole, FIXED_STEPS[x.dtype], ends=False), c, Whole)
 
 
 def solve(x: Tensor, alpha: Number) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,29 +166,31 @@ def _solve(x: Tensor, alpha: Number, out: Tensor) -> tuple[Tensor, Tensor]:
         columns = _columns(x)
         top = columns.amax(-1, keepdim=True)
         columns.sub_(top).mul_(beyond)
-        s = _newton(columns, s, c, Whole, COARSE_STEPS, ends=False)
-        if not _short(x, alpha):
-            index, counts, z = _few(x, columns > s - 1, top, beyond, s - 1, _most(alpha))
+        s = _root(columns, s, c, Whole, COARSE_STEPS, ends=False)
+        shortest, most = _limits(c)
+        if x.shape[1] >= shortest:
+            index, counts, z = _few(x, columns > s - 1, top, beyond, s - 1, most)
     if len(index):
         rows, keys = _packed(counts)
-        start, power = (_flat(_take(t, rows)) for t in (s, c))
-        weights = _weights(z, _newton(z, start, power, keys, MOST_STEPS), power, keys, z)
+        own_s, own_c = (_flat(_take(t, rows)) for t in (s, c))
+        weights = _weights(z, _root(z, own_s, own_c, keys, MOST_STEPS), own_c, keys, z)
         out.zero_().view(-1).index_copy_(0, index, weights)
     for rows in _others(counts, x.shape[1]):
-        power, place = _take(c, rows), _place(out, rows)
-        z = torch.sub(_take(x, rows), _take(top, rows), out=place).mul_(_take(beyond, rows))
-        weights = _weights(z, _newton(z, _take(s, rows), power, Whole, MOST_STEPS), power, Whole, z)
-        if place is None:
+        own_c, buffer = _take(c, rows), _buffer(out, rows)
+        z = torch.sub(_take(x, rows), _take(top, rows), out=buffer).mul_(_take(beyond, rows))
+        weights = _weights(z, _root(z, _take(s, rows), own_c, Whole, MOST_STEPS), own_c, Whole, z)
+        if buffer is None:
             out.index_copy_(0, rows, weights)
     return index, counts
 
 
 def support(weights: Tensor, alpha: Number) -> tuple[Tensor, Tensor]:
     """What `solve` tells besides weights [R,K], found in them again."""
-    if _short(weights, alpha):
+    shortest, most = _limits(1 / (alpha - 1))
+    if weights.shape[1] < shortest:
         return torch.empty(0, dtype=torch.long), torch.zeros(len(weights), dtype=torch.long)
     none = torch.zeros_like(weights[:, :1])
-    return _few(weights, _columns(weights) > 0, none, 1.0, none, _most(alpha))[:2]
+    return _few(weights, _columns(weights) > 0, none, 1.0, none, most)[:2]
 
 
 def _packed(counts: Tensor) -> tuple[Tensor, Packed]:
@@ -141,8 +215,8 @@ def _take(known: Number, rows: Rows) -> Number:
     return known[rows] if isinstance(rows, slice) else known.index_select(0, rows)
 
 
-def _place(results: Tensor, rows: Rows) -> Tensor | None:
-    """Where results can be written to without a copy."""
+def _buffer(results: Tensor, rows: Rows) -> Tensor | None:
+    """Where results of such rows can be written without a copy; None: nowhere."""
     return results[rows] if isinstance(rows, slice) else None
 
 
@@ -151,18 +225,9 @@ def _flat(known: Number) -> Number:
     return known.view(-1) if isinstance(known, Tensor) else known
 
 
-def _short(rows: Tensor, alpha: Number) -> bool:
-    """Whether looking for few keys would take longer than to work on all of them."""
-    return rows.shape[1] < (SHORT_OF_PRODUCTS if _by_products(alpha) else SHORT)
-
-
-def _most(alpha: Number) -> float:
-    """The share of keys that are still few."""
-    return FEW_OF_PRODUCTS if _by_products(alpha) else FEW
-
-
-def _by_products(alpha: Number) -> bool:
-    return not isinstance(alpha, Tensor) and alpha in (1.5, 2)
+def _limits(c: Number) -> tuple[int, float]:
+    """The shortest rows in which few keys are looked for, and the share of them that is still few."""
+    return (SHORT_OF_PRODUCTS, FEW_OF_PRODUCTS) if _by_products(c) else (SHORT, FEW)
 
 
 def _segments(keys: int) -> tuple[int, int]:
@@ -205,65 +270,6 @@ def _few(
     return position.view(-1).index_select(0, which), counts, z.view(-1).index_select(0, which)
 
 
-def _weights(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole], out: Tensor | None = None) -> Tensor:
-    """(1 + z - s)_+ ^ c, and what rounding has left is put right: rows sum to one."""
-    if _real(c):
-        weights = _less(z, s, rows, out).log1p_().mul_(rows.spread(c) * LOG2_E).exp2_()
-    else:
-        weights = _above(z, s, rows, out)
-        weights = weights if c == 1 else weights.square_()
-    return weights.div_(rows.spread(rows.sum(weights)))
-
-
-def _real(c: Number) -> bool:
-    """Whether a power is to be taken through logarithms, and not by products."""
-    return isinstance(c, Tensor) or c not in (1, 2)
-
-
-def _less(z: Tensor, s: Tensor, rows: Packed | type[Whole], out: Tensor | None) -> Tensor:
-    """u - 1 for u = (1 + z - s)_+: exact for c of any size."""
-    return torch.sub(z, rows.spread(s), out=out).clamp_(min=-1)
-
-
-def _above(z: Tensor, s: Tensor, rows: Packed | type[Whole], out: Tensor | None) -> Tensor:
-    """u = (1 + z - s)_+."""
-    return torch.sub(z, rows.spread(s - 1), out=out).clamp_(min=0)
-
-
-def _newton(z: Tensor, s: Tensor, c: Number, rows: Packed | type[Whole], most: int, ends: bool = True) -> Tensor:
-    """The root s, approached from `s` on its left. Without `ends` the steps are as many as they may be."""
-    # The error of a quadratically convergent method is about the square of its last step. Below c = 2 the curvature has
-    # no bound, and steps shrink to rounding before it is safe to stop.
-    resolution = torch.finfo(z.dtype).eps
-    safe, bold = 4 * resolution, 0.1 * resolution**0.5
-    tolerance = torch.where(c < 2, safe, bold) if isinstance(c, Tensor) else safe if c < 2 else bold
-    power = rows.spread(c - 1) * LOG2_E
-    buffer = torch.empty_like(z) if ends else None  # graphs know of none
-    for done in range(1, most + 1):
-        if _real(c):
-            u = _less(z, s, rows, buffer)
-            lower = u.log1p().mul_(power).exp2_()  # which, unlike exp, does not slow down where it underflows
-            slope, total = rows.sum(lower), rows.sum(lower.mul_(u.add_(1)))
-        else:
-            u = _above(z, s, rows, buffer)
-            first = rows.sum(u)
-            slope, total = (rows.sum(u.sign_()), first) if c == 1 else (first, rows.sum(u.square_()))
-        # Newton on S^(1/c) - 1, whose derivative is -W S^(1/c - 1): S is the sum of u^c (total), W of u^(c-1) (slope).
-        excess = total - 1 if not isinstance(c, Tensor) and c == 1 else -total * torch.expm1(total.log() / -c)
-        step = excess / slope
-        s = s + step
-        if not ends:
-            continue
-        unfinished = c * step > tolerance
-        left = int(unfinished.sum())
-        if not left:
-            break
-        if rows is Whole and 2 * left < len(z):  # the others need not wait
-            some = unfinished.view(-1).nonzero().view(-1)
-            return s.index_copy_(0, some, _newton(*(_take(t, some) for t in (z, s, c)), rows, most - done))
-    return s
-
-
 def differentiate(
     weights: Tensor, gradient: Tensor, alpha: Number, need_alpha: bool, index: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor | None]:
@@ -278,10 +284,10 @@ def differentiate(
         if need_alpha:
             to_alpha.view(-1).index_copy_(0, rows, found[1])
     for rows in _others(counts, weights.shape[1]):
-        place = _place(to_scores, rows)
+        buffer = _buffer(to_scores, rows)
         p, g = _take(weights, rows), _take(gradient, rows)
-        found = differentiate_rows(p, g, _take(alpha, rows), need_alpha, out=place)
-        if place is None:
+        found = differentiate_rows(p, g, _take(alpha, rows), need_alpha, out=buffer)
+        if buffer is None:
             to_scores.index_copy_(0, rows, found[0])
         if need_alpha:
             to_alpha[rows] = found[1]

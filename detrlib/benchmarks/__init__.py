@@ -1,5 +1,11 @@
 """Speed, memory and accuracy beside other implementations. Nothing else imports it.
 
+measure, synthetic, report     how time and memory are measured, on which numbers, and tables of them
+rivals, detectors, published   what is measured against: transforms, training steps, published prices
+kernels, training, gpu         all of a GPU in six minutes
+step, loader, growth           on a CPU: a training step, images prepared, and how time and memory grow
+latency, figures               components of a model; figures of notebook 10
+
 A module here that has a function `main(out: Path) -> None` is a program of `detrlib benchmark`: it prints a table and
 writes what it measured into the folder `out`.
 """

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 
 from detrlib.benchmarks import report
+from detrlib.benchmarks.measure import environment
 from detrlib.errors import ConfigError, DetrlibError
 
 ROWS, LOG = "gpu.jsonl", "gpu.log"
@@ -89,8 +90,6 @@ def measure_parts(
     On a CPU Triton's interpreter runs the kernels. While a stage is measured, processes of the next import what they
     need.
     """
-    from detrlib.benchmarks.measure import environment
-
     out.mkdir(parents=True, exist_ok=True)
     (out / ROWS).unlink(missing_ok=True)
     known, done, end = environment(device), [], time.monotonic() + limit

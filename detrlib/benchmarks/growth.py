@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 
 from detrlib.attention import attend, build_transform
-from detrlib.benchmarks.measure import environment, peak_memory
+from detrlib.benchmarks.measure import environment, peak_memory, seconds, threads
 from detrlib.config import Config, load_config, replace
 from detrlib.data import build_dataset
 from detrlib.data.index import read_columns
@@ -75,22 +75,20 @@ class Sizes(NamedTuple):
 
 
 def main(out: Path) -> None:
-    """Measure everything and write growth.json and a figure for each series.
+    """Measure, print the exponents, and write growth.json and a figure for each series into `out`."""
+    with threads(1):
+        known, points = environment("cpu"), measure(Sizes())
+    exponents = slopes(points)
+    print(exponents.to_string(index=False, float_format="{:.2f}".format))
+    rows = {"environment": known, "points": points.to_dict("records"), "slopes": exponents.to_dict("records")}
+    write_json(out / "growth.json", rows)
+    for against, own in points.groupby("against", sort=False):
+        save(growth(own), f"growth_{against.replace(' ', '_')}", out.absolute(), f"{known['processor']}, one thread")
 
-    Args:
-        out: the folder.
-    """
-    run(out, Sizes())
 
-
-def run(out: Path, sizes: Sizes) -> pd.DataFrame:
-    """Measure `sizes`, print the exponents, and write growth.json and a figure for each series into `out`.
-
-    Returns:
-        A row per point: against (what grows), series, size, seconds, bytes.
-    """
-    known = environment("cpu")
-    points = pd.DataFrame(
+def measure(sizes: Sizes) -> pd.DataFrame:
+    """A row per point: against (what grows), series, size, seconds, bytes."""
+    return pd.DataFrame(
         [
             *_attention("keys", sizes.keys, sizes),
             *_attention("queries", sizes.queries, sizes),
@@ -100,13 +98,6 @@ def run(out: Path, sizes: Sizes) -> pd.DataFrame:
             *_processes(sizes),
         ]
     )
-    exponents = slopes(points)
-    print(exponents.to_string(index=False, float_format="{:.2f}".format))
-    rows = {"environment": known, "points": points.to_dict("records"), "slopes": exponents.to_dict("records")}
-    write_json(out / "growth.json", json.loads(json.dumps(rows, default=str)))
-    for against, own in points.groupby("against", sort=False):
-        save(growth(own), f"growth_{against.replace(' ', '_')}", out.absolute(), f"{known['processor']}, one thread")
-    return points
 
 
 def slopes(points: pd.DataFrame) -> pd.DataFrame:
@@ -144,10 +135,11 @@ def _attention(against: str, grown: Iterable[int], sizes: Sizes) -> list[dict]:
     """Both passes of `attend` without maps, with every transform; the shortest of some times."""
     rows = []
     for size in grown:
-        images, queries, keys = 1, sizes.few, sizes.keys_of
-        images, queries, keys = {"images": (size, queries, keys), "queries": (1, size, keys)}.get(
-            against, (1, queries, size)
-        )
+        images, queries, keys = {
+            "images": (size, sizes.few, sizes.keys_of),
+            "queries": (1, size, sizes.keys_of),
+            "keys": (1, sizes.few, size),
+        }[against]
         generator = torch.Generator().manual_seed(0)
         draw = partial(torch.randn, generator=generator, requires_grad=True)
         inputs = [draw(images, HEADS, count, CHANNELS) for count in (queries, keys, keys)]
@@ -156,20 +148,14 @@ def _attention(against: str, grown: Iterable[int], sizes: Sizes) -> list[dict]:
             transform = build_transform(name, HEADS)
             learned = list(transform.parameters())
             both = partial(_both_passes, inputs, transform, learned, gradient)
-            seconds = min(_alone_seconds(both) for _ in range(sizes.repeats + 1))  # the first one warms up
-            rows.append(_point(against, name, size, seconds, peak_memory(both)))
+            taken = min(seconds(both, "cpu", time.process_time) for _ in range(sizes.repeats + 1))  # the first warms up
+            rows.append(_point(against, name, size, taken, peak_memory(both)))
     return rows
 
 
 def _both_passes(inputs: list, transform: torch.nn.Module, learned: list, gradient: torch.Tensor) -> None:
     mixed, _ = attend(*inputs, transform)
     torch.autograd.grad(mixed, [*inputs, *learned], gradient)
-
-
-def _alone_seconds(work: Callable[[], Any]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def _point(against: str, series: str, size: int, seconds: float, memory: float) -> dict:
@@ -249,16 +235,15 @@ def _read(path: Path) -> tuple[float, int]:
     return time.process_time() - start, _peak() - before
 
 
-def write_annotations(path: Path, images: int, points: int = 25, seed: int = 0) -> None:
+def write_annotations(path: Path, images: int, points: int = 25) -> None:
     """Write an annotation file like COCO's, of drawn numbers: with 118,000 images it has 861,000 boxes and 500 MB.
 
     Args:
         path: of the file.
         images: how many; they are named as COCO's are, and need not be there.
         points: of the polygon of each annotation; 0: no polygons.
-        seed: of the numbers.
     """
-    draws = np.random.default_rng(seed)
+    draws = np.random.default_rng(0)
     address = "http://images.example.org/train2017/"
     with path.open("w") as file:
         file.write('{"info": {"year": 2017}, "categories": ')
@@ -298,8 +283,8 @@ def _processes(sizes: Sizes) -> list[dict]:
     for count in sizes.processes:
         with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(count, FRESH) as pool:
             train = partial(_trained, count, f"file://{folder}/meeting", sizes.pixels, sizes.steps)
-            seconds, memory = zip(*pool.map(train, range(count)), strict=True)
-        rows.append(_point("processes", "training step", count, max(seconds), max(memory)))
+            taken, memory = zip(*pool.map(train, range(count)), strict=True)
+        rows.append(_point("processes", "training step", count, max(taken), max(memory)))
     return rows
 
 

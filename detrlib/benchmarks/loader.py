@@ -11,7 +11,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
 
+from detrlib.benchmarks.measure import compare, environment, threads
 from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.data.augment import MEAN, STD, Crop, Flip, Step, build_augmentation
 from detrlib.data.batch import Batch, Drawn, collate
 from detrlib.data.coco import CocoDataset
 from detrlib.engine.memory import keep_freed_memory
+from detrlib.files import write_json
 
 BATCH = 2
 OFFICIAL, OWN, NORMALISED = "published transforms", "detrlib", "detrlib, normalised"
@@ -34,16 +36,10 @@ OFFICIAL, OWN, NORMALISED = "published transforms", "detrlib", "detrlib, normali
 def main(out: Path) -> None:
     """Measure, print a table, and write loader.json into `out`. Memory that is freed is kept, as in training."""
     keep_freed_memory()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            table = measure(*photographs(Path(folder), 16))
-    finally:
-        torch.set_num_threads(threads)
+    with threads(1), tempfile.TemporaryDirectory() as folder:
+        table, known = measure(*photographs(Path(folder), 16)), environment("cpu")
     print(table.round(2).to_string(index=False))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "loader.json").write_text(json.dumps(table.to_dict("records"), indent=1) + "\n")
+    write_json(out / "loader.json", {"environment": known, "results": table.to_dict("records")})
 
 
 def photographs(folder: Path, count: int, size: tuple[int, int] = (640, 480)) -> tuple[Path, Path]:
@@ -71,30 +67,27 @@ def measure(images: Path, annotations: Path, image_size: int = 800, rounds: int 
     Returns rows of: recipe, way, ms (of an image), images_per_second, and times, which is how many images that way
     prepares in the time that the published transforms take for one.
     """
-    rows = []
+    tables = []
     for recipe, train in (("training", True), ("validation", False)):
         dataset = CocoDataset(images, annotations, build_augmentation(image_size, "detr", train))
         ways = {OFFICIAL: official_batch, OWN: own_batch, NORMALISED: lambda *given: own_batch(*given).images}
-        spent = {name: np.zeros(rounds) for name in ways}
-        firsts = range(0, len(dataset) - BATCH + 1, BATCH)
-        for turn, first in itertools.product(range(rounds), firsts):
-            asked = [Drawn(index, f"{turn} {index}", f"{turn} {first}") for index in range(first, first + BATCH)]
-            for name, way in ways.items():
-                start = time.thread_time()
-                way(dataset, asked)
-                spent[name][turn] += (time.thread_time() - start) / (BATCH * len(firsts))
-        medians = {name: float(np.median(values)) for name, values in spent.items()}
-        rows += [
-            {
-                "recipe": recipe,
-                "way": name,
-                "ms": 1e3 * median,
-                "images_per_second": 1 / median,
-                "times": medians[OFFICIAL] / median,
-            }
-            for name, median in medians.items()
-        ]
-    return pd.DataFrame(rows)
+        passes = {name: _pass(way, dataset) for name, way in ways.items()}
+        took = compare(passes, rounds, clock=time.thread_time).value / (len(dataset) // BATCH * BATCH)
+        numbers = {"ms": 1e3 * took, "images_per_second": 1 / took, "times": took[OFFICIAL] / took}
+        tables.append(pd.DataFrame(numbers).rename_axis("way").reset_index().assign(recipe=recipe))
+    return pd.concat(tables)[["recipe", "way", *numbers]]
+
+
+def _pass(way: Callable[[CocoDataset, Sequence[Drawn]], object], dataset: CocoDataset) -> Callable[[], None]:
+    """A pass through the data, batch by batch; the next one draws other sizes and crops, of every way the same."""
+    turns = itertools.count()
+
+    def run() -> None:
+        turn = next(turns)
+        for first in range(0, len(dataset) - BATCH + 1, BATCH):
+            way(dataset, [Drawn(index, f"{turn} {index}", f"{turn} {first}") for index in range(first, first + BATCH)])
+
+    return run
 
 
 def own_batch(dataset: CocoDataset, asked: Sequence[Drawn]) -> Batch:

@@ -11,7 +11,8 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -135,14 +136,31 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would complain of a missing GPU
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
+    profile = profiled(run, profile_memory=True)
     with tempfile.TemporaryDirectory() as folder:
         profile.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
     return int(np.cumsum([0, *(size for _, size in sorted(changes, key=lambda change: change[0]))]).max())
+
+
+def profiled(run: Callable[[], object], **options: bool) -> torch.profiler.profile:
+    """What PyTorch's profiler tells of `run` on the CPU; options are its own."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would complain of a missing GPU
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], **options) as profile:
+        run()
+    return profile
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch has so many threads within."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def environment(device: str) -> dict:

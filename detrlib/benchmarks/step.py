@@ -16,8 +16,8 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
-from detrlib.benchmarks.detectors import plain_step, transformers_step
-from detrlib.benchmarks.measure import compare, environment
+from detrlib.benchmarks.detectors import plain_step, transformers_model, transformers_step
+from detrlib.benchmarks.measure import compare, environment, profiled, threads
 from detrlib.benchmarks.synthetic import random_batch, training_step
 from detrlib.config import load_config
 from detrlib.engine.memory import keep_freed_memory
@@ -54,18 +54,13 @@ CASES = (Case((512, 512), 1, 5), Case((800, 1066), 1, 3), Case((512, 512), 2, 5)
 def main(out: Path) -> None:
     """Measure all `CASES`, print a table and a profile, and write them with the machine to step.json in `out`."""
     keep_freed_memory()
-    threads, rows, profiles = torch.get_num_threads(), [], {}
-    try:
-        for case in CASES:
-            if case.threads > (os.cpu_count() or 1):
-                continue
-            torch.set_num_threads(case.threads)
+    rows, profiles = [], {}
+    for case in (case for case in CASES if case.threads <= (os.cpu_count() or 1)):
+        with threads(case.threads):
             steps = steps_of(case.size)
             rows.append(times(steps, case))
             if case.threads == 1:
                 profiles[case.name] = profile(steps[OURS])
-    finally:
-        torch.set_num_threads(threads)
     known = environment("cpu") | {"vector instructions": torch.backends.cpu.get_cpu_capability()}
     table = pd.concat(rows)
     print(f"{known['processor']}, {known['vector instructions']}\n\n{table.round(3).to_string()}\n")
@@ -81,7 +76,7 @@ def steps_of(size: tuple[int, int]) -> dict[str, Callable[[], object]]:
     ours = training_step(load_config(None, MODEL), size, 2, padded=True)
     steps = {OURS: ours, "plain PyTorch": plain_step(batch)}
     try:
-        steps["transformers"] = transformers_step(batch)
+        steps["transformers"] = transformers_step(batch, transformers_model("detr", {}, {}))
     except ImportError:
         print("transformers: not installed, left out")
     return steps
@@ -98,11 +93,8 @@ def times(steps: dict[str, Callable[[], object]], case: Case) -> pd.DataFrame:
 
 def profile(step: Callable[[], object]) -> dict[str, float]:
     """Shares of the time of a step by kind of operation, the largest first."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would complain of a missing GPU
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
-        step()
     spent = Counter()
-    for event in recorded.events():
+    for event in profiled(step).events():
         spent[kind_of(event)] += event.self_cpu_time_total
     return {kind: amount / spent.total() for kind, amount in spent.most_common()}
 

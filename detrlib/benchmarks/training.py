@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
+from detrlib.benchmarks.detectors import transformers_model, transformers_step
 from detrlib.benchmarks.measure import SITES, compare, peak_memory, seconds
 from detrlib.benchmarks.report import fault
 from detrlib.benchmarks.synthetic import random_batch, training_step
 from detrlib.config import PROJECT, Config, load_config
 from detrlib.data.augment import largest_canvas
-from detrlib.engine.evaluate import autocast
 from detrlib.engine.memory import Plan
 from detrlib.errors import ConfigError
 from detrlib.models import build_model
@@ -70,11 +69,11 @@ PRECISIONS = ("float32", "TF32", "bfloat16")
 WHOLE = 32  # images of a batch whose largest part is looked for
 
 
-def config(name: str, device: str, **settings: Any) -> Config:
+def config(name: str, device: str, settings: dict[str, Any]) -> Config:
     """The settings of papermill_runs/configs/<name>.yaml for 91 classes, without weights of the backbone."""
     fixed = {"model.num_classes": 91, "model.backbone.weights": "none", "model.backbone.freeze_stem": True}
     path = PROJECT / "papermill_runs" / "configs" / f"{name}.yaml"
-    return load_config(path, fixed | SIZES[device].ours | {k.replace("__", "."): v for k, v in settings.items()})
+    return load_config(path, fixed | SIZES[device].ours | settings)
 
 
 def of_precision(precision: str) -> str:
@@ -110,38 +109,22 @@ def spread(time) -> str:
     return f"{1000 * time.low:.1f} to {1000 * time.high:.1f}"
 
 
-def ours(name: str, device: str, precision: str, compiler: str | None = None, **settings) -> Callable[[], object]:
-    """A training step of a model of this library, by the name of its config."""
-    sizes, told = SIZES[device], {"train__precision": of_precision(precision)} | settings
-    return training_step(config(name, device, **told), sizes.image, sizes.batch, device, True, compiler)
+def ours(
+    name: str, device: str, precision: str, settings: dict[str, Any] | None = None, compiler: str | None = None
+) -> Callable[[], object]:
+    """A training step of a model of this library, by the name of its config and what is to differ from that."""
+    sizes, cfg = SIZES[device], config(name, device, {"train.precision": of_precision(precision)} | (settings or {}))
+    return training_step(cfg, sizes.image, sizes.batch, device, True, compiler)
 
 
 def theirs(name: str, device: str, precision: str) -> Callable[[], object]:
     """A training step of the same detector by transformers, with the loss that it comes with."""
-    import transformers
-
-    sizes, levels = SIZES[device], {} if name == "detr-r50" else {"num_queries": 300, "num_feature_levels": 4}
-    stages = ["stage4"] if name == "detr-r50" else ["stage2", "stage3", "stage4"]
-    backbone = transformers.ResNetConfig(**sizes.backbone, out_features=stages)
-    fixed = {"use_timm_backbone": False, "backbone_config": backbone, "num_labels": 91, "auxiliary_loss": True}
+    sizes = SIZES[device]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        configured = transformers.AutoConfig.for_model(COMPARED[name], **fixed | levels | sizes.theirs)
-        model = transformers.AutoModelForObjectDetection.from_config(configured).to(device).train()
+        model = transformers_model(COMPARED[name], sizes.theirs, sizes.backbone)
     batch = random_batch(sizes.image, sizes.batch, device, padded=True)
-    labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in batch.targets]
-    given = {"pixel_values": batch.images, "pixel_mask": (~batch.mask()).long(), "labels": labels}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=device == "cuda")
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with autocast(of_precision(precision), torch.device(device)):
-            loss = model(**given).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-
-    return step
+    return transformers_step(batch, model, of_precision(precision))
 
 
 def time_steps(device: str) -> Iterator[dict]:
@@ -159,7 +142,7 @@ def time_compiled(device: str) -> Iterator[dict]:
         case, made = {"model": name, "precision": precision}, []
 
         def make(name: str = name, precision: str = precision, made: list = made) -> Callable[[], object]:
-            step = ours(name, device, precision, SIZES[device].compiler)
+            step = ours(name, device, precision, compiler=SIZES[device].compiler)
             made.append(seconds(step, device))
             return step
 
@@ -174,7 +157,7 @@ def time_sparsity(device: str) -> Iterator[dict]:
         for name in ("sparsemax", "entmax15", "alpha_entmax"):
             case = {"model": "detr-r50", "precision": precision, "transform": name}
             try:
-                sparse = ours("detr-r50", device, precision, **{f"model__attention__{site}": name for site in SITES})
+                sparse = ours("detr-r50", device, precision, {f"model.attention.{site}": name for site in SITES})
                 times = compare({"softmax": softmax, name: sparse}, SIZES[device].repeats, 5.0, device)
             except Exception as error:
                 yield case | {"fault": fault(error)}
@@ -212,7 +195,8 @@ def largest_parts(device: str) -> Iterator[dict]:
     """How many images at a time `train.micro_batch: auto` finds to fit, of a batch, or its half, its quarter..."""
     pictures = Pictures({1: (640, 480), 2: (480, 640)})
     for name, precision, room in product(COMPARED, ("float32", "bfloat16"), SIZES[device].rooms):
-        cfg = config(name, device, train__precision=precision, train__micro_batch="auto", train__batch_size=WHOLE)
+        told = {"train.precision": precision, "train.micro_batch": "auto", "train.batch_size": WHOLE}
+        cfg = config(name, device, told)
         case = {"model": name, "precision": precision, "GiB": room or "all"}
         try:
             with within(room, device), tempfile.TemporaryDirectory() as folder:
@@ -229,20 +213,20 @@ def largest_parts(device: str) -> Iterator[dict]:
 @contextmanager
 def waits(device: str) -> Iterator[Counter]:
     """Where in the code the CPU waits for a GPU within, and how often: known when it is left."""
-    places: Counter = Counter()
+    lines: Counter = Counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield places
+            yield lines
         finally:
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    places.update(place(one) for one in caught if "called a synchronizing" in str(one.message))
+    lines.update(line_of(one) for one in caught if "called a synchronizing" in str(one.message))
 
 
-def place(warning: warnings.WarningMessage) -> str:
+def line_of(warning: warnings.WarningMessage) -> str:
     """file:line of a warning."""
     return f"{Path(warning.filename).name}:{warning.lineno}"
 
@@ -257,9 +241,9 @@ def count_waits(device: str) -> Iterator[dict]:
         try:
             step = ours(name, device, "float32")
             step()
-            with waits(device) as places:
+            with waits(device) as lines:
                 step()
         except Exception as error:
             yield case | {"fault": fault(error)}
             continue
-        yield case | {"waits": places.total(), "where": ", ".join(f"{at} x {n}" for at, n in places.most_common())}
+        yield case | {"waits": lines.total(), "where": ", ".join(f"{at} x {n}" for at, n in lines.most_common())}

@@ -1,1 +1,7 @@
-"""Weights from elsewhere: a `source` and what builds it, what a file is (`official`), tables of names, in and out."""
+"""Weights from elsewhere and for elsewhere.
+
+source, weights                         weights wherever they come from, and published ones by name
+official, files, names                  what an official file is of, in and out, and its table of names
+huggingface (_names), adapted           layouts of transformers, in and out
+export, program                         a model for other programs, and one that runs by itself
+"""

@@ -88,7 +88,7 @@ class BoxColumns(NamedTuple):
         )
 
     def take(self, rows: Tensor) -> "BoxColumns":
-        """Those of so many numbers, or those that a mask says."""
+        """The annotations that numbers, a slice or a mask choose."""
         return BoxColumns(*(column[rows] for column in self))
 
     def annotations(self) -> list[Annotation]:

@@ -4,11 +4,9 @@ Processes map that index into their memory, so that all of them share one copy. 
 annotations, wherever they lie. Files below `LEAST` bytes are read anew each time, which is as quick.
 """
 
-import fcntl
 import hashlib
 import logging
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ from detrlib.data.columns import BoxColumns, Columns, ImageColumns, Names
 from detrlib.data.formats import open_content
 from detrlib.data.shapes import cache_folder
 from detrlib.errors import RunError
-from detrlib.files import save_checkpoint
+from detrlib.files import one_at_a_time, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ def read_columns(annotations: Path) -> Columns:
     if (known := _load(index)) is not None:
         return known
     try:
-        with _locked(index):  # of the processes of a training, one reads and the others wait
+        with one_at_a_time(index):  # of the processes of a training, one reads and the others wait
             if (known := _load(index)) is None:
                 known = _read(annotations)
                 save_checkpoint(index, _state(known))
@@ -64,15 +62,6 @@ def _read(annotations: Path) -> Columns:
     except OddFile as odd:
         logger.debug("%s is read entry by entry: %s", annotations, odd)
         return Columns.of(read_annotations(annotations))
-
-
-@contextmanager
-def _locked(index: Path):
-    """Alone with an index among the processes that make it."""
-    index.parent.mkdir(parents=True, exist_ok=True)
-    with index.with_suffix(".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _state(columns: Columns) -> dict:

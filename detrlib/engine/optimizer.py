@@ -65,7 +65,7 @@ def _in_one_pass(optimizer: torch.optim.Optimizer, state: dict) -> dict:
 def _like_parameters(optimizer: torch.optim.Optimizer) -> None:
     """Give what was loaded the strides of its parameter: the fused update takes the numbers as they lie in memory.
 
-    Filters lie otherwise where the run began on another kind of processor, see `models.backbone.convolution_layout`.
+    Filters lie otherwise where the run began on another kind of processor, see `models.backbone.trained_layout`.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():

@@ -24,14 +24,8 @@ WHERE = (
 )
 FREE_TO_CHANGE = (
     *("data.workers", "data.cache", "data.check", "data.truncated", "train.micro_batch"),
-    *(
-        "train.checkpoint_activations",
-        "train.compile",
-        "train.log_every",
-        "train.keep_every",
-        "train.tracking",
-        "evaluate",
-    ),
+    *("train.checkpoint_activations", "train.compile", "train.log_every", "train.keep_every", "train.tracking"),
+    "evaluate",
 )
 FROM_DATA = ("model.num_classes", "data.classes")  # which training fills in where a config leaves them open
 

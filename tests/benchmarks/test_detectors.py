@@ -1,10 +1,12 @@
-"""The model in plain PyTorch: the same as ours, written otherwise."""
+"""The model in plain PyTorch: the same as ours, written otherwise; and of all models the same parts are trained."""
 
+import pytest
 import torch
 
 from detrlib.benchmarks import step
-from detrlib.benchmarks.detectors import PlainDetr
+from detrlib.benchmarks.detectors import PlainDetr, transformers_model, transformers_step
 from detrlib.benchmarks.synthetic import random_batch
+from detrlib.benchmarks.training import SIZES
 from detrlib.config import load_config
 from detrlib.models import build_model
 
@@ -35,3 +37,14 @@ def test_the_plain_model_is_ours():
     torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-3)
     assert len(found.auxiliary) == len(expected.auxiliary) == 5
+
+
+@pytest.mark.parametrize("kind", ["detr", "deformable_detr"])
+def test_of_transformers_models_all_but_the_stem_and_the_first_stage_is_trained(kind):
+    """They come with a backbone that is frozen as a whole."""
+    pytest.importorskip("transformers")
+    model = transformers_model(kind, SIZES["cpu"].theirs, SIZES["cpu"].backbone)
+    transformers_step(random_batch((64, 96), 2, "cpu", padded=True), model)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen and all(".embedder." in name or ".stages.0." in name for name in frozen)
+    assert {name.split("stages.")[1][0] for name in frozen if "stages." in name} == {"0"}

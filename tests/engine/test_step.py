@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from detrlib.data import collate
@@ -152,19 +151,14 @@ def test_forward_and_loss_ask_for_no_number(settings, batch, small, monkeypatch)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [FAMILIES["softmax"], *NO_WAIT.values()], ids=["entmax", *NO_WAIT])
-def test_a_step_on_a_gpu_waits_for_nothing_but_matching(settings, batch, small, monkeypatch):
+def test_a_step_on_a_gpu_waits_for_nothing_but_matching(settings, batch, small, gpu):
     """The matcher waits for an event of its own, which torch does not count; a wait for all that is queued, it does."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
-    PartialState._reset_state()
-    AcceleratorState._reset_state()
+    accelerator, pending, pinned = Accelerator(), Pending(), batch.to("cpu")
     try:
-        accelerator, pending, pinned = Accelerator(), Pending(), batch.to("cpu")
         pinned = type(batch)(batch.pixels.pin_memory(), batch.padding_mask.pin_memory(), pinned.targets)
         for target in pinned.targets:
             target |= {name: value.pin_memory() for name, value in target.items()}
-        model = small(**settings).train().cuda()
+        model = small(**settings).train().to(gpu)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         given = model, [pinned], Criterion(), optimizer, accelerator
         train_step(*given, clip_norm=0.1, pending=pending)  # which prepares things
@@ -182,8 +176,6 @@ def test_a_step_on_a_gpu_waits_for_nothing_but_matching(settings, batch, small, 
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        PartialState._reset_state()
-        AcceleratorState._reset_state()
 
 
 def test_gradients_are_watched_once_they_are_complete(batch, small):
