@@ -44,7 +44,7 @@ CEILINGS = {
     "metrics": 1990,
     "runs": 1650,
     "engine": 2780,
-    "experiments": 2200,
+    "experiments": 2210,
     "figures": 3060,
     "teaching": 480,
     "benchmarks": 2460,
