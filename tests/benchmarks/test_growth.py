@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from detrlib.benchmarks import growth, program
+from detrlib.benchmarks import growth, run_program
 from detrlib.benchmarks.growth import Sizes, slopes, write_annotations
 from detrlib.data.annotations import read_annotations
 
@@ -33,7 +33,7 @@ def test_a_drawn_file_is_one_of_coco(tmp_path):
 @pytest.mark.slow
 def test_the_program_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(growth, "Sizes", lambda: SMALL)
-    program("growth")(tmp_path / "out")
+    run_program("growth", tmp_path / "out")
     written = json.loads((tmp_path / "out" / "growth.json").read_text())
     series = {(row["against"], row["series"]) for row in written["slopes"]}
     assert len(series) == 3 * len(growth.TRANSFORMS) + 5
