@@ -67,7 +67,7 @@ def test_models_are_one_graph(family, small, padded_batch):
     for training, given in ((True, (images, padding_mask)), (False, (images, None))):
         model = small(**FAMILIES[family], dropout=0.0, encoder_layers=2, decoder_layers=2).train(training)
         torch._dynamo.reset()
-        graph = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+        graph = torch.compile(model, fullgraph=True, backend="eager")
         torch.manual_seed(0)
         expected = model(*given)
         torch.manual_seed(0)
