@@ -131,6 +131,10 @@ class DeformableDETR(nn.Module):
             predictions.encoder_auxiliary = self._encoder_predictions(states[:-1], cells, kept)
         if kept is not None:
             mask, most = kept.mask(scores.shape[1]), kept.index.shape[1]
+            if (
+                self.official_padding
+            ):  # `topk` breaks ties of tokens by the number asked for, so by that of official code
+                most = int(mask.sum(1).max())
             how = most, self.map_shift, self.official_padding
             predictions.tokens = Tokens(scores, mask, memory.padding, memory.shapes, decoded.cross_maps, *how)
         if sites:

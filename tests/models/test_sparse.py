@@ -92,7 +92,8 @@ def test_other_tokens_pass_the_encoder_unchanged(deformable, padded_batch):
     assert torch.equal(changed, tokens.kept)
     valid = (~tokens.padding).sum(1)
     assert tokens.kept.sum(1).tolist() == [int(n * 0.3) + 1 for n in valid.tolist()]
-    assert [state.shape[1] for state in seen["states"]] == [int(tokens.kept.sum(1).max())] * 3
+    listed = int(0.3 * tokens.kept.shape[1]) + 1  # as many as of an image without padding, which shapes tell
+    assert [state.shape[1] for state in seen["states"]] == [listed] * 3
 
 
 def test_an_image_keeps_the_same_tokens_alone_and_in_a_batch(deformable, padded_batch):
@@ -279,7 +280,7 @@ def test_losses_fall_and_no_objects_are_no_trouble(variant, deformable, padded_b
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(12):
+    for _ in range(20):
         optimizer.zero_grad()
         total, _ = criterion(model(images, padding), targets)
         total.backward()
