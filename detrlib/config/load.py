@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from detrlib.config.model import Section
+from detrlib.config.section import Section
 from detrlib.config.settings import FAMILIES, Config
 from detrlib.errors import ConfigError
 

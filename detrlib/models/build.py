@@ -12,8 +12,8 @@ from torch import nn
 from detrlib.attention import AlphaEntmax, Transform, build_transform
 from detrlib.attention.transforms import Entmax
 from detrlib.config import Deformable, Detr, HuggingFace, Model, project_path
+from detrlib.config.attention import SiteName
 from detrlib.config.huggingface import POINTS, SQUARE, require_transformers, their_config
-from detrlib.config.model import SiteName
 from detrlib.errors import ConfigError
 from detrlib.models.backbone import Backbone, CellView, build_backbone, cell_view, measured_view
 from detrlib.models.deformable import DeformableDETR
