@@ -44,3 +44,22 @@ class Attention(QueryAttention):
     # of "tvmax": price of a step between neighbouring cells. In place of it tv_alpha may be given, the parameter of the
     # published code, which is twice as large: the thesis's 0.1 is a tv_lambda of 0.05
     tv_lambda: float = Field(0.1, ge=0.0)
+
+
+class HeadOptions(Section):
+    """What heads of this library's own layers can do beside weighing keys, see attention/gates.py."""
+
+    gate: Literal["none", "head", "channel"] = (
+        "none"  # lets through a share of what a head, or channel of it, has mixed
+    )
+    gate_sites: tuple[SiteName, ...] | None = None  # None: all that score keys
+    differential: bool = False  # every head looks by one map less a share of another
+    differential_sites: tuple[SiteName, ...] | None = None  # likewise
+
+
+class OwnQueryAttention(QueryAttention, HeadOptions):
+    """Of models that score keys at decoder_self alone."""
+
+
+class OwnAttention(Attention, HeadOptions):
+    """Of models that score keys at all sites."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from detrlib.config.attention import Anneal, Attention, QueryAttention, SiteName
+from detrlib.config.attention import Anneal, OwnAttention, OwnQueryAttention, SiteName
 from detrlib.config.section import Section
 
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -214,15 +214,40 @@ class Architecture(Attending):
             raise ValueError(
                 f"model.hidden_dim {self.hidden_dim} is not a multiple of model.num_heads {self.num_heads}"
             )
+        if self.attention.differential and self.hidden_dim // self.num_heads % 2:
+            raise ValueError(
+                f"model.attention.differential needs an even number of channels in each head; model.hidden_dim "
+                f"{self.hidden_dim} by model.num_heads {self.num_heads} is odd"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _options_of_heads_have_their_sites(self):
+        for option, off in (("gate", "none"), ("differential", False)):
+            name, chosen = f"model.attention.{option}_sites", getattr(self.attention, f"{option}_sites")
+            if chosen is not None and getattr(self.attention, option) == off:
+                raise ValueError(f"{name} is of no use without model.attention.{option}; set that, or leave it out")
+            for site in chosen or ():
+                if not self.scores_keys(site) or (site == "encoder_self" and not self.encoder_layers):
+                    raise ValueError(f"{name}: no layer of the model scores keys at {site}; leave it out")
+        return self
+
+    def option_at(self, option: Literal["gate", "differential"], site: SiteName) -> str | bool:
+        """What `attention.gate` or `attention.differential` says of a site; "none" or False where it is not meant."""
+        sites = getattr(self.attention, f"{option}_sites")
+        off = type(self.attention).model_fields[option].default
+        return getattr(self.attention, option) if sites is None or site in sites else off
 
 
 class Detr(Architecture):
     """DETR with any transform at any site, learned or anchor queries, and PnP-DETR's polling."""
 
     architecture: Literal["detr"] = "detr"
-    attention: Attention = Attention()
+    attention: OwnAttention = OwnAttention()
     polling: Polling = Polling()
+    registers: int = Field(
+        0, ge=0
+    )  # learned tokens beside those of the image in the encoder, a place for what is of none
     norm: Literal["post", "pre"] = "post"
     # learned: positions; conditional: positions that stand for points, as in Conditional DETR; anchor: reference boxes,
     # as in DAB-DETR. The last two have conditional cross-attention.
@@ -242,6 +267,8 @@ class Detr(Architecture):
                 f"model.attention.encoder_self {self.attention.encoder_self}: model.encoder_layers is 0, there is no "
                 "encoder to use it; set model.encoder_layers to 1 or more"
             )
+        if not self.encoder_layers and self.registers:
+            raise ValueError("model.registers stand in the encoder, and model.encoder_layers is 0; set it to 1 or more")
         return self
 
     @model_validator(mode="after")
@@ -264,7 +291,7 @@ class Deformable(Architecture):
     """Post-norm, with learned queries that have references of their own, and focal losses without a no-object class."""
 
     architecture: Literal["deformable"] = "deformable"
-    attention: QueryAttention = QueryAttention()
+    attention: OwnQueryAttention = OwnQueryAttention()
     deformable: DeformableOptions = DeformableOptions()
     compatibility: DeformableCompatibility = DeformableCompatibility()
 

@@ -102,7 +102,9 @@ class DETR(nn.Module):
         if sites:
             hidden = memory.padding if polled is None else polled.key_padding()
             maps = encoder_maps, decoded.self_maps, decoded.cross_maps
-            predictions.attention = AttentionMaps(*maps, level.grid, hidden, polled)
+            maps = AttentionMaps(*maps, level.grid, hidden, polled)
+            registers = self.transformer.encoder.registers
+            predictions.attention = maps if registers is None else maps.without_registers(len(registers))
         return predictions
 
     def _predict(self, decoded: Decoded) -> Predictions:

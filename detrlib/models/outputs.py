@@ -6,7 +6,7 @@ L levels, P points, S tokens of all levels.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -105,6 +105,12 @@ class AttentionMaps:
     Deformable sites hold `SampledMaps`, whose keys are the cells of the finest level. In models that poll and pool,
     the K keys, and the queries of the encoder, are kept cells and pooled tokens: `as_images` spreads them over the
     grid, while measures of sparsity are about the keys that there were to choose from.
+
+    Of an encoder with registers, maps are those of tokens of the image to such tokens: rows sum to one or less, and
+    what they lack lies on registers. `encoder_whole` has these too, for what follows weights from layer to layer.
+
+    Weights of differential attention are signed, a map less a share of another (`attention.gates.Difference`). Of a
+    weight below zero the value is taken away instead of added, by as much: measures and pictures take magnitudes.
     """
 
     encoder_self: Sequence[Tensor]  # [B,H,K,K]; of a sparse encoder [B,H,kept tokens,K]
@@ -114,6 +120,12 @@ class AttentionMaps:
     key_padding: Tensor | None  # [B,K], True = padding; None: there is none
     polled: Polled | None = None  # what the keys stand for, where they are not cells
     encoder_grid: tuple[int, int] | None = None  # of encoder_self, where it is not `grid`: over the image, no padding
+    encoder_whole: Sequence[Tensor] | None = None  # [B,H,K+N,K+N] with N registers last; None: there are none
+
+    def without_registers(self, count: int) -> "AttentionMaps":
+        """The same, given maps of an encoder whose last tokens are so many registers."""
+        cells = [whole if whole is None else whole[..., :-count, :-count] for whole in self.encoder_self]
+        return replace(self, encoder_self=cells, encoder_whole=self.encoder_self)
 
     def grid_at(self, site: Site) -> tuple[int, int]:
         """(h, w) of the keys of a site."""
