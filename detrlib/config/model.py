@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from detrlib.config.attention import Anneal, Attention, QueryAttention, SiteName
+from detrlib.config.attention import Anneal, Attention, NullKey, QueryAttention, SiteName
 from detrlib.config.section import Section
 
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -153,6 +153,23 @@ class Attending(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _null_keys_have_a_place(self):
+        sites = self.attention.null_key_sites
+        if self.attention.null_key == "none" and sites is not None:
+            raise ValueError(
+                "model.attention.null_key_sites is of no use without model.attention.null_key; set it, to zero"
+            )
+        for site in sites or ():
+            if not self.scores_keys(site):
+                fault = "there points are sampled and no keys scored"
+            elif site == "encoder_self" and not self.encoder_layers:
+                fault = "model.encoder_layers is 0"
+            else:
+                continue
+            raise ValueError(f"model.attention.null_key_sites {site}: {fault}; leave it out")
+        return self
+
     @property
     def padding_matters(self) -> bool:
         """Whether predictions for an image depend on how it is padded in a batch."""
@@ -161,6 +178,12 @@ class Attending(Section):
     def transform_at(self, site: SiteName) -> str:
         """The transform of a site's scores, or "deformable" where points are sampled instead of keys scored."""
         return getattr(self.attention, site, "deformable")
+
+    def null_key_at(self, site: SiteName) -> NullKey:
+        """The null key beside the keys of a site."""
+        chosen = self.attention
+        there = self.scores_keys(site) if chosen.null_key_sites is None else site in chosen.null_key_sites
+        return chosen.null_key if there else "none"
 
     def alpha_at(self, site: SiteName) -> float | None:
         """The alpha of a site's transform, or None where it is learned or there is none."""
