@@ -15,6 +15,9 @@ and `attend` computes them in one of four ways, by what is known before any numb
     one kernel      kernels/flash.py, for the entmax family on a GPU, from `FUSED_KEYS` keys on: likewise
     in parts        of the queries, for what is left: no more than `MOST_SCORES` scores exist at a time
 
+A null key, where the transform has one, is part of the transform in the first way and the last; the others get it as a
+key like any other (`_with_null_key`).
+
 Legend: B images, H heads, Q queries, K keys, E embedding, D = E / H channels per head. Batch first;
 padding [B,K] is True where a key is padding; grid (h, w) where keys are the cells of a feature map.
 """
@@ -31,6 +34,7 @@ from detrlib.attention.gates import Difference, Gate
 from detrlib.attention.transforms import AlphaEntmax, Entmax, Grid, Softmax, Transform
 
 MOST_SCORES = 2**27  # kept at a time when maps are not asked for: half a GiB of float32
+NULL_CHANNELS = 8  # of queries and keys, that hold the learned score of a null key
 FUSED_KEYS = 2048  # from here on the scores of a row are worth not writing down
 
 
@@ -82,11 +86,13 @@ def attend(
     row = max(1, query.shape[0] * query.shape[1] * key.shape[2])  # scores of one query in every image and head
     few = row * query.shape[2] <= MOST_SCORES
     if isinstance(transform, Softmax) and not transform.padding_adds_one:
+        query, key, value, padding = _with_null_key(query, key, value, padding, transform.null_score)
         if 0 < dropout < 1 and few and drawn_by_bits(query):
             return _mix_softmax(query, key, value, padding, dropout), None
         keep = None if padding is None else ~padding[:, None, None, :]  # [B,1,1,K]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None
     if _fused(query, key, value, transform):
+        query, key, value, padding = _with_null_key(query, key, value, padding, transform.null_score)
         return _flash().sparse_attention(query, key, value, transform.alpha, padding, dropout), None
     if few:
         return mix(query, key, value, transform, padding, grid, dropout)[0], None
@@ -95,6 +101,27 @@ def attend(
         for part in query.split(max(1, MOST_SCORES // row), 2)
     ]
     return torch.cat(parts, 2), None
+
+
+def _with_null_key(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, null_score: float | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The null key of a transform as one key more, whose value is zero, for ways that know of none.
+
+    A key of zeros has the score 0. For a learned one [H] queries and keys get a channel more, 1 for queries and 0 for
+    all other keys: eight such channels, since kernels like multiples of eight.
+    """
+    if null_score is None:
+        return query, key, value, padding
+    value = F.pad(value, (0, 0, 0, 1))  # [B,H,K+1,V]
+    padding = None if padding is None else F.pad(padding, (0, 1))
+    if not isinstance(null_score, Tensor):
+        return query, F.pad(key, (0, 0, 0, 1)), value, padding
+    (images, heads, _, before), more = query.shape, query.shape[-1] + NULL_CHANNELS
+    query = F.pad(query * (more / before) ** 0.5, (0, NULL_CHANNELS), value=1.0)  # scores will be divided by more^0.5
+    share = null_score.to(key.dtype) * (more**0.5 / NULL_CHANNELS)  # [H]
+    null = F.pad(share[:, None, None].expand(images, heads, 1, NULL_CHANNELS), (before, 0))
+    return query, torch.cat([F.pad(key, (0, NULL_CHANNELS)), null], 2), value, padding
 
 
 def _mix_softmax(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout: float) -> Tensor:
@@ -116,7 +143,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, transform: Transform) -> b
         return False
     if isinstance(transform, Entmax) and transform.alpha < KERNEL_ALPHA:
         return False
-    return _flash().attention_supported(query, key, value)
+    return _flash().attention_supported(*_with_null_key(query, key, value, None, transform.null_score)[:3])
 
 
 def _flash():

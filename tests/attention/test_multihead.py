@@ -188,6 +188,50 @@ def test_dropout_is_the_same_when_a_part_is_computed_again(monkeypatch, make, ra
     torch.testing.assert_close(gradient[..., 0], mixed.sum(2))
 
 
+# Null keys: as one more key, or in the transform, the same result
+
+NULL_KEYS = pytest.mark.parametrize("null_key", ["zero", "learned"])
+
+
+@every_transform
+@NULL_KEYS
+@pytest.mark.parametrize("padded", [False, True])
+def test_ways_agree_on_a_null_key(monkeypatch, name, null_key, padded, keys_padding, make, random_scores):
+    """Written down; without weights, where softmax is PyTorch's; in parts. With an image of nothing but padding."""
+    query, key, value = (random_scores(2, HEADS, n, 8, seed=n) for n in (5, 7, 7))
+    padding = keys_padding()[:, 0, 0] if padded else None
+    if padded:
+        padding[1] = True
+    transform = make(name, null_key=null_key).double()
+    inputs = [x.requires_grad_() for x in (query, key, value)] + list(transform.parameters())
+
+    def run(**how):
+        mixed, _ = attend(query, key, value, transform, padding, (1, 7), **how)
+        return mixed, *torch.autograd.grad((mixed * random_scores(*mixed.shape, seed=9)).sum(), inputs)
+
+    written = run(need_weights=True)
+    torch.testing.assert_close(run(), written)
+    monkeypatch.setattr(multihead, "MOST_SCORES", 2 * HEADS * 7 * 2)
+    torch.testing.assert_close(run(), written)
+    weights = transform(query @ key.mT / 8**0.5, None if padding is None else padding[:, None, None], (1, 7))
+    torch.testing.assert_close(written[0], weights @ value)
+    if padded:
+        assert not written[0][1].any()
+
+
+@every_transform
+@NULL_KEYS
+def test_dropout_leaves_a_null_key_alone(name, null_key, make, random_scores):
+    torch.manual_seed(0)
+    query, key = random_scores(1, HEADS, 50, 8, scale=0.5).float(), random_scores(1, HEADS, 40, 8, seed=1).float()
+    value, transform = torch.eye(40).expand(1, HEADS, 40, 40), make(name, null_key=null_key)
+    clean = attend(query, key, value, transform, grid=(4, 10), need_weights=True)[1]
+    mixed, _ = attend(query, key, value, transform, None, (4, 10), 0.25)
+    dropped = (mixed == 0) & (clean > 0)
+    assert 0.2 < dropped.sum() / (clean > 0).sum() < 0.3
+    torch.testing.assert_close(mixed[~dropped], clean[~dropped] / 0.75)
+
+
 # Switches for published weights
 
 
