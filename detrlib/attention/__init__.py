@@ -6,5 +6,11 @@ compute weights exactly and fast; `deformable` samples locations instead of weig
 on a GPU.
 """
 
-from detrlib.attention.multihead import ConditionalCrossAttention, ConditionalSelfAttention, MultiheadAttention, attend
+from detrlib.attention.multihead import (
+    ConditionalCrossAttention,
+    ConditionalSelfAttention,
+    Mixing,
+    MultiheadAttention,
+    attend,
+)
 from detrlib.attention.transforms import TRANSFORMS, AlphaEntmax, Transform, build_transform

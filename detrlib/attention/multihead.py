@@ -19,6 +19,8 @@ Legend: B images, H heads, Q queries, K keys, E embedding, D = E / H channels pe
 padding [B,K] is True where a key is padding; grid (h, w) where keys are the cells of a feature map.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +33,13 @@ from detrlib.attention.transforms import AlphaEntmax, Entmax, Grid, Softmax, Tra
 
 MOST_SCORES = 2**27  # kept at a time when maps are not asked for: half a GiB of float32
 FUSED_KEYS = 2048  # from here on the scores of a row are worth not writing down
+
+
+class Mixing(NamedTuple):
+    """What every head of a layer mixed, and by which weights: a layer returns it, if asked, beside its output."""
+
+    weights: Tensor  # [B,H,Q,K], before dropout
+    values: Tensor  # [B,H,K,D], a view of what the layer has projected, not a copy
 
 
 def mix(
@@ -169,7 +178,7 @@ class MultiheadAttention(nn.Module):
         padding: Tensor | None = None,
         grid: Grid | None = None,
         need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Mixing | None]:
         """Attend from every query to all keys, with every head.
 
         Args:
@@ -178,10 +187,10 @@ class MultiheadAttention(nn.Module):
             value: [B,K,E], without.
             padding: [B,K] bool, True = padding; None: there is none.
             grid: (h, w) of the feature map whose cells are the keys, where they are such.
-            need_weights: return the weights as well; then none of the faster ways is taken.
+            need_weights: return weights and values as well; then none of the faster ways is taken.
 
         Returns:
-            Output [B,Q,E], and weights [B,H,Q,K] if asked for, else None.
+            Output [B,Q,E], and weights [B,H,Q,K] with the values [B,H,K,D] they mix if asked for, else None.
 
         Raises:
             ValueError: the transform needs a grid, as tvmax does, and there is none.
@@ -191,7 +200,7 @@ class MultiheadAttention(nn.Module):
         q, k, v = (split_heads(x, self.num_heads) for x in projected)
         dropout = self.dropout if self.training else 0.0
         mixed, weights = attend(q, k, v, self.transform, padding, grid, dropout, need_weights)
-        return self.out_proj(merge_heads(mixed)), weights
+        return self.out_proj(merge_heads(mixed)), Mixing(weights, v) if need_weights else None
 
 
 class ConditionalCrossAttention(nn.Module):
@@ -226,9 +235,9 @@ class ConditionalCrossAttention(nn.Module):
         padding: Tensor | None = None,
         grid: Grid | None = None,
         need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Mixing | None]:
         """content, position, spatial [B,Q,E]; memory [B,K,E], memory_position [B or 1,K,E]
-        -> output [B,Q,E], weights [B,H,Q,K] or None.
+        -> output [B,Q,E], weights [B,H,Q,K] and values or None.
         """
         query, key = self.query_content(content), self.key_content(memory)
         key_position = self.key_position(memory_position.to(memory.dtype))
@@ -240,7 +249,7 @@ class ConditionalCrossAttention(nn.Module):
         query = torch.cat([query, spatial], -1)  # [B,H,Q,2D]
         dropout = self.dropout if self.training else 0.0
         mixed, weights = attend(query, key, value, self.transform, padding, grid, dropout, need_weights)
-        return self.out_proj(merge_heads(mixed)), weights
+        return self.out_proj(merge_heads(mixed)), Mixing(weights, value) if need_weights else None
 
 
 class ConditionalSelfAttention(nn.Module):
@@ -258,11 +267,11 @@ class ConditionalSelfAttention(nn.Module):
         self.value = nn.Linear(embed_dim, embed_dim)
         self.out_proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, content: Tensor, position: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """content, position [B,Q,E] -> output [B,Q,E], weights [B,H,Q,Q] or None."""
+    def forward(self, content: Tensor, position: Tensor, need_weights: bool = False) -> tuple[Tensor, Mixing | None]:
+        """content, position [B,Q,E] -> output [B,Q,E], weights [B,H,Q,Q] and values or None."""
         query = self.query_content(content) + self.query_position(position)
         key = self.key_content(content) + self.key_position(position)
         query, key, value = (split_heads(x, self.num_heads) for x in (query, key, self.value(content)))
         dropout = self.dropout if self.training else 0.0
         mixed, weights = attend(query, key, value, self.transform, dropout=dropout, need_weights=need_weights)
-        return self.out_proj(merge_heads(mixed)), weights
+        return self.out_proj(merge_heads(mixed)), Mixing(weights, value) if need_weights else None

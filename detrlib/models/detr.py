@@ -101,8 +101,9 @@ class DETR(nn.Module):
         predictions.polled = polled = memory.polled
         if sites:
             hidden = memory.padding if polled is None else polled.key_padding()
-            maps = encoder_maps, decoded.self_maps, decoded.cross_maps
-            predictions.attention = AttentionMaps(*maps, level.grid, hidden, polled)
+            layers = dict(zip(get_args(Site), (encoder_maps, decoded.self_maps, decoded.cross_maps), strict=True))
+            where = {"grid": level.grid, "key_padding": hidden, "polled": polled}
+            predictions.attention = AttentionMaps.of_layers(layers, **where)
         return predictions
 
     def _predict(self, decoded: Decoded) -> Predictions:

@@ -5,13 +5,14 @@ L levels, P points, S tokens of all levels.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from detrlib.attention import Mixing
 from detrlib.attention.deformable import Samples, splat
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.errors import ModelError
@@ -100,7 +101,10 @@ class Polled:
 
 @dataclass
 class AttentionMaps:
-    """Attention weights by site, one tensor per layer, None where not asked for; rows sum to one over valid keys.
+    """Attention weights by site, one tensor per layer, None where not asked for, and the values that they mix.
+
+    Rows sum to one over valid keys; to less where a transform lets them (what they lack went to a null key), or where
+    padding, or what lies beyond the image, takes a part.
 
     Deformable sites hold `SampledMaps`, whose keys are the cells of the finest level. In models that poll and pool,
     the K keys, and the queries of the encoder, are kept cells and pooled tokens: `as_images` spreads them over the
@@ -114,6 +118,20 @@ class AttentionMaps:
     key_padding: Tensor | None  # [B,K], True = padding; None: there is none
     polled: Polled | None = None  # what the keys stand for, where they are not cells
     encoder_grid: tuple[int, int] | None = None  # of encoder_self, where it is not `grid`: over the image, no padding
+    # By site, one tensor [B,H,K,D] per layer, its keys those of the weights: views of what the layers have projected.
+    # Of deformable sites there is none: their samples are interpolated from cells of several levels.
+    values: Mapping[Site, Sequence[Tensor | None]] = field(default_factory=dict)
+
+    @classmethod
+    def of_layers(cls, layers: Mapping[Site, Sequence[Mixing | None] | SampledMaps], **where: Any) -> "AttentionMaps":
+        """From what the layers of each site return; where: the other fields."""
+        maps, values = {}, {}
+        for site, own in layers.items():
+            if not isinstance(own, SampledMaps):
+                values[site] = [None if layer is None else layer.values for layer in own]
+                own = [None if layer is None else layer.weights for layer in own]
+            maps[site] = own
+        return cls(**maps, **where, values=values)
 
     def grid_at(self, site: Site) -> tuple[int, int]:
         """(h, w) of the keys of a site."""
