@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from detrlib.attention.dropout import drawn_by_bits, thinned
 from detrlib.attention.dropout import dropout as drop
 from detrlib.attention.entmax import KERNEL_ALPHA, has_triton
+from detrlib.attention.gates import Difference, Gate
 from detrlib.attention.transforms import AlphaEntmax, Entmax, Grid, Softmax, Transform
 
 MOST_SCORES = 2**27  # kept at a time when maps are not asked for: half a GiB of float32
@@ -144,26 +145,84 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(-2)
 
 
-class MultiheadAttention(nn.Module):
+class Heads(nn.Module):
+    """What every attention with several heads has in common: how they look, and what becomes of what they have mixed.
+
+    Args:
+        num_heads: H, each with E / H channels.
+        transform: from scores to weights; a learnable one belongs to this layer.
+        dropout: share of the weights that are set to zero in training, 0 to 1.
+        gate: lets through a share of what heads have mixed; None: all of it.
+        difference: each head has two maps, one less a share of the other; None: one map.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        transform: Transform,
+        dropout: float = 0.0,
+        gate: Gate | None = None,
+        difference: Difference | None = None,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.transform = transform
+        self.gate = gate
+        self.difference = difference
+
+    def _look(
+        self,
+        x: Tensor,
+        query: list[Tensor],
+        key: list[Tensor],
+        value: Tensor,
+        padding: Tensor | None = None,
+        grid: Grid | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Mixing | None]:
+        """Of what is projected, to the output: scores are the sum of the dot products of each query [B,Q,E] with its
+        key [B,K,E]; value [B,K,E]; x [B,Q,E] is what queries are projected from.
+        """
+        value, dropout = split_heads(value, self.num_heads), self.dropout if self.training else 0.0
+        looks = [
+            attend(q, k, value, self.transform, padding, grid, dropout, need_weights)
+            for q, k in zip(self._compared(query), self._compared(key), strict=True)
+        ]
+        mixed, weights = looks[0] if self.difference is None else self.difference(*looks, value, dropout > 0)
+        mixed = mixed if self.gate is None else self.gate(x) * mixed
+        return self.out_proj(merge_heads(mixed)), Mixing(weights, value) if need_weights else None
+
+    def _compared(self, parts: list[Tensor]) -> list[Tensor]:
+        """What the map of every head, or each of its two, compares: of all parts [B,N,E] side by side, [B,H,N,...]."""
+        parts = [split_heads(part, self.num_heads) for part in parts]
+        maps = [parts] if self.difference is None else zip(*(part.chunk(2, -1) for part in parts), strict=True)
+        return [own[0] if len(own) == 1 else torch.cat(own, -1) for own in maps]
+
+
+class MultiheadAttention(Heads):
     """`torch.nn.MultiheadAttention` with a choice of transform: same parameters, names and initialisation.
 
     Args:
         embed_dim: E, channels of queries, keys, values and output.
-        num_heads: H, each with E / H channels.
-        transform: from scores to weights; a learnable one belongs to this layer.
-        dropout: share of the weights that are set to zero in training, 0 to 1.
+        num_heads, transform, dropout, gate, difference: as of `Heads`.
 
     Raises:
         ValueError: `embed_dim` is not a multiple of `num_heads`.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, transform: Transform, dropout: float = 0.0):
-        super().__init__()
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        transform: Transform,
+        dropout: float = 0.0,
+        gate: Gate | None = None,
+        difference: Difference | None = None,
+    ):
+        super().__init__(num_heads, transform, dropout, gate, difference)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.transform = transform
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
         self.out_proj = nn.Linear(embed_dim, embed_dim)
@@ -196,14 +255,11 @@ class MultiheadAttention(nn.Module):
             ValueError: the transform needs a grid, as tvmax does, and there is none.
         """
         weight, bias = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        projected = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weight, bias, strict=True))
-        q, k, v = (split_heads(x, self.num_heads) for x in projected)
-        dropout = self.dropout if self.training else 0.0
-        mixed, weights = attend(q, k, v, self.transform, padding, grid, dropout, need_weights)
-        return self.out_proj(merge_heads(mixed)), Mixing(weights, v) if need_weights else None
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weight, bias, strict=True))
+        return self._look(query, [q], [k], v, padding, grid, need_weights)
 
 
-class ConditionalCrossAttention(nn.Module):
+class ConditionalCrossAttention(Heads):
     """Cross-attention whose scores are the sum of a content and a spatial dot product.
 
     Content and position are concatenated per head, so that the head compares each with its own kind
@@ -212,11 +268,17 @@ class ConditionalCrossAttention(nn.Module):
     `first`: in the first layer, where the content is still empty, the query position joins the content.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, transform: Transform, dropout: float = 0.0, first: bool = False):
-        super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.transform = transform
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        transform: Transform,
+        dropout: float = 0.0,
+        first: bool = False,
+        gate: Gate | None = None,
+        difference: Difference | None = None,
+    ):
+        super().__init__(num_heads, transform, dropout, gate, difference)
         self.query_content = nn.Linear(embed_dim, embed_dim)
         self.query_position = nn.Linear(embed_dim, embed_dim) if first else None
         self.query_spatial = nn.Linear(embed_dim, embed_dim)
@@ -243,23 +305,23 @@ class ConditionalCrossAttention(nn.Module):
         key_position = self.key_position(memory_position.to(memory.dtype))
         if self.query_position is not None:
             query, key = query + self.query_position(position), key + key_position
-        heads = (query, self.query_spatial(spatial), key, key_position, self.value(memory))
-        query, spatial, key, key_position, value = (split_heads(x, self.num_heads) for x in heads)
-        key = torch.cat([key, key_position.expand_as(key)], -1)  # [B,H,K,2D]
-        query = torch.cat([query, spatial], -1)  # [B,H,Q,2D]
-        dropout = self.dropout if self.training else 0.0
-        mixed, weights = attend(query, key, value, self.transform, padding, grid, dropout, need_weights)
-        return self.out_proj(merge_heads(mixed)), Mixing(weights, value) if need_weights else None
+        query, key = [query, self.query_spatial(spatial)], [key, key_position.expand_as(key)]
+        return self._look(content + position, query, key, self.value(memory), padding, grid, need_weights)
 
 
-class ConditionalSelfAttention(nn.Module):
+class ConditionalSelfAttention(Heads):
     """Self-attention that projects content and position by matrices of their own (Conditional DETR's decoder)."""
 
-    def __init__(self, embed_dim: int, num_heads: int, transform: Transform, dropout: float = 0.0):
-        super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.transform = transform
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        transform: Transform,
+        dropout: float = 0.0,
+        gate: Gate | None = None,
+        difference: Difference | None = None,
+    ):
+        super().__init__(num_heads, transform, dropout, gate, difference)
         self.query_content = nn.Linear(embed_dim, embed_dim)
         self.query_position = nn.Linear(embed_dim, embed_dim)
         self.key_content = nn.Linear(embed_dim, embed_dim)
@@ -271,7 +333,4 @@ class ConditionalSelfAttention(nn.Module):
         """content, position [B,Q,E] -> output [B,Q,E], weights [B,H,Q,Q] and values or None."""
         query = self.query_content(content) + self.query_position(position)
         key = self.key_content(content) + self.key_position(position)
-        query, key, value = (split_heads(x, self.num_heads) for x in (query, key, self.value(content)))
-        dropout = self.dropout if self.training else 0.0
-        mixed, weights = attend(query, key, value, self.transform, dropout=dropout, need_weights=need_weights)
-        return self.out_proj(merge_heads(mixed)), Mixing(weights, value) if need_weights else None
+        return self._look(content + position, [query], [key], self.value(content), need_weights=need_weights)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from detrlib.attention import AlphaEntmax, Transform, build_transform
+from detrlib.attention.gates import Difference, Gate
 from detrlib.attention.transforms import Entmax
 from detrlib.config import Deformable, Detr, HuggingFace, Model, project_path
+from detrlib.config.attention import SiteName
 from detrlib.config.huggingface import POINTS, SQUARE, require_transformers, their_config
-from detrlib.config.model import SiteName
 from detrlib.errors import ConfigError
 from detrlib.models.backbone import Backbone, CellView, build_backbone, cell_view, measured_view
 from detrlib.models.deformable import DeformableDETR
@@ -69,7 +70,7 @@ def _detr(settings: Detr, weights: str | Path | None) -> DETR:
     return DETR(
         _backbone(settings, weights),
         _position(settings, centred=anchors),
-        Transformer(Encoder(settings.encoder_layers, layer, poll), decoder),
+        Transformer(Encoder(settings.encoder_layers, layer, poll, settings.registers), decoder),
         settings.hidden_dim,
         settings.num_queries,
         settings.num_classes,
@@ -168,7 +169,24 @@ def _layer_settings(settings: Model, pre_norm: bool) -> LayerSettings:
         settings.dropout,
         pre_norm,
         _transform_maker(settings),
+        _heads_maker(settings),
     )
+
+
+def _heads_maker(settings: Model) -> Callable[[str], dict]:
+    """What layers ask for gate and difference of a site, first layer to last."""
+    layers = Counter()
+
+    def make(site: str) -> dict:
+        layers[site] += 1
+        dim, heads, gate = settings.hidden_dim, settings.num_heads, settings.option_at("gate", site)
+        differential = settings.option_at("differential", site)
+        return {
+            "gate": None if gate == "none" else Gate(dim, heads, gate),
+            "difference": Difference(dim // heads, layers[site]) if differential else None,
+        }
+
+    return make
 
 
 def _transform_maker(settings: Model) -> MakeTransform:

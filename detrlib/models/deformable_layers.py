@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detrlib.attention import Mixing, MultiheadAttention
+from detrlib.attention import Mixing
 from detrlib.attention.deformable import DeformableAttention, Samples
 from detrlib.models.checkpointing import call
 from detrlib.models.position import sine
@@ -83,10 +83,10 @@ class DeformableDecoderLayer(nn.Module):
 
     def __init__(self, settings: LayerSettings, levels: int, points: int):
         super().__init__()
-        dim, heads = settings.dim, settings.num_heads
-        self.cross_attn = DeformableAttention(dim, heads, levels, points)
+        dim = settings.dim
+        self.cross_attn = DeformableAttention(dim, settings.num_heads, levels, points)
         self.norm1 = nn.LayerNorm(dim)  # numbered as in official checkpoints
-        self.self_attn = MultiheadAttention(dim, heads, settings.transform("decoder_self"), settings.dropout)
+        self.self_attn = settings.attention("decoder_self")
         self.norm2 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, settings.feedforward_dim)
         self.linear2 = nn.Linear(settings.feedforward_dim, dim)

@@ -102,8 +102,9 @@ class DETR(nn.Module):
         if sites:
             hidden = memory.padding if polled is None else polled.key_padding()
             layers = dict(zip(get_args(Site), (encoder_maps, decoded.self_maps, decoded.cross_maps), strict=True))
-            where = {"grid": level.grid, "key_padding": hidden, "polled": polled}
-            predictions.attention = AttentionMaps.of_layers(layers, **where)
+            maps = AttentionMaps.of_layers(layers, grid=level.grid, key_padding=hidden, polled=polled)
+            registers = self.transformer.encoder.registers
+            predictions.attention = maps if registers is None else maps.without_registers(len(registers))
         return predictions
 
     def _predict(self, decoded: Decoded) -> Predictions:

@@ -33,6 +33,11 @@ class LayerSettings(NamedTuple):
     dropout: float
     pre_norm: bool
     transform: MakeTransform
+    heads: Callable[[str], dict] = lambda site: {}  # site -> gate and difference of a layer, as of `Heads`
+
+    def attention(self, site: str, kind: type[nn.Module] = MultiheadAttention, **others) -> nn.Module:
+        """Attention of the next layer of a site; others: what only this kind takes."""
+        return kind(self.dim, self.num_heads, self.transform(site), self.dropout, **self.heads(site), **others)
 
 
 class Memory(NamedTuple):
@@ -60,9 +65,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, settings: LayerSettings):
         super().__init__()
         dim, pre_norm = settings.dim, settings.pre_norm
-        self.self_attn = MultiheadAttention(
-            dim, settings.num_heads, settings.transform("encoder_self"), settings.dropout
-        )
+        self.self_attn = settings.attention("encoder_self")
         self.linear1 = nn.Linear(dim, settings.feedforward_dim)
         self.linear2 = nn.Linear(settings.feedforward_dim, dim)
         self.norm1 = nn.LayerNorm(dim)
@@ -83,23 +86,45 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of encoder layers; pre-norm stacks end with a norm of their own. `poll` makes the tokens fewer first."""
+    """A stack of encoder layers; pre-norm stacks end with a norm of their own. `poll` makes the tokens fewer first.
 
-    def __init__(self, num_layers: int, settings: LayerSettings, poll: nn.Module | None = None):
+    registers: so many learned tokens without a position stand behind those of the image in all layers, and go no
+    further (Darcet et al. 2024, "Vision Transformers Need Registers"): a place for what belongs to no cell.
+    """
+
+    def __init__(self, num_layers: int, settings: LayerSettings, poll: nn.Module | None = None, registers: int = 0):
         super().__init__()
         self.poll = poll
+        self.registers = None
+        if registers:
+            self.registers = nn.Parameter(nn.init.xavier_uniform_(torch.empty(registers, settings.dim)))
         self.layers = nn.ModuleList(EncoderLayer(settings) for _ in range(num_layers))
         self.norm = nn.LayerNorm(settings.dim) if settings.pre_norm and num_layers else None
         self.recompute = False  # see `checkpoint_activations`
 
     def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Memory, list[Mixing | None]]:
-        """Memory with tokens [B,K,E] -> the same with encoded tokens, weights [B,H,K,K] of every layer."""
-        memory, maps = memory if self.poll is None else self.poll(memory), []
+        """Memory with tokens [B,K,E] -> the same with encoded tokens, weights [B,H,K,K] of every layer.
+
+        With N registers [B,H,K+N,K+N], these last.
+        """
+        image = memory if self.poll is None else self.poll(memory)
+        memory, maps = image if self.registers is None else self._with_registers(image), []
         for layer in self.layers:
             tokens, weights = call(layer, memory, need_attention, again=self.recompute and self.training)
             memory = memory._replace(tokens=tokens)
             maps.append(weights)
-        return memory if self.norm is None else memory._replace(tokens=self.norm(memory.tokens)), maps
+        tokens = memory.tokens[:, : image.tokens.shape[1]]
+        return image._replace(tokens=tokens if self.norm is None else self.norm(tokens)), maps
+
+    def _with_registers(self, memory: Memory) -> Memory:
+        """The same with registers as its last tokens, which are no padding and stand nowhere."""
+        count = len(self.registers)
+        registers = self.registers.to(memory.tokens.dtype).expand(len(memory.tokens), -1, -1)
+        return memory._replace(
+            tokens=torch.cat([memory.tokens, registers], 1),
+            position=F.pad(memory.position, (0, 0, 0, count)),
+            padding=None if memory.padding is None else F.pad(memory.padding, (0, count)),
+        )
 
 
 class DecoderLayer(nn.Module):
@@ -119,9 +144,7 @@ class DecoderLayer(nn.Module):
         self.pre_norm = settings.pre_norm
 
     def build_self_attention(self, settings: LayerSettings) -> nn.Module:
-        return MultiheadAttention(
-            settings.dim, settings.num_heads, settings.transform("decoder_self"), settings.dropout
-        )
+        return settings.attention("decoder_self")
 
     def compare(self, x: Tensor, position: Tensor, need_attention: bool) -> tuple[Tensor, Mixing | None]:
         """Self-attention of query content `x` [B,Q,E] at `position` [B,Q,E]."""
@@ -129,9 +152,7 @@ class DecoderLayer(nn.Module):
         return self.self_attn(query, key, x, need_weights=need_attention)
 
     def build_cross_attention(self, settings: LayerSettings) -> nn.Module:
-        return MultiheadAttention(
-            settings.dim, settings.num_heads, settings.transform("decoder_cross"), settings.dropout
-        )
+        return settings.attention("decoder_cross")
 
     def look(self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool) -> tuple[Tensor, Mixing | None]:
         """Cross-attention of query content `x` [B,Q,E] at `position` [B,Q,E]."""
@@ -184,8 +205,7 @@ class ConditionalDecoderLayer(DecoderLayer):
         super().__init__(settings)
 
     def build_cross_attention(self, settings: LayerSettings) -> nn.Module:
-        transform = settings.transform("decoder_cross")
-        return ConditionalCrossAttention(settings.dim, settings.num_heads, transform, settings.dropout, self.first)
+        return settings.attention("decoder_cross", ConditionalCrossAttention, first=self.first)
 
     def look(
         self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool, spatial: Tensor
@@ -200,8 +220,7 @@ class PointDecoderLayer(ConditionalDecoderLayer):
     """A conditional layer whose self-attention, too, projects content and position apart."""
 
     def build_self_attention(self, settings: LayerSettings) -> nn.Module:
-        transform = settings.transform("decoder_self")
-        return ConditionalSelfAttention(settings.dim, settings.num_heads, transform, settings.dropout)
+        return settings.attention("decoder_self", ConditionalSelfAttention)
 
     def compare(self, x: Tensor, position: Tensor, need_attention: bool) -> tuple[Tensor, Mixing | None]:
         """Self-attention of query content `x` [B,Q,E] at `position` [B,Q,E]."""

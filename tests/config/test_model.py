@@ -6,7 +6,7 @@ import pytest
 
 from detrlib.attention import TRANSFORMS
 from detrlib.config import Deformable, Detr, load_config, save_config
-from detrlib.config.model import TransformName
+from detrlib.config.attention import TransformName
 from detrlib.errors import ConfigError
 
 DEFORMABLE = {"model.architecture": "deformable"}
