@@ -6,5 +6,11 @@ what it draws; `entmax` (by `newton`) and `tvmax` compute weights exactly and fa
 instead of weighing all keys; `kernels` does the same on a GPU.
 """
 
-from detrlib.attention.multihead import ConditionalCrossAttention, ConditionalSelfAttention, MultiheadAttention, attend
+from detrlib.attention.multihead import (
+    ConditionalCrossAttention,
+    ConditionalSelfAttention,
+    Mixing,
+    MultiheadAttention,
+    attend,
+)
 from detrlib.attention.transforms import TRANSFORMS, AlphaEntmax, Transform, build_transform

@@ -22,6 +22,8 @@ Legend: B images, H heads, Q queries, K keys, E embedding, D = E / H channels pe
 padding [B,K] is True where a key is padding; grid (h, w) where keys are the cells of a feature map.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +38,13 @@ from detrlib.attention.transforms import AlphaEntmax, Entmax, Grid, Softmax, Tra
 MOST_SCORES = 2**27  # kept at a time when maps are not asked for: half a GiB of float32
 NULL_CHANNELS = 8  # of queries and keys, that hold the learned score of a null key
 FUSED_KEYS = 2048  # from here on the scores of a row are worth not writing down
+
+
+class Mixing(NamedTuple):
+    """What every head of a layer mixed, and by which weights: a layer returns it, if asked, beside its output."""
+
+    weights: Tensor  # [B,H,Q,K], before dropout
+    values: Tensor  # [B,H,K,D], a view of what the layer has projected, not a copy
 
 
 def mix(
@@ -198,7 +207,7 @@ class Heads(nn.Module):
         padding: Tensor | None = None,
         grid: Grid | None = None,
         need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Mixing | None]:
         """Of what is projected, to the output: scores are the sum of the dot products of each query [B,Q,E] with its
         key [B,K,E]; value [B,K,E]; x [B,Q,E] is what queries are projected from.
         """
@@ -209,7 +218,7 @@ class Heads(nn.Module):
         ]
         mixed, weights = looks[0] if self.difference is None else self.difference(*looks, value, dropout > 0)
         mixed = mixed if self.gate is None else self.gate(x) * mixed
-        return self.out_proj(merge_heads(mixed)), weights
+        return self.out_proj(merge_heads(mixed)), Mixing(weights, value) if need_weights else None
 
     def _compared(self, parts: list[Tensor]) -> list[Tensor]:
         """What the map of every head, or each of its two, compares: of all parts [B,N,E] side by side, [B,H,N,...]."""
@@ -255,7 +264,7 @@ class MultiheadAttention(Heads):
         padding: Tensor | None = None,
         grid: Grid | None = None,
         need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Mixing | None]:
         """Attend from every query to all keys, with every head.
 
         Args:
@@ -264,10 +273,10 @@ class MultiheadAttention(Heads):
             value: [B,K,E], without.
             padding: [B,K] bool, True = padding; None: there is none.
             grid: (h, w) of the feature map whose cells are the keys, where they are such.
-            need_weights: return the weights as well; then none of the faster ways is taken.
+            need_weights: return weights and values as well; then none of the faster ways is taken.
 
         Returns:
-            Output [B,Q,E], and weights [B,H,Q,K] if asked for, else None.
+            Output [B,Q,E], and weights [B,H,Q,K] with the values [B,H,K,D] they mix if asked for, else None.
 
         Raises:
             ValueError: the transform needs a grid, as tvmax does, and there is none.
@@ -315,9 +324,9 @@ class ConditionalCrossAttention(Heads):
         padding: Tensor | None = None,
         grid: Grid | None = None,
         need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Mixing | None]:
         """content, position, spatial [B,Q,E]; memory [B,K,E], memory_position [B or 1,K,E]
-        -> output [B,Q,E], weights [B,H,Q,K] or None.
+        -> output [B,Q,E], weights [B,H,Q,K] and values or None.
         """
         query, key = self.query_content(content), self.key_content(memory)
         key_position = self.key_position(memory_position.to(memory.dtype))
@@ -347,8 +356,8 @@ class ConditionalSelfAttention(Heads):
         self.value = nn.Linear(embed_dim, embed_dim)
         self.out_proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, content: Tensor, position: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """content, position [B,Q,E] -> output [B,Q,E], weights [B,H,Q,Q] or None."""
+    def forward(self, content: Tensor, position: Tensor, need_weights: bool = False) -> tuple[Tensor, Mixing | None]:
+        """content, position [B,Q,E] -> output [B,Q,E], weights [B,H,Q,Q] and values or None."""
         query = self.query_content(content) + self.query_position(position)
         key = self.key_content(content) + self.key_position(position)
         return self._look(content + position, [query], [key], self.value(content), need_weights=need_weights)

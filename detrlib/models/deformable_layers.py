@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detrlib.attention import Mixing
 from detrlib.attention.deformable import DeformableAttention, Samples
 from detrlib.models.checkpointing import call
 from detrlib.models.position import sine
@@ -94,7 +95,7 @@ class DeformableDecoderLayer(nn.Module):
 
     def forward(
         self, x: Tensor, position: Tensor, reference_points: Tensor, memory: Pyramid, need_map: bool, need_samples: bool
-    ) -> tuple[Tensor, Tensor | None, Samples | None]:
+    ) -> tuple[Tensor, Mixing | None, Samples | None]:
         """Query content x and position [B,Q,E], reference_points [B,Q,L,2 or 4] -> content, map [B,H,Q,Q], samples."""
         query = key = x + position
         y, self_map = self.self_attn(query, key, x, need_weights=need_map)

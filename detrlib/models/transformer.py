@@ -2,7 +2,8 @@
 
 Legend: B images, H heads, K keys (cells of the feature map), Q queries, E channels.
 Position encodings are added to queries and keys of every attention, never to values (Carion et al. 2020, Fig. 10).
-Every layer returns its attention weights next to its output: maps are a value, not something to be hooked.
+Every layer returns next to its output, if asked, the weights of its attention and the values that they mix: maps are a
+value, not something to be hooked.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detrlib.attention import ConditionalCrossAttention, ConditionalSelfAttention, MultiheadAttention, Transform
+from detrlib.attention import ConditionalCrossAttention, ConditionalSelfAttention, Mixing, MultiheadAttention, Transform
 from detrlib.attention.deformable import Samples
 from detrlib.attention.dropout import Dropout
 from detrlib.models.checkpointing import call
@@ -54,8 +55,8 @@ class Decoded(NamedTuple):
 
     states: list[Tensor]  # [B,Q,E], normalised
     boxes: list[Tensor]  # [B,Q,4] cxcywh in 0..1
-    self_maps: list[Tensor | None]  # [B,H,Q,Q]
-    cross_maps: list[Tensor | Samples | None]  # [B,H,Q,K], or the samples of deformable attention
+    self_maps: list[Mixing | None]  # weights [B,H,Q,Q]
+    cross_maps: list[Mixing | Samples | None]  # weights [B,H,Q,K], or the samples of deformable attention
 
 
 class EncoderLayer(nn.Module):
@@ -72,8 +73,8 @@ class EncoderLayer(nn.Module):
         self.dropout = Dropout(settings.dropout)
         self.pre_norm = pre_norm
 
-    def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B,K,E] -> tokens [B,K,E], weights [B,H,K,K] or None."""
+    def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Tensor, Mixing | None]:
+        """Tokens [B,K,E] -> tokens [B,K,E], mixing with weights [B,H,K,K] or None."""
         x = memory.tokens
         y = self.norm1(x) if self.pre_norm else x
         query = key = y + memory.position
@@ -101,7 +102,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(settings.dim) if settings.pre_norm and num_layers else None
         self.recompute = False  # see `checkpoint_activations`
 
-    def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Memory, list[Tensor | None]]:
+    def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Memory, list[Mixing | None]]:
         """Memory with tokens [B,K,E] -> the same with encoded tokens, weights [B,H,K,K] of every layer.
 
         With N registers [B,H,K+N,K+N], these last.
@@ -145,7 +146,7 @@ class DecoderLayer(nn.Module):
     def build_self_attention(self, settings: LayerSettings) -> nn.Module:
         return settings.attention("decoder_self")
 
-    def compare(self, x: Tensor, position: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def compare(self, x: Tensor, position: Tensor, need_attention: bool) -> tuple[Tensor, Mixing | None]:
         """Self-attention of query content `x` [B,Q,E] at `position` [B,Q,E]."""
         query = key = x + position
         return self.self_attn(query, key, x, need_weights=need_attention)
@@ -153,15 +154,15 @@ class DecoderLayer(nn.Module):
     def build_cross_attention(self, settings: LayerSettings) -> nn.Module:
         return settings.attention("decoder_cross")
 
-    def look(self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def look(self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool) -> tuple[Tensor, Mixing | None]:
         """Cross-attention of query content `x` [B,Q,E] at `position` [B,Q,E]."""
         key = memory.tokens + memory.position
         return self.multihead_attn(x + position, key, memory.tokens, memory.padding, memory.grid, need_attention)
 
     def forward(
         self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool = False, **where
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Query content x and position [B,Q,E] -> content [B,Q,E], weights [B,H,Q,Q] and [B,H,Q,K] or None."""
+    ) -> tuple[Tensor, Mixing | None, Mixing | None]:
+        """Query content x and position [B,Q,E] -> content [B,Q,E], mixings of queries and of keys or None."""
         y = self.norm1(x) if self.pre_norm else x
         y, self_map = self.compare(y, position, need_attention)
         x = x + self.dropout(y) if self.pre_norm else self.norm1(x + self.dropout(y))
@@ -208,7 +209,7 @@ class ConditionalDecoderLayer(DecoderLayer):
 
     def look(
         self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool, spatial: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Mixing | None]:
         """Cross-attention of query content `x` [B,Q,E]; `spatial` [B,Q,E] is compared with positions of keys."""
         return self.multihead_attn(
             x, position, spatial, memory.tokens, memory.position, memory.padding, memory.grid, need_attention
@@ -221,7 +222,7 @@ class PointDecoderLayer(ConditionalDecoderLayer):
     def build_self_attention(self, settings: LayerSettings) -> nn.Module:
         return settings.attention("decoder_self", ConditionalSelfAttention)
 
-    def compare(self, x: Tensor, position: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def compare(self, x: Tensor, position: Tensor, need_attention: bool) -> tuple[Tensor, Mixing | None]:
         """Self-attention of query content `x` [B,Q,E] at `position` [B,Q,E]."""
         return self.self_attn(x, position, need_attention)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from detrlib.attention import TRANSFORMS, MultiheadAttention, attend, build_transform, multihead
-from detrlib.attention.multihead import ConditionalCrossAttention, ConditionalSelfAttention
+from detrlib.attention.multihead import ConditionalCrossAttention, ConditionalSelfAttention, merge_heads
 from detrlib.attention.transforms import Softmax
 from detrlib.errors import ConfigError
 
@@ -34,13 +34,15 @@ def test_softmax_attention_is_that_of_torch(pair, padded, need_weights, keys_pad
     query, key, value = (torch.randn(2, n, 24) for n in (5, 7, 7))
     padding = keys_padding()[:, 0, 0] if padded else None
     ours.train(), reference.train()
-    output, weights = ours(query, key, value, padding, need_weights=need_weights)
+    output, mixing = ours(query, key, value, padding, need_weights=need_weights)
     wanted, wanted_weights = reference(query, key, value, padding, need_weights, average_attn_weights=False)
     torch.testing.assert_close(output, wanted)
     if need_weights:
-        torch.testing.assert_close(weights, wanted_weights)
+        torch.testing.assert_close(mixing.weights, wanted_weights)
+        torch.testing.assert_close(ours.out_proj(merge_heads(mixing.weights @ mixing.values)), output)
+        assert mixing.values._base is not None  # a view of what was projected
     else:
-        assert weights is None
+        assert mixing is None
     found = torch.autograd.grad(output.square().sum(), list(ours.parameters()))
     expected = torch.autograd.grad(wanted.square().sum(), list(reference.parameters()))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -108,7 +110,7 @@ def test_layers_drop_in_training_only(conditional, conditional_attention, make):
         runs[mode] = [layer(*inputs, need_weights=True) for _ in range(2)]
     assert not torch.equal(runs[True][0][0], runs[True][1][0])
     assert torch.equal(runs[False][0][0], runs[False][1][0])
-    assert torch.equal(runs[True][0][1], runs[False][0][1])
+    assert all(map(torch.equal, runs[True][0][1], runs[False][0][1]))
 
 
 def test_conditional_attention_adds_two_scaled_dot_products(keys_padding):
@@ -118,7 +120,7 @@ def test_conditional_attention_adds_two_scaled_dot_products(keys_padding):
     padding = keys_padding()[:, 0, 0]
     for first in (False, True):
         layer = ConditionalCrossAttention(12, 3, build_transform("softmax", 3), first=first)
-        output, weights = layer(content, position, spatial, memory, memory_position, padding, need_weights=True)
+        output, mixing = layer(content, position, spatial, memory, memory_position, padding, need_weights=True)
         query, key = layer.query_content(content), layer.key_content(memory)
         if first:
             query, key = query + layer.query_position(position), key + layer.key_position(memory_position)
@@ -128,7 +130,8 @@ def test_conditional_attention_adds_two_scaled_dot_products(keys_padding):
             part = slice(4 * head, 4 * head + 4)
             scores = query[..., part] @ key[..., part].mT + where[..., part] @ there[..., part].mT
             expected = (scores / 8**0.5).masked_fill(padding[:, None], float("-inf")).softmax(-1)
-            torch.testing.assert_close(weights[:, head], expected)
+            torch.testing.assert_close(mixing.weights[:, head], expected)
+            torch.testing.assert_close(mixing.values[:, head], layer.value(memory)[..., part])
             mixed.append(expected @ layer.value(memory)[..., part])
         torch.testing.assert_close(output, layer.out_proj(torch.cat(mixed, -1)))
 

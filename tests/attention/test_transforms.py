@@ -296,7 +296,7 @@ def test_weights_are_float32_inside_autocast(name, make, random_scores):
     layer = MultiheadAttention(12, HEADS, make(name))
     x = random_scores(2, 50, 12).float()
     with torch.autocast("cpu", torch.bfloat16):
-        output, weights = layer(x, x, x, grid=(5, 10), need_weights=True)
+        output, (weights, _) = layer(x, x, x, grid=(5, 10), need_weights=True)
         scores = random_scores(2, HEADS, 4, 50).bfloat16()
         direct = weights_of(layer.transform, scores)
     assert output.dtype == torch.bfloat16

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from detrlib.attention import TRANSFORMS
+from detrlib.attention.multihead import merge_heads
 from detrlib.models import build_model
+from detrlib.models.outputs import site_of
 
 SITES = ("encoder_self", "decoder_self", "decoder_cross")
 BACKBONES = {
@@ -151,6 +153,22 @@ def test_attention_maps(transform, queries, padded_batch, small):
             if site != "decoder_self":
                 assert (layer.masked_select(maps.key_padding[:, None, None]) == 0).all()
     assert not torch.equal(maps.decoder_cross[0], maps.decoder_cross[1])
+
+
+@pytest.mark.parametrize("queries", ["learned", "conditional", "anchor"])
+def test_values_are_those_that_the_maps_mix(queries, padded_batch, small):
+    model, mixed = small(queries=queries), {}
+    for path, module in model.named_modules():
+        if path.endswith("out_proj"):
+            site = site_of(path.removesuffix(".out_proj"))
+            module.register_forward_pre_hook(lambda _, inputs, site=site: mixed.setdefault(site, []).append(inputs[0]))
+    with torch.no_grad():
+        maps = model(*padded_batch((70, 101), (128, 64), canvas=(128, 160)), need_attention=True).attention
+        only = model(*padded_batch((70, 101), canvas=(128, 160)), need_attention=("encoder_self",)).attention
+    for site, layers in maps.values.items():
+        for weights, values, expected in zip(getattr(maps, site), layers, mixed[site], strict=False):
+            torch.testing.assert_close(merge_heads(weights @ values), expected)
+    assert only.values["decoder_cross"] == only.values["decoder_self"] == [None] * 3
 
 
 def test_sites_get_the_transforms_chosen_for_them(padded_batch, small):
