@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from detrlib.config import load_config, replace, save_config
+from detrlib.data import batch
 from detrlib.engine import loop as training
 from detrlib.engine import pace, pretrain
 from detrlib.engine.evaluate import evaluate_run, load_model
@@ -427,6 +429,19 @@ def test_too_few_classes_are_refused_before_anything_is_written(tmp_path, tiny_c
     cfg = tiny_config({"model.num_classes": 5, "data.contiguous": True})
     with pytest.raises(ConfigError, match=r"model.num_classes 5 is too small.*needs 6$"):
         train(cfg, tmp_path / "run")
+
+
+@pytest.mark.parametrize("sizes", [(4, 1), (1, 4)], ids=["training", "evaluation"])
+def test_processes_that_would_wait_for_room_are_refused_before_data_are_read(sizes, tmp_path, monkeypatch, tiny_config):
+    """In shared memory, as small as that of containers; the data need not even be there."""
+    monkeypatch.setattr(batch.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
+    monkeypatch.setattr(batch, "SHARED", tmp_path)
+    monkeypatch.setattr(training, "open_splits", None)
+    settings = {"data.workers": 2, "data.image_size": 800}
+    settings |= dict(zip(("train.batch_size", "evaluate.batch_size"), sizes, strict=True))
+    with pytest.raises(ConfigError, match=r"data\.workers: 2, but .* --shm-size"):
+        train(tiny_config(settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch, tiny_config):
