@@ -36,6 +36,8 @@ DETECTIONS_PER_CLASS = 100  # of an image and class, the best of which count
 UNDEFINED = -1  # COCO's value for a number that has no ground truth to be computed from; missing (NaN) in our tables
 NO_CATEGORY = -1  # stands for "no annotations" in the row of an image that has none
 PAIRS_AT_ONCE = 2**21  # detections and annotations whose IoU is held in memory together
+IMAGES_AT_ONCE = 500  # whose detections are matched together
+COMPACT = {"image_id": np.int64, "category_id": np.int32}
 
 
 def coco_ap(
@@ -185,18 +187,14 @@ def match_detections(ground_truth: Mapping | str | PathLike, detections: Sequenc
     annotated = box_table(truth["annotations"], ("area", "iscrowd"))
     annotated = annotated[annotated["category_id"].isin(category_ids)]
     annotated = annotated.sort_values(["image_id", "category_id"], kind="stable", ignore_index=True)
-    detected = detected[detected["category_id"].isin(category_ids)].astype(dict.fromkeys((*BOX, "score"), float))
-    detected["area"] = detected["w"] * detected["h"]
-    # Equal scores keep their order.
-    order = np.lexsort((-detected["score"], detected["category_id"], detected["image_id"]))
-    detected = detected.iloc[order]
-    rank = detected.groupby(["image_id", "category_id"]).cumcount()
-    detected = detected[rank < DETECTIONS_PER_CLASS].reset_index(drop=True)
-
     skipped = _outside(annotated["area"]) | (annotated["iscrowd"] != 0).to_numpy()[:, None]  # [G,A]
-    flags = _match(detected, annotated, skipped)
-    columns = {f"{kind}_{area}": flags[kind][:, a] for kind in flags for a, area in enumerate(AREAS)}
-    table = detected[["image_id", "category_id", "score"]].assign(**columns)
+    detected = detected[detected["category_id"].isin(category_ids)].sort_values("image_id", kind="stable")
+    later = image_ids[IMAGES_AT_ONCE::IMAGES_AT_ONCE]
+    blocks = (np.split(np.arange(len(one)), np.searchsorted(one["image_id"], later)) for one in (detected, annotated))
+    table = pd.concat(
+        [_judged(detected.iloc[d], annotated.iloc[g], skipped[g]) for d, g in zip(*blocks, strict=True)],
+        ignore_index=True,
+    )
     counts = annotated[["image_id", "category_id"]].assign(
         **{area: (~skipped[:, a]).astype(np.int32) for a, area in enumerate(AREAS)}
     )
@@ -204,8 +202,20 @@ def match_detections(ground_truth: Mapping | str | PathLike, detections: Sequenc
     empty = pd.DataFrame({"image_id": bare, "category_id": NO_CATEGORY, **dict.fromkeys(AREAS, np.int32(0))})
     counts = pd.concat([counts.groupby(["image_id", "category_id"], as_index=False).sum(), empty])
     counts = counts.sort_values(["image_id", "category_id"], ignore_index=True)
-    compact = {"image_id": np.int64, "category_id": np.int32}
-    return Matches(table.astype(compact), counts.astype(compact | dict.fromkeys(AREAS, np.int32)))
+    return Matches(table, counts.astype(COMPACT | dict.fromkeys(AREAS, np.int32)))
+
+
+def _judged(detected: pd.DataFrame, annotated: pd.DataFrame, skipped: np.ndarray) -> pd.DataFrame:
+    """`Matches.detections` of some images, of which nothing else is kept."""
+    detected = detected.astype(dict.fromkeys((*BOX, "score"), float)).assign(area=lambda table: table["w"] * table["h"])
+    # Equal scores keep their order.
+    order = np.lexsort((-detected["score"], detected["category_id"], detected["image_id"]))
+    detected = detected.iloc[order]
+    rank = detected.groupby(["image_id", "category_id"]).cumcount()
+    detected = detected[rank < DETECTIONS_PER_CLASS].reset_index(drop=True)
+    flags = _match(detected, annotated, skipped)
+    columns = {f"{kind}_{area}": flags[kind][:, a] for kind in flags for a, area in enumerate(AREAS)}
+    return detected[["image_id", "category_id", "score"]].assign(**columns).astype(COMPACT)
 
 
 def errors_by_image(matches: Matches, min_score: float = 0.3) -> pd.DataFrame:

@@ -140,9 +140,10 @@ def test_objects_and_detections_of_classes_or_images_that_are_not_listed_do_not_
 def test_matching_in_small_parts_changes_nothing(monkeypatch, crowded_task):
     task = crowded_task(0)
     whole = match_detections(*task)
-    monkeypatch.setattr("detrlib.metrics.detection.PAIRS_AT_ONCE", 7)
-    for part, expected in zip(match_detections(*task), whole, strict=True):
-        pd.testing.assert_frame_equal(part, expected)
+    for limit, few in (("PAIRS_AT_ONCE", 7), ("IMAGES_AT_ONCE", 5), ("IMAGES_AT_ONCE", 1)):
+        monkeypatch.setattr(f"detrlib.metrics.detection.{limit}", few)
+        for part, expected in zip(match_detections(*task), whole, strict=True):
+            pd.testing.assert_frame_equal(part, expected)
 
 
 def test_matches_list_every_image_and_compute_ap_of_any_of_them(random_detection_task):
