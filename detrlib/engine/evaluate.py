@@ -231,10 +231,9 @@ def evaluate(
         progress: show a bar.
 
     Returns:
-        Results and a table of detections (`coco_detections`), complete on every process. Results hold `detection` (12
-        COCO numbers and per class), `spread` (`BestDetections.summary`), `loss` (with a criterion), `alpha`, the
-        settings `evaluate`, and what `AttentionMeasures.summary` says: `attention`, `sparsity`, `paibb`,
-        `localisation`.
+        Results and a table of detections (`coco_detections`), both of all processes. Results hold `detection` (12 COCO
+        numbers and per class), `spread` (`BestDetections.summary`), `loss` (with a criterion), `alpha`, the settings
+        `evaluate`, and what `AttentionMeasures.summary` says: `attention`, `sparsity`, `paibb`, `localisation`.
 
     Raises:
         RunError: what is stored cannot be written.
