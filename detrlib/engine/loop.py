@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, describe_data, look_over, open_splits
-from detrlib.data.batch import EpochSampler, batches, open_loader
+from detrlib.data.batch import EpochSampler, batches, open_loader, worker_processes
 from detrlib.data.classes import class_list
 from detrlib.engine import tracking
 from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
@@ -76,6 +76,8 @@ def train(cfg: Config, run_dir: Path) -> dict:
     if cfg.train.compile:
         require_compiler(accelerator.device)
     say = partial(tracking.say, accelerator)
+    for images in (cfg.train.batch_size // accelerator.num_processes, cfg.evaluate.batch_size):
+        worker_processes(cfg.data, images)  # raises where shared memory has no room for them
     train_set, val_set = (splits := open_splits(cfg.data)).values()
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
         cfg = cfg.model_copy(update={"model": cfg.model.completed()})
