@@ -14,7 +14,7 @@ Legend: R rows, K keys, B the budget.
 import torch
 from torch import Tensor
 
-from detrlib.attention.newton import solve
+from detrlib.attention.entmax import entmax_unchecked
 
 AWAY = 1e30  # below all scores, and yet a number
 HALVINGS = 60  # of the interval that holds tau: one of 1e4 becomes less than float32 tells
@@ -78,7 +78,7 @@ def _beside(x: Tensor, whole: Tensor, budget: float) -> Tensor:
     rest = torch.sub(x, whole, alpha=AWAY)
     some = (left > 0) & (rest.amax(-1, keepdim=True) > -AWAY / 2)  # something is left, and keys to give it to
     rest.div_(torch.where(some, left, 1.0))
-    return solve(rest, 2.0)[0].mul_(torch.where(some, left, 0.0)).add_(whole)
+    return entmax_unchecked(rest, 2.0).mul_(torch.where(some, left, 0.0)).add_(whole)
 
 
 def _by_halving(x: Tensor, budget: float) -> Tensor:
