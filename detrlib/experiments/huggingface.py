@@ -137,7 +137,7 @@ def sparsity_table(
             while trained ones are taken as they are.
         size: pixels along both sides of noise, and along the shorter side of pictures for random weights.
         progress: show a bar.
-        settings: alpha, alpha_init and tv_lambda, as of `use`.
+        settings: of transforms, such as alpha, as of `use`.
 
     Returns:
         A row for each model, site and transform: columns model, site, transform, keys (how many a query could see),
