@@ -4,11 +4,11 @@ Each has the settings that mean something to it and no others. What cannot be sa
 and the remedy. The third family, detectors of transformers, stands in `config.huggingface`.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from detrlib.config.attention import Anneal, OwnAttention, OwnQueryAttention, SiteName
+from detrlib.config.attention import Anneal, NullKey, OwnAttention, OwnQueryAttention, SiteName
 from detrlib.config.section import Section
 
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -153,6 +153,22 @@ class Attending(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _options_have_their_sites(self):
+        for option in ("null_key", "gate", "differential"):
+            sites, name = getattr(self.attention, f"{option}_sites", None), f"model.attention.{option}"
+            if sites is not None and getattr(self.attention, option) in ("none", False):
+                raise ValueError(f"{name}_sites is of no use without {name}; set it, or leave the sites out")
+            for site in sites or ():
+                if not self.scores_keys(site):
+                    fault = "there points are sampled and no keys scored"
+                elif site == "encoder_self" and not self.encoder_layers:
+                    fault = "model.encoder_layers is 0"
+                else:
+                    continue
+                raise ValueError(f"{name}_sites {site}: {fault}; leave it out")
+        return self
+
     @property
     def padding_matters(self) -> bool:
         """Whether predictions for an image depend on how it is padded in a batch."""
@@ -161,6 +177,16 @@ class Attending(Section):
     def transform_at(self, site: SiteName) -> str:
         """The transform of a site's scores, or "deformable" where points are sampled instead of keys scored."""
         return getattr(self.attention, site, "deformable")
+
+    def null_key_at(self, site: SiteName) -> NullKey:
+        """The null key beside the keys of a site."""
+        return self.option_at("null_key", site, "none")
+
+    def option_at(self, option: str, site: SiteName, off: Any) -> Any:
+        """What `attention` says of an option that has sites of its own, such as gate; `off` where it does not apply."""
+        sites = getattr(self.attention, f"{option}_sites")
+        there = self.scores_keys(site) if sites is None else site in sites
+        return getattr(self.attention, option) if there else off
 
     def alpha_at(self, site: SiteName) -> float | None:
         """The alpha of a site's transform, or None where it is learned or there is none."""
@@ -220,23 +246,6 @@ class Architecture(Attending):
                 f"{self.hidden_dim} by model.num_heads {self.num_heads} is odd"
             )
         return self
-
-    @model_validator(mode="after")
-    def _options_of_heads_have_their_sites(self):
-        for option, off in (("gate", "none"), ("differential", False)):
-            name, chosen = f"model.attention.{option}_sites", getattr(self.attention, f"{option}_sites")
-            if chosen is not None and getattr(self.attention, option) == off:
-                raise ValueError(f"{name} is of no use without model.attention.{option}; set that, or leave it out")
-            for site in chosen or ():
-                if not self.scores_keys(site) or (site == "encoder_self" and not self.encoder_layers):
-                    raise ValueError(f"{name}: no layer of the model scores keys at {site}; leave it out")
-        return self
-
-    def option_at(self, option: Literal["gate", "differential"], site: SiteName) -> str | bool:
-        """What `attention.gate` or `attention.differential` says of a site; "none" or False where it is not meant."""
-        sites = getattr(self.attention, f"{option}_sites")
-        off = type(self.attention).model_fields[option].default
-        return getattr(self.attention, option) if sites is None or site in sites else off
 
 
 class Detr(Architecture):
