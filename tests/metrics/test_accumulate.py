@@ -16,7 +16,8 @@ from detrlib.engine.evaluate import evaluate_run, load_model
 from detrlib.errors import ConfigError, RunError
 from detrlib.losses import Criterion, match
 from detrlib.metrics import localisation, sparsity
-from detrlib.metrics.accumulate import SELECTIONS, AttentionMeasures, Moments, alphas_in_effect
+from detrlib.metrics.accumulate import LOCATED, SELECTIONS, AttentionMeasures, alphas_in_effect
+from detrlib.metrics.moments import Moments
 from detrlib.runs.results import layer_frame, located_table, paibb_table, sparsity_table
 
 SIZES = [(70, 101), (128, 64), (97, 160)]
