@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from detrlib.attention import AlphaEntmax, Transform, build_transform
+from detrlib.attention.build import TransformSettings
 from detrlib.attention.gates import Difference, Gate
-from detrlib.attention.transforms import Entmax, TransformSettings
+from detrlib.attention.transforms import Entmax
 from detrlib.config import Deformable, Detr, HuggingFace, Model, project_path
 from detrlib.config.attention import SiteName
 from detrlib.config.huggingface import POINTS, SQUARE, require_transformers, their_config

@@ -11,7 +11,8 @@ from torch import nn
 
 from detrlib.attention import TRANSFORMS, ConditionalCrossAttention, ConditionalSelfAttention, MultiheadAttention
 from detrlib.attention.gates import Difference, Gate
-from detrlib.attention.multihead import mix, split_heads
+from detrlib.attention.mixing import mix
+from detrlib.attention.multihead import split_heads
 
 HEADS, E = 3, 12
 KINDS = {"plain": MultiheadAttention, "conditional": ConditionalCrossAttention, "self": ConditionalSelfAttention}

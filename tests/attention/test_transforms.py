@@ -373,20 +373,6 @@ def test_the_price_of_a_step_is_not_negative(tv_lambda):
         build_transform("tvmax", HEADS, tv_lambda=tv_lambda)
 
 
-@pytest.mark.parametrize(
-    ("settings", "name"), [({"null_key": "one"}, "'one'"), ({"tau": 1.0}, "'tau'"), ({"alpha": "sharp"}, "alpha")]
-)
-def test_a_wrong_setting_is_named(settings, name):
-    with pytest.raises(ValueError, match=name):
-        build_transform("softmax", HEADS, **settings)
-
-
-def test_unknown_transform_names_those_there_are():
-    with pytest.raises(ValueError, match="'sparsmax'") as error:
-        build_transform("sparsmax", HEADS)
-    assert all(name in str(error.value) for name in TRANSFORMS)
-
-
 @every_transform
 def test_one_graph_holds_a_transform_and_its_gradients(name):
     """Compiled, and exported for any number of keys."""
