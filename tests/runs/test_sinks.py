@@ -7,7 +7,7 @@ import pytest
 
 from detrlib.errors import RunError
 from detrlib.metrics.sinks import MEASURES
-from detrlib.runs.sinks import COLUMNS, sinks_frame, sinks_table
+from detrlib.runs.sinks import COLUMNS, resting_most, sinks_frame, sinks_table
 
 
 @pytest.fixture
@@ -33,6 +33,12 @@ def test_heads_are_rows(run_dir):
     assert cross.weight.tolist() == [0.0, 0.1, 0.2, 0.3] and cross.does.tolist() == ["nothing", None] * 2
     assert cross[["y", "x"]].iloc[0].tolist() == [0.1, 0.9] and cross.y.isna().tolist() == [False, True, False, False]
     assert frame[frame.site == "decoder_self"].border.isna().all() and frame.border.dtype == float
+
+
+def test_heads_that_rest_most_come_first(run_dir):
+    table = resting_most(sinks_frame([run_dir], "decoder_cross"), 2)
+    assert table[["layer", "head", "weight"]].to_numpy().tolist() == [[2, 2, 0.3], [2, 1, 0.2]]
+    assert "run" not in table and "value_norm" in table
 
 
 def test_runs_without_sinks_have_no_rows(run_dir):
