@@ -33,19 +33,19 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 680,
-    "config": 1310,
-    "attention": 2120,
+    ".": 690,
+    "config": 1320,
+    "attention": 2180,
     "attention/kernels": 1040,
     "models": 3150,
     "losses": 380,
-    "checkpoints": 1390,
+    "checkpoints": 1400,
     "data": 3530,
     "metrics": 2400,
-    "runs": 1650,
-    "engine": 2780,
-    "experiments": 2220,
-    "figures": 3060,
+    "runs": 1740,
+    "engine": 2820,
+    "experiments": 2260,
+    "figures": 3250,
     "teaching": 480,
     "benchmarks": 2460,
 }
