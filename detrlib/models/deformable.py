@@ -15,7 +15,7 @@ from detrlib.attention.deformable import Samples
 from detrlib.errors import ModelError
 from detrlib.models.backbone import Backbone, FeatureMap
 from detrlib.models.deformable_layers import DeformableTransformer, Queries
-from detrlib.models.outputs import AttentionMaps, Predictions, SampledMaps, Site, Tokens
+from detrlib.models.outputs import AttentionMaps, Encoded, Predictions, SampledMaps, Site, Tokens, cell_side
 from detrlib.models.pyramid import LevelProjections, Pyramid, cell_centres, flattened
 from detrlib.models.sparse import Kept, keep_best
 from detrlib.models.transformer import MLP, Decoded
@@ -138,7 +138,7 @@ class DeformableDETR(nn.Module):
             how = most, self.map_shift, self.official_padding
             predictions.tokens = Tokens(scores, mask, memory.padding, memory.shapes, decoded.cross_maps, *how)
         if sites:
-            predictions.attention = attention_maps(maps[0], memory.ratios, encoder_samples, decoded)
+            predictions.attention = attention_maps(maps[0], memory, encoder_samples, decoded)
         return predictions
 
     def _decoder_heads(self, heads: nn.ModuleList) -> list[nn.Module]:
@@ -202,8 +202,10 @@ class DeformableDETR(nn.Module):
 
 
 def attention_maps(
-    finest: FeatureMap, ratios: Tensor, encoder_samples: list[Samples | None], decoded: Decoded
+    finest: FeatureMap, memory: Pyramid, encoder_samples: list[Samples | None], decoded: Decoded
 ) -> AttentionMaps:
     """Samples as maps over the cells of the finest level."""
-    encoder, cross = (SampledMaps(samples, ratios, finest.grid) for samples in (encoder_samples, decoded.cross_maps))
-    return AttentionMaps(encoder, decoded.self_maps, cross, finest.grid, finest.key_padding)
+    grid, layers = finest.grid, (encoder_samples, decoded.cross_maps)
+    encoder, cross = (SampledMaps(samples, memory.ratios, grid) for samples in layers)
+    encoded = Encoded([memory.tokens], memory.shapes, [(cell_side(grid, shape),) * 2 for shape in memory.shapes])
+    return AttentionMaps(encoder, decoded.self_maps, cross, grid, finest.key_padding, encoded=encoded)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from detrlib.models.backbone import Backbone
-from detrlib.models.outputs import AttentionMaps, Predictions, Site
+from detrlib.models.outputs import AttentionMaps, Encoded, Predictions, Site
 from detrlib.models.transformer import MLP, AnchorDecoder, Decoded, Decoder, Encoder, Memory, PointDecoder
 
 
@@ -102,7 +102,8 @@ class DETR(nn.Module):
         if sites:
             hidden = memory.padding if polled is None else polled.key_padding()
             maps = encoder_maps, decoded.self_maps, decoded.cross_maps
-            predictions.attention = AttentionMaps(*maps, level.grid, hidden, polled)
+            encoded = Encoded([memory.tokens], [level.grid], [(1.0, 1.0)])
+            predictions.attention = AttentionMaps(*maps, level.grid, hidden, polled, encoded=encoded)
         return predictions
 
     def _predict(self, decoded: Decoded) -> Predictions:

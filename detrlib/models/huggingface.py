@@ -29,7 +29,7 @@ from detrlib.attention.deformable import Samples, Shapes
 from detrlib.errors import ConfigError, DetrlibError
 from detrlib.models.backbone import image_sizes
 from detrlib.models.deformable import NOWHERE
-from detrlib.models.outputs import AttentionMaps, Predictions, SampledMaps, Site
+from detrlib.models.outputs import AttentionMaps, Encoded, Predictions, SampledMaps, Site
 
 Size = tuple[int, int]  # height and width
 LOOKS = {  # what transformers calls the maps of a site
@@ -70,6 +70,7 @@ class HuggingFaceDetector(nn.Module):
         self.model = model
         self.classification, self.stride, self.square, self.mean, self.std = classification, stride, square, mean, std
         self.samples_points = stride is not None
+        self.silent = model.config.model_type == "dab-detr"  # about what its encoder returns, unless told to tell all
         model.loss_function = _all_layers
         for module in list(model.modules()):
             if hasattr(module, "sampling_offsets"):
@@ -95,7 +96,8 @@ class HuggingFaceDetector(nn.Module):
             # With labels, though there are none, all layers are handed to the loss.
             pixels = self._pixels(images, sizes, chosen)
             self._refuse_few_cells(size)
-            groups.append(_Group(size, self.model(pixel_values=pixels, labels=[], output_attentions=bool(sites))))
+            wanted = {"output_attentions": bool(sites), "output_hidden_states": bool(sites) and self.silent}
+            groups.append(_Group(size, self.model(pixel_values=pixels, labels=[], **wanted)))
             order += chosen
         order = torch.tensor(order, device=images.device).argsort()
         predictions = _joined([self._predictions(group.outputs) for group in groups], order)
@@ -193,7 +195,18 @@ class HuggingFaceDetector(nn.Module):
             torch.arange(length, device=order.device) >= cells[:, axis, None] for axis, length in enumerate(grid)
         )
         key_padding = (rows[:, :, None] | columns[:, None]).flatten(1)
-        return AttentionMaps(**maps, grid=grid, key_padding=key_padding, encoder_grid=encoder_grid)
+        encoded = self._encoded(groups[0], extents.tolist()[0], side) if len(sizes) == 1 else None
+        return AttentionMaps(**maps, grid=grid, key_padding=key_padding, encoder_grid=encoder_grid, encoded=encoded)
+
+    def _encoded(self, group: _Group, extent: Sequence[float], side: int) -> Encoded:
+        """What the decoder looks at in an image of `extent` cells of `side` pixels."""
+        states = group.outputs.encoder_last_hidden_state
+        if self.square:
+            shapes = [tuple(level.shape[-2:]) for level in states]
+            return Encoded(list(states), shapes, [(extent[0] / h, extent[1] / w) for h, w in shapes])
+        scales = [2**level for level in range(self.model.config.num_feature_levels if self.stride else 1)]
+        shapes = [_cells(group.size, side * scale) for scale in scales]
+        return Encoded([states], shapes, [(scale, scale) for scale in scales])
 
 
 @contextmanager

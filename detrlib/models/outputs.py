@@ -99,6 +99,15 @@ class Polled:
 
 
 @dataclass
+class Encoded:
+    """What the decoder looks at, as it stands in the graph, so that gradients with respect to it can be asked for."""
+
+    tensors: list[Tensor]  # [B,E,h,w] of each level, fine to coarse, or one [B,S,E] of the tokens of all levels
+    shapes: list[tuple[int, int]]  # (h, w) of each level; tokens that a model polled and pooled have another number
+    sides: list[tuple[float, float]]  # height and width of the cells of each level in cells of the maps' grid
+
+
+@dataclass
 class AttentionMaps:
     """Attention weights by site, one tensor per layer, None where not asked for; rows sum to one over valid keys.
 
@@ -114,6 +123,7 @@ class AttentionMaps:
     key_padding: Tensor | None  # [B,K], True = padding; None: there is none
     polled: Polled | None = None  # what the keys stand for, where they are not cells
     encoder_grid: tuple[int, int] | None = None  # of encoder_self, where it is not `grid`: over the image, no padding
+    encoded: Encoded | None = None  # None: a detector of transformers that saw several images
 
     def grid_at(self, site: Site) -> tuple[int, int]:
         """(h, w) of the keys of a site."""
