@@ -33,19 +33,19 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 680,
+    ".": 690,
     "config": 1220,
     "attention": 1520,
     "attention/kernels": 1040,
-    "models": 3020,
+    "models": 3040,
     "losses": 380,
     "checkpoints": 1390,
     "data": 3530,
-    "metrics": 1990,
-    "runs": 1650,
+    "metrics": 2020,
+    "runs": 1770,
     "engine": 2780,
-    "experiments": 2210,
-    "figures": 3060,
+    "experiments": 2510,
+    "figures": 3090,
     "teaching": 480,
     "benchmarks": 2460,
 }

@@ -68,14 +68,14 @@ def explain(
         {method: [n,h,w]}, non-negative; only their order within a map has a meaning for all methods.
 
     Raises:
-        ModelError: the model does not allow a method.
+        ModelError: the model does not allow a method, or has no gradients where relevance needs them.
         ConfigError: there are no masks.
     """
     methods, canvas = allowed_methods(model, methods), tuple(image.shape[2:])
     size = canvas if padding_mask is None else image_sizes(padding_mask)[0]
     sites = True if set(methods) & set(BY_PROPAGATION) else ("decoder_cross",)
     gradients = bool(set(methods) & set(BACKWARD))
-    image = image.detach().requires_grad_(gradients)  # so that models with frozen parameters have gradients too
+    image = image.detach().requires_grad_(gradients)  # also of models with frozen parameters
     with torch.set_grad_enabled(gradients):
         predictions = model(image, padding_mask, need_attention=sites)
         maps = _by_gradient(predictions, image, queries, labels, size, methods)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detrlib.attention.deformable import wide
 from detrlib.boxes import cxcywh_to_xyxy
 from detrlib.errors import ModelError
 from detrlib.experiments.cells import cell_means, on_grid, spread
@@ -27,7 +28,7 @@ from detrlib.models import AttentionMaps, Predictions
 
 def score_targets(predictions: Predictions, queries: Tensor, labels: Tensor) -> Tensor:
     """Logarithms of the scores [n,1] of queries [n] for labels [n] in a batch of one image."""
-    logits = predictions.logits[0, queries].float()
+    logits = wide(predictions.logits[0, queries])
     log = logits.log_softmax(-1) if predictions.classification == "softmax" else F.logsigmoid(logits)
     return log.gather(1, labels[:, None])
 

@@ -26,7 +26,8 @@ from detrlib.figures.style import (
     run_colours,
     styled,
 )
-from detrlib.metrics.faithfulness import mean_interval, means_by_method
+from detrlib.metrics.faithfulness import gains, mean_interval, means_by_method
+from detrlib.metrics.statistics import comparison_table
 from detrlib.runs.detected import Detected
 
 TITLES = {"grad_attention": "grad × attention", "odam": "ODAM", "odam_box": "ODAM, box too", "drise": "D-RISE"}
@@ -145,6 +146,15 @@ def faithfulness_table(frames: Mapping[str, pd.DataFrame], measure: str = "simil
             rows.append(row)
     columns = [f"{direction}{end}" for direction in ("deletion", "insertion") for end in ("", " low", " high")]
     return pd.DataFrame(rows, columns=["run", "method", "images", *columns])
+
+
+def gains_table(frames: Mapping[str, pd.DataFrame], measure: str = "similarity") -> pd.DataFrame:
+    """How much better explanations do than the box and than raw attention, in words: `metrics.faithfulness.gains`.
+
+    frames: run -> what `faithfulness_run` returned. A row per run, pair and metric, as of `comparison_table`.
+    """
+    tables = {run: comparison_table(gains(frame, measure)) for run, frame in frames.items()}
+    return pd.concat(tables, names=["run"]).reset_index() if tables else pd.DataFrame()
 
 
 @styled

@@ -102,7 +102,7 @@ class DETR(nn.Module):
         if sites:
             hidden = memory.padding if polled is None else polled.key_padding()
             maps = encoder_maps, decoded.self_maps, decoded.cross_maps
-            encoded = Encoded([memory.tokens], [level.grid], [(1.0, 1.0)])
+            encoded = Encoded([memory.tokens], [level.grid], [(1, 1)])
             predictions.attention = AttentionMaps(*maps, level.grid, hidden, polled, encoded=encoded)
         return predictions
 

@@ -121,7 +121,8 @@ def _groups(run_dirs: Iterable[Path], setting: str) -> list[dict[str, Any]]:
         settings = flat_settings(load_config(run_dir / "config.yaml"))
         if setting not in settings:
             raise ConfigError(f"{run_dir / 'config.yaml'}: no setting {setting!r}; give one such as {SETTING}")
-        others = {key: value for key, value in settings.items() if not key.startswith((setting, *APART))}
+        changed = {setting, f"{setting}_sites"}  # where it applies means nothing where it is none
+        others = {key: value for key, value in settings.items() if not (key in changed or key.startswith(APART))}
         value, rest = settings[setting], repr(sorted(others.items()))
         group = {"name": group_of(label), "value": value, "rest": rest, "runs": {}}
         groups.setdefault((repr(value), rest), group)["runs"][settings["train.seed"]] = run_dir
