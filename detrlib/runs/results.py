@@ -7,17 +7,20 @@ Every function takes run folders and reads nothing else; runs carry the names th
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 
 from detrlib.config import load_config
+from detrlib.config.attention import SiteName
 from detrlib.errors import RunError
 from detrlib.metrics.detection import UNDEFINED, Matches
 from detrlib.runs.folder import class_names, group_of, has_table, load_results, load_table, run_labels
 
 MADE_BY = "detrlib intervene"
 NO_OBJECTS = "no objects in this split"
+SITES = get_args(SiteName)
 AP_CUTS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
@@ -102,8 +105,7 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     for run_dir, label in run_labels(run_dirs).items():
         results, cfg = _evaluated(run_dir), load_config(run_dir / "config.yaml")
         detector = results.get("detector")  # of a run made of predictions, of whose model nothing is known
-        sites = ("encoder_self", "decoder_self", "decoder_cross")
-        transforms = {site: None if detector else cfg.model.transform_at(site) for site in sites}
+        transforms = {site: None if detector else cfg.model.transform_at(site) for site in SITES}
         row = {"run": label, "group": group_of(label), "seed": cfg.train.seed}
         row["architecture"] = detector or getattr(cfg.model, "type", cfg.model.architecture)
         row |= transforms | {name: value for name, value in results["detection"].items() if name != "per_class"}
