@@ -9,6 +9,7 @@ from detrlib.config.section import Section
 TransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"]
 # tvmax needs keys that form a grid, and those of decoder_self are queries.
 QueryTransformName = Literal[tuple(name for name in get_args(TransformName) if name != "tvmax")]
+NullKey = Literal["none", "zero", "learned"]
 SiteName = Literal["encoder_self", "decoder_self", "decoder_cross"]
 
 
@@ -34,6 +35,10 @@ class QueryAttention(Section):
     # of "alpha_entmax"; "normal": pre_alpha from N(0, 1); "cloned": so too, but one draw for all layers of a site
     alpha_init: Annotated[float | Literal["normal", "cloned"], AfterValidator(_start_of_alpha)] = 1.5
     anneal: Anneal = Anneal()
+    # A key that stands for none, beside those that are scored: a head with nothing to say rests there. Its score is
+    # zero, or learned, one per head of a layer, from zero on
+    null_key: NullKey = "none"
+    null_key_sites: tuple[SiteName, ...] | None = None  # None: all that score keys
 
 
 class Attention(QueryAttention):
@@ -44,3 +49,21 @@ class Attention(QueryAttention):
     # of "tvmax": price of a step between neighbouring cells. In place of it tv_alpha may be given, the parameter of the
     # published code, which is twice as large: the thesis's 0.1 is a tv_lambda of 0.05
     tv_lambda: float = Field(0.1, ge=0.0)
+
+
+class HeadOptions(Section):
+    """What heads of this library's own layers can do beside weighing keys, see attention/gates.py."""
+
+    # Lets through a share of what a head, or each of its channels, has mixed, as the query says
+    gate: Literal["none", "head", "channel"] = "none"
+    gate_sites: tuple[SiteName, ...] | None = None  # None: all that score keys
+    differential: bool = False  # a head looks by one map less a share of another: weights may be negative
+    differential_sites: tuple[SiteName, ...] | None = None  # likewise
+
+
+class OwnQueryAttention(QueryAttention, HeadOptions):
+    """Of models that score keys at decoder_self alone."""
+
+
+class OwnAttention(Attention, HeadOptions):
+    """Of models that score keys at all sites."""

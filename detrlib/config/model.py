@@ -4,11 +4,11 @@ Each has the settings that mean something to it and no others. What cannot be sa
 and the remedy. The third family, detectors of transformers, stands in `config.huggingface`.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from detrlib.config.attention import Anneal, Attention, QueryAttention, SiteName
+from detrlib.config.attention import Anneal, NullKey, OwnAttention, OwnQueryAttention, SiteName
 from detrlib.config.section import Section
 
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -153,6 +153,22 @@ class Attending(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _options_have_their_sites(self):
+        for option in ("null_key", "gate", "differential"):
+            sites, name = getattr(self.attention, f"{option}_sites", None), f"model.attention.{option}"
+            if sites is not None and getattr(self.attention, option) in ("none", False):
+                raise ValueError(f"{name}_sites is of no use without {name}; set it, or leave the sites out")
+            for site in sites or ():
+                if not self.scores_keys(site):
+                    fault = "there points are sampled and no keys scored"
+                elif site == "encoder_self" and not self.encoder_layers:
+                    fault = "model.encoder_layers is 0"
+                else:
+                    continue
+                raise ValueError(f"{name}_sites {site}: {fault}; leave it out")
+        return self
+
     @property
     def padding_matters(self) -> bool:
         """Whether predictions for an image depend on how it is padded in a batch."""
@@ -161,6 +177,16 @@ class Attending(Section):
     def transform_at(self, site: SiteName) -> str:
         """The transform of a site's scores, or "deformable" where points are sampled instead of keys scored."""
         return getattr(self.attention, site, "deformable")
+
+    def null_key_at(self, site: SiteName) -> NullKey:
+        """The null key beside the keys of a site."""
+        return self.option_at("null_key", site, "none")
+
+    def option_at(self, option: str, site: SiteName, off: Any) -> Any:
+        """What `attention` says of an option that has sites of its own, such as gate; `off` where it does not apply."""
+        sites = getattr(self.attention, f"{option}_sites")
+        there = self.scores_keys(site) if sites is None else site in sites
+        return getattr(self.attention, option) if there else off
 
     def alpha_at(self, site: SiteName) -> float | None:
         """The alpha of a site's transform, or None where it is learned or there is none."""
@@ -214,6 +240,11 @@ class Architecture(Attending):
             raise ValueError(
                 f"model.hidden_dim {self.hidden_dim} is not a multiple of model.num_heads {self.num_heads}"
             )
+        if self.attention.differential and self.hidden_dim // self.num_heads % 2:
+            raise ValueError(
+                f"model.attention.differential needs an even number of channels in each head; model.hidden_dim "
+                f"{self.hidden_dim} by model.num_heads {self.num_heads} is odd"
+            )
         return self
 
 
@@ -221,8 +252,11 @@ class Detr(Architecture):
     """DETR with any transform at any site, learned or anchor queries, and PnP-DETR's polling."""
 
     architecture: Literal["detr"] = "detr"
-    attention: Attention = Attention()
+    attention: OwnAttention = OwnAttention()
     polling: Polling = Polling()
+    registers: int = Field(
+        0, ge=0
+    )  # learned tokens beside those of the image in the encoder, a place for what is of none
     norm: Literal["post", "pre"] = "post"
     # learned: positions; conditional: positions that stand for points, as in Conditional DETR; anchor: reference boxes,
     # as in DAB-DETR. The last two have conditional cross-attention.
@@ -242,6 +276,8 @@ class Detr(Architecture):
                 f"model.attention.encoder_self {self.attention.encoder_self}: model.encoder_layers is 0, there is no "
                 "encoder to use it; set model.encoder_layers to 1 or more"
             )
+        if not self.encoder_layers and self.registers:
+            raise ValueError("model.registers stand in the encoder, and model.encoder_layers is 0; set it to 1 or more")
         return self
 
     @model_validator(mode="after")
@@ -264,7 +300,7 @@ class Deformable(Architecture):
     """Post-norm, with learned queries that have references of their own, and focal losses without a no-object class."""
 
     architecture: Literal["deformable"] = "deformable"
-    attention: QueryAttention = QueryAttention()
+    attention: OwnQueryAttention = OwnQueryAttention()
     deformable: DeformableOptions = DeformableOptions()
     compatibility: DeformableCompatibility = DeformableCompatibility()
 
