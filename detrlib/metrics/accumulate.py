@@ -151,11 +151,9 @@ class AttentionMeasures:
         )
         extents = sizes.double() / cell_side(batch.pixels.shape[-2:], maps.grid)
         looks = torch.cat([looks.mean(3, keepdim=True), looks], 3).unflatten(-1, maps.grid)  # [2,n,L,H+1,h,w]
-        measures = localisation.locate(looks[0], boxes, extents, self.settings.paibb, originals)
-        same = torch.equal(*looks)
-        left = (
-            measures["paibb"] if same else localisation.paibb(looks[1], boxes, extents, self.settings.paibb, originals)
-        )
+        where = boxes, extents, self.settings.paibb, originals
+        measures = localisation.locate(looks[0], *where)
+        left = measures["paibb"] if torch.equal(*looks) else localisation.paibb(looks[1], *where)
         measures["paibb_without_sink"] = left
         values = torch.stack([measures[name] for name in LOCATED], 1).cpu()  # [n,M,L,H+1]
         areas = (boxes[:, 2:].double() * originals.flip(1)).prod(-1).cpu()  # pixels of the file

@@ -37,8 +37,8 @@ def locate(
     at the centre of the largest cell; a centre past the edge of the image counts as on the edge. Where several cells
     are largest: the share of them in the box, which is the expectation if one of them is drawn. 0 without attention.
 
-    mass: sum of the weights of the cells of the image: one, or less where a null key or registers take a part, which has
-    no place and is in none of the measures above. They are of the mass that there is: a row with a thousandth of its
+    mass: sum of the weights of the cells of the image: one, or less where a null key or registers take a part, which
+    has no place and counts in no other measure. These are of the mass that there is: a row with a thousandth of its
     weight on cells, all of it in the box, has a PAIBB of 1. Of all weight, mass * PAIBB is in the box.
 
     distance: from the centre of mass of f on the image to the centre of the box, over the diagonal of the box, so that

@@ -88,9 +88,10 @@ def sinks(
         weight        of the best key, mean over queries
         second        that of the second best, over it: 0 to 1
         sink          1 where weight > limits.threshold, else 0: in the mean, the share of images with a sink
-        sink_even     1 where weight > limits.even / K of K valid keys, else 0. Attention spread evenly gives 1 / K. Of
-                      25 queries that each look at one of 64 cells by chance, 10 / K is met in 5 of 100 images; where
-                      K > 10 Q one such query is enough, so that `agreement` must say whether it is a sink
+        sink_even     1 where weight > limits.even / K of K valid keys, else 0. Attention spread evenly gives 1 / K; if
+                      each query looks at one key by chance, 10 / K is met in 4 of 100 images with 25 queries and 64
+                      keys, in none with as many queries as keys, but in nearly all with 100 queries and 850 keys:
+                      where queries are few, `agreement` over images must say whether it is a sink
         sink_lead     1 where weight > limits.lead times the second best, else 0
         border, corner    share of all weight on cells of the border of the image and, of these, in its corners
         value_norm, output_share    see above

@@ -41,12 +41,12 @@ def sparsity(
     """All MEASURES in one go: weights [..., K] -> {name: [...]}.
 
     gini and entropy are the functions below; support is the number of valid keys above zero; mass is the sum of the
-    weights, and empty 1 where that is zero, else 0. zeros, zeros_thresholded
-    and zeros_relative are `zeros_ratio` of exact zeros, of weights up to `threshold`, and of weights up to share / K of
-    the K valid keys. Weights shrink as keys grow in number: what a fixed threshold calls zero depends on the resolution
-    of the feature map, what a share of the mean weight 1/K calls zero does not. At 1000 keys the two defaults are the
-    same. Both are absolute: weights that are small because the row has little mass count. Exact zeros of a softmax are underflow: in float32 a weight is zero where its score lies more than 103 below
-    the highest.
+    weights, and empty 1 where that is zero, else 0. zeros, zeros_thresholded and zeros_relative are `zeros_ratio` of
+    exact zeros, of weights up to `threshold`, and of weights up to share / K of the K valid keys. Weights shrink as
+    keys grow in number: what a fixed threshold calls zero depends on the resolution of the feature map, what a share of
+    1/K, the mean weight of a row that sums to one, calls zero does not. At 1000 keys the two defaults are the same.
+    Either is absolute: in a row of little mass more weights are below. Exact zeros of a softmax are underflow: in
+    float32 a weight is zero where its score lies more than 103 below the highest.
     """
 
     def measure(rows: Rows) -> Tensor:

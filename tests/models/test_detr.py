@@ -81,7 +81,7 @@ def test_padding_changes_nothing_for_any_option(option, queries, assert_alone_as
         {"polling": {"ratio": 0.3, "pooled": 4}},
         {"norm": "pre"},
         {"attention": TOGETHER["attention"] | everywhere("sparsemax")},
-        {"attention": TOGETHER["attention"] | everywhere("tvmax")},
+        {"attention": TOGETHER["attention"] | {"encoder_self": "tvmax"}, "encoder_layers": 1, "decoder_layers": 1},
     ],
 )
 def test_padding_changes_nothing_for_all_options_together(settings, assert_alone_as_in_batch, small):
@@ -122,7 +122,7 @@ def test_maps_beside_registers_are_those_of_cells(padded_batch, small):
         assert cells.shape == (2, 4, 320, 320) and whole.shape == (2, 4, 323, 323)
         assert torch.equal(cells, whole[..., :320, :320])
         torch.testing.assert_close(cells.sum(-1) + whole[..., :320, 320:].sum(-1), torch.ones(2, 4, 320))
-        assert whole[..., :320, 320:].sum(-1).mean() > 0.01
+        assert (whole[..., :320, 320:] > 0).all()
         assert (cells.masked_select(maps.key_padding[:, None, None]) == 0).all()
     assert maps.as_images("encoder_self", 0).shape == (2, 4, 320, 16, 20)
     assert small()(images, padding, need_attention=True).attention.encoder_whole is None
