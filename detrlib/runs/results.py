@@ -42,6 +42,11 @@ def _defined(numbers: dict) -> dict:
     }
 
 
+def _mean(layers: list[float | None]) -> float:
+    """Over layers; missing where one has no such number, as Gini of rows that are all empty."""
+    return float(np.mean(np.array(layers, dtype=float)))
+
+
 def layer_frame(run_dirs: Iterable[Path], site: str = "decoder_cross") -> pd.DataFrame:
     """Read the measures of every layer.
 
@@ -111,7 +116,7 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
         row |= transforms | {name: value for name, value in results["detection"].items() if name != "per_class"}
         row["floor"] = results["floor"].get("AP", np.nan)
         for site, measures in results.get("attention", {}).items():
-            row |= {f"{site}/{name}": float(np.mean(values)) for name, values in measures.items()}
+            row |= {f"{site}/{name}": _mean(values) for name, values in measures.items()}
         for size, measures in results.get("localisation", {}).items():
             numbers = {name: value for name, value in measures.items() if name != "pairs"}
             row |= {f"{name}/{size}": value["mean"][-1] for name, value in numbers.items()}
@@ -140,8 +145,8 @@ def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
         rows[label] = {
             **{name: results["detection"][name] for name in AP_CUTS},
             "floor": results["floor"].get("AP", np.nan),
-            "Gini": float(np.mean(cross["gini"])),
-            "zeros": float(np.mean(cross["zeros"])),
+            "Gini": _mean(cross["gini"]),
+            "zeros": _mean(cross["zeros"]),
             "PAIBB": results.get("paibb", {}).get("all", np.nan),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
