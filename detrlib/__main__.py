@@ -295,14 +295,14 @@ def intervene(
 @app.command()
 def sweep(
     path: Annotated[Path, Argument(help="sweep file, e.g. papermill_runs/configs/quickstart.yaml")],
-    name: Annotated[str | None, Option(help="folder under papermill_runs/; default: the name of the file")] = None,
+    name: Annotated[str | None, Option(help="folder under papermill_runs/; default: as the file is or says")] = None,
     parallel: Annotated[int | None, Option(min=1, help="runs side by side; default: one per GPU or core")] = None,
 ) -> None:
     """Train and measure several variants of one experiment, and draw what they show together."""
     from detrlib.experiments.sweep import sweep as run_sweep
     from detrlib.runs.folder import run_path
 
-    typer.echo(run_sweep(path, run_path(name or path.stem), parallel))
+    typer.echo(run_sweep(path, run_path(name) if name else None, parallel))
 
 
 @app.command(hidden=True)

@@ -356,7 +356,7 @@ def test_sweep(tmp_path, config, monkeypatch):
     monkeypatch.setattr(sweeps, "sweep", lambda *given: asked.append(given) or "report.html")
     assert detrlib("sweep", config, "--name", tmp_path / "many", "--parallel", 2) == "report.html\n"
     detrlib("sweep", config)
-    assert asked == [(config, tmp_path / "many", 2), (config, PROJECT / "papermill_runs" / "tiny", None)]
+    assert asked == [(config, tmp_path / "many", 2), (config, None, None)]
     assert "--parallel" in refused("sweep", config, "--parallel", 0, code=2)
     monkeypatch.undo()
     assert "tiny.yaml" in refused("sweep", config, "--name", tmp_path / "many")  # the settings of one run

@@ -2,7 +2,7 @@
 
 Methods give every detection, a query with a class, a map over the cells of the feature map:
 
-    raw             cross-attention of the last decoder layer, mean over heads
+    raw             cross-attention of the last decoder layer, mean over heads; of weights with signs the magnitudes
     rollout         attention of all layers, multiplied through decoder and encoder (Abnar & Zuidema 2020)
     grad_attention  positive part of cross-attention of the last layer times its gradient, mean over heads
     relevance       such products of all layers, propagated through encoder and decoder (Chefer, Gur & Wolf 2021)
@@ -131,7 +131,7 @@ def _by_key(
     """Names and maps [n,K] over keys, of the methods that are made of attention."""
     attention = predictions.attention
     if "raw" in methods:
-        yield "raw", attention.decoder_cross[-1].detach().mean(1)[0, queries]
+        yield "raw", attention.decoder_cross[-1].detach().abs().mean(1)[0, queries]
     if "rollout" in methods:
         yield "rollout", rollout(mean_over_heads(attention))[0, queries]
     if set(methods) & set(BY_RELEVANCE):

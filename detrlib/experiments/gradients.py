@@ -79,6 +79,8 @@ def odam_sums(target: Tensor, attention: AttentionMaps) -> Tensor:
         levels = [product.sum(0) for product in products]
     elif attention.polled is not None:
         return on_grid(products[0].sum(-1)[None], attention)[0]
+    elif len(products[0]) != sum(h * w for h, w in encoded.shapes):
+        raise ModelError("odam: the model has levels whose sizes are not known, such as those of a dilated backbone")
     else:  # [S,E] of all levels
         parts = products[0].sum(-1).split([h * w for h, w in encoded.shapes])
         levels = [part.view(shape) for part, shape in zip(parts, encoded.shapes, strict=True)]

@@ -15,7 +15,7 @@ from detrlib.attention.deformable import Samples
 from detrlib.errors import ModelError
 from detrlib.models.backbone import Backbone, FeatureMap
 from detrlib.models.deformable_layers import DeformableTransformer, Queries
-from detrlib.models.outputs import AttentionMaps, Encoded, Predictions, SampledMaps, Site, Tokens, cell_side
+from detrlib.models.outputs import AttentionMaps, Encoded, Predictions, SampledMaps, Site, Tokens
 from detrlib.models.pyramid import LevelProjections, Pyramid, cell_centres, flattened
 from detrlib.models.sparse import Kept, keep_best
 from detrlib.models.transformer import MLP, Decoded
@@ -205,7 +205,8 @@ def attention_maps(
     finest: FeatureMap, memory: Pyramid, encoder_samples: list[Samples | None], decoded: Decoded
 ) -> AttentionMaps:
     """Samples as maps over the cells of the finest level."""
-    grid, layers = finest.grid, (encoder_samples, decoded.cross_maps)
-    encoder, cross = (SampledMaps(samples, memory.ratios, grid) for samples in layers)
-    encoded = Encoded([memory.tokens], memory.shapes, [(cell_side(grid, shape),) * 2 for shape in memory.shapes])
-    return AttentionMaps(encoder, decoded.self_maps, cross, grid, finest.key_padding, encoded=encoded)
+    grid, samples = finest.grid, (encoder_samples, decoded.cross_maps)
+    encoder, cross = (SampledMaps(layers, memory.ratios, grid) for layers in samples)
+    layers = dict(zip(get_args(Site), (encoder, decoded.self_maps, cross), strict=True))
+    encoded = Encoded.of_tokens(memory.tokens, memory.shapes)
+    return AttentionMaps.of_layers(layers, grid=grid, key_padding=finest.key_padding, encoded=encoded)

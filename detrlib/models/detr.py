@@ -101,9 +101,11 @@ class DETR(nn.Module):
         predictions.polled = polled = memory.polled
         if sites:
             hidden = memory.padding if polled is None else polled.key_padding()
-            maps = encoder_maps, decoded.self_maps, decoded.cross_maps
-            encoded = Encoded([memory.tokens], [level.grid], [(1, 1)])
-            predictions.attention = AttentionMaps(*maps, level.grid, hidden, polled, encoded=encoded)
+            layers = dict(zip(get_args(Site), (encoder_maps, decoded.self_maps, decoded.cross_maps), strict=True))
+            where = {"key_padding": hidden, "polled": polled, "encoded": Encoded.of_tokens(memory.tokens, [level.grid])}
+            maps = AttentionMaps.of_layers(layers, grid=level.grid, **where)
+            registers = self.transformer.encoder.registers
+            predictions.attention = maps if registers is None else maps.without_registers(len(registers))
         return predictions
 
     def _predict(self, decoded: Decoded) -> Predictions:

@@ -15,7 +15,8 @@ import pandas as pd
 from detrlib.config import flat_settings, load_config
 from detrlib.errors import ConfigError
 from detrlib.metrics.faithfulness import means_by_method
-from detrlib.metrics.statistics import NO_ROWS, compare, compare_groups
+from detrlib.metrics.seeds import compare_groups
+from detrlib.metrics.statistics import NO_ROWS, compare
 from detrlib.runs.folder import group_of, load_table, run_labels
 
 MADE_BY = "detrlib explain"

@@ -7,17 +7,20 @@ Every function takes run folders and reads nothing else; runs carry the names th
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 
 from detrlib.config import load_config
+from detrlib.config.attention import SiteName
 from detrlib.errors import RunError
 from detrlib.metrics.detection import UNDEFINED, Matches
 from detrlib.runs.folder import class_names, group_of, has_table, load_results, load_table, run_labels
 
 MADE_BY = "detrlib intervene"
 NO_OBJECTS = "no objects in this split"
+SITES = get_args(SiteName)
 AP_CUTS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
@@ -37,6 +40,11 @@ def _defined(numbers: dict) -> dict:
         name: _defined(value) if isinstance(value, dict) else np.nan if value == UNDEFINED else value
         for name, value in numbers.items()
     }
+
+
+def _mean(layers: list[float | None]) -> float:
+    """Over layers; missing where one has no such number, as Gini of rows that are all empty."""
+    return float(np.mean(np.array(layers, dtype=float)))
 
 
 def layer_frame(run_dirs: Iterable[Path], site: str = "decoder_cross") -> pd.DataFrame:
@@ -102,14 +110,13 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     for run_dir, label in run_labels(run_dirs).items():
         results, cfg = _evaluated(run_dir), load_config(run_dir / "config.yaml")
         detector = results.get("detector")  # of a run made of predictions, of whose model nothing is known
-        sites = ("encoder_self", "decoder_self", "decoder_cross")
-        transforms = {site: None if detector else cfg.model.transform_at(site) for site in sites}
+        transforms = {site: None if detector else cfg.model.transform_at(site) for site in SITES}
         row = {"run": label, "group": group_of(label), "seed": cfg.train.seed}
         row["architecture"] = detector or getattr(cfg.model, "type", cfg.model.architecture)
         row |= transforms | {name: value for name, value in results["detection"].items() if name != "per_class"}
         row["floor"] = results["floor"].get("AP", np.nan)
         for site, measures in results.get("attention", {}).items():
-            row |= {f"{site}/{name}": float(np.mean(values)) for name, values in measures.items()}
+            row |= {f"{site}/{name}": _mean(values) for name, values in measures.items()}
         for size, measures in results.get("localisation", {}).items():
             numbers = {name: value for name, value in measures.items() if name != "pairs"}
             row |= {f"{name}/{size}": value["mean"][-1] for name, value in numbers.items()}
@@ -138,8 +145,8 @@ def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
         rows[label] = {
             **{name: results["detection"][name] for name in AP_CUTS},
             "floor": results["floor"].get("AP", np.nan),
-            "Gini": float(np.mean(cross["gini"])),
-            "zeros": float(np.mean(cross["zeros"])),
+            "Gini": _mean(cross["gini"]),
+            "zeros": _mean(cross["zeros"]),
             "PAIBB": results.get("paibb", {}).get("all", np.nan),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
@@ -223,6 +230,22 @@ def located_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
         RunError: a run was evaluated without, or the table is damaged.
     """
     return measures(run_dirs, "located")
+
+
+def sinks_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """Read the sinks of single images.
+
+    Args:
+        run_dirs: folders of finished runs.
+
+    Returns:
+        A row per image, site, layer and head: run, image_id, site, layer, head, the measures of `metrics.sinks.sinks`,
+        and the best cell: row and column of rows and columns (of decoder_self: column is the number of a query).
+
+    Raises:
+        RunError: a run was evaluated without, or the table is damaged.
+    """
+    return measures(run_dirs, "sinks")
 
 
 def objects_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
