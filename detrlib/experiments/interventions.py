@@ -20,16 +20,10 @@ from detrlib.attention import AlphaEntmax, Transform, build_transform
 from detrlib.attention.entmax import LEAST_ALPHA
 from detrlib.attention.transforms import Entmax, Grid, Softmax, TVMax
 from detrlib.errors import ModelError
+from detrlib.experiments.parts import attention_modules, chosen_layers, exchanged, scored_at, stack_of
 from detrlib.models.huggingface import HuggingFaceDetector
-from detrlib.models.huggingface_attention import sites_of
 from detrlib.models.huggingface_weights import num_heads
 from detrlib.models.outputs import Site
-
-ADDRESSES = {  # of attention modules: in the layers of the encoder or decoder, under this name
-    "encoder_self": ("encoder", "self_attn"),
-    "decoder_self": ("decoder", "self_attn"),
-    "decoder_cross": ("decoder", "multihead_attn"),
-}
 
 
 class ByHead(Transform):
@@ -55,28 +49,6 @@ class ByHead(Transform):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
-
-
-def attention_modules(model: nn.Module, site: Site) -> list[nn.Module]:
-    """The attention modules of a site, first layer to last, each with a `transform`.
-
-    Raises ModelError where no keys are scored.
-    """
-    if site not in ADDRESSES:
-        raise ModelError(f"unknown site '{site}'; there are {', '.join(ADDRESSES)}")
-    part, name = ADDRESSES[site]
-    if isinstance(model, HuggingFaceDetector):
-        modules = sites_of(model).get(site, [])
-    else:
-        modules = [getattr(layer, name, None) for layer in getattr(model.transformer, part).layers]
-    if not modules:
-        raise ModelError(f"the model has no {part} layers, so there is nothing to change at {site}")
-    if not all(isinstance(getattr(module, "transform", None), Transform) for module in modules):
-        raise ModelError(
-            f"{site} of this model is deformable attention: it samples points and has no scores to transform; "
-            "use decoder_self"
-        )
-    return modules
 
 
 @contextmanager
@@ -126,8 +98,8 @@ def fixed_alpha(
     alpha: from 1, exactly softmax, to 2, exactly sparsemax; one number, [H], or [L,H]. Raises ModelError for
     another shape or value, and as `swapped`.
     """
-    modules = attention_modules(model, site)
-    shape = len(modules), num_heads(modules[0])
+    modules = scored_at(model, site)
+    shape = stack_of(model, site.partition("_")[0]).total(), num_heads(next(iter(modules.values())))
     values = torch.as_tensor(alpha, dtype=torch.float64).detach().cpu()
     if values.shape not in ((), shape[1:], shape):
         raise ModelError(
@@ -164,24 +136,11 @@ def _changed(
     model: nn.Module, site: Site, change: Callable[[int, nn.Module], Transform], layers: Collection[int] | None
 ) -> Iterator[None]:
     """A context in which `change(layer, module)` is the transform of the attention modules of the layers."""
-    modules = attention_modules(model, site)
-    layers = range(len(modules)) if layers is None else sorted(set(layers))
-    if set(layers) - set(range(len(modules))):
-        raise ModelError(f"layers {list(layers)} at {site}: the model has {len(modules)}, numbered from 0")
+    modules = scored_at(model, site)
+    layers = chosen_layers(stack_of(model, site.partition("_")[0]), layers, site)
     new = {layer: change(layer, modules[layer]) for layer in layers}  # all of them made before one takes effect
-    old = {layer: modules[layer].transform for layer in layers}
-    try:
-        for layer, transform in new.items():
-            _use(modules[layer], transform)
+    with exchanged(model, [(modules[layer], "transform", transform) for layer, transform in new.items()]):
         yield
-    finally:
-        for layer, transform in old.items():
-            _use(modules[layer], transform)
-
-
-def _use(module: nn.Module, transform: Transform) -> None:
-    """Let a module use a transform. It may have moved to another device while it used another one."""
-    module.transform = transform.to(next(module.parameters()).device).train(module.training)
 
 
 def _with_heads(module: nn.Module, new: Sequence[Transform | None], heads: Collection[int] | None) -> Transform:
