@@ -15,8 +15,8 @@ from detrlib.checkpoints.huggingface_names import BODY, RESNET, THEIR_BODY, tran
 from detrlib.checkpoints.names import State
 from detrlib.checkpoints.source import Source, build_source
 from detrlib.config import load_config
+from detrlib.config.attention import SiteName
 from detrlib.config.huggingface import PREPROCESSOR, SQUARE, complete, read_json
-from detrlib.config.model import SiteName
 from detrlib.errors import ConfigError, WeightsError, listed
 from detrlib.files import write_json
 from detrlib.models.build import build_model

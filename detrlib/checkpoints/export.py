@@ -21,7 +21,7 @@ from detrlib.checkpoints.official import family_of
 from detrlib.checkpoints.program import write_onnx, write_program
 from detrlib.checkpoints.source import Source, build_source, fitting
 from detrlib.config import flat_settings, load_config
-from detrlib.config.model import SiteName
+from detrlib.config.attention import SiteName
 from detrlib.data.classes import names_by_label
 from detrlib.errors import ConfigError, WeightsError
 from detrlib.files import save_checkpoint, write_atomic

@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from detrlib.config.agreement import disagreement
+from detrlib.config.attention import SiteName
 from detrlib.config.huggingface import HuggingFace
-from detrlib.config.model import Deformable, Detr, Section, SiteName
+from detrlib.config.model import Deformable, Detr
+from detrlib.config.section import Section
 
 FAMILIES = {"detr": Detr, "deformable": Deformable, "huggingface": HuggingFace}
 

@@ -2,7 +2,7 @@
 
 Methods give every detection, a query with a class, a map over the cells of the feature map:
 
-    raw             cross-attention of the last decoder layer, mean over heads
+    raw             cross-attention of the last decoder layer, mean over heads; of weights with signs the magnitudes
     rollout         attention of all layers, multiplied through decoder and encoder (Abnar & Zuidema 2020)
     grad_attention  positive part of cross-attention of the last layer times its gradient, mean over heads
     relevance       such products of all layers, propagated through encoder and decoder (Chefer, Gur & Wolf 2021)
@@ -63,7 +63,7 @@ def explain(
     attention = predictions.attention
     by_key = _explained_by_gradient(predictions, queries, labels) if gradients else {}
     if "raw" in methods:
-        by_key["raw"] = attention.decoder_cross[-1].detach().mean(1)[0, queries]
+        by_key["raw"] = attention.decoder_cross[-1].detach().abs().mean(1)[0, queries]
     if "rollout" in methods:
         by_key["rollout"] = rollout(mean_over_heads(attention))[0, queries]
     maps = {name: _on_grid(values, attention) for name, values in by_key.items()}

@@ -153,8 +153,11 @@ def _with_heads(module: nn.Module, new: Sequence[Transform | None], heads: Colle
     for head in chosen:
         if by_head[head] is not None:
             by_head[head] = new[head]
+    trained = next((own for own in (now.by_head if isinstance(now, ByHead) else [now]) if own), None)
     for transform in filter(None, new):
         transform.padding_adds_one = now.padding_adds_one
+        if trained and transform.null_score is None:
+            transform.null_score = trained.null_score
     return by_head[0] if by_head[0] and len(set(by_head)) == 1 else ByHead(by_head, now.padding_adds_one)
 
 

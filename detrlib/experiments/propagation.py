@@ -4,12 +4,20 @@ Legend: B images, H heads, K keys (cells of the image), Q queries. Everything is
 the image of each of its own cells, R_qq [Q,Q] and R_qi [Q,K], those of each query among queries and in the image:
 
     R_ii = I        R_qq = I        R_qi = 0        before the first layer.
+
+Registers of an encoder are sources and go-betweens like cells: R_ii is of them all, and only R_qi, whose columns are
+sources in the image, leaves them out. What a row of weights lacks to one goes back to nothing.
+
+Weights may have signs (differential attention). Rollout follows where layers look, so it takes magnitudes, a row that
+sums to more than one as shares of its sum. Relevance takes weight times gradient, which is what a weight contributes,
+whatever its sign.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detrlib.errors import ModelError
@@ -19,14 +27,25 @@ from detrlib.models import AttentionMaps, Predictions
 class Layers(NamedTuple):
     """One matrix per layer and site, heads put together; layers first to last."""
 
-    encoder_self: list[Tensor]  # [B,K,K]
+    encoder_self: list[Tensor]  # [B,K,K], with N registers [B,K+N,K+N], these last
     decoder_self: list[Tensor]  # [B,Q,Q]
     decoder_cross: list[Tensor]  # [B,Q,K]
 
 
 def mean_over_heads(attention: AttentionMaps) -> Layers:
-    """The maps of all sites, cut off from gradients: what `rollout` multiplies."""
-    return Layers(*([weights.detach().mean(1) for weights in getattr(attention, site)] for site in Layers._fields))
+    """Magnitudes of the maps of all sites, cut off from gradients: what `rollout` multiplies."""
+
+    def mean(weights: Tensor) -> Tensor:
+        shares = weights.detach().abs()
+        return (shares / shares.sum(-1, keepdim=True).clamp(min=1)).mean(1)
+
+    return Layers(*([mean(weights) for weights in layers] for layers in _by_site(attention)))
+
+
+def _by_site(attention: AttentionMaps) -> list[Sequence[Tensor]]:
+    """The maps of encoder_self, with its registers, of decoder_self and decoder_cross."""
+    encoder = attention.encoder_self if attention.encoder_whole is None else attention.encoder_whole
+    return [encoder, attention.decoder_self, attention.decoder_cross]
 
 
 def weighted_by_gradient(predictions: Predictions, queries: Tensor, labels: Tensor) -> Iterator[Layers]:
@@ -35,7 +54,7 @@ def weighted_by_gradient(predictions: Predictions, queries: Tensor, labels: Tens
     The gradient is that of the logit of the detection's class; queries, labels [n] of the detections in a batch of one
     image. Raises ModelError for a model without gradients, or whose maps are put together of several.
     """
-    by_site = [getattr(predictions.attention, site) for site in Layers._fields]
+    by_site = _by_site(predictions.attention)
     maps = [weights for layers in by_site for weights in layers]
     if not all(weights.requires_grad for weights in maps):
         raise ModelError("explanations by gradient need a model with gradients: call model.requires_grad_()")
@@ -65,9 +84,11 @@ def rollout(maps: Layers) -> Tensor:
         to_image = to_image + to_queries @ cross_map / 2
         to_queries = to_queries / 2
         to_queries = (to_queries + to_queries @ self_map) / 2
+    cells = to_image.shape[-1]
     for self_map in reversed(maps.encoder_self):
+        to_image = F.pad(to_image, (0, self_map.shape[-1] - to_image.shape[-1]))  # the decoder sees no registers
         to_image = (to_image + to_image @ self_map) / 2
-    return to_image
+    return to_image[..., :cells]
 
 
 def relevance(weighted: Layers) -> Tensor:
@@ -84,10 +105,11 @@ def relevance(weighted: Layers) -> Tensor:
     A row to which nothing was added stays a row of I: always so in an encoder without layers.
     """
     first = weighted.decoder_cross[0]
-    r_ii = _identity(first, first.shape[2])
+    cells = first.shape[2]
+    r_ii = _identity(first, weighted.encoder_self[0].shape[2] if weighted.encoder_self else cells)
     for self_map in weighted.encoder_self:
         r_ii = r_ii + self_map @ r_ii
-    r_ii = _normalised(r_ii)
+    r_ii = _normalised(r_ii)[:, :cells, :cells]
     r_qq, r_qi = _identity(first, first.shape[1]), torch.zeros_like(first)
     for self_map, cross_map in zip(weighted.decoder_self, weighted.decoder_cross, strict=True):
         r_qq, r_qi = r_qq + self_map @ r_qq, r_qi + self_map @ r_qi

@@ -101,7 +101,7 @@ class AttentionMeasures:
                 measured.append(self._measure(weights, valid, rows))
                 if site == "decoder_cross":
                     cells = weights if maps.polled is None else maps.polled.on_cells(weights)
-                    looks.append(cells[queries[0], :, queries[1]])  # [n,H,K]
+                    looks.append(cells[queries[0], :, queries[1]].abs())  # [n,H,K], of weights with signs too
             self._add_sparsity(site, torch.stack(measured, 3).cpu(), images)
         if len(queries[0]):
             self._add_located(torch.stack(looks, 1), scores[queries], maps, batch, indices, images)

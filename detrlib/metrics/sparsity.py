@@ -1,6 +1,7 @@
 """How concentrated attention weights are, one number per query.
 
-Every function takes non-negative weights [..., K] over K keys and returns [...] in float32. `valid` is a boolean
+Every function takes weights [..., K] over K keys and returns [...] in float32. Of weights that have signs, as those of
+differential attention, the magnitudes are measured, as in the Gini index of signals. `valid` is a boolean
 mask broadcastable to the weights, True for real keys; padded keys are left out as if their columns did not
 exist. (Padding masks in this library say the opposite: pass `~key_padding`.) A row that has no weight or no
 valid key gives 0, never NaN.
@@ -93,11 +94,12 @@ def _by_rows(measure: Callable[[Rows], Tensor], weights: Tensor, valid: Tensor |
 
 
 def _sorted(weights: Tensor, mask: Tensor | None, count: Tensor) -> Rows:
-    weights = weights.float() if mask is None else torch.where(mask, weights.float(), 0.0)
+    weights = weights.float().abs()
+    weights = weights if mask is None else torch.where(mask, weights, 0.0)
     if weights.device.type != "cpu":
         ascending = weights.sort(dim=-1).values
     else:  # numpy sorts with the processor's vector instructions: ten times as fast
-        ascending = weights.detach().clone() if mask is None else weights.detach()
+        ascending = weights.detach()
         ascending.numpy().sort(axis=-1)
     return Rows(ascending, ascending.sum(-1), count.expand(len(ascending)))
 

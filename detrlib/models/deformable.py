@@ -208,4 +208,5 @@ def attention_maps(
 ) -> AttentionMaps:
     """Samples as maps over the cells of the finest level."""
     encoder, cross = (SampledMaps(samples, ratios, finest.grid) for samples in (encoder_samples, decoded.cross_maps))
-    return AttentionMaps(encoder, decoded.self_maps, cross, finest.grid, finest.key_padding)
+    layers = dict(zip(get_args(Site), (encoder, decoded.self_maps, cross), strict=True))
+    return AttentionMaps.of_layers(layers, grid=finest.grid, key_padding=finest.key_padding)

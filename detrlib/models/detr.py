@@ -101,8 +101,10 @@ class DETR(nn.Module):
         predictions.polled = polled = memory.polled
         if sites:
             hidden = memory.padding if polled is None else polled.key_padding()
-            maps = encoder_maps, decoded.self_maps, decoded.cross_maps
-            predictions.attention = AttentionMaps(*maps, level.grid, hidden, polled)
+            layers = dict(zip(get_args(Site), (encoder_maps, decoded.self_maps, decoded.cross_maps), strict=True))
+            maps = AttentionMaps.of_layers(layers, grid=level.grid, key_padding=hidden, polled=polled)
+            registers = self.transformer.encoder.registers
+            predictions.attention = maps if registers is None else maps.without_registers(len(registers))
         return predictions
 
     def _predict(self, decoded: Decoded) -> Predictions:

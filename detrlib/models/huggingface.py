@@ -17,18 +17,21 @@ Legend: B images, Q queries, H heads, K keys, L levels, P sampling points, h x w
 
 import functools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detrlib.attention import Mixing
 from detrlib.attention.deformable import Samples, Shapes
 from detrlib.errors import ConfigError, DetrlibError
 from detrlib.models.backbone import image_sizes
 from detrlib.models.deformable import NOWHERE
+from detrlib.models.huggingface_weights import way_of
 from detrlib.models.outputs import AttentionMaps, Predictions, SampledMaps, Site
 
 Size = tuple[int, int]  # height and width
@@ -74,6 +77,8 @@ class HuggingFaceDetector(nn.Module):
         for module in list(model.modules()):
             if hasattr(module, "sampling_offsets"):
                 module.__class__ = _returning_samples(type(module))
+            elif way_of(module) is not None:
+                module.returns_values = True  # once a transform of ours is in use, which hands them on
 
     def forward(
         self, images: Tensor, padding_mask: Tensor | None = None, need_attention: bool | Collection[Site] = False
@@ -168,32 +173,27 @@ class HuggingFaceDetector(nn.Module):
         self, groups: list[_Group], order: Tensor, sizes: list[Size], canvas: Size, sites: Collection[Site]
     ) -> AttentionMaps:
         """Maps of all groups over one grid, that of the batch."""
-        side = self.stride or _side(groups[0].size, groups[0].outputs.cross_attentions[0].shape[-1])
+        looks = {site: _by_layer(groups, name) for site, name in LOOKS.items()}
+        side = self.stride or _side(groups[0].size, looks["decoder_cross"][0][0].weights.shape[-1])
         grid, cells = _cells(canvas, side), torch.tensor([_cells(size, side) for size in sizes], device=order.device)
         extents = torch.tensor(sizes, device=order.device) / side if self.square else cells  # as the model sees them
+        own = [_cells(group.size, side) for group in groups]
         maps, encoder_grid = {}, None
-        for site, name in LOOKS.items():
-            layers = list(zip(*(group.outputs.get(name) or () for group in groups), strict=True))
+        for site, layers in looks.items():
             if site not in sites:
                 maps[site] = [None] * len(layers)
             elif layers and isinstance(layers[0][0], Samples):
                 maps[site] = _sampled(layers, order, extents, grid)
-            elif site == "decoder_self" or (site == "encoder_self" and self.square):
-                maps[site] = [_stacked(layer, order) for layer in layers]
             else:
-                own = [_cells(group.size, side) for group in groups]
-                lay = _lay_cells if site == "encoder_self" else _lay
-                maps[site] = [
-                    _stacked([lay(weights, before, grid) for weights, before in zip(layer, own, strict=True)], order)
-                    for layer in layers
-                ]
-        if self.square and groups[0].outputs.encoder_attentions:
-            encoder_grid = (round(groups[0].outputs.encoder_attentions[0].shape[-1] ** 0.5),) * 2
-        rows, columns = (
-            torch.arange(length, device=order.device) >= cells[:, axis, None] for axis, length in enumerate(grid)
-        )
+                if site == "decoder_cross" or (site == "encoder_self" and not self.square):
+                    layers = [map(_laid, layer, own, repeat(grid), repeat(site)) for layer in layers]
+                maps[site] = [_together(layer, order) for layer in layers]
+        if self.square and looks["encoder_self"]:
+            encoder_grid = (round(looks["encoder_self"][0][0].weights.shape[-1] ** 0.5),) * 2
+        ends = (torch.arange(length, device=order.device) >= cells[:, n, None] for n, length in enumerate(grid))
+        rows, columns = ends
         key_padding = (rows[:, :, None] | columns[:, None]).flatten(1)
-        return AttentionMaps(**maps, grid=grid, key_padding=key_padding, encoder_grid=encoder_grid)
+        return AttentionMaps.of_layers(maps, grid=grid, key_padding=key_padding, encoder_grid=encoder_grid)
 
 
 @contextmanager
@@ -232,6 +232,24 @@ def _stacked(parts: Sequence[Tensor], order: Tensor, fill: float = 0.0) -> Tenso
     longest = max(part.shape[1] for part in parts)
     parts = [torch.cat([x, x.new_full((len(x), longest - x.shape[1], *x.shape[2:]), fill)], 1) for x in parts]
     return torch.cat(parts)[order]
+
+
+def _by_layer(groups: list[_Group], name: str) -> list[tuple[Samples | Mixing, ...]]:
+    """What the layers of a site return, each of all groups; values are None where attention is transformers' own."""
+    layers = zip(*(group.outputs.get(name) or () for group in groups), strict=True)
+    return [tuple(Mixing(look, None) if isinstance(look, Tensor) else look for look in layer) for layer in layers]
+
+
+def _together(layer: Iterable[Mixing], order: Tensor) -> Mixing:
+    """Weights and values of all images from those of the groups; of one group they are not copied."""
+    weights, values = zip(*layer, strict=True)
+    return Mixing(_stacked(weights, order), None if values[0] is None else _stacked(values, order))
+
+
+def _laid(look: Mixing, own: Size, grid: Size, site: Site) -> Mixing:
+    """What cells of an image are given over a grid of which they are the upper left corner."""
+    weights = (_lay_cells if site == "encoder_self" else _lay)(look.weights, own, grid)
+    return Mixing(weights, None if look.values is None else _lay(look.values.mT, own, grid).mT)
 
 
 def _joined(parts: list[Predictions], order: Tensor) -> Predictions:

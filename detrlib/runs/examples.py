@@ -61,7 +61,7 @@ class Example:
         return (layers, heads, queries if site == "encoder_self" else len(self.queries), *keys)
 
     def maps(self, site: str = "decoder_cross", layer: int | None = None) -> np.ndarray:
-        """Attention maps of this image, read from disk.
+        """Attention maps of this image, read from disk; of weights that have signs the magnitudes.
 
         Args:
             site: one of `sites`.
@@ -77,10 +77,10 @@ class Example:
         """
         self._check(site)
         if not isinstance(self.stored, AttentionStore):
-            return self.stored[site] if layer is None else self.stored[site][layer]
+            return np.abs(self.stored[site] if layer is None else self.stored[site][layer])
         queries = None if site == "encoder_self" else self.queries
         maps = self.stored.maps(self.image_id, site, layer, queries=queries)
-        return maps if layer is None else maps[0]
+        return np.abs(maps if layer is None else maps[0])
 
     def extent_of(self, maps: np.ndarray) -> np.ndarray:
         """[2], height and width of the image in cells of maps [...,h,w] of a site.

@@ -4,7 +4,7 @@ One row per map, that is per (image_id, site, layer, head, query), with its cell
 
     indices   where, ascending: row * w + column of the image's key grid (h, w); null: all cells in order, stored
               densely because that is smaller
-    weights   float16, one for each index
+    weights   float16, one for each index; signed where attention is differential
 
 Shapes, extents and row groups of the images stand under `detrlib` in the metadata of the file. Only the valid part of a
 grid is stored, no padding. Rows of one image and site lie together, in order, in a row group of their own (of large

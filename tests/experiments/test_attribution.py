@@ -67,6 +67,22 @@ def test_maps_are_what_the_model_goes_on_with(site, small):
         assert (scores[0] - scores[1]) / 2 == pytest.approx(expected, rel=1e-4)
 
 
+def test_models_with_signed_weights_and_registers_are_explained(padded_batch, small):
+    """Signs are of no effect where magnitudes are taken, and what has gone through registers is counted."""
+    model = small(attention={"gate": "head", "differential": True}, registers=2)
+    images, padding = padded_batch(*SIZES, canvas=CANVAS)
+    maps = explained(model, images, padding, 0)
+    assert tuple(maps) == METHODS
+    alone = model(images[:1, :, : SIZES[0][0], : SIZES[0][1]], need_attention=True).attention
+    assert (alone.decoder_cross[-1] < 0).any()
+    raw = alone.decoder_cross[-1][0].abs().mean(0)
+    h, w = (side // 8 for side in SIZES[0])
+    for number, query in enumerate(QUERIES[0]):
+        torch.testing.assert_close(maps["raw"][number, :h, :w].flatten(), raw[query], rtol=1e-3, atol=1e-5)
+    for own in maps.values():
+        assert (own >= 0).all() and own.isfinite().all() and (own.flatten(1).sum(1) > 0).all()
+
+
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_every_method_against_its_own_computation(transform, queries, padded_batch, small):

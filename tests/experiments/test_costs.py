@@ -41,6 +41,33 @@ def test_counts_by_hand():
     assert with_scores["encoder"] - found["encoder"] == 6 * 3 * cells * cells
 
 
+def test_options_by_hand(small):
+    """A gate is a projection; the second map of a difference mixes values once more; a register is a token."""
+    plain, size = {"encoder_layers": 1, "decoder_layers": 1}, (64, 96)
+    cells, queries = 8 * 12, 7
+
+    def counts(**settings):
+        model = small(**plain | settings)
+        return count_flops(model, size), count_parameters(model)
+
+    (flops, parameters), (gated, _), (channels, _) = (
+        counts(),
+        *(counts(attention={"gate": gate}) for gate in ("head", "channel")),
+    )
+    assert gated["encoder"] - flops["encoder"] == cells * 32 * 4
+    assert channels["encoder"] - flops["encoder"] == cells * 32 * 32
+    assert gated["decoder"] - flops["decoder"] == 2 * queries * 32 * 4
+    signed, more = counts(attention={"differential": True})
+    assert signed["encoder"] - flops["encoder"] == cells * cells * 32
+    assert more["encoder"][0] - parameters["encoder"][0] == 4 * 4 + 8
+    registers, more = counts(registers=3)
+    assert more["encoder"][0] - parameters["encoder"][0] == 3 * 32
+    per_token = 4 * 32 * 32 + 2 * 32 * 48
+    pairs = (cells + 3) ** 2 - cells**2
+    assert registers["encoder"] - flops["encoder"] == 3 * per_token + 2 * pairs * 32
+    assert registers["decoder"] == flops["decoder"]
+
+
 def test_parameters_by_hand():
     model = ByHand()
     model.backbone.requires_grad_(False)

@@ -65,6 +65,28 @@ def untouched(predict):
     return untouched
 
 
+# --- heads with gates and differences ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_interventions_reach_both_maps_of_a_difference_and_leave_gates_alone(site, predict, small, untouched):
+    options = {"gate": "channel", "differential": True}
+    model = small(attention=options, registers=2)
+    other = small(attention=options | {site: "sparsemax"}, registers=2)
+    other.load_state_dict(model.state_dict())
+    with untouched(model):
+        with swapped(model, site, "sparsemax"):
+            assert_same(predict(model), predict(other))
+        with pruned(model, site, {1: [0, 2]}):
+            inside = predict(model)
+        pruned_by_hand = small(attention=options, registers=2)
+        pruned_by_hand.load_state_dict(model.state_dict())
+        weight = attention_modules(pruned_by_hand, site)[1].out_proj.weight.data
+        weight.unflatten(1, (4, -1))[:, [0, 2]] = 0.0
+        torch.testing.assert_close(inside.logits, predict(pruned_by_hand).logits, rtol=0, atol=1e-5)
+        assert (getattr(inside.attention, site)[1][:, [0, 2]] == 0).all()
+
+
 # --- transforms and alphas -----------------------------------------------------------------------------------------
 
 

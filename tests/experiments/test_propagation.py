@@ -111,10 +111,30 @@ def predictions_of(weights):
     return Predictions(logits, torch.zeros(*logits.shape[:2], 4), "sigmoid", attention=attention)
 
 
+def test_registers_pass_on_what_they_have_of_cells():
+    """Rows of a longer sequence, of which only what comes from cells is shown."""
+    layers, keys = random_layers(keys=8), 6
+    cross = [one[..., :keys] for one in layers.decoder_cross]  # the decoder does not look at the two registers
+    hidden = [torch.cat([one, torch.zeros_like(one[..., :2])], -1) for one in cross]
+    for found, by_hand in ((relevance, relevance_by_loops), (rollout, lambda *one: rollout_of_one_sequence(*one)[0])):
+        shown = found(layers._replace(decoder_cross=cross))
+        for image in range(2):
+            sites = layers._replace(decoder_cross=hidden)
+            expected = by_hand(*([one[image] for one in site] for site in sites))
+            torch.testing.assert_close(shown[image], expected[:, :keys], rtol=1e-12, atol=1e-14)
+
+
 def test_maps_are_averaged_over_heads_and_cut_off_from_gradients():
-    weights = torch.rand(2, 3, 4, 6, requires_grad=True)
+    weights = torch.rand(2, 3, 4, 6).softmax(-1).requires_grad_()
     (mean,) = mean_over_heads(predictions_of(weights).attention).decoder_cross
-    assert torch.equal(mean, weights.mean(1)) and not mean.requires_grad
+    torch.testing.assert_close(mean, weights.detach().mean(1))
+    assert not mean.requires_grad
+
+
+def test_signed_maps_are_magnitudes_and_at_most_shares():
+    signed = torch.tensor([[0.6, -0.2, 0.0], [1.5, -0.5, 1.0]])[None, None]
+    (mean,) = mean_over_heads(predictions_of(signed).attention).decoder_cross
+    torch.testing.assert_close(mean[0], torch.tensor([[0.6, 0.2, 0.0], [0.5, 1 / 6, 1 / 3]]))
 
 
 def test_gradients_are_those_of_each_detection_and_negative_products_are_nothing():

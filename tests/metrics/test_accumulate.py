@@ -24,6 +24,7 @@ MODELS = {
     "sparse everywhere": {
         "attention": {"encoder_self": "sparsemax", "decoder_self": "entmax15", "decoder_cross": "alpha_entmax"}
     },
+    "differential": {"attention": {"differential": True}},
     "deformable": {
         "architecture": "deformable",
         "classification": "sigmoid",
@@ -141,7 +142,7 @@ def test_localisation_is_that_of_single_objects(kind, mode, tmp_path, measured):
             box = target["boxes"][index : index + 1]
             area = (box[0, 2:] * target["original_size"].flip(0)).prod().item()
             for layer in range(3):
-                heads = maps.as_images("decoder_cross", layer)[image, :, query, :rows, :columns]
+                heads = maps.as_images("decoder_cross", layer)[image, :, query, :rows, :columns].abs()
                 for head, one in zip(range(-1, 4), [heads.mean(0), *heads], strict=True):
                     found = localisation.locate(one[None], box, extent, mode, target["original_size"])
                     expected = [found[name].item() for name in localisation.MEASURES]
@@ -163,6 +164,21 @@ def test_localisation_is_that_of_single_objects(kind, mode, tmp_path, measured):
         of_size = [value for value, this in zip(values, sizes, strict=True) if this == size]
         assert summary["localisation"][size]["pairs"] == len(of_size)
         assert summary["paibb"][size] == (pytest.approx(np.mean(of_size), rel=1e-5) if of_size else None)
+
+
+def test_weights_with_signs_are_measured_by_their_magnitudes(setup):
+    """All that is reported of a differential model is that of a model whose weights have lost their signs."""
+    cfg, batch, predictions, indices = setup("differential")
+    found = []
+    for _ in range(2):
+        looks = AttentionMeasures(cfg, sites=("encoder_self", "decoder_self"))
+        looks.add(predictions, batch, indices)
+        found.append(looks.summary({}))
+        for site in looks.sites:
+            assert all((layer < 0).any() for layer in getattr(predictions.attention, site)) == (len(found) == 1)
+            setattr(predictions.attention, site, [layer.abs() for layer in getattr(predictions.attention, site)])
+    assert json.dumps(found[0]) == json.dumps(found[1])
+    assert 0 < found[0]["paibb"]["all"] < 1
 
 
 def test_counting_padding_changes_the_number_of_keys_alone(measured, setup):

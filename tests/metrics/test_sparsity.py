@@ -27,6 +27,17 @@ def test_uniform_and_one_hot():
     assert (entropy(uniform).item(), entropy(one_hot).item()) == (pytest.approx(np.log(50)), 0)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_signs_do_not_matter(padded):
+    """Weights of differential attention may be negative: magnitudes are measured, and exact zeros stay zeros."""
+    weights = sparse_weights(4, 6, 30)
+    signed = weights * torch.randn(weights.shape, generator=torch.Generator().manual_seed(1)).sign()
+    valid = torch.arange(30) < 25 if padded else None
+    for name, found in sparsity(signed, valid).items():
+        torch.testing.assert_close(found, sparsity(weights, valid)[name])
+    assert (signed < 0).any() and torch.equal(signed.abs(), weights)  # what is measured is left as it was
+
+
 def test_gini_is_the_mean_difference_of_pairs():
     weights = sparse_weights(3, 4, 37)
     pairs = (weights[..., :, None] - weights[..., None, :]).abs().sum((-1, -2))

@@ -28,6 +28,7 @@ FAMILIES = {
     "conditional": {"queries": "conditional", "classification": "sigmoid"},
     "alpha-entmax": {"attention": dict.fromkeys(("encoder_self", "decoder_self", "decoder_cross"), "alpha_entmax")},
     "tvmax": {"attention": {"encoder_self": "tvmax", "decoder_cross": "tvmax"}},
+    "gates, differences, registers": {"attention": {"gate": "channel", "differential": True}, "registers": 3},
     "poll and pool": {"polling": {"ratio": 0.3, "pooled": 4}},
     "deformable": DEFORMABLE | {"deformable": TINY},
     "efficient": DEFORMABLE | {"deformable": TINY | EFFICIENT},
@@ -55,7 +56,8 @@ def test_no_mask_says_what_a_mask_of_no_padding_says(family, small):
 
 
 COMPILED = ("detr", "swin", "anchors", "conditional", "poll and pool", "deformable", "efficient", "sparse")
-QUICK = ("detr", "sparse")  # the others are much like them
+COMPILED += ("gates, differences, registers",)
+QUICK = ("gates, differences, registers", "sparse")  # the others are much like them
 
 
 @pytest.mark.parametrize(

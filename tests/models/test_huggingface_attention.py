@@ -327,8 +327,12 @@ def test_a_wrapped_model_learns_in_several_processes(huggingface_detector, tmp_p
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
         wrapped(**inputs("detr")).logits.sum().backward()
         assert all(alpha.pre_alpha.grad is not None for alpha in alpha_modules(wrapped).values())
-        with pytest.raises(ModelError, match="alpha_entmax"):
-            use("alpha_entmax", wrapped)
+        for name, settings, learned in (
+            ("alpha_entmax", {}, "pre_alpha"),
+            ("softmax", {"null_key": "learned"}, "null"),
+        ):
+            with pytest.raises(ModelError, match=learned):
+                use(name, wrapped, **settings)
         with use("sparsemax", wrapped):
             assert all(isinstance(m.transform, Sparsemax) for ms in sites_of(wrapped).values() for m in ms)
     finally:

@@ -63,6 +63,21 @@ def test_examples_come_back_as_they_were_stored_with_the_maps_of_their_queries(s
             assert np.array_equal(back.maps(site, -1), back.maps(site)[-1])
 
 
+def test_maps_are_magnitudes_and_the_store_keeps_signs(stored):
+    run_dir, (example, _), maps = stored
+    clear_maps(run_dir)
+    signed = maps[example.image_id]["decoder_cross"] - np.float16(0.5)
+    with MapWriter(run_dir) as writer:
+        writer.add(example.image_id, example.extent, {"decoder_cross": [pack(layer) for layer in signed]})
+    (run_dir / "examples" / "000000000007.npz").unlink()
+    (back,) = runs.load_examples(run_dir)
+    assert np.array_equal(back.stored.maps(back.image_id), signed) and (signed < 0).any()
+    assert np.array_equal(back.maps(), np.abs(signed[:, :, example.queries]))
+    assert np.array_equal(back.maps(layer=1), back.maps()[1])
+    in_memory = dataclasses.replace(back, stored={"decoder_cross": signed})
+    assert np.array_equal(in_memory.maps(), np.abs(signed))
+
+
 def test_examples_are_not_loaded_without_their_maps(stored, tmp_path):
     run_dir, *_ = stored
     with pytest.raises(RunError, match="holds no examples; evaluate it first"):

@@ -69,6 +69,13 @@ def test_half_precision_rounds_to_nearest_and_keeps_the_support():
     assert (error[~normal & ~lost] <= 2**-25).all() and (error[lost] < 2**-24).all()
 
 
+def test_signs_of_weights_are_kept(tmp_path):
+    maps = sparse_maps(2, 3, 4, 5, 6) * np.sign(np.random.default_rng(1).standard_normal((2, 3, 4, 5, 6)))
+    found = AttentionStore(write(tmp_path, {1: {"decoder_cross": maps}})).maps(1)
+    assert (np.sign(found) == np.sign(maps)).all() and (found < 0).any()
+    np.testing.assert_allclose(found, maps, rtol=2**-11, atol=2**-24)
+
+
 def test_rows_are_dense_where_that_is_smaller():
     maps = np.zeros((2, 2, 2, 4), dtype=np.float32)
     maps[0, 0] = 0.125  # all eight cells
