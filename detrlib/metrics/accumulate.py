@@ -1,4 +1,4 @@
-"""What attention maps are like over a data set: how sparse, and whether they look at the object.
+"""What attention maps are like over a data set: how sparse, whether they look at the object, and where they rest.
 
 Batches stream through in the pass that finds detections; sums are kept, not maps, and a row per image or object goes
 to a table on disk if asked for, so that memory does not grow with the data.
@@ -18,33 +18,14 @@ from torch import Tensor
 from detrlib.config import Config, Model
 from detrlib.data import Batch
 from detrlib.losses.matcher import Match
-from detrlib.metrics import localisation, sparsity
+from detrlib.metrics import localisation, sinks, sparsity
+from detrlib.metrics.moments import Moments, described, plain
 from detrlib.metrics.tables import Table
 from detrlib.models import AttentionMaps, Predictions
 from detrlib.models.outputs import cell_side
 
 SELECTIONS = ("all", "matched", "confident")  # of queries; where queries are cells of the image, "all" alone
 MEAN_HEAD = -1  # in tables, the mean over heads
-
-
-class Moments:
-    """Count, mean and standard deviation along the first axis of what is added, values that are NaN left out."""
-
-    def __init__(self, *shape: int):
-        self.sums = torch.zeros(3, *shape, dtype=torch.float64)  # of ones, values and squares
-
-    def add(self, values: Tensor) -> None:
-        """values [N, ...] on the CPU, with axes of `shape` after the first."""
-        values = values.double()
-        known = ~values.isnan()
-        values = values.where(known, 0.0)
-        self.sums += torch.stack([known.sum(0).double(), values.sum(0), (values * values).sum(0)])
-
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts, means and standard deviations (of a sample: over N - 1) [...]; NaN where nothing is known."""
-        count, total, squares = self.sums
-        mean = total / count
-        return count, mean, ((squares - total * mean).clamp(min=0) / (count - 1)).sqrt()
 
 
 class AttentionMeasures:
@@ -191,12 +172,12 @@ class AttentionMeasures:
             count, mean, std = moments.results()  # [S,M,L,H+1]
             sparse[site] = {"alpha": alphas_in_effect(self.cfg.model, site, learned)}
             for number, selection in enumerate(_selections(site)):
-                measures = _described(sparsity.MEASURES, mean[number], std[number])
+                measures = described(sparsity.MEASURES, mean[number], std[number])
                 sparse[site][selection] = {"images": int(count[number].max())} | measures
             attention[site] = {name: sparse[site]["all"][name]["mean"] for name in sparsity.MEASURES}
         for size, moments in self.located.items():
             count, mean, std = moments.results()  # [M,L,H+1]
-            located[size] = {"pairs": int(count.max())} | _described(localisation.MEASURES, mean, std)
+            located[size] = {"pairs": int(count.max())} | described(localisation.MEASURES, mean, std)
         last = {size: values["paibb"]["mean"][-1] for size, values in located.items()}
         paibb = last | {"pairs": located["all"]["pairs"]}
         return {"attention": attention, "sparsity": sparse, "paibb": paibb, "localisation": located}
@@ -244,16 +225,3 @@ def _flat(indices: list[Match], side: int) -> tuple[Tensor, Tensor]:
     index = torch.cat([both[side] for both in indices])
     counts = torch.tensor([len(both[side]) for both in indices], device=index.device)
     return torch.arange(len(indices), device=index.device).repeat_interleave(counts, output_size=len(index)), index
-
-
-def _described(names: tuple[str, ...], mean: Tensor, std: Tensor) -> dict:
-    """mean and std [M,L,H+1] -> {measure: {"mean": [L], "std": [L], "heads": [L][H]}}."""
-    return {
-        name: {"mean": _plain(m[:, 0]), "std": _plain(s[:, 0]), "heads": _plain(m[:, 1:])}
-        for name, m, s in zip(names, mean, std, strict=True)
-    }
-
-
-def _plain(values: Tensor) -> list:
-    """Nested lists with None for what is not known."""
-    return [_plain(v) if v.dim() else (None if v.isnan() else v.item()) for v in values]

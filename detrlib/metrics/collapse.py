@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from detrlib.boxes import cxcywh_to_xyxy, pairwise_giou
-from detrlib.metrics.accumulate import Moments
 from detrlib.metrics.detection import UNDEFINED
+from detrlib.metrics.moments import Moments
 from detrlib.models import Predictions
 
 FEWEST = 10  # images or objects that say something
