@@ -18,8 +18,8 @@ from torch import Tensor
 from detrlib.config import Config, Model
 from detrlib.data import Batch
 from detrlib.losses.matcher import Match
-from detrlib.metrics import localisation, sinks, sparsity
-from detrlib.metrics.moments import Moments, described, plain
+from detrlib.metrics import localisation, sparsity
+from detrlib.metrics.moments import Moments, described
 from detrlib.metrics.tables import Table
 from detrlib.models import AttentionMaps, Predictions
 from detrlib.models.outputs import cell_side
