@@ -261,8 +261,7 @@ def without_samples(
         module = modules[layer]
         if not samples_points(module):
             raise ModelError(f"{site} of this model scores keys and samples no points; mask or prune there")
-        own = isinstance(module, DeformableAttention)
-        counts = [module.points] * module.levels if own else points_of(module, module.n_levels)
+        counts = points_of_levels(module)
         for name, asked, most in (("levels", levels, len(counts)), ("points", points, max(counts))):
             if set(asked) - set(range(most)):
                 raise ModelError(f"{name} {sorted(asked)} at {site}: the model has {most}, numbered from 0")
@@ -276,6 +275,13 @@ def without_samples(
         changes.append((module, "attention_weights", WithoutSamples(module.attention_weights, hidden)))
     with exchanged(model, changes):
         yield model
+
+
+def points_of_levels(module: nn.Module) -> list[int]:
+    """How many points deformable attention has in each level, per head."""
+    if isinstance(module, DeformableAttention):
+        return [module.points] * module.levels
+    return points_of(module, module.n_levels)
 
 
 def _kind(model: nn.Module) -> str:
