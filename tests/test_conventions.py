@@ -41,7 +41,7 @@ CEILINGS = {
     "losses": 380,
     "checkpoints": 1390,
     "data": 3530,
-    "metrics": 1990,
+    "metrics": 2360,
     "runs": 1650,
     "engine": 2780,
     "experiments": 2210,

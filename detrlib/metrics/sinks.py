@@ -29,7 +29,7 @@ from detrlib.models.outputs import Site
 
 MEASURES = (
     *("weight", "second", "sink", "sink_even", "sink_lead", "border", "corner"),
-    *("value_norm", "output_share", "matched", "null_mass", "empty"),
+    *("value_norm", "output_share", "matched", "null_mass"),
 )
 POINTS = 64  # along either side of an image: where it is asked which of its cells are sinks
 NOTHING, BROADCAST = 0.2, 0.5  # of `value_norm`, by Fesser et al.
@@ -53,7 +53,14 @@ class Sinks(NamedTuple):
 
     values: Tensor  # [B,M,H] of the MEASURES
     key: Tensor  # [B,H] the best key
-    place: Tensor  # [B,4,H] PLACE: row and column of the best cell in the valid cells of the image, and their number
+    place: Tensor  # [B,4,H] PLACE: row and column of the best cell, rows and columns of cells of the image
+
+    def left(self, looks: Tensor, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Maps [n,H,K] over the cells of a grid, of images [n], without the sinks of those heads that have one."""
+        row, column = self.place[image, 0], self.place[image, 1]  # [n,H]
+        cell = (row * grid[1] + column)[..., None]
+        resting = self.values[image, MEASURES.index("sink")] > 0
+        return looks.scatter(-1, cell, looks.gather(-1, cell) * ~resting[..., None])
 
 
 def sinks(
@@ -81,16 +88,16 @@ def sinks(
         weight        of the best key, mean over queries
         second        that of the second best, over it: 0 to 1
         sink          1 where weight > limits.threshold, else 0: in the mean, the share of images with a sink
-        sink_even     1 where weight > limits.even / K of K valid keys, else 0. Attention spread evenly gives 1 / K. Of
-                      25 queries that each look at one of 64 cells by chance, 10 / K is met in 5 of 100 images; where
-                      K > 10 Q one such query is enough, so that `agreement` must say whether it is a sink
+        sink_even     1 where weight > limits.even / K of K valid keys, else 0. Attention spread evenly gives 1 / K; if
+                      each query looks at one key by chance, 10 / K is met in 4 of 100 images with 25 queries and 64
+                      keys, in none with as many queries as keys, but in nearly all with 100 queries and 850 keys:
+                      where queries are few, `agreement` over images must say whether it is a sink
         sink_lead     1 where weight > limits.lead times the second best, else 0
         border, corner    share of all weight on cells of the border of the image and, of these, in its corners
         value_norm, output_share    see above
         matched       weight of the same key, mean over matched queries: less than `weight` where queries without
                       an object rest on it
         null_mass     mean of what rows lack to one: weight of the null key, of registers, beyond the image
-        empty         share of rows without any weight
     """
     images, _, queries, keys = weights.shape
     rows = weights.new_ones(images, queries) if rows is None else rows.to(weights)
@@ -115,7 +122,6 @@ def sinks(
         "output_share": output_share,
         "matched": _mean(column / total.clamp(min=1), matched),
         "null_mass": (counted * (1 - total).clamp(min=0)).sum(-1),
-        "empty": (counted * (total == 0)).sum(-1),
     }
     values = torch.stack([measured[name].to(weights.dtype) for name in MEASURES], 1)
     return Sinks(values.float(), key, place)
@@ -217,7 +223,8 @@ class SinksOfSite:
         self.even.add(even if self.places.of_cells else even.where(torch.tensor([True, False, False]), torch.nan))
         return values, places
 
-    def sums(self) -> list["Moments | Places"]:
+    @property
+    def all(self) -> list["Moments | Places"]:
         """What is gathered, each with its `sums`, which add up over processes."""
         return [self.moments, self.even, self.places]
 

@@ -225,6 +225,22 @@ def located_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
     return measures(run_dirs, "located")
 
 
+def sinks_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
+    """Read the sinks of single images.
+
+    Args:
+        run_dirs: folders of finished runs.
+
+    Returns:
+        A row per image, site, layer and head: run, image_id, site, layer, head, the measures of `metrics.sinks.sinks`,
+        and the best cell: row and column of rows and columns (of decoder_self: column is the number of a query).
+
+    Raises:
+        RunError: a run was evaluated without, or the table is damaged.
+    """
+    return measures(run_dirs, "sinks")
+
+
 def objects_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     """List the objects that the first of the runs with measures was evaluated on.
 
