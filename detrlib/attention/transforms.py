@@ -37,6 +37,7 @@ class Transform(nn.Module):
     """
 
     padding_adds_one = False
+    by_row = True  # weights of a row follow from its scores alone, so that queries may be taken in parts
 
     def __init__(self):
         super().__init__()
