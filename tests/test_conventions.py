@@ -33,19 +33,19 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 690,
-    "config": 1300,
-    "attention": 1780,
+    ".": 700,
+    "config": 1320,
+    "attention": 2170,
     "attention/kernels": 1040,
     "models": 3180,
     "losses": 380,
-    "checkpoints": 1390,
+    "checkpoints": 1400,
     "data": 3530,
-    "metrics": 2490,
-    "runs": 1790,
-    "engine": 2780,
-    "experiments": 2590,
-    "figures": 3090,
+    "metrics": 2510,
+    "runs": 1870,
+    "engine": 2810,
+    "experiments": 3350,
+    "figures": 3200,
     "teaching": 480,
     "benchmarks": 2460,
 }

@@ -314,7 +314,7 @@ def differentiate_rows(
         growth = log_p.neg().expm1_()
         s = torch.addcmul(p, p, growth)  # zero where p is
     else:
-        s = _support_power(p, beyond, tiny)
+        s = support_power(p, beyond, tiny)
     mean = rows.sum(torch.mul(g, s, out=out)) / rows.sum(s)
     centred = torch.sub(g, rows.spread(mean), out=out)
     if not need_alpha:
@@ -323,7 +323,7 @@ def differentiate_rows(
     return centred.mul_(s), to_alpha
 
 
-def _support_power(p: Tensor, beyond: Number, tiny: float) -> Tensor:
+def support_power(p: Tensor, beyond: Number, tiny: float) -> Tensor:
     """p ^ (1 - beyond) where p is positive, else 0."""
     if isinstance(beyond, Tensor) or beyond not in (0.5, 1):
         return p.clamp(min=tiny).log_().mul_((1 - beyond) * LOG2_E).exp2_().mul_(p.sign())

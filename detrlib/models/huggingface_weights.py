@@ -220,7 +220,7 @@ def num_heads(module: nn.Module) -> int:
 
 
 def points_of(module: nn.Module, levels: int) -> list[int]:
-    """Sampling points of every level, which types of models note in different ways."""
+    """Sampling points of every level, per head, which types of models note in different ways."""
     for name in ("num_points_list", "n_points_list"):
         if hasattr(module, name):
             return list(getattr(module, name))

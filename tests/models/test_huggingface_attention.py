@@ -124,7 +124,8 @@ def test_padding_gets_exactly_nothing(huggingface_detector, family, implementati
             for weights in weights_at(outputs, site):
                 assert weights.shape[-1] == 20
                 assert not weights[1][..., cells.flatten()].any(), name
-                torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=0, atol=1e-5)
+                if name not in ("budget", "softpick", "sigmoid", "relu"):  # whose rows sum to something else
+                    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=0, atol=1e-5)
 
 
 def test_without_the_mask_of_padding_weights_lie_on_it(huggingface_detector):
