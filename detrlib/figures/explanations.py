@@ -30,7 +30,7 @@ from detrlib.metrics.faithfulness import gains, mean_interval, means_by_method
 from detrlib.metrics.statistics import comparison_table
 from detrlib.runs.detected import Detected
 
-TITLES = {"grad_attention": "grad × attention", "odam": "ODAM", "odam_box": "ODAM, box too", "drise": "D-RISE"}
+TITLES = {"grad_attention": "grad × attn", "odam": "ODAM", "odam_box": "ODAM + box", "drise": "D-RISE"}
 METHOD_COLOURS = dict(zip(("raw", "rollout", "relevance", "grad_attention", "odam", "gradient"), PALETTE, strict=False))
 METHOD_COLOURS |= {"odam_box": "#882255", "drise": "#999933", "box": "#000000", "random": MUTED}
 DIRECTIONS = (("deletion", "lower", "deleted"), ("insertion", "higher", "inserted"))

@@ -118,6 +118,6 @@ def test_the_grid_has_a_row_per_detection_and_a_column_per_method(texts):
         images, boxes, ["star 0.90", "ring 0.50"], maps, labels=[1, 2], names={1: "star", 2: "ring"}
     )
     assert len(drawn.axes) == 7  # the last is the bar
-    assert {"raw", "grad × attention", "star 0.90", "ring 0.50"} <= set(texts(drawn))
+    assert {"raw", "grad × attn", "star 0.90", "ring 0.50"} <= set(texts(drawn))
     assert all(len(axes.patches) == 2 for axes in drawn.axes[:6])  # a box and its rim
     assert [to_hex(axes.patches[1].get_edgecolor()).upper() for axes in drawn.axes[:6:3]] == PALETTE[:2]
