@@ -155,7 +155,7 @@ def evaluate(
 
     Or make a run of the detections of any detector, to be compared with others: --predictions FILE.json --data DATA.
     """
-    from detrlib.engine.advice import floor_and_collapse
+    from detrlib.engine.advice import floor_and_collapse, where_attention_rests
     from detrlib.engine.evaluate import evaluate_run
     from detrlib.experiments.predictions import evaluate_predictions
     from detrlib.experiments.transfer import evaluate_on, scored_classes
@@ -179,7 +179,8 @@ def evaluate(
     missing = [name for name, own in results["detection"]["per_class"].items() if own["AP"] == UNDEFINED]
     if missing:
         typer.echo(f"no objects in this split, and no AP: {listed(missing)}")
-    for line in [*floor_and_collapse(results), *([scored_classes(results)] if on else [])]:
+    told = [*floor_and_collapse(results), *where_attention_rests(results)]
+    for line in [*told, *([scored_classes(results)] if on else [])]:
         typer.echo(line)
 
 

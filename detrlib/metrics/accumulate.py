@@ -195,7 +195,8 @@ class AttentionMeasures:
 
         attention     site -> measure -> [L]: means over images of means over heads and all queries
         sparsity      site -> "alpha" in effect [L][H], and selection -> "images" and measure -> mean, std, heads
-        paibb         size -> mean over pairs in the last layer, of the mean over heads; "pairs": their number
+        paibb         size -> mean over pairs in the last layer, of the mean over heads; "without_sink": of all sizes,
+                      without sinks; "pairs": their number
         localisation  size -> "pairs" and measure -> mean, std, heads
         sinks         site -> as of `SinksOfSite.summary`
         with mean and std [L] over images or pairs of the mean over heads, and heads [L][H] the mean of each.
@@ -212,7 +213,10 @@ class AttentionMeasures:
             count, mean, std = moments.results()  # [M,L,H+1]
             located[size] = {"pairs": int(count.max())} | described(LOCATED, mean, std)
         last = {size: values["paibb"]["mean"][-1] for size, values in located.items()}
-        paibb = last | {"pairs": located["all"]["pairs"]}
+        paibb = last | {
+            "without_sink": located["all"]["paibb_without_sink"]["mean"][-1],
+            "pairs": located["all"]["pairs"],
+        }
         resting = {site: of_site.summary() for site, of_site in self.sinks.items()}
         return {"attention": attention, "sparsity": sparse, "paibb": paibb, "localisation": located, "sinks": resting}
 
@@ -240,7 +244,7 @@ def _sites(cfg: Config, sites: Collection[str] | None) -> list[str]:
         sites = [site for site in cfg.evaluate.sites if model.scores_keys(site)]
     elif sites is None:  # where sparsity is a question; maps of the encoder are large
         sites = [site for site in SITES if model.scores_keys(site) and model.transform_at(site) != "softmax"]
-    return [site for site in SITES if site in sites or site == "decoder_cross"]
+    return [site for site in SITES if (site in sites and _layers(model, site)) or site == "decoder_cross"]
 
 
 def _open_tables(folder: Path, sites: list[str], process: int, processes: int) -> tuple[Table, ...]:

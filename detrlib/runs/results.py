@@ -14,6 +14,7 @@ import pandas as pd
 from detrlib.config import load_config
 from detrlib.errors import RunError
 from detrlib.metrics.detection import UNDEFINED, Matches
+from detrlib.metrics.sinks import MEASURES as SINKS
 from detrlib.runs.folder import class_names, group_of, has_table, load_results, load_table, run_labels
 
 MADE_BY = "detrlib intervene"
@@ -91,9 +92,10 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
 
     Returns:
         A row per run: run, group, seed, architecture, the transform at each site, the twelve numbers of COCO, floor
-        (AP of fixed boxes, see `metrics.floor`), `<site>/<measure>` (means over layers), `<measure>/<size>` of the last
-        layer for what is measured of matched queries (paibb, paibb_normalised, pointing, distance), images, epoch,
-        seconds; missing where a run has none.
+        (AP of fixed boxes, see `metrics.floor`), `<site>/<measure>` (means over layers, of sinks too: sink is the share
+        of heads and images with one), `<measure>/<size>` of the last layer for what is measured of matched queries
+        (paibb, paibb_normalised, pointing, distance, mass, paibb_without_sink), images, epoch, seconds; missing where a
+        run has none.
 
     Raises:
         RunError: a run is not finished.
@@ -110,11 +112,18 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
         row["floor"] = results["floor"].get("AP", np.nan)
         for site, measures in results.get("attention", {}).items():
             row |= {f"{site}/{name}": float(np.mean(values)) for name, values in measures.items()}
+        for site, measures in results.get("sinks", {}).items():
+            row |= {f"{site}/{name}": _mean_of_layers(measures[name]["mean"]) for name in (*SINKS, "agreement")}
         for size, measures in results.get("localisation", {}).items():
             numbers = {name: value for name, value in measures.items() if name != "pairs"}
             row |= {f"{name}/{size}": value["mean"][-1] for name, value in numbers.items()}
         rows.append(row | {name: results.get(name) for name in ("images", "epoch", "seconds")})
     return pd.DataFrame(rows)
+
+
+def _mean_of_layers(values: list[float | None]) -> float:
+    """NaN where a layer has no such number."""
+    return float(np.mean([np.nan if value is None else value for value in values]))
 
 
 def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
@@ -182,14 +191,15 @@ def paibb_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
         run_dirs: folders of finished runs.
 
     Returns:
-        A row per run, named by the index: all, small, medium, large, and how many pairs of queries and objects `all`
-        is a mean over; 0 pairs and no values for models without attention.
+        A row per run, named by the index: all, small, medium, large, without_sink (all, of what heads that have a sink
+        leave beside it; missing where sinks were not measured), and how many pairs of queries and objects `all` is a
+        mean over; 0 pairs and no values for models without attention.
 
     Raises:
         RunError: a run is not finished.
     """
     rows = {label: load_results(run_dir).get("paibb", {"pairs": 0}) for run_dir, label in run_labels(run_dirs).items()}
-    order = ["all", "small", "medium", "large", "pairs"]
+    order = ["all", "small", "medium", "large", "without_sink", "pairs"]
     return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=order).rename_axis("run")
 
 
@@ -223,22 +233,6 @@ def located_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
         RunError: a run was evaluated without, or the table is damaged.
     """
     return measures(run_dirs, "located")
-
-
-def sinks_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
-    """Read the sinks of single images.
-
-    Args:
-        run_dirs: folders of finished runs.
-
-    Returns:
-        A row per image, site, layer and head: run, image_id, site, layer, head, the measures of `metrics.sinks.sinks`,
-        and the best cell: row and column of rows and columns (of decoder_self: column is the number of a query).
-
-    Raises:
-        RunError: a run was evaluated without, or the table is damaged.
-    """
-    return measures(run_dirs, "sinks")
 
 
 def objects_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:

@@ -19,7 +19,8 @@ from detrlib.errors import ConfigError, RunError
 from detrlib.losses import Criterion, match
 from detrlib.metrics import localisation, sinks, sparsity
 from detrlib.metrics.accumulate import SELECTIONS, AttentionMeasures, alphas_in_effect
-from detrlib.runs.results import layer_frame, located_table, paibb_table, sinks_table, sparsity_table
+from detrlib.runs.results import layer_frame, located_table, paibb_table, sparsity_table
+from detrlib.runs.sinks import sinks_table
 
 SIZES = [(70, 101), (128, 64), (97, 160)]
 MODELS = {
