@@ -7,7 +7,7 @@ import torch
 
 from detrlib.errors import ModelError
 from detrlib.experiments import planned
-from detrlib.experiments.ablations import query_count
+from detrlib.experiments.ablations import queries_of
 from detrlib.experiments.planned import ABLATIONS, possible, query_shares, sinks_away
 
 DEFORMABLE = {"architecture": "deformable", "deformable": {"levels": 2, "decoder_points": 3}}
@@ -44,7 +44,7 @@ def test_every_part_of_a_model_is_planned_once(small):
         for layer in (None, 0, 1)
     ]
     queries = ABLATIONS["single_queries"](model, "decoder_cross")
-    assert names(queries) == [("query", str(query), None) for query in range(query_count(model))]
+    assert names(queries) == [("query", str(query), None) for query in range(len(queries_of(model).numbers))]
     assert possible(model, layers + queries) == layers + queries
     sinks = sinks_away(model, "encoder_self", ["zeroed", "masked"])
     assert names(sinks) == [("sink", way, layer) for way in ("zeroed", "masked") for layer in (None, 0, 1)]
