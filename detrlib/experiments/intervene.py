@@ -45,6 +45,7 @@ from detrlib.files import write_atomic
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.bootstrap import bootstrap_ap, interval
 from detrlib.metrics.detection import UNDEFINED, Matches, match_detections
+from detrlib.models import transform_settings
 from detrlib.models.outputs import Site
 from detrlib.runs.folder import load_table, run_config
 from detrlib.runs.results import MADE_BY
@@ -100,7 +101,7 @@ def plan(
     settings = run_config(run_dir).model.attention
     model = load_model(run_dir, checkpoint)
     planned = fixed_alphas(site, alphas, layer)
-    planned += swaps(site, transforms, layer, alpha=settings.alpha, tv_lambda=getattr(settings, "tv_lambda", 0.0))
+    planned += swaps(site, transforms, layer, **transform_settings(settings))
     if learned:
         planned += rearranged_alphas(model, site)
     planned += sinks_away(model, site, sinks)
