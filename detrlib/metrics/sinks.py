@@ -278,6 +278,10 @@ class Places:
         self.sums[..., :-1] += torch.einsum("blhr,blhc->lhrc", rows, columns).flatten(2)
         self.sums[..., -1] += there.sum(0)
 
+    def shares(self) -> Tensor:
+        """[L,H,n,n] shares of images whose best cell covers each point; NaN without images."""
+        return self.sums[..., :-1].unflatten(-1, self.shape[2:]) / self.sums[..., -1, None, None]
+
     def results(self) -> tuple[Tensor, Tensor]:
         """agreement [L,H], the largest share of images whose best cells cover one point, and this point [L,H,2].
 
