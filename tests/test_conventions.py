@@ -33,7 +33,7 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 700,
+    ".": 705,
     "config": 1320,
     "attention": 2180,
     "attention/kernels": 1040,
@@ -43,9 +43,9 @@ CEILINGS = {
     "data": 3530,
     "metrics": 2510,
     "runs": 1870,
-    "engine": 2820,
+    "engine": 2840,
     "experiments": 3350,
-    "figures": 3250,
+    "figures": 3340,
     "teaching": 480,
     "benchmarks": 2460,
 }

@@ -14,6 +14,7 @@ Legend: Q queries, E channels, L levels, P points per level and head.
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,38 @@ class WithoutSamples(nn.Module):
 # Queries
 
 
+class Queries(NamedTuple):
+    """Where a model has its queries: `owner.name` is their embedding, or which of its proposals become queries."""
+
+    owner: nn.Module
+    name: str
+    numbers: list[int]  # of those that are there now
+    total: int  # in the whole model
+
+    def embedding(self) -> nn.Embedding | None:
+        """None where the model proposes them."""
+        now = getattr(self.owner, self.name)
+        return now if isinstance(now, nn.Embedding) else None
+
+    def places(self, queries: Collection[int]) -> list[int]:
+        """Of those asked for that are still there. Raises ModelError for others."""
+        if set(queries) - set(range(self.total)):
+            raise ModelError(f"queries {sorted(queries)}: the model has {self.total}, numbered from 0")
+        return [place for place, number in enumerate(self.numbers) if number in set(queries)]
+
+
+def queries_of(model: nn.Module) -> Queries:
+    """The queries of a model. Raises ModelError where it has no way to leave one out."""
+    if isinstance(model, DeformableDETR) and model.two_stage:
+        return Queries(model, "ranks", model.ranks or list(range(model.num_queries)), model.num_queries)
+    for owner in model.modules():
+        for name in EMBEDDINGS:
+            if isinstance(now := getattr(owner, name, None), nn.Embedding):
+                numbers = kept_numbers(now)
+                return Queries(owner, name, numbers, getattr(now, "total", len(numbers)))
+    raise ModelError(f"{_kind(model)} chooses its queries itself, so that none of them can be taken away")
+
+
 @contextmanager
 def without_queries(model: nn.Module, queries: Collection[int]) -> Iterator[nn.Module]:
     """A context in which the model was built without some queries: they neither ask, nor are asked, nor detect.
@@ -74,16 +107,15 @@ def without_queries(model: nn.Module, queries: Collection[int]) -> Iterator[nn.M
     Queries are numbered from 0: as they were learned, or, where the model proposes them itself, best proposal first.
     Raises ModelError for queries that it lacks, if none would be left, or if it has no way to leave one out.
     """
-    owner, name = _queries(model)
-    now = getattr(owner, name)
-    numbers = kept_numbers(now) if isinstance(now, nn.Embedding) else now or list(range(owner.num_queries))
-    total = getattr(now, "total", len(numbers)) if isinstance(now, nn.Embedding) else owner.num_queries
-    _check_queries(queries, total)
-    kept = [place for place, number in enumerate(numbers) if number not in set(queries)]
+    own = queries_of(model)
+    gone, embedding = own.places(queries), own.embedding()
+    kept = [place for place in range(len(own.numbers)) if place not in gone]
     if not kept:
-        raise ModelError(f"without queries {sorted(queries)} none of the {total} would be left")
-    left = [numbers[place] for place in kept]
-    with exchanged(model, [(owner, name, _rows(now, kept, left, total) if isinstance(now, nn.Embedding) else left)]):
+        raise ModelError(f"without queries {sorted(queries)} none of the {own.total} would be left")
+    left = [own.numbers[place] for place in kept]
+    if embedding is not None:
+        left = _with_numbers(embedding.weight.detach()[kept], left, own.total)
+    with exchanged(model, [(own.owner, own.name, left)]):
         yield model
 
 
@@ -93,47 +125,20 @@ def zeroed_queries(model: nn.Module, queries: Collection[int]) -> Iterator[nn.Mo
 
     Raises as `without_queries`, and where queries have no embedding.
     """
-    owner, name = _queries(model)
-    now = getattr(owner, name)
-    if not isinstance(now, nn.Embedding):
+    own = queries_of(model)
+    if (embedding := own.embedding()) is None:
         raise ModelError("this model proposes its queries, they have no embedding that could be zero")
-    numbers = kept_numbers(now)
-    _check_queries(queries, total := getattr(now, "total", len(numbers)))
-    rows = _rows(now, range(len(numbers)), numbers, total)
-    with torch.no_grad():
-        rows.weight[[place for place, number in enumerate(numbers) if number in set(queries)]] = 0.0
-    with exchanged(model, [(owner, name, rows)]):
+    weight = embedding.weight.detach().clone()
+    weight[own.places(queries)] = 0.0
+    with exchanged(model, [(own.owner, own.name, _with_numbers(weight, own.numbers, own.total))]):
         yield model
 
 
-def query_count(model: nn.Module) -> int:
-    """How many queries the model has now. Raises ModelError where they cannot be told apart."""
-    owner, name = _queries(model)
-    now = getattr(owner, name)
-    return len(now.weight) if isinstance(now, nn.Embedding) else len(now or range(owner.num_queries))
-
-
-def _queries(model: nn.Module) -> tuple[nn.Module, str]:
-    """Where the embedding of the queries is, or which proposals become queries."""
-    if isinstance(model, DeformableDETR) and model.two_stage:
-        return model, "ranks"
-    for owner in model.modules():
-        for name in EMBEDDINGS:
-            if isinstance(getattr(owner, name, None), nn.Embedding):
-                return owner, name
-    raise ModelError(f"{_kind(model)} chooses its queries itself, so that none of them can be taken away")
-
-
-def _rows(embedding: nn.Embedding, places: Collection[int], numbers: list[int], total: int) -> nn.Embedding:
-    """A copy of some rows, which know the numbers they had."""
-    rows = nn.Embedding.from_pretrained(embedding.weight.detach()[list(places)].clone(), freeze=False)
+def _with_numbers(weight: Tensor, numbers: list[int], total: int) -> nn.Embedding:
+    """An embedding whose rows know the numbers they had."""
+    rows = nn.Embedding.from_pretrained(weight, freeze=False)
     rows.numbers, rows.total = numbers, total
-    return rows.train(embedding.training)
-
-
-def _check_queries(queries: Collection[int], total: int) -> None:
-    if set(queries) - set(range(total)):
-        raise ModelError(f"queries {sorted(queries)}: the model has {total}, numbered from 0")
+    return rows
 
 
 # Layers

@@ -144,9 +144,9 @@ def intervene_run(
     Returns:
         A row per intervention, those without one (kind "none") first: columns as in `KEY`, the detection numbers, the
         loss of the last decoder layer, and at the site the mean over layers of Gini and zeros, PAIBB of decoder_cross.
-        A pruned head counts as all zeros; PAIBB is 0 where its layer has no head left. Gini and zeros are missing where
-        no layer is left. AP_lost is the difference to the row without an intervention, with its 95 % interval over
-        images (`metrics.bootstrap.interval` of the same samples for both).
+        A pruned head counts as all zeros and has no Gini; PAIBB is 0 where its layer has no head left. Both are missing
+        where there is nothing of which they could be. AP_lost is the difference to the row without an intervention,
+        with its 95 % interval over images (`metrics.bootstrap.interval` of the same samples for both).
 
     Raises:
         RunError: there is no such run, or its table of earlier rows is damaged.
@@ -184,8 +184,8 @@ def _measure(
     criterion, cfg = Criterion(**dict(cfg.loss)), _as_it_is(cfg, model)
     sites = [site] if site != "encoder_self" or cfg.model.encoder_layers else ["decoder_cross"]
     results, found = evaluate(model, dataset, cfg, accelerator, criterion=criterion, sites=sites, progress=False)
-    layers = results["attention"].get(site, {"gini": np.nan, "zeros": np.nan})
-    looks = {name: float(np.mean(layers[name])) for name in ("gini", "zeros")}
+    layers = results["attention"].get(site, {})
+    looks = {name: pd.Series(layers.get(name, []), dtype=float).mean() for name in ("gini", "zeros")}
     detection = {name: results["detection"][name] for name in ("AP", "AP50")}
     detection = {name: np.nan if value == UNDEFINED else value for name, value in detection.items()}
     measured = detection | {"loss": _last_loss(results, criterion)} | looks | {"paibb": results["paibb"]["all"]}

@@ -251,17 +251,19 @@ def _with_heads(
     return by_head[0] if by_head[0] and len(set(by_head)) == 1 else ByHead(by_head, now.padding_adds_one)
 
 
-def _null_score(transform: Transform) -> float | nn.Parameter | None:
-    """That of the null key which a layer was trained with."""
-    by_head = transform.by_head if isinstance(transform, ByHead) else [transform]
-    return next((own.null_score for own in by_head if own is not None), None)
-
-
 def _checked_heads(module: nn.Module, heads: Collection[int]) -> set[int]:
     """Raises ModelError for heads that a module lacks."""
     if set(heads) - set(range(count := num_heads(module))):
         raise ModelError(f"heads {sorted(set(heads))}: a layer has {count}, numbered from 0")
     return set(heads)
+
+
+def _null_score(transform: Transform) -> float | nn.Parameter | None:
+    """That of the null key which a layer was trained with."""
+    while isinstance(transform, WithoutSink):
+        transform = transform.inner
+    by_head = transform.by_head if isinstance(transform, ByHead) else [transform]
+    return next((own.null_score for own in by_head if own is not None), None)
 
 
 def learned_alphas(model: nn.Module, site: Site) -> Tensor:

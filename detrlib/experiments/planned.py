@@ -20,7 +20,7 @@ from torch import nn
 from detrlib.errors import ModelError
 from detrlib.experiments.ablations import (
     points_of_levels,
-    query_count,
+    queries_of,
     without_attention,
     without_feedforward,
     without_layers,
@@ -144,7 +144,7 @@ def single_queries(model: nn.Module, site: Site) -> list[Intervention]:
     """Every query gone alone."""
     return [
         Intervention("query", site, partial(without_queries, queries=[query]), str(query))
-        for query in range(query_count(model))
+        for query in queries_of(model).numbers
     ]
 
 
