@@ -34,8 +34,8 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
     ".": 680,
-    "config": 1220,
-    "attention": 1535,
+    "config": 1310,
+    "attention": 2120,
     "attention/kernels": 1040,
     "models": 3065,
     "losses": 380,
@@ -44,7 +44,7 @@ CEILINGS = {
     "metrics": 2360,
     "runs": 1650,
     "engine": 2780,
-    "experiments": 2210,
+    "experiments": 2220,
     "figures": 3060,
     "teaching": 480,
     "benchmarks": 2460,

@@ -28,6 +28,7 @@ from detrlib.experiments.interventions import attention_modules, fixed_alpha, le
 from detrlib.files import write_atomic
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.detection import UNDEFINED
+from detrlib.models import transform_settings
 from detrlib.models.huggingface_weights import num_heads
 from detrlib.models.outputs import Site
 from detrlib.runs.folder import load_table, run_config
@@ -136,7 +137,7 @@ def plan(
     settings = run_config(run_dir).model.attention
     model = load_model(run_dir, checkpoint)
     planned = fixed_alphas(site, alphas, layer)
-    planned += swaps(site, transforms, layer, alpha=settings.alpha, tv_lambda=getattr(settings, "tv_lambda", 0.0))
+    planned += swaps(site, transforms, layer, **transform_settings(settings))
     if learned:
         planned += rearranged_alphas(model, site)
     _try(model, planned)  # before heads are put in order, which takes a while

@@ -90,8 +90,9 @@ def swapped(
 ) -> Iterator[nn.Module]:
     """A context in which `site` uses another transform, in all layers and heads or in those given.
 
-    transform: a name, with `settings` as of `build_transform`. Padded keys are treated as the model was trained. Raises
-    ModelError for layers or heads that the model lacks and for tvmax at decoder_self, and for an unknown name.
+    transform: a name, with `settings` as of `build_transform`. Padded keys are treated as the model was trained, and
+    its null key stays, unless settings name one. Raises ModelError for layers or heads that the model lacks and for
+    tvmax at decoder_self, and for an unknown name.
     """
 
     def change(layer: int, module: nn.Module) -> Transform:
@@ -99,6 +100,8 @@ def swapped(
             new = build_transform(transform, num_heads(module), **settings)
         except ValueError as error:
             raise ModelError(str(error)) from None
+        if "null_key" not in settings:
+            new.null_score = _null_score(module.transform)
         if isinstance(new, TVMax) and site == "decoder_self":
             raise ModelError("tvmax needs keys that form a grid: use it at encoder_self or decoder_cross")
         if isinstance(new, TVMax) and isinstance(model, HuggingFaceDetector):
@@ -140,6 +143,8 @@ def fixed_alpha(
 
     def change(layer: int, module: nn.Module) -> Transform:
         by_alpha = {value: Softmax() if value == 1 else Entmax(value) for value in values[layer].unique().tolist()}
+        for transform in by_alpha.values():
+            transform.null_score = _null_score(module.transform)
         return _with_heads(module, [by_alpha[value] for value in values[layer].tolist()], heads)
 
     with _changed(model, site, change, layers):
@@ -194,12 +199,15 @@ def _with_heads(module: nn.Module, new: Sequence[Transform | None], heads: Colle
     for head in chosen:
         if by_head[head] is not None:
             by_head[head] = new[head]
-    trained = next((own for own in (now.by_head if isinstance(now, ByHead) else [now]) if own), None)
     for transform in filter(None, new):
         transform.padding_adds_one = now.padding_adds_one
-        if trained and transform.null_score is None:
-            transform.null_score = trained.null_score
     return by_head[0] if by_head[0] and len(set(by_head)) == 1 else ByHead(by_head, now.padding_adds_one)
+
+
+def _null_score(transform: Transform) -> float | nn.Parameter | None:
+    """That of the null key which a layer was trained with."""
+    by_head = transform.by_head if isinstance(transform, ByHead) else [transform]
+    return next((own.null_score for own in by_head if own is not None), None)
 
 
 def learned_alphas(model: nn.Module, site: Site) -> Tensor:

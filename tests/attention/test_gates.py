@@ -51,9 +51,11 @@ def inputs_of(random_scores, keys_padding):
 
 
 def run(layer, inputs, padding, **options):
+    """Output, and weights or None."""
     if padding is not None:
         options |= {"padding": padding, "grid": (1, 7)}
-    return layer(**inputs, **options)
+    output, mixing = layer(**inputs, **options)
+    return output, None if mixing is None else mixing.weights
 
 
 def projected(layer, inputs):
@@ -189,12 +191,12 @@ def test_dropout_of_a_difference_is_not_in_the_weights_and_leaves_the_mean(rando
     difference.norm = nn.Identity()
     layer = MultiheadAttention(40, 1, make("softmax"), 0.25, difference=difference)
     x = random_scores(2000, 6, 40, scale=0.3).float()[:1].expand(2000, -1, -1)
-    clean, weights = layer.eval()(x, x, x, need_weights=True)
+    clean, mixing = layer.eval()(x, x, x, need_weights=True)
     for need_weights in (False, True):
         dropped, seen = layer.train()(x, x, x, need_weights=need_weights)
         assert (dropped[0] - clean[0]).abs().max() > 1e-3
         torch.testing.assert_close(dropped.mean(0), clean[0], rtol=0, atol=0.02)
-        assert seen is None or torch.equal(seen, weights)
+        assert seen is None or torch.equal(seen.weights, mixing.weights)
 
 
 def test_a_head_without_weights_stays_nothing(layer_of, inputs_of):

@@ -50,16 +50,14 @@ def test_options_by_hand(small):
         model = small(**plain | settings)
         return count_flops(model, size), count_parameters(model)
 
-    (flops, parameters), (gated, _), (channels, _) = (
-        counts(),
-        *(counts(attention={"gate": gate}) for gate in ("head", "channel")),
-    )
-    assert gated["encoder"] - flops["encoder"] == cells * 32 * 4
-    assert channels["encoder"] - flops["encoder"] == cells * 32 * 32
-    assert gated["decoder"] - flops["decoder"] == 2 * queries * 32 * 4
-    signed, more = counts(attention={"differential": True})
-    assert signed["encoder"] - flops["encoder"] == cells * cells * 32
-    assert more["encoder"][0] - parameters["encoder"][0] == 4 * 4 + 8
+    flops, parameters = counts()
+    found, more = counts(attention={"gate": "channel", "differential": True})
+    assert found["encoder"] - flops["encoder"] == cells * 32 * 32 + cells * cells * 32
+    more_by_hand = 32 * 32 + 4 * 4 + 8  # the gate, four vectors of half a head, the norm of a head
+    assert more["encoder"][0] - parameters["encoder"][0] == more_by_hand
+    assert more["decoder"][0] - parameters["decoder"][0] == 2 * more_by_hand
+    found, _ = counts(attention={"gate": "head", "gate_sites": "decoder_cross"})
+    assert found["decoder"] - flops["decoder"] == queries * 32 * 4
     registers, more = counts(registers=3)
     assert more["encoder"][0] - parameters["encoder"][0] == 3 * 32
     per_token = 4 * 32 * 32 + 2 * 32 * 48

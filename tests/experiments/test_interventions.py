@@ -93,7 +93,7 @@ def test_interventions_reach_both_maps_of_a_difference_and_leave_gates_alone(sit
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
 @pytest.mark.parametrize("site", SITES)
 def test_a_swapped_model_is_one_built_with_that_transform(site, queries, predict, small, untouched):
-    for name in ("sparsemax", "entmax15", "tvmax"):
+    for name in ("sparsemax", "entmax15", "tvmax", "softpick", "normmax"):
         if (site, name) == ("decoder_self", "tvmax"):
             continue
         model = small(queries=queries)
@@ -105,6 +105,23 @@ def test_a_swapped_model_is_one_built_with_that_transform(site, queries, predict
                 assert list(model.state_dict()) == list(other.state_dict())
             assert_same(inside, predict(other))
             assert not torch.allclose(inside.logits, predict(model).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("null_key", ["zero", "learned"])
+@pytest.mark.parametrize("site", SITES)
+def test_the_null_key_of_a_model_stays_unless_another_is_named(site, null_key, model_with, predict, untouched):
+    model = model_with(null_key=null_key)
+    with untouched(model):
+        for name, way in (("sparsemax", fixed_alpha(model, site, 2.0)), ("entmax15", swapped(model, site, "entmax15"))):
+            other = model_with(**{site: name}, null_key=null_key)
+            other.load_state_dict(model.state_dict())
+            with way:
+                assert_same(predict(model), predict(other))
+        elsewhere = [other for other in SITES if other != site]
+        other = model_with(null_key=null_key, null_key_sites=elsewhere)
+        other.load_state_dict(model.state_dict(), strict=False)
+        with swapped(model, site, "softmax", null_key="none"):
+            assert_same(predict(model), predict(other))
 
 
 @pytest.mark.parametrize("site", SITES)
