@@ -1,17 +1,16 @@
 """From attention scores to attention weights: softmax and its sparse relatives.
 
 Legend: B images, H heads, Q queries, K keys. Every transform maps scores [B,H,Q,K] to non-negative weights
-[B,H,Q,K] that sum to one over the valid keys. They belong to one family, entmax (Peters, Niculae & Martins
-2019, "Sparse Sequence-to-Sequence Models", Eq. 10):
+[B,H,Q,K] that sum to one over the valid keys, or to less beside a null key. They belong to one family, entmax (Peters,
+Niculae & Martins 2019, "Sparse Sequence-to-Sequence Models", Eq. 10):
 
     entmax_alpha(z) = argmax_p  <p, z> + H_alpha(p)  =  [(alpha - 1) z - tau]_+ ^ (1 / (alpha - 1))
 
 with tau such that the weights sum to one: alpha = 1 is softmax, 1.5 entmax15, 2 sparsemax.
 """
 
-from typing import NamedTuple
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrlib.attention.entmax import LEAST_ALPHA, entmax_unchecked
@@ -24,14 +23,29 @@ Grid = tuple[int, int]  # (h, w) of a feature map whose cells are the keys
 class Transform(nn.Module):
     """Scores to weights over the last axis, in float32 or wider, exact under padding.
 
-    Subclasses define `weights(scores, grid)`; this class takes care of precision and of padded keys, which get
-    exactly zero weight and pass no gradient. A row whose keys are all padding becomes a row of zeros.
+    Subclasses define `weights(scores, grid)`, and some `scaled`; this class takes care of precision, of padded keys,
+    which get exactly zero weight and pass no gradient, and of the null key. A row whose keys are all padding becomes a
+    row of zeros.
+
+    `null_score`: of one key more, which stands for no key, and whose value is zero: a head that has nothing to say puts
+    its weight there. The weights of the keys that there are sum to one less that of the null key, which is not
+    returned: weights(s) = transform([s, null_score]) without its last entry. 0: softmax becomes exp(s_j) / (1 + sum
+    exp(s)), "softmax1" (Miller 2023, "Attention Is Off By One"); a parameter, one for each head: "learned sink" (OpenAI
+    2025, gpt-oss); None: there is no such key.
+
+    `hidden`: the score that `weights` finds in the place of a padded key.
 
     `padding_adds_one`: add 1 to the scores of padded keys instead, which favours them: what models trained with a
     boolean mask added to the scores have learned to expect.
     """
 
     padding_adds_one = False
+    by_row = True  # weights of a row follow from its scores alone, so that queries may be taken in parts
+    hidden = float("-inf")
+
+    def __init__(self):
+        super().__init__()
+        self.null_score: float | nn.Parameter | None = None  # number, or [H]
 
     def forward(self, scores: Tensor, padding: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """scores [B,H,Q,K]; padding bool, broadcastable to it, True = padding; grid (h, w), h * w == K, where keys
@@ -39,19 +53,51 @@ class Transform(nn.Module):
         """
         with torch.autocast(scores.device.type, enabled=False):
             scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+            if padding is not None and self.padding_adds_one:
+                scores, padding = scores + padding.to(scores.dtype), None
+            if self.null_score is not None:
+                return self._beside_null_key(scores, padding, grid)
+            scores = self.scaled(scores, padding, scores.shape[-1])
             if padding is None:
                 return self.weights(scores, grid)
-            if self.padding_adds_one:
-                return self.weights(scores + padding.to(scores.dtype), grid)
             # A row of nothing but -inf has no weights: leave it finite here, and clear it in the end.
             empty = padding.all(-1, keepdim=True)
-            weights = self.weights(scores.masked_fill(padding & ~empty, float("-inf")), grid)
+            weights = self.weights(scores.masked_fill(padding & ~empty, self.hidden), grid)
             # There is hardly ever such a row. On a GPU a copy costs less than the answer; a graph cannot ask.
             asked = empty.is_cpu and not torch.compiler.is_compiling()
             return weights if asked and not empty.any() else weights.masked_fill(empty, 0.0)
 
+    def _beside_null_key(self, scores: Tensor, padding: Tensor | None, grid: Grid | None) -> Tensor:
+        """As `forward`: weights of the keys where there is a null key too, behind them all and never padding."""
+        keys = scores.shape[-1]
+        if isinstance(self.null_score, Tensor):
+            null = self.null_score.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, null], -1)  # [B,H,Q,K+1]
+        else:
+            scores = F.pad(scores, (0, 1), value=self.null_score)
+        scores = self.scaled(scores, padding, keys)
+        if padding is not None:
+            scores = scores.masked_fill_(F.pad(padding, (0, 1)), self.hidden)  # of a copy, made above
+        return self.weights(scores, grid)[..., :-1]
+
+    def scaled(self, x: Tensor, padding: Tensor | None, keys: int) -> Tensor:
+        """Scores as `weights` wants them, where these depend on how many keys there are: see `valid_keys`.
+
+        Of a `Softmax` or an `Entmax` it can only be a factor for each image and head: `attend` may scale queries by it.
+        """
+        return x
+
     def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
+        """Of scores in float32 or wider [B,H,Q,K], padded keys among them -inf; a null key stands behind the grid."""
         raise NotImplementedError
+
+
+def valid_keys(x: Tensor, padding: Tensor | None, keys: int) -> Tensor:
+    """n, how many of `keys` are no padding, at least one: broadcastable to scores x, in float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if padding is None:
+        return torch.full((), keys, dtype=dtype, device=x.device)
+    return (~padding).sum(-1, keepdim=True).clamp(min=1).to(dtype)
 
 
 class Softmax(Transform):
@@ -149,33 +195,3 @@ class TVMax(Transform):
 
     def extra_repr(self) -> str:
         return f"tv_lambda={self.tv_lambda}"
-
-
-class TransformSettings(NamedTuple):
-    """What transforms can be told; each takes what it needs."""
-
-    num_heads: int
-    alpha: float = 1.5  # of entmax
-    alpha_init: float | str | Tensor = 1.5  # of alpha_entmax, as its `initial`
-    alpha_clamped: bool = False  # of alpha_entmax
-    tv_lambda: float = 0.1  # of tvmax: half of the alpha of the published code
-
-
-TRANSFORMS = {
-    "softmax": lambda settings: Softmax(),
-    "sparsemax": lambda settings: Sparsemax(),
-    "entmax15": lambda settings: Entmax15(),
-    "entmax": lambda settings: Entmax(settings.alpha),
-    "alpha_entmax": lambda settings: AlphaEntmax(settings.num_heads, settings.alpha_init, settings.alpha_clamped),
-    "tvmax": lambda settings: TVMax(settings.tv_lambda),
-}
-
-
-def build_transform(name: str, num_heads: int, **settings) -> Transform:
-    """The transform called `name`, freshly initialised; `settings` as in `TransformSettings`.
-
-    Raises ValueError listing the names there are.
-    """
-    if name not in TRANSFORMS:
-        raise ValueError(f"unknown attention transform '{name}'; there are {', '.join(TRANSFORMS)}")
-    return TRANSFORMS[name](TransformSettings(num_heads, **settings))

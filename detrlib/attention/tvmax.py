@@ -30,11 +30,17 @@ RESOLUTION = {torch.float32: 4e-6, torch.float64: 1e-11}  # bound on the error o
 
 
 def tvmax(scores: Tensor, grid: tuple[int, int], lam: float) -> Tensor:
-    """Weights over the last axis: [..., K] -> [..., K] with K = h w, rows sum to one.
+    """Weights over the last axis: [..., K] -> [..., K], rows sum to one.
 
-    Scores of -inf mark padding and get weight zero; a row of nothing else is not allowed.
+    The first h w keys are the grid. Others behind them, such as a null key, are neighbours of none: their scores are
+    not smoothed, and sparsemax is of them all. Smoothing leaves the mean of joined cells as it is, so the two kinds of
+    scores stay comparable. Scores of -inf mark padding and get weight zero; a row of nothing else is not allowed.
     """
-    return entmax(tv_prox(scores.unflatten(-1, grid), lam).flatten(-2), 2.0)
+    cells = grid[0] * grid[1]
+    smooth = tv_prox(scores[..., :cells].unflatten(-1, grid), lam).flatten(-2)
+    if scores.shape[-1] > cells:
+        smooth = torch.cat([smooth, scores[..., cells:]], -1)
+    return entmax(smooth, 2.0)
 
 
 def tv_prox(scores: Tensor, lam: float, valid: Tensor | None = None) -> Tensor:

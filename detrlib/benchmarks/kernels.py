@@ -18,7 +18,7 @@ from detrlib.attention import build_transform
 from detrlib.attention.deformable import sample_and_mix
 from detrlib.attention.entmax import entmax
 from detrlib.attention.kernels import deformable, flash, rows
-from detrlib.attention.multihead import mix
+from detrlib.attention.mixing import mix
 from detrlib.benchmarks.measure import Settings, Shape, compare, implementations, peak_memory, seconds
 from detrlib.benchmarks.report import fault
 from detrlib.benchmarks.rivals import attention_rivals, by_grid_sample

@@ -15,8 +15,8 @@ from detrlib.checkpoints.huggingface_names import BODY, RESNET, THEIR_BODY, tran
 from detrlib.checkpoints.names import State
 from detrlib.checkpoints.source import Source, build_source
 from detrlib.config import load_config
+from detrlib.config.attention import SiteName
 from detrlib.config.huggingface import PREPROCESSOR, SQUARE, complete, read_json
-from detrlib.config.model import SiteName
 from detrlib.errors import ConfigError, WeightsError, listed
 from detrlib.files import write_json
 from detrlib.models.build import build_model
@@ -103,5 +103,7 @@ def write_adapted(source: Source, folder: Path) -> None:
         prepared |= {"image_processor_type": "RTDetrImageProcessor", "size": size, "do_normalize": False}
     write_json(folder / PREPROCESSOR, prepared)
     used = {site: model.transform_at(site) for site in get_args(SiteName)}
-    if used := {site: name for site, name in used.items() if name not in ("softmax", "deformable")}:
+    used = {site: name for site, name in used.items() if name not in ("softmax", "deformable")}
+    used |= {f"null_key at {site}": key for site in get_args(SiteName) if (key := model.null_key_at(site)) != "none"}
+    if used:
         logger.warning("transformers has softmax only: after from_pretrained, put in %s by huggingface.use", used)

@@ -1,5 +1,6 @@
-"""Typed, frozen settings (`settings`, `model`, `huggingface`), and how files and overrides become them (`load`)."""
+"""Typed, frozen settings (`settings`, `model`, `attention`, ...), and how files and overrides become them (`load`)."""
 
+from detrlib.config.attention import TransformName
 from detrlib.config.huggingface import HuggingFace
 from detrlib.config.load import (
     PROJECT,
@@ -13,5 +14,5 @@ from detrlib.config.load import (
     replace,
     save_config,
 )
-from detrlib.config.model import Backbone, Deformable, Detr, TransformName
+from detrlib.config.model import Backbone, Deformable, Detr
 from detrlib.config.settings import Config, Data, Evaluate, Loss, Model, Shapes, Train

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from detrlib.config.model import Attending, Attention, SiteName
+from detrlib.config.attention import Attention, SiteName
+from detrlib.config.model import Attending
 from detrlib.errors import ConfigError, WeightsError
 
 Kind = Literal["detr", "conditional_detr", "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine"]

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from detrlib.config.model import Section
+from detrlib.config.section import Section
 from detrlib.config.settings import FAMILIES, Config
 from detrlib.errors import ConfigError
 
@@ -47,12 +47,16 @@ GIVEN = {
         "model.attention.decoder_cross": ("softmax", "it samples points and scores no keys; choose decoder_self"),
         "model.attention.tv_lambda": (None, "it has no tvmax, whose keys form a grid"),
         "model.polling": (None, "it keeps fewer tokens by model.deformable.rho"),
+        "model.registers": (None, "its encoder samples points of the image, and registers lie nowhere"),
     },
     "detr": {
         "model.deformable": (None, "set model.architecture to deformable"),
         "model.compatibility.dam": (None, "it scores no tokens; that is Sparse DETR"),
     },
-    "huggingface": {"model.": (None, "transformers' configuration has its own names, which stand in model.options")},
+    "huggingface": {
+        "model.attention.": (None, "its heads are transformers' own"),
+        "model.": (None, "transformers' configuration has its own names, which stand in model.options"),
+    },
 }
 OPEN = "model.options."  # what stands below it has names of transformers'
 

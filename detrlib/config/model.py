@@ -6,45 +6,12 @@ and the remedy. The third family, detectors of transformers, stands in `config.h
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-TransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"]
-# tvmax needs keys that form a grid, and those of decoder_self are queries.
-QueryTransformName = Literal[tuple(name for name in get_args(TransformName) if name != "tvmax")]
-SiteName = Literal["encoder_self", "decoder_self", "decoder_cross"]
+from detrlib.config.attention import Anneal, NullKey, OwnAttention, OwnQueryAttention, SiteName
+from detrlib.config.section import Section
+
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _one_value_is_a_list_of_one(cls, value: Any, info: ValidationInfo) -> Any:
-        """Where a list may stand, `encoder_self` means [encoder_self], and `2,3,4` means [2, 3, 4]."""
-        kind = cls.model_fields[info.field_name].annotation
-        of_any_length = any(get_args(part)[1:] == (...,) for part in (kind, *get_args(kind)))
-        if of_any_length and isinstance(value, str | int) and not isinstance(value, bool):
-            return tuple(part.strip() for part in str(value).split(","))
-        return value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """`train.micro_batch: true` was meant to be something else than 1."""
-        kind = cls.model_fields[info.field_name].annotation
-        kinds = {getattr(part, "__origin__", part) for part in (kind, *get_args(kind))}
-        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
-            raise ValueError("expected a number")
-        return value
 
 
 class Backbone(Section):
@@ -69,40 +36,6 @@ class Backbone(Section):
                 "use imagenet or a path"
             )
         return self
-
-
-def _start_of_alpha(value: float | str) -> float | str:
-    if not isinstance(value, str) and not 1.01 < value < 2.0:
-        raise ValueError("must lie between 1.01 and 2, or be 'normal' or 'cloned'")
-    return value
-
-
-class Anneal(Section):
-    """From dense to sparse: alphas that start near softmax and move, step by step, to those of their transforms."""
-
-    epochs: float = Field(0.0, ge=0.0)  # until they have arrived, 0.8 for example; 0: they are there from the start
-    start: float = Field(1.01, ge=1.0, lt=2.0)  # 1 is softmax itself; kernels on a GPU begin at 1.01
-    sites: tuple[SiteName, ...] | None = None  # None: all of sparsemax, entmax15 or entmax
-
-
-class QueryAttention(Section):
-    """Transforms where only queries attend to each other by scores, and what any of them needs."""
-
-    decoder_self: QueryTransformName = "softmax"
-    alpha: float = Field(1.5, ge=1.000001, le=2.0)  # of "entmax", fixed
-    # of "alpha_entmax"; "normal": pre_alpha from N(0, 1); "cloned": so too, but one draw for all layers of a site
-    alpha_init: Annotated[float | Literal["normal", "cloned"], AfterValidator(_start_of_alpha)] = 1.5
-    anneal: Anneal = Anneal()
-
-
-class Attention(QueryAttention):
-    """Transforms at all three sites, where keys may also be cells of the image."""
-
-    encoder_self: TransformName = "softmax"
-    decoder_cross: TransformName = "softmax"
-    # of "tvmax": price of a step between neighbouring cells. In place of it tv_alpha may be given, the parameter of the
-    # published code, which is twice as large: the thesis's 0.1 is a tv_lambda of 0.05
-    tv_lambda: float = Field(0.1, ge=0.0)
 
 
 class Polling(Section):
@@ -220,6 +153,22 @@ class Attending(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _options_have_their_sites(self):
+        for option in ("null_key", "gate", "differential"):
+            sites, name = getattr(self.attention, f"{option}_sites", None), f"model.attention.{option}"
+            if sites is not None and getattr(self.attention, option) in ("none", False):
+                raise ValueError(f"{name}_sites is of no use without {name}; set it, or leave the sites out")
+            for site in sites or ():
+                if not self.scores_keys(site):
+                    fault = "there points are sampled and no keys scored"
+                elif site == "encoder_self" and not self.encoder_layers:
+                    fault = "model.encoder_layers is 0"
+                else:
+                    continue
+                raise ValueError(f"{name}_sites {site}: {fault}; leave it out")
+        return self
+
     @property
     def padding_matters(self) -> bool:
         """Whether predictions for an image depend on how it is padded in a batch."""
@@ -228,6 +177,16 @@ class Attending(Section):
     def transform_at(self, site: SiteName) -> str:
         """The transform of a site's scores, or "deformable" where points are sampled instead of keys scored."""
         return getattr(self.attention, site, "deformable")
+
+    def null_key_at(self, site: SiteName) -> NullKey:
+        """The null key beside the keys of a site."""
+        return self.option_at("null_key", site, "none")
+
+    def option_at(self, option: str, site: SiteName, off: Any) -> Any:
+        """What `attention` says of an option that has sites of its own, such as gate; `off` where it does not apply."""
+        sites = getattr(self.attention, f"{option}_sites")
+        there = self.scores_keys(site) if sites is None else site in sites
+        return getattr(self.attention, option) if there else off
 
     def alpha_at(self, site: SiteName) -> float | None:
         """The alpha of a site's transform, or None where it is learned or there is none."""
@@ -281,6 +240,11 @@ class Architecture(Attending):
             raise ValueError(
                 f"model.hidden_dim {self.hidden_dim} is not a multiple of model.num_heads {self.num_heads}"
             )
+        if self.attention.differential and self.hidden_dim // self.num_heads % 2:
+            raise ValueError(
+                f"model.attention.differential needs an even number of channels in each head; model.hidden_dim "
+                f"{self.hidden_dim} by model.num_heads {self.num_heads} is odd"
+            )
         return self
 
 
@@ -288,8 +252,11 @@ class Detr(Architecture):
     """DETR with any transform at any site, learned or anchor queries, and PnP-DETR's polling."""
 
     architecture: Literal["detr"] = "detr"
-    attention: Attention = Attention()
+    attention: OwnAttention = OwnAttention()
     polling: Polling = Polling()
+    registers: int = Field(
+        0, ge=0
+    )  # learned tokens beside those of the image in the encoder, a place for what is of none
     norm: Literal["post", "pre"] = "post"
     # learned: positions; conditional: positions that stand for points, as in Conditional DETR; anchor: reference boxes,
     # as in DAB-DETR. The last two have conditional cross-attention.
@@ -309,6 +276,8 @@ class Detr(Architecture):
                 f"model.attention.encoder_self {self.attention.encoder_self}: model.encoder_layers is 0, there is no "
                 "encoder to use it; set model.encoder_layers to 1 or more"
             )
+        if not self.encoder_layers and self.registers:
+            raise ValueError("model.registers stand in the encoder, and model.encoder_layers is 0; set it to 1 or more")
         return self
 
     @model_validator(mode="after")
@@ -331,7 +300,7 @@ class Deformable(Architecture):
     """Post-norm, with learned queries that have references of their own, and focal losses without a no-object class."""
 
     architecture: Literal["deformable"] = "deformable"
-    attention: QueryAttention = QueryAttention()
+    attention: OwnQueryAttention = OwnQueryAttention()
     deformable: DeformableOptions = DeformableOptions()
     compatibility: DeformableCompatibility = DeformableCompatibility()
 

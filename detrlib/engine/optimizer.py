@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from detrlib.config import Train
-from detrlib.models import alpha_modules, sampling_projections
+from detrlib.models import alpha_modules, sampling_projections, transform_modules
 
 FROZEN = {  # by `train.freeze`, names of parameters, those of detectors of transformers included
     "backbone": r"(model\.model\.)?backbone\.",
@@ -28,14 +28,19 @@ def freeze(model: nn.Module, cfg: Train) -> None:
 
 
 def parameter_groups(model: nn.Module, cfg: Train) -> list[dict]:
-    """Named optimiser groups, if not empty: rest, backbone, projections (to sampling locations), alpha (no decay).
+    """Named optimiser groups, if not empty.
+
+    rest, backbone, projections (to sampling locations); alpha; transforms: all else that these learn, such as scores
+    of null keys. The last two are a number for each head: they have far to go, and nothing to decay to.
 
     What is not to be trained is frozen first, see `freeze`.
     """
     freeze(model, cfg)
-    special = {id(module.pre_alpha): "alpha" for module in alpha_modules(model).values()}
+    learned = (parameter for module in transform_modules(model).values() for parameter in module.parameters())
+    special = dict.fromkeys(map(id, learned), "transforms")
+    special |= {id(module.pre_alpha): "alpha" for module in alpha_modules(model).values()}
     special |= {id(parameter): "projections" for parameter in sampling_projections(model)}
-    groups = {"rest": [], "backbone": [], "projections": [], "alpha": []}
+    groups = {"rest": [], "backbone": [], "projections": [], "alpha": [], "transforms": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group = "backbone" if re.match(FROZEN["backbone"], name) else special.get(id(parameter), "rest")
@@ -45,6 +50,7 @@ def parameter_groups(model: nn.Module, cfg: Train) -> list[dict]:
         "backbone": {"lr": cfg.lr_backbone},
         "projections": {"lr": 0.1 * cfg.lr if cfg.lr_projections is None else cfg.lr_projections},
         "alpha": {"lr": 10 * cfg.lr if cfg.lr_alpha is None else cfg.lr_alpha, "weight_decay": 0.0},
+        "transforms": {"lr": 10 * cfg.lr, "weight_decay": 0.0},
     }
     return [{"name": name, "params": params, **settings[name]} for name, params in groups.items() if params]
 

@@ -7,6 +7,14 @@ huggingface (_attention, _weights)              detectors of transformers, and o
 outputs, build, checkpointing                   what models return, from settings to a model, memory for time
 """
 
-from detrlib.models.build import alpha_modules, backbone_view, build_model, sampling_projections, set_alphas
+from detrlib.models.build import (
+    alpha_modules,
+    backbone_view,
+    build_model,
+    sampling_projections,
+    set_alphas,
+    transform_modules,
+    transform_settings,
+)
 from detrlib.models.checkpointing import checkpoint_activations
 from detrlib.models.outputs import AttentionMaps, Detections, Predictions

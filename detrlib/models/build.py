@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from detrlib.attention import AlphaEntmax, Transform, build_transform
+from detrlib.attention.build import TransformSettings
+from detrlib.attention.gates import Difference, Gate
 from detrlib.attention.transforms import Entmax
 from detrlib.config import Deformable, Detr, HuggingFace, Model, project_path
+from detrlib.config.attention import QueryAttention, SiteName
 from detrlib.config.huggingface import POINTS, SQUARE, require_transformers, their_config
-from detrlib.config.model import SiteName
 from detrlib.errors import ConfigError
 from detrlib.models.backbone import Backbone, CellView, build_backbone, cell_view, measured_view
 from detrlib.models.deformable import DeformableDETR
@@ -69,7 +71,7 @@ def _detr(settings: Detr, weights: str | Path | None) -> DETR:
     return DETR(
         _backbone(settings, weights),
         _position(settings, centred=anchors),
-        Transformer(Encoder(settings.encoder_layers, layer, poll), decoder),
+        Transformer(Encoder(settings.encoder_layers, layer, poll, settings.registers), decoder),
         settings.hidden_dim,
         settings.num_queries,
         settings.num_classes,
@@ -136,7 +138,9 @@ def _huggingface(settings: HuggingFace) -> nn.Module:
     chosen = {site: getattr(attention, site) for site in get_args(SiteName)}
     plain = [site for site in chosen if not settings.scores_keys(site) or site not in sites_of(model)]
     chosen = {site: name for site, name in chosen.items() if name != "softmax" or site not in plain}
-    use(chosen, model, alpha=attention.alpha, alpha_init=attention.alpha_init, tv_lambda=attention.tv_lambda)
+    told = transform_settings(attention) | {"alpha_init": attention.alpha_init}
+    for site, name in chosen.items():
+        use(name, model, site, **told, null_key=settings.null_key_at(site))
     return detector
 
 
@@ -168,7 +172,30 @@ def _layer_settings(settings: Model, pre_norm: bool) -> LayerSettings:
         settings.dropout,
         pre_norm,
         _transform_maker(settings),
+        _heads_maker(settings),
     )
+
+
+def _heads_maker(settings: Model) -> Callable[[str], dict]:
+    """What layers ask for gate and difference of a site, first layer to last."""
+    layers = Counter()
+
+    def make(site: str) -> dict:
+        layers[site] += 1
+        dim, heads, gate = settings.hidden_dim, settings.num_heads, settings.option_at("gate", site, "none")
+        differential = settings.option_at("differential", site, False)
+        return {
+            "gate": None if gate == "none" else Gate(dim, heads, gate),
+            "difference": Difference(dim // heads, layers[site]) if differential else None,
+        }
+
+    return make
+
+
+def transform_settings(attention: QueryAttention) -> dict[str, float]:
+    """What a config tells transforms at any site: without where alpha starts and null keys, see `build_transform`."""
+    shared = set(TransformSettings._fields) - {"alpha_init", "null_key"}
+    return {name: value for name, value in dict(attention).items() if name in shared}
 
 
 def _transform_maker(settings: Model) -> MakeTransform:
@@ -182,10 +209,10 @@ def _transform_maker(settings: Model) -> MakeTransform:
         transform = build_transform(
             name,
             settings.num_heads,
-            alpha=settings.attention.alpha,
             alpha_init=initial,
             alpha_clamped=settings.compatibility.alpha_clamped,
-            tv_lambda=getattr(settings.attention, "tv_lambda", 0.0),
+            null_key=settings.null_key_at(site),
+            **transform_settings(settings.attention),
         )
         transform.padding_adds_one = settings.compatibility.padding == "thesis" and site == "decoder_cross"
         return transform
@@ -206,8 +233,13 @@ def _backbone(settings: Model, weights: str | Path | None, stages: Sequence[int]
     return build_backbone(choice.name, weights, choice.dilation, freeze_stem, official, stages)
 
 
+def transform_modules(model: nn.Module) -> dict[str, Transform]:
+    """Transforms by site and layer, e.g. "decoder_cross.0" for the first decoder layer's cross-attention."""
+    return _transforms(model, Transform)
+
+
 def alpha_modules(model: nn.Module) -> dict[str, AlphaEntmax]:
-    """Learnable transforms by site and layer, e.g. "decoder_cross.0" for the first decoder layer's cross-attention."""
+    """Those of `transform_modules` whose alpha is learned."""
     return _transforms(model, AlphaEntmax)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detrlib.attention import MultiheadAttention
+from detrlib.attention import Mixing
 from detrlib.attention.deformable import DeformableAttention, Samples
 from detrlib.attention.dropout import Dropout
 from detrlib.models.checkpointing import call
@@ -84,10 +84,10 @@ class DeformableDecoderLayer(nn.Module):
 
     def __init__(self, settings: LayerSettings, levels: int, points: int):
         super().__init__()
-        dim, heads = settings.dim, settings.num_heads
-        self.cross_attn = DeformableAttention(dim, heads, levels, points)
+        dim = settings.dim
+        self.cross_attn = DeformableAttention(dim, settings.num_heads, levels, points)
         self.norm1 = nn.LayerNorm(dim)  # numbered as in official checkpoints
-        self.self_attn = MultiheadAttention(dim, heads, settings.transform("decoder_self"), settings.dropout)
+        self.self_attn = settings.attention("decoder_self")
         self.norm2 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, settings.feedforward_dim)
         self.linear2 = nn.Linear(settings.feedforward_dim, dim)
@@ -96,7 +96,7 @@ class DeformableDecoderLayer(nn.Module):
 
     def forward(
         self, x: Tensor, position: Tensor, reference_points: Tensor, memory: Pyramid, need_map: bool, need_samples: bool
-    ) -> tuple[Tensor, Tensor | None, Samples | None]:
+    ) -> tuple[Tensor, Mixing | None, Samples | None]:
         """Query content x and position [B,Q,E], reference_points [B,Q,L,2 or 4] -> content, map [B,H,Q,Q], samples."""
         query = key = x + position
         y, self_map = self.self_attn(query, key, x, need_weights=need_map)

@@ -17,26 +17,26 @@ Legend: B images, Q queries, H heads, K keys, L levels, P sampling points, h x w
 
 import functools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detrlib.attention import Mixing
 from detrlib.attention.deformable import Samples, Shapes
 from detrlib.errors import ConfigError, DetrlibError
 from detrlib.models.backbone import image_sizes
 from detrlib.models.deformable import NOWHERE
-from detrlib.models.outputs import AttentionMaps, Predictions, SampledMaps, Site
+from detrlib.models.huggingface_weights import points_of, way_of
+from detrlib.models.outputs import AttentionMaps, Encoded, Predictions, SampledMaps, Site
 
 Size = tuple[int, int]  # height and width
-LOOKS = {  # what transformers calls the maps of a site
-    "encoder_self": "encoder_attentions",
-    "decoder_self": "decoder_attentions",
-    "decoder_cross": "cross_attentions",
-}
+# What transformers calls the maps of each site.
+LOOKS = dict(zip(get_args(Site), ("encoder_attentions", "decoder_attentions", "cross_attentions"), strict=True))
 
 
 class _Group(NamedTuple):
@@ -70,10 +70,13 @@ class HuggingFaceDetector(nn.Module):
         self.model = model
         self.classification, self.stride, self.square, self.mean, self.std = classification, stride, square, mean, std
         self.samples_points = stride is not None
+        self.silent = model.config.model_type == "dab-detr"  # about what its encoder returns, unless told to tell all
         model.loss_function = _all_layers
         for module in list(model.modules()):
             if hasattr(module, "sampling_offsets"):
                 module.__class__ = _returning_samples(type(module))
+            elif way_of(module) is not None:
+                module.returns_values = True  # once a transform of ours is in use, which hands them on
 
     def forward(
         self, images: Tensor, padding_mask: Tensor | None = None, need_attention: bool | Collection[Site] = False
@@ -95,7 +98,8 @@ class HuggingFaceDetector(nn.Module):
             # With labels, though there are none, all layers are handed to the loss.
             pixels = self._pixels(images, sizes, chosen)
             self._refuse_few_cells(size)
-            groups.append(_Group(size, self.model(pixel_values=pixels, labels=[], output_attentions=bool(sites))))
+            asked = {"output_attentions": bool(sites), "output_hidden_states": bool(sites) and self.silent}
+            groups.append(_Group(size, self.model(pixel_values=pixels, labels=[], **asked)))
             order += chosen
         order = torch.tensor(order, device=images.device).argsort()
         predictions = _joined([self._predictions(group.outputs) for group in groups], order)
@@ -168,32 +172,36 @@ class HuggingFaceDetector(nn.Module):
         self, groups: list[_Group], order: Tensor, sizes: list[Size], canvas: Size, sites: Collection[Site]
     ) -> AttentionMaps:
         """Maps of all groups over one grid, that of the batch."""
-        side = self.stride or _side(groups[0].size, groups[0].outputs.cross_attentions[0].shape[-1])
+        looks = {site: _by_layer(groups, name) for site, name in LOOKS.items()}
+        side = self.stride or _side(groups[0].size, looks["decoder_cross"][0][0].weights.shape[-1])
         grid, cells = _cells(canvas, side), torch.tensor([_cells(size, side) for size in sizes], device=order.device)
         extents = torch.tensor(sizes, device=order.device) / side if self.square else cells  # as the model sees them
+        own = [_cells(group.size, side) for group in groups]
         maps, encoder_grid = {}, None
-        for site, name in LOOKS.items():
-            layers = list(zip(*(group.outputs.get(name) or () for group in groups), strict=True))
+        for site, layers in looks.items():
             if site not in sites:
                 maps[site] = [None] * len(layers)
             elif layers and isinstance(layers[0][0], Samples):
                 maps[site] = _sampled(layers, order, extents, grid)
-            elif site == "decoder_self" or (site == "encoder_self" and self.square):
-                maps[site] = [_stacked(layer, order) for layer in layers]
             else:
-                own = [_cells(group.size, side) for group in groups]
-                lay = _lay_cells if site == "encoder_self" else _lay
-                maps[site] = [
-                    _stacked([lay(weights, before, grid) for weights, before in zip(layer, own, strict=True)], order)
-                    for layer in layers
-                ]
-        if self.square and groups[0].outputs.encoder_attentions:
-            encoder_grid = (round(groups[0].outputs.encoder_attentions[0].shape[-1] ** 0.5),) * 2
-        rows, columns = (
-            torch.arange(length, device=order.device) >= cells[:, axis, None] for axis, length in enumerate(grid)
-        )
+                if site == "decoder_cross" or (site == "encoder_self" and not self.square):
+                    layers = [map(_laid, layer, own, repeat(grid), repeat(site)) for layer in layers]
+                maps[site] = [_together(layer, order) for layer in layers]
+        if self.square and looks["encoder_self"]:
+            encoder_grid = (round(looks["encoder_self"][0][0].weights.shape[-1] ** 0.5),) * 2
+        rows, columns = (torch.arange(n, device=order.device) >= cells[:, i, None] for i, n in enumerate(grid))
         key_padding = (rows[:, :, None] | columns[:, None]).flatten(1)
-        return AttentionMaps(**maps, grid=grid, key_padding=key_padding, encoder_grid=encoder_grid)
+        encoded = self._encoded(groups[0], extents[0].tolist(), side) if len(sizes) == 1 else None
+        where = {"key_padding": key_padding, "encoder_grid": encoder_grid, "encoded": encoded}
+        return AttentionMaps.of_layers(maps, grid=grid, **where)
+
+    def _encoded(self, group: _Group, extent: Sequence[float], side: int) -> Encoded:
+        """What the decoder looks at in an image of `extent` cells of `side` pixels; each level halves that before."""
+        states = group.outputs.encoder_last_hidden_state
+        if self.square:
+            return Encoded.of_levels(states, extent)
+        levels = range(self.model.config.num_feature_levels if self.stride else 1)
+        return Encoded.of_tokens(states, [_cells(group.size, side << level) for level in levels])
 
 
 @contextmanager
@@ -232,6 +240,24 @@ def _stacked(parts: Sequence[Tensor], order: Tensor, fill: float = 0.0) -> Tenso
     longest = max(part.shape[1] for part in parts)
     parts = [torch.cat([x, x.new_full((len(x), longest - x.shape[1], *x.shape[2:]), fill)], 1) for x in parts]
     return torch.cat(parts)[order]
+
+
+def _by_layer(groups: list[_Group], name: str) -> list[tuple[Samples | Mixing, ...]]:
+    """What the layers of a site return, each of all groups; values are None where attention is transformers' own."""
+    layers = zip(*(group.outputs.get(name) or () for group in groups), strict=True)
+    return [tuple(Mixing(look, None) if isinstance(look, Tensor) else look for look in layer) for layer in layers]
+
+
+def _together(layer: Iterable[Mixing], order: Tensor) -> Mixing:
+    """Weights and values of all images from those of the groups; of one group they are not copied."""
+    weights, values = zip(*layer, strict=True)
+    return Mixing(_stacked(weights, order), None if values[0] is None else _stacked(values, order))
+
+
+def _laid(look: Mixing, own: Size, grid: Size, site: Site) -> Mixing:
+    """What cells of an image are given over a grid of which they are the upper left corner."""
+    weights = (_lay_cells if site == "encoder_self" else _lay)(look.weights, own, grid)
+    return Mixing(weights, None if look.values is None else _lay(look.values.mT, own, grid).mT)
 
 
 def _joined(parts: list[Predictions], order: Tensor) -> Predictions:
@@ -307,7 +333,7 @@ def _samples(module: nn.Module, query: Tensor, reference_points: Tensor, shapes:
     Levels with fewer points than others are filled up with points without weight.
     """
     weights = weights.flatten(3)  # [B,Q,H,N], N points of all levels
-    counts = _points(module, len(shapes))
+    counts = points_of(module, len(shapes))
     level = torch.arange(len(shapes), device=query.device).repeat_interleave(torch.tensor(counts, device=query.device))
     offsets = module.sampling_offsets(query).view(*weights.shape, 2)
     reference_points = reference_points.expand(-1, -1, len(shapes), -1)[:, :, None, level]  # [B,Q,1,N,2 or 4]
@@ -322,11 +348,3 @@ def _samples(module: nn.Module, query: Tensor, reference_points: Tensor, shapes:
         torch.stack([F.pad(x, (0, 0, 0, most - x.shape[3]), value=0.5) for x in locations.split(counts, 3)], 3),
         torch.stack([F.pad(x, (0, most - x.shape[3])) for x in weights.split(counts, 3)], 3),
     )
-
-
-def _points(module: nn.Module, levels: int) -> list[int]:
-    """Points of every level, which types of models note in different ways."""
-    for name in ("num_points_list", "n_points_list"):
-        if hasattr(module, name):
-            return list(getattr(module, name))
-    return [module.n_points] * levels

@@ -126,10 +126,7 @@ def use(
     transforms: str | Mapping[Site, str],
     model: nn.Module,
     sites: Site | Iterable[Site] | None = None,
-    *,
-    alpha: float = 1.5,
-    alpha_init: float | str = 1.5,
-    tv_lambda: float = 0.1,
+    **settings: float | str,
 ) -> Handle:
     """Put transforms into a detector of transformers: DETR, RT-DETR, D-FINE, and what else attends as they do.
 
@@ -143,9 +140,8 @@ def use(
         model: of transformers, or a module that holds one.
         sites: where one transform goes: encoder_self, decoder_self, decoder_cross; default: wherever the model can.
             At deformable attention, such as decoder_cross of RT-DETR, the keys are the sampling points of a query.
-        alpha: of entmax, above 1 and at most 2.
-        alpha_init: where alpha_entmax starts, between 1.01 and 2, or "normal".
-        tv_lambda: of tvmax, which needs keys that are cells of one feature map.
+        settings: of transforms, as of `build_transform`: null_key of any, "zero" or "learned"; alpha of entmax,
+            alpha_init of alpha_entmax, tv_lambda of tvmax, which needs keys that are cells of one feature map, ...
 
     Returns:
         A handle that takes the transforms out again, also as a context.
@@ -155,17 +151,13 @@ def use(
         ModelError: the model has no such site, no grid there, or no attention that can be changed.
     """
     require_transformers()
-    settings = {"alpha": alpha, "alpha_init": alpha_init, "tv_lambda": tv_lambda}
-    for setting, value in settings.items():
-        if not isinstance(value, int | float) and not (setting == "alpha_init" and value == "normal"):
-            raise ConfigError(f"{setting} {value!r} must be a number")
     chosen = _chosen(transforms, model, sites)
     modules = sites_of(model)
-    if isinstance(model, DistributedDataParallel) and "alpha_entmax" in chosen.values():
-        raise ModelError("alpha_entmax adds parameters: use it before the model is wrapped for several processes")
-    return Handle(
-        model, [(m, _build(name, model, site, m, settings)) for site, name in chosen.items() for m in modules[site]]
-    )
+    new = [(m, _build(name, model, site, m, settings)) for site, name in chosen.items() for m in modules[site]]
+    if isinstance(model, DistributedDataParallel) and (own := [t for _, t in new if [*t.parameters()]]):
+        added = next(name for name, _ in own[0].named_parameters())
+        raise ModelError(f"{added} is learned: use it before the model is wrapped for several processes")
+    return Handle(model, new)
 
 
 def _chosen(transforms: str | Mapping[Site, str], model: nn.Module, sites: Any) -> dict[Site, str]:
@@ -201,9 +193,13 @@ def _build(name: str, model: nn.Module, site: Site, module: nn.Module, settings:
         transform = build_transform(name, num_heads(module), **settings)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if transform.null_score is not None and samples_points(module):
+        raise ModelError(f"null_key: {site} of {type(model).__name__} samples points and scores no keys; leave it out")
     if not isinstance(transform, TVMax):
         return transform
     source = sees_map(model, site, module)
     if source is None:
         raise ModelError(f"tvmax needs keys that form a grid; those at {site} of {type(model).__name__} do not")
-    return TVMaxOfMap(transform.tv_lambda, source)
+    own = TVMaxOfMap(transform.tv_lambda, source)
+    own.null_score = transform.null_score
+    return own

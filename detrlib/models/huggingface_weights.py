@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from detrlib.attention import Mixing
 from detrlib.errors import ModelError
 
 NAME = "detrlib"  # of `attention` in transformers' AttentionInterface
@@ -53,7 +54,8 @@ def attention(
         dropout: share of the weights that are set to zero in training.
 
     Returns:
-        Mixed values [B,Q,H,V], and weights [B,H,Q,K] before dropout: where the layer looks.
+        Mixed values [B,Q,H,V], and weights [B,H,Q,K] before dropout: where the layer looks. Where the module
+        `returns_values`, as those of a `HuggingFaceDetector`, the weights together with the values: `Mixing`.
     """
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     hidden = None
@@ -64,7 +66,8 @@ def attention(
         scores = scores + attention_mask.masked_fill(hidden, 0.0)
     weights = module.transform(scores, hidden)
     mixed = F.dropout(weights, dropout, module.training).to(value.dtype) @ value
-    return mixed.transpose(1, 2).contiguous(), weights
+    looks = Mixing(weights, value) if getattr(module, "returns_values", False) else weights
+    return mixed.transpose(1, 2).contiguous(), looks
 
 
 def _hidden(additive: Tensor) -> Tensor:
@@ -95,14 +98,16 @@ class _Config:
 
 
 class _Softmax(TorchFunctionMode):
-    """Answers the one call of softmax in a module by its transform."""
+    """Answers the one call of softmax in a module by its transform, and notes what the weights are multiplied with."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.module, self.calls = module, 0
+        self.module, self.calls, self.values = module, 0, None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func not in (F.softmax, torch.softmax, Tensor.softmax):
+            if self.calls and self.values is None and func in (torch.matmul, torch.bmm):
+                self.values = args[1]  # [B,H,K,V], or with images and heads in one axis
             return func(*args, **kwargs or {})
         self.calls += 1
         if self.calls > 1:
@@ -153,6 +158,9 @@ class BySoftmax(_InUse):
             outputs = super().forward(*args, **kwargs)
         if not softmax.calls:
             softmax.refuse()
+        if getattr(self, "returns_values", False) and isinstance(weights := outputs[1], Tensor):
+            values = softmax.values.reshape(-1, num_heads(self), *softmax.values.shape[-2:])
+            return outputs[0], Mixing(weights.reshape(*values.shape[:2], *weights.shape[-2:]), values), *outputs[2:]
         return outputs
 
 
@@ -209,3 +217,11 @@ def num_heads(module: nn.Module) -> int:
         if hasattr(module, name):
             return getattr(module, name)
     return module.o_proj.in_features // module.head_dim
+
+
+def points_of(module: nn.Module, levels: int) -> list[int]:
+    """Sampling points of every level, per head, which types of models note in different ways."""
+    for name in ("num_points_list", "n_points_list"):
+        if hasattr(module, name):
+            return list(getattr(module, name))
+    return [module.n_points] * levels

@@ -5,13 +5,14 @@ L levels, P points, S tokens of all levels.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from detrlib.attention import Mixing
 from detrlib.attention.deformable import Samples, splat
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.errors import ModelError
@@ -99,12 +100,41 @@ class Polled:
 
 
 @dataclass
+class Encoded:
+    """What the decoder looks at, as it stands in the graph, so that gradients with respect to it can be asked for."""
+
+    tensors: list[Tensor]  # [B,E,h,w] of each level, fine to coarse, or one [B,S,E] of the tokens of all levels
+    shapes: list[tuple[int, int]]  # (h, w) of each level; tokens that a model polled and pooled have another number
+    sides: list[tuple[float, float]]  # height and width of the cells of each level in cells of the maps' grid
+
+    @classmethod
+    def of_tokens(cls, tokens: Tensor, shapes: Sequence[tuple[int, int]]) -> "Encoded":
+        """Of the tokens [B,S,E] of levels whose first has the cells of the grid."""
+        return cls([tokens], list(shapes), [(cell_side(shapes[0], shape),) * 2 for shape in shapes])
+
+    @classmethod
+    def of_levels(cls, levels: Sequence[Tensor], extent: Sequence[float]) -> "Encoded":
+        """Of levels [B,E,h,w] that cover an image evenly whose height and width are `extent` in cells of the grid."""
+        shapes = [tuple(level.shape[-2:]) for level in levels]
+        return cls(list(levels), shapes, [(extent[0] / h, extent[1] / w) for h, w in shapes])
+
+
+@dataclass
 class AttentionMaps:
-    """Attention weights by site, one tensor per layer, None where not asked for; rows sum to one over valid keys.
+    """Attention weights by site, one tensor per layer, None where not asked for, and the values that they mix.
+
+    Rows sum to one over valid keys, or to less: what they lack lies on a null key, on registers, on padding that a
+    model has learned to look at, or beyond the image. Where a transform divides by no sum they may sum to more.
 
     Deformable sites hold `SampledMaps`, whose keys are the cells of the finest level. In models that poll and pool,
     the K keys, and the queries of the encoder, are kept cells and pooled tokens: `as_images` spreads them over the
     grid, while measures of sparsity are about the keys that there were to choose from.
+
+    Of an encoder with registers, maps are those of tokens of the image to such tokens. `encoder_whole` has these too,
+    for what follows weights from layer to layer.
+
+    Weights of differential attention are signed, a map less a share of another (`attention.gates.Difference`). Of a
+    weight below zero the value is taken away instead of added, by as much: measures and pictures take magnitudes.
     """
 
     encoder_self: Sequence[Tensor]  # [B,H,K,K]; of a sparse encoder [B,H,kept tokens,K]
@@ -114,6 +144,48 @@ class AttentionMaps:
     key_padding: Tensor | None  # [B,K], True = padding; None: there is none
     polled: Polled | None = None  # what the keys stand for, where they are not cells
     encoder_grid: tuple[int, int] | None = None  # of encoder_self, where it is not `grid`: over the image, no padding
+    encoded: Encoded | None = None  # None: a detector of transformers that saw several images
+    encoder_whole: Sequence[Tensor] | None = None  # [B,H,K+N,K+N] with N registers last; None: there are none
+    # By site, one tensor [B,H,K,D] per layer, its keys those of the weights: views of what the layers have projected.
+    # Of deformable sites there is none: their samples are interpolated from cells of several levels.
+    values: Mapping[Site, Sequence[Tensor | None]] = field(default_factory=dict)
+    register_values: Sequence[Tensor] | None = None  # [B,H,N,D], where the encoder has registers
+
+    @classmethod
+    def of_layers(cls, layers: Mapping[Site, Sequence[Mixing | None] | SampledMaps], **where: Any) -> "AttentionMaps":
+        """From what the layers of each site return; where: the other fields."""
+        maps, values = {}, {}
+        for site, own in layers.items():
+            if not isinstance(own, SampledMaps):
+                values[site] = [None if layer is None else layer.values for layer in own]
+                own = [None if layer is None else layer.weights for layer in own]
+            maps[site] = own
+        return cls(**maps, **where, values=values)
+
+    def without_registers(self, count: int) -> "AttentionMaps":
+        """The same, given maps of an encoder whose last tokens are so many registers."""
+        cells = [whole if whole is None else whole[..., :-count, :-count] for whole in self.encoder_self]
+        values, registers = (
+            [whole if whole is None else whole[..., part, :] for whole in self.values["encoder_self"]]
+            for part in (slice(-count), slice(-count, None))
+        )
+        values = {**self.values, "encoder_self": values}
+        whole = {"encoder_whole": self.encoder_self, "register_values": registers}
+        return replace(self, encoder_self=cells, values=values, **whole)
+
+    def mixed(self, site: Site, layer: int) -> Tensor | None:
+        """[B,H,Q,D] what the heads of a layer put out, before what follows: gates, norms, the projection of all heads.
+
+        None at deformable sites.
+        """
+        values = self.values[site][layer] if site in self.values else None
+        if values is None:
+            return None
+        mixed = getattr(self, site)[layer].to(values.dtype) @ values
+        if site == "encoder_self" and self.register_values is not None:
+            registers = self.register_values[layer]
+            mixed += self.encoder_whole[layer][..., : mixed.shape[2], -registers.shape[2] :].to(mixed.dtype) @ registers
+        return mixed
 
     def grid_at(self, site: Site) -> tuple[int, int]:
         """(h, w) of the keys of a site."""

@@ -2,7 +2,8 @@
 
 Legend: B images, H heads, K keys (cells of the feature map), Q queries, E channels.
 Position encodings are added to queries and keys of every attention, never to values (Carion et al. 2020, Fig. 10).
-Every layer returns its attention weights next to its output: maps are a value, not something to be hooked.
+Every layer returns next to its output, if asked, the weights of its attention and the values that they mix: maps are a
+value, not something to be hooked.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detrlib.attention import ConditionalCrossAttention, ConditionalSelfAttention, MultiheadAttention, Transform
+from detrlib.attention import ConditionalCrossAttention, ConditionalSelfAttention, Mixing, MultiheadAttention, Transform
 from detrlib.attention.deformable import Samples
 from detrlib.attention.dropout import Dropout
 from detrlib.models.checkpointing import call
@@ -32,6 +33,11 @@ class LayerSettings(NamedTuple):
     dropout: float
     pre_norm: bool
     transform: MakeTransform
+    heads: Callable[[str], dict] = lambda site: {}  # site -> gate and difference of a layer, as of `Heads`
+
+    def attention(self, site: str, kind: type[nn.Module] = MultiheadAttention, **others) -> nn.Module:
+        """Attention of the next layer of a site; others: what only this kind takes."""
+        return kind(self.dim, self.num_heads, self.transform(site), self.dropout, **self.heads(site), **others)
 
 
 class Memory(NamedTuple):
@@ -49,8 +55,8 @@ class Decoded(NamedTuple):
 
     states: list[Tensor]  # [B,Q,E], normalised
     boxes: list[Tensor]  # [B,Q,4] cxcywh in 0..1
-    self_maps: list[Tensor | None]  # [B,H,Q,Q]
-    cross_maps: list[Tensor | Samples | None]  # [B,H,Q,K], or the samples of deformable attention
+    self_maps: list[Mixing | None]  # weights [B,H,Q,Q]
+    cross_maps: list[Mixing | Samples | None]  # weights [B,H,Q,K], or the samples of deformable attention
 
 
 class EncoderLayer(nn.Module):
@@ -59,9 +65,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, settings: LayerSettings):
         super().__init__()
         dim, pre_norm = settings.dim, settings.pre_norm
-        self.self_attn = MultiheadAttention(
-            dim, settings.num_heads, settings.transform("encoder_self"), settings.dropout
-        )
+        self.self_attn = settings.attention("encoder_self")
         self.linear1 = nn.Linear(dim, settings.feedforward_dim)
         self.linear2 = nn.Linear(settings.feedforward_dim, dim)
         self.norm1 = nn.LayerNorm(dim)
@@ -69,8 +73,8 @@ class EncoderLayer(nn.Module):
         self.dropout = Dropout(settings.dropout)
         self.pre_norm = pre_norm
 
-    def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B,K,E] -> tokens [B,K,E], weights [B,H,K,K] or None."""
+    def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Tensor, Mixing | None]:
+        """Tokens [B,K,E] -> tokens [B,K,E], mixing with weights [B,H,K,K] or None."""
         x = memory.tokens
         y = self.norm1(x) if self.pre_norm else x
         query = key = y + memory.position
@@ -82,23 +86,45 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of encoder layers; pre-norm stacks end with a norm of their own. `poll` makes the tokens fewer first."""
+    """A stack of encoder layers; pre-norm stacks end with a norm of their own. `poll` makes the tokens fewer first.
 
-    def __init__(self, num_layers: int, settings: LayerSettings, poll: nn.Module | None = None):
+    registers: so many learned tokens without a position stand behind those of the image in all layers, and go no
+    further (Darcet et al. 2024, "Vision Transformers Need Registers"): a place for what belongs to no cell.
+    """
+
+    def __init__(self, num_layers: int, settings: LayerSettings, poll: nn.Module | None = None, registers: int = 0):
         super().__init__()
         self.poll = poll
+        self.registers = None
+        if registers:
+            self.registers = nn.Parameter(nn.init.xavier_uniform_(torch.empty(registers, settings.dim)))
         self.layers = nn.ModuleList(EncoderLayer(settings) for _ in range(num_layers))
         self.norm = nn.LayerNorm(settings.dim) if settings.pre_norm and num_layers else None
         self.recompute = False  # see `checkpoint_activations`
 
-    def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Memory, list[Tensor | None]]:
-        """Memory with tokens [B,K,E] -> the same with encoded tokens, weights [B,H,K,K] of every layer."""
-        memory, maps = memory if self.poll is None else self.poll(memory), []
+    def forward(self, memory: Memory, need_attention: bool = False) -> tuple[Memory, list[Mixing | None]]:
+        """Memory with tokens [B,K,E] -> the same with encoded tokens, weights [B,H,K,K] of every layer.
+
+        With N registers [B,H,K+N,K+N], these last.
+        """
+        image = memory if self.poll is None else self.poll(memory)
+        memory, maps = image if self.registers is None else self._with_registers(image), []
         for layer in self.layers:
             tokens, weights = call(layer, memory, need_attention, again=self.recompute and self.training)
             memory = memory._replace(tokens=tokens)
             maps.append(weights)
-        return memory if self.norm is None else memory._replace(tokens=self.norm(memory.tokens)), maps
+        tokens = memory.tokens[:, : image.tokens.shape[1]]
+        return image._replace(tokens=tokens if self.norm is None else self.norm(tokens)), maps
+
+    def _with_registers(self, memory: Memory) -> Memory:
+        """The same with registers as its last tokens, which are no padding and stand nowhere."""
+        count = len(self.registers)
+        registers = self.registers.to(memory.tokens.dtype).expand(memory.tokens.shape[0], -1, -1)
+        return memory._replace(
+            tokens=torch.cat([memory.tokens, registers], 1),
+            position=F.pad(memory.position, (0, 0, 0, count)),
+            padding=None if memory.padding is None else F.pad(memory.padding, (0, count)),
+        )
 
 
 class DecoderLayer(nn.Module):
@@ -118,29 +144,25 @@ class DecoderLayer(nn.Module):
         self.pre_norm = settings.pre_norm
 
     def build_self_attention(self, settings: LayerSettings) -> nn.Module:
-        return MultiheadAttention(
-            settings.dim, settings.num_heads, settings.transform("decoder_self"), settings.dropout
-        )
+        return settings.attention("decoder_self")
 
-    def compare(self, x: Tensor, position: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def compare(self, x: Tensor, position: Tensor, need_attention: bool) -> tuple[Tensor, Mixing | None]:
         """Self-attention of query content `x` [B,Q,E] at `position` [B,Q,E]."""
         query = key = x + position
         return self.self_attn(query, key, x, need_weights=need_attention)
 
     def build_cross_attention(self, settings: LayerSettings) -> nn.Module:
-        return MultiheadAttention(
-            settings.dim, settings.num_heads, settings.transform("decoder_cross"), settings.dropout
-        )
+        return settings.attention("decoder_cross")
 
-    def look(self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def look(self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool) -> tuple[Tensor, Mixing | None]:
         """Cross-attention of query content `x` [B,Q,E] at `position` [B,Q,E]."""
         key = memory.tokens + memory.position
         return self.multihead_attn(x + position, key, memory.tokens, memory.padding, memory.grid, need_attention)
 
     def forward(
         self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool = False, **where
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Query content x and position [B,Q,E] -> content [B,Q,E], weights [B,H,Q,Q] and [B,H,Q,K] or None."""
+    ) -> tuple[Tensor, Mixing | None, Mixing | None]:
+        """Query content x and position [B,Q,E] -> content [B,Q,E], mixings of queries and of keys or None."""
         y = self.norm1(x) if self.pre_norm else x
         y, self_map = self.compare(y, position, need_attention)
         x = x + self.dropout(y) if self.pre_norm else self.norm1(x + self.dropout(y))
@@ -183,12 +205,11 @@ class ConditionalDecoderLayer(DecoderLayer):
         super().__init__(settings)
 
     def build_cross_attention(self, settings: LayerSettings) -> nn.Module:
-        transform = settings.transform("decoder_cross")
-        return ConditionalCrossAttention(settings.dim, settings.num_heads, transform, settings.dropout, self.first)
+        return settings.attention("decoder_cross", ConditionalCrossAttention, first=self.first)
 
     def look(
         self, x: Tensor, position: Tensor, memory: Memory, need_attention: bool, spatial: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Mixing | None]:
         """Cross-attention of query content `x` [B,Q,E]; `spatial` [B,Q,E] is compared with positions of keys."""
         return self.multihead_attn(
             x, position, spatial, memory.tokens, memory.position, memory.padding, memory.grid, need_attention
@@ -199,10 +220,9 @@ class PointDecoderLayer(ConditionalDecoderLayer):
     """A conditional layer whose self-attention, too, projects content and position apart."""
 
     def build_self_attention(self, settings: LayerSettings) -> nn.Module:
-        transform = settings.transform("decoder_self")
-        return ConditionalSelfAttention(settings.dim, settings.num_heads, transform, settings.dropout)
+        return settings.attention("decoder_self", ConditionalSelfAttention)
 
-    def compare(self, x: Tensor, position: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def compare(self, x: Tensor, position: Tensor, need_attention: bool) -> tuple[Tensor, Mixing | None]:
         """Self-attention of query content `x` [B,Q,E] at `position` [B,Q,E]."""
         return self.self_attn(x, position, need_attention)
 

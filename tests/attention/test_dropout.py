@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from detrlib.attention.dropout import Dropout, dropout
-from detrlib.attention.multihead import attend, mix
+from detrlib.attention.mixing import attend, mix
 from detrlib.attention.transforms import Softmax
 
 

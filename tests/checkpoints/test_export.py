@@ -78,6 +78,9 @@ def test_models_that_others_have_not_leave_nothing_behind(source_of, tmp_path):
         ("model.attention.encoder_self", {"model.attention.encoder_self": "entmax15"}),
         ("model.attention.alpha", {"model.attention": {"decoder_cross": "entmax", "alpha": 1.2}}),
         ("model.position_temperature", {"model.position_temperature": 20.0}),
+        ("model.attention.gate", {"model.attention.gate": "head"}),
+        ("model.attention.differential", {"model.attention.differential": True}),
+        ("model.registers", {"model.registers": 2}),
     ],
 )
 def test_what_an_official_file_does_not_tell_is_refused(source_of, tmp_path, name, chosen):

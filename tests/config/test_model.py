@@ -1,12 +1,8 @@
 """The architectures: settings of their own, what contradicts what, and what follows from what."""
 
-from typing import get_args
-
 import pytest
 
-from detrlib.attention import TRANSFORMS
 from detrlib.config import Deformable, Detr, load_config, save_config
-from detrlib.config.model import TransformName
 from detrlib.errors import ConfigError
 
 DEFORMABLE = {"model.architecture": "deformable"}
@@ -42,6 +38,11 @@ def test_settings_that_contradict_each_other_are_refused():
         (DEFORMABLE | {"model.deformable.stages": [2, 3]}, "end with 4"),
         (DEFORMABLE | {"model.deformable.stages": [4, 3]}, "ascend"),
         (DEFORMABLE | {"model.deformable.levels": 1, "model.deformable.stages": [3, 4]}, "levels to 2"),
+        (DEFORMABLE | {"model.registers": 2}, "model.registers 2.*leave model.registers out"),
+        (
+            DEFORMABLE | {"model.attention.gate": "head", "model.attention.gate_sites": "decoder_cross"},
+            "model.attention.gate_sites.*decoder_cross",
+        ),
     ],
 )
 def test_deformable_settings_that_make_no_sense_are_refused_with_reason_and_remedy(overrides, message):
@@ -84,23 +85,6 @@ def test_stages_are_saved_and_loaded(tmp_path):
     assert cfg.model.deformable.stages == (1, 4)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "named"),
-    [
-        ({"model.encoder_layers": 0, "model.attention.encoder_self": "sparsemax"}, "model.encoder_layers"),
-        ({"model.attention.alpha_init": 3}, "model.attention.alpha_init"),
-        ({"model.attention.alpha_init": 1.005}, "model.attention.alpha_init.*cloned"),
-    ],
-)
-def test_attention_that_cannot_be_is_refused(overrides, named):
-    with pytest.raises(ConfigError, match=named):
-        load_config(None, overrides)
-
-
-def test_configs_know_every_transform():
-    assert set(get_args(TransformName)) == set(TRANSFORMS)
-
-
 ANNEAL = "model.attention.anneal"
 
 
@@ -141,3 +125,25 @@ def test_alphas_move_on_a_line_from_the_start_to_the_transform_s_own():
     )
     assert chosen.model.annealed_alphas(2) == {"encoder_self": 2.0}
     assert load_config(overrides={"model.attention": attention}).model.annealed_alphas(0) == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.attention.gate_sites": "decoder_cross"}, r"gate_sites.*model\.attention\.gate"),
+        ({"model.attention.differential_sites": "decoder_self"}, r"differential_sites.*model\.attention\.differential"),
+        ({"model.registers": 2, "model.encoder_layers": 0}, r"model\.registers.*model\.encoder_layers"),
+        ({"model.registers": -1}, r"model\.registers"),
+        ({"model.attention.gate": "heads"}, r"model\.attention\.gate.*did you mean 'head'"),
+        ({"model.attention.differential": True, "model.hidden_dim": 24}, r"model\.attention\.differential.*odd"),
+        (
+            {"model.attention.gate": "head", "model.attention.gate_sites": "encoder_self", "model.encoder_layers": 0},
+            r"gate_sites.*encoder_self",
+        ),
+        ({"model.architecture": "huggingface", "model.type": "detr", "model.attention.gate": "head"}, "attention.gate"),
+        ({"model.architecture": "huggingface", "model.type": "detr", "model.registers": 1}, "model.registers"),
+    ],
+)
+def test_options_of_heads_and_registers_that_make_no_sense_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=overrides)

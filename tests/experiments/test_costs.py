@@ -41,6 +41,31 @@ def test_counts_by_hand():
     assert with_scores["encoder"] - found["encoder"] == 6 * 3 * cells * cells
 
 
+def test_options_by_hand(small):
+    """A gate is a projection; the second map of a difference mixes values once more; a register is a token."""
+    plain, size = {"encoder_layers": 1, "decoder_layers": 1}, (64, 96)
+    cells, queries = 8 * 12, 7
+
+    def counts(**settings):
+        model = small(**plain | settings)
+        return count_flops(model, size), count_parameters(model)
+
+    flops, parameters = counts()
+    found, more = counts(attention={"gate": "channel", "differential": True})
+    assert found["encoder"] - flops["encoder"] == cells * 32 * 32 + cells * cells * 32
+    more_by_hand = 32 * 32 + 4 * 4 + 8  # the gate, four vectors of half a head, the norm of a head
+    assert more["encoder"][0] - parameters["encoder"][0] == more_by_hand
+    assert more["decoder"][0] - parameters["decoder"][0] == 2 * more_by_hand
+    found, _ = counts(attention={"gate": "head", "gate_sites": "decoder_cross"})
+    assert found["decoder"] - flops["decoder"] == queries * 32 * 4
+    registers, more = counts(registers=3)
+    assert more["encoder"][0] - parameters["encoder"][0] == 3 * 32
+    per_token = 4 * 32 * 32 + 2 * 32 * 48
+    pairs = (cells + 3) ** 2 - cells**2
+    assert registers["encoder"] - flops["encoder"] == 3 * per_token + 2 * pairs * 32
+    assert registers["decoder"] == flops["decoder"]
+
+
 def test_parameters_by_hand():
     model = ByHand()
     model.backbone.requires_grad_(False)

@@ -61,9 +61,8 @@ def rollout_of_one_sequence(encoder_self, decoder_self, decoder_cross):
 
     def step(first, last, sources, attention):
         matrix = torch.eye(queries + keys, dtype=torch.float64)
-        matrix[first:last, first:last] /= 2
-        matrix[first:last, sources] += attention.double() / 2
-        return matrix
+        matrix[first:last, sources] += attention.double()
+        return matrix / matrix.sum(-1, keepdim=True)  # "re-normalize the weights"
 
     cells, own = slice(queries, queries + keys), slice(0, queries)
     for a in encoder_self:
@@ -94,14 +93,30 @@ def test_relevance_of_one_layer_is_its_weighted_attention():
     torch.testing.assert_close(relevance(layers), layers.decoder_cross[0])
 
 
+@pytest.mark.parametrize("null_key", [False, True])
 @pytest.mark.parametrize("encoder", [0, 2])
-def test_rollout_against_one_sequence(encoder):
+def test_rollout_against_one_sequence(encoder, null_key):
+    """Also where rows sum to less than one, and some to nothing."""
     layers = random_layers(encoder)
+    if null_key:
+        for weights in (weights for site in layers for weights in site):
+            weights *= torch.rand(weights.shape[:2], generator=torch.Generator().manual_seed(1)).double()[..., None]
+            weights[:, 0] = 0.0
     found = rollout(layers)
     for image in range(2):
         expected, everything = rollout_of_one_sequence(*([one[image] for one in site] for site in layers))
         torch.testing.assert_close(found[image], expected, rtol=1e-12, atol=0)
         torch.testing.assert_close(everything.sum(-1), torch.ones(4, dtype=torch.float64))
+
+
+def test_empty_rows_pass_all_through_the_residual_connection():
+    """A layer that attends to nothing changes no rollout and no relevance."""
+    layers = random_layers(1, decoder=1)
+    empty = Layers(*([torch.zeros_like(site[0])] for site in layers))
+    more = Layers(*([*site, *nothing] for site, nothing in zip(layers, empty, strict=True)))
+    for explain in (rollout, relevance):
+        torch.testing.assert_close(explain(more), explain(layers))
+    assert (rollout(empty) == 0).all()
 
 
 def predictions_of(weights):
@@ -111,10 +126,30 @@ def predictions_of(weights):
     return Predictions(logits, torch.zeros(*logits.shape[:2], 4), "sigmoid", attention=attention)
 
 
+def test_registers_pass_on_what_they_have_of_cells():
+    """Rows of a longer sequence, of which only what comes from cells is shown."""
+    layers, keys = random_layers(keys=8), 6
+    cross = [one[..., :keys] for one in layers.decoder_cross]  # the decoder does not look at the two registers
+    hidden = [torch.cat([one, torch.zeros_like(one[..., :2])], -1) for one in cross]
+    for found, by_hand in ((relevance, relevance_by_loops), (rollout, lambda *one: rollout_of_one_sequence(*one)[0])):
+        shown = found(layers._replace(decoder_cross=cross))
+        for image in range(2):
+            sites = layers._replace(decoder_cross=hidden)
+            expected = by_hand(*([one[image] for one in site] for site in sites))
+            torch.testing.assert_close(shown[image], expected[:, :keys], rtol=1e-12, atol=1e-14)
+
+
 def test_maps_are_averaged_over_heads_and_cut_off_from_gradients():
-    weights = torch.rand(2, 3, 4, 6, requires_grad=True)
+    weights = torch.rand(2, 3, 4, 6).softmax(-1).requires_grad_()
     (mean,) = mean_over_heads(predictions_of(weights).attention).decoder_cross
-    assert torch.equal(mean, weights.mean(1)) and not mean.requires_grad
+    torch.testing.assert_close(mean, weights.detach().mean(1))
+    assert not mean.requires_grad
+
+
+def test_signed_maps_are_magnitudes_and_at_most_shares():
+    signed = torch.tensor([[0.6, -0.2, 0.0], [1.5, -0.5, 1.0]])[None, None]
+    (mean,) = mean_over_heads(predictions_of(signed).attention).decoder_cross
+    torch.testing.assert_close(mean[0], torch.tensor([[0.6, 0.2, 0.0], [0.5, 1 / 6, 1 / 3]]))
 
 
 def test_gradients_are_those_of_each_detection_and_negative_products_are_nothing():

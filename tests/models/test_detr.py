@@ -3,11 +3,15 @@
 Legend: B images, H heads, Q queries, K = h x w cells of the feature map, C classes.
 """
 
+import math
+
 import pytest
 import torch
 
 from detrlib.attention import TRANSFORMS
+from detrlib.attention.multihead import merge_heads
 from detrlib.models import build_model
+from detrlib.models.outputs import site_of
 
 SITES = ("encoder_self", "decoder_self", "decoder_cross")
 BACKBONES = {
@@ -22,6 +26,15 @@ def everywhere(transform: str) -> dict[str, str]:
     return {site: transform for site in SITES if (site, transform) != ("decoder_self", "tvmax")}
 
 
+QUERIES = ("learned", "conditional", "anchor")
+# softmax and entmax15 with all kinds of queries, each of the others with one.
+WITH_QUERIES = [
+    (transform, queries)
+    for number, transform in enumerate(TRANSFORMS)
+    for queries in (QUERIES if transform in ("softmax", "entmax15") else [QUERIES[number % 3]])
+]
+
+
 # Padding
 
 
@@ -34,10 +47,10 @@ def test_an_image_alone_is_predicted_as_in_a_padded_batch(backbone, queries, ass
     assert_alone_as_in_batch(small(backbone=BACKBONES[backbone][0] | {"weights": "none"}, queries=queries))
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("queries", ["learned", "conditional", "anchor"])
-def test_padding_changes_nothing_for_any_transform(transform, queries, assert_alone_as_in_batch, small):
-    assert_alone_as_in_batch(small(attention=everywhere(transform), queries=queries))
+@pytest.mark.parametrize(("transform", "queries"), WITH_QUERIES)
+@pytest.mark.parametrize("null_key", ["none", "learned"])
+def test_padding_changes_nothing_for_any_transform(transform, queries, null_key, assert_alone_as_in_batch, small):
+    assert_alone_as_in_batch(small(attention=everywhere(transform) | {"null_key": null_key}, queries=queries))
 
 
 @pytest.mark.parametrize("settings", [{"norm": "pre"}, {"position": "learned"}, {"classification": "sigmoid"}])
@@ -54,11 +67,80 @@ def test_content_of_padding_does_not_matter(padded_batch, small):
     torch.testing.assert_close(found.logits, expected.logits)
 
 
+# Gates, differences, registers
+
+OPTIONS = {
+    "gate of heads": {"attention": {"gate": "head"}},
+    "gate of channels": {"attention": {"gate": "channel"}},
+    "differential": {"attention": {"differential": True}},
+    "registers": {"registers": 3},
+}
+TOGETHER = {"attention": {"gate": "head", "differential": True}, "registers": 3}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("queries", ["learned", "conditional", "anchor"])
+def test_padding_changes_nothing_for_any_option(option, queries, assert_alone_as_in_batch, small):
+    assert_alone_as_in_batch(small(queries=queries, **OPTIONS[option]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"polling": {"ratio": 0.3, "pooled": 4}},
+        {"norm": "pre"},
+        {"attention": TOGETHER["attention"] | everywhere("sparsemax")},
+        {"attention": TOGETHER["attention"] | {"encoder_self": "tvmax"}, "encoder_layers": 1, "decoder_layers": 1},
+    ],
+)
+def test_padding_changes_nothing_for_all_options_together(settings, assert_alone_as_in_batch, small):
+    assert_alone_as_in_batch(small(**TOGETHER | settings))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_that_are_off_change_nothing(option, small):
+    """What is not of the option has the same names and shapes, and models without it have none of it."""
+    without = {name: value.shape for name, value in small().state_dict().items()}
+    state = {name: value.shape for name, value in small(**OPTIONS[option]).state_dict().items()}
+    new = {name: shape for name, shape in state.items() if name not in without}
+    assert new and {name: shape for name, shape in state.items() if name in without} == without
+    assert all({"gate", "difference", "registers"} & set(name.split(".")) for name in new)
+
+
+def test_options_stand_at_the_sites_named(small):
+    chosen = {
+        "gate": "channel",
+        "gate_sites": "encoder_self",
+        "differential": True,
+        "differential_sites": "decoder_cross",
+    }
+    transformer = small(attention=chosen).transformer
+    assert all(layer.self_attn.gate is not None for layer in transformer.encoder.layers)
+    assert all(layer.self_attn.difference is None for layer in transformer.encoder.layers)
+    for number, layer in enumerate(transformer.decoder.layers):
+        assert layer.self_attn.gate is layer.self_attn.difference is layer.multihead_attn.gate is None
+        assert layer.multihead_attn.difference.start == pytest.approx(0.8 - 0.6 * math.exp(-0.3 * number))
+
+
+def test_maps_beside_registers_are_those_of_cells(padded_batch, small):
+    model = small(registers=3)
+    images, padding = padded_batch((70, 101), (128, 64), canvas=(128, 160))
+    with torch.no_grad():
+        maps = model(images, padding, need_attention=True).attention
+    for cells, whole in zip(maps.encoder_self, maps.encoder_whole, strict=True):
+        assert cells.shape == (2, 4, 320, 320) and whole.shape == (2, 4, 323, 323)
+        assert torch.equal(cells, whole[..., :320, :320])
+        torch.testing.assert_close(cells.sum(-1) + whole[..., :320, 320:].sum(-1), torch.ones(2, 4, 320))
+        assert (whole[..., :320, 320:] > 0).all()
+        assert (cells.masked_select(maps.key_padding[:, None, None]) == 0).all()
+    assert maps.as_images("encoder_self", 0).shape == (2, 4, 320, 16, 20)
+    assert small()(images, padding, need_attention=True).attention.encoder_whole is None
+
+
 # Attention maps
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("queries", ["learned", "conditional", "anchor"])
+@pytest.mark.parametrize(("transform", "queries"), WITH_QUERIES)
 def test_attention_maps(transform, queries, padded_batch, small):
     model = small(attention=everywhere(transform), queries=queries)
     images, padding = padded_batch((70, 101), (128, 64), canvas=(128, 160))
@@ -75,10 +157,27 @@ def test_attention_maps(transform, queries, padded_batch, small):
         weights = getattr(maps, site)
         assert [layer.shape for layer in weights] == shapes
         for layer in weights:
-            torch.testing.assert_close(layer.sum(-1), torch.ones(layer.shape[:-1]), rtol=0, atol=1e-5)
+            if transform not in ("budget", "softpick", "sigmoid", "relu"):  # whose rows sum to something else
+                torch.testing.assert_close(layer.sum(-1), torch.ones(layer.shape[:-1]), rtol=0, atol=1e-5)
             if site != "decoder_self":
                 assert (layer.masked_select(maps.key_padding[:, None, None]) == 0).all()
     assert not torch.equal(maps.decoder_cross[0], maps.decoder_cross[1])
+
+
+@pytest.mark.parametrize("queries", ["learned", "conditional", "anchor"])
+def test_values_are_those_that_the_maps_mix(queries, padded_batch, small):
+    model, mixed = small(queries=queries), {}
+    for path, module in model.named_modules():
+        if path.endswith("out_proj"):
+            site = site_of(path.removesuffix(".out_proj"))
+            module.register_forward_pre_hook(lambda _, inputs, site=site: mixed.setdefault(site, []).append(inputs[0]))
+    with torch.no_grad():
+        maps = model(*padded_batch((70, 101), (128, 64), canvas=(128, 160)), need_attention=True).attention
+        only = model(*padded_batch((70, 101), canvas=(128, 160)), need_attention=("encoder_self",)).attention
+    for site, layers in maps.values.items():
+        for weights, values, expected in zip(getattr(maps, site), layers, mixed[site], strict=False):
+            torch.testing.assert_close(merge_heads(weights @ values), expected)
+    assert only.values["decoder_cross"] == only.values["decoder_self"] == [None] * 3
 
 
 def test_sites_get_the_transforms_chosen_for_them(padded_batch, small):
@@ -113,8 +212,8 @@ def test_every_layer_predicts(padded_batch, small):
 
 @pytest.mark.parametrize("queries", ["learned", "conditional", "anchor"])
 def test_every_parameter_learns(queries, padded_batch, small):
-    attention = dict.fromkeys(SITES, "alpha_entmax")
-    model = small(queries=queries, attention=attention, position="learned").train()
+    attention = dict.fromkeys(SITES, "alpha_entmax") | TOGETHER["attention"]
+    model = small(queries=queries, attention=attention, position="learned", registers=3).train()
     predictions = model(*padded_batch((70, 101), (96, 128), canvas=(96, 128)))
     layers = (*predictions.auxiliary, predictions)
     sum(layer.logits.square().sum() + layer.boxes.square().sum() for layer in layers).backward()

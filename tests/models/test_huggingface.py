@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from detrlib.attention.deformable import sample_and_mix
+from detrlib.attention.multihead import merge_heads
 from detrlib.config import load_config
 from detrlib.config.huggingface import KINDS, POINTS, SQUARE
 from detrlib.data.augment import MEAN, STD
 from detrlib.errors import ConfigError, ModelError
 from detrlib.losses import Criterion
 from detrlib.models import alpha_modules, build_model
-from detrlib.models.outputs import SampledMaps
+from detrlib.models.outputs import SampledMaps, site_of
 
 SITES = ("encoder_self", "decoder_self", "decoder_cross")
 
@@ -89,9 +90,26 @@ def test_rows_of_maps_sum_to_one_where_keys_are_scored(detector, padded_batch, k
             torch.testing.assert_close(total, torch.ones_like(total))
         else:  # padded cells do not ask
             assert set(total.round(decimals=4).unique().tolist()) <= {0.0, 1.0}
+        assert (site in maps.values) == (not isinstance(layers, SampledMaps))
     only = detector(kind)(images, padding, need_attention=("decoder_self",)).attention
     assert only.decoder_cross[0] is None if kind not in POINTS else True
     assert only.decoder_self[0] is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_are_those_that_the_maps_mix(detector, kind):
+    """What the layers project in the end is the weights times the values that are returned."""
+    model, mixed = detector(kind), {}
+    for path, module in model.model.named_modules():
+        before, _, name = path.rpartition(".")
+        if (site := site_of(before)) and name in ("o_proj", "out_proj", "output_proj"):
+            module.register_forward_pre_hook(lambda _, inputs, site=site: mixed.setdefault(site, []).append(inputs[0]))
+    with torch.no_grad():
+        maps = model(torch.randn(2, 3, 64, 64), need_attention=True).attention
+    assert "decoder_self" in maps.values
+    for site, layers in maps.values.items():
+        for weights, values, expected in zip(getattr(maps, site), layers, mixed[site], strict=True):
+            torch.testing.assert_close(merge_heads(weights @ values), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["rt_detr", "rt_detr_v2", "d_fine"])

@@ -9,7 +9,7 @@ from torch import nn
 
 from detrlib.attention import build_transform
 from detrlib.models import build_model
-from detrlib.models.transformer import DecoderLayer, EncoderLayer, LayerSettings, Memory
+from detrlib.models.transformer import DecoderLayer, Encoder, EncoderLayer, LayerSettings, Memory
 
 R50 = {"name": "resnet50", "weights": "none", "freeze_stem": True}
 
@@ -219,3 +219,28 @@ def test_layers_without_positions_are_those_of_torch(pre_norm, randomise):
     reference.load_state_dict(decoder.state_dict())
     found = decoder(queries, torch.zeros_like(queries), memory)[0]
     torch.testing.assert_close(found, reference(queries, tokens, memory_key_padding_mask=padding))
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_registers_are_tokens_more_that_go_no_further(pre_norm, randomise):
+    """As a sequence with so many tokens more, that stand nowhere and are no padding, through an encoder without any."""
+    torch.manual_seed(0)
+    encoder = Encoder(2, layer_settings(pre_norm), registers=3).eval()
+    plain = Encoder(2, layer_settings(pre_norm)).eval()
+    assert encoder.registers.abs().max() <= (6 / 27) ** 0.5
+    randomise(encoder)
+    plain.load_state_dict({name: value for name, value in encoder.state_dict().items() if name != "registers"})
+    tokens, position = torch.randn(2, 7, 24), torch.randn(1, 7, 24)
+    padding = torch.arange(7) >= torch.tensor([[7], [4]])
+    longer = Memory(
+        torch.cat([tokens, encoder.registers.expand(2, 3, 24)], 1),
+        torch.cat([position, torch.zeros(1, 3, 24)], 1),
+        torch.cat([padding, torch.zeros(2, 3, dtype=torch.bool)], 1),
+        None,
+    )
+    memory = Memory(tokens, position, padding, (1, 7))
+    (found, maps), (expected, wanted) = encoder(memory, True), plain(longer, True)
+    torch.testing.assert_close(found.tokens, expected.tokens[:, :7])
+    for one, other in zip(maps, wanted, strict=True):
+        torch.testing.assert_close(tuple(one), tuple(other))
+    assert found._replace(tokens=tokens) == memory  # position, padding and grid as they were

@@ -51,16 +51,35 @@ def test_examples_come_back_as_they_were_stored_with_the_maps_of_their_queries(s
     assert [example.image_id for example in loaded] == [7, 581929]
     for back, example in zip(loaded, reversed(examples), strict=True):
         assert isinstance(back.image_id, int)
-        for field in dataclasses.fields(Example)[1:-1]:
+        for field in dataclasses.fields(Example)[1:-2]:
             before, after = getattr(example, field.name), getattr(back, field.name)
             assert before.dtype == after.dtype and np.array_equal(before, after), field.name
         of_image = maps[back.image_id]
         assert np.array_equal(back.maps(), of_image["decoder_cross"][:, :, example.queries])
         assert np.array_equal(back.maps("decoder_self"), of_image["decoder_self"][:, :, example.queries])
         assert np.array_equal(back.maps("encoder_self"), of_image["encoder_self"])
+        for site, layers in of_image.items():  # of all queries, also where no detection is kept
+            rows = layers[0].reshape(*layers.shape[1:3], -1).astype(np.float64)
+            shares = rows / np.maximum(rows.sum(-1, keepdims=True), 1)
+            np.testing.assert_allclose(back.received(site, 0).reshape(4, -1), shares.mean(1), rtol=1e-5)
         for site in back.sites:
             assert back.shape(site) == back.maps(site).shape
             assert np.array_equal(back.maps(site, -1), back.maps(site)[-1])
+
+
+def test_maps_are_magnitudes_and_the_store_keeps_signs(stored):
+    run_dir, (example, _), maps = stored
+    clear_maps(run_dir)
+    signed = maps[example.image_id]["decoder_cross"] - np.float16(0.5)
+    with MapWriter(run_dir) as writer:
+        writer.add(example.image_id, example.extent, {"decoder_cross": [pack(layer) for layer in signed]})
+    (run_dir / "examples" / "000000000007.npz").unlink()
+    (back,) = runs.load_examples(run_dir)
+    assert np.array_equal(back.stored.maps(back.image_id), signed) and (signed < 0).any()
+    assert np.array_equal(back.maps(), np.abs(signed[:, :, example.queries]))
+    assert np.array_equal(back.maps(layer=1), back.maps()[1])
+    in_memory = dataclasses.replace(back, stored={"decoder_cross": signed})
+    assert np.array_equal(in_memory.maps(), np.abs(signed))
 
 
 def test_examples_are_not_loaded_without_their_maps(stored, tmp_path):
