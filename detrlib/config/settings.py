@@ -167,9 +167,17 @@ class Evaluate(Section):
     store_maps: Annotated[int, Field(ge=0)] | Literal["all"] = 0  # more first images whose maps are stored, or all
     # Whose maps are stored; decoder_cross always, since examples are drawn with it.
     store_sites: Annotated[tuple[SiteName, ...], AfterValidator(_with_cross)] = ("decoder_cross",)
+    # Whose attention is measured; decoder_cross always. Auto: where the transform is not softmax, since maps of an
+    # encoder are large. Deformable attention of an encoder has none that could be measured.
+    sites: Annotated[tuple[SiteName, ...], AfterValidator(_with_cross)] | Literal["auto"] = "auto"
     zero_threshold: float = Field(1e-6, ge=0.0)  # below it a softmax weight counts as zero in zeros_thresholded
     zero_share: float = Field(1e-3, ge=0.0)  # of the mean weight 1/K: below it a weight counts in zeros_relative
     confident_score: float = Field(0.5, ge=0.0, le=1.0)  # queries above it are measured as "confident"
+    # A head has a sink in an image where a key gets more of its weight than this, mean over queries (arXiv 2410.10781);
+    # counted too: than so many times 1/K, as if evenly spread over K keys; than so many times the second best key.
+    sink_threshold: float = Field(0.3, ge=0.0, le=1.0)
+    sink_even: float = Field(10.0, ge=1.0)
+    sink_lead: float = Field(2.0, ge=1.0)
     count_padding: bool = False  # padded keys count in K, as in published Gini indices and zeros; false: left out
     paibb: Literal["exact", "thesis"] = "exact"  # "thesis": enlarged maps, whole pixels, as in published PAIBB
 

@@ -18,6 +18,13 @@ from detrlib.models import backbone_view
 FEW_UPDATES, MEASURED_UPDATES = 500, "of 32 drawn pictures each, 400 give AP 0.42 and 1,000 give 0.67"
 FEW_OBJECTS = 500
 MEASURED_OBJECTS = "with 173 AP stays within 0.05 of a fixed box, and is 0.1 above it from a detector of drawn shapes"
+MOST = 0.5  # of images
+PLACES = (
+    ("upper left", "top", "upper right"),
+    ("left", "middle", "right"),
+    ("lower left", "bottom", "lower right"),
+)
+DOES = {"nothing": ", so that it does nothing", "broadcast": ", so that all queries are given it"}
 MUCH_PADDING = 0.5  # share of the pixels of batches
 
 
@@ -84,3 +91,33 @@ def floor_and_collapse(results: Mapping) -> list[str]:
         reached = f"AP {numbers['AP']:.3f}  AP50 {numbers['AP50']:.3f}, on {numbers['images']} images"
         lines.append(f"the floor: boxes that are the same in every image reach {reached}")
     return [*lines, *(f"warning: {line}" for line in signs_of_collapse(results).values())]
+
+
+def where_attention_rests(results: Mapping) -> list[str]:
+    """A line for each site of which some head rests on one key in most images, with the head that does so most."""
+    limit = results.get("evaluate", {}).get("sink_threshold")
+    lines = []
+    for site, found in results.get("sinks", {}).items():
+        heads = [(layer, head) for layer, row in enumerate(found["sink"]["heads"]) for head in range(len(row))]
+        resting = [(layer, head) for layer, head in heads if found["sink"]["heads"][layer][head] >= MOST]
+        if resting:
+            same = sum(found["agreement"]["heads"][layer][head] >= MOST for layer, head in resting)
+            key = "query" if site == "decoder_self" else "cell"
+            lines.append(
+                f"sinks: {len(resting)} of {len(heads)} heads of {site} put more than {limit:g} of their weight on one "
+                f"{key} in most images, {same} of them on the same; {_rests_most(found, resting, key)}"
+            )
+    return lines
+
+
+def _rests_most(found: Mapping, heads: list[tuple[int, int]], key: str) -> str:
+    """Of the head among `heads` (layer, head) that rests most, in words; found: of a site, as in results.json."""
+    layer, head = max(heads, key=lambda at: found["weight"]["heads"][at[0]][at[1]])
+    weight, agreement, norm = (found[name]["heads"][layer][head] for name in ("weight", "agreement", "value_norm"))
+    row, column = (int(3 * min(part, 0.999)) for part in found["place"][layer][head])
+    where = f", at the {PLACES[row][column]} of the image" if key == "cell" else ""
+    value = ""
+    if norm is not None:
+        value = f"; its value there is {norm:.2g} times as large as others{DOES.get(found['does'][layer][head], '')}"
+    words = f"most in layer {layer + 1}, head {head + 1}: {weight:.2f}"
+    return f"{words}, in {agreement:.0%} of images on the same {key}{where}{value}"

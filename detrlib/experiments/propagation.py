@@ -6,7 +6,8 @@ the image of each of its own cells, R_qq [Q,Q] and R_qi [Q,K], those of each que
     R_ii = I        R_qq = I        R_qi = 0        before the first layer.
 
 Registers of an encoder are sources and go-betweens like cells: R_ii is of them all, and only R_qi, whose columns are
-sources in the image, leaves them out. What a row of weights lacks to one goes back to nothing.
+sources in the image, leaves them out. What a row of weights lacks to one, on a null key, is no source: rollout leaves
+it to the residual connection, and relevance has no gradient with respect to it.
 
 Weights may have signs (differential attention). Rollout follows where layers look, so it takes magnitudes, a row that
 sums to more than one as shares of its sum. Relevance takes weight times gradient, which is what a weight contributes,
@@ -69,26 +70,35 @@ def weighted_by_gradient(predictions: Predictions, queries: Tensor, labels: Tens
 def rollout(maps: Layers) -> Tensor:
     """Attention rollout (Abnar & Zuidema 2020, Sec. 3) carried over to an encoder and a decoder: R_qi [B,Q,K].
 
-    A layer passes on half through its residual connection and half through its attention A, the mean over heads:
+    A layer passes on what comes through its residual connection and through its attention A, the mean over heads; rows
+    are divided by their sum, 1 + s with s that of the row of A:
 
-        encoder, self     R_ii <- (I + A) R_ii / 2
-        decoder, self     R_qq <- (I + A) R_qq / 2      R_qi <- (I + A) R_qi / 2
-        decoder, cross    R_qq <- R_qq / 2              R_qi <- (R_qi + A R_ii) / 2
+        encoder, self     R_ii <- (I + A) R_ii / (1 + s)
+        decoder, self     R_qq <- (I + A) R_qq / (1 + s)    R_qi <- (I + A) R_qi / (1 + s)
+        decoder, cross    R_qq <- R_qq / (1 + s)            R_qi <- (R_qi + A R_ii) / (1 + s)
 
-    This is rollout over one sequence of cells and queries, and rows of (R_qq, R_qi) sum to one. It is computed from
-    the last layer back to the first, which multiplies matrices of Q rows instead of K.
+    That is half through each where rows sum to one, and all through the residual where a row of A is empty. It is
+    rollout over one sequence of cells and queries, and rows of (R_qq, R_qi) sum to one, but for what lies on registers.
+    It is computed from the last layer back to the first, which multiplies matrices of Q rows instead of K.
     """
     first = maps.decoder_cross[0]
     to_queries, to_image = _identity(first, first.shape[1]), torch.zeros_like(first)
     for self_map, cross_map in zip(reversed(maps.decoder_self), reversed(maps.decoder_cross), strict=True):
-        to_image = to_image + to_queries @ cross_map / 2
-        to_queries = to_queries / 2
-        to_queries = (to_queries + to_queries @ self_map) / 2
+        to_queries = _divided(to_queries, cross_map)
+        to_image = to_image + to_queries @ cross_map
+        to_queries = _divided(to_queries, self_map)
+        to_queries = to_queries + to_queries @ self_map
     cells = to_image.shape[-1]
     for self_map in reversed(maps.encoder_self):
         to_image = F.pad(to_image, (0, self_map.shape[-1] - to_image.shape[-1]))  # the decoder sees no registers
-        to_image = (to_image + to_image @ self_map) / 2
+        to_image = _divided(to_image, self_map)
+        to_image = to_image + to_image @ self_map
     return to_image[..., :cells]
+
+
+def _divided(sources: Tensor, weights: Tensor) -> Tensor:
+    """Sources [B,M,N] over 1 + s, the row sums of weights [B,N,...] beside a residual connection."""
+    return sources / (1 + weights.sum(-1))[:, None]
 
 
 def relevance(weighted: Layers) -> Tensor:

@@ -38,6 +38,7 @@ LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue
 PALE = 0.55  # how much of the way to white the grey image goes
 BAR_WIDTH, BAR_HEIGHT = 0.55, 2.4  # inches of a colour bar with its numbers, and of its length at most
 FONT = 5.5  # points, of captions at boxes
+ROUNDING = 0.005  # of the sum of a stored map
 WIDE = 6  # columns in which two numbers fit beside each other
 
 
@@ -111,16 +112,25 @@ def lay_cells(axes: Axes, image: np.ndarray, colours: np.ndarray, extent: np.nda
 
 
 def numbers(
-    weights: np.ndarray, image: np.ndarray, box: np.ndarray | None = None, extent: np.ndarray | None = None
+    weights: np.ndarray,
+    image: np.ndarray,
+    box: np.ndarray | None = None,
+    extent: np.ndarray | None = None,
+    mass: bool = True,
 ) -> list[str]:
     """Say how sparse a map [h,w] is, and how much of it lies in a box: support, Gini, PAIBB (`metrics.localisation`).
 
-    box: [4], in pixels of `image` [H,W,3]; None: no such number. extent: as of `lay_cells`.
+    box: [4], in pixels of `image` [H,W,3]; None: no such number. extent: as of `lay_cells`. mass: what the map sums to
+    is said where that is not one, as beside a null key.
     """
+    total = float(weights.sum())
+    if mass and not total:
+        return ["no weight on any cell"]
     height, width = image.shape[:2]
     boxes = np.array([[0, 0, width, height] if box is None else box])
     support, concentration, inside = map_numbers(weights[None], boxes, (height, width), extent)[0]
-    words = [f"{support:.0f}/{weights.size} cells", f"Gini {concentration:.2f}"]
+    cells = f"{support:.0f}/{weights.size} cells"
+    words = [f"{total:.2f} on {cells}" if mass and abs(total - 1) > ROUNDING else cells, f"Gini {concentration:.2f}"]
     return words if box is None else [*words, f"in box {inside:.2f}"]
 
 
@@ -225,7 +235,8 @@ def draw_maps(
     for panel in panels:
         colours = shared or scale_of([panel.weights], logarithmic)
         draw_map(panel.axes, panel.image, panel.weights, panel.extent, colours)
-        words = numbers(panel.weights, panel.image, panel.box, panel.extent) if measured else []
+        what = panel.weights, panel.image, panel.box, panel.extent
+        words = numbers(*what, mass=label == "weight") if measured else []
         write_numbers(panel.axes, words if shared else [*words, f"highest {colours.high:.2g}"])
     shares = scale_of([np.ones(1)], logarithmic)
     words = label if shared else f"{label} / highest of its map"

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from detrlib.boxes import cxcywh_to_xyxy, pairwise_giou
-from detrlib.metrics.accumulate import Moments
 from detrlib.metrics.detection import UNDEFINED
+from detrlib.metrics.moments import Moments
 from detrlib.models import Predictions
 
 FEWEST = 10  # images or objects that say something
@@ -95,7 +95,9 @@ def symptoms(results: Mapping) -> pd.DataFrame:
         best = max(layers)
         entropy = results["sparsity"]["decoder_cross"]["matched"]["entropy"]["mean"][layers.index(best)]
         said = f"attention {{}} at the matched objects: {best:.2f} times as much as by chance lies in their boxes"
-        said = f"{said}, in the best layer, with an entropy of {entropy:.1f} nats"
+        said = f"{said}, in the best layer"
+        if entropy is not None:  # of rows that have weight
+            said = f"{said}, with an entropy of {entropy:.1f} nats"
         rows["attention"] = best, 1.0, best <= CHANCE, said, ("does not look", "looks")
     judged = {
         name: (value, beside, collapsed, words.format(verdict[not collapsed]))

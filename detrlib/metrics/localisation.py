@@ -18,7 +18,7 @@ from detrlib.errors import ConfigError
 SMALL, LARGE = 32**2, 96**2  # COCO's limits between object sizes, square pixels
 SIZES = ("small", "medium", "large")
 ROUNDING = 1e-5  # of a cell: how far boxes in float32 may miss a centre on their edge
-MEASURES = ("paibb", "paibb_normalised", "pointing", "distance")
+MEASURES = ("paibb", "paibb_normalised", "pointing", "distance", "mass")
 
 Mode = Literal["exact", "thesis"]
 Extent = tuple[float, float] | Tensor
@@ -36,6 +36,10 @@ def locate(
     "Top-Down Neural Attention by Excitation Backprop", Sec. 4.2, without their margin of 15 pixels. The maximum of f is
     at the centre of the largest cell; a centre past the edge of the image counts as on the edge. Where several cells
     are largest: the share of them in the box, which is the expectation if one of them is drawn. 0 without attention.
+
+    mass: sum of the weights of the cells of the image: one, or less where a null key or registers take a part, which
+    has no place and counts in no other measure. These are of the mass that there is: a row with a thousandth of its
+    weight on cells, all of it in the box, has a PAIBB of 1. Of all weight, mass * PAIBB is in the box.
 
     distance: from the centre of mass of f on the image to the centre of the box, over the diagonal of the box, so that
     1/2 is as far as its corners. NaN for a map without attention, or a box without length, for which there is none.
@@ -58,6 +62,7 @@ def locate(
         "paibb_normalised": _ratio(share, area).float(),
         "pointing": _pointing(maps, corners * extent[:, None], extent).float(),
         "distance": away.where(away.isfinite(), torch.nan).float(),
+        "mass": (maps * _like(_in_image(maps, extent), maps)).sum((-2, -1)).float(),
     }
 
 
@@ -134,18 +139,24 @@ def _moment_up_to(position: Tensor) -> Tensor:
 
 def _pointing(maps: Tensor, corners: Tensor, extent: Tensor) -> Tensor:
     """Share of the largest cells [n, ...] whose centre is in the box; corners [n, 2, 2] and extent in cells."""
-    in_box, in_image = [], []
+    in_box = []
     for axis, cells in enumerate(maps.shape[-2:]):
         end = extent[:, axis, None]
         centre = (torch.arange(cells, dtype=end.dtype, device=end.device) + 0.5).minimum(end)
         first, last = corners[:, 0, axis, None] - ROUNDING, corners[:, 1, axis, None] + ROUNDING
         in_box.append((centre >= first) & (centre <= last))
-        in_image.append(torch.arange(cells, device=end.device) < end.ceil())
-    box, image = (_like(y[:, :, None] & x[:, None], maps) for y, x in (in_box, in_image))  # [n, 1..., h, w]
-    values = maps.masked_fill(~image, 0.0)
+    box = _like(in_box[0][:, :, None] & in_box[1][:, None], maps)  # [n, 1..., h, w]
+    values = maps.masked_fill(~_like(_in_image(maps, extent), maps), 0.0)
     highest = values.amax((-2, -1), keepdim=True)
     largest = (values == highest) & (highest > 0)
     return _ratio((largest & box).sum((-2, -1)).float(), largest.sum((-2, -1)).float())
+
+
+def _in_image(maps: Tensor, extent: Tensor) -> Tensor:
+    """[n, h, w], True for cells that belong to the image, part of them at least."""
+    ends = zip(extent.T, maps.shape[-2:], strict=True)
+    rows, columns = (torch.arange(cells, device=end.device) < end[:, None].ceil() for end, cells in ends)
+    return rows[:, :, None] & columns[:, None]
 
 
 def _pixel_sums(

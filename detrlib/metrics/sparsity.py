@@ -6,6 +6,10 @@ mask broadcastable to the weights, True for real keys; padded keys are left out 
 exist. (Padding masks in this library say the opposite: pass `~key_padding`.) A row that has no weight or no
 valid key gives 0, never NaN.
 
+Rows need not sum to one. What a row lacks to one, on a null key or on registers, is no key and counts nowhere but in
+its mass: Gini index and entropy are of how the mass that it has is spread, whatever there is of it, while zeros and
+support are of the weights themselves, which a null key that takes all makes zero.
+
 All measures follow from the weights in ascending order: `sparsity` computes them together from one sorting, the
 other functions one at a time.
 """
@@ -17,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MEASURES = ("gini", "zeros", "zeros_thresholded", "zeros_relative", "support", "entropy")
+MEASURES = ("gini", "zeros", "zeros_thresholded", "zeros_relative", "support", "entropy", "mass", "empty")
+OF_SHAPE = ("gini", "entropy")  # which a row without weight has not: `sparsity` says 0, means leave such rows out
 CHUNK = 2**22  # weights that are sorted at a time: what bounds the memory for maps of an encoder
 CPU_CHUNK = 2**19  # on a CPU: what stays in its cache
 
@@ -35,19 +40,21 @@ def sparsity(
 ) -> dict[str, Tensor]:
     """All MEASURES in one go: weights [..., K] -> {name: [...]}.
 
-    gini and entropy are the functions below; support is the number of valid keys above zero. zeros, zeros_thresholded
-    and zeros_relative are `zeros_ratio` of exact zeros, of weights up to `threshold`, and of weights up to share / K of
-    the K valid keys. Weights shrink as keys grow in number: what a fixed threshold calls zero depends on the resolution
-    of the feature map, what a share of the mean weight 1/K calls zero does not. At 1000 keys the two defaults are the
-    same. Exact zeros of a softmax are underflow: in float32 a weight is zero where its score lies more than 103 below
-    the highest.
+    gini and entropy are the functions below; support is the number of valid keys above zero; mass is the sum of the
+    weights, and empty 1 where that is zero, else 0. zeros, zeros_thresholded and zeros_relative are `zeros_ratio` of
+    exact zeros, of weights up to `threshold`, and of weights up to share / K of the K valid keys. Weights shrink as
+    keys grow in number: what a fixed threshold calls zero depends on the resolution of the feature map, what a share of
+    1/K, the mean weight of a row that sums to one, calls zero does not. At 1000 keys the two defaults are the same.
+    Either is absolute: in a row of little mass more weights are below. Exact zeros of a softmax are underflow: in
+    float32 a weight is zero where its score lies more than 103 below the highest.
     """
 
     def measure(rows: Rows) -> Tensor:
         limits = [torch.zeros_like(rows.total), torch.full_like(rows.total, threshold), share / rows.count.clamp(min=1)]
         zeros = _at_most(rows, torch.stack(limits, -1))  # [R,3]
         shares = _ratio(zeros, rows.count[:, None])
-        return torch.stack([_gini(rows), *shares.unbind(-1), rows.count - zeros[:, 0], _entropy(rows)])
+        support, empty = rows.count - zeros[:, 0], (rows.total == 0).float()
+        return torch.stack([_gini(rows), *shares.unbind(-1), support, _entropy(rows), rows.total, empty])
 
     return dict(zip(MEASURES, _by_rows(measure, weights, valid), strict=True))
 

@@ -46,6 +46,7 @@ class Example:
     queries: np.ndarray  # [n] their numbers in the model, and in the attention store
     extent: np.ndarray  # [2] height and width of the image in cells of the map, <= (h, w)
     stored: AttentionStore | Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)  # maps, or by site
+    means: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)  # by site, where maps are in memory
 
     @property
     def sites(self) -> list[str]:
@@ -81,6 +82,18 @@ class Example:
         queries = None if site == "encoder_self" else self.queries
         maps = self.stored.maps(self.image_id, site, layer, queries=queries)
         return np.abs(maps if layer is None else maps[0])
+
+    def received(self, site: str, layer: int) -> np.ndarray:
+        """The weight that every key gets, mean over all queries: [H,h,w], of decoder_self [H,Q].
+
+        Rows that sum to more than one count as shares of their sum, as in `metrics.sinks`. Raises RunError as `maps`.
+        """
+        self._check(site)
+        if site in self.means:
+            return self.means[site][layer]
+        if site == "encoder_self" or not isinstance(self.stored, AttentionStore):
+            return _received(self.maps(site, layer))
+        return _received(np.abs(self.stored.maps(self.image_id, site, layer)[0]))
 
     def extent_of(self, maps: np.ndarray) -> np.ndarray:
         """[2], height and width of the image in cells of maps [...,h,w] of a site.
@@ -148,14 +161,21 @@ def recorder(cfg: Config, total: int, accelerator: Accelerator, run_dir: Path | 
 
 def with_maps(example: Example, predictions: Predictions, sites: Iterable[Site], index: int = 0) -> Example:
     """The example of image number `index` of a batch with its maps in memory instead of a store."""
-    maps = {}
+    maps, means = {}, {}
     for site in sites:
         if not (count := len(getattr(predictions.attention, site))):  # an encoder without layers
             continue
         layers = [_valid(_weights(predictions, site, layer)[index], index, site, predictions) for layer in range(count)]
         whole = torch.stack(layers).float().cpu().numpy()  # [L,H,Q,h,w]
         maps[site] = whole if site == "encoder_self" else whole[:, :, example.queries]
-    return replace(example, stored=maps)
+        means[site] = np.stack([_received(np.abs(weights)) for weights in whole])
+    return replace(example, stored=maps, means=means)
+
+
+def _received(maps: np.ndarray) -> np.ndarray:
+    """Means over queries of maps [H,n,...]."""
+    total = maps.sum(tuple(range(2, maps.ndim)), keepdims=True)
+    return (maps / np.maximum(total, 1)).mean(1)
 
 
 def _weights(predictions: Predictions, site: Site, layer: int) -> Tensor:
@@ -221,7 +241,8 @@ def cells_of(batch: Batch, maps: AttentionMaps, index: int) -> Tensor:
 
 def save_example(run_dir: Path, example: Example) -> None:
     """The picture and detections of one example as examples/<image id>.npz; its maps are for the attention store."""
-    values = {entry.name: getattr(example, entry.name) for entry in fields(example) if entry.name != "stored"}
+    names = (entry.name for entry in fields(example) if entry.name not in ("stored", "means"))
+    values = {name: getattr(example, name) for name in names}
 
     def write(path: Path) -> None:
         with path.open("wb") as file:

@@ -14,8 +14,10 @@ parquet can use the files:
 
     SELECT layer, avg(len(weights)) FROM 'maps/*.parquet' GROUP BY layer        -- mean support, of sparse maps
 
-Rounding to float16 moves a weight by 2^-11 of itself, or by 2^-25 when it is below 2^-14, so that rows no longer sum
-to exactly one. A weight that would become zero is stored as 2^-24, the smallest number above it: the support is exact.
+Rounding to float16 moves a weight by 2^-11 of itself, or by 2^-25 when it is below 2^-14, so that sums of rows move as
+much: rows that sum to one do so no longer exactly. Others, beside a null key or of sigmoid, are kept as they are, empty
+ones as lists of no cell. A weight that would become zero is stored as 2^-24, the smallest number above it, so that the
+support is exact, and one beyond float16 as its largest number.
 
 Legend: L layers, H heads, n queries, K keys; keys are the h x w cells of a grid, or the Q queries (decoder_self).
 """
@@ -33,7 +35,7 @@ import pyarrow.parquet as pq
 from detrlib.errors import RunError
 from detrlib.metrics.tables import PartWriter, part_files
 
-SMALLEST = np.float16(2.0**-24)
+SMALLEST, LARGEST = np.float16(2.0**-24), float(np.finfo(np.float16).max)
 ROW_GROUP_CELLS = 2**21  # an image with more gets a row group for each layer: 4 MiB of dense float16
 FOLDER, METADATA = "maps", "detrlib"
 Choice = int | slice | Sequence[int] | np.ndarray | None
@@ -86,7 +88,7 @@ def pack(maps: np.ndarray) -> Packed:
 
 def as_half(weights: np.ndarray) -> np.ndarray:
     """Weights in float16, with the same zeros: what is too small for it becomes its smallest number, not zero."""
-    half = weights.astype(np.float16)
+    half = weights.clip(-LARGEST, LARGEST).astype(np.float16)
     lost = (half == 0) & (weights != 0)
     half[lost] = np.copysign(SMALLEST, weights[lost])
     return half

@@ -61,9 +61,8 @@ def rollout_of_one_sequence(encoder_self, decoder_self, decoder_cross):
 
     def step(first, last, sources, attention):
         matrix = torch.eye(queries + keys, dtype=torch.float64)
-        matrix[first:last, first:last] /= 2
-        matrix[first:last, sources] += attention.double() / 2
-        return matrix
+        matrix[first:last, sources] += attention.double()
+        return matrix / matrix.sum(-1, keepdim=True)  # "re-normalize the weights"
 
     cells, own = slice(queries, queries + keys), slice(0, queries)
     for a in encoder_self:
@@ -94,14 +93,30 @@ def test_relevance_of_one_layer_is_its_weighted_attention():
     torch.testing.assert_close(relevance(layers), layers.decoder_cross[0])
 
 
+@pytest.mark.parametrize("null_key", [False, True])
 @pytest.mark.parametrize("encoder", [0, 2])
-def test_rollout_against_one_sequence(encoder):
+def test_rollout_against_one_sequence(encoder, null_key):
+    """Also where rows sum to less than one, and some to nothing."""
     layers = random_layers(encoder)
+    if null_key:
+        for weights in (weights for site in layers for weights in site):
+            weights *= torch.rand(weights.shape[:2], generator=torch.Generator().manual_seed(1)).double()[..., None]
+            weights[:, 0] = 0.0
     found = rollout(layers)
     for image in range(2):
         expected, everything = rollout_of_one_sequence(*([one[image] for one in site] for site in layers))
         torch.testing.assert_close(found[image], expected, rtol=1e-12, atol=0)
         torch.testing.assert_close(everything.sum(-1), torch.ones(4, dtype=torch.float64))
+
+
+def test_empty_rows_pass_all_through_the_residual_connection():
+    """A layer that attends to nothing changes no rollout and no relevance."""
+    layers = random_layers(1, decoder=1)
+    empty = Layers(*([torch.zeros_like(site[0])] for site in layers))
+    more = Layers(*([*site, *nothing] for site, nothing in zip(layers, empty, strict=True)))
+    for explain in (rollout, relevance):
+        torch.testing.assert_close(explain(more), explain(layers))
+    assert (rollout(empty) == 0).all()
 
 
 def predictions_of(weights):

@@ -1,7 +1,9 @@
 """Attention measured over a data set: independent computations, processes put together, tables, untrained models."""
 
+import dataclasses
 import json
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,9 +17,10 @@ from detrlib.data import Batch
 from detrlib.engine.evaluate import evaluate_run, load_model
 from detrlib.errors import ConfigError, RunError
 from detrlib.losses import Criterion, match
-from detrlib.metrics import localisation, sparsity
-from detrlib.metrics.accumulate import SELECTIONS, AttentionMeasures, Moments, alphas_in_effect
+from detrlib.metrics import localisation, sinks, sparsity
+from detrlib.metrics.accumulate import SELECTIONS, AttentionMeasures, alphas_in_effect
 from detrlib.runs.results import layer_frame, located_table, paibb_table, sparsity_table
+from detrlib.runs.sinks import sinks_table
 
 SIZES = [(70, 101), (128, 64), (97, 160)]
 MODELS = {
@@ -177,8 +180,83 @@ def test_weights_with_signs_are_measured_by_their_magnitudes(setup):
         for site in looks.sites:
             assert all((layer < 0).any() for layer in getattr(predictions.attention, site)) == (len(found) == 1)
             setattr(predictions.attention, site, [layer.abs() for layer in getattr(predictions.attention, site)])
+    for summary in found:  # what a head puts out does have signs
+        for site in summary["sinks"].values():
+            del site["output_share"]
     assert json.dumps(found[0]) == json.dumps(found[1])
     assert 0 < found[0]["paibb"]["all"] < 1
+
+
+@pytest.fixture
+def resting(setup):
+    """The sums of a model whose heads rest on a corner in the first image, and on nothing in half of the other rows."""
+    cfg, batch, predictions, indices = setup("sparse everywhere")
+    maps, corner = predictions.attention, maps_without_gradients(predictions.attention)
+    for weights in corner.decoder_cross:
+        weights[0] *= 0.5
+        weights[0, ..., 0] += 0.5
+        weights[1:, :, ::2] = 0.0
+    looks = AttentionMeasures(cfg)
+    looks.add(replace_attention(predictions, corner), batch, indices)
+    return looks.summary({f"decoder_cross.{layer}": [1.5] * 4 for layer in range(3)}), maps, corner, batch, indices
+
+
+def maps_without_gradients(maps):
+    return dataclasses.replace(maps, decoder_cross=[weights.clone() for weights in maps.decoder_cross])
+
+
+def replace_attention(predictions, maps):
+    return dataclasses.replace(predictions, attention=maps)
+
+
+def test_paibb_without_the_sink_is_that_of_the_rest(resting):
+    summary, _, maps, batch, indices = resting
+    expected, with_sinks = [], []
+    for image, target in enumerate(batch.targets):
+        rows, columns = maps.valid_grid(image)
+        extent = tuple(side / 8 for side in target["size"].tolist())
+        for query, index in zip(*(side.tolist() for side in indices[image]), strict=True):
+            heads = maps.as_images("decoder_cross", 2)[image, :, query, :rows, :columns].clone()
+            for cells, name in ((heads, with_sinks), (heads.clone(), expected)):
+                if name is expected and image == 0:
+                    cells[:, 0, 0] = 0.0
+                box = target["boxes"][index : index + 1]
+                name.append(localisation.paibb(cells.mean(0)[None], box, extent).item())
+    for name, values in {"paibb": with_sinks, "paibb_without_sink": expected}.items():
+        assert summary["localisation"]["all"][name]["mean"][2] == pytest.approx(np.mean(values), rel=1e-4)
+    assert np.mean(expected) > np.mean(with_sinks)
+
+
+def test_empty_rows_are_counted_and_left_out_of_shapes(resting):
+    summary, before, _, batch, _ = resting
+    measured = summary["sparsity"]["decoder_cross"]["all"]
+    queries = before.decoder_cross[0].shape[2]
+    empty = np.mean([0.0, *[len(range(0, queries, 2)) / queries] * (len(batch.targets) - 1)])
+    assert measured["empty"]["mean"] == [pytest.approx(empty)] * 3
+    assert measured["mass"]["mean"] == [pytest.approx(1 - empty, rel=1e-5)] * 3
+    gini = []
+    for image in range(1, len(batch.targets)):
+        valid = ~before.key_padding[image]
+        gini.append(sparsity.gini(before.decoder_cross[0][image][:, 1::2, valid]).mean().item())
+    first = ~before.key_padding[0]
+    weights = before.decoder_cross[0][0][..., first] * 0.5
+    weights[..., 0] += 0.5
+    gini.append(sparsity.gini(weights).mean().item())
+    assert measured["gini"]["mean"][0] == pytest.approx(np.mean(gini), rel=1e-4)
+    assert summary["sinks"]["decoder_cross"]["null_mass"]["mean"] == [pytest.approx(empty, abs=1e-5)] * 3
+    assert "NaN" not in json.dumps(summary)
+
+
+def test_the_sites_measured_are_those_of_the_settings(setup, tiny_config):
+    cfg = setup("sparse everywhere")[0]
+    every = ["encoder_self", "decoder_self", "decoder_cross"]
+    assert AttentionMeasures(cfg).sites == every
+    assert AttentionMeasures(cfg, sites=["decoder_self"]).sites == ["decoder_self", "decoder_cross"]
+    assert AttentionMeasures(replace(cfg, {"evaluate.sites": []})).sites == ["decoder_cross"]
+    plain = {"model.attention": {}, "evaluate.sites": every}
+    assert AttentionMeasures(tiny_config(plain)).sites == every
+    assert AttentionMeasures(tiny_config()).sites == ["decoder_cross"]
+    assert AttentionMeasures(replace(setup("deformable")[0], {"evaluate.sites": every})).sites == every[1:]
 
 
 def test_counting_padding_changes_the_number_of_keys_alone(measured, setup):
@@ -216,6 +294,7 @@ def test_processes_put_together_are_one(tmp_path, setup, small):
     for name, keys in {
         "sparsity": ["site", "queries", "image_id", "layer", "head"],
         "located": ["image_id", "object", "layer", "head"],
+        "sinks": ["site", "image_id", "layer", "head"],
     }.items():
         one, parts = (
             pd.read_parquet(tmp_path / folder / name).sort_values(keys, ignore_index=True)
@@ -223,18 +302,6 @@ def test_processes_put_together_are_one(tmp_path, setup, small):
         )
         pd.testing.assert_frame_equal(one, parts, rtol=1e-3, atol=1e-5)
         assert len(list((tmp_path / "parts" / name).iterdir())) == 3
-
-
-def test_moments_leave_out_what_is_not_known():
-    values = torch.tensor([[1.0, 5.0], [2.0, torch.nan], [4.0, torch.nan]])
-    moments = Moments(2)
-    for part in values.split([2, 1]):
-        moments.add(part)
-    count, mean, std = moments.results()
-    assert count.tolist() == [3, 1]
-    assert mean.tolist() == pytest.approx([7 / 3, 5])
-    assert std[0].item() == pytest.approx(values[:, 0].std().item())
-    assert std[1].isnan()
 
 
 def test_alphas_in_effect(tiny_config):
@@ -290,7 +357,16 @@ def test_tables_of_a_run_agree_with_its_results(run):
     for name in localisation.MEASURES:
         entry = results["localisation"]["all"][name]
         assert entry["mean"][1] == pytest.approx(last[name].mean(), rel=1e-4)
-        assert entry["std"][1] == pytest.approx(last[name].std(), rel=1e-4)
+        assert entry["std"][1] == pytest.approx(last[name].std(), rel=1e-4, abs=1e-6)
+    resting, found = sinks_table([run.folder]), results["sinks"]["decoder_cross"]
+    assert len(resting) == 13 * 2 * 4
+    for name in sinks.MEASURES:
+        means = resting.groupby(["layer", "head"], observed=True)[name].mean().unstack().to_numpy()
+        expected = np.array(found[name]["heads"], dtype=float)
+        np.testing.assert_allclose(expected, means, rtol=1e-4, atol=1e-6)
+    most = resting.groupby(["layer", "head"])[["row", "column"]].agg(lambda x: list(x)).loc[(1, 2)]
+    share = max(Counter(zip(*most, strict=True)).values()) / 13
+    assert found["agreement"]["heads"][1][2] == pytest.approx(share)
 
 
 def test_untrained_is_the_model_that_training_started_from(run):

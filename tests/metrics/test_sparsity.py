@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detrlib.metrics import sparsity as module
-from detrlib.metrics.sparsity import MEASURES, entropy, gini, sparsity, zeros_ratio
+from detrlib.metrics.sparsity import MEASURES, OF_SHAPE, entropy, gini, sparsity, zeros_ratio
 
 METRICS_OF_WEIGHTS = [gini, zeros_ratio, entropy]
 
@@ -96,7 +96,7 @@ def one_row(weights: np.ndarray, threshold: float, share: float) -> list[float]:
     gini = 1 - 2 * sum(c / total * (keys - k + 0.5) / keys for k, c in enumerate(weights, start=1))
     zeros = [np.mean(weights <= limit) for limit in (0, threshold, share / keys)]
     positive = weights[weights > 0] / total
-    return [gini, *zeros, len(positive), -(positive * np.log(positive)).sum()]
+    return [gini, *zeros, len(positive), -(positive * np.log(positive)).sum(), total, 0]
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 2**22], ids=["row by row", "some rows", "all at once"])
@@ -114,6 +114,20 @@ def test_all_measures_are_those_of_each_row(chunk, monkeypatch):
             one_row(row, threshold, share), rel=1e-5, abs=1e-6
         )
     assert (found["zeros"] < found["zeros_thresholded"]).any() and (found["zeros"] < found["zeros_relative"]).any()
+
+
+def test_mass_counts_in_zeros_and_not_in_the_shape():
+    """Rows that sum to a half, to nothing and to three, as beside a null key or of sigmoid."""
+    weights = sparse_weights(4, 30)
+    factors = torch.tensor([1.0, 0.5, 0.0, 3.0])
+    found, before = sparsity(weights * factors[:, None], threshold=0.01), sparsity(weights, threshold=0.01)
+    torch.testing.assert_close(found["mass"], factors * before["mass"])
+    assert found["empty"].tolist() == [0, 0, 1, 0]
+    some = factors > 0
+    for name in (*OF_SHAPE, "zeros", "support"):
+        torch.testing.assert_close(found[name][some], before[name][some])
+    assert [found[name][2].item() for name in (*OF_SHAPE, "zeros", "support")] == [0, 0, 1, 0]
+    assert found["zeros_thresholded"][1] >= before["zeros_thresholded"][1]
 
 
 def test_all_measures_are_those_of_the_single_functions():
