@@ -265,17 +265,15 @@ def test_null_keys_and_scales_come_in_by_keys_and_queries(name, null_key, close,
         for parameter in transform.parameters():
             parameter += torch.tensor([-0.3, 0.5], device=DEVICE)
     query, key, value = random(2, 2, 18, 16, scale=2), random(2, 2, 32, 16, seed=1), random(2, 2, 32, 24, seed=2)
-    padding, inputs = (
-        some_padding(2, 32),
-        [x.requires_grad_() for x in (query, key, value)] + list(transform.parameters()),
-    )
+    inputs = [x.requires_grad_() for x in (query, key, value)] + list(transform.parameters())
+    padding = some_padding(2, 32)
     expected = mixing.mix(query, key, value, transform, padding)[0]
     *plain, mask = mixing._plain(query, key, value, padding, transform)
     mixed = flash.sparse_attention(*plain, transform.alpha, mask)
     close(mixed, expected, 1e-5)
     weighting = expected.detach()
     for own, wanted in zip(gradients(mixed, weighting, inputs), gradients(expected, weighting, inputs), strict=True):
-        close(own, wanted, 1e-5)
+        close(own, wanted, 1e-4)
 
 
 @pytest.mark.gpu
