@@ -42,19 +42,28 @@ def _(scores: Tensor, budget: float) -> Tensor:
     return torch.empty_like(scores, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op("detrlib::budget_gradient", mutates_args=())
+def _gradient(weights: Tensor, gradient: Tensor) -> Tensor:
+    between = weights.frac()  # and zero in place of one
+    if native.supported(between, 2.0):
+        rows = (each.reshape(-1, each.shape[-1]).contiguous() for each in (between, gradient))
+        return native.entmax_rows_backward(*rows, 2.0)[0].view(weights.shape)
+    out = gradient * between.sign_()
+    mean = out.sum(-1, keepdim=True) / between.sum(-1, keepdim=True).clamp(min=1)
+    return torch.sub(gradient, mean, out=out).mul_(between)
+
+
+@_gradient.register_fake
+def _(weights: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(weights, memory_format=torch.contiguous_format)
+
+
 def _remember(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(output)
 
 
 def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-    (weights,) = ctx.saved_tensors
-    between = weights.frac()  # and zero in place of one
-    if native.supported(between, 2.0):
-        rows = (each.reshape(-1, each.shape[-1]).contiguous() for each in (between, gradient))
-        return native.entmax_rows_backward(*rows, 2.0)[0].view(weights.shape), None
-    out = gradient * between.sign_()
-    mean = out.sum(-1, keepdim=True) / between.sum(-1, keepdim=True).clamp(min=1)
-    return torch.sub(gradient, mean, out=out).mul_(between), None
+    return _gradient(*ctx.saved_tensors, gradient), None
 
 
 _budget.register_autograd(_backward, setup_context=_remember)

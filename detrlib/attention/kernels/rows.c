@@ -182,9 +182,9 @@ static float budget_tau(const float *restrict z, long n, double budget) {
                 w += above > 0 ? 1 : 0;
                 total += above > 0 ? above : 0;
             }
-            float next = tau + (total - left) / w;
-            if (!(next > tau)) break;
-            tau = next;
+            float step = (total - left) / w;
+            tau += step; // the last one back, by what rounding went too far
+            if (!(step > 0)) break;
         }
         if (most - tau <= 1) return tau;
         limit = fminf(tau + 1, nextafterf(most, -INFINITY)); // one key more at least, whatever rounding does
