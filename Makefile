@@ -44,7 +44,7 @@ bench: .venv/.ready  ## execute the benchmark notebook into build/notebooks; mak
 	$(PY) -m detrlib notebook 10_benchmarks build/notebooks/10_benchmarks.ipynb $(ARGS)
 
 lab: .venv/.ready  ## open JupyterLab
-	$(PY) -m jupyter lab $(ARGS)
+	GOMP_SPINCOUNT=1000 $(PY) -m jupyter lab $(ARGS)
 
 # The stamp is written last, so an interrupted installation starts afresh.
 .venv/.ready: pyproject.toml requirements.lock

@@ -1,10 +1,11 @@
 """Exact entmax of many rows at once, with gradients for scores and alpha: who computes it where.
 
-on a CPU                        newton.solve, which looks for the few keys that can have weight
+on a CPU, in float32            native, loops in C, if the machine has a C compiler
+on a CPU otherwise              newton.solve
 on a GPU                        kernels/rows.py
 where these kernels cannot be   newton.in_fixed_steps, which never waits for the device
 in an exported graph            the same, as operations that every runtime has
-in a compiled graph             one operator, `detrlib::entmax`: any of the first three, unseen by the compiler
+in a compiled graph             one operator, `detrlib::entmax`: any of the first four, unseen by the compiler
 """
 
 import functools
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from detrlib.attention.newton import differentiate, differentiate_rows, in_fixed_steps, solve, support
+from detrlib.attention import native
+from detrlib.attention.newton import differentiate, in_fixed_steps, solve
 
 LEAST_ALPHA = 1 + 1e-6  # nearer to 1, float32 cannot tell it from 1
 KERNEL_ALPHA = 1.01  # below it, the kernels' errors of about 1e-7 / (alpha - 1) would show
@@ -49,63 +51,58 @@ def entmax_unchecked(scores: Tensor, alpha: float | Tensor) -> Tensor:
         alphas, alpha = None, float(alpha)
     if torch.compiler.is_exporting():
         return in_fixed_steps(scores, alpha if alphas is None else alphas)
-    # The operator costs 40 us more than the function, and cannot hand on which keys have weight.
+    # The operator costs 40 us more than the function.
     return (_entmax if torch.compiler.is_compiling() else _Entmax.apply)(scores, alphas, alpha)
 
 
 class _Entmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores: Tensor, alphas: Tensor | None, alpha: float) -> Tensor:
-        weights, *found = _weights(scores, alphas, alpha)
-        ctx.save_for_backward(weights, alphas, *found)
+        weights = _weights(scores, alphas, alpha)
+        ctx.save_for_backward(weights, alphas)
         ctx.alpha = alpha
         return weights
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        weights, alphas, *found = ctx.saved_tensors
-        return *_gradients(weights, gradient, alphas, ctx.alpha, ctx.needs_input_grad[1], found), None
+        weights, alphas = ctx.saved_tensors
+        return *_gradients(weights, gradient, alphas, ctx.alpha, ctx.needs_input_grad[1]), None
 
 
-def _weights(scores: Tensor, alphas: Tensor | None, alpha: float) -> tuple[Tensor, ...]:
-    """Weights, and on a CPU where they are: see `newton.solve`."""
+def _weights(scores: Tensor, alphas: Tensor | None, alpha: float) -> Tensor:
     x = scores.reshape(-1, scores.shape[-1]).contiguous()
     rows = alpha if alphas is None else alphas.reshape(-1, 1)
     if (kernels := _kernels(scores, alphas, alpha)) is not None:
-        found = [kernels.entmax_rows(x, rows if alphas is None else rows.view(-1))]
-    elif x.is_cpu:
-        found = solve(x, rows)
+        weights = kernels.entmax_rows(x, rows if alphas is None else rows.view(-1))
     else:
-        found = [in_fixed_steps(x, rows)]
-    return found[0].view(scores.shape), *found[1:]
+        weights = (solve if x.is_cpu else in_fixed_steps)(x, rows)
+    return weights.view(scores.shape)
 
 
 def _gradients(
-    weights: Tensor, gradient: Tensor, alphas: Tensor | None, alpha: float, need_alpha: bool, found: list[Tensor]
+    weights: Tensor, gradient: Tensor, alphas: Tensor | None, alpha: float, need_alpha: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Of scores and alphas, from weights and their gradient."""
     p, g = (t.reshape(-1, t.shape[-1]).contiguous() for t in (weights, gradient))
     rows = alpha if alphas is None else alphas.reshape(-1, 1)
     if (kernels := _kernels(weights, alphas, alpha)) is not None:
         to_scores, to_alpha = kernels.entmax_rows_backward(p, g, rows if alphas is None else rows.view(-1), need_alpha)
-    elif p.is_cpu:
-        to_scores, to_alpha = differentiate(p, g, rows, need_alpha, *(found or support(p, rows)))
     else:
-        to_scores, to_alpha = differentiate_rows(p, g, rows, need_alpha)
+        to_scores, to_alpha = differentiate(p, g, rows, need_alpha)
     return to_scores.view(weights.shape), to_alpha.view(alphas.shape) if need_alpha else None
 
 
 @torch.library.custom_op("detrlib::entmax", mutates_args=())
 def _entmax(scores: Tensor, alphas: Tensor | None, alpha: float) -> Tensor:
-    return _weights(scores, alphas, alpha)[0]
+    return _weights(scores, alphas, alpha)
 
 
 @torch.library.custom_op("detrlib::entmax_gradients", mutates_args=())
 def _entmax_gradients(
     weights: Tensor, gradient: Tensor, alphas: Tensor | None, alpha: float, need_alpha: bool
 ) -> tuple[Tensor, Tensor]:
-    to_scores, to_alpha = _gradients(weights, gradient, alphas, alpha, need_alpha, [])
+    to_scores, to_alpha = _gradients(weights, gradient, alphas, alpha, need_alpha)
     return to_scores, weights.new_empty(0) if to_alpha is None else to_alpha
 
 
@@ -135,7 +132,9 @@ _entmax.register_autograd(_backward, setup_context=_remember)
 
 
 def _kernels(scores: Tensor, alphas: Tensor | None, alpha: float):
-    """The Triton kernels where they take such scores and a fixed alpha, else None."""
+    """Compiled loops, or the Triton kernels, where they take such scores and alphas; else None."""
+    if native.supported(scores, alpha if alphas is None else alphas):
+        return native
     if not (scores.is_cuda and has_triton()) or (alphas is None and alpha < KERNEL_ALPHA):
         return None
     from detrlib.attention.kernels import rows as kernels

@@ -4,8 +4,9 @@
 number is:
 
     written down    `mix` itself, if the weights are asked for, or if there are no more than `MOST_SCORES` scores
-    PyTorch's       `scaled_dot_product_attention`, for softmax: no score is written down, but with dropout on a CPU,
-                    for which `_mix_softmax` writes them down in fewer passes
+    PyTorch's       `scaled_dot_product_attention`, for softmax: no score is written down, but on a CPU with dropout,
+                    for which `_mix_softmax` writes them down in fewer passes, or with values of another width than
+                    keys, for which PyTorch's kernel is none but its formula in more passes than here
     one kernel      kernels/flash.py, for the entmax family on a GPU, from `FUSED_KEYS` keys on: likewise
     in parts        of the queries, for what is left: no more than `MOST_SCORES` scores exist at a time
 
@@ -79,11 +80,16 @@ def attend(
     row = max(1, query.shape[0] * query.shape[1] * key.shape[2])  # scores of one query in every image and head
     few = row * query.shape[2] <= MOST_SCORES
     if isinstance(transform, Softmax) and not transform.padding_adds_one:
+        by_bits, channels, width = 0 < dropout < 1 and drawn_by_bits(query), query.shape[-1], value.shape[-1]
+        if few and query.is_cpu and channels != width and not by_bits:
+            return mix(query, key, value, transform, padding, grid, dropout)[0], None
         query, key, value, padding = _plain(query, key, value, padding, transform)
-        if 0 < dropout < 1 and few and drawn_by_bits(query):
+        if few and by_bits:
             return _mix_softmax(query, key, value, padding, dropout), None
+        value = F.pad(value, (0, query.shape[-1] - channels))  # as wide as keys still
         keep = None if padding is None else ~padding[:, None, None, :]  # [B,1,1,K]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout)
+        return mixed[..., :width], None
     if _fused(query, key, value, transform):
         query, key, value, padding = _plain(query, key, value, padding, transform)
         return _flash().sparse_attention(query, key, value, transform.alpha, padding, dropout), None

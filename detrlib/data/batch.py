@@ -143,11 +143,11 @@ def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) ->
     settings: the section `data` of a config.
     pinned: batches lie in memory that a GPU copies from while it computes.
     order: arguments of `DataLoader`: batch_sampler, or batch_size.
+
+    Raises ConfigError as `worker_processes`.
     """
-    workers = settings.workers
-    if workers == "auto":
-        images = order["batch_sampler"].own_size if "batch_sampler" in order else order.get("batch_size", 1)
-        workers = 0 if settings.cache else _workers(images, settings.image_size)
+    images = order["batch_sampler"].own_size if "batch_sampler" in order else order.get("batch_size", 1)
+    workers = worker_processes(settings, images)
     return DataLoader(
         dataset,
         collate_fn=pack,
@@ -159,19 +159,25 @@ def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) ->
     )
 
 
-def _workers(images: int, image_size: int) -> int:
-    """How many processes prepare batches of so many images: as there are cores left, and room in shared memory.
+def worker_processes(settings: Data, images: int) -> int:
+    """How many processes prepare batches of so many images: by `data.workers`, or for each core that is left.
 
-    One that finds it full never sends its batch, and who waits for that waits for ever; containers often have 64 MB.
+    One that finds no room in shared memory never sends its batch, and who waits for that waits for ever; containers
+    often have 64 MB. Raises ConfigError where more are asked for than there is room for.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = min(max(cores() // processes - 1, 0), MOST_WORKERS)  # the process itself wants one
-    batch = images * 4 * (image_size * LONGEST / PAPER_SIZE) ** 2  # bytes of pixels and mask, at most
+    processes, workers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), settings.workers
+    if workers == "auto":  # the process itself wants a core
+        workers = 0 if settings.cache else min(max(cores() // processes - 1, 0), MOST_WORKERS)
+    batch = images * 4 * (settings.image_size * LONGEST / PAPER_SIZE) ** 2  # bytes of pixels and mask, at most
     room = shutil.disk_usage(SHARED).free / processes if SHARED.is_dir() else math.inf
-    if workers * AHEAD * batch > room:
-        workers = int(room / (AHEAD * batch))
-        log_once(f"data.workers: auto is {workers}, for which {SHARED} has room; give it more (docker run --shm-size)")
-    return workers
+    if workers * AHEAD * batch <= room:
+        return workers
+    fit = int(room / (AHEAD * batch))
+    found = f"{SHARED} has room for {fit} ({room / 2**20:.0f} MB); give it more (docker run --shm-size)"
+    if settings.workers != "auto":
+        raise ConfigError(f"data.workers: {workers}, but {found}, or set data.workers: auto")
+    log_once(f"data.workers: auto is {fit}, since {found}")
+    return fit
 
 
 def batches(loader: Iterable[Packed]) -> Iterator[Batch]:

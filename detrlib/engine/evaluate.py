@@ -12,10 +12,12 @@ Legend: B images, L layers, H heads, Q queries, K keys.
 import logging
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -33,8 +35,9 @@ from detrlib.errors import ConfigError, DataError, RunError, listed
 from detrlib.files import load_checkpoint, write_json
 from detrlib.losses import Criterion, match
 from detrlib.metrics.accumulate import AttentionMeasures
+from detrlib.metrics.coco_format import box_table, coco_detections, save_detections
 from detrlib.metrics.collapse import BestDetections
-from detrlib.metrics.detection import coco_ap, coco_detections, match_detections
+from detrlib.metrics.detection import NO_CATEGORY, coco_ap, match_detections
 from detrlib.metrics.floor import fixed_boxes, floor
 from detrlib.models import Predictions, alpha_modules
 from detrlib.models.outputs import Site
@@ -55,6 +58,7 @@ from detrlib.runs.sources import build_source, refuse_predictions, run_source
 logger = logging.getLogger(__name__)
 
 DETECTIONS_PER_IMAGE = 100  # as COCO counts them
+DETECTIONS_AT_ONCE = 10_000  # that are text in memory, on their way to a file
 FIXED_BOXES = "fixed_boxes"  # in measures/: kept, so that the annotations of the training split are read once
 MAY_MOVE = {key for key in WHERE if not key.endswith("split")}  # of settings of data, in an evaluation
 UNTRAINED = "untrained"  # in place of a checkpoint's name: the model as it was before training
@@ -185,10 +189,14 @@ def run_floor(run_dir: Path, dataset: CocoDataset, engine: str) -> dict:
     return {"floor": floor(load_table(run_dir, FIXED_BOXES), dataset, engine)}
 
 
-def save_results(run_dir: Path, results: dict, detections: list[dict], ground_truth: dict) -> dict:
+def save_results(
+    run_dir: Path, results: dict, detections: pd.DataFrame | Sequence[Mapping], ground_truth: dict
+) -> dict:
     """Write predictions.json and matches, then results.json, which says of a run that it is finished."""
-    write_json(run_dir / "predictions.json", detections)
-    matches = match_detections(ground_truth, detections)
+    table = box_table(detections)
+    parts = (table[first : first + DETECTIONS_AT_ONCE] for first in range(0, len(table), DETECTIONS_AT_ONCE))
+    save_detections(run_dir / "predictions.json", parts)
+    matches = match_detections(ground_truth, table)
     save_tables(run_dir, {"matches": matches.detections, "annotations": matches.annotations})
     write_json(run_dir / "results.json", results)
     return results
@@ -206,7 +214,7 @@ def evaluate(
     looked_at: int | None = None,
     run_dir: Path | None = None,
     progress: bool = True,
-) -> tuple[dict, list[dict]]:
+) -> tuple[dict, pd.DataFrame]:
     """Run `model` over `dataset` once, each process over its share.
 
     Args:
@@ -223,9 +231,9 @@ def evaluate(
         progress: show a bar.
 
     Returns:
-        Results and detections in COCO format, complete on every process. Results hold `detection` (12 COCO numbers and
-        per class), `spread` (`BestDetections.summary`), `loss` (with a criterion), `alpha`, the settings `evaluate`,
-        and what `AttentionMeasures.summary` says: `attention`, `sparsity`, `paibb`, `localisation`.
+        Results and a table of detections (`coco_detections`), both of all processes. Results hold `detection` (12 COCO
+        numbers and per class), `spread` (`BestDetections.summary`), `loss` (with a criterion), `alpha`, the settings
+        `evaluate`, and what `AttentionMeasures.summary` says: `attention`, `sparsity`, `paibb`, `localisation`.
 
     Raises:
         RunError: what is stored cannot be written.
@@ -233,11 +241,12 @@ def evaluate(
     start, device = time.perf_counter(), accelerator.device
     model = model.to(device).eval()
     detections, losses, looks, best, seen = [], [], None, BestDetections(), 0
+    loader = _share(dataset, cfg, accelerator)  # may be refused: before what is stored is removed
     with recorder(cfg, len(dataset), accelerator, run_dir) as record:
         if sites is None or sites:
             folder = run_dir / "measures" if run_dir else None
             looks = AttentionMeasures(cfg, folder, accelerator.process_index, accelerator.num_processes, sites)
-        bar = tqdm(_share(dataset, cfg, accelerator), desc="evaluating", leave=False, disable=not progress or None)
+        bar = tqdm(loader, desc="evaluating", leave=False, disable=not progress or None)
         for batch in batches(bar):
             batch = batch.to(device)
             looking = looks and (looked_at is None or seen < looked_at)
@@ -245,7 +254,7 @@ def evaluate(
             wanted = {*looks.sites, *(record.sites(batch) if record else ())} if looking else ()
             with autocast(cfg.train.precision, device):
                 predictions = model(batch.images, batch.padding_mask, need_attention=wanted)
-            detections += _detections(predictions, batch.targets, dataset)
+            detections.append(_detections(predictions, batch.targets, dataset))
             best.add(predictions, batch.targets)
             if criterion is not None:
                 losses.append(_losses(criterion, predictions, batch.targets))
@@ -258,6 +267,7 @@ def evaluate(
         if accelerator.num_processes > 1:  # comes back once all processes have closed their tables
             detections, losses, sums, spread = (gather_object(x) for x in (detections, losses, sums, spread))
         best.boxes.sums = torch.stack(spread).sum(0)
+        detections = pd.concat(detections, ignore_index=True)
         results = _results(model, dataset, cfg, detections) | {"spread": best.summary()}
         if criterion is not None:
             results["loss"] = {name: _weighted_mean([row[name] for row in losses]) for name in losses[0]}
@@ -284,7 +294,7 @@ def _losses(criterion: Criterion, predictions: Predictions, targets: list[dict])
     }
 
 
-def _results(model: nn.Module, dataset: CocoDataset, cfg: Config, detections: list[dict]) -> dict:
+def _results(model: nn.Module, dataset: CocoDataset, cfg: Config, detections: pd.DataFrame) -> dict:
     """What results.json holds besides losses and attention."""
     return {
         "detection": coco_ap(dataset.ground_truth, detections, cfg.evaluate.engine),
@@ -296,16 +306,16 @@ def _results(model: nn.Module, dataset: CocoDataset, cfg: Config, detections: li
     }
 
 
-def _detections(predictions: Predictions, targets: list[dict], dataset: CocoDataset) -> list[dict]:
+def _detections(predictions: Predictions, targets: list[dict], dataset: CocoDataset) -> pd.DataFrame:
     sizes = torch.stack([target["original_size"] for target in targets])
-    rows = []
-    for target, detected in zip(targets, predictions.detections(sizes, DETECTIONS_PER_IMAGE), strict=True):
-        # Labels between two category ids can be predicted, but name no category.
-        known = torch.tensor([label in dataset.category_ids for label in detected.labels.tolist()], dtype=torch.bool)
-        boxes, scores, labels = (x.cpu()[known] for x in (detected.boxes, detected.scores, detected.labels))
-        ids = [dataset.category_ids[label] for label in labels.tolist()]
-        rows += coco_detections(target["image_id"], boxes, scores, ids)
-    return rows
+    each = predictions.detections(sizes, DETECTIONS_PER_IMAGE)
+    images = np.repeat([target["image_id"] for target in targets], [len(detected.scores) for detected in each])
+    boxes, scores, labels = (
+        torch.cat([getattr(own, name) for own in each]).cpu() for name in ("boxes", "scores", "labels")
+    )
+    table = coco_detections(images, boxes, scores, [dataset.category_ids.get(x, NO_CATEGORY) for x in labels.tolist()])
+    # Labels between two category ids can be predicted, but name no category.
+    return table[table["category_id"] != NO_CATEGORY]
 
 
 def _weighted_mean(pairs: list[tuple[float, float]]) -> float:

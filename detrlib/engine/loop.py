@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, describe_data, look_over, open_splits
-from detrlib.data.batch import EpochSampler, batches, open_loader
+from detrlib.data.batch import EpochSampler, batches, open_loader, worker_processes
 from detrlib.data.classes import class_list
 from detrlib.engine import tracking
 from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
@@ -76,6 +76,8 @@ def train(cfg: Config, run_dir: Path) -> dict:
     if cfg.train.compile:
         require_compiler(accelerator.device)
     say = partial(tracking.say, accelerator)
+    for images in (cfg.train.batch_size // accelerator.num_processes, cfg.evaluate.batch_size):
+        worker_processes(cfg.data, images)  # raises where shared memory has no room for them
     train_set, val_set = (splits := open_splits(cfg.data)).values()
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
         cfg = cfg.model_copy(update={"model": cfg.model.completed()})
@@ -146,6 +148,7 @@ class Trainer:
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
         self.pace = Pace(cfg.train, len(self.sampler), len(val_set) / cfg.train.batch_size)
         self.floor, self.warned = {}, set()  # see `run_floor`; signs of collapse that were said
+        self.evaluated: tuple[dict, list[dict]] | None = None  # what `evaluate` has found after the last epoch
         tracking.start_tracking(accelerator, cfg)
 
     def run(self, resume: bool) -> dict:
@@ -167,7 +170,9 @@ class Trainer:
             ap = record.get("detection/AP", -math.inf)
             state.save(self.run_dir / "checkpoints", ap, self.cfg.train.keep_every)
             self._report(record, time.perf_counter() - start)
-        results, detections = evaluate(state.evaluated, self.val_set, self.cfg, self.accelerator, run_dir=self.run_dir)
+        if self.evaluated is None:  # a run that goes on after its last epoch
+            self._validate()
+        results, detections = self.evaluated
         results |= {"checkpoint": "last", "epoch": state.epoch, "global_step": state.global_step} | self.floor
         self.warned.clear()
         self._warn(results)
@@ -251,11 +256,14 @@ class Trainer:
         )
 
     def _validate(self) -> dict[str, float]:
-        criterion = Criterion(**dict(self.cfg.loss))
-        asked = {"criterion": criterion, "sites": ("decoder_cross",), "looked_at": LOOKED_AT}
-        results, _ = evaluate(self.state.evaluated, self.val_set, self.cfg, self.accelerator, **asked)
+        last = self.state.epoch == self.cfg.train.epochs
+        asked = {"run_dir": self.run_dir} if last else {"sites": ("decoder_cross",), "looked_at": LOOKED_AT}
+        asked["criterion"] = Criterion(**dict(self.cfg.loss))
+        results, detections = evaluate(self.state.evaluated, self.val_set, self.cfg, self.accelerator, **asked)
+        if last:
+            self.evaluated = results, detections
         numbers = {name: value for name, value in results["detection"].items() if not isinstance(value, dict)}
-        record = {f"val/{name}": value for name, value in results["loss"].items()}
+        record = {f"val/{name}": value for name, value in results.pop("loss").items()}
         record |= {f"spread/{name}": value for name, value in results["spread"].items()}
         if self.cfg.train.epochs <= 2 * self.state.epoch < 2 * self.cfg.train.epochs:
             self._warn(results | self.floor)  # before, all models are like that

@@ -45,4 +45,4 @@ class Pace:
         evaluation = mean(self.evaluations) if self.evaluations else FORWARD * self.evaluated * step
         epochs, every = self.settings.epochs, self.settings.eval_every
         judged = sum(each % every == 0 or each == epochs for each in range(epoch + 1, epochs + 1))
-        return ((epochs - epoch) * self.steps - number) * step + (judged + 1) * evaluation
+        return ((epochs - epoch) * self.steps - number) * step + judged * evaluation

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from detrlib.data import Batch
 from detrlib.engine.evaluate import autocast
@@ -80,8 +81,8 @@ def train_step(
         explain: from what is no number to the message of the error.
 
     Returns:
-        "loss", which was minimised, its unweighted terms, and with clipping "grad_norm", that before it; detached, and
-        of the whole batch.
+        "loss", which was minimised, its unweighted terms, and "grad_norm", that before clipping; detached, and of the
+        whole batch.
 
     Raises:
         NonFiniteLoss: the loss or the norm of its gradients is no number; weights are as they were. On a GPU, with a
@@ -105,10 +106,11 @@ def train_step(
         del predictions, loss, terms  # before the next part takes their place
 
     watch()
-    numbers = {"loss": sums["loss"]}
     if clip_norm:
-        sums["grad_norm"] = numbers["gradient norm"] = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-    finite = pending.note(numbers, explain)
+        sums["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+    else:
+        sums["grad_norm"] = get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+    finite = pending.note({"loss": sums["loss"], "gradient norm": sums["grad_norm"]}, explain)
     if not may_wait:
         pending.read()
     with _unless(~finite, optimizer) if may_wait else nullcontext():

@@ -9,12 +9,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from detrlib.config import Config, load_config, project_path, replace
 from detrlib.data import build_dataset
 from detrlib.data.yolo import is_data_yaml
 from detrlib.engine.evaluate import on_split, run_floor, save_results
 from detrlib.errors import DataError, RunError
 from detrlib.experiments.transfer import find_data
+from detrlib.metrics.coco_format import box_table
 from detrlib.metrics.detection import coco_ap
 from detrlib.runs.opening import begin_folder
 
@@ -89,8 +92,8 @@ def _config(data: Path, split: str | None, images: Path | None) -> Config:
 
 def read_detections(
     path: Path, image_ids: Collection[int], category_ids: Collection[int], file_names: Mapping[str, int] | None = None
-) -> list[dict]:
-    """Detections from a file in COCO's results format, which may name images by their files, {file name: id}.
+) -> pd.DataFrame:
+    """A table of the detections in a file of COCO's results format, which may name images by file, {file name: id}.
 
     Raises DataError naming the file and the first wrong entry.
     """
@@ -107,7 +110,7 @@ def read_detections(
             entry["image_id"] = ids.get(entry["image_id"], entry["image_id"])
         if fault := _fault(entry, known):
             raise DataError(f"{path}: entry {number}: {fault}")
-    return [{name: entry[name] for name in FIELDS} for entry in content]
+    return box_table(content)
 
 
 def _fault(entry: Any, known: dict[str, set[int]]) -> str | None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -183,11 +184,22 @@ def _draw(folder: Path, names: list[str]) -> Path:
         executed = execute_notebook("thesis_figures", folder / report, parameters)
         if maps.wait():
             raise RunError(f"{log}: {_last_line(log)}. Call again to draw what is missing.")
-    finally:
-        if maps.poll() is None:
-            maps.send_signal(signal.SIGINT)
-            maps.wait()
+    except BaseException:
+        _interrupt([maps])
+        raise
     return executed
+
+
+def _interrupt(processes: list[subprocess.Popen]) -> None:
+    """Wait until processes have left in order, as they do where a terminal has interrupted them too; those that have
+    not heard of it, as one that is just beginning may, are interrupted, twice."""
+    for seconds, again in ((GRACE, True), (PATIENCE, True), (PATIENCE, False)):
+        end = time.monotonic() + seconds
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, end - time.monotonic()))
+            if again:
+                process.send_signal(signal.SIGINT)  # nothing happens to one that has left
 
 
 def _prepare(jobs: list[Job]) -> None:
@@ -243,13 +255,9 @@ def _work_off(jobs: list[Job], slots: int) -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             interrupted.set()
-            wait({future for future in left if not future.cancelled()}, GRACE)
-            for _ in range(2):  # a process that is just beginning may miss a signal
-                with starting:
-                    for job in jobs:
-                        if process := job.process:
-                            process.send_signal(signal.SIGINT)
-                wait({future for future in left if not future.cancelled()}, PATIENCE)
+            with starting:
+                processes = [process for job in jobs if (process := job.process)]
+            _interrupt(processes)
             raise
 
 

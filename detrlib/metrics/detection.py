@@ -11,18 +11,19 @@ Legend: D detections, G annotations, A area ranges (all, small, medium, large), 
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import faster_coco_eval
 import numpy as np
 import pandas as pd
-import torch
-from faster_coco_eval import COCO, COCOeval_faster
-from numpy.typing import ArrayLike
+from faster_coco_eval import COCOeval_faster
 
 from detrlib.errors import DataError
+from detrlib.metrics.coco_format import BOX, box_table, coco_entries
 
 METRICS = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
@@ -35,30 +36,13 @@ DETECTIONS_PER_CLASS = 100  # of an image and class, the best of which count
 UNDEFINED = -1  # COCO's value for a number that has no ground truth to be computed from; missing (NaN) in our tables
 NO_CATEGORY = -1  # stands for "no annotations" in the row of an image that has none
 PAIRS_AT_ONCE = 2**21  # detections and annotations whose IoU is held in memory together
-
-
-def coco_detections(image_id: int, boxes: ArrayLike, scores: ArrayLike, category_ids: ArrayLike) -> list[dict]:
-    """The detections of one image in COCO's results format, whose boxes are (left, top, width, height).
-
-    boxes [n, 4] xyxy in pixels of the original image; scores [n]; category_ids [n] as in the annotation file.
-    Tensors of any device, arrays or lists. Raises ValueError when the lengths differ.
-    """
-    corners = torch.as_tensor(boxes).detach().reshape(-1, 4)
-    left_top, size = corners[:, :2], corners[:, 2:] - corners[:, :2]
-    return [
-        {"image_id": int(image_id), "category_id": int(category), "bbox": box, "score": float(score)}
-        for box, score, category in zip(
-            torch.cat([left_top, size], dim=1).tolist(),
-            torch.as_tensor(scores).tolist(),
-            torch.as_tensor(category_ids).tolist(),
-            strict=True,
-        )
-    ]
+IMAGES_AT_ONCE = 500  # whose detections are matched together
+COMPACT = {"image_id": np.int64, "category_id": np.int32}
 
 
 def coco_ap(
     ground_truth: Mapping | str | PathLike,
-    detections: Sequence[Mapping],
+    detections: Sequence[Mapping] | pd.DataFrame,
     engine: Literal["faster_coco_eval", "pycocotools"] = "faster_coco_eval",
 ) -> dict:
     """Compute COCO's numbers for boxes.
@@ -67,7 +51,8 @@ def coco_ap(
         ground_truth: a COCO instances dictionary or the path of its JSON file. Sizes are bins of the annotation's
             `area` (the segmentation's, in COCO). An annotation takes no part in the score, neither detected nor missed,
             when its `iscrowd` is set.
-        detections: a list in COCO's results format. Neither argument is modified.
+        detections: a list in COCO's results format, or a table, see `metrics.coco_format`. Neither argument is
+            modified.
         engine: the evaluator; pycocotools is the official code, several times slower.
 
     Returns:
@@ -76,38 +61,50 @@ def coco_ap(
     Raises:
         DataError: a detection belongs to an image that the ground truth does not list.
     """
-    truth = _boxes_only(ground_truth)
-    _check_images([image["id"] for image in truth["images"]], detections)
-    results = [dict(detection) for detection in detections]  # evaluators write into the entries they are given
-    evaluation = _official(truth, results) if engine == "pycocotools" else _fast(truth, results)
-    numbers = {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)}
-    return numbers | {
-        "per_class": _per_class(evaluation, {entry["id"]: entry["name"] for entry in truth["categories"]})
-    }
-
-
-def _fast(truth: dict, results: list[dict]) -> COCOeval_faster:
-    index = COCO(truth)
-    evaluation = COCOeval_faster(index, index.loadRes(results), iouType="bbox", print_function=lambda message: None)
-    evaluation.run()
-    return evaluation
-
-
-def _official(truth: dict, results: list[dict]) -> Any:
-    from pycocotools import coco, cocoeval  # which a machine for speed alone may lack
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for every step
-        index = coco.COCO()
-        index.dataset = truth
-        index.createIndex()
-        listed = index.loadRes(results) if results else coco.COCO()
-        if not results:  # which loadRes refuses
-            listed.dataset = truth | {"annotations": []}
-            listed.createIndex()
-        evaluation = cocoeval.COCOeval(index, listed, iouType="bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
+    truth, table = _boxes_only(ground_truth), box_table(detections)
+    images = {image["id"] for image in truth["images"]}
+    _check_images(images, table)
+    names = {entry["id"]: entry["name"] for entry in sorted(truth["categories"], key=lambda entry: entry["id"])}
+    annotations = {category_id: [] for category_id in names or (NO_CATEGORY,)}
+    for annotation in truth["annotations"]:
+        if annotation["image_id"] in images and annotation["category_id"] in annotations:
+            annotations[annotation["category_id"]].append(annotation)
+    precision, recall, per_class = [], [], {}
+    with contextlib.redirect_stdout(io.StringIO()):  # the official evaluator prints a line for every step
+        for category_id, own in annotations.items():
+            evaluation = _evaluated(engine, category_id, own, table[table["category_id"] == category_id])
+            precision.append(evaluation.eval["precision"])  # [T,recall levels,1,A,most detections]
+            recall.append(evaluation.eval["recall"])  # [T,1,A,most detections]
+        evaluation.eval = {"precision": np.concatenate(precision, 2), "recall": np.concatenate(recall, 1)}
         evaluation.summarize()
+    for name, values in zip(names.values(), precision, strict=False):
+        largest = values[:, :, 0, 0, -1]  # all object sizes, at most 100 detections
+        per_class[name] = {"AP": _mean_where_defined(largest), "AP50": _mean_where_defined(largest[0])}
+    return dict(zip(METRICS, map(float, evaluation.stats), strict=True)) | {"per_class": per_class}
+
+
+def _evaluated(engine: str, category_id: int, annotations: list[dict], table: pd.DataFrame) -> Any:
+    """An evaluator that has judged the detections of one class, which classes share nothing of.
+
+    It takes a dictionary for each detection, and room for each image it is told of: those of all classes at once would
+    be most of the memory of an evaluation.
+    """
+    if engine == "pycocotools":
+        from pycocotools.coco import COCO  # which a machine for speed alone may lack
+        from pycocotools.cocoeval import COCOeval
+    else:
+        COCO, COCOeval = faster_coco_eval.COCO, partial(COCOeval_faster, print_function=lambda message: None)
+    entries = coco_entries(table)
+    for number, entry in enumerate(entries, start=1):
+        entry |= {"id": number, "area": entry["bbox"][2] * entry["bbox"][3]}
+    indices = COCO(), COCO()
+    images = [{"id": id} for id in sorted({one["image_id"] for one in (*annotations, *entries)})]
+    for index, own in zip(indices, (annotations, entries), strict=True):
+        index.dataset = {"images": images, "categories": [{"id": category_id}], "annotations": own}
+        index.createIndex()
+    evaluation = COCOeval(*indices, iouType="bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
     return evaluation
 
 
@@ -134,27 +131,13 @@ def _boxes_only(ground_truth: Mapping | str | PathLike) -> dict:
     }
 
 
-def _check_images(image_ids: Iterable[int], detections: Sequence[Mapping]) -> None:
-    unknown = {detection["image_id"] for detection in detections} - set(image_ids)
-    if unknown:
+def _check_images(image_ids: Collection[int], table: pd.DataFrame) -> None:
+    unknown = table["image_id"][~table["image_id"].isin(image_ids)]
+    if len(unknown):
         raise DataError(
-            f"detections for {len(unknown)} images that are not in the ground truth, such as {min(unknown)}; "
+            f"detections for {unknown.nunique()} images that are not in the ground truth, such as {unknown.min()}; "
             "give the annotation file that they were made for"
         )
-
-
-def _per_class(evaluation: Any, names: Mapping[int, str]) -> dict[str, dict[str, float]]:
-    """AP and AP50 by name of class, of either engine's evaluation."""
-    # [IoU thresholds, recall levels, classes]: all object sizes, at most 100 detections
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    category_ids = evaluation.params.catIds
-    return {
-        names[category]: {
-            "AP": _mean_where_defined(precision[:, :, position]),
-            "AP50": _mean_where_defined(precision[0, :, position]),
-        }
-        for position, category in enumerate(category_ids)
-    }
 
 
 def _mean_where_defined(values: np.ndarray) -> float:
@@ -179,7 +162,7 @@ class Matches(NamedTuple):
     annotations: pd.DataFrame
 
 
-def match_detections(ground_truth: Mapping | str | PathLike, detections: Sequence[Mapping]) -> Matches:
+def match_detections(ground_truth: Mapping | str | PathLike, detections: Sequence[Mapping] | pd.DataFrame) -> Matches:
     """Say which detections are true, false or ignored, by COCO's rules.
 
     From the best detection of an image and class to the worst, each takes the annotation of highest IoU among those
@@ -199,22 +182,19 @@ def match_detections(ground_truth: Mapping | str | PathLike, detections: Sequenc
     truth = _boxes_only(ground_truth)
     image_ids = np.unique([image["id"] for image in truth["images"]])
     category_ids = np.unique([category["id"] for category in truth["categories"]])
-    _check_images(image_ids, detections)
-    annotated = _table(truth["annotations"], ("area", "iscrowd"))
+    detected = box_table(detections)
+    _check_images(image_ids, detected)
+    annotated = box_table(truth["annotations"], ("area", "iscrowd"))
     annotated = annotated[annotated["category_id"].isin(category_ids)]
     annotated = annotated.sort_values(["image_id", "category_id"], kind="stable", ignore_index=True)
-    detected = _table(detections, ("score",))
-    detected = detected[detected["category_id"].isin(category_ids)].assign(area=lambda table: table["w"] * table["h"])
-    # Equal scores keep their order.
-    order = np.lexsort((-detected["score"], detected["category_id"], detected["image_id"]))
-    detected = detected.iloc[order]
-    rank = detected.groupby(["image_id", "category_id"]).cumcount()
-    detected = detected[rank < DETECTIONS_PER_CLASS].reset_index(drop=True)
-
     skipped = _outside(annotated["area"]) | (annotated["iscrowd"] != 0).to_numpy()[:, None]  # [G,A]
-    flags = _match(detected, annotated, skipped)
-    columns = {f"{kind}_{area}": flags[kind][:, a] for kind in flags for a, area in enumerate(AREAS)}
-    table = detected[["image_id", "category_id", "score"]].assign(**columns)
+    detected = detected[detected["category_id"].isin(category_ids)].sort_values("image_id", kind="stable")
+    later = image_ids[IMAGES_AT_ONCE::IMAGES_AT_ONCE]
+    blocks = (np.split(np.arange(len(one)), np.searchsorted(one["image_id"], later)) for one in (detected, annotated))
+    table = pd.concat(
+        [_judged(detected.iloc[d], annotated.iloc[g], skipped[g]) for d, g in zip(*blocks, strict=True)],
+        ignore_index=True,
+    )
     counts = annotated[["image_id", "category_id"]].assign(
         **{area: (~skipped[:, a]).astype(np.int32) for a, area in enumerate(AREAS)}
     )
@@ -222,8 +202,20 @@ def match_detections(ground_truth: Mapping | str | PathLike, detections: Sequenc
     empty = pd.DataFrame({"image_id": bare, "category_id": NO_CATEGORY, **dict.fromkeys(AREAS, np.int32(0))})
     counts = pd.concat([counts.groupby(["image_id", "category_id"], as_index=False).sum(), empty])
     counts = counts.sort_values(["image_id", "category_id"], ignore_index=True)
-    compact = {"image_id": np.int64, "category_id": np.int32}
-    return Matches(table.astype(compact), counts.astype(compact | dict.fromkeys(AREAS, np.int32)))
+    return Matches(table, counts.astype(COMPACT | dict.fromkeys(AREAS, np.int32)))
+
+
+def _judged(detected: pd.DataFrame, annotated: pd.DataFrame, skipped: np.ndarray) -> pd.DataFrame:
+    """`Matches.detections` of some images, of which nothing else is kept."""
+    detected = detected.astype(dict.fromkeys((*BOX, "score"), float)).assign(area=lambda table: table["w"] * table["h"])
+    # Equal scores keep their order.
+    order = np.lexsort((-detected["score"], detected["category_id"], detected["image_id"]))
+    detected = detected.iloc[order]
+    rank = detected.groupby(["image_id", "category_id"]).cumcount()
+    detected = detected[rank < DETECTIONS_PER_CLASS].reset_index(drop=True)
+    flags = _match(detected, annotated, skipped)
+    columns = {f"{kind}_{area}": flags[kind][:, a] for kind in flags for a, area in enumerate(AREAS)}
+    return detected[["image_id", "category_id", "score"]].assign(**columns).astype(COMPACT)
 
 
 def errors_by_image(matches: Matches, min_score: float = 0.3) -> pd.DataFrame:
@@ -246,14 +238,6 @@ def errors_by_image(matches: Matches, min_score: float = 0.3) -> pd.DataFrame:
     )
     table = pd.DataFrame({"objects": objects, "missed": objects - true, "false_positives": false})
     return table.sort_values(["missed", "false_positives"], ascending=False, kind="stable")
-
-
-def _table(entries: Sequence[Mapping], numbers: Sequence[str]) -> pd.DataFrame:
-    """Boxes as columns x, y, w, h beside ids and the `numbers` asked for."""
-    boxes = np.array([entry["bbox"] for entry in entries], dtype=float).reshape(-1, 4)
-    ids = {name: np.array([entry[name] for entry in entries], dtype=np.int64) for name in ("image_id", "category_id")}
-    rest = {name: np.array([entry[name] for entry in entries], dtype=float) for name in numbers}
-    return pd.DataFrame(ids | dict(zip("xywh", boxes.T, strict=True)) | rest)
 
 
 def _outside(areas: pd.Series) -> np.ndarray:
@@ -306,7 +290,7 @@ def _overlapping(detected: pd.DataFrame, annotated: pd.DataFrame) -> tuple[np.nd
     begin = np.searchsorted(groups, group)
     count = np.searchsorted(groups, group, side="right") - begin
     ends = np.cumsum(count)
-    theirs, ours = (table[list("xywh")].to_numpy() for table in (annotated, detected))
+    theirs, ours = (table[BOX].to_numpy() for table in (annotated, detected))
     crowd, parts = (annotated["iscrowd"] != 0).to_numpy(), []
     cuts = np.searchsorted(ends, np.arange(PAIRS_AT_ONCE, ends[-1] if len(ends) else 0, PAIRS_AT_ONCE))
     for rows in np.split(np.arange(len(detected)), np.unique(cuts)):

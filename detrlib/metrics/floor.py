@@ -15,7 +15,8 @@ from torchvision.ops import box_iou
 
 from detrlib.boxes import to_pixels
 from detrlib.data import CocoDataset
-from detrlib.metrics.detection import IOU_THRESHOLDS, coco_ap, coco_detections
+from detrlib.metrics.coco_format import coco_detections
+from detrlib.metrics.detection import IOU_THRESHOLDS, coco_ap
 
 CORNERS = ["x0", "y0", "x1", "y1"]
 BOXES_PER_CLASS = 10  # more add nothing that shows: 0.002 on photographs with one large object
@@ -74,8 +75,8 @@ def choose_boxes(boxes: Tensor, labels: Tensor, images: Tensor, num_images: int)
 
 def fixed_detections(
     fixed: pd.DataFrame, sizes: Mapping[int, tuple[int, int]], category_ids: Mapping[int, int]
-) -> list[dict]:
-    """The fixed boxes as detections in COCO's format, the same in every image.
+) -> pd.DataFrame:
+    """The fixed boxes as a table of detections, the same in every image.
 
     Args:
         fixed: as of `fixed_boxes`; classes without a category are left out.
@@ -84,11 +85,10 @@ def fixed_detections(
     """
     known = fixed[fixed["label"].isin(list(category_ids))]
     boxes = torch.tensor(known[CORNERS].to_numpy(dtype=np.float32)).reshape(-1, 4)
-    scores, ids = known["score"].tolist(), [category_ids[label] for label in known["label"]]
-    detections = []
-    for image_id, (width, height) in sizes.items():
-        detections += coco_detections(image_id, to_pixels(boxes, torch.tensor([height, width])), scores, ids)
-    return detections
+    scores, ids = known["score"].to_numpy(np.float32), [category_ids[label] for label in known["label"]]
+    sides = torch.tensor(list(sizes.values())).flip(1)  # height, width
+    boxes = to_pixels(boxes, sides[:, None]).flatten(0, 1)
+    return coco_detections(np.repeat(list(sizes), len(ids)), boxes, np.tile(scores, len(sizes)), ids * len(sizes))
 
 
 def floor(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from detrlib.attention import Mixing
 from detrlib.attention.deformable import DeformableAttention, Samples
+from detrlib.attention.dropout import Dropout
 from detrlib.models.checkpointing import call
 from detrlib.models.position import sine
 from detrlib.models.pyramid import Pyramid, cell_centres, over_levels
@@ -39,7 +40,7 @@ class DeformableEncoderLayer(nn.Module):
         self.linear1 = nn.Linear(dim, settings.feedforward_dim)
         self.linear2 = nn.Linear(settings.feedforward_dim, dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
 
     def forward(
         self, x: Tensor, position: Tensor, reference_points: Tensor, memory: Pyramid, need_samples: bool = False
@@ -91,7 +92,7 @@ class DeformableDecoderLayer(nn.Module):
         self.linear1 = nn.Linear(dim, settings.feedforward_dim)
         self.linear2 = nn.Linear(settings.feedforward_dim, dim)
         self.norm3 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
 
     def forward(
         self, x: Tensor, position: Tensor, reference_points: Tensor, memory: Pyramid, need_map: bool, need_samples: bool

@@ -11,7 +11,7 @@ import pandas as pd
 from detrlib.data.pictures import Picture
 from detrlib.errors import ConfigError, listed
 from detrlib.files import write_json
-from detrlib.metrics.detection import coco_detections
+from detrlib.metrics.coco_format import coco_detections, coco_entries, save_detections
 from detrlib.runs.examples import Example
 
 COLUMNS = ("picture", "image_id", "name", "score", "x0", "y0", "x1", "y1", "label", "query")
@@ -67,6 +67,9 @@ class Detected:
 
     def to_coco(self) -> list[dict]:
         """The detections in COCO's results format, the labels as category ids."""
+        return coco_entries(self._table())
+
+    def _table(self) -> pd.DataFrame:
         return coco_detections(self.image_id, self.boxes, self.scores, self.labels)
 
     def to_supervision(self) -> Any:
@@ -103,5 +106,5 @@ def save_detected(folder: Path, detected: Sequence[Detected]) -> None:
         {"id": one.image_id, "file_name": one.picture, "width": one.size[1], "height": one.size[0]} for one in detected
     ]
     categories = [{"id": label, "name": name} for label, name in sorted(names.items())]
-    write_json(folder / "predictions.json", [row for one in detected for row in one.to_coco()])
+    save_detections(folder / "predictions.json", (one._table() for one in detected))
     write_json(folder / "images.json", {"images": images, "annotations": [], "categories": categories})

@@ -207,13 +207,16 @@ def test_workers_are_no_more_than_shared_memory_has_room_for(tiny_config, monkey
     monkeypatch.setattr(batch_module, "cores", lambda: 16)
     monkeypatch.setattr(batch_module, "SHARED", tmp_path)
 
-    def workers(free, images):
+    def workers(free, images, asked="auto"):
         monkeypatch.setattr(batch_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-        settings = tiny_config({"data.workers": "auto", "data.image_size": 800}).data
+        settings = tiny_config({"data.workers": asked, "data.image_size": 800}).data
         return open_loader(Torn(), settings, pinned=False, batch_size=images).num_workers
 
     assert workers(2**26, 16) == 0 and str(tmp_path) in caplog.text
     assert workers(2**26, 1) == 3 and workers(2**34, 16) == 8
+    assert workers(2**26, 1, 3) == 3 and workers(2**26, 16, 0) == 0
+    with pytest.raises(ConfigError, match=rf"data\.workers: 4, but {tmp_path} has room for 3 .*--shm-size.*auto"):
+        workers(2**26, 1, 4)
 
 
 def test_workers_are_as_many_as_the_cores_that_are_left(tiny_config, monkeypatch):

@@ -12,7 +12,8 @@ from detrlib.config import Data, Shapes
 from detrlib.data import CocoDataset, build_dataset, collate, open_splits
 from detrlib.data.augment import build_augmentation
 from detrlib.errors import DataError
-from detrlib.metrics.detection import coco_ap, coco_detections
+from detrlib.metrics.coco_format import coco_detections, coco_entries
+from detrlib.metrics.detection import coco_ap
 
 
 def picture(width=40, height=30, colour=(90, 120, 60)):
@@ -298,7 +299,7 @@ def perfect_ap(dataset):
     for index, image_id in enumerate(dataset.image_ids):
         boxes, labels = dataset.objects(index)
         ids = [dataset.category_ids[label] for label in labels.tolist()]
-        detections += coco_detections(image_id, boxes, torch.ones(len(boxes)), ids)
+        detections += coco_entries(coco_detections(image_id, boxes, torch.ones(len(boxes)), ids))
     return coco_ap(dataset.ground_truth, detections)
 
 

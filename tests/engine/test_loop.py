@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from detrlib.config import load_config, replace, save_config
+from detrlib.data import batch
 from detrlib.engine import loop as training
 from detrlib.engine import pace, pretrain
 from detrlib.engine.evaluate import evaluate_run, load_model
@@ -240,7 +242,8 @@ def test_precision_may_change_from_run_to_run_in_one_process(tmp_path, metrics_w
 
 def test_best_is_the_epoch_with_the_best_ap(tmp_path, monkeypatch, tiny_config):
     scores = iter([0.2, 0.5, 0.3, 0.5])
-    monkeypatch.setattr(training.Trainer, "_validate", lambda self: {"detection/AP": next(scores), "detection/AP50": 0})
+    validate = training.Trainer._validate
+    monkeypatch.setattr(training.Trainer, "_validate", lambda self: validate(self) | {"detection/AP": next(scores)})
     train(tiny_config({"train.epochs": 4, "train.keep_every": 2}), tmp_path)
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "epoch-0002.pt", "epoch-0004.pt", "last.pt"]
@@ -427,6 +430,15 @@ def test_too_few_classes_are_refused_before_anything_is_written(tmp_path, tiny_c
     cfg = tiny_config({"model.num_classes": 5, "data.contiguous": True})
     with pytest.raises(ConfigError, match=r"model.num_classes 5 is too small.*needs 6$"):
         train(cfg, tmp_path / "run")
+
+
+def test_workers_without_room_in_shared_memory_are_refused_before_data_are_read(tmp_path, monkeypatch, tiny_config):
+    monkeypatch.setattr(batch, "SHARED", tmp_path)
+    monkeypatch.setattr(batch.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
+    monkeypatch.setattr(training, "open_splits", None)
+    for batch_size in ("train.batch_size", "evaluate.batch_size"):
+        with pytest.raises(ConfigError, match=r"data\.workers: 2, but .* --shm-size"):
+            train(tiny_config({"data.workers": 2, batch_size: 400}), tmp_path / "run")
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch, tiny_config):

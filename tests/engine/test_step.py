@@ -105,6 +105,36 @@ def test_a_later_part_that_is_no_number_leaves_the_weights(batch, small):
     assert train_step(model, parts, Criterion(), optimizer, Accelerator())["loss"].isfinite()
 
 
+@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+def test_gradients_that_are_no_numbers_leave_the_weights_too(clip_norm, batch, small):
+    """Where the loss is one, as where a root is taken of zero; the next update is made."""
+    model = small(dropout=0.0).train().to(Accelerator().device)
+    optimizer, before = torch.optim.AdamW(model.parameters(), fused=True), copy.deepcopy(model.state_dict())
+    given = model, [batch], Criterion(), optimizer, Accelerator()
+    broken = model.class_embed.bias.register_hook(lambda gradient: gradient * torch.nan)
+    pending = Pending()  # of a GPU, which the CPU does not wait for
+    with pytest.raises(NonFiniteLoss, match="gradient norm is nan"):
+        train_step(*given, clip_norm=clip_norm, pending=pending)
+        pending.read()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    broken.remove()
+    assert train_step(*given, clip_norm=clip_norm)["grad_norm"].isfinite()
+    assert not torch.equal(model.class_embed.bias, before["class_embed.bias"])
+
+
+def test_the_norm_of_gradients_is_told_with_and_without_clipping(batch, small):
+    norms = []
+    for clip_norm in (0.0, 0.1):
+        model = small(dropout=0.0).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        norms.append(
+            train_step(model, [batch], Criterion(), optimizer, Accelerator(), clip_norm=clip_norm)["grad_norm"]
+        )
+        own = torch.stack([weight.grad.norm() for weight in model.parameters() if weight.grad is not None]).norm()
+        assert own.item() == pytest.approx(0.1 if clip_norm else norms[0].item(), rel=1e-4)
+    torch.testing.assert_close(*norms)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_a_fused_optimiser_skips_what_is_no_number(kind):
     """And goes on as if the update had not been tried."""

@@ -15,6 +15,7 @@ from detrlib.errors import DataError, RunError
 from detrlib.experiments.predictions import evaluate_predictions, read_detections
 from detrlib.files import write_json
 from detrlib.metrics.bootstrap import ap_table
+from detrlib.metrics.coco_format import coco_entries
 from detrlib.metrics.detection import METRICS, coco_ap
 from detrlib.metrics.statistics import compare
 from detrlib.runs.examples import load_examples
@@ -151,7 +152,7 @@ def test_faults_of_the_file_are_named(name, tmp_path):
 
 def test_good_entries_are_read_without_what_is_not_needed(tmp_path):
     write_json(tmp_path / "found.json", [GOOD | {"segmentation": [], "id": 3}])
-    assert read_detections(tmp_path / "found.json", [1], [2]) == [GOOD]
+    assert coco_entries(read_detections(tmp_path / "found.json", [1], [2])) == [GOOD]
     with pytest.raises(DataError, match=r"absent\.json"):
         read_detections(tmp_path / "absent.json", [1], [2])
 

@@ -205,6 +205,60 @@ def test_an_interrupt_ends_all_runs(sweep_file, stand_ins, tmp_path, monkeypatch
     assert len(children) == 2 and all(child.returncode for child in children)
 
 
+DEAF = """
+import signal, sys, time
+left = int(sys.argv[1])  # interrupts until it leaves
+def heard(*_):
+    global left
+    left -= 1
+    if not left:
+        raise SystemExit(3)
+signal.signal(signal.SIGINT, heard)
+print("ready", flush=True)
+while True:
+    time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def deaf():
+    """Starts a program that leaves after so many interrupts."""
+    started = []
+
+    def start(interrupts):
+        started.append(subprocess.Popen([sys.executable, "-c", DEAF, str(interrupts)], stdout=subprocess.PIPE))
+        assert started[-1].stdout.readline() == b"ready\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_who_does_not_leave_is_interrupted_twice_and_then_left(deaf, monkeypatch):
+    monkeypatch.setattr(sweep, "GRACE", 0.1)
+    monkeypatch.setattr(sweep, "PATIENCE", 0.5)
+    once, twice, never = deaf(1), deaf(2), deaf(9)
+    sweep._interrupt([once, twice, never])
+    assert (once.returncode, twice.returncode, never.returncode) == (3, 3, None)
+
+
+def test_an_interrupt_while_figures_are_drawn_ends_the_drawing_of_maps(deaf, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "GRACE", 0.1)
+    monkeypatch.setattr(sweep, "PATIENCE", 5)
+    maps = deaf(2)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda *_, **__: maps)
+    monkeypatch.setattr(sweep, "execute_notebook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep._draw(tmp_path, ["one"])
+    assert maps.returncode == 3
+
+
 def test_training_that_is_done_is_not_asked_for_again(tmp_path):
     job, name = sweep.Job(tmp_path, load_config(), {"num_examples": 2}), {"run_name": str(tmp_path)}
     evaluated = {"evaluate": {"num_examples": 2} | name}

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from detrlib.metrics.detection import coco_detections
+from detrlib.metrics.coco_format import coco_detections, coco_entries
 
 PUBLISHED = [
     ("cocoapi_val2014_100", "instances_val2014_100.json", "instances_val2014_fakebbox100_results.json", 0.0),
@@ -57,7 +57,8 @@ def random_detection_task():
                     moved = box + random.normal(0, 0.08 * side, 4)
                     corners = np.concatenate([moved[:2], moved[:2] + np.abs(moved[2:])])
                     guess = category if random.random() < 0.8 else int(random.choice([3, 4, 9, 11]))
-                    detections += coco_detections(image["id"], corners[None], [random.random()], [guess])
+                    found = coco_detections(image["id"], corners[None], [random.random()], [guess])
+                    detections += coco_entries(found)
         return {"images": images, "categories": categories, "annotations": annotations}, detections
 
     return make

@@ -7,11 +7,11 @@ import json
 
 import pandas as pd
 import pytest
-import torch
 
 from detrlib.errors import DataError
 from detrlib.metrics.bootstrap import average_precision
-from detrlib.metrics.detection import METRICS, Matches, coco_ap, coco_detections, errors_by_image, match_detections
+from detrlib.metrics.coco_format import box_table, coco_detections
+from detrlib.metrics.detection import METRICS, Matches, coco_ap, errors_by_image, match_detections
 
 
 def test_published_ap(published):
@@ -112,21 +112,38 @@ def test_detections_of_an_unknown_image_are_refused(random_detection_task):
         coco_ap(truth, coco_detections(999, [[0, 0, 5, 5]], [0.5], [3]))
 
 
-def test_detections_hold_plain_numbers():
-    one, two = coco_detections(7, torch.tensor([[1.0, 2, 4, 8], [0, 0, 1, 1]]), torch.tensor([0.5, 0.25]), [3, 9])
-    assert one == {"image_id": 7, "category_id": 3, "bbox": [1, 2, 3, 6], "score": 0.5}
-    assert json.loads(json.dumps(two)) == two
-    assert coco_detections(7, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long)) == []
-    with pytest.raises(ValueError, match="shorter"):
-        coco_detections(7, torch.zeros(2, 4), torch.zeros(2), torch.zeros(1))
+@pytest.mark.parametrize("engine", ["faster_coco_eval", "pycocotools"])
+def test_a_table_is_judged_as_a_list_and_left_as_it_is(engine, random_detection_task):
+    truth, detections = random_detection_task(2)
+    table = box_table(detections)
+    given = table.copy()
+    assert coco_ap(truth, table, engine) == coco_ap(truth, detections, engine)
+    for part, expected in zip(match_detections(truth, table), match_detections(truth, detections), strict=True):
+        pd.testing.assert_frame_equal(part, expected)
+    pd.testing.assert_frame_equal(table, given)
+
+
+def test_objects_and_detections_of_classes_or_images_that_are_not_listed_do_not_count(random_detection_task):
+    truth, detections = random_detection_task(0)
+    listed = truth["categories"][:2]
+    ids = [entry["id"] for entry in listed]
+    own = {"categories": listed, "annotations": [a for a in truth["annotations"] if a["category_id"] in ids]}
+    expected = coco_ap(truth | own, [one for one in detections if one["category_id"] in ids])
+    stray = own["annotations"][0] | {"image_id": 999}
+    assert (
+        coco_ap(truth | {"categories": listed, "annotations": [*truth["annotations"], stray]}, detections) == expected
+    )
+    nothing = coco_ap(truth | {"categories": []}, detections)
+    assert nothing["AP"] == -1 and nothing["per_class"] == {}
 
 
 def test_matching_in_small_parts_changes_nothing(monkeypatch, crowded_task):
     task = crowded_task(0)
     whole = match_detections(*task)
-    monkeypatch.setattr("detrlib.metrics.detection.PAIRS_AT_ONCE", 7)
-    for part, expected in zip(match_detections(*task), whole, strict=True):
-        pd.testing.assert_frame_equal(part, expected)
+    for limit, few in (("PAIRS_AT_ONCE", 7), ("IMAGES_AT_ONCE", 5), ("IMAGES_AT_ONCE", 1)):
+        monkeypatch.setattr(f"detrlib.metrics.detection.{limit}", few)
+        for part, expected in zip(match_detections(*task), whole, strict=True):
+            pd.testing.assert_frame_equal(part, expected)
 
 
 def test_matches_list_every_image_and_compute_ap_of_any_of_them(random_detection_task):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from detrlib.data import CocoDataset
 from detrlib.metrics import floor as floors
+from detrlib.metrics.coco_format import coco_entries
 from detrlib.metrics.floor import CORNERS, choose_boxes, fixed_boxes, fixed_detections, floor
 
 MIDDLE, CORNER = (0.2, 0.2, 0.6, 0.6), (0.7, 0.7, 0.9, 1.0)
@@ -80,9 +81,9 @@ def test_classes_share_the_boxes_of_an_image(monkeypatch):
 
 def test_detections_are_scaled_and_classes_without_a_category_left_out():
     fixed = choose_boxes(torch.tensor([MIDDLE, CORNER]), torch.tensor([0, 1]), torch.tensor([0, 0]), 1)
-    other = fixed_detections(fixed, {5: (200, 100)}, {1: 45})  # those of the second row
+    other = coco_entries(fixed_detections(fixed, {5: (200, 100)}, {1: 45}))  # those of the second row
     assert [one["category_id"] for one in other] == [45] and other[0]["bbox"] == pytest.approx([140, 70, 40, 30])
-    found = fixed_detections(fixed, {5: (200, 100), 6: (10, 10)}, {0: 44})
+    found = coco_entries(fixed_detections(fixed, {5: (200, 100), 6: (10, 10)}, {0: 44}))
     assert [(one["image_id"], one["category_id"], one["score"]) for one in found] == [(5, 44, 1.0), (6, 44, 1.0)]
     assert found[0]["bbox"] == pytest.approx([40, 20, 80, 40]) and found[1]["bbox"] == pytest.approx([2, 2, 4, 4])
 

@@ -1,0 +1,139 @@
+"""Entmax of rows on a CPU by compiled loops (kernels/rows.c), which a C compiler builds once, where there is one.
+
+Plain PyTorch sends every intermediate number to the cache and back; here a row is worked on until it is done, as the
+Triton kernels do on a GPU. Without a compiler, or with `CC` set to nothing, `newton.solve` computes the same. Legend: R
+rows, K keys.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).parent / "kernels" / "rows.c"
+# Sums may be taken in any order where the source says so; not a number stays what it is.
+FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+LEAST_ALPHA = 1.009  # below it, errors of about 1e-7 / (alpha - 1) would show; learned alphas reach 1.01
+SCORES_OF_A_THREAD = 2**16  # at least: what a thread costs is then a small part
+
+logger = logging.getLogger(__name__)
+
+
+def supported(scores: Tensor, alpha: float | Tensor) -> bool:
+    """Whether such scores and alpha are for `entmax_rows`, and it could be built on this machine."""
+    if not scores.is_cpu or scores.dtype != torch.float32:
+        return False
+    return (alpha.min().item() if isinstance(alpha, Tensor) else alpha) >= LEAST_ALPHA and library() is not None
+
+
+def entmax_rows(x: Tensor, alpha: float | Tensor) -> Tensor:
+    """Weights of scores x [R,K] -> [R,K], rows sum to one; alpha from `LEAST_ALPHA` to 2, a number or a tensor [R].
+
+    Scores of -inf get weight zero; a row of nothing else, or with one that is not a number, is not a number.
+    """
+    weights = torch.empty_like(x)
+    _each_part(library().entmax_rows, alpha, x, weights)
+    return weights
+
+
+def normmax_rows(x: Tensor, alpha: float) -> Tensor:
+    """The same of normmax."""
+    weights = torch.empty_like(x)
+    _each_part(library().normmax_rows, alpha, x, weights)
+    return weights
+
+
+def budget_rows(x: Tensor, budget: float) -> Tensor:
+    """The same, with rows that sum to a budget."""
+    weights = torch.empty_like(x)
+    _each_part(library().budget_rows, budget, x, weights)
+    return weights
+
+
+def entmax_rows_backward(
+    p: Tensor, g: Tensor, alpha: float | Tensor, need_alpha: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of scores [R,K] and, if asked for, of each alpha [R], from weights p and their gradient g [R,K]."""
+    to_scores, to_alpha = torch.empty_like(p), p.new_empty(len(p)) if need_alpha else None
+    _each_part(library().entmax_gradients, alpha, p, g, to_scores, to_alpha)
+    return to_scores, to_alpha
+
+
+def _each_part(function: Callable, alpha: float | Tensor, *tensors: Tensor | None) -> None:
+    """Call `function` for a part of the rows in each of PyTorch's threads."""
+    rows, keys = tensors[0].shape
+    alphas = torch.as_tensor(alpha, dtype=torch.float64).reshape(-1).contiguous()
+    threads = min(torch.get_num_threads(), 1 + rows * keys // SCORES_OF_A_THREAD)
+    size = -(-rows // threads)
+
+    def work(start: int) -> None:
+        parts = [None if tensor is None else tensor[start : start + size].data_ptr() for tensor in tensors]
+        own = alphas[start:] if len(alphas) > 1 else alphas
+        if function(*parts, own.data_ptr(), int(len(alphas) > 1), min(size, rows - start), keys):
+            raise MemoryError(f"no memory for rows of {keys} keys")
+
+    starts = range(0, rows, size)
+    list(map(work, starts) if threads == 1 else _pool(threads).map(work, starts))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "entmax")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its threads
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled loops; None, said once, where they cannot be had."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        logger.info("no C compiler (cc): sparse attention takes two to three times as long on this CPU as with one")
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        logger.warning("%s cannot be compiled (%s): sparse attention takes longer", SOURCE, reason.strip())
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    for function in (loaded.entmax_rows, loaded.normmax_rows, loaded.budget_rows):
+        function.argtypes = [pointer] * 3 + [number] * 3
+    loaded.entmax_gradients.argtypes = [pointer] * 5 + [number] * 3
+    return loaded
+
+
+def _built(compiler: str) -> Path:
+    """The library in the cache, compiled now if it is not there for such a processor. Raises as `subprocess.run`."""
+    known = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, compiler, _processor())).encode()).hexdigest()[:12]
+    cache = os.environ.get("DETRLIB_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "detrlib")
+    built = Path(cache).expanduser() / "compiled" / f"rows-{known}.so"
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=built.parent) as folder:  # appears whole, however many compile it at once
+            made = Path(folder, "rows.so")
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            made.replace(built)
+    return built
+
+
+def _processor() -> str:
+    """What tells processors apart for which different instructions are made: a cache may be shared by several."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
