@@ -33,7 +33,7 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 690,
+    ".": 705,
     "config": 1320,
     "attention": 2180,
     "attention/kernels": 1040,
@@ -41,16 +41,16 @@ CEILINGS = {
     "losses": 380,
     "checkpoints": 1400,
     "data": 3530,
-    "metrics": 2370,
+    "metrics": 2430,
     "runs": 1740,
-    "engine": 2820,
-    "experiments": 2260,
-    "figures": 3250,
+    "engine": 2840,
+    "experiments": 3070,
+    "figures": 3340,
     "teaching": 480,
     "benchmarks": 2460,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 460  # the command line: every option of every command is a line
+LONGEST_COMMANDS = 470  # the command line: every option of every command is a line
 
 
 def relative(path):
