@@ -256,9 +256,10 @@ def test_predictions_that_cannot_be_made(run_dir, photos, tmp_path):
 
 def test_explain(run_dir):
     words = ["explain", run_dir, "--images", 3, "--steps", 3, "--min-score", 0]
-    assert "deletion_similarity" in detrlib(*words, "--methods", "raw,random")
+    assert "insertion low" in detrlib(*words, "--methods", "raw,odam,drise,random", "--masks", 4)
     frame = pd.read_parquet(run_dir / "measures" / "faithfulness.parquet")
-    assert set(frame["method"]) == {"raw", "random"} and frame["image_id"].nunique() == 3
+    assert set(frame["method"]) == {"raw", "odam", "drise", "random"} and frame["image_id"].nunique() == 3
+    assert "--masks" in refused(*words, "--masks", 0, code=2)
     assert "nonsense" in refused(*words, "--methods", "nonsense")
     assert "--steps" in refused("explain", run_dir, "--steps", 1, code=2)
 
@@ -358,7 +359,7 @@ def test_sweep(tmp_path, config, monkeypatch):
     monkeypatch.setattr(sweeps, "sweep", lambda *given: asked.append(given) or "report.html")
     assert detrlib("sweep", config, "--name", tmp_path / "many", "--parallel", 2) == "report.html\n"
     detrlib("sweep", config)
-    assert asked == [(config, tmp_path / "many", 2), (config, PROJECT / "papermill_runs" / "tiny", None)]
+    assert asked == [(config, tmp_path / "many", 2), (config, None, None)]
     assert "--parallel" in refused("sweep", config, "--parallel", 0, code=2)
     monkeypatch.undo()
     assert "tiny.yaml" in refused("sweep", config, "--name", tmp_path / "many")  # the settings of one run

@@ -40,8 +40,8 @@ class Transform(nn.Module):
     """
 
     padding_adds_one = False
-    hidden = float("-inf")
     by_row = True  # weights of a row follow from its scores alone, so that queries may be taken in parts
+    hidden = float("-inf")
 
     def __init__(self):
         super().__init__()
