@@ -268,11 +268,18 @@ def intervene(
     layer: Annotated[int | None, Option(help="alphas and transforms in this layer only, from 0")] = None,
     learned_alphas: Annotated[bool, Option("--learned-alphas", help="learned ones: their mean, and shuffled")] = False,
     prune_heads: Annotated[bool, Option("--prune-heads", help="every head alone, then one after the other")] = False,
-    order_images: Annotated[int, Option(min=1, help="training images that give the order of heads")] = 100,
+    sinks: Annotated[str | None, Option(metavar="A,B", help="masked, zeroed: keys on which heads rest")] = None,
+    ablate: Annotated[
+        str | None,
+        Option(
+            metavar="A,B", help="queries, embeddings, single_queries, layers, sites, feedforward, levels, points: alone"
+        ),
+    ] = None,
+    order_images: Annotated[int, Option(min=1, help="training images that give the order of heads, queries")] = 100,
     images: Annotated[int | None, Option(min=1, help="the first of the validation split; default: all")] = None,
     checkpoint: Checkpoint = "last",
 ) -> None:
-    """AP and PAIBB of a trained model with another transform, alpha, or fewer heads."""
+    """AP and PAIBB of a trained model with another transform, alpha, fewer heads, or without some of its parts."""
     from detrlib.experiments.intervene import intervene_run, plan
     from detrlib.runs.folder import run_path
 
@@ -284,6 +291,8 @@ def intervene(
         layer=layer,
         learned=learned_alphas,
         prune_heads=prune_heads,
+        sinks=values_in(sinks, "--sinks"),
+        ablate=values_in(ablate, "--ablate"),
         order_images=order_images,
         checkpoint=checkpoint,
     )

@@ -33,24 +33,24 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 680,
-    "config": 1300,
-    "attention": 1750,
+    ".": 705,
+    "config": 1320,
+    "attention": 2180,
     "attention/kernels": 1040,
     "models": 3150,
     "losses": 380,
-    "checkpoints": 1390,
+    "checkpoints": 1400,
     "data": 3530,
-    "metrics": 2400,
-    "runs": 1650,
-    "engine": 2780,
-    "experiments": 2220,
-    "figures": 3060,
+    "metrics": 2430,
+    "runs": 1740,
+    "engine": 2840,
+    "experiments": 3070,
+    "figures": 3340,
     "teaching": 480,
     "benchmarks": 2460,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 460  # the command line: every option of every command is a line
+LONGEST_COMMANDS = 470  # the command line: every option of every command is a line
 
 
 def relative(path):

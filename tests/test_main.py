@@ -267,12 +267,13 @@ def test_intervene(run_dir):
     words = ["intervene", run_dir, "--images", 4]
     shown = detrlib(
         *(*words, "--alphas", "1", "--transforms", "sparsemax"),
-        *("--learned-alphas", "--prune-heads", "--order-images", 4),
+        *("--learned-alphas", "--prune-heads", "--order-images", 4, "--sinks", "masked,zeroed"),
+        *("--ablate", "single_queries,feedforward"),
     )
     stored = interventions_frame([run_dir])
     assert stored["kind"].value_counts().to_dict() == {
         **{"none": 1, "alpha": 1, "transform": 1},
-        **{"learned_alpha": 2, "head": 8, "heads": 8},
+        **{"learned_alpha": 2, "head": 8, "heads": 8, "sink": 6, "query": 10, "feedforward": 3},
     }
     assert "shuffled" in shown and len(shown.splitlines()) == 1 + len(stored)
     assert set(stored["trained"]) == {"alpha_entmax"} and 1 < stored["trained_alpha"].iloc[0] < 2
@@ -280,6 +281,8 @@ def test_intervene(run_dir):
     assert "--alphas" in refused(*words, "--alphas", "1 1.5")
     assert "nonsense" in refused(*words, "--transforms", "nonsense")
     assert "layers [9]" in refused(*words, "--alphas", "1", "--layer", 9)
+    assert "feedforwards" in refused(*words, "--ablate", "layers,feedforwards")
+    assert "hidden" in refused(*words, "--sinks", "hidden")
 
 
 def cut(path):

@@ -5,6 +5,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from detrlib.attention.family import (
+    ASEntmax,
+    Budget,
+    Normmax,
+    ReLU,
+    Sigmoid,
+    Softpick,
+    Sparsegen,
+    SSMax,
+    TopK,
+)
 from detrlib.attention.transforms import AlphaEntmax, Entmax, Entmax15, Softmax, Sparsemax, Transform, TVMax
 
 
@@ -13,10 +24,15 @@ class TransformSettings(NamedTuple):
 
     num_heads: int
     null_key: str = "none"  # of any: see `NULL_KEYS`
-    alpha: float = 1.5  # of entmax
+    alpha: float = 1.5  # of entmax and asentmax
     alpha_init: float | str | Tensor = 1.5  # of alpha_entmax, as its `initial`
     alpha_clamped: bool = False  # of alpha_entmax
     tv_lambda: float = 0.1  # of tvmax: half of the alpha of the published code
+    sparsegen_lambda: float = 0.5
+    ssmax_init: float = 0.168  # of ssmax, as its `initial`
+    normmax_alpha: float = 2.0
+    budget: float = 2.0
+    topk: int = 64
 
 
 TRANSFORMS = {
@@ -26,6 +42,15 @@ TRANSFORMS = {
     "entmax": lambda settings: Entmax(settings.alpha),
     "alpha_entmax": lambda settings: AlphaEntmax(settings.num_heads, settings.alpha_init, settings.alpha_clamped),
     "tvmax": lambda settings: TVMax(settings.tv_lambda),
+    "normmax": lambda settings: Normmax(settings.normmax_alpha),
+    "budget": lambda settings: Budget(settings.budget),
+    "sparsegen": lambda settings: Sparsegen(settings.sparsegen_lambda),
+    "ssmax": lambda settings: SSMax(settings.num_heads, settings.ssmax_init),
+    "asentmax": lambda settings: ASEntmax(settings.num_heads, settings.alpha),
+    "softpick": lambda settings: Softpick(),
+    "topk": lambda settings: TopK(settings.topk),
+    "sigmoid": lambda settings: Sigmoid(),
+    "relu": lambda settings: ReLU(),
 }
 
 # The score of a null key where training starts; "learned" starts as "zero".

@@ -10,8 +10,8 @@ number is:
     one kernel      kernels/flash.py, for the entmax family on a GPU, from `FUSED_KEYS` keys on: likewise
     in parts        of the queries, for what is left: no more than `MOST_SCORES` scores exist at a time
 
-A null key, where the transform has one, is part of the transform in the first way and the last; the others get it as a
-key like any other (`_with_null_key`).
+A null key, where the transform has one, and what it scales scores by are part of the transform in the first way and the
+last; the others get a key more and scaled queries (`_plain`).
 
 Legend: B images, H heads, Q queries, K keys, D channels of queries and keys, V of values. Batch first;
 padding [B,K] is True where a key is padding; grid (h, w) where keys are the cells of a feature map.
@@ -80,24 +80,35 @@ def attend(
     row = max(1, query.shape[0] * query.shape[1] * key.shape[2])  # scores of one query in every image and head
     few = row * query.shape[2] <= MOST_SCORES
     if isinstance(transform, Softmax) and not transform.padding_adds_one:
-        plain = query, key, value, transform, padding, grid, dropout
-        query, key, value, padding = _with_null_key(query, key, value, padding, transform.null_score)
-        if 0 < dropout < 1 and few and drawn_by_bits(query):
+        by_bits, channels, width = 0 < dropout < 1 and drawn_by_bits(query), query.shape[-1], value.shape[-1]
+        if few and query.is_cpu and channels != width and not by_bits:
+            return mix(query, key, value, transform, padding, grid, dropout)[0], None
+        query, key, value, padding = _plain(query, key, value, padding, transform)
+        if few and by_bits:
             return _mix_softmax(query, key, value, padding, dropout), None
-        if few and query.is_cpu and query.shape[-1] != value.shape[-1]:
-            return mix(*plain)[0], None
+        value = F.pad(value, (0, query.shape[-1] - channels))  # as wide as keys still
         keep = None if padding is None else ~padding[:, None, None, :]  # [B,1,1,K]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout)
+        return mixed[..., :width], None
     if _fused(query, key, value, transform):
-        query, key, value, padding = _with_null_key(query, key, value, padding, transform.null_score)
+        query, key, value, padding = _plain(query, key, value, padding, transform)
         return _flash().sparse_attention(query, key, value, transform.alpha, padding, dropout), None
-    if few:
+    if few or not transform.by_row:
         return mix(query, key, value, transform, padding, grid, dropout)[0], None
     parts = [  # the backward pass computes each part's scores again
         checkpoint(mix, part, key, value, transform, padding, grid, dropout, use_reentrant=False)[0]
         for part in query.split(max(1, MOST_SCORES // row), 2)
     ]
     return torch.cat(parts, 2), None
+
+
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, transform: Transform
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys, values and padding of which plain softmax or entmax makes what the transform makes of these."""
+    keys, mask = key.shape[2], None if padding is None else padding[:, None, None]
+    query, key, value, padding = _with_null_key(query, key, value, padding, transform.null_score)
+    return transform.scaled(query, mask, keys), key, value, padding
 
 
 def _with_null_key(

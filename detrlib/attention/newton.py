@@ -127,7 +127,7 @@ def differentiate(p: Tensor, g: Tensor, alpha: Number, need_alpha: bool) -> tupl
         growth = log_p.neg().expm1_()
         s = torch.addcmul(p, p, growth)  # zero where p is
     else:
-        s = _support_power(p, beyond, tiny)
+        s = support_power(p, beyond, tiny)
     centred = g - _sum(g * s) / _sum(s)
     if not need_alpha:
         return centred.mul_(s), None
@@ -135,7 +135,7 @@ def differentiate(p: Tensor, g: Tensor, alpha: Number, need_alpha: bool) -> tupl
     return centred.mul_(s), to_alpha
 
 
-def _support_power(p: Tensor, beyond: Number, tiny: float) -> Tensor:
+def support_power(p: Tensor, beyond: Number, tiny: float) -> Tensor:
     """p ^ (1 - beyond) where p is positive, else 0."""
     if isinstance(beyond, Tensor) or beyond not in (0.5, 1):
         return p.clamp(min=tiny).log_().mul_((1 - beyond) * LOG2_E).exp2_().mul_(p.sign())

@@ -23,8 +23,9 @@ Grid = tuple[int, int]  # (h, w) of a feature map whose cells are the keys
 class Transform(nn.Module):
     """Scores to weights over the last axis, in float32 or wider, exact under padding.
 
-    Subclasses define `weights(scores, grid)`; this class takes care of precision, of padded keys, which get exactly
-    zero weight and pass no gradient, and of the null key. A row whose keys are all padding becomes a row of zeros.
+    Subclasses define `weights(scores, grid)`, and some `scaled`; this class takes care of precision, of padded keys,
+    which get exactly zero weight and pass no gradient, and of the null key. A row whose keys are all padding becomes a
+    row of zeros.
 
     `null_score`: of one key more, which stands for no key, and whose value is zero: a head that has nothing to say puts
     its weight there. The weights of the keys that there are sum to one less that of the null key, which is not
@@ -32,11 +33,15 @@ class Transform(nn.Module):
     exp(s)), "softmax1" (Miller 2023, "Attention Is Off By One"); a parameter, one for each head: "learned sink" (OpenAI
     2025, gpt-oss); None: there is no such key.
 
+    `hidden`: the score that `weights` finds in the place of a padded key.
+
     `padding_adds_one`: add 1 to the scores of padded keys instead, which favours them: what models trained with a
     boolean mask added to the scores have learned to expect.
     """
 
     padding_adds_one = False
+    hidden = float("-inf")
+    by_row = True  # weights of a row follow from its scores alone, so that queries may be taken in parts
 
     def __init__(self):
         super().__init__()
@@ -52,29 +57,47 @@ class Transform(nn.Module):
                 scores, padding = scores + padding.to(scores.dtype), None
             if self.null_score is not None:
                 return self._beside_null_key(scores, padding, grid)
+            scores = self.scaled(scores, padding, scores.shape[-1])
             if padding is None:
                 return self.weights(scores, grid)
             # A row of nothing but -inf has no weights: leave it finite here, and clear it in the end.
             empty = padding.all(-1, keepdim=True)
-            weights = self.weights(scores.masked_fill(padding & ~empty, float("-inf")), grid)
+            weights = self.weights(scores.masked_fill(padding & ~empty, self.hidden), grid)
             # There is hardly ever such a row. On a GPU a copy costs less than the answer; a graph cannot ask.
             asked = empty.is_cpu and not torch.compiler.is_compiling()
             return weights if asked and not empty.any() else weights.masked_fill(empty, 0.0)
 
     def _beside_null_key(self, scores: Tensor, padding: Tensor | None, grid: Grid | None) -> Tensor:
         """As `forward`: weights of the keys where there is a null key too, behind them all and never padding."""
+        keys = scores.shape[-1]
         if isinstance(self.null_score, Tensor):
             null = self.null_score.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores, null], -1)  # [B,H,Q,K+1]
         else:
             scores = F.pad(scores, (0, 1), value=self.null_score)
+        scores = self.scaled(scores, padding, keys)
         if padding is not None:
-            scores = scores.masked_fill_(F.pad(padding, (0, 1)), float("-inf"))  # of a copy, made above
+            scores = scores.masked_fill_(F.pad(padding, (0, 1)), self.hidden)  # of a copy, made above
         return self.weights(scores, grid)[..., :-1]
+
+    def scaled(self, x: Tensor, padding: Tensor | None, keys: int) -> Tensor:
+        """Scores as `weights` wants them, where these depend on how many keys there are: see `valid_keys`.
+
+        Of a `Softmax` or an `Entmax` it can only be a factor for each image and head: `attend` may scale queries by it.
+        """
+        return x
 
     def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
         """Of scores in float32 or wider [B,H,Q,K], padded keys among them -inf; a null key stands behind the grid."""
         raise NotImplementedError
+
+
+def valid_keys(x: Tensor, padding: Tensor | None, keys: int) -> Tensor:
+    """n, how many of `keys` are no padding, at least one: broadcastable to scores x, in float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if padding is None:
+        return torch.full((), keys, dtype=dtype, device=x.device)
+    return (~padding).sum(-1, keepdim=True).clamp(min=1).to(dtype)
 
 
 class Softmax(Transform):

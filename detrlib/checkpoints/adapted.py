@@ -103,5 +103,7 @@ def write_adapted(source: Source, folder: Path) -> None:
         prepared |= {"image_processor_type": "RTDetrImageProcessor", "size": size, "do_normalize": False}
     write_json(folder / PREPROCESSOR, prepared)
     used = {site: model.transform_at(site) for site in get_args(SiteName)}
-    if used := {site: name for site, name in used.items() if name not in ("softmax", "deformable")}:
+    used = {site: name for site, name in used.items() if name not in ("softmax", "deformable")}
+    used |= {f"null_key at {site}": key for site in get_args(SiteName) if (key := model.null_key_at(site)) != "none"}
+    if used:
         logger.warning("transformers has softmax only: after from_pretrained, put in %s by huggingface.use", used)

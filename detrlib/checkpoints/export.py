@@ -40,7 +40,16 @@ UNTOLD = (
     *("model.backbone.weights", "model.backbone.freeze_stem", "model.compatibility"),
     *("model.attention.alpha_init", "model.attention.anneal", "model.deformable.stages"),
 )
-OF_TRANSFORMS = {"entmax": "model.attention.alpha", "tvmax": "model.attention.tv_lambda"}
+# Those of some transforms only.
+OF_TRANSFORMS = {
+    "model.attention.alpha": {"entmax", "asentmax"},
+    "model.attention.tv_lambda": {"tvmax"},
+    "model.attention.normmax_alpha": {"normmax"},
+    "model.attention.budget": {"budget"},
+    "model.attention.sparsegen_lambda": {"sparsegen"},
+    "model.attention.ssmax_init": {"ssmax"},
+    "model.attention.topk": {"topk"},
+}
 SETTINGS, NAMES, EPOCH = "detrlib.settings", "detrlib.names", "detrlib.epoch"  # in the metadata of a file
 
 
@@ -133,7 +142,7 @@ def write_official(source: Source, path: Path) -> None:
     told = {setting: settings[setting] for name, setting in TOLD.items() if name in arguments}
     read = flat_settings(official_config(OfficialCheckpoint(path, state, family_of(state), told, source.epoch)))
     used = {source.cfg.model.transform_at(site) for site in get_args(SiteName)}
-    unused = [name for transform, name in OF_TRANSFORMS.items() if transform not in used]
+    unused = [name for name, transforms in OF_TRANSFORMS.items() if not transforms & used]
     for name, value in settings.items():
         if name.startswith("model.") and not name.startswith((*UNTOLD, *unused)) and read.get(name) != value:
             raise WeightsError(f"an official file does not tell {name} {value}; write a .safetensors file instead")

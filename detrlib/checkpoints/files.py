@@ -168,7 +168,9 @@ def export_official(model: nn.Module) -> State:
     elsewhere than in cross-attention. Alphas of a model that does not clamp them are expressed as clamped ones.
     """
     own = {name: value.detach() for name, value in model.state_dict().items()}
-    strange = [name for name in own if "expected_size" in name or "self_attn.transform" in name]
+    strange = [
+        name for name in own if re.search(r"expected_size|self_attn\.transform|\.transform\.(?!pre_alpha)", name)
+    ]
     if strange:
         raise WeightsError(f"the official code has no part like {strange[0]}; write a .safetensors file instead")
     for name, module in model.named_modules():

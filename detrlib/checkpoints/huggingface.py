@@ -42,6 +42,7 @@ ONLY = {
     "model.attention.encoder_self": "softmax",
     "model.attention.decoder_self": "softmax",
     "model.attention.decoder_cross": "softmax",
+    "model.attention.null_key": "none",
     "model.attention.gate": "none",
     "model.attention.differential": False,
     "model.polling.ratio": None,

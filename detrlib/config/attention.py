@@ -6,7 +6,23 @@ from pydantic import AfterValidator, Field
 
 from detrlib.config.section import Section
 
-TransformName = Literal["softmax", "sparsemax", "entmax15", "entmax", "alpha_entmax", "tvmax"]
+TransformName = Literal[
+    "softmax",
+    "sparsemax",
+    "entmax15",
+    "entmax",
+    "alpha_entmax",
+    "tvmax",
+    "normmax",
+    "budget",
+    "sparsegen",
+    "ssmax",
+    "asentmax",
+    "softpick",
+    "topk",
+    "sigmoid",
+    "relu",
+]
 # tvmax needs keys that form a grid, and those of decoder_self are queries.
 QueryTransformName = Literal[tuple(name for name in get_args(TransformName) if name != "tvmax")]
 NullKey = Literal["none", "zero", "learned"]
@@ -31,9 +47,14 @@ class QueryAttention(Section):
     """Transforms where only queries attend to each other by scores, and what any of them needs."""
 
     decoder_self: QueryTransformName = "softmax"
-    alpha: float = Field(1.5, ge=1.000001, le=2.0)  # of "entmax", fixed
+    alpha: float = Field(1.5, ge=1.000001, le=2.0)  # of "entmax" and "asentmax", fixed
     # of "alpha_entmax"; "normal": pre_alpha from N(0, 1); "cloned": so too, but one draw for all layers of a site
     alpha_init: Annotated[float | Literal["normal", "cloned"], AfterValidator(_start_of_alpha)] = 1.5
+    normmax_alpha: float = Field(2.0, gt=1.0)  # published: 2 and 5; the larger, the nearer to equal are the weights
+    budget: float = Field(2.0, gt=0.0)  # what weights of "budget" sum to, none of them above one
+    sparsegen_lambda: float = Field(0.5, lt=1.0)  # 0: sparsemax; towards 1: sparser; below 0: denser
+    ssmax_init: float = 0.168  # where a of softmax(a log(n) s) starts: there the mean of a log(n) is about one
+    topk: int = Field(64, ge=1)  # keys that have weight
     anneal: Anneal = Anneal()
     # A key that stands for none, beside those that are scored: a head with nothing to say rests there. Its score is
     # zero, or learned, one per head of a layer, from zero on

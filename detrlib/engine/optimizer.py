@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from detrlib.config import Train
-from detrlib.models import alpha_modules, sampling_projections, transform_parameters
+from detrlib.models import alpha_modules, sampling_projections, transform_modules
 
 FROZEN = {  # by `train.freeze`, names of parameters, those of detectors of transformers included
     "backbone": r"(model\.model\.)?backbone\.",
@@ -36,7 +36,8 @@ def parameter_groups(model: nn.Module, cfg: Train) -> list[dict]:
     What is not to be trained is frozen first, see `freeze`.
     """
     freeze(model, cfg)
-    special = {id(parameter): "transforms" for parameter in transform_parameters(model)}
+    learned = (parameter for module in transform_modules(model).values() for parameter in module.parameters())
+    special = dict.fromkeys(map(id, learned), "transforms")
     special |= {id(module.pre_alpha): "alpha" for module in alpha_modules(model).values()}
     special |= {id(parameter): "projections" for parameter in sampling_projections(model)}
     groups = {"rest": [], "backbone": [], "projections": [], "alpha": [], "transforms": []}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detrlib.config import PROJECT, Config, flat_settings
 from detrlib.errors import ConfigError
-from detrlib.models import alpha_modules
+from detrlib.models import alpha_modules, transform_modules
 
 log = logging.getLogger(__name__)
 
@@ -118,10 +118,13 @@ def panels(record: Mapping[str, float], weights: Mapping[str, float]) -> dict[st
 
 
 def alpha_values(model: nn.Module) -> dict[str, float]:
-    """For the log: learnable alphas per head, and the parameters behind them."""
+    """For the log: learnable alphas per head, and all that transforms learn by head, such as scores of null keys."""
     values = {}
     for layer, module in alpha_modules(model).items():
-        values |= _by_head("alpha", layer, module.alpha) | _by_head("pre_alpha", layer, module.pre_alpha)
+        values |= _by_head("alpha", layer, module.alpha)
+    for layer, module in transform_modules(model).items():
+        for name, parameter in module.named_parameters():
+            values |= _by_head(name, layer, parameter)
     return values
 
 

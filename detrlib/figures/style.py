@@ -35,6 +35,16 @@ COLOURS = {
     "alpha_entmax": "#CC79A7",
     "tvmax": "#E69F00",
     "entmax": "#56B4E9",
+    # Paul Tol's "muted", distinct likewise
+    "normmax": "#882255",
+    "budget": "#999933",
+    "sparsegen": "#CC6677",
+    "ssmax": "#332288",
+    "asentmax": "#44AA99",
+    "softpick": "#AA4499",
+    "topk": "#DDCC77",
+    "sigmoid": "#88CCEE",
+    "relu": "#117733",
 }
 
 STYLE = {

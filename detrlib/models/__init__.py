@@ -13,7 +13,8 @@ from detrlib.models.build import (
     build_model,
     sampling_projections,
     set_alphas,
-    transform_parameters,
+    transform_modules,
+    transform_settings,
 )
 from detrlib.models.checkpointing import checkpoint_activations
 from detrlib.models.outputs import AttentionMaps, Detections, Predictions

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from detrlib.attention.build import TransformSettings
 from detrlib.attention.gates import Difference, Gate
 from detrlib.attention.transforms import Entmax
 from detrlib.config import Deformable, Detr, HuggingFace, Model, project_path
-from detrlib.config.attention import SiteName
+from detrlib.config.attention import QueryAttention, SiteName
 from detrlib.config.huggingface import POINTS, SQUARE, require_transformers, their_config
 from detrlib.errors import ConfigError
 from detrlib.models.backbone import Backbone, CellView, build_backbone, cell_view, measured_view
@@ -138,8 +138,9 @@ def _huggingface(settings: HuggingFace) -> nn.Module:
     chosen = {site: getattr(attention, site) for site in get_args(SiteName)}
     plain = [site for site in chosen if not settings.scores_keys(site) or site not in sites_of(model)]
     chosen = {site: name for site, name in chosen.items() if name != "softmax" or site not in plain}
+    told = transform_settings(attention) | {"alpha_init": attention.alpha_init}
     for site, name in chosen.items():
-        use(name, model, site, **_told(settings, site))
+        use(name, model, site, **told, null_key=settings.null_key_at(site))
     return detector
 
 
@@ -191,10 +192,10 @@ def _heads_maker(settings: Model) -> Callable[[str], dict]:
     return make
 
 
-def _told(settings: Model, site: SiteName) -> dict[str, Any]:
-    """What settings say that transforms want to know, with the null key of a site."""
-    told = {name: value for name, value in dict(settings.attention).items() if name in TransformSettings._fields}
-    return told | {"null_key": settings.null_key_at(site)}
+def transform_settings(attention: QueryAttention) -> dict[str, float]:
+    """What a config tells transforms at any site: without where alpha starts and null keys, see `build_transform`."""
+    shared = set(TransformSettings._fields) - {"alpha_init", "null_key"}
+    return {name: value for name, value in dict(attention).items() if name in shared}
 
 
 def _transform_maker(settings: Model) -> MakeTransform:
@@ -208,7 +209,10 @@ def _transform_maker(settings: Model) -> MakeTransform:
         transform = build_transform(
             name,
             settings.num_heads,
-            **_told(settings, site) | {"alpha_init": initial, "alpha_clamped": settings.compatibility.alpha_clamped},
+            alpha_init=initial,
+            alpha_clamped=settings.compatibility.alpha_clamped,
+            null_key=settings.null_key_at(site),
+            **transform_settings(settings.attention),
         )
         transform.padding_adds_one = settings.compatibility.padding == "thesis" and site == "decoder_cross"
         return transform
@@ -229,8 +233,13 @@ def _backbone(settings: Model, weights: str | Path | None, stages: Sequence[int]
     return build_backbone(choice.name, weights, choice.dilation, freeze_stem, official, stages)
 
 
+def transform_modules(model: nn.Module) -> dict[str, Transform]:
+    """Transforms by site and layer, e.g. "decoder_cross.0" for the first decoder layer's cross-attention."""
+    return _transforms(model, Transform)
+
+
 def alpha_modules(model: nn.Module) -> dict[str, AlphaEntmax]:
-    """Learnable transforms by site and layer, e.g. "decoder_cross.0" for the first decoder layer's cross-attention."""
+    """Those of `transform_modules` whose alpha is learned."""
     return _transforms(model, AlphaEntmax)
 
 
@@ -251,12 +260,6 @@ def _transforms(model: nn.Module, kind: type[Transform]) -> dict[str, Transform]
         transforms |= {f"{site}.{layers[site]}": each for each in inner}
         layers[site] += 1
     return transforms
-
-
-def transform_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All that transforms learn: alphas, scores of null keys, and what else there is by head."""
-    transforms = (module for module in model.modules() if isinstance(module, Transform))
-    return [parameter for transform in transforms for parameter in transform.parameters()]
 
 
 def sampling_projections(model: nn.Module) -> list[nn.Parameter]:

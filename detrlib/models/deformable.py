@@ -85,6 +85,7 @@ class DeformableDETR(nn.Module):
         self.num_queries, self.two_stage, self.class_specific = num_queries, two_stage, class_specific
         self.encoder_auxiliary, self.keep_ratio, self.map_shift = encoder_auxiliary, keep_ratio, map_shift
         self.official_padding = official_padding
+        self.ranks: list[int] | None = None  # of the proposals that become queries, the best is 0; None: of all of them
         self._start_at_references()
 
     def _start_at_references(self) -> None:
@@ -168,6 +169,7 @@ class DeformableDETR(nn.Module):
         proposals.any_object = not self.class_specific
         score = proposals.logits.amax(-1) if self.class_specific else proposals.logits[..., 0]
         best = score.topk(self.num_queries, dim=1).indices  # [B,Q]
+        best = best if self.ranks is None else best[:, self.ranks]
         boxes, tokens = (
             values.gather(1, best[..., None].expand(-1, -1, values.shape[-1]))
             for values in (proposals.boxes, memory.tokens)

@@ -325,7 +325,7 @@ def _samples(module: nn.Module, query: Tensor, reference_points: Tensor, shapes:
     Levels with fewer points than others are filled up with points without weight.
     """
     weights = weights.flatten(3)  # [B,Q,H,N], N points of all levels
-    counts = _points(module, len(shapes))
+    counts = points_of(module, len(shapes))
     level = torch.arange(len(shapes), device=query.device).repeat_interleave(torch.tensor(counts, device=query.device))
     offsets = module.sampling_offsets(query).view(*weights.shape, 2)
     reference_points = reference_points.expand(-1, -1, len(shapes), -1)[:, :, None, level]  # [B,Q,1,N,2 or 4]
@@ -342,8 +342,8 @@ def _samples(module: nn.Module, query: Tensor, reference_points: Tensor, shapes:
     )
 
 
-def _points(module: nn.Module, levels: int) -> list[int]:
-    """Points of every level, which types of models note in different ways."""
+def points_of(module: nn.Module, levels: int) -> list[int]:
+    """Points of every level, per head, which types of models note in different ways."""
     for name in ("num_points_list", "n_points_list"):
         if hasattr(module, name):
             return list(getattr(module, name))

@@ -68,7 +68,8 @@ def layer_frame(run_dirs: Iterable[Path], site: str = "decoder_cross") -> pd.Dat
                 for name, layers in values.items()
                 for layer, value in enumerate(layers)
             ]
-    return pd.DataFrame(rows, columns=["run", "group", "state", "metric", "layer", "value"])
+    frame = pd.DataFrame(rows, columns=["run", "group", "state", "metric", "layer", "value"])
+    return frame.astype({"value": float})
 
 
 def having(run_dirs: Iterable[Path], table: str) -> list[Path]:
@@ -111,7 +112,7 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
         row |= transforms | {name: value for name, value in results["detection"].items() if name != "per_class"}
         row["floor"] = results["floor"].get("AP", np.nan)
         for site, measures in results.get("attention", {}).items():
-            row |= {f"{site}/{name}": float(np.mean(values)) for name, values in measures.items()}
+            row |= {f"{site}/{name}": _mean_of_layers(values) for name, values in measures.items()}
         for site, measures in results.get("sinks", {}).items():
             row |= {f"{site}/{name}": _mean_of_layers(measures[name]["mean"]) for name in (*SINKS, "agreement")}
         for size, measures in results.get("localisation", {}).items():
@@ -121,9 +122,10 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _mean_of_layers(values: list[float | None]) -> float:
-    """NaN where a layer has no such number."""
-    return float(np.mean([np.nan if value is None else value for value in values]))
+def _mean_of_layers(values: float | list[float | None]) -> float:
+    """The mean over the layers that have such a number: without weight there is no Gini index. NaN where none has."""
+    known = [value for value in np.atleast_1d(values) if value is not None]
+    return float(np.mean(known)) if known else np.nan
 
 
 def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
@@ -147,8 +149,8 @@ def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
         rows[label] = {
             **{name: results["detection"][name] for name in AP_CUTS},
             "floor": results["floor"].get("AP", np.nan),
-            "Gini": float(np.mean(cross["gini"])),
-            "zeros": float(np.mean(cross["zeros"])),
+            "Gini": _mean_of_layers(cross["gini"]),
+            "zeros": _mean_of_layers(cross["zeros"]),
             "PAIBB": results.get("paibb", {}).get("all", np.nan),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")

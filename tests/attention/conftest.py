@@ -18,10 +18,15 @@ SETTINGS = {"embed_dim": 32, "num_heads": 4, "levels": 3, "points": 2}
 def make():
     def make(name: str, alpha: float = 1.3, null_key: str = "none") -> Transform:
         """A transform of HEADS heads; what it learns differs from head to head."""
-        transform = build_transform(name, HEADS, alpha=alpha, tv_lambda=0.3, null_key=null_key)
+        told = {"tv_lambda": 0.3, "topk": 3, "budget": 1.5, "ssmax_init": 0.5, "sparsegen_lambda": 0.3}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            transform = build_transform(name, HEADS, alpha=alpha, null_key=null_key, **told)
         with torch.no_grad():
             if isinstance(transform, AlphaEntmax):
                 transform.pre_alpha.copy_(torch.linspace(-1.5, 2.0, HEADS))
+            for parameter in transform.parameters():
+                parameter += torch.linspace(-0.1, 0.1, HEADS)
             if null_key == "learned":
                 transform.null_score.copy_(torch.linspace(-1.0, 2.0, HEADS))
         return transform

@@ -1,12 +1,8 @@
 """The architectures: settings of their own, what contradicts what, and what follows from what."""
 
-from typing import get_args
-
 import pytest
 
-from detrlib.attention import TRANSFORMS
 from detrlib.config import Deformable, Detr, load_config, save_config
-from detrlib.config.attention import TransformName
 from detrlib.errors import ConfigError
 
 DEFORMABLE = {"model.architecture": "deformable"}
@@ -87,23 +83,6 @@ def test_stages_are_saved_and_loaded(tmp_path):
     save_config(cfg, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == cfg
     assert cfg.model.deformable.stages == (1, 4)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "named"),
-    [
-        ({"model.encoder_layers": 0, "model.attention.encoder_self": "sparsemax"}, "model.encoder_layers"),
-        ({"model.attention.alpha_init": 3}, "model.attention.alpha_init"),
-        ({"model.attention.alpha_init": 1.005}, "model.attention.alpha_init.*cloned"),
-    ],
-)
-def test_attention_that_cannot_be_is_refused(overrides, named):
-    with pytest.raises(ConfigError, match=named):
-        load_config(None, overrides)
-
-
-def test_configs_know_every_transform():
-    assert set(get_args(TransformName)) == set(TRANSFORMS)
 
 
 ANNEAL = "model.attention.anneal"

@@ -1,9 +1,8 @@
-"""Sections of the settings: defaults that fit each other, frozen, and refused where they contradict each other."""
+"""Sections of the settings: defaults that fit each other, refused where they contradict each other."""
 
 import pytest
-from pydantic import ValidationError
 
-from detrlib.config import Config, load_config
+from detrlib.config import load_config
 from detrlib.errors import ConfigError
 
 
@@ -12,27 +11,6 @@ def test_maps_of_decoder_cross_are_always_among_those_that_are_stored():
         "decoder_cross",
         "decoder_self",
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "given", "meant"),
-    [
-        ("train.tracking.also", "tensorboard", ["tensorboard"]),
-        ("evaluate.store_sites", "encoder_self, decoder_self", ["encoder_self", "decoder_self"]),
-        ("model.deformable.stages", 4, [4]),
-        ("model.deformable.stages", "2,3,4", [2, 3, 4]),
-    ],
-)
-def test_values_between_commas_are_a_list_also_if_there_is_one_only(name, given, meant):
-    family = {"model.architecture": "deformable"}
-    assert load_config(overrides=family | {name: given}) == load_config(overrides=family | {name: meant})
-
-
-def test_settings_are_frozen_at_every_depth():
-    cfg = Config()
-    for section, name in ((cfg, "train"), (cfg.train, "epochs"), (cfg.train.tracking, "group")):
-        with pytest.raises(ValidationError, match="frozen"):
-            setattr(section, name, None)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,17 @@ def test_alpha_has_a_group_of_its_own_found_by_the_type_of_its_module(model_of, 
     assert {id(p) for p in groups["backbone"]["params"]} == {id(p) for p in model.backbone.parameters()}
 
 
+def test_what_else_transforms_learn_has_a_group_without_decay(model_of, settings):
+    attention = {"decoder_cross": "alpha_entmax", "encoder_self": "ssmax", "null_key": "learned"}
+    model = model_of({f"model.attention.{name}": value for name, value in attention.items()})
+    groups = {group["name"]: group for group in parameter_groups(model, settings(lr=2e-3))}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(parameter)].rpartition(".")[2] for parameter in groups["transforms"]["params"]}
+    assert found == {"a", "null_score"}
+    assert groups["transforms"]["weight_decay"] == 0.0 and groups["transforms"]["lr"] == pytest.approx(2e-2)
+    assert all(names[id(p)].endswith("pre_alpha") for p in groups["alpha"]["params"])
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_an_update_does_not_depend_on_the_layout_of_a_checkpoint(settings, layout):
     """Filters lie otherwise on another kind of processor, and the fused update takes numbers as they lie in memory."""

@@ -137,7 +137,8 @@ def test_tensorboard_writes_into_the_run_folder(tmp_path, tiny_config):
 
 
 def test_alpha_and_its_gradients_are_logged_by_layer_and_head(tmp_path, tiny_config):
-    train(tiny_config({"model.attention.decoder_cross": "alpha_entmax"}), tmp_path / "run")
+    learned = {"model.attention.decoder_cross": "alpha_entmax", "model.attention.null_key": "learned"}
+    train(tiny_config(learned), tmp_path / "run")
     records = [record for record in runs.read_metrics(tmp_path / "run") if "train/loss" in record]
     for record in records:
         for layer in range(2):
@@ -147,6 +148,7 @@ def test_alpha_and_its_gradients_are_logged_by_layer_and_head(tmp_path, tiny_con
             assert record[f"pre_alpha_gradient_norm/{place}"] == pytest.approx(math.hypot(*gradients), rel=1e-5)
             alpha, raw = (record[f"{name}/{place}-head_3"] for name in ("alpha", "pre_alpha"))
             assert alpha == pytest.approx(1.01 + 0.99 / (1 + math.exp(-raw)), rel=1e-5)
+            assert record[f"null_score/{place}-head_3"] != 0
     assert len({record["pre_alpha_gradient/decoder_cross.layer_0-head_0"] for record in records}) == len(records)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -245,6 +246,45 @@ def test_empty_rows_are_counted_and_left_out_of_shapes(resting):
     assert measured["gini"]["mean"][0] == pytest.approx(np.mean(gini), rel=1e-4)
     assert summary["sinks"]["decoder_cross"]["null_mass"]["mean"] == [pytest.approx(empty, abs=1e-5)] * 3
     assert "NaN" not in json.dumps(summary)
+
+
+@pytest.mark.parametrize(
+    ("settings", "least", "most"),
+    [
+        ({"attention": {"decoder_cross": "softmax", "null_key": "zero"}}, 0.0, 1.0),
+        ({"attention": {"decoder_cross": "sparsemax", "null_key": "learned"}}, 0.0, 1.0),
+        ({"attention": {"decoder_cross": "softpick"}}, 0.0, 1.0),
+        ({"attention": {"decoder_cross": "budget"}}, 1.0, 2.0),
+        ({"attention": {"decoder_cross": "sigmoid"}}, 0.0, math.inf),
+        ({"attention": {"decoder_cross": "relu"}}, 0.0, math.inf),
+        ({"registers": 3}, 1.0, 1.0),
+    ],
+    ids=["softmax, null key", "sparsemax, null key", "softpick", "budget", "sigmoid", "relu", "registers"],
+)
+def test_rows_of_any_sum_are_measured(settings, least, most, batch_of, small, tiny_config):
+    """The mass is that of the rows, shares stay shares, and nothing is NaN but what is not known."""
+    model, batch = small(**settings), batch_of()
+    own = {"num_heads": 4, "encoder_layers": 2, "decoder_layers": 3, "hidden_dim": 32, "num_classes": 5}
+    cfg = tiny_config({f"model.{key}": value for key, value in (settings | own).items()})
+    looks = AttentionMeasures(cfg, sites=("encoder_self", "decoder_self"))
+    with torch.no_grad():
+        predictions = model(batch.images, batch.padding_mask, need_attention=True)
+    looks.add(predictions, batch, match(predictions, batch.targets, Criterion(**dict(cfg.loss)).costs))
+    summary = looks.summary({})
+    assert "NaN" not in json.dumps(summary)
+    for layer, weights in enumerate(predictions.attention.decoder_cross):
+        total = weights.sum(-1)
+        assert least - 1e-5 <= total.min() and total.max() <= most + 1e-5
+        assert summary["attention"]["decoder_cross"]["mass"][layer] == pytest.approx(total.mean().item(), rel=1e-4)
+        missing = (1 - total).clamp(min=0).mean().item()
+        found = summary["sinks"]["decoder_cross"]
+        assert found["null_mass"]["mean"][layer] == pytest.approx(missing, rel=1e-3, abs=1e-5)
+        assert 0 <= found["weight"]["mean"][layer] <= 1
+    for name in ("paibb", "paibb_without_sink", "pointing"):
+        assert all(0 <= value <= 1 + 1e-5 for value in summary["localisation"]["all"][name]["mean"])
+    if "registers" in settings:  # which take a part of what cells look at
+        assert max(summary["attention"]["encoder_self"]["mass"]) < 1
+        assert min(summary["sinks"]["encoder_self"]["null_mass"]["mean"]) > 0
 
 
 def test_the_sites_measured_are_those_of_the_settings(setup, tiny_config):

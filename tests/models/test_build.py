@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detrlib.errors import ConfigError
-from detrlib.models import build_model
+from detrlib.models import build_model, transform_modules
 
 REFINE = {"refine": True}
 TWO_STAGE = REFINE | {"two_stage": True}
@@ -28,6 +28,7 @@ FAMILIES = {
     "conditional": {"queries": "conditional", "classification": "sigmoid"},
     "alpha-entmax": {"attention": dict.fromkeys(("encoder_self", "decoder_self", "decoder_cross"), "alpha_entmax")},
     "tvmax": {"attention": {"encoder_self": "tvmax", "decoder_cross": "tvmax"}},
+    "null keys": {"attention": {"null_key": "learned"}},
     "gates, differences, registers": {"attention": {"gate": "channel", "differential": True}, "registers": 3},
     "poll and pool": {"polling": {"ratio": 0.3, "pooled": 4}},
     "deformable": DEFORMABLE | {"deformable": TINY},
@@ -90,3 +91,25 @@ def test_models_are_imported_without_tables():
     program = "import sys, detrlib.models; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert "detrlib.models" in loaded and not {"pandas", "pyarrow", "pycocotools"} & set(loaded)
+
+
+NULL_KEY = {"null_key": "learned", "null_key_sites": ["encoder_self", "decoder_cross"]}
+
+
+def test_null_keys_add_a_score_for_each_head_where_they_stand_and_nothing_elsewhere(small):
+    plain, model = (set(small(attention=attention).state_dict()) for attention in ({}, NULL_KEY))
+    layers = [f"transformer.encoder.layers.{layer}.self_attn" for layer in range(2)]
+    layers += [f"transformer.decoder.layers.{layer}.multihead_attn" for layer in range(3)]
+    assert model - plain == {f"{layer}.transform.null_score" for layer in layers}
+    assert plain <= model
+    assert set(small(attention={"null_key": "zero"}).state_dict()) == plain
+
+
+@pytest.mark.parametrize("family", ("detr", "anchors", "conditional", *QUICK, "poll and pool", "deformable"))
+def test_null_keys_are_learned_in_every_family(family, small, padded_batch):
+    settings = FAMILIES[family]
+    model = small(**settings | {"attention": settings.get("attention", {}) | {"null_key": "learned"}})
+    scores = {layer: module.null_score for layer, module in transform_modules(model).items()}
+    assert {layer.split(".")[0] for layer in scores} >= {"decoder_self"}
+    model(*padded_batch((70, 101), (128, 64), canvas=(128, 160))).logits.square().sum().backward()
+    assert all(score.grad is not None and score.grad.any() for score in scores.values())

@@ -124,7 +124,23 @@ def test_padding_gets_exactly_nothing(huggingface_detector, family, implementati
             for weights in weights_at(outputs, site):
                 assert weights.shape[-1] == 20
                 assert not weights[1][..., cells.flatten()].any(), name
-                torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=0, atol=1e-5)
+                if name not in ("budget", "softpick", "sigmoid", "relu"):  # whose rows sum to something else
+                    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sparsemax", "tvmax"])
+def test_null_keys_take_weight_at_every_way_of_changing_attention(huggingface_detector, name):
+    for family in ("detr", "dab-detr"):
+        model = huggingface_detector(family)
+        sites = ("encoder_self", "decoder_cross")
+        with use(name, model, sites, null_key="learned"):
+            outputs = run(model, family)
+            learned = [name for name, _ in model.named_parameters() if name.endswith("transform.null_score")]
+        assert len(learned) == 4
+        for site in sites:
+            sums = torch.cat([weights.sum(-1).flatten() for weights in weights_at(outputs, site)])
+            assert (sums <= 1 + 1e-5).all() and (sums < 0.999).any()
+        assert not any("null_score" in name for name in model.state_dict())
 
 
 def test_without_the_mask_of_padding_weights_lie_on_it(huggingface_detector):
@@ -367,6 +383,8 @@ def test_gradient_checkpointing_computes_the_same(huggingface_detector):
         (("entmax",), {"alpha": "sharp"}, ConfigError, "alpha"),
         (("alpha_entmax",), {"alpha_init": 1.0}, ConfigError, "alpha_init 1.0"),
         (("tvmax", "encoder_self"), {"tv_lambda": -1}, ConfigError, "tv_lambda -1"),
+        (("softmax",), {"null_key": "one"}, ConfigError, "null_key 'one'"),
+        (("softmax",), {"tau": 1.0}, ConfigError, "'tau'"),
         (("tvmax",), {}, ModelError, "decoder_self"),
     ],
 )
@@ -391,8 +409,9 @@ def test_a_site_that_the_model_lacks_is_named_with_those_it_has(huggingface_dete
     with use("sparsemax", model):
         weights = model(torch.randn(1, 3, 32, 32), output_attentions=True).attentions
     assert weights[0].shape[-1] == 10
-    with pytest.raises(ModelError, match="decoder_cross"):
-        use("tvmax", huggingface_detector("rt_detr"), "decoder_cross")
+    for name, settings in (("tvmax", {}), ("softmax", {"null_key": "zero"})):
+        with pytest.raises(ModelError, match="decoder_cross"):
+            use(name, huggingface_detector("rt_detr"), "decoder_cross", **settings)
 
 
 def test_models_without_their_attention_are_refused(small):

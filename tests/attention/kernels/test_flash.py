@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from detrlib.attention import build_transform, mixing
 from detrlib.attention.entmax import entmax
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -253,6 +254,28 @@ def test_dropout_of_everything_leaves_nothing_and_more_is_refused(dropout_inputs
     assert all((x == 0).all() for x in gradients(mixed, random(1, 2, 5, 16), [query, key]))
     with pytest.raises(ValueError, match="dropout"):
         flash.sparse_attention(query, key, key, 1.3, None, 1.5)
+
+
+@pytest.mark.parametrize("name", ["entmax15", "alpha_entmax", "sparsegen", "asentmax"])
+@pytest.mark.parametrize("null_key", ["none", "zero", "learned"])
+def test_null_keys_and_scales_come_in_by_keys_and_queries(name, null_key, close, flash, gradients, random):
+    """What a transform does before entmax and beside it, `_plain` does to what the kernel is given."""
+    transform = build_transform(name, 2, null_key=null_key).to(DEVICE)
+    with torch.no_grad():
+        for parameter in transform.parameters():
+            parameter += torch.tensor([-0.3, 0.5], device=DEVICE)
+    query, key, value = random(2, 2, 18, 16, scale=2), random(2, 2, 32, 16, seed=1), random(2, 2, 32, 24, seed=2)
+    padding, inputs = (
+        some_padding(2, 32),
+        [x.requires_grad_() for x in (query, key, value)] + list(transform.parameters()),
+    )
+    expected = mixing.mix(query, key, value, transform, padding)[0]
+    *plain, mask = mixing._plain(query, key, value, padding, transform)
+    mixed = flash.sparse_attention(*plain, transform.alpha, mask)
+    close(mixed, expected, 1e-5)
+    weighting = expected.detach()
+    for own, wanted in zip(gradients(mixed, weighting, inputs), gradients(expected, weighting, inputs), strict=True):
+        close(own, wanted, 1e-5)
 
 
 @pytest.mark.gpu
