@@ -33,21 +33,21 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 700,
+    ".": 705,
     "config": 1320,
-    "attention": 2110,
-    "attention/kernels": 1030,
+    "attention": 2180,
+    "attention/kernels": 1040,
     "models": 3190,
     "losses": 380,
     "checkpoints": 1400,
-    "data": 3520,
+    "data": 3530,
     "metrics": 2570,
     "runs": 1890,
     "engine": 2840,
     "experiments": 3380,
     "figures": 3380,
-    "teaching": 470,
-    "benchmarks": 2450,
+    "teaching": 480,
+    "benchmarks": 2460,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
 LONGEST_COMMANDS = 470  # the command line: every option of every command is a line
