@@ -75,6 +75,19 @@ def test_only_images_that_both_were_explained_on_count(explained_run):
     assert (table["images"] == 4).all() and table["low"].isna().all() and table["images_low"].notna().all()
 
 
+def test_null_keys_and_registers_are_compared_with_runs_that_have_none(explained_run):
+    sites = {"model.attention.null_key_sites": ["decoder_cross"]}
+    runs = [explained_run("plain-seed1", 0.1)]
+    runs += [explained_run(f"{key}-seed1", **{"model.attention.null_key": key} | sites) for key in ("zero", "learned")]
+    runs += [explained_run("registers-seed1", 0.2, **{"model.registers": 4})]
+    null_keys = effect_of(runs, "model.attention.null_key")
+    assert set(zip(null_keys["first"], null_keys["second"], strict=True)) == {("zero", "plain"), ("learned", "plain")}
+    assert null_keys.query("metric == 'insertion gain'")["difference"].tolist() == pytest.approx([0.1, 0.1])
+    registers = effect_of(runs, "model.registers").set_index("metric")
+    assert registers.loc["insertion gain", "first"] == "registers"
+    assert registers.loc["insertion gain", "difference"] == pytest.approx(-0.1)
+
+
 def test_runs_without_a_counterpart_are_left_out(explained_run):
     runs = [*groups(explained_run), explained_run("wide-seed1", **{"model.hidden_dim": 512})]
     assert set(effect_of(runs, "model.attention.decoder_cross")["first"]) == {"sparsemax"}
