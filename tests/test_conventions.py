@@ -33,7 +33,7 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 680,
+    ".": 700,
     "config": 1310,
     "attention": 2120,
     "attention/kernels": 1040,
@@ -44,13 +44,13 @@ CEILINGS = {
     "metrics": 2360,
     "runs": 1650,
     "engine": 2780,
-    "experiments": 2220,
+    "experiments": 2490,
     "figures": 3060,
-    "teaching": 480,
+    "teaching": 570,
     "benchmarks": 2460,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 460  # the command line: every option of every command is a line
+LONGEST_COMMANDS = 475  # the command line: every option of every command is a line
 
 
 def relative(path):
