@@ -422,6 +422,7 @@ def test_costs(config):
 
 def test_huggingface(huggingface_detector, tmp_path):
     huggingface_detector("detr").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 96}}')
     out = tmp_path / "out"
     Image.new("RGB", (90, 60)).save(tmp_path / "a.png")
     options = ["--pictures", tmp_path / "a.png", "--transforms", "softmax,tvmax", "--null-keys", "none,zero"]

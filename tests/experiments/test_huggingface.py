@@ -222,7 +222,7 @@ def test_data_of_other_classes_are_named(tiny_models, trained, write_layout, tmp
     path.write_text(path.read_text().replace('"cat"', '"tree"').replace('"dog"', '"house"'))
     with pytest.raises(DataError, match=r"instances_val2017.*tree.*--pictures"):
         attention_passes([str(trained)], data=data, cpu=True)
-    path.write_text(path.read_text().replace('"id": 1, "name"', '"id": 99, "name"'))
+    path.write_text(path.read_text().replace('"id": 1, "name"', '"id": 99, "name"').replace('ry_id": 1', 'ry_id": 99'))
     with pytest.raises(DataError, match=r"instances_val2017.*99"):
         attention_passes(["detr"], data=data, size=64, cpu=True)
 
