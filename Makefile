@@ -6,6 +6,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check
 UV   := $(shell command -v uv 2>/dev/null)
 NB   ?= $(filter-out notebooks/09_%,$(sort $(wildcard notebooks/*.ipynb)))
 ARGS ?=
+PARTS ?= where sinks how when
 # Keeps the kernel's language and cell tags, which papermill needs; takes out what papermill leaves behind.
 STRIP := $(PY) -m nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill"
 
@@ -19,8 +20,8 @@ setup: .venv/.ready  ## make .venv with the pinned packages
 quickstart: .venv/.ready  ## train, evaluate and compare a few small models on drawn shapes
 	$(PY) -m detrlib sweep papermill_runs/configs/quickstart.yaml
 
-study: .venv/.ready  ## four transforms with three seeds each: train, measure, compare (one to two hours on two cores)
-	$(PY) -m detrlib sweep papermill_runs/configs/study.yaml
+study: .venv/.ready  ## sparse where, with what sinks, how and when (about an hour each on two cores); make study PARTS=where
+	@for part in $(PARTS); do $(PY) -m detrlib sweep papermill_runs/study/$$part.yaml || exit 1; done
 
 test: .venv/.ready  ## run the tests; make test ARGS="-k attention"
 	$(PY) -m pytest $(ARGS)

@@ -238,7 +238,8 @@ def predict(
 def explain(
     run: RunName,
     images: Annotated[int, Option(min=1, help="the first images of the validation split")] = 50,
-    methods: Annotated[str | None, Option(metavar="A,B", help="default: all that the model allows")] = None,
+    methods: Annotated[str | None, Option(metavar="A,B", help="default: those of a pass or two; also drise")] = None,
+    masks: Annotated[int, Option(min=1, help="of drise, published with 5000")] = 1000,
     steps: Annotated[int, Option(min=2, help="of deletion and of insertion")] = 16,
     checkpoint: Checkpoint = "last",
     unit: Annotated[Literal["cell", "pixel"], Option(help="what is deleted at a time")] = "cell",
@@ -247,16 +248,17 @@ def explain(
     all_queries: Annotated[bool, Option("--all-queries", help="also those that no object is matched to")] = False,
     batch_size: Annotated[int, Option(min=1, help="pictures the model sees at a time")] = 64,
 ) -> None:
-    """Deletion and insertion curves of attention maps and relevance, beside the predicted box."""
+    """Deletion and insertion curves of attention maps, gradients, ODAM and D-RISE, beside the predicted box."""
     from detrlib.experiments.explain import faithfulness_run
+    from detrlib.figures.explanations import faithfulness_table
     from detrlib.runs.folder import run_path
 
     names = values_in(methods, "--methods") or None
     options = {"unit": unit, "replacement": replacement, "min_score": min_score, "batch_size": batch_size}
-    chosen = {"checkpoint": checkpoint, "matched": not all_queries}
+    chosen = {"checkpoint": checkpoint, "matched": not all_queries, "masks": masks}
     frame = faithfulness_run(run_path(run), images, names, steps, **chosen, **options)
-    columns = ["deletion_similarity", "insertion_similarity"]
-    typer.echo(frame.groupby("method", sort=False)[columns].mean().round(3).to_string())
+    table = faithfulness_table({run: frame}).drop(columns="run")
+    typer.echo(table.round(3).to_string(index=False, na_rep=""))
 
 
 @app.command()
@@ -268,11 +270,18 @@ def intervene(
     layer: Annotated[int | None, Option(help="alphas and transforms in this layer only, from 0")] = None,
     learned_alphas: Annotated[bool, Option("--learned-alphas", help="learned ones: their mean, and shuffled")] = False,
     prune_heads: Annotated[bool, Option("--prune-heads", help="every head alone, then one after the other")] = False,
-    order_images: Annotated[int, Option(min=1, help="training images that give the order of heads")] = 100,
+    sinks: Annotated[str | None, Option(metavar="A,B", help="masked, zeroed: keys on which heads rest")] = None,
+    ablate: Annotated[
+        str | None,
+        Option(
+            metavar="A,B", help="queries, embeddings, single_queries, layers, sites, feedforward, levels, points: alone"
+        ),
+    ] = None,
+    order_images: Annotated[int, Option(min=1, help="training images that give the order of heads, queries")] = 100,
     images: Annotated[int | None, Option(min=1, help="the first of the validation split; default: all")] = None,
     checkpoint: Checkpoint = "last",
 ) -> None:
-    """AP and PAIBB of a trained model with another transform, alpha, or fewer heads."""
+    """AP and PAIBB of a trained model with another transform, alpha, fewer heads, or without some of its parts."""
     from detrlib.experiments.intervene import intervene_run, plan
     from detrlib.runs.folder import run_path
 
@@ -284,6 +293,8 @@ def intervene(
         layer=layer,
         learned=learned_alphas,
         prune_heads=prune_heads,
+        sinks=values_in(sinks, "--sinks"),
+        ablate=values_in(ablate, "--ablate"),
         order_images=order_images,
         checkpoint=checkpoint,
     )
@@ -294,14 +305,14 @@ def intervene(
 @app.command()
 def sweep(
     path: Annotated[Path, Argument(help="sweep file, e.g. papermill_runs/configs/quickstart.yaml")],
-    name: Annotated[str | None, Option(help="folder under papermill_runs/; default: the name of the file")] = None,
+    name: Annotated[str | None, Option(help="folder under papermill_runs/; default: as the file is or says")] = None,
     parallel: Annotated[int | None, Option(min=1, help="runs side by side; default: one per GPU or core")] = None,
 ) -> None:
     """Train and measure several variants of one experiment, and draw what they show together."""
     from detrlib.experiments.sweep import sweep as run_sweep
     from detrlib.runs.folder import run_path
 
-    typer.echo(run_sweep(path, run_path(name or path.stem), parallel))
+    typer.echo(run_sweep(path, run_path(name) if name else None, parallel))
 
 
 @app.command(hidden=True)

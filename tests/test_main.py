@@ -256,9 +256,10 @@ def test_predictions_that_cannot_be_made(run_dir, photos, tmp_path):
 
 def test_explain(run_dir):
     words = ["explain", run_dir, "--images", 3, "--steps", 3, "--min-score", 0]
-    assert "deletion_similarity" in detrlib(*words, "--methods", "raw,random")
+    assert "insertion low" in detrlib(*words, "--methods", "raw,odam,drise,random", "--masks", 4)
     frame = pd.read_parquet(run_dir / "measures" / "faithfulness.parquet")
-    assert set(frame["method"]) == {"raw", "random"} and frame["image_id"].nunique() == 3
+    assert set(frame["method"]) == {"raw", "odam", "drise", "random"} and frame["image_id"].nunique() == 3
+    assert "--masks" in refused(*words, "--masks", 0, code=2)
     assert "nonsense" in refused(*words, "--methods", "nonsense")
     assert "--steps" in refused("explain", run_dir, "--steps", 1, code=2)
 
@@ -267,12 +268,13 @@ def test_intervene(run_dir):
     words = ["intervene", run_dir, "--images", 4]
     shown = detrlib(
         *(*words, "--alphas", "1", "--transforms", "sparsemax"),
-        *("--learned-alphas", "--prune-heads", "--order-images", 4),
+        *("--learned-alphas", "--prune-heads", "--order-images", 4, "--sinks", "masked,zeroed"),
+        *("--ablate", "single_queries,feedforward"),
     )
     stored = interventions_frame([run_dir])
     assert stored["kind"].value_counts().to_dict() == {
         **{"none": 1, "alpha": 1, "transform": 1},
-        **{"learned_alpha": 2, "head": 8, "heads": 8},
+        **{"learned_alpha": 2, "head": 8, "heads": 8, "sink": 6, "query": 10, "feedforward": 3},
     }
     assert "shuffled" in shown and len(shown.splitlines()) == 1 + len(stored)
     assert set(stored["trained"]) == {"alpha_entmax"} and 1 < stored["trained_alpha"].iloc[0] < 2
@@ -280,6 +282,8 @@ def test_intervene(run_dir):
     assert "--alphas" in refused(*words, "--alphas", "1 1.5")
     assert "nonsense" in refused(*words, "--transforms", "nonsense")
     assert "layers [9]" in refused(*words, "--alphas", "1", "--layer", 9)
+    assert "feedforwards" in refused(*words, "--ablate", "layers,feedforwards")
+    assert "hidden" in refused(*words, "--sinks", "hidden")
 
 
 def cut(path):
@@ -355,7 +359,7 @@ def test_sweep(tmp_path, config, monkeypatch):
     monkeypatch.setattr(sweeps, "sweep", lambda *given: asked.append(given) or "report.html")
     assert detrlib("sweep", config, "--name", tmp_path / "many", "--parallel", 2) == "report.html\n"
     detrlib("sweep", config)
-    assert asked == [(config, tmp_path / "many", 2), (config, PROJECT / "papermill_runs" / "tiny", None)]
+    assert asked == [(config, tmp_path / "many", 2), (config, None, None)]
     assert "--parallel" in refused("sweep", config, "--parallel", 0, code=2)
     monkeypatch.undo()
     assert "tiny.yaml" in refused("sweep", config, "--name", tmp_path / "many")  # the settings of one run

@@ -43,8 +43,9 @@ class TinyRun:
             },
             "06_train": run | {"config": str(self.config), "overrides": {"train.epochs": 1}, "gpus": 0},
             "07_evaluate": run
-            | {"num_examples": 1, "untrained": True, "explained_images": 2}
-            | {"alphas": [1, 2], "swaps": ["softmax"], "prune_heads": True, "intervention_images": 2},
+            | {"num_examples": 1, "untrained": True, "explained_images": 2, "explained_by": ["raw", "odam", "box"]}
+            | {"alphas": [1, 2], "swaps": ["softmax"], "prune_heads": True, "intervention_images": 2}
+            | {"sinks_away": ["masked"], "ablated": ["queries", "layers", "sites", "feedforward"]},
             "08_attention_maps": runs | {"sites": ["decoder_cross", "decoder_self", "encoder_self"]},
             "09_thesis_figures": {"run_names": self.study(), "output": str(self.folder / "figures"), "resamples": 50},
             "10_benchmarks": {

@@ -15,9 +15,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from detrlib.config import PROJECT, load_config, read_yaml
+from detrlib.experiments.sweep_file import read_sweep
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-CONFIGS = sorted((PROJECT / "papermill_runs" / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    path for folder in ("configs", "study") for path in (PROJECT / "papermill_runs" / folder).glob("*.yaml")
+)
 
 
 def relative(path):
@@ -103,17 +106,11 @@ def test_there_are_configs():
 
 @each(CONFIGS)
 def test_every_config_loads(path):
-    values = read_yaml(path)
-    if "runs" not in values:
+    if "runs" not in read_yaml(path):
         load_config(path)
         return
-    runs = values["runs"]
-    pairs = runs.items() if isinstance(runs, dict) else ((run["name"], run.get("overrides")) for run in runs)
-    shared = values.get("overrides") or {}
-    base = path.parent / values["base"] if "base" in values else None
-    for name, overrides in pairs:
-        assert re.fullmatch(r"[\w.-]+", str(name)), f"{name} cannot name a run folder"
-        load_config(base, {**shared, **(overrides or {})})
+    for name in read_sweep(path).configs:
+        assert re.fullmatch(r"[\w.-]+", name), f"{name} cannot name a run folder"
 
 
 def project_metadata():

@@ -4,9 +4,10 @@ Let C be the keys that have one. Of the others (s - tau)_+ sum to B - |C|, which
 
     p = (B - |C|) sparsemax(s / (B - |C|))
 
-C is found from below. With C empty, the largest weights may be above one. To take away from them leaves more to the
+rows.c finds C from below. With C empty, the largest weights may be above one. To take away from them leaves more to the
 others, so that tau falls and those weights would only grow: they belong to C. A few rounds, at most B, and no key is
-above one. That is also why the gradient is that of sparsemax for the keys between zero and one.
+above one. Elsewhere, and in double precision, tau is found by halving. The gradient is that of sparsemax for the keys
+between zero and one.
 
 Legend: R rows, K keys, B the budget.
 """
@@ -14,9 +15,8 @@ Legend: R rows, K keys, B the budget.
 import torch
 from torch import Tensor
 
-from detrlib.attention.entmax import entmax_unchecked
+from detrlib.attention import native
 
-AWAY = 1e30  # below all scores, and yet a number
 HALVINGS = 60  # of the interval that holds tau: one of 1e4 becomes less than float32 tells
 
 
@@ -32,9 +32,9 @@ def budget_sparsemax(scores: Tensor, budget: float) -> Tensor:
 
 @torch.library.custom_op("detrlib::budget", mutates_args=())
 def _budget(scores: Tensor, budget: float) -> Tensor:
-    if not scores.is_cpu:
+    if not native.supported(scores, 2.0):
         return _by_halving(scores, budget)
-    return _by_rounds(scores.reshape(-1, scores.shape[-1]), budget).view(scores.shape)
+    return native.budget_rows(scores.reshape(-1, scores.shape[-1]).contiguous(), budget).view(scores.shape)
 
 
 @_budget.register_fake
@@ -48,8 +48,11 @@ def _remember(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
     (weights,) = ctx.saved_tensors
-    between = weights.frac().sign_()  # 1 for weights between zero and one, else 0
-    out = gradient * between
+    between = weights.frac()  # and zero in place of one
+    if native.supported(between, 2.0):
+        rows = (each.reshape(-1, each.shape[-1]).contiguous() for each in (between, gradient))
+        return native.entmax_rows_backward(*rows, 2.0)[0].view(weights.shape), None
+    out = gradient * between.sign_()
     mean = out.sum(-1, keepdim=True) / between.sum(-1, keepdim=True).clamp(min=1)
     return torch.sub(gradient, mean, out=out).mul_(between), None
 
@@ -57,32 +60,8 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
 _budget.register_autograd(_backward, setup_context=_remember)
 
 
-def _by_rounds(x: Tensor, budget: float) -> Tensor:
-    """Weights of rows x [R,K] on a CPU: C grows until no weight is above one."""
-    # Arithmetic, where comparisons would do: they are slow.
-    above = (x - x.amax(-1, keepdim=True)).add_(1).clamp_(min=0)  # weights if tau gave the largest score just one:
-    first = above.sum(-1, keepdim=True) <= budget  # if they fit, it has one, and C does not begin empty
-    weights = _beside(x, above.floor_().mul_(first), budget)
-    rows = (weights.amax(-1) > 1).nonzero().view(-1)
-    while len(rows):
-        whole = weights.index_select(0, rows).clamp_(max=1).floor_()
-        found = _beside(x.index_select(0, rows), whole, budget)
-        weights.index_copy_(0, rows, found)
-        rows = rows.index_select(0, (found.amax(-1) > 1).nonzero().view(-1))
-    return weights
-
-
-def _beside(x: Tensor, whole: Tensor, budget: float) -> Tensor:
-    """Weights of rows x [R,K] whose keys in C, where `whole` is 1 and not 0, have one, and others have no limit."""
-    left = budget - whole.sum(-1, keepdim=True)
-    rest = torch.sub(x, whole, alpha=AWAY)
-    some = (left > 0) & (rest.amax(-1, keepdim=True) > -AWAY / 2)  # something is left, and keys to give it to
-    rest.div_(torch.where(some, left, 1.0))
-    return entmax_unchecked(rest, 2.0).mul_(torch.where(some, left, 0.0)).add_(whole)
-
-
 def _by_halving(x: Tensor, budget: float) -> Tensor:
-    """The same of x [...,K] in a fixed number of operations, for a device that is not waited for, and for graphs."""
+    """Weights of x [...,K] in a fixed number of operations, on any device, and for graphs."""
     z = x - x.amax(-1, keepdim=True)
     low, high = z.masked_fill(z.isneginf(), 0.0).amin(-1, keepdim=True) - 1, torch.zeros_like(z[..., :1])
     for _ in range(HALVINGS):

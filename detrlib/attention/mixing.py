@@ -93,7 +93,7 @@ def attend(
     if _fused(query, key, value, transform):
         query, key, value, padding = _plain(query, key, value, padding, transform)
         return _flash().sparse_attention(query, key, value, transform.alpha, padding, dropout), None
-    if few:
+    if few or not transform.by_row:
         return mix(query, key, value, transform, padding, grid, dropout)[0], None
     parts = [  # the backward pass computes each part's scores again
         checkpoint(mix, part, key, value, transform, padding, grid, dropout, use_reentrant=False)[0]

@@ -47,6 +47,20 @@ def entmax_rows(x: Tensor, alpha: float | Tensor) -> Tensor:
     return weights
 
 
+def normmax_rows(x: Tensor, alpha: float) -> Tensor:
+    """The same of normmax."""
+    weights = torch.empty_like(x)
+    _each_part(library().normmax_rows, alpha, x, weights)
+    return weights
+
+
+def budget_rows(x: Tensor, budget: float) -> Tensor:
+    """The same, with rows that sum to a budget."""
+    weights = torch.empty_like(x)
+    _each_part(library().budget_rows, budget, x, weights)
+    return weights
+
+
 def entmax_rows_backward(
     p: Tensor, g: Tensor, alpha: float | Tensor, need_alpha: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -95,7 +109,8 @@ def library() -> ctypes.CDLL | None:
         logger.warning("%s cannot be compiled (%s): sparse attention takes longer", SOURCE, reason.strip())
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_long
-    loaded.entmax_rows.argtypes = [pointer] * 3 + [number] * 3
+    for function in (loaded.entmax_rows, loaded.normmax_rows, loaded.budget_rows):
+        function.argtypes = [pointer] * 3 + [number] * 3
     loaded.entmax_gradients.argtypes = [pointer] * 5 + [number] * 3
     return loaded
 

@@ -12,6 +12,7 @@ and backwards, from the gradient g of p, with h = c q^(2 - alpha) (g - <g, p>) /
 import torch
 from torch import Tensor
 
+from detrlib.attention import native
 from detrlib.attention.entmax import entmax_unchecked
 from detrlib.attention.newton import support_power
 
@@ -30,6 +31,8 @@ def _weights(scores: Tensor, alpha: float) -> Tensor:
 
 @torch.library.custom_op("detrlib::normmax", mutates_args=())
 def _normmax(scores: Tensor, alpha: float) -> Tensor:
+    if native.supported(scores, 2 - 1 / alpha):
+        return native.normmax_rows(scores.reshape(-1, scores.shape[-1]).contiguous(), alpha).view(scores.shape)
     return _weights(scores, alpha)
 
 

@@ -40,6 +40,7 @@ class Transform(nn.Module):
     """
 
     padding_adds_one = False
+    by_row = True  # weights of a row follow from its scores alone, so that queries may be taken in parts
     hidden = float("-inf")
 
     def __init__(self):

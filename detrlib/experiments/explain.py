@@ -1,6 +1,7 @@
-"""The detections of a run explained by attention and gradients, and how faithful that is.
+"""The detections of a run explained by attention, gradients and masks, and how faithful that is.
 
     detrlib explain my-run --images 50
+    detrlib explain my-run --images 20 --methods raw,odam,drise,box --masks 5000
 
 Explanations (`detrlib.experiments.attribution`) are tested by deletion and insertion (`detrlib.metrics.faithfulness`).
 The command writes to the run folder
@@ -32,7 +33,8 @@ from detrlib.data.pictures import Picture
 from detrlib.engine.evaluate import load_model
 from detrlib.engine.predict import Detector, open_detector, predict_each
 from detrlib.errors import ConfigError, RunError
-from detrlib.experiments.attribution import allowed_methods, explain
+from detrlib.experiments.attribution import allowed_methods, explain, passes
+from detrlib.experiments.drise import MASKS
 from detrlib.files import write_atomic, write_json
 from detrlib.losses import Criterion, match
 from detrlib.metrics.faithfulness import (
@@ -84,6 +86,7 @@ def faithfulness_run(
     replacement: Replacement = "mean",
     min_score: float = EXAMPLE_SCORE,
     matched: bool = True,
+    masks: int = MASKS,
     batch_size: int = 64,
     allow_empty: bool = False,
 ) -> pd.DataFrame:
@@ -92,27 +95,28 @@ def faithfulness_run(
     Args:
         run_dir: folder of a run.
         images: how many, the first ones.
-        methods: names of `METHODS`; None: all that the model allows.
+        methods: names of `METHODS`; None: those that the model allows at a pass or two.
         steps: of deletion and of insertion, 2 or more.
         checkpoint: whose weights, see `load_model`.
         unit, replacement: what is deleted at a time, and what it becomes, see `pixel_ranks`, `replacement_image`.
         min_score: of the detections that are explained, in 0..1.
         matched: only queries that are matched to an object, see `detections_to_explain`.
+        masks: of D-RISE, see `explain`.
         batch_size: pictures that the model sees at a time.
         allow_empty: return an empty table, and write nothing, where no detection has the score.
 
     Returns:
         A row per detection and method: image_id, query, label, category, score, size (small, medium, large), method,
-        and the areas in 0..1 deletion_score, deletion_iou, deletion_similarity, insertion_score, ... Noise is drawn
-        from the image's id: the same for all runs.
+        and the areas in 0..1 deletion_score, deletion_iou, deletion_similarity, insertion_score, ... Noise and masks
+        are drawn from the image's id: the same for all runs.
 
     Raises:
         RunError: there is no such run or checkpoint, or no detection has the score.
-        ConfigError: fewer than one image or two steps.
+        ConfigError: fewer than one image or mask, or than two steps.
         ModelError: the model cannot be explained so.
     """
-    if images < 1 or steps < 2:
-        raise ConfigError(f"{images} images in {steps} steps: there must be one image and two steps at least")
+    if images < 1 or steps < 2 or masks < 1:
+        raise ConfigError(f"{images} images, {steps} steps, {masks} masks: there must be one, two and one at least")
     cfg, model = run_config(run_dir), load_model(run_dir, checkpoint)
     methods, device = allowed_methods(model, methods), Accelerator().device
     model, dataset = model.to(device), build_dataset(cfg.data, "val")
@@ -123,8 +127,12 @@ def faithfulness_run(
             predictions = model(batch.images, batch.padding_mask)
         chosen = detections_to_explain(predictions, batch, cfg, min_score, matched)
         if len(chosen[0]):
+            image_id, padding = batch.targets[0]["image_id"], batch.mask()[0]
+            asked = methods, image_id, masks, batch_size
+            maps = explain(model, batch.images, batch.padding_mask, *chosen[:2], *asked)
+            ranks = torch.cat([pixel_ranks(own, padding, unit, image_id) for own in maps.values()])
             options = {"steps": steps, "replacement": replacement, "batch_size": batch_size}
-            table, measured = _tested(model, batch, predictions, chosen, dataset.names, methods, unit, **options)
+            table, measured = _tested(model, batch, predictions, chosen, dataset.names, methods, ranks, **options)
             tables.append(table)
             curves.append(measured)
     if not tables:
@@ -135,6 +143,7 @@ def faithfulness_run(
         return pd.DataFrame()
     settings = {"images": images, "methods": methods, "steps": steps, "checkpoint": checkpoint, "unit": unit}
     settings |= {"replacement": replacement, "min_score": min_score, "matched": matched, "device": str(device)}
+    settings |= {"masks": masks} if "drise" in methods else {}
     return _save(run_dir / "measures", tables, curves, settings, start)
 
 
@@ -145,16 +154,14 @@ def _tested(
     chosen: tuple[Tensor, Tensor, Tensor],
     names: Mapping[int, str],
     methods: Sequence[str],
-    unit: Unit,
+    ranks: Tensor,
     **options: Any,
 ) -> tuple[pd.DataFrame, Curves]:
     """Rows and curves of the explanations of n detections in a batch of one image: first all of one method, then of
-    the next. `chosen` is what `detections_to_explain` returns.
+    the next, as in `ranks`. `chosen` is what `detections_to_explain` returns.
     """
     queries, labels, areas = chosen
     image_id, boxes, padding = batch.targets[0]["image_id"], predictions.boxes[0, queries], batch.mask()[0]
-    maps = explain(model, batch.images, batch.padding_mask, queries, labels, methods, image_id)
-    ranks = torch.cat([pixel_ranks(own, padding, unit, image_id) for own in maps.values()])
     repeated = boxes.repeat(len(methods), 1), labels.repeat(len(methods))
     curves = faithfulness_curves(model, batch.images[0], padding, *repeated, ranks, **options)
     detections = pd.DataFrame(
@@ -183,7 +190,9 @@ def _save(
     means = torch.stack([one.mean(2).cpu() for one in per_image])
     table = mean_curves(means, methods, curves[0].fractions.cpu())
     write_atomic(folder / "faithfulness_curves.parquet", table.to_parquet)
-    cost = {"detections": len(frame) // len(methods), "passes": sum(one.passes for one in curves)}
+    count = len(frame) // len(methods)
+    cost = {"detections": count, "passes": sum(one.passes for one in curves)}
+    cost["passes_to_explain"] = passes(methods, frame["image_id"].nunique(), count, settings.get("masks", 0))
     write_json(folder / "faithfulness.json", settings | cost | {"seconds": round(time.perf_counter() - start, 1)})
     return frame
 
@@ -215,7 +224,11 @@ def explained_detections(run_dir: Path, image: int = 0, most: int = 3, checkpoin
 
 
 def explain_detected(
-    detector: Detector, detected: Detected, methods: Iterable[str] | None = None, most: int | None = None
+    detector: Detector,
+    detected: Detected,
+    methods: Iterable[str] | None = None,
+    most: int | None = None,
+    masks: int = MASKS,
 ) -> Detected:
     """Explain what a detector found in a picture of one's own, which is read again.
 
@@ -224,7 +237,8 @@ def explain_detected(
     """
     batch = detector.batch([(detected.source, *detected.source.read())])
     queries, labels = (torch.from_numpy(x[:most]).to(detector.device) for x in (detected.queries, detected.labels))
-    maps = explain(detector.model, batch.images, batch.padding_mask, queries, labels, methods, detected.image_id)
+    given = batch.images, batch.padding_mask, queries, labels
+    maps = explain(detector.model, *given, methods, detected.image_id, masks)
     rows, columns = (math.ceil(cells) for cells in detected.example.extent)
     own = {method: of_all[:, :rows, :columns].cpu().numpy() for method, of_all in maps.items()}
     return replace(detected, explanations=own)

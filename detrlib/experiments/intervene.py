@@ -1,16 +1,16 @@
-"""What a trained model detects with another attention: its transform swapped, its alpha fixed, or heads pruned.
+"""What a trained model detects with another attention, or without some of its parts.
 
     detrlib intervene my-run --alphas 1,1.5,2 --transforms softmax,sparsemax --prune-heads --images 200
+    detrlib intervene my-run --sinks masked,zeroed --ablate queries,layers,sites,feedforward
 
-How a model is changed, and for how long, is said in `detrlib.experiments.interventions`. An `Intervention` is such a
-change with the names under which its results are kept; one of your own needs no more than a context.
+What can be changed stands in `planned`, and how in `interventions` and `ablations`. Huetten et al. 2025 (see there)
+measure what the best boxes lose in generalised IoU and F1; here are AP and the loss, with where attention lies.
 
 Legend: L layers of a site, H heads, both numbered from 0.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -23,83 +23,38 @@ from tqdm.auto import tqdm
 
 from detrlib.config import Config, replace
 from detrlib.data import CocoDataset, build_dataset
-from detrlib.engine.evaluate import evaluate, load_model
-from detrlib.experiments.interventions import attention_modules, fixed_alpha, learned_alphas, pruned, swapped
+from detrlib.data.batch import batches, open_loader
+from detrlib.engine.evaluate import autocast, evaluate, load_model
+from detrlib.errors import ConfigError, ModelError, listed
+from detrlib.experiments.interventions import How
+from detrlib.experiments.parts import attention_at, stack_of
+from detrlib.experiments.planned import (
+    ABLATIONS,
+    OF_QUERIES,
+    Intervention,
+    fixed_alphas,
+    gradual,
+    possible,
+    query_shares,
+    rearranged_alphas,
+    single_heads,
+    sinks_away,
+    swaps,
+)
 from detrlib.files import write_atomic
 from detrlib.losses.criterion import Criterion
-from detrlib.metrics.detection import UNDEFINED
+from detrlib.metrics.bootstrap import bootstrap_ap, interval
+from detrlib.metrics.detection import UNDEFINED, Matches, match_detections
 from detrlib.models import transform_settings
-from detrlib.models.huggingface_weights import num_heads
 from detrlib.models.outputs import Site
 from detrlib.runs.folder import load_table, run_config
 from detrlib.runs.results import MADE_BY
 
 RESULTS = "measures/interventions.parquet"  # read by `runs.results.interventions_frame`
 KEY = ["kind", "site", "layer", "head", "value", "images", "checkpoint"]
-MEASURES = ["AP", "AP50", "loss", "gini", "zeros", "paibb"]
+MEASURES = ["AP", "AP50", "loss", "gini", "zeros", "paibb", "AP_lost", "AP_lost_low", "AP_lost_high"]
 ORDER_IMAGES = 100  # of the training split, which give the order of gradual pruning
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """One row of results. `enter(model)` is a context in which the model is different."""
-
-    kind: str  # none, transform, alpha, learned_alpha, head (a single one pruned), heads (that one and those before)
-    site: Site
-    enter: Callable[[nn.Module], AbstractContextManager]
-    value: str = ""  # name of the transform, alpha, "mean" or "shuffled", number of heads pruned
-    layer: int | None = None  # None: all
-    head: int | None = None  # None: all
-
-
-def swaps(site: Site, names: Iterable[str], layer: int | None = None, **settings) -> list[Intervention]:
-    """Each transform of `names` in turn, in all layers or in one; `settings` as of `build_transform`."""
-    layers = None if layer is None else [layer]
-    return [
-        Intervention(
-            "transform", site, partial(swapped, site=site, transform=name, layers=layers, **settings), name, layer
-        )
-        for name in names
-    ]
-
-
-def fixed_alphas(site: Site, alphas: Iterable[float], layer: int | None = None) -> list[Intervention]:
-    """entmax with each alpha in turn, the same for all heads, in all layers or in one."""
-    layers = None if layer is None else [layer]
-    return [
-        Intervention("alpha", site, partial(fixed_alpha, site=site, alpha=alpha, layers=layers), f"{alpha:g}", layer)
-        for alpha in alphas
-    ]
-
-
-def rearranged_alphas(model: nn.Module, site: Site, seed: int = 0) -> list[Intervention]:
-    """Learned alphas replaced by their mean, and shuffled among the heads of each layer."""
-    alphas = learned_alphas(model, site)
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.stack([row[torch.randperm(len(row), generator=generator)] for row in alphas])
-    choices = {"mean": alphas.mean().item(), "shuffled": shuffled}
-    return [
-        Intervention("learned_alpha", site, partial(fixed_alpha, site=site, alpha=alpha), name)
-        for name, alpha in choices.items()
-    ]
-
-
-def single_heads(model: nn.Module, site: Site) -> list[Intervention]:
-    """Every head pruned alone (Michel et al. 2019, "Are Sixteen Heads Really Better than One?", Sec. 3.2)."""
-    heads = [(layer, head) for layer, m in enumerate(attention_modules(model, site)) for head in range(num_heads(m))]
-    return [
-        Intervention("head", site, partial(pruned, site=site, heads={layer: [head]}), "pruned", layer, head)
-        for layer, head in heads
-    ]
-
-
-def gradual(site: Site, order: Sequence[tuple[int, int]]) -> list[Intervention]:
-    """Heads (layer, head) pruned one after the other in the given order (Sec. 4 there)."""
-    steps = []
-    for count, (layer, head) in enumerate(order, start=1):
-        gone = {one: [other for at, other in order[:count] if at == one] for one, _ in order[:count]}
-        steps.append(Intervention("heads", site, partial(pruned, site=site, heads=gone), str(count), layer, head))
-    return steps
+RESAMPLES = 500  # of the images, for the interval of what is lost
 
 
 def plan(
@@ -111,6 +66,8 @@ def plan(
     layer: int | None = None,
     learned: bool = False,
     prune_heads: bool = False,
+    sinks: Iterable[How] = (),
+    ablate: Iterable[str] = (),
     order_images: int = ORDER_IMAGES,
     checkpoint: str = "last",
 ) -> list[Intervention]:
@@ -118,33 +75,46 @@ def plan(
 
     Args:
         run_dir: folder of a run.
-        site: where the model is changed.
+        site: where attention is changed; of what is ablated, where Gini and zeros are measured.
         alphas: of entmax, 1 to 2, in all layers or in `layer`.
         transforms: names, in all layers or in `layer`.
         layer: numbered from 0; None: all.
         learned: learned alphas replaced by their mean, and shuffled.
         prune_heads: every head alone, then one after the other.
-        order_images: training images that give the order of heads.
+        sinks: "masked", "zeroed": sinks of all heads, in all layers and in every one alone.
+        ablate: "queries" (ever more of them), "embeddings" (of as many queries, to zero), "single_queries", "layers",
+            "sites" (attention of a site, in all layers and in every one alone), "feedforward" (blocks), and where
+            points are sampled "levels" and "points". A message says what the model cannot do without.
+        order_images: training images that give the order of heads and of queries.
         checkpoint: as of `evaluate_run`.
 
     Returns:
-        What `intervene_run` measures: alphas first, then transforms, learned alphas, and heads.
+        What `intervene_run` measures: alphas first, then transforms, learned alphas, sinks, heads, and ablations.
 
     Raises:
         RunError: there is no such run, or it has no such checkpoint.
-        ModelError: the model lacks the site, layer, transform or alphas asked for.
+        ConfigError: an ablation is none of these.
+        ModelError: the model lacks the site, layer, transform or alphas asked for, or all of what is to be ablated.
     """
+    if unknown := [name for name in ablate if name not in (*OF_QUERIES, *ABLATIONS)]:
+        raise ConfigError(f"unknown ablation '{unknown[0]}'; there are {listed((*OF_QUERIES, *ABLATIONS))}")
     settings = run_config(run_dir).model.attention
     model = load_model(run_dir, checkpoint)
     planned = fixed_alphas(site, alphas, layer)
     planned += swaps(site, transforms, layer, **transform_settings(settings))
     if learned:
         planned += rearranged_alphas(model, site)
-    _try(model, planned)  # before heads are put in order, which takes a while
+    planned += sinks_away(model, site, sinks)
+    _try(model, planned)  # before heads and queries are put in order, which takes a while
+    parts = [possible(model, ABLATIONS[name](model, site)) for name in ablate if name in ABLATIONS]
     if prune_heads:
         order = prune_order(run_dir, site, order_images, checkpoint)
         planned += single_heads(model, site) + gradual(site, order)
-    return planned
+    if chosen := [name for name in ablate if name in OF_QUERIES]:
+        possible(model, query_shares([0, 1], site, "embeddings" in chosen))
+        order = query_order(run_dir, order_images, checkpoint)
+        parts = [query_shares(order, site, zeroed=name == "embeddings") for name in chosen] + parts
+    return [*planned, *(one for part in parts for one in part)]
 
 
 def _try(model: nn.Module, experiments: Iterable[Intervention]) -> None:
@@ -174,7 +144,9 @@ def intervene_run(
     Returns:
         A row per intervention, those without one (kind "none") first: columns as in `KEY`, the detection numbers, the
         loss of the last decoder layer, and at the site the mean over layers of Gini and zeros, PAIBB of decoder_cross.
-        A pruned head counts as all zeros; PAIBB is 0 where its layer has no head left.
+        A pruned head counts as all zeros and has no Gini; PAIBB is 0 where its layer has no head left. Both are missing
+        where there is nothing of which they could be. AP_lost is the difference to the row without an intervention,
+        with its 95 % interval over images (`metrics.bootstrap.interval` of the same samples for both).
 
     Raises:
         RunError: there is no such run, or its table of earlier rows is damaged.
@@ -185,35 +157,64 @@ def intervene_run(
     model = load_model(run_dir, checkpoint)
     sites = list(dict.fromkeys(experiment.site for experiment in experiments)) or ["decoder_cross"]
     for site in sites:
-        attention_modules(model, site)
+        attention_at(model, site)
     _try(model, experiments)
     experiments = [*(Intervention("none", site, nullcontext) for site in sites), *experiments]
     dataset, accelerator = build_dataset(cfg.data, "val"), Accelerator()
     where = {"images": len(dataset), "checkpoint": checkpoint}
-    path, rows = run_dir / RESULTS, []
+    path, rows, whole = run_dir / RESULTS, [], None
     earlier = load_table(run_dir, "interventions", MADE_BY) if path.exists() else None
     for experiment in tqdm(experiments, desc="interventions", disable=None):
         with experiment.enter(model):
-            results = _measure(model, dataset, cfg, accelerator, experiment.site)
+            results, matches = _measure(model, dataset, cfg, accelerator, experiment.site)
+        whole = whole or _sampled(matches, results["AP"])
         key = {name: getattr(experiment, name) for name in KEY if name not in where}
-        rows.append(key | where | results)
+        rows.append(key | where | results | (_lost(whole, _sampled(matches, results["AP"])) if key["value"] else {}))
         # Half a series of pruned heads would take the place of a whole one measured before.
-        whole = rows if len(rows) == len(experiments) else [row for row in rows if row["kind"] != "heads"]
-        table = _together(earlier, _frame(whole))
+        kept = rows if len(rows) == len(experiments) else [row for row in rows if row["kind"] != "heads"]
+        table = _together(earlier, _frame(kept))
         write_atomic(path, partial(table.to_parquet, index=False))
     return _frame(rows)
 
 
 def _measure(
     model: nn.Module, dataset: CocoDataset, cfg: Config, accelerator: Accelerator, site: Site
-) -> dict[str, float | None]:
-    """The measures of a row, maps of the site included, be its transform softmax or not."""
-    criterion = Criterion(**dict(cfg.loss))
-    results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, sites=[site], progress=False)
-    looks = {name: float(np.mean(results["attention"][site][name])) for name in ("gini", "zeros")}
+) -> tuple[dict[str, float | None], Matches]:
+    """The measures of a row, maps of the site included, be its transform softmax or not; and what was detected."""
+    criterion, cfg = Criterion(**dict(cfg.loss)), _as_it_is(cfg, model)
+    sites = [site] if site != "encoder_self" or cfg.model.encoder_layers else ["decoder_cross"]
+    results, found = evaluate(model, dataset, cfg, accelerator, criterion=criterion, sites=sites, progress=False)
+    layers = results["attention"].get(site, {})
+    looks = {name: pd.Series(layers.get(name, []), dtype=float).mean() for name in ("gini", "zeros")}
     detection = {name: results["detection"][name] for name in ("AP", "AP50")}
     detection = {name: np.nan if value == UNDEFINED else value for name, value in detection.items()}
-    return detection | {"loss": _last_loss(results, criterion)} | looks | {"paibb": results["paibb"]["all"]}
+    measured = detection | {"loss": _last_loss(results, criterion)} | looks | {"paibb": results["paibb"]["all"]}
+    return measured, match_detections(dataset.ground_truth, found)
+
+
+def _as_it_is(cfg: Config, model: nn.Module) -> Config:
+    """The settings with as many layers as the model has now: measures have an axis of them."""
+    layers = {}
+    for part in ("encoder", "decoder"):
+        try:
+            layers[f"{part}_layers"] = len(stack_of(model, part).layers())
+        except ModelError:
+            layers[f"{part}_layers"] = 0
+    if hasattr(cfg.model, "configuration"):  # of transformers, in which the numbers stand
+        layers = {"configuration": cfg.model.configuration | layers}
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update=layers)})
+
+
+def _sampled(matches: Matches, ap: float) -> tuple[float, pd.Series]:
+    """AP and that of samples of the images, the same ones whatever is detected."""
+    return ap, bootstrap_ap(matches, RESAMPLES, metrics=["AP"])["AP"]
+
+
+def _lost(whole: tuple[float, pd.Series], changed: tuple[float, pd.Series]) -> dict[str, float]:
+    """How much less AP there is."""
+    lost = whole[0] - changed[0]
+    ends = interval(lost, whole[1] - changed[1])
+    return {"AP_lost": lost, "AP_lost_low": ends["low"], "AP_lost_high": ends["high"]}
 
 
 def _last_loss(results: dict, criterion: Criterion) -> float:
@@ -235,6 +236,22 @@ def prune_order(run_dir: Path, site: Site, images: int = ORDER_IMAGES, checkpoin
             results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, sites=(), progress=False)
         losses[one.layer, one.head] = _last_loss(results, criterion)
     return sorted(losses, key=losses.get)
+
+
+@torch.no_grad()
+def query_order(run_dir: Path, images: int = ORDER_IMAGES, checkpoint: str = "last") -> list[int]:
+    """All queries, the least confident first, by the mean of their best class scores.
+
+    On the first `images` training images, without augmentation. Queries that a model proposes go by rank.
+    """
+    cfg, device = replace(run_config(run_dir), {"data.train_limit": images}), Accelerator().device
+    model, dataset = load_model(run_dir, checkpoint).to(device), build_dataset(cfg.data, "train", augment=False)
+    loader, total = open_loader(dataset, cfg.data, device.type == "cuda", batch_size=cfg.evaluate.batch_size), 0
+    for batch in batches(loader):
+        batch = batch.to(device)
+        with autocast(cfg.train.precision, device):
+            total = total + model(batch.images, batch.padding_mask).class_scores().amax(-1).sum(0)  # [Q]
+    return total.argsort(stable=True).tolist()
 
 
 def _frame(rows: list[dict]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""A trained model with another attention: transforms swapped, alphas fixed, heads pruned, its weights as they were.
+"""A trained model with another attention: transforms swapped, alphas fixed, heads pruned, sinks taken away.
 
 A site (encoder_self, decoder_self, decoder_cross) is different within a context, and exactly what it was after it, also
 when an exception ends it. Contexts nest in any order (`contextlib.ExitStack`): heads that are pruned stay so when a
@@ -12,24 +12,23 @@ Legend: B images, L layers of a site, H heads, Q queries, K keys. Layers and hea
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrlib.attention import AlphaEntmax, Transform, build_transform
 from detrlib.attention.entmax import LEAST_ALPHA
 from detrlib.attention.transforms import Entmax, Grid, Softmax, TVMax
 from detrlib.errors import ModelError
+from detrlib.experiments.parts import attention_modules, chosen_layers, exchanged, scored_at, stack_of
+from detrlib.metrics.sinks import received
 from detrlib.models.huggingface import HuggingFaceDetector
-from detrlib.models.huggingface_attention import sites_of
 from detrlib.models.huggingface_weights import num_heads
 from detrlib.models.outputs import Site
 
-ADDRESSES = {  # of attention modules: in the layers of the encoder or decoder, under this name
-    "encoder_self": ("encoder", "self_attn"),
-    "decoder_self": ("decoder", "self_attn"),
-    "decoder_cross": ("decoder", "multihead_attn"),
-}
+How = Literal["masked", "zeroed"]  # the sink is no key any more, or its value is zero
 
 
 class ByHead(Transform):
@@ -43,40 +42,64 @@ class ByHead(Transform):
         self.padding_adds_one = padding_adds_one  # of those that may take the place of the pruned ones
 
     def forward(self, scores: Tensor, padding: Tensor | None = None, grid: Grid | None = None) -> Tensor:
-        """As `Transform.forward`; padding is that of the keys, the same for all heads."""
-        padding = None if padding is None else padding[:, :1]
+        """As `Transform.forward`."""
         weights = torch.zeros_like(scores, dtype=torch.promote_types(scores.dtype, torch.float32))
         for transform, heads in zip(self.transforms, self.heads, strict=True):
             if any(True for _ in transform.parameters()):  # one for each head, perhaps: it must see them all
                 weights[:, heads] = transform(scores, padding, grid)[:, heads]
             else:
-                weights[:, heads] = transform(scores[:, heads], padding, grid)
+                own = padding if padding is None or padding.shape[1] == 1 else padding[:, heads]
+                weights[:, heads] = transform(scores[:, heads], own, grid)
         return weights
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
 
 
-def attention_modules(model: nn.Module, site: Site) -> list[nn.Module]:
-    """The attention modules of a site, first layer to last, each with a `transform`.
+class WithoutSink(Transform):
+    """Weights of `inner` without those of the sink, in every image and head: of the key that receives most of them.
 
-    Raises ModelError where no keys are scored.
+    masked: the sink is no key any more, and its weight goes to the others. zeroed: it is lost, as if the value of the
+    sink were zero, so that rows sum to less.
+
+    heads: in which; None: in all. cells_ask: queries are the keys, padded ones among them do not count; the last
+    `registers` of both are no cells, and no sinks.
     """
-    if site not in ADDRESSES:
-        raise ModelError(f"unknown site '{site}'; there are {', '.join(ADDRESSES)}")
-    part, name = ADDRESSES[site]
-    if isinstance(model, HuggingFaceDetector):
-        modules = sites_of(model).get(site, [])
-    else:
-        modules = [getattr(layer, name, None) for layer in getattr(model.transformer, part).layers]
-    if not modules:
-        raise ModelError(f"the model has no {part} layers, so there is nothing to change at {site}")
-    if not all(isinstance(getattr(module, "transform", None), Transform) for module in modules):
-        raise ModelError(
-            f"{site} of this model is deformable attention: it samples points and has no scores to transform; "
-            "use decoder_self"
-        )
-    return modules
+
+    by_row = False
+
+    def __init__(self, inner: Transform, how: How, heads: Collection[int] | None, cells_ask: bool, registers: int):
+        super().__init__()
+        self.inner, self.how, self.heads = inner, how, heads
+        self.cells_ask, self.registers, self.padding_adds_one = cells_ask, registers, inner.padding_adds_one
+
+    def forward(self, scores: Tensor, padding: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """As `Transform.forward`."""
+        weights = self.inner(scores, padding, grid)
+        sink = self._sink(weights, padding)  # [B,H,1,K]
+        if self.how == "masked":
+            if padding is None or not self.padding_adds_one:
+                weights = self.inner(scores, sink if padding is None else sink | padding, grid)
+            else:
+                weights = self.inner(scores.masked_fill(sink, -torch.inf), padding, grid)
+        return weights.masked_fill(sink, 0.0)
+
+    def _sink(self, weights: Tensor, padding: Tensor | None) -> Tensor:
+        """[B,H,1,K], True for one key."""
+        images, heads, queries, keys = weights.shape
+        valid = weights.new_ones(images, keys)
+        if padding is not None:
+            valid = valid.masked_fill(padding.all(1).all(1), 0.0)
+        valid[:, keys - self.registers :] = 0.0
+        rows = valid if self.cells_ask else weights.new_ones(images, queries)
+        best = received(weights.abs(), rows, valid)[0].argmax(-1)  # [B,H]
+        chosen = torch.ones(heads, dtype=torch.bool, device=weights.device)
+        if self.heads is not None:
+            chosen = chosen & torch.tensor([head in self.heads for head in range(heads)], device=weights.device)
+        return (F.one_hot(best, keys).bool() & chosen[:, None])[:, :, None]
+
+    def extra_repr(self) -> str:
+        return f"how={self.how}, heads={self.heads}"
 
 
 @contextmanager
@@ -129,8 +152,8 @@ def fixed_alpha(
     alpha: from 1, exactly softmax, to 2, exactly sparsemax; one number, [H], or [L,H]. Raises ModelError for
     another shape or value, and as `swapped`.
     """
-    modules = attention_modules(model, site)
-    shape = len(modules), num_heads(modules[0])
+    modules = scored_at(model, site)
+    shape = stack_of(model, site.partition("_")[0]).total(), num_heads(next(iter(modules.values())))
     values = torch.as_tensor(alpha, dtype=torch.float64).detach().cpu()
     if values.shape not in ((), shape[1:], shape):
         raise ModelError(
@@ -165,38 +188,62 @@ def pruned(model: nn.Module, site: Site, heads: Mapping[int, Collection[int]]) -
 
 
 @contextmanager
+def without_sinks(
+    model: nn.Module,
+    site: Site,
+    how: How = "masked",
+    layers: Collection[int] | None = None,
+    heads: Collection[int] | None = None,
+) -> Iterator[nn.Module]:
+    """A context without the sink of every image, layer and head: the key with the largest mean weight over queries.
+
+    masked: the key is removed before the transform, which shares its weight out among the others. zeroed: the value of
+    the key is zero, which takes what it contributes and nothing else. Which key it is follows from the weights that
+    there would be (`metrics.sinks.received`); within a context of its own kind, that is the second best.
+
+    Weights that are returned have none for the sink. Raises as `swapped`, and for differential attention.
+    """
+    if how not in get_args(How):
+        raise ModelError(f"unknown way '{how}' to remove a sink; there are {', '.join(get_args(How))}")
+    encoder = getattr(getattr(model, "transformer", None), "encoder", None)
+    registers = getattr(encoder, "registers", None) if site == "encoder_self" else None
+
+    def change(layer: int, module: nn.Module) -> Transform:
+        if getattr(module, "difference", None) is not None:
+            raise ModelError(f"{site} of this model is differential: a head has two maps, and no sink in common")
+        chosen = None if heads is None else _checked_heads(module, heads)
+        count = 0 if registers is None else len(registers)
+        return WithoutSink(module.transform, how, chosen, site == "encoder_self", count)
+
+    with _changed(model, site, change, layers):
+        yield model
+
+
+@contextmanager
 def _changed(
     model: nn.Module, site: Site, change: Callable[[int, nn.Module], Transform], layers: Collection[int] | None
 ) -> Iterator[None]:
     """A context in which `change(layer, module)` is the transform of the attention modules of the layers."""
-    modules = attention_modules(model, site)
-    layers = range(len(modules)) if layers is None else sorted(set(layers))
-    if set(layers) - set(range(len(modules))):
-        raise ModelError(f"layers {list(layers)} at {site}: the model has {len(modules)}, numbered from 0")
+    modules = scored_at(model, site)
+    layers = chosen_layers(stack_of(model, site.partition("_")[0]), layers, site)
     new = {layer: change(layer, modules[layer]) for layer in layers}  # all of them made before one takes effect
-    old = {layer: modules[layer].transform for layer in layers}
-    try:
-        for layer, transform in new.items():
-            _use(modules[layer], transform)
+    with exchanged(model, [(modules[layer], "transform", transform) for layer, transform in new.items()]):
         yield
-    finally:
-        for layer, transform in old.items():
-            _use(modules[layer], transform)
 
 
-def _use(module: nn.Module, transform: Transform) -> None:
-    """Let a module use a transform. It may have moved to another device while it used another one."""
-    module.transform = transform.to(next(module.parameters()).device).train(module.training)
+def _with_heads(
+    module: nn.Module, new: Sequence[Transform | None], heads: Collection[int] | None, now: Transform | None = None
+) -> Transform:
+    """The transform of a module, or that which is `now`, with that of `new` for each of `heads`.
 
-
-def _with_heads(module: nn.Module, new: Sequence[Transform | None], heads: Collection[int] | None) -> Transform:
-    """The transform of a module with that of `new` for each of `heads`; None in it prunes, and pruned ones stay so."""
-    now, count = module.transform, num_heads(module)
-    chosen = set(range(count) if heads is None else heads)
-    if chosen - set(range(count)):
-        raise ModelError(f"heads {sorted(chosen)}: a layer has {count}, numbered from 0")
+    None in it prunes, and pruned ones stay so. So do heads without their sinks.
+    """
+    now, count = module.transform if now is None else now, num_heads(module)
+    if isinstance(now, WithoutSink):
+        inner = _with_heads(module, new, heads, now.inner)
+        return WithoutSink(inner, now.how, now.heads, now.cells_ask, now.registers)
     by_head = list(now.by_head) if isinstance(now, ByHead) else [now] * count
-    for head in chosen:
+    for head in _checked_heads(module, range(count) if heads is None else heads):
         if by_head[head] is not None:
             by_head[head] = new[head]
     for transform in filter(None, new):
@@ -204,8 +251,17 @@ def _with_heads(module: nn.Module, new: Sequence[Transform | None], heads: Colle
     return by_head[0] if by_head[0] and len(set(by_head)) == 1 else ByHead(by_head, now.padding_adds_one)
 
 
+def _checked_heads(module: nn.Module, heads: Collection[int]) -> set[int]:
+    """Raises ModelError for heads that a module lacks."""
+    if set(heads) - set(range(count := num_heads(module))):
+        raise ModelError(f"heads {sorted(set(heads))}: a layer has {count}, numbered from 0")
+    return set(heads)
+
+
 def _null_score(transform: Transform) -> float | nn.Parameter | None:
     """That of the null key which a layer was trained with."""
+    while isinstance(transform, WithoutSink):
+        transform = transform.inner
     by_head = transform.by_head if isinstance(transform, ByHead) else [transform]
     return next((own.null_score for own in by_head if own is not None), None)
 

@@ -3,11 +3,15 @@
     detrlib sweep papermill_runs/configs/quickstart.yaml
 
 A sweep file names a `base` config, `overrides` for all runs, and `runs`: a name and the overrides of each. With
-`seeds`, every run is repeated for each of them under the name <run>-seed<N>. `measure` holds parameters of the notebook
-evaluate, such as how many images to explain.
+`seeds`, every run is repeated for each of them, or for those among its own overrides, under the name <run>-seed<N>, and
+{seed} in its overrides is the number.
+`measure` and `report` hold parameters of the notebooks evaluate and thesis_figures, such as how many images to explain
+and which groups to compare.
 Every run is the notebook train, then evaluate, executed in papermill_runs/<sweep>/<run>/; then attention_maps and
 thesis_figures are executed over all runs and the last becomes report.html. What is finished is skipped, what was
-interrupted goes on.
+interrupted goes on. Runs whose `train.start` is another run of the sweep wait for it.
+Sweeps that name the same `folder` keep their runs together in it, and one that several of them ask for is trained once;
+each reports in a folder of its own there.
 """
 
 import os
@@ -22,18 +26,17 @@ from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from detrlib import runs
-from detrlib.config import PROJECT, Config, load_config, project_path, read_yaml, save_config
+from detrlib.config import PROJECT, Config, save_config
 from detrlib.data import build_dataset, look_over, open_splits
 from detrlib.data.shapes import cores
 from detrlib.engine.notebooks import (
     ASKED,
-    checked_parameters,
     execute_notebook,
     find_executed,
     find_notebook,
@@ -43,6 +46,7 @@ from detrlib.engine.notebooks import (
 from detrlib.engine.pretrain import backbone_weights
 from detrlib.engine.tracking import duration
 from detrlib.errors import ConfigError, RunError
+from detrlib.experiments.sweep_file import read_sweep
 from detrlib.experiments.time_left import Course, seconds_left
 from detrlib.files import write_atomic, write_json
 
@@ -88,57 +92,13 @@ class Job:
         return settings.epochs * (settings.epoch_updates or max(1, images // settings.batch_size))
 
 
-class Sweep(NamedTuple):
-    """What a sweep file asks for."""
-
-    configs: dict[str, Config]  # by run name
-    measure: dict[str, Any]  # parameters of notebook evaluate
-
-
-def read_sweep(path: Path) -> Sweep:
-    """A sweep file, everything in it checked. Raises ConfigError naming the file and the setting."""
-    path = project_path(path)
-    values = read_yaml(path)
-    shared, seeds, measure = (values.get(name) or {} for name in ("overrides", "seeds", "measure"))
-    if fault := _fault(values):
-        raise ConfigError(
-            f"{path}: {fault}; a sweep has base (a config), runs (a name and overrides each), and optionally overrides "
-            "for all, seeds such as [1, 2, 3], and measure (parameters of notebook evaluate)"
-        )
-    try:
-        measure = checked_parameters(find_notebook("evaluate"), measure) if measure else {}
-    except RunError as error:
-        raise ConfigError(f"{path}: measure: {error}") from None
-    wanted = {name: {**shared, **(overrides or {})} for name, overrides in values["runs"].items()}
-    if seeds:  # seed by seed, so that every variant has a first result early
-        wanted = {f"{name}-seed{seed}": {**w, "train.seed": seed} for seed in seeds for name, w in wanted.items()}
-    base = path.parent / values["base"]
-    return Sweep({name: load_config(base, overrides) for name, overrides in wanted.items()}, measure)
-
-
-def _fault(values: dict[str, Any]) -> str | None:
-    """What a sweep file must not be, in words."""
-    if unknown := values.keys() - {"base", "overrides", "runs", "seeds", "measure"}:
-        return f"unknown {', '.join(sorted(map(str, unknown)))}"
-    wanted = {"base": str, "runs": dict, "overrides": dict, "seeds": list, "measure": dict}
-    for name, kind in wanted.items():
-        given = values.get(name)
-        if not isinstance(given, kind) and (given is not None or name in ("base", "runs")):
-            return f"{name} is {given!r}"
-    for name, overrides in values["runs"].items():
-        if not isinstance(name, str) or not isinstance(overrides, dict | None):
-            return f"runs: {name!r} is {overrides!r}"
-    if not all(type(seed) is int for seed in values.get("seeds") or []):
-        return f"seeds is {values['seeds']!r}"
-    return None if values["runs"] else "runs names none"
-
-
-def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
+def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -> Path:
     """Train and evaluate everything that a sweep file asks for, and report.
 
     Args:
         path: the sweep file.
-        folder: where the runs go, each in a folder of its name.
+        folder: where the runs go, each in a folder of its name; None: that of the file's name under papermill_runs/,
+            or the one that it names.
         parallel: runs side by side; None: one per GPU, or one per core of the CPU.
 
     Returns:
@@ -148,30 +108,46 @@ def sweep(path: Path, folder: Path, parallel: int | None = None) -> Path:
         ConfigError: the file is no sweep, or a setting in it is wrong.
         RunError: runs failed; the others are finished first.
     """
-    configs, measure = read_sweep(path)
-    jobs = [Job(folder / name, cfg, measure) for name, cfg in configs.items()]
+    asked = read_sweep(path)
+    folder = folder or runs.run_path(asked.folder or path.stem)
+    jobs = [Job(folder / name, cfg, asked.measure) for name, cfg in asked.configs.items()]
     for job in jobs:
         if runs.is_finished(job.folder):
             runs.refuse_other_settings(job.cfg, job.folder)
-    report = folder / "report.html"
+    home = folder / path.stem if asked.folder else folder
+    report = home / "report.html"
     if report.exists() and all(job.finished for job in jobs):
         print(f"all {len(jobs)} runs are done: {report}")
         return report
+    waves = _waves(jobs)
     _prepare(jobs)
-    _work_off(jobs, parallel or _slots())
+    for wave in waves:
+        _work_off(jobs, wave, parallel or _slots())
     if failed := [job.folder / "log.txt" for job in jobs if job.failed]:
         logs = "; ".join(f"{log}: {_last_line(log)}" for log in failed)
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {logs}. Call again to retry them.")
     print("drawing figures and tables", flush=True)
-    executed = _draw(folder, [_within_project(job.folder) for job in jobs])
+    executed = _draw(home, [_within_project(job.folder) for job in jobs], asked.report)
     shrink_pictures(executed)
-    table = folder / "figures" / "main_table.md"
+    table = home / "figures" / "main_table.md"
     if table.exists():  # an edited notebook need not write it
         print(table.read_text())
-    return report_html(executed, report, f"{folder.name}: report")
+    return report_html(executed, report, f"{home.name}: report")
 
 
-def _draw(folder: Path, names: list[str]) -> Path:
+def _waves(jobs: list[Job]) -> list[list[Job]]:
+    """Jobs that are not finished, those that start from another one's weights after it."""
+    waiting, waves = [job for job in jobs if not job.finished], []
+    while waiting:
+        names = {runs.run_name(job.folder) for job in waiting}
+        waves.append([job for job in waiting if job.cfg.train.start not in names])
+        if not waves[-1]:
+            raise ConfigError(f"{', '.join(sorted(names))}: train.start goes round in a circle; name another run")
+        waiting = [job for job in waiting if job.cfg.train.start in names]
+    return waves
+
+
+def _draw(folder: Path, names: list[str], asked: dict[str, Any]) -> Path:
     """Execute the notebooks on maps and on figures side by side; the second, which is the report."""
     write_json(folder / ASKED, {"attention_maps": {"run_names": names}})
     log, report = folder / "log.txt", find_notebook("thesis_figures").name
@@ -180,7 +156,7 @@ def _draw(folder: Path, names: list[str]) -> Path:
             [sys.executable, "-m", "detrlib", "sweep-run", str(folder)], cwd=PROJECT, stdout=output, stderr=output
         )
     try:
-        parameters = {"run_names": names, "output": _within_project(folder / "figures")}
+        parameters = {**asked, "run_names": names, "output": _within_project(folder / "figures")}
         executed = execute_notebook("thesis_figures", folder / report, parameters)
         if maps.wait():
             raise RunError(f"{log}: {_last_line(log)}. Call again to draw what is missing.")
@@ -219,9 +195,8 @@ def _slots() -> int:
     return cores()
 
 
-def _work_off(jobs: list[Job], slots: int) -> None:
-    """Keep `slots` subprocesses busy until every job is finished or failed, reporting on the way."""
-    waiting = [job for job in jobs if not job.finished]
+def _work_off(jobs: list[Job], waiting: list[Job], slots: int) -> None:
+    """Keep `slots` subprocesses busy until every job of `waiting` is finished or failed, reporting on all `jobs`."""
     slots = max(1, min(slots, len(waiting)))
     free = SimpleQueue()
     for slot in range(slots):
@@ -241,7 +216,7 @@ def _work_off(jobs: list[Job], slots: int) -> None:
             free.put(slot)  # also where it could not be started: the next one waits for it
 
     for job in jobs:
-        job.course.over = job.finished
+        job.course.over = job.course.over or job.finished
     start = time.monotonic()
     bar = tqdm(total=1, bar_format="{percentage:3.0f}% {bar:20}{postfix}", dynamic_ncols=True, disable=None)
     with bar, ThreadPoolExecutor(slots) as pool:

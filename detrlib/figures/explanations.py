@@ -26,12 +26,13 @@ from detrlib.figures.style import (
     run_colours,
     styled,
 )
-from detrlib.metrics.faithfulness import image_means
+from detrlib.metrics.faithfulness import gains, mean_interval, means_by_method
+from detrlib.metrics.statistics import comparison_table
 from detrlib.runs.detected import Detected
 
-TITLES = {"grad_attention": "grad × attention"}
-METHOD_COLOURS = dict(zip(("raw", "rollout", "relevance", "grad_attention"), PALETTE, strict=False))
-METHOD_COLOURS |= {"box": "#000000", "random": MUTED}
+TITLES = {"grad_attention": "grad × attn", "odam": "ODAM", "odam_box": "ODAM + box", "drise": "D-RISE"}
+METHOD_COLOURS = dict(zip(("raw", "rollout", "relevance", "grad_attention", "odam", "gradient"), PALETTE, strict=False))
+METHOD_COLOURS |= {"odam_box": "#882255", "drise": "#999933", "box": "#000000", "random": MUTED}
 DIRECTIONS = (("deletion", "lower", "deleted"), ("insertion", "higher", "inserted"))
 BAND = norm.ppf(0.975)  # standard errors either side of a mean that hold 95 % of a normal distribution
 
@@ -128,25 +129,63 @@ def deletion_insertion_curves(
     return drawn
 
 
-def faithfulness_table(
-    frames: Mapping[str, pd.DataFrame], measure: str = "similarity", reference: str = "box"
-) -> pd.DataFrame:
-    """Areas of deletion and insertion with their standard errors over images, one row per run and method.
+def faithfulness_table(frames: Mapping[str, pd.DataFrame], measure: str = "similarity") -> pd.DataFrame:
+    """Areas of deletion and insertion with 95 % intervals over images, one row per run and method.
 
-    frames: run -> what `faithfulness_run` returned. Columns run, method, images, deletion, insertion (means of the
-    images' means), deletion gain and insertion gain (how much better than `reference` on the same images: positive is
-    better), and of each its standard error, "... SE". Raises ConfigError for a frame that lacks `reference`.
+    frames: run -> what `faithfulness_run` returned. Columns run, method, images, deletion and insertion (means of the
+    images' means), each followed by the ends of its bootstrap interval. Intervals of two methods overlap where images
+    differ more than methods do: whether one is better is said by `metrics.faithfulness.gains`.
     """
     rows = []
     for run, frame in frames.items():
-        means = {method: image_means(part, measure) for method, part in frame.groupby("method", sort=False)}
-        if reference not in means:
-            raise ConfigError(f"{run} was not measured with {reference!r}; there are {', '.join(means)}")
-        for method, own in means.items():
-            gain = (own - means[reference]) * [-1, 1]
-            columns = own.join(gain.add_suffix(" gain"))
-            numbers = pd.concat([columns.mean(), columns.sem().add_suffix(" SE")])
-            rows.append({"run": run, "method": method, "images": len(own)} | numbers.to_dict())
-    numbers = [f"{direction}{kind}" for kind in ("", " gain") for direction in ("deletion", "insertion")]
-    columns = ["run", "method", "images", *(name + end for name in numbers for end in ("", " SE"))]
-    return pd.DataFrame(rows, columns=columns)
+        for method, own in means_by_method(frame, measure).items():
+            row = {"run": run, "method": method, "images": len(own)}
+            for direction, values in own.items():
+                low, high = mean_interval(values)
+                row |= {direction: values.mean(), f"{direction} low": low, f"{direction} high": high}
+            rows.append(row)
+    columns = [f"{direction}{end}" for direction in ("deletion", "insertion") for end in ("", " low", " high")]
+    return pd.DataFrame(rows, columns=["run", "method", "images", *columns])
+
+
+def gains_table(frames: Mapping[str, pd.DataFrame], measure: str = "similarity") -> pd.DataFrame:
+    """How much better explanations do than the box and than raw attention, in words: `metrics.faithfulness.gains`.
+
+    frames: run -> what `faithfulness_run` returned. A row per run, pair and metric, as of `comparison_table`.
+    """
+    tables = {run: comparison_table(gains(frame, measure)) for run, frame in frames.items()}
+    return pd.concat(tables, names=["run"]).reset_index() if tables else pd.DataFrame()
+
+
+@styled
+def faithfulness_by_group(explained: pd.DataFrame, methods: Sequence[str] = ()) -> Figure:
+    """Which explanation wins in which group of runs: areas of every method, a dot for each seed, a bar at the mean.
+
+    explained: as of `runs.explained.explained_frame`; methods: those shown, in this order; (): all.
+    """
+    if explained.empty:
+        raise Nothing("no explanations were tested")
+    shown = list(methods or dict.fromkeys(explained["method"]))
+    groups = list(dict.fromkeys(explained["group"]))
+    drawn, grid = panels(2, 2, height=0.5 + len(groups) * (0.12 + 0.09 * len(shown)), sharey=True)
+    for axes, (direction, better, _) in zip(grid, DIRECTIONS, strict=True):
+        for number, method in enumerate(shown):
+            own = explained[explained["method"] == method]
+            offset = (number + 0.5) / len(shown) * 0.84 - 0.42
+            rows = own["group"].map(groups.index) + offset
+            marks = {"color": METHOD_COLOURS[method], "linestyle": "none"}
+            axes.plot(own[direction], rows, marker="o", ms=2.5, alpha=0.6, **marks)
+            means = own.groupby("group")[direction].mean()
+            label = TITLES.get(method, method)
+            axes.plot(
+                means, [groups.index(g) + offset for g in means.index], marker="|", ms=8, mew=2, label=label, **marks
+            )
+        axes.set_title(f"{direction}: {better} is better", loc="left")
+        axes.set(xlabel="area under the curve", ylim=(len(groups) - 0.5, -0.5), xlim=(0, None))
+        axes.set_yticks(range(len(groups)), groups)
+        axes.tick_params(axis="y", length=0)
+        for between in range(1, len(groups)):
+            axes.axhline(between - 0.5, color=MUTED, lw=0.4)
+        axes.grid(axis="x")
+    drawn.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", handlelength=1.0)
+    return drawn

@@ -1,9 +1,12 @@
-"""Figures of what trained models find with another attention. Every function takes the tidy table of
-`detrlib.runs.results.interventions_frame`, of one site: columns run, kind, site, layer, head, value, AP, zeros,
-trained, trained_alpha. Raises ConfigError where the table is of several sites.
+"""Figures of what trained models find with another attention, or without some of their parts.
+
+Every function takes the tidy table of `detrlib.runs.results.interventions_frame`, of one site: columns run, kind, site,
+layer, head, value, AP, zeros, paibb, AP_lost with its interval, trained, trained_alpha. Raises ConfigError where the
+table is of several sites.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,9 +17,15 @@ from matplotlib.ticker import MaxNLocator
 
 from detrlib.errors import ConfigError
 from detrlib.figures.results import draw_cells, draw_runs, head_maps
-from detrlib.figures.style import MUTED, Nothing, figure, run_colours, styled
+from detrlib.figures.style import MUTED, Nothing, figure, panels, run_colours, styled
 
 POINTS = 100  # AP is written in points of 0 to 100, as in papers
+PARTS = ("layer", "attention", "feedforward", "level", "point")  # of a model, which are ablated one by one
+ORDERS = {  # of queries that are ablated
+    "least confident": {"linestyle": "-"},
+    "at random": {"linestyle": (0, (4, 1.5)), "errorbar": ("pi", 100)},  # from the lowest to the highest draw
+    "most confident": {"linestyle": (0, (1, 1.2))},
+}
 
 
 @styled
@@ -106,6 +115,90 @@ def head_importance(frame: pd.DataFrame) -> Figure:
     drawn, scale = head_maps(drops, "RdBu_r", (-most, most), "+z.1f")
     scale.set_label("AP points lost")
     return drawn
+
+
+@styled
+def query_removal(frame: pd.DataFrame, kind: str = "queries") -> Figure:
+    """AP, and PAIBB below, over the share of queries that are gone; a line per run and order in which they go.
+
+    Solid the least confident first, dotted the most confident; dashed at random, with a band over the draws. kind
+    "embeddings": of queries whose embedding is zero.
+    """
+    own, gone = _own(frame), _rows(frame, kind)
+    told = gone["value"].str.split(" ", n=1, expand=True)
+    gone = gone.assign(share=told[0].astype(float), order=told[1].where(told[1].isin(list(ORDERS)), "at random"))
+    whole = own.loc[gone["run"].unique()].reset_index().assign(share=0.0)
+    colours = run_colours(gone["run"])
+    drawn, grid = figure(width=0.75, aspect=0.8, nrows=2, sharex=True)
+    for axes, measure in zip(grid, ("AP", "paibb"), strict=True):
+        scale = POINTS if measure == "AP" else 1
+        for order, look in ORDERS.items():
+            rows = pd.concat([whole, gone[gone["order"] == order]], ignore_index=True)
+            draw_runs(axes, rows.assign(shown=scale * rows[measure]), "share", "shown", colours, marker="o", **look)
+        axes.set(ylabel={"AP": "AP", "paibb": "PAIBB"}[measure], ylim=(0, None))
+    what = "removed" if kind == "queries" else "whose embedding is zero"
+    grid[1].set_xlabel(f"share of queries {what}")
+    lines = [Line2D([], [], color=MUTED, linestyle=look["linestyle"]) for look in ORDERS.values()]
+    handles, labels = [*grid[0].get_lines()[: len(colours)], *lines], [*colours, *ORDERS]
+    drawn.legend(handles, labels, loc="outside right upper")
+    return drawn
+
+
+@styled
+def query_importance(frame: pd.DataFrame) -> Figure:
+    """AP points lost when one query alone is gone (kind query), those that cost most first; a line per run."""
+    _own(frame)
+    alone = _rows(frame, "query")
+    ranked = alone.assign(rank=alone.groupby("run")["AP_lost"].rank(ascending=False, method="first"))
+    colours = run_colours(alone["run"])
+    drawn, axes = figure(width=0.75, aspect=0.5)
+    draw_runs(axes, ranked.assign(lost=POINTS * ranked["AP_lost"]), "rank", "lost", colours, marker="o")
+    axes.axhline(0, color=MUTED, linewidth=0.6)
+    axes.set(xlabel="queries, by what they cost", ylabel="AP points lost")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    drawn.legend(axes.get_lines()[: len(colours)], colours, loc="outside right upper")
+    return drawn
+
+
+@styled
+def part_importance(frame: pd.DataFrame, kinds: Sequence[str] = PARTS) -> Figure:
+    """AP points lost without a layer, site, block, level or point, a panel per run, with 95 % intervals over images."""
+    _own(frame)
+    rows = frame[frame["kind"].isin(kinds)]
+    if rows.empty:
+        raise Nothing(f"no interventions of the kinds {_listed(kinds)} were measured, only {_listed(frame['kind'])}")
+    rows = rows.assign(part=[_part(row) for row in rows.itertuples()])
+    rows = rows.iloc[np.argsort([kinds.index(kind) for kind in rows["kind"]], kind="stable")]
+    parts, colours = list(dict.fromkeys(rows["part"])), run_colours(rows["run"])
+    drawn, grid = panels(len(colours), 3, height=0.6 + 0.16 * len(parts), sharey=True, sharex=True)
+    for axes, (run, colour) in zip(grid, colours.items(), strict=True):
+        own = POINTS * rows[rows["run"] == run].set_index("part")[["AP_lost", "AP_lost_low", "AP_lost_high"]]
+        lost, low, high = own.astype(float).reindex(parts).to_numpy().T
+        axes.barh(range(len(parts)), lost, height=0.72, color=colour, alpha=0.55)
+        axes.hlines(range(len(parts)), low, high, color="black", linewidth=0.9)
+        axes.axvline(0, color=MUTED, linewidth=0.6)
+        axes.set_yticks(range(len(parts)), parts)
+        axes.set_ylim(len(parts) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(run, loc="left")
+        axes.grid(axis="x")
+    drawn.supxlabel("AP points lost", fontsize=8)
+    return drawn
+
+
+def sink_importance(frame: pd.DataFrame) -> Figure:
+    """AP points lost with the sinks of all heads masked, or their values zeroed (kind sink), as `part_importance`."""
+    return part_importance(frame, ("sink",))
+
+
+def _part(row: NamedTuple) -> str:
+    """What was ablated, in words; numbers from one."""
+    layer = "all layers" if pd.isna(row.layer) else f"layer {row.layer + 1}"
+    if row.kind in ("level", "point"):
+        site, number = row.value.split(" ")
+        return f"{site}, {row.kind} {int(number) + 1}"
+    kind = {"layer": "{} {}", "feedforward": "{} feed-forward, {}", "sink": "sinks {}, {}"}.get(row.kind, "{}, {}")
+    return kind.format(row.value, layer)
 
 
 def _rows(frame: pd.DataFrame, kind: str) -> pd.DataFrame:

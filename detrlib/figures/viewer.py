@@ -1,16 +1,14 @@
 """The interactive viewer of notebook 08: click a detection and see where its query looked, in one run or two.
 
-What is shown is a `View`; `consistent`, `clicked` and `described` are plain functions of it, the widget only connects
-them to controls and to the mouse. Layers are counted from 0 here, from 1 where a reader sees them.
+What is shown is a `views.View`; what that means are plain functions there. Here it is drawn, and connected to controls
+and to the mouse.
 """
 
 import io
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from dataclasses import replace as changed
 from html import escape
-from typing import Literal
 
 import ipywidgets
 import matplotlib
@@ -19,138 +17,30 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import MouseEvent
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Circle, Rectangle
 
 from detrlib.errors import DetrlibError
 from detrlib.figures.attention import draw_box, thinner
-from detrlib.figures.choices import cell_at, cell_box, cells_ask, clicked_query, corresponding_query, detection
-from detrlib.figures.overlay import BAR_WIDTH, Panel, Sharing, colour_bar, draw_maps, overlay, scale_of
+from detrlib.figures.choices import cell_box
+from detrlib.figures.overlay import BAR_WIDTH, Panel, colour_bar, draw_maps, overlay, scale_of
 from detrlib.figures.style import MUTED, class_colour, look, styled
+from detrlib.figures.views import (
+    Stored,
+    View,
+    cell_of,
+    clicked,
+    consistent,
+    described,
+    query_in,
+    sink_in,
+    sites,
+    weights_in,
+)
 from detrlib.runs.examples import Example
 
-Stored = Mapping[str, Mapping[int, Example]]  # by run and image id
-PANEL, TALLEST, LINES = 3.9, 4.6, 0.8  # inches: width of an image, its largest height, the lines above and below it
+PANEL, TALLEST, LINES = 3.9, 4.6, 1.0  # inches: width of an image, its largest height, the lines above and below it
+RING = 0.75  # radius, in sides of a cell
 HINT = "Click a detection, in either picture, to see where its query looked."
-REACH = 0.02  # of the longer side of the image: how far from a box a click still means it
-
-
-@dataclass(frozen=True)
-class View:
-    """What the viewer shows."""
-
-    run: str
-    image_id: int
-    beside: str = ""  # another run, or none
-    site: str = "decoder_cross"
-    layer: int = 0
-    head: int | Literal["mean"] = "mean"  # the mean over heads
-    origin: str = ""  # the run in which `query` was clicked
-    query: int | None = None  # None: there is none in this image
-    position: tuple[float, float] = (0.5, 0.5)  # (x, y) of the cell that asks in the encoder, in shares of the image
-    truth: bool = True
-    predictions: bool = True
-    attention: bool = True
-    scale: Sharing = "shared"  # of the colours of two runs
-    logarithmic: bool = True
-
-
-# --- what a view means -----------------------------------------------------------------------------------------
-
-
-def sites(example: Example) -> list[str]:
-    """The sites of which maps can be shown: what is stored, the encoder's only where cells of one level ask."""
-    return [site for site in example.sites if site != "encoder_self" or cells_ask(example)]
-
-
-def consistent(view: View, stored: Stored) -> View:
-    """The view nearest to `view` that exists: runs differ in images, sites, layers, heads and queries."""
-    images = stored[view.run]
-    image_id = view.image_id if view.image_id in images else next(iter(images))
-    example = images[image_id]
-    beside = "" if view.beside == view.run else view.beside
-    site = view.site if view.site in sites(example) else "decoder_cross"
-    layer, head = _layer_and_head(changed(view, site=site), example)
-    shown = {view.run, beside} - {""}
-    origin = view.origin if view.origin in shown and image_id in stored[view.origin] else view.run
-    before = stored.get(view.origin, {}).get(image_id)
-    query = view.query
-    if before is not None and query is not None and origin != view.origin:  # the same object in the new run
-        query = corresponding_query(before, query, stored[origin][image_id])
-    count = len(stored[origin][image_id].boxes)
-    if query is None or image_id != view.image_id or query >= count:
-        query = 0 if count else None
-    return changed(
-        view,
-        image_id=image_id,
-        beside=beside,
-        site=site,
-        layer=layer,
-        head=head,
-        origin=origin,
-        query=query,
-    )
-
-
-def clicked(view: View, stored: Stored, run: str, x: float, y: float) -> View:
-    """The view after a click at pixel (x, y) of the image in the panel of `run`: another query, or another cell."""
-    example = stored[run][view.image_id]
-    height, width = example.image.shape[:2]
-    if view.site == "encoder_self":
-        return changed(view, position=((x + 0.5) / width, (y + 0.5) / height))
-    query = clicked_query(example.boxes, x, y, REACH * max(height, width))
-    return view if query is None else changed(view, origin=run, query=query)
-
-
-def query_in(view: View, stored: Stored, run: str) -> int | None:
-    """The query shown of `run`: the one clicked, or that of the same object where another run was clicked."""
-    origin = stored[view.origin][view.image_id]
-    if view.query is None or run == view.origin:
-        return view.query
-    return corresponding_query(origin, view.query, stored[run][view.image_id])
-
-
-def weights_in(view: View, example: Example, query: int | None) -> np.ndarray | None:
-    """The map [h,w] of a view, or the weights [n] that go to the queries of the example; None without a query."""
-    asking = _cell(view, example) if view.site == "encoder_self" else query
-    if asking is None:
-        return None
-    layer, head = _layer_and_head(view, example)
-    weights = example.maps(view.site, layer)[:, asking]
-    weights = weights.mean(0, dtype=np.float32) if head == "mean" else weights[head]
-    return weights[example.queries] if view.site == "decoder_self" else weights
-
-
-def _layer_and_head(view: View, example: Example) -> tuple[int, int | Literal["mean"]]:
-    """Those asked for, or, where a run has fewer, the last layer and the mean over heads."""
-    layers, heads = example.shape(view.site)[:2]
-    return min(view.layer, layers - 1), "mean" if view.head == "mean" or view.head >= heads else view.head
-
-
-def _cell(view: View, example: Example) -> int:
-    height, width = example.image.shape[:2]
-    return cell_at(example, view.position[0] * width - 0.5, view.position[1] * height - 0.5)
-
-
-def described(
-    view: View, example: Example, query: int | None, weights: np.ndarray | None, names: Mapping[int, str]
-) -> list[str]:
-    """Two lines about a panel: which detection, and which map is shown."""
-    layer, head = _layer_and_head(view, example)
-    by = "mean over heads" if head == "mean" else f"head {head + 1}"
-    if view.site == "encoder_self":
-        first = f"cell {_cell(view, example)}"
-    elif query is None:
-        return ["no detection here", ""]
-    else:
-        matched = ", matched to " + ("an object" if example.matched[query] >= 0 else "no object")
-        first = detection(example, query, names) + matched * (len(example.true_boxes) > 0)
-    second = f"layer {layer + 1}, {by}"
-    if view.site == "decoder_self":
-        second += f": {100 * (1 - weights.sum()):.0f}% of the weight goes to queries not shown"
-    return [first, second]
-
-
-# --- the picture -----------------------------------------------------------------------------------------------
 
 
 @styled
@@ -175,6 +65,8 @@ def draw_view(figure: Figure, view: View, stored: Stored, names: Mapping[int, st
             query = query_in(view, stored, run)
             weights = weights_in(view, example, query)
             _draw_boxes(axes, view, example, query, names)
+            if view.sink and view.site != "decoder_self":
+                _ring(axes, view, example)
             if view.attention and weights is not None:
                 own = None if view.site == "encoder_self" else example.boxes[query]
                 extent = example.extent_of(weights)
@@ -187,6 +79,15 @@ def draw_view(figure: Figure, view: View, stored: Stored, names: Mapping[int, st
     return panels
 
 
+def _ring(axes: Axes, view: View, example: Example) -> None:
+    """A ring around the cell that gets most weight of all queries."""
+    key, (rows, columns) = sink_in(view, example)[1:]
+    height, width = example.image.shape[:2] / example.extent_of(np.empty((rows, columns)))  # pixels of a cell
+    centre = (key % columns + 0.5) * width - 0.5, (key // columns + 0.5) * height - 0.5
+    for colour, line in (("white", 3.0), ("black", 1.4)):
+        axes.add_patch(Circle(centre, RING * max(height, width), fill=False, edgecolor=colour, linewidth=line))
+
+
 def _draw_boxes(axes: Axes, view: View, example: Example, query: int | None, names: Mapping[int, str]) -> None:
     """The boxes that are wanted, in the colours of their classes; the one clicked is the thickest, in front."""
     for box, label in zip(example.true_boxes, example.true_labels, strict=True) if view.truth else []:
@@ -196,7 +97,7 @@ def _draw_boxes(axes: Axes, view: View, example: Example, query: int | None, nam
         if number != query:
             draw_box(axes, box, colours[number], width=thinner(len(colours), 0.8))
     if view.site == "encoder_self":
-        draw_box(axes, cell_box(example, _cell(view, example)), "black", width=2.2)
+        draw_box(axes, cell_box(example, cell_of(view, example)), "black", width=2.2)
     elif query is not None and view.predictions:
         draw_box(axes, example.boxes[query], colours[query], width=2.2)
 
@@ -246,7 +147,7 @@ class AttentionViewer(ipywidgets.VBox):
         self.figure, self.canvas = _clickable_figure(self._click)
         self.controls = self._controls()
         rows = [("run", "beside", "image_id"), ("site", "layer", "head"), ("truth", "predictions", "attention")]
-        rows.append(("scale", "logarithmic"))
+        rows.append(("scale", "logarithmic", "sink"))
         self.hint = ipywidgets.HTML(HINT)
         boxes = [ipywidgets.HBox([self.controls[name] for name in row]) for row in rows]
         self.children = (*boxes, self.hint, self.canvas)
@@ -266,6 +167,7 @@ class AttentionViewer(ipywidgets.VBox):
             "truth": ipywidgets.Checkbox(description="ground truth (dashed)", indent=False),
             "predictions": ipywidgets.Checkbox(description="predictions", indent=False),
             "attention": ipywidgets.Checkbox(description="attention", indent=False),
+            "sink": ipywidgets.Checkbox(description="ring at the sink", indent=False),
             "scale": ipywidgets.Dropdown(options=["shared", "own"], description="scale", **wide),
             "logarithmic": ipywidgets.Checkbox(description="logarithmic colours", indent=False),
         }

@@ -95,7 +95,9 @@ def symptoms(results: Mapping) -> pd.DataFrame:
         best = max(layers)
         entropy = results["sparsity"]["decoder_cross"]["matched"]["entropy"]["mean"][layers.index(best)]
         said = f"attention {{}} at the matched objects: {best:.2f} times as much as by chance lies in their boxes"
-        said = f"{said}, in the best layer, with an entropy of {entropy:.1f} nats"
+        said = f"{said}, in the best layer"
+        if entropy is not None:  # of rows that have weight
+            said = f"{said}, with an entropy of {entropy:.1f} nats"
         rows["attention"] = best, 1.0, best <= CHANCE, said, ("does not look", "looks")
     judged = {
         name: (value, beside, collapsed, words.format(verdict[not collapsed]))

@@ -13,15 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from detrlib.boxes import cxcywh_to_xyxy
 from detrlib.errors import ConfigError
+from detrlib.metrics.bootstrap import LEVEL
+from detrlib.metrics.statistics import MEAN_SAMPLING, NO_ROWS, compare_runs
 from detrlib.models.outputs import Predictions, cell_side
 
 Unit = Literal["cell", "pixel"]
@@ -178,3 +182,38 @@ def image_means(frame: pd.DataFrame, measure: str = "similarity") -> pd.DataFram
     """Areas under the curves of `measure`, columns deletion and insertion: means of each image_id's rows of `frame`."""
     columns = {f"{direction}_{measure}": direction for direction in ("deletion", "insertion")}
     return frame.groupby("image_id")[list(columns)].mean().rename(columns=columns)
+
+
+def means_by_method(frame: pd.DataFrame, measure: str = "similarity") -> dict[str, pd.DataFrame]:
+    """`image_means` of each method in `frame`, as of `faithfulness_run`, in its order."""
+    return {method: image_means(part, measure) for method, part in frame.groupby("method", sort=False)}
+
+
+def mean_interval(values: pd.Series) -> tuple[float, float]:
+    """The 95 % bootstrap interval, over images, of the mean of one number per image; missing for fewer than two."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    options = {"method": "basic", "confidence_level": 1 - LEVEL, "rng": np.random.default_rng(0)}
+    ends = stats.bootstrap((values.to_numpy(),), np.mean, **options, **MEAN_SAMPLING).confidence_interval
+    return ends.low.item(), ends.high.item()
+
+
+def gains(frame: pd.DataFrame, measure: str = "similarity", references: Sequence[str] = ("box", "raw")) -> pd.DataFrame:
+    """How much better methods do than others on the same images of one run.
+
+    Args:
+        frame: of one run, as of `faithfulness_run`.
+        measure: score, iou or similarity.
+        references: methods that all others are compared with; those that were not measured are left out.
+
+    Returns:
+        Rows as of `metrics.statistics.compare_runs`, of paired bootstrap and permutation over images: first (a method),
+        second (the reference), metric (deletion gain, insertion gain: a positive difference is better), difference,
+        low, high, p, images, p_adjusted (Holm over the pairs of a metric), verdict. No rows for a single image.
+    """
+    better = {"deletion": -1, "insertion": 1}
+    means = {method: own.mul(better).add_suffix(" gain") for method, own in means_by_method(frame, measure).items()}
+    pairs = [(name, one) for one in references if one in means for name in means if name != one]
+    if not pairs or len(next(iter(means.values()))) < 2:
+        return NO_ROWS.assign(p_adjusted=[], verdict=[])
+    return pd.concat([compare_runs(means, f"{name} gain", pairs) for name in better], ignore_index=True)

@@ -97,20 +97,19 @@ def sinks(
         value_norm, output_share    see above
         matched       weight of the same key, mean over matched queries: less than `weight` where queries without
                       an object rest on it
-        null_mass     mean of what rows lack to one: weight of the null key, of registers, beyond the image
+        null_mass     mean of what rows lack to one: weight of the null key, of registers, beyond the image; where
+                      weights are signed, what two maps of a head cancel
     """
     images, _, queries, keys = weights.shape
     rows = weights.new_ones(images, queries) if rows is None else rows.to(weights)
     valid = _valid_keys(maps, site, weights)  # [B,K]
     size = weights.abs()  # [B,H,Q,K]
-    total = (size @ valid[:, None, :, None])[..., 0]  # [B,H,Q]
-    counted = rows[:, None] / rows.sum(-1)[:, None, None]  # [B,1,Q], sums to one
-    received = ((counted / total.clamp(min=1))[:, :, None] @ size)[:, :, 0] * valid[:, None]  # [B,H,K]
-    best, index = received.topk(min(2, keys), -1)
+    by_key, total, counted = received(size, rows, valid)
+    best, index = by_key.topk(min(2, keys), -1)
     weight, key = best[..., 0], index[..., 0]
     second = best[..., 1] if keys > 1 else torch.zeros_like(weight)
     column = size.gather(-1, key[..., None, None].expand(-1, -1, queries, 1))[..., 0]  # [B,H,Q]
-    border, corner, place = _on_grid(maps, site, received)
+    border, corner, place = _on_grid(maps, site, by_key)
     value_norm, output_share = _of_values(maps, site, layer, weights, valid, key, rows)
     measured = {
         "weight": weight,
@@ -127,6 +126,17 @@ def sinks(
     }
     values = torch.stack([measured[name].to(weights.dtype) for name in MEASURES], 1)
     return Sinks(values.float(), key, place)
+
+
+def received(size: Tensor, rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What every key receives, [B,H,K]: the mean over queries of magnitudes of weights [B,H,Q,K]; the sink is the best.
+
+    rows [B,Q] and valid [B,K] are 1 for queries and keys that count, else 0. With it come the sum of every row,
+    [B,H,Q], and how much each row counts, [B,1,Q].
+    """
+    total = (size @ valid[:, None, :, None])[..., 0]  # [B,H,Q]
+    counted = rows[:, None] / rows.sum(-1)[:, None, None]  # [B,1,Q], sums to one
+    return ((counted / total.clamp(min=1))[:, :, None] @ size)[:, :, 0] * valid[:, None], total, counted
 
 
 def _valid_keys(maps: AttentionMaps, site: Site, weights: Tensor) -> Tensor:
@@ -268,6 +278,10 @@ class Places:
         columns = _covered(places[:, 1], places[:, 3], self.shape[3]).double()
         self.sums[..., :-1] += torch.einsum("blhr,blhc->lhrc", rows, columns).flatten(2)
         self.sums[..., -1] += there.sum(0)
+
+    def shares(self) -> Tensor:
+        """[L,H,n,n] shares of images whose best cell covers each point; NaN without images."""
+        return self.sums[..., :-1].unflatten(-1, self.shape[2:]) / self.sums[..., -1, None, None]
 
     def results(self) -> tuple[Tensor, Tensor]:
         """agreement [L,H], the largest share of images whose best cells cover one point, and this point [L,H,2].

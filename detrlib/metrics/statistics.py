@@ -1,9 +1,8 @@
-"""How sure a difference is: bootstrap over images, paired comparison of two runs, and the spread over seeds.
+"""How sure a difference between trained models is: bootstrap over images, and paired comparison of two runs.
 
-Two questions are told apart. Whether this trained model is better than that one on images like these is answered by
-resampling images (`bootstrap_ap`, `compare`). Whether this way of training is better than that one needs several runs
-each, because initialisation and the order of data alone move AP (Bouthillier et al. 2021, "Accounting for variance in
-machine learning benchmarks"), and is answered by `compare_groups`.
+Whether this trained model is better than that one on images like these is answered here, by resampling images
+(`bootstrap_ap`, `compare`). Whether this way of training is better than that one is another question, which needs
+several runs of each: see `seeds`.
 Legend: R resamples, N images.
 """
 
@@ -28,9 +27,6 @@ from detrlib.metrics.detection import Matches
 
 MEAN_SAMPLING = {"n_resamples": 10_000, "batch": 500}  # means are cheap
 NO_ROWS = pd.DataFrame(columns=["first", "second", "metric", "difference", "low", "high", "p", "images"], dtype=object)
-
-
-# Two runs on the same images
 
 
 def compare(
@@ -78,7 +74,7 @@ def compare(
     drawn = stats.bootstrap(
         (gaps,), np.mean, method="basic", confidence_level=1 - LEVEL, rng=np.random.default_rng(seed), **MEAN_SAMPLING
     )
-    ends = _ends(drawn.confidence_interval, metric)
+    ends = within_reach(drawn.confidence_interval, metric)
     return {"difference": float(gaps.mean()), **ends, "p": float(test.pvalue), "images": len(gaps)}
 
 
@@ -115,7 +111,7 @@ def _compare_ap(
     if np.isnan(before):
         return result | {"difference": np.nan, "low": np.nan, "high": np.nan, "p": np.nan}
     drawn = samples or [bootstrap_ap(one, resamples, seed, (metric,))[metric] for one in (first, second)]
-    ends = _ends(interval(before - after, drawn[0] - drawn[1]), metric)
+    ends = within_reach(interval(before - after, drawn[0] - drawn[1]), metric)
     exchanged = _exchanged(first, second, metric, resamples, seed)
     # The difference itself is one of the exchanges (nothing exchanged), so p is never 0. Rounding makes no exception.
     extreme = np.count_nonzero(np.abs(exchanged) >= abs(before - after) - 1e-12)
@@ -194,101 +190,7 @@ def with_verdicts(comparisons: pd.DataFrame) -> pd.DataFrame:
     return comparisons.assign(p_adjusted=adjusted, verdict=words)
 
 
-# Several seeds
-
-
-def seed_table(results: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Describe the spread over seeds.
-
-    Args:
-        results: a row per run with columns group, seed and the metrics, as of `results_frame`; missing numbers are
-            left out.
-        metrics: some of its columns.
-
-    Returns:
-        A row per group and metric: group, metric, mean, std (of the sample, n - 1), min, max and n.
-
-    Raises:
-        ConfigError: a column is missing.
-        DataError: a group has several runs of one seed.
-    """
-    values = _by_seed(results, metrics).melt(["group", "seed"], list(metrics), "metric")
-    table = values.groupby(["group", "metric"], sort=False)["value"].agg(["mean", "std", "min", "max", "count"])
-    return table.rename(columns={"count": "n"}).reset_index()
-
-
-def compare_groups(
-    results: pd.DataFrame, metrics: Sequence[str], pairs: Sequence[tuple[str, str]] | None = None
-) -> pd.DataFrame:
-    """Compare the means of groups over seeds.
-
-    The verdict is that of Welch's t test, which assumes independent runs with normally distributed results of any two
-    variances. The paired t test assumes normal differences, and gains only where a seed does the same to both groups
-    (the same images in the same order): it is shown, not judged by. One seed, or no spread at all, establishes
-    nothing, whatever the images of one run say.
-    Source: Welch 1947; Bouthillier et al. 2021, section 4; Holm 1979.
-
-    Args:
-        results, metrics: as of `seed_table`.
-        pairs: names of the groups to compare; None: all.
-
-    Returns:
-        A row per metric and pair: first, second, metric, difference (first - second), low, high (95 %), p, p_adjusted
-        (Holm over the pairs of a metric), verdict, seeds_first, seeds_second; and paired_difference, paired_low,
-        paired_high, paired_p over the seeds that both have (paired_seeds), where these are two or more. No rows for
-        fewer than two groups.
-
-    Raises:
-        ConfigError: a group or a column is missing.
-        DataError: a group has several runs of one seed.
-    """
-    results = _by_seed(results, metrics)
-    groups = list(dict.fromkeys(results["group"]))
-    unknown = {name for pair in pairs or () for name in pair} - set(groups)
-    if unknown:
-        raise ConfigError(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
-    tables = []
-    for metric in metrics:
-        numbers = {group: part.set_index("seed")[metric].dropna() for group, part in results.groupby("group")}
-        rows = [
-            {"first": a, "second": b, "metric": metric, **_compare_seeds(numbers[a], numbers[b], metric)}
-            for a, b in pairs or combinations(groups, 2)
-        ]
-        tables.append(with_verdicts(pd.DataFrame(rows) if rows else NO_ROWS))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _by_seed(results: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    missing = {"group", "seed", *metrics} - set(results.columns)
-    if missing:
-        raise ConfigError(f"no columns {sorted(missing)} in the results; there are {list(results.columns)}")
-    twice = results[results.duplicated(["group", "seed"])]
-    if len(twice):
-        group, seed = twice[["group", "seed"]].iloc[0]
-        raise DataError(f"group {group} has several runs of seed {seed}; leave all but one out, or name them apart")
-    return results
-
-
-def _compare_seeds(first: pd.Series, second: pd.Series, metric: str) -> dict:
-    """One row of `compare_groups` of what is indexed by seed."""
-    row = {"difference": first.mean() - second.mean(), "low": np.nan, "high": np.nan, "p": np.nan}
-    if min(len(first), len(second)) > 1 and max(np.ptp(first), np.ptp(second)) > 0:
-        test = stats.ttest_ind(first, second, equal_var=False)
-        row |= {"p": float(test.pvalue), **_ends(test.confidence_interval(1 - LEVEL), metric)}
-    shared = first.index.intersection(second.index)
-    gaps = first[shared] - second[shared]
-    row |= {"seeds_first": len(first), "seeds_second": len(second), "paired_seeds": len(shared)}
-    row |= dict.fromkeys(("paired_difference", "paired_low", "paired_high", "paired_p"), np.nan)
-    if len(shared) > 1:
-        row["paired_difference"] = gaps.mean()
-        if np.ptp(gaps) > 0:
-            test = stats.ttest_1samp(gaps, 0)
-            ends = _ends(test.confidence_interval(1 - LEVEL), metric)
-            row |= {"paired_p": float(test.pvalue), **{f"paired_{end}": value for end, value in ends.items()}}
-    return row
-
-
-def _ends(ends: Iterable[float], metric: str) -> dict[str, float]:
+def within_reach(ends: Iterable[float], metric: str) -> dict[str, float]:
     """Low and high of the interval of a difference, which of two numbers in 0..1 lies in -1..1."""
     low, high = np.clip([*ends], -highest(metric), highest(metric)).tolist()
     return {"low": low, "high": high}

@@ -15,7 +15,7 @@ from detrlib.attention.deformable import Samples
 from detrlib.errors import ModelError
 from detrlib.models.backbone import Backbone, FeatureMap
 from detrlib.models.deformable_layers import DeformableTransformer, Queries
-from detrlib.models.outputs import AttentionMaps, Predictions, SampledMaps, Site, Tokens
+from detrlib.models.outputs import AttentionMaps, Encoded, Predictions, SampledMaps, Site, Tokens
 from detrlib.models.pyramid import LevelProjections, Pyramid, cell_centres, flattened
 from detrlib.models.sparse import Kept, keep_best
 from detrlib.models.transformer import MLP, Decoded
@@ -85,6 +85,7 @@ class DeformableDETR(nn.Module):
         self.num_queries, self.two_stage, self.class_specific = num_queries, two_stage, class_specific
         self.encoder_auxiliary, self.keep_ratio, self.map_shift = encoder_auxiliary, keep_ratio, map_shift
         self.official_padding = official_padding
+        self.ranks: list[int] | None = None  # of the proposals that become queries, the best is 0; None: of all of them
         self._start_at_references()
 
     def _start_at_references(self) -> None:
@@ -138,7 +139,7 @@ class DeformableDETR(nn.Module):
             how = most, self.map_shift, self.official_padding
             predictions.tokens = Tokens(scores, mask, memory.padding, memory.shapes, decoded.cross_maps, *how)
         if sites:
-            predictions.attention = attention_maps(maps[0], memory.ratios, encoder_samples, decoded)
+            predictions.attention = attention_maps(maps[0], memory, encoder_samples, decoded)
         return predictions
 
     def _decoder_heads(self, heads: nn.ModuleList) -> list[nn.Module]:
@@ -168,6 +169,7 @@ class DeformableDETR(nn.Module):
         proposals.any_object = not self.class_specific
         score = proposals.logits.amax(-1) if self.class_specific else proposals.logits[..., 0]
         best = score.topk(self.num_queries, dim=1).indices  # [B,Q]
+        best = best if self.ranks is None else best[:, self.ranks]
         boxes, tokens = (
             values.gather(1, best[..., None].expand(-1, -1, values.shape[-1]))
             for values in (proposals.boxes, memory.tokens)
@@ -202,9 +204,11 @@ class DeformableDETR(nn.Module):
 
 
 def attention_maps(
-    finest: FeatureMap, ratios: Tensor, encoder_samples: list[Samples | None], decoded: Decoded
+    finest: FeatureMap, memory: Pyramid, encoder_samples: list[Samples | None], decoded: Decoded
 ) -> AttentionMaps:
     """Samples as maps over the cells of the finest level."""
-    encoder, cross = (SampledMaps(samples, ratios, finest.grid) for samples in (encoder_samples, decoded.cross_maps))
+    grid, samples = finest.grid, (encoder_samples, decoded.cross_maps)
+    encoder, cross = (SampledMaps(layers, memory.ratios, grid) for layers in samples)
     layers = dict(zip(get_args(Site), (encoder, decoded.self_maps, cross), strict=True))
-    return AttentionMaps.of_layers(layers, grid=finest.grid, key_padding=finest.key_padding)
+    encoded = Encoded.of_tokens(memory.tokens, memory.shapes)
+    return AttentionMaps.of_layers(layers, grid=grid, key_padding=finest.key_padding, encoded=encoded)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from detrlib.models.backbone import Backbone
-from detrlib.models.outputs import AttentionMaps, Predictions, Site
+from detrlib.models.outputs import AttentionMaps, Encoded, Predictions, Site
 from detrlib.models.transformer import MLP, AnchorDecoder, Decoded, Decoder, Encoder, Memory, PointDecoder
 
 
@@ -102,7 +102,8 @@ class DETR(nn.Module):
         if sites:
             hidden = memory.padding if polled is None else polled.key_padding()
             layers = dict(zip(get_args(Site), (encoder_maps, decoded.self_maps, decoded.cross_maps), strict=True))
-            maps = AttentionMaps.of_layers(layers, grid=level.grid, key_padding=hidden, polled=polled)
+            where = {"key_padding": hidden, "polled": polled, "encoded": Encoded.of_tokens(memory.tokens, [level.grid])}
+            maps = AttentionMaps.of_layers(layers, grid=level.grid, **where)
             registers = self.transformer.encoder.registers
             predictions.attention = maps if registers is None else maps.without_registers(len(registers))
         return predictions

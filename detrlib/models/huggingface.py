@@ -31,15 +31,12 @@ from detrlib.attention.deformable import Samples, Shapes
 from detrlib.errors import ConfigError, DetrlibError
 from detrlib.models.backbone import image_sizes
 from detrlib.models.deformable import NOWHERE
-from detrlib.models.huggingface_weights import way_of
-from detrlib.models.outputs import AttentionMaps, Predictions, SampledMaps, Site
+from detrlib.models.huggingface_weights import points_of, way_of
+from detrlib.models.outputs import AttentionMaps, Encoded, Predictions, SampledMaps, Site
 
 Size = tuple[int, int]  # height and width
-LOOKS = {  # what transformers calls the maps of a site
-    "encoder_self": "encoder_attentions",
-    "decoder_self": "decoder_attentions",
-    "decoder_cross": "cross_attentions",
-}
+# What transformers calls the maps of each site.
+LOOKS = dict(zip(get_args(Site), ("encoder_attentions", "decoder_attentions", "cross_attentions"), strict=True))
 
 
 class _Group(NamedTuple):
@@ -73,6 +70,7 @@ class HuggingFaceDetector(nn.Module):
         self.model = model
         self.classification, self.stride, self.square, self.mean, self.std = classification, stride, square, mean, std
         self.samples_points = stride is not None
+        self.silent = model.config.model_type == "dab-detr"  # about what its encoder returns, unless told to tell all
         model.loss_function = _all_layers
         for module in list(model.modules()):
             if hasattr(module, "sampling_offsets"):
@@ -100,7 +98,8 @@ class HuggingFaceDetector(nn.Module):
             # With labels, though there are none, all layers are handed to the loss.
             pixels = self._pixels(images, sizes, chosen)
             self._refuse_few_cells(size)
-            groups.append(_Group(size, self.model(pixel_values=pixels, labels=[], output_attentions=bool(sites))))
+            asked = {"output_attentions": bool(sites), "output_hidden_states": bool(sites) and self.silent}
+            groups.append(_Group(size, self.model(pixel_values=pixels, labels=[], **asked)))
             order += chosen
         order = torch.tensor(order, device=images.device).argsort()
         predictions = _joined([self._predictions(group.outputs) for group in groups], order)
@@ -190,10 +189,19 @@ class HuggingFaceDetector(nn.Module):
                 maps[site] = [_together(layer, order) for layer in layers]
         if self.square and looks["encoder_self"]:
             encoder_grid = (round(looks["encoder_self"][0][0].weights.shape[-1] ** 0.5),) * 2
-        ends = (torch.arange(length, device=order.device) >= cells[:, n, None] for n, length in enumerate(grid))
-        rows, columns = ends
+        rows, columns = (torch.arange(n, device=order.device) >= cells[:, i, None] for i, n in enumerate(grid))
         key_padding = (rows[:, :, None] | columns[:, None]).flatten(1)
-        return AttentionMaps.of_layers(maps, grid=grid, key_padding=key_padding, encoder_grid=encoder_grid)
+        encoded = self._encoded(groups[0], extents[0].tolist(), side) if len(sizes) == 1 else None
+        where = {"key_padding": key_padding, "encoder_grid": encoder_grid, "encoded": encoded}
+        return AttentionMaps.of_layers(maps, grid=grid, **where)
+
+    def _encoded(self, group: _Group, extent: Sequence[float], side: int) -> Encoded:
+        """What the decoder looks at in an image of `extent` cells of `side` pixels; each level halves that before."""
+        states = group.outputs.encoder_last_hidden_state
+        if self.square:
+            return Encoded.of_levels(states, extent)
+        levels = range(self.model.config.num_feature_levels if self.stride else 1)
+        return Encoded.of_tokens(states, [_cells(group.size, side << level) for level in levels])
 
 
 @contextmanager
@@ -325,7 +333,7 @@ def _samples(module: nn.Module, query: Tensor, reference_points: Tensor, shapes:
     Levels with fewer points than others are filled up with points without weight.
     """
     weights = weights.flatten(3)  # [B,Q,H,N], N points of all levels
-    counts = _points(module, len(shapes))
+    counts = points_of(module, len(shapes))
     level = torch.arange(len(shapes), device=query.device).repeat_interleave(torch.tensor(counts, device=query.device))
     offsets = module.sampling_offsets(query).view(*weights.shape, 2)
     reference_points = reference_points.expand(-1, -1, len(shapes), -1)[:, :, None, level]  # [B,Q,1,N,2 or 4]
@@ -340,11 +348,3 @@ def _samples(module: nn.Module, query: Tensor, reference_points: Tensor, shapes:
         torch.stack([F.pad(x, (0, 0, 0, most - x.shape[3]), value=0.5) for x in locations.split(counts, 3)], 3),
         torch.stack([F.pad(x, (0, most - x.shape[3])) for x in weights.split(counts, 3)], 3),
     )
-
-
-def _points(module: nn.Module, levels: int) -> list[int]:
-    """Points of every level, which types of models note in different ways."""
-    for name in ("num_points_list", "n_points_list"):
-        if hasattr(module, name):
-            return list(getattr(module, name))
-    return [module.n_points] * levels

@@ -217,3 +217,11 @@ def num_heads(module: nn.Module) -> int:
         if hasattr(module, name):
             return getattr(module, name)
     return module.o_proj.in_features // module.head_dim
+
+
+def points_of(module: nn.Module, levels: int) -> list[int]:
+    """Sampling points of every level, per head, which types of models note in different ways."""
+    for name in ("num_points_list", "n_points_list"):
+        if hasattr(module, name):
+            return list(getattr(module, name))
+    return [module.n_points] * levels

@@ -100,6 +100,26 @@ class Polled:
 
 
 @dataclass
+class Encoded:
+    """What the decoder looks at, as it stands in the graph, so that gradients with respect to it can be asked for."""
+
+    tensors: list[Tensor]  # [B,E,h,w] of each level, fine to coarse, or one [B,S,E] of the tokens of all levels
+    shapes: list[tuple[int, int]]  # (h, w) of each level; tokens that a model polled and pooled have another number
+    sides: list[tuple[float, float]]  # height and width of the cells of each level in cells of the maps' grid
+
+    @classmethod
+    def of_tokens(cls, tokens: Tensor, shapes: Sequence[tuple[int, int]]) -> "Encoded":
+        """Of the tokens [B,S,E] of levels whose first has the cells of the grid."""
+        return cls([tokens], list(shapes), [(cell_side(shapes[0], shape),) * 2 for shape in shapes])
+
+    @classmethod
+    def of_levels(cls, levels: Sequence[Tensor], extent: Sequence[float]) -> "Encoded":
+        """Of levels [B,E,h,w] that cover an image evenly whose height and width are `extent` in cells of the grid."""
+        shapes = [tuple(level.shape[-2:]) for level in levels]
+        return cls(list(levels), shapes, [(extent[0] / h, extent[1] / w) for h, w in shapes])
+
+
+@dataclass
 class AttentionMaps:
     """Attention weights by site, one tensor per layer, None where not asked for, and the values that they mix.
 
@@ -124,6 +144,7 @@ class AttentionMaps:
     key_padding: Tensor | None  # [B,K], True = padding; None: there is none
     polled: Polled | None = None  # what the keys stand for, where they are not cells
     encoder_grid: tuple[int, int] | None = None  # of encoder_self, where it is not `grid`: over the image, no padding
+    encoded: Encoded | None = None  # None: a detector of transformers that saw several images
     encoder_whole: Sequence[Tensor] | None = None  # [B,H,K+N,K+N] with N registers last; None: there are none
     # By site, one tensor [B,H,K,D] per layer, its keys those of the weights: views of what the layers have projected.
     # Of deformable sites there is none: their samples are interpolated from cells of several levels.

@@ -119,7 +119,7 @@ class Encoder(nn.Module):
     def _with_registers(self, memory: Memory) -> Memory:
         """The same with registers as its last tokens, which are no padding and stand nowhere."""
         count = len(self.registers)
-        registers = self.registers.to(memory.tokens.dtype).expand(len(memory.tokens), -1, -1)
+        registers = self.registers.to(memory.tokens.dtype).expand(memory.tokens.shape[0], -1, -1)
         return memory._replace(
             tokens=torch.cat([memory.tokens, registers], 1),
             position=F.pad(memory.position, (0, 0, 0, count)),

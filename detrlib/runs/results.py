@@ -7,11 +7,13 @@ Every function takes run folders and reads nothing else; runs carry the names th
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 
 from detrlib.config import load_config
+from detrlib.config.attention import SiteName
 from detrlib.errors import RunError
 from detrlib.metrics.detection import UNDEFINED, Matches
 from detrlib.metrics.sinks import MEASURES as SINKS
@@ -19,6 +21,7 @@ from detrlib.runs.folder import class_names, group_of, has_table, load_results, 
 
 MADE_BY = "detrlib intervene"
 NO_OBJECTS = "no objects in this split"
+SITES = get_args(SiteName)
 AP_CUTS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
@@ -38,6 +41,11 @@ def _defined(numbers: dict) -> dict:
         name: _defined(value) if isinstance(value, dict) else np.nan if value == UNDEFINED else value
         for name, value in numbers.items()
     }
+
+
+def _mean(layers: list[float | None]) -> float:
+    """Over layers; missing where one has no such number, as Gini of rows that are all empty."""
+    return float(np.mean(np.array(layers, dtype=float)))
 
 
 def layer_frame(run_dirs: Iterable[Path], site: str = "decoder_cross") -> pd.DataFrame:
@@ -68,7 +76,8 @@ def layer_frame(run_dirs: Iterable[Path], site: str = "decoder_cross") -> pd.Dat
                 for name, layers in values.items()
                 for layer, value in enumerate(layers)
             ]
-    return pd.DataFrame(rows, columns=["run", "group", "state", "metric", "layer", "value"])
+    frame = pd.DataFrame(rows, columns=["run", "group", "state", "metric", "layer", "value"])
+    return frame.astype({"value": float})
 
 
 def having(run_dirs: Iterable[Path], table: str) -> list[Path]:
@@ -104,26 +113,20 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
     for run_dir, label in run_labels(run_dirs).items():
         results, cfg = _evaluated(run_dir), load_config(run_dir / "config.yaml")
         detector = results.get("detector")  # of a run made of predictions, of whose model nothing is known
-        sites = ("encoder_self", "decoder_self", "decoder_cross")
-        transforms = {site: None if detector else cfg.model.transform_at(site) for site in sites}
+        transforms = {site: None if detector else cfg.model.transform_at(site) for site in SITES}
         row = {"run": label, "group": group_of(label), "seed": cfg.train.seed}
         row["architecture"] = detector or getattr(cfg.model, "type", cfg.model.architecture)
         row |= transforms | {name: value for name, value in results["detection"].items() if name != "per_class"}
         row["floor"] = results["floor"].get("AP", np.nan)
         for site, measures in results.get("attention", {}).items():
-            row |= {f"{site}/{name}": float(np.mean(values)) for name, values in measures.items()}
+            row |= {f"{site}/{name}": _mean(values) for name, values in measures.items()}
         for site, measures in results.get("sinks", {}).items():
-            row |= {f"{site}/{name}": _mean_of_layers(measures[name]["mean"]) for name in (*SINKS, "agreement")}
+            row |= {f"{site}/{name}": _mean(measures[name]["mean"]) for name in (*SINKS, "agreement")}
         for size, measures in results.get("localisation", {}).items():
             numbers = {name: value for name, value in measures.items() if name != "pairs"}
             row |= {f"{name}/{size}": value["mean"][-1] for name, value in numbers.items()}
         rows.append(row | {name: results.get(name) for name in ("images", "epoch", "seconds")})
     return pd.DataFrame(rows)
-
-
-def _mean_of_layers(values: list[float | None]) -> float:
-    """NaN where a layer has no such number."""
-    return float(np.mean([np.nan if value is None else value for value in values]))
 
 
 def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
@@ -147,8 +150,8 @@ def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
         rows[label] = {
             **{name: results["detection"][name] for name in AP_CUTS},
             "floor": results["floor"].get("AP", np.nan),
-            "Gini": float(np.mean(cross["gini"])),
-            "zeros": float(np.mean(cross["zeros"])),
+            "Gini": _mean(cross["gini"]),
+            "zeros": _mean(cross["zeros"]),
             "PAIBB": results.get("paibb", {}).get("all", np.nan),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")

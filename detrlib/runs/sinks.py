@@ -10,6 +10,10 @@ from detrlib.metrics.sinks import MEASURES
 from detrlib.runs.folder import group_of, load_results, run_labels
 from detrlib.runs.results import measures
 
+SHOWN = [
+    *("site", "layer", "head", "weight", "sink", "sink_even", "agreement"),
+    *("value_norm", "does", "matched", "null_mass"),
+]
 COLUMNS = ["run", "group", "site", "layer", "head", *MEASURES, "agreement", "y", "x", "does"]
 
 
@@ -58,3 +62,13 @@ def sinks_frame(run_dirs: Iterable[Path], site: str | None = None) -> pd.DataFra
                 rows.append(row | {"y": place[0], "x": place[1], "does": found[at]["does"][layer][head]})
     frame = pd.DataFrame(rows, columns=COLUMNS)
     return frame.astype(dict.fromkeys([*MEASURES, "agreement", "y", "x"], float))
+
+
+def resting_most(frame: pd.DataFrame, most: int = 8) -> pd.DataFrame:
+    """The heads of `sinks_frame` with the heaviest sinks, as a table to be read: layers and heads from 1.
+
+    Columns are those that say whether it is a sink, and what it does; of several runs the run too.
+    """
+    rows = frame.nlargest(most, "weight")
+    shown = rows[[*(["run"] if frame["run"].nunique() > 1 else []), *SHOWN]]
+    return shown.assign(layer=rows["layer"] + 1, head=rows["head"] + 1).reset_index(drop=True)

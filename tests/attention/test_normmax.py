@@ -17,6 +17,20 @@ def test_values_and_gradients_are_those_of_bisection(alpha, keys, random_scores)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 3.0])
+@pytest.mark.parametrize("scale", [0.1, 2.0, 100.0])
+def test_single_precision_is_as_good_as_it_can_be(alpha, scale, random_scores):
+    """Compiled, where there is a C compiler."""
+    scores, gradient = random_scores(20, 950, scale=scale).float().requires_grad_(), random_scores(20, 950, seed=1)
+    exact = scores.detach().double().requires_grad_()
+    found, expected = normmax(scores, alpha), normmax(exact, alpha)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
+    (found,), (expected,) = (
+        torch.autograd.grad(w, z, gradient.to(w.dtype)) for w, z in ((found, scores), (expected, exact))
+    )
+    assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 5.0])
 def test_gradients_are_those_of_finite_differences(alpha, random_scores):
     assert torch.autograd.gradcheck(lambda z: normmax(z, alpha), random_scores(4, 7, scale=1.0).requires_grad_())

@@ -17,7 +17,7 @@ CHOICES = {
     "sparse transforms": TINY | {"model.attention": {"encoder_self": "entmax15", "decoder_cross": "alpha_entmax"}},
     "polled": TINY | {"model.polling": {"ratio": 0.4, "pooled": 5}},
     "gates, differences, registers": TINY
-    | {"model.attention": {"gate": "head", "differential": True, "encoder_self": "sparsemax"}, "model.registers": 3},
+    | {"model.attention": {"gate": "head", "differential": True}, "model.registers": 3},
     "sparse encoder": TINY
     | {"model.architecture": "deformable", "model.deformable": PYRAMID | {"rho": 0.3, "encoder_auxiliary": True}}
     | {"model.deformable.class_specific_proposals": True},

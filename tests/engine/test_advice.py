@@ -5,7 +5,14 @@ import pytest
 from detrlib.config import Data
 from detrlib.data import build_dataset
 from detrlib.engine import advice
-from detrlib.engine.advice import FEW_UPDATES, few_updates, floor_and_collapse, much_padding, unfit_for_crops
+from detrlib.engine.advice import (
+    FEW_UPDATES,
+    few_updates,
+    floor_and_collapse,
+    much_padding,
+    unfit_for_crops,
+    where_attention_rests,
+)
 from detrlib.metrics.detection import UNDEFINED
 
 
@@ -48,3 +55,24 @@ def test_the_floor_and_signs_of_collapse_in_words():
     assert len(floor_and_collapse({"floor": numbers, "detection": {"AP": 0.3}})) == 1
     undefined = {"AP": UNDEFINED, "AP50": UNDEFINED, "images": 40}  # a split without objects
     assert floor_and_collapse({"floor": undefined, "detection": {"AP": UNDEFINED}}) == floor_and_collapse({}) == []
+
+
+def test_where_attention_rests_is_told_of_the_head_that_does_so_most():
+    found = {
+        "weight": {"heads": [[0.1, 0.4], [0.35, 0.6]]},
+        "sink": {"heads": [[0.0, 1.0], [0.7, 0.9]]},
+        "agreement": {"heads": [[0.9, 0.2], [0.5, 0.82]]},
+        "value_norm": {"heads": [[1.0, 1.0], [1.0, 0.12]]},
+        "place": [[[0.5, 0.5]] * 2, [[0.5, 0.5], [0.97, 0.99]]],
+        "does": [[None, "broadcast"], ["broadcast", "nothing"]],
+    }
+    results = {"evaluate": {"sink_threshold": 0.3}, "sinks": {"decoder_cross": found}}
+    (line,) = where_attention_rests(results)
+    for words in ("3 of 4 heads of decoder_cross", "0.3", "2 of them on the same", "layer 2, head 2: 0.60", "82%"):
+        assert words in line
+    assert "lower right" in line and "0.12 times" in line and line.endswith("does nothing")
+    queries = found | {"value_norm": {"heads": [[None] * 2] * 2}}
+    (line,) = where_attention_rests(results | {"sinks": {"decoder_self": queries}})
+    assert "one query" in line and "of the image" not in line and "value" not in line
+    found["sink"] = {"heads": [[0.4, 0.4]] * 2}
+    assert where_attention_rests(results) == where_attention_rests({}) == []

@@ -247,7 +247,7 @@ def test_a_detector_of_transformers_is_fine_tuned_from_a_folder_and_looked_at(hu
     again = evaluate_run(run_dir)
     assert again["sparsity"]["decoder_self"]["alpha"] == list(results["alpha"].values())
     explained = faithfulness_run(run_dir, images=1, steps=2, min_score=0.0)
-    assert set(explained["method"]) == {"raw", "box", "random"}
+    assert set(explained["method"]) == {"raw", "gradient", "odam", "box", "random"}
     sharper = intervene_run(run_dir, plan(run_dir, "encoder_self", alphas=[2.0]), images=2)
     assert sharper["kind"].tolist() == ["none", "alpha"]
     with pytest.raises(ModelError, match="decoder_cross"):

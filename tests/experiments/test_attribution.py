@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from detrlib.config import load_config
+from detrlib.config.huggingface import KINDS
 from detrlib.errors import ModelError
-from detrlib.experiments.attribution import METHODS, explain
+from detrlib.experiments.attribution import BACKWARD, METHODS, ON_REQUEST, allowed_methods, explain, passes
 from detrlib.experiments.propagation import Layers, relevance, rollout
+from detrlib.models import build_model
 
 TRANSFORMS = ("softmax", "sparsemax", "entmax15", "alpha_entmax", "tvmax")
 SIZES, CANVAS = [(40, 64), (64, 48)], (64, 64)
@@ -27,10 +30,10 @@ def of_one_image(sites):
     return Layers(*([weights[None] for weights in site] for site in sites))
 
 
-def explained(model, images, padding, image, methods=None, seed=0):
+def explained(model, images, padding, image, methods=None, seed=0, masks=20):
     """The detections of one image of a padded batch."""
     alone = slice(image, image + 1)
-    return explain(model, images[alone], padding[alone], QUERIES[image], LABELS[image], methods, seed)
+    return explain(model, images[alone], padding[alone], QUERIES[image], LABELS[image], methods, seed, masks)
 
 
 class Shifted(nn.Module):
@@ -71,7 +74,7 @@ def test_models_with_signed_weights_and_registers_are_explained(padded_batch, sm
     """Signs are of no effect where magnitudes are taken, and what has gone through registers is counted."""
     model = small(attention={"gate": "head", "differential": True}, registers=2)
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
-    maps = explained(model, images, padding, 0)
+    maps = explained(model, images, padding, 0, METHODS)
     assert tuple(maps) == METHODS
     alone = model(images[:1, :, : SIZES[0][0], : SIZES[0][1]], need_attention=True).attention
     assert (alone.decoder_cross[-1] < 0).any()
@@ -79,8 +82,9 @@ def test_models_with_signed_weights_and_registers_are_explained(padded_batch, sm
     h, w = (side // 8 for side in SIZES[0])
     for number, query in enumerate(QUERIES[0]):
         torch.testing.assert_close(maps["raw"][number, :h, :w].flatten(), raw[query], rtol=1e-3, atol=1e-5)
-    for own in maps.values():
-        assert (own >= 0).all() and own.isfinite().all() and (own.flatten(1).sum(1) > 0).all()
+    for method, own in maps.items():
+        assert (own >= 0).all() and own.isfinite().all() and own.any()
+        assert method.startswith("odam") or own.flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize("queries", ["learned", "anchor"])
@@ -90,7 +94,7 @@ def test_every_method_against_its_own_computation(transform, queries, padded_bat
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     for image, (height, width) in enumerate(SIZES):
         maps = explained(model, images, padding, image)
-        assert tuple(maps) == METHODS
+        assert tuple(maps) == tuple(name for name in METHODS if name not in ON_REQUEST)
         one = images[image : image + 1, :, :height, :width], padding[image : image + 1, :height, :width]
         h, w = height // 8, width // 8
         for number, (query, label) in enumerate(zip(QUERIES[image], LABELS[image], strict=True)):
@@ -125,13 +129,15 @@ def test_maps_of_an_image_alone_are_those_in_a_padded_batch(settings, padded_bat
     model = small(**settings)
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     for image, (height, width) in enumerate(SIZES):
-        in_batch = explained(model, images, padding, image, seed=8)
-        alone = explained(model, images[..., :height, :width], padding[..., :height, :width], image, seed=8)
+        options = {"methods": METHODS, "seed": 8, "masks": 40}
+        in_batch = explained(model, images, padding, image, **options)
+        alone = explained(model, images[..., :height, :width], padding[..., :height, :width], image, **options)
         h, w = height // 8, width // 8
         for method in METHODS:
             maps, own = in_batch[method], alone[method]
             assert maps.shape == (len(QUERIES[image]), 8, 8) and own.shape == (len(QUERIES[image]), h, w)
-            assert not maps.requires_grad and (maps >= 0).all() and (own.flatten(1).sum(1) > 0).all()
+            assert not maps.requires_grad and (maps >= 0).all() and own.any()
+            assert method.startswith("odam") or own.flatten(1).any(1).all()  # all that adds to a score may be negative
             torch.testing.assert_close(maps[:, :h, :w], own, rtol=1e-2, atol=1e-3 * own.max().item())
             assert (maps[:, h:] == 0).all() and (maps[:, :, w:] == 0).all()
 
@@ -165,28 +171,72 @@ def test_images_without_detections_and_labels_that_matter(padded_batch, small):
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     none = torch.tensor([], dtype=torch.long)
     one = images[1:], padding[1:]
-    for maps in explain(model, *one, none, none).values():
+    for maps in explain(model, *one, none, none, METHODS, masks=2).values():
         assert maps.shape == (0, 8, 8)
     twice = explain(model, *one, torch.tensor([5, 5]), torch.tensor([2, 3]))
     for method, maps in twice.items():
         differ = not torch.equal(maps[0], maps[1])
-        assert differ == (method in ("grad_attention", "relevance", "random")), method
+        assert differ == (method in BACKWARD or method == "random"), method
     plain = explained(model, images, padding, 1, ["relevance"])["relevance"]
     torch.testing.assert_close(twice["relevance"][:1], plain)
 
 
-def test_noise_has_a_seed(padded_batch, small):
+@pytest.mark.parametrize("method", ["random", "drise"])
+def test_noise_and_masks_have_a_seed(method, padded_batch, small):
     model = small()
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
-    one, same, other = (explained(model, images, padding, 0, ["random"], seed)["random"] for seed in (1, 1, 3))
+    one, same, other = (explained(model, images, padding, 0, [method], seed)[method] for seed in (1, 1, 3))
     assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+FAMILIES = {
+    "deformable": {"architecture": "deformable", "classification": "sigmoid"},
+    "sparse": {
+        "architecture": "deformable",
+        "classification": "sigmoid",
+        "deformable": {"two_stage": True, "refine": True, "rho": 0.5},
+    },
+    "polling": {"polling": {"ratio": 0.5}},
+} | {kind: kind for kind in KINDS}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_family_is_explained_alone_as_in_a_padded_batch(family, padded_batch, small, huggingface_settings):
+    if isinstance(family, str):
+        torch.manual_seed(0)
+        model = build_model(load_config(overrides=huggingface_settings(family)).model).eval()
+    else:
+        model = small(**family)
+    methods = [*allowed_methods(model), *ON_REQUEST]
+    assert {"raw", "gradient", "odam", "drise", "box", "random"} <= set(methods)
+    if isinstance(family, str):  # whose maps of single images, not those of a batch, are in the graph
+        methods = [name for name in methods if name not in ("grad_attention", "relevance")]
+    images, padding = padded_batch((64, 96), (40, 70), canvas=(64, 96))
+    asked = QUERIES[0], LABELS[0], methods, 3, 10
+    in_batch = explain(model, images[1:], padding[1:], *asked)
+    alone = explain(model, images[1:, :, :40, :70], None, *asked)
+    for method in methods:
+        maps, own = in_batch[method].float(), alone[method].float()
+        h, w = own.shape[1:]
+        assert len(own) == 3 and (own >= 0).all() and own.any(), method
+        torch.testing.assert_close(maps[:, :h, :w], own, rtol=2e-2, atol=5e-3 * own.max().item(), msg=method)
+        assert (maps[:, h:] == 0).all() and (maps[:, :, w:] == 0).all(), method
+
+
+def test_passes_are_counted_by_method():
+    assert passes(["raw", "odam_box", "drise", "box"], images=2, detections=7, masks=30) == {
+        "raw": {"forward": 2, "backward": 0},
+        "odam_box": {"forward": 2, "backward": 35},
+        "drise": {"forward": 60, "backward": 0},
+        "box": {"forward": 0, "backward": 0},
+    }
 
 
 def test_deformable_models_are_explained_by_their_samples_only(padded_batch, small):
     model = small(architecture="deformable", classification="sigmoid")
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
     maps = explained(model, images, padding, 0)
-    assert tuple(maps) == ("raw", "box", "random")
+    assert tuple(maps) == ("raw", "gradient", "odam", "box", "random")
     attention = model(images, padding, need_attention=True).attention
     expected = attention.as_images("decoder_cross", -1).mean(1)[0, QUERIES[0]].detach()
     torch.testing.assert_close(maps["raw"][:, :5], expected[:, :5])
@@ -200,13 +250,16 @@ def test_unknown_methods_and_frozen_models_are_refused(padded_batch, small):
     arguments = *padded_batch(*SIZES, canvas=CANVAS), 0
     with pytest.raises(ModelError, match="unknown explanation lime; there are raw, rollout"):
         explained(model, *arguments, ["raw", "lime"])
+    methods = [name for name in METHODS if name not in ("grad_attention", "relevance")]
+    expected = explained(model, *arguments, methods)
     model.requires_grad_(False)
-    explained(model, *arguments, ["raw", "rollout"])
+    for method, maps in explained(model, *arguments, methods).items():
+        torch.testing.assert_close(maps, expected[method], msg=method)
     with pytest.raises(ModelError, match="requires_grad_"):
         explained(model, *arguments, ["relevance"])
 
 
 def test_maps_of_polled_cells_are_free_of_gradients(padded_batch, small):
     images, padding = padded_batch(*SIZES, canvas=CANVAS)
-    maps = explained(small(polling={"ratio": 0.5}), images, padding, 0)
+    maps = explained(small(polling={"ratio": 0.5}), images, padding, 0, METHODS)
     assert set(maps) == set(METHODS) and not any(own.requires_grad for own in maps.values())

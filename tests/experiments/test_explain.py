@@ -14,7 +14,7 @@ from detrlib.engine.launch import launch
 from detrlib.engine.predict import open_detector, predict
 from detrlib.errors import ConfigError, RunError
 from detrlib.experiments import explain as module
-from detrlib.experiments.attribution import METHODS
+from detrlib.experiments.attribution import METHODS, ON_REQUEST
 from detrlib.experiments.explain import (
     explain_detected,
     explained_detections,
@@ -32,7 +32,7 @@ def run_dir(tmp_path_factory, tiny_config):
 
 def test_a_run_is_measured_and_remembers_how(run_dir):
     settings = {"images": 3, "steps": 3, "min_score": 0.0}
-    frame = faithfulness_run(run_dir, methods=["raw", "relevance", "random"], **settings)
+    frame = faithfulness_run(run_dir, methods=["raw", "relevance", "drise"], masks=5, **settings)
     pd.testing.assert_frame_equal(pd.read_parquet(run_dir / "measures" / "faithfulness.parquet"), frame)
     detections = frame[["image_id", "query"]].drop_duplicates()
     assert len(frame) == 3 * len(detections) and frame["image_id"].nunique() == 3
@@ -41,6 +41,11 @@ def test_a_run_is_measured_and_remembers_how(run_dir):
     assert len(curves) == 3 * 2 * 3 * 4
     known = json.loads((run_dir / "measures" / "faithfulness.json").read_text())
     assert known["passes"] == 3 * 2 + len(frame) * 2 * 2 and known["detections"] == len(detections)
+    assert known["masks"] == 5 and known["passes_to_explain"]["drise"] == {"forward": 15, "backward": 0}
+    again = faithfulness_run(run_dir, methods=["drise"], masks=5, batch_size=3, **settings)
+    before = frame[frame["method"] == "drise"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(again, before, rtol=1e-4, atol=1e-5)
+    faithfulness_run(run_dir, methods=["raw", "relevance", "drise"], masks=5, **settings)
     # The mean curve of a method has the area that its detections have on average, image by image.
     for method, own in frame.groupby("method"):
         chosen = (curves["method"] == method) & (curves["direction"] == "deletion") & (curves["measure"] == "score")
@@ -58,6 +63,8 @@ def test_runs_that_cannot_be_measured_are_refused(run_dir, tmp_path):
         faithfulness_run(run_dir, 2, min_score=1.1)
     with pytest.raises(ConfigError, match="steps"):
         faithfulness_run(run_dir, 2, steps=1)
+    with pytest.raises(ConfigError, match="0 masks"):
+        faithfulness_run(run_dir, 2, masks=0)
     with pytest.raises(RunError, match=r"none.*config\.yaml"):
         faithfulness_run(tmp_path / "none")
 
@@ -86,7 +93,7 @@ def test_the_best_detections_of_a_validation_image_are_explained_as_predictions_
     (predicted,) = predict(detector, dataset.image(3), min_score=0, attention=True, progress=False)
     np.testing.assert_allclose(detected.boxes, predicted.boxes, rtol=1e-5)
     assert detected.names == predicted.names and detected.image_id == dataset.image_ids[3]
-    assert tuple(detected.explanations) == METHODS
+    assert tuple(detected.explanations) == tuple(name for name in METHODS if name not in ON_REQUEST)
     assert {len(maps) for maps in detected.explanations.values()} == {2}
     raw = predicted.example.maps(layer=-1).mean(0)[:2]
     np.testing.assert_allclose(detected.explanations["raw"], raw, rtol=1e-4, atol=1e-6)

@@ -7,18 +7,21 @@ import torch
 
 from detrlib.data import collate
 from detrlib.engine.loop import train
-from detrlib.errors import ModelError, RunError
+from detrlib.errors import ConfigError, ModelError, RunError
 from detrlib.experiments import intervene as interventions
-from detrlib.experiments.intervene import (
+from detrlib.experiments.ablations import without_layers
+from detrlib.experiments.intervene import intervene_run, plan, prune_order, query_order
+from detrlib.experiments.interventions import learned_alphas, pruned, swapped
+from detrlib.experiments.parts import stack_of
+from detrlib.experiments.planned import (
     fixed_alphas,
     gradual,
-    intervene_run,
-    prune_order,
     rearranged_alphas,
     single_heads,
+    single_layers,
     swaps,
 )
-from detrlib.experiments.interventions import learned_alphas, pruned, swapped
+from detrlib.models import build_model
 from detrlib.runs import load_results
 from detrlib.runs.results import interventions_frame
 
@@ -141,10 +144,75 @@ def test_heads_are_put_in_order_of_the_loss_on_training_images(fresh):
     ) == sorted(order)
 
 
+# --- parts taken out -----------------------------------------------------------------------------------------------
+
+
+def test_everything_that_can_be_ablated_is_planned_and_measured(fresh):
+    parts = ["queries", "embeddings", "layers", "sites", "feedforward"]
+    planned = plan(fresh, sinks=["masked", "zeroed"], ablate=parts, order_images=3)
+    counts = pd.Series([one.kind for one in planned]).value_counts().to_dict()
+    assert counts == {"sink": 6, "queries": 25, "embeddings": 25, "layer": 3, "attention": 7, "feedforward": 3}
+    chosen = [one for one in planned if one.kind not in ("queries", "embeddings") or "0.50" in one.value]
+    rows = intervene_run(fresh, chosen, images=4)
+    assert rows["kind"].tolist() == ["none", *(one.kind for one in chosen)]
+    assert rows[["AP", "loss", "paibb", "zeros"]].notna().all(axis=None)
+    gone = (rows["kind"] == "attention") & (rows["value"] == "decoder_cross") & rows["layer"].isna()
+    assert rows.loc[gone, ["zeros", "paibb"]].values.tolist() == [[1, 0]]
+    assert rows["gini"].isna().tolist() == gone.tolist()
+    lost = rows.loc[0, "AP"] - rows["AP"]
+    assert np.allclose(rows["AP_lost"][1:], lost[1:]) and np.isnan(rows["AP_lost"][0])
+    assert (rows["AP_lost_low"] <= rows["AP_lost_high"])[1:].all()
+
+
+def test_without_a_layer_measures_are_means_over_those_that_are_left(fresh):
+    model = loaded(fresh)
+    chosen = [one for site in ("decoder_cross", "encoder_self") for one in single_layers(model, site)]
+    rows = intervene_run(fresh, chosen, images=4).set_index(["site", "value", "layer"])
+    cfg = interventions.replace(interventions.run_config(fresh), {"data.val_limit": 4})
+    dataset, accelerator = interventions.build_dataset(cfg.data, "val"), interventions.Accelerator()
+    with without_layers(model, "decoder", [0]):
+        left = interventions.replace(cfg, {"model.decoder_layers": 1})
+        results, _ = interventions.evaluate(model, dataset, left, accelerator)
+    row = rows.loc[("decoder_cross", "decoder", 0)]
+    assert row["gini"] == results["attention"]["decoder_cross"]["gini"][0]
+    assert (row["AP"], row["paibb"]) == (results["detection"]["AP"], results["paibb"]["all"])
+    assert rows.loc[("encoder_self", "encoder", 0), ["gini", "zeros"]].isna().all()
+    assert rows.loc[("encoder_self", "encoder", 0), "AP"] == rows.loc[("decoder_cross", "encoder", 0), "AP"]
+
+
+def test_settings_follow_the_layers_of_every_family(small, huggingface_settings, model_settings, tiny_config):
+    for settings in ({}, huggingface_settings("rt_detr")["model"]):
+        cfg = tiny_config()
+        cfg = cfg.model_copy(update={"model": model_settings(**settings) if settings else cfg.model})
+        model = build_model(cfg.model.model_copy(update={} if settings else {"num_classes": 3}))
+        with without_layers(model, "decoder", [1]), without_layers(model, "encoder", [0]):
+            now = interventions._as_it_is(cfg, model).model
+            assert (now.encoder_layers, now.decoder_layers) == (0, 1)
+        assert (cfg.model.encoder_layers, cfg.model.decoder_layers) == (1, 2)
+        assert stack_of(model, "decoder").total() == interventions._as_it_is(cfg, model).model.decoder_layers == 2
+
+
+def test_queries_are_put_in_order_of_their_confidence_on_training_images(fresh):
+    order = query_order(fresh, images=6)
+    cfg = interventions.replace(interventions.run_config(fresh), {"data.train_limit": 6})
+    dataset = interventions.build_dataset(cfg.data, "train", augment=False)
+    batch = collate([dataset[index] for index in range(6)])
+    with torch.no_grad():
+        scores = loaded(fresh)(batch.images, batch.padding_mask).class_scores().amax(-1).mean(0)
+    assert sorted(order) == list(range(10))
+    assert (scores[order].diff() > -1e-6).all()
+
+
 def test_mistakes_show_before_anything_is_measured(fresh, monkeypatch):
     monkeypatch.setattr(interventions, "evaluate", None)
     with pytest.raises(ModelError, match="layers"):
         intervene_run(fresh, fixed_alphas("decoder_cross", [1]) + fixed_alphas("decoder_cross", [1], layer=9))
+    with pytest.raises(ConfigError, match="unknown ablation 'heads'; there are queries"):
+        plan(fresh, ablate=["layers", "heads"])
+    with pytest.raises(ModelError, match="no levels to ablate"):
+        plan(fresh, ablate=["levels"])
+    with pytest.raises(ModelError, match="unknown way 'hidden'"):
+        plan(fresh, sinks=["hidden"])
     with pytest.raises(RunError, match=r"nothing has no config\.yaml"):
         intervene_run(fresh / "nothing", [])
     with pytest.raises(RunError, match="detrlib intervene"):

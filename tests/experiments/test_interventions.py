@@ -5,9 +5,19 @@ import contextlib
 import pytest
 import torch
 
-from detrlib.attention import AlphaEntmax, build_transform
+from detrlib.attention import AlphaEntmax, attend, build_transform
 from detrlib.errors import ModelError
-from detrlib.experiments.interventions import ByHead, attention_modules, fixed_alpha, learned_alphas, pruned, swapped
+from detrlib.experiments.interventions import (
+    ByHead,
+    WithoutSink,
+    attention_modules,
+    fixed_alpha,
+    learned_alphas,
+    pruned,
+    swapped,
+    without_sinks,
+)
+from detrlib.metrics.sinks import sinks
 
 SIZES = (96, 128), (70, 101)
 SITES = ("encoder_self", "decoder_self", "decoder_cross")
@@ -219,6 +229,88 @@ def test_pruning_is_zeroing_columns_of_the_output_projection(site, queries, pred
             assert torch.equal(weights[:, kept], getattr(expected.attention, site)[layer][:, kept])
 
 
+# --- sinks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("null_key", ["none", "learned"])
+@pytest.mark.parametrize("name", ["softmax", "sparsemax", "entmax15", "alpha_entmax"])
+def test_masking_a_sink_is_dropping_its_column(name, null_key):
+    transform = build_transform(name, 3, null_key=null_key)
+    scores = torch.randn(2, 3, 5, 7, dtype=torch.float64) * 2
+    padding = torch.zeros(2, 1, 1, 7, dtype=torch.bool)
+    padding[1, ..., 5:] = True
+    with torch.no_grad():
+        whole = transform(scores, padding)
+        masked = WithoutSink(transform, "masked", None, False, 0)(scores, padding)
+        zeroed = WithoutSink(transform, "zeroed", [0, 2], False, 0)(scores, padding)
+        best = whole.mean(2).argmax(-1)
+        for image in range(2):
+            for head in range(3):
+                kept = [key for key in range(7) if key != best[image, head]]
+                dropped = transform(scores[..., kept], padding[..., kept])[image, head]
+                torch.testing.assert_close(masked[image, head][:, kept], dropped)
+                assert not masked[image, head, :, best[image, head]].any()
+                own = whole[image, head].clone()
+                own[:, best[image, head]] *= head == 1
+                assert torch.equal(zeroed[image, head], own)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"queries": "anchor", "registers": 2}, {"polling": {"ratio": 0.4, "pooled": 3}}]
+)
+@pytest.mark.parametrize("site", SITES)
+def test_the_sink_that_goes_is_the_one_that_is_measured(site, settings, predict, small, untouched):
+    """The first layer sees the same in both; there, zeroing takes away exactly what the sink contributes."""
+    model = small(**settings)
+    with untouched(model):
+        maps = predict(model).attention
+        weights, padding = getattr(maps, site)[0], maps.padding_at(site)
+        rows = ~padding if site == "encoder_self" else None
+        key = sinks(maps, site, 0, weights, rows).key[:, :, None, None].expand(*weights.shape[:3], 1)
+        with without_sinks(model, site, "zeroed"):
+            zeroed = predict(model).attention
+        with without_sinks(model, site):
+            masked = predict(model).attention
+    column = weights.gather(-1, key)
+    torch.testing.assert_close(getattr(zeroed, site)[0], weights.scatter(-1, key, 0.0))
+    value = maps.values[site][0].gather(2, key[:, :, :1].expand(-1, -1, 1, maps.values[site][0].shape[-1]))
+    torch.testing.assert_close(zeroed.mixed(site, 0), maps.mixed(site, 0) - column * value, rtol=1e-4, atol=1e-5)
+    left = weights.scatter(-1, key, 0.0)  # of it the others take their shares
+    torch.testing.assert_close(getattr(masked, site)[0] * (1 - column), left, rtol=1e-4, atol=1e-5)
+
+
+def test_sinks_stay_away_whatever_else_changes(model_with, predict, untouched):
+    model = model_with(decoder_cross="alpha_entmax", padding="thesis")
+    steps = [
+        lambda: without_sinks(model, "decoder_cross", "zeroed", heads=[1, 2]),
+        lambda: pruned(model, "decoder_cross", {0: [0], 1: [1]}),
+        lambda: swapped(model, "decoder_cross", "tvmax", heads=[0, 1, 2]),
+        lambda: without_sinks(model, "encoder_self", layers=[1]),
+        lambda: fixed_alpha(model, "encoder_self", [1.0, 1.5, 2.0, 1.2]),
+    ]
+    found = []
+    with untouched(model):
+        own = predict(model)
+        for order in (steps, steps[::-1]):
+            with contextlib.ExitStack() as stack:
+                for step in order:
+                    stack.enter_context(step())
+                found.append(predict(model))
+        with without_sinks(model, "decoder_cross"), without_sinks(model, "decoder_cross"):
+            assert (predict(model).attention.decoder_cross[0] > 0).any(-1).all()  # the two best are gone
+    assert_same(*found)
+    assert not torch.allclose(found[0].logits, own.logits, rtol=0, atol=1e-5)
+    assert isinstance(attention_modules(model, "decoder_cross")[0].transform, AlphaEntmax)
+
+
+def test_sinks_of_large_maps_are_those_of_all_queries(monkeypatch):
+    monkeypatch.setattr("detrlib.attention.mixing.MOST_SCORES", 60)
+    query, key, value = (torch.randn(2, 3, n, 4) for n in (9, 11, 11))
+    transform = WithoutSink(build_transform("entmax15", 3), "masked", None, False, 0)
+    written, _ = attend(query, key, value, transform, need_weights=True)
+    torch.testing.assert_close(attend(query, key, value, transform)[0], written)
+
+
 def test_maps_make_no_difference_to_what_is_found(model_with, padded_batch, predict):
     """Without maps, other code is used wherever a transform allows it."""
     model = model_with()
@@ -287,6 +379,8 @@ def test_a_model_that_moves_within_takes_its_transforms_along(model_with):
         (lambda m: fixed_alpha(m, "decoder_cross", float("nan")), "alpha nan must lie between 1"),
         (lambda m: fixed_alpha(m, "decoder_cross", [1.5] * 3), r"alpha has shape \[3\]; give one number, .* \[4\], or"),
         (lambda m: pruned(m, "encoder_self", {-1: [0]}), r"layers \[-1\] at encoder_self: the model has 2"),
+        (lambda m: without_sinks(m, "encoder_self", "hidden"), "unknown way 'hidden' to remove a sink"),
+        (lambda m: without_sinks(m, "encoder_self", heads=[4]), r"heads \[4\]: a layer has 4"),
     ],
 )
 def test_what_a_model_lacks_is_said(context, message, model_with):
@@ -300,6 +394,8 @@ def test_sites_without_scores_or_layers_are_refused(model_with, small):
         with pytest.raises(ModelError, match=f"{site} of this model is deformable.*use decoder_self"):
             attention_modules(deformable, site)
     assert len(attention_modules(deformable, "decoder_self")) == 3
+    with pytest.raises(ModelError, match="differential"), without_sinks(model_with(differential=True), "decoder_cross"):
+        raise AssertionError("entered")
     with pytest.raises(ModelError, match="no encoder layers"):
         attention_modules(small(encoder_layers=0), "encoder_self")
     with pytest.raises(ModelError, match="learned no alphas at decoder_cross"):

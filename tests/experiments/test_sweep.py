@@ -7,72 +7,14 @@ import sys
 import time
 
 import pytest
-import yaml
 
-from detrlib.config import load_config, save_config
+from detrlib.config import load_config
 from detrlib.engine.notebooks import is_executed
 from detrlib.errors import ConfigError, RunError
 from detrlib.experiments import sweep
-from detrlib.experiments.sweep import read_sweep
+from detrlib.experiments.sweep_file import read_sweep
 from detrlib.files import write_json
 from detrlib.runs import append_metrics
-
-
-@pytest.fixture
-def sweep_file(tmp_path, tiny_config):
-    """A sweep of three tiny runs; values may be changed."""
-    save_config(tiny_config(), tmp_path / "base.yaml")
-
-    def write(**changes):
-        runs = {"one": None, "two": {"train.epochs": 3}, "three": {"train.seed": 3}}
-        values = {"base": "base.yaml", "overrides": {"train.epochs": 1, "train.lr": 5e-4}, "runs": runs} | changes
-        path = tmp_path / "many.yaml"
-        path.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}))
-        return path
-
-    return write
-
-
-def test_a_sweep_is_a_config_for_every_run(sweep_file, tiny_config):
-    configs, measure = read_sweep(sweep_file())
-    assert measure == {} and set(configs) == {"one", "two", "three"}
-    assert [configs[name].train.epochs for name in ("one", "two", "three")] == [1, 3, 1]
-    assert configs["three"].train.seed == 3 and configs["two"].train.lr == 5e-4
-    assert configs["one"].model.hidden_dim == tiny_config().model.hidden_dim
-
-
-def test_a_sweep_over_seeds_repeats_every_run(sweep_file):
-    configs, measure = read_sweep(sweep_file(seeds=[4, 5], measure={"num_examples": 2}))
-    assert set(configs) == {f"{name}-seed{seed}" for name in ("one", "two", "three") for seed in (4, 5)}
-    assert [cfg.train.seed for cfg in configs.values()] == [4, 4, 4, 5, 5, 5]
-    assert configs["two-seed5"].train.epochs == 3
-    assert measure == {"num_examples": 2}
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"seeds": "3"}, r"many\.yaml: seeds"),
-        ({"seeds": ["a"]}, r"many\.yaml: seeds"),
-        ({"measure": {"num_example": 2}}, r"many\.yaml: measure: .*'num_example'.*'num_examples'"),
-        ({"measure": 3}, r"many\.yaml: measure"),
-        ({"overrides": 3}, r"many\.yaml: overrides"),
-        ({"base": None}, r"many\.yaml: base"),
-        ({"base": 3}, r"many\.yaml: base"),
-        ({"runs": None}, r"many\.yaml: runs"),
-        ({"runs": ["one"]}, r"many\.yaml: runs"),
-        ({"runs": {}}, r"many\.yaml: runs"),
-        ({"runs": {1: None}}, r"many\.yaml: runs: 1"),
-        ({"runs": {"one": 3}}, r"many\.yaml: runs: 'one'"),
-        ({"override": {}}, r"many\.yaml: unknown override"),
-        ({"base": "bass.yaml"}, r"bass\.yaml.*base\.yaml"),
-        ({"runs": {"one": {"train.epoch": 3}}}, r"'train\.epoch'.*'train\.epochs'"),
-    ],
-)
-def test_a_sweep_file_that_is_none(sweep_file, changes, message):
-    with pytest.raises(ConfigError, match=message):
-        read_sweep(sweep_file(**changes))
-
 
 CHILD = """
 import json, pathlib, sys, time
@@ -132,6 +74,30 @@ def test_a_failing_run_is_reported_with_its_log_and_the_others_finish(sweep_file
     stand_ins.clear()
     assert sweep.sweep(path, folder) == folder / "report.html"
     assert stand_ins == [] and f"all 3 runs are done: {folder / 'report.html'}" in capsys.readouterr().out
+
+
+def test_sweeps_that_share_a_folder_train_a_common_run_once(sweep_file, stand_ins, tmp_path):
+    folder = tmp_path / "shared"
+    sweep.sweep(sweep_file(folder="any", runs={"one": None, "two": None}), folder)
+    path = sweep_file(folder="any", runs={"one": None, "three": None}, report={"resamples": 9})
+    path = path.rename(tmp_path / "others.yaml")
+    stand_ins.clear()
+    assert sweep.sweep(path, folder) == folder / "others" / "report.html"
+    names, figures = [str(folder / name) for name in ("one", "three")], str(folder / "others" / "figures")
+    drawn = ("thesis_figures", {"resamples": 9, "run_names": names, "output": figures})
+    assert stand_ins == ["three", "others", drawn]
+    assert (folder / "many" / "report.html").exists()
+
+
+def test_a_run_waits_for_the_one_it_starts_from(sweep_file, stand_ins, tmp_path):
+    folder = tmp_path / "many"
+    runs = {"last": {"train.start": f"{folder}/next"}, "next": {"train.start": f"{folder}/one"}, "one": None}
+    sweep.sweep(sweep_file(runs=runs), folder, parallel=3)
+    assert stand_ins[:3] == ["one", "next", "last"]
+    circle = tmp_path / "circle"
+    runs = {"three": {"train.start": f"{circle}/four"}, "four": {"train.start": f"{circle}/three"}}
+    with pytest.raises(ConfigError, match="four"):
+        sweep.sweep(sweep_file(runs=runs), circle)
 
 
 def test_runs_of_earlier_versions_count_as_finished(sweep_file, stand_ins, tmp_path):

@@ -23,17 +23,48 @@ def areas(shift=0.0):
     return pd.DataFrame(rows)
 
 
-def test_the_table_compares_methods_on_the_same_images():
+def test_the_table_has_a_row_per_run_and_method_with_intervals():
     table = explanations.faithfulness_table({"a": areas(), "b": areas(0.1)}).set_index(["run", "method"])
     raw = table.loc[("a", "raw")]
-    assert raw["images"] == 3
-    assert (raw["deletion"], raw["deletion SE"]) == pytest.approx((0.5 / 3, 0.1 / 3))
-    assert (raw["deletion gain"], raw["deletion gain SE"]) == pytest.approx((0.5 / 3, 0.1 / 3))
-    assert raw["insertion gain"] == pytest.approx(0.5 / 3)
+    assert raw["images"] == 3 and raw["deletion"] == pytest.approx(0.5 / 3)
+    assert raw["deletion low"] < raw["deletion"] < raw["deletion high"]
+    assert raw["insertion"] == pytest.approx(2.5 / 3)
     assert table.loc[("b", "raw"), "deletion"] == pytest.approx(0.8 / 3)
-    assert (table.loc[("b", "box"), ["deletion gain", "insertion gain SE"]] == 0).all()
-    with pytest.raises(ConfigError, match="a was not measured with 'random'; there are raw, box"):
-        explanations.faithfulness_table({"a": areas()}, reference="random")
+    alone = explanations.faithfulness_table({"a": areas()[lambda frame: frame["image_id"] == 2]})
+    assert alone["deletion low"].isna().all() and alone["deletion"].notna().all()
+
+
+def test_gains_are_put_into_words_run_by_run():
+    table = explanations.gains_table({"a": areas(), "b": areas()})
+    assert list(table["run"]) == ["a"] * 4 + ["b"] * 4
+    row = table[(table["pair"] == "raw − box") & (table["metric"] == "deletion gain")].iloc[0]
+    assert row["difference"] == "+0.167" and row["verdict"] == "not established (3 images)"
+    assert explanations.gains_table({}).empty
+
+
+def test_groups_are_drawn_with_a_dot_for_each_seed_and_a_bar_at_their_mean(texts):
+    rows = [
+        {"run": f"{group}-seed{seed}", "group": group, "seed": seed, "method": method, "images": 5}
+        | {"deletion": 0.1 * seed + shift, "insertion": 0.5}
+        for group, shift in (("softmax", 0.0), ("sparsemax", 0.3))
+        for seed in (1, 2, 3)
+        for method in ("raw", "odam", "box")
+    ]
+    frame = pd.DataFrame(rows)
+    drawn = explanations.faithfulness_by_group(frame)
+    assert {"softmax", "sparsemax", "raw", "ODAM", "box"} <= set(texts(drawn))
+    first = drawn.axes[0]
+    bars = {line.get_label(): line for line in first.get_lines() if line.get_marker() == "|"}
+    np.testing.assert_allclose(sorted(bars["raw"].get_xdata()), [0.2, 0.5])
+    dots = [line for line in first.get_lines() if line.get_marker() == "o"]
+    assert len(dots) == 3 and all(len(line.get_xdata()) == 6 for line in dots)
+    few = explanations.faithfulness_by_group(frame, ["box", "raw"])
+    assert "ODAM" not in texts(few)
+    assert texts(explanations.faithfulness_by_group(frame[:0]))[0].startswith("Nothing to show")
+
+
+def test_all_methods_have_a_colour_of_their_own():
+    assert len(set(explanations.METHOD_COLOURS.values())) == len(explanations.METHOD_COLOURS) == 10
 
 
 @pytest.mark.parametrize("images", [1, 6])
@@ -87,6 +118,6 @@ def test_the_grid_has_a_row_per_detection_and_a_column_per_method(texts):
         images, boxes, ["star 0.90", "ring 0.50"], maps, labels=[1, 2], names={1: "star", 2: "ring"}
     )
     assert len(drawn.axes) == 7  # the last is the bar
-    assert {"raw", "grad × attention", "star 0.90", "ring 0.50"} <= set(texts(drawn))
+    assert {"raw", "grad × attn", "star 0.90", "ring 0.50"} <= set(texts(drawn))
     assert all(len(axes.patches) == 2 for axes in drawn.axes[:6])  # a box and its rim
     assert [to_hex(axes.patches[1].get_edgecolor()).upper() for axes in drawn.axes[:6:3]] == PALETTE[:2]

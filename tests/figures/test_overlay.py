@@ -80,8 +80,22 @@ def test_numbers_below_a_map_are_those_of_the_metrics():
     words = numbers(WEIGHTS, IMAGE, box, extent)
     weights = torch.from_numpy(WEIGHTS)
     inside = paibb(weights[None], torch.tensor([[0.25, 0.25, 0.5, 0.5]]), (1.5, 3.0)).item()
-    assert words == ["5/6 cells", f"Gini {gini(weights.flatten()).item():.2f}", f"in box {inside:.2f}"]
+    assert words == [
+        f"{WEIGHTS.sum():.2f} on 5/6 cells",
+        f"Gini {gini(weights.flatten()).item():.2f}",
+        f"in box {inside:.2f}",
+    ]
     assert numbers(WEIGHTS, IMAGE) == words[:2]
+    assert numbers(WEIGHTS, IMAGE, box, extent, mass=False) == ["5/6 cells", *words[1:]]  # of maps that are no weights
+    assert numbers(WEIGHTS / WEIGHTS.sum(), IMAGE)[0] == "5/6 cells"
+
+
+def test_a_map_without_weight_says_so():
+    """As beside a null key that takes all: nothing is drawn, and no number is made up."""
+    nothing = np.zeros_like(WEIGHTS)
+    assert numbers(nothing, IMAGE, np.array([0.0, 0, 48, 32])) == ["no weight on any cell"]
+    assert not overlay.overlay(nothing)[..., 3].any()
+    assert np.isfinite(map_numbers(nothing[None], np.array([[0.0, 0, 48, 32]]), (64, 96))).all()
 
 
 def test_every_map_is_measured_beside_its_own_box():

@@ -9,7 +9,8 @@ from detrlib.errors import ConfigError
 from detrlib.figures.statistics import differences, spread
 from detrlib.figures.style import PALETTE
 from detrlib.figures.tables import markdown_table
-from detrlib.metrics.statistics import compare_groups, compare_runs, comparison_table, with_verdicts
+from detrlib.metrics.seeds import compare_groups
+from detrlib.metrics.statistics import compare_runs, comparison_table, with_verdicts
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from matplotlib.backend_bases import MouseEvent
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 
 from detrlib.errors import RunError
 from detrlib.figures.overlay import overlay, scale_of
-from detrlib.figures.viewer import AttentionViewer, View, clicked, consistent, draw_view, query_in, weights_in
+from detrlib.figures.viewer import AttentionViewer, draw_view
+from detrlib.figures.views import View, consistent, query_in, sink_in, weights_in
 
 NAMES = {1: "circle", 2: "square"}
 
@@ -18,30 +20,6 @@ NAMES = {1: "circle", 2: "square"}
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind():
     """The viewer is not held to that: it makes pyplot ready for the browser."""
-
-
-def test_the_other_run_shows_its_query_for_the_same_object(stored):
-    view = clicked(consistent(View("first", 7, beside="second"), stored), stored, "first", 15, 15)
-    assert (view.origin, view.query) == ("first", 1)
-    other = query_in(view, stored, "second")
-    assert stored["second"][7].matched[other] == 0 == stored["first"][7].matched[1]
-    unmatched = clicked(view, stored, "first", 30, 35)  # matched to no object: the box that overlaps most
-    assert np.array_equal(stored["second"][7].boxes[query_in(unmatched, stored, "second")], [0, 0, 40, 40])
-
-
-def test_a_view_that_does_not_exist_becomes_the_nearest_that_does(stored):
-    view = consistent(View("second", 9, beside="second", site="encoder_self", layer=5, head=7, query=40), stored)
-    assert view == View("second", 7, site="decoder_cross", layer=0, head="mean", origin="second", query=0)
-
-
-def test_weights_are_those_of_layer_head_and_query(stored):
-    seen = stored["first"][7]
-    view = consistent(View("first", 7, layer=1, head=2, query=1, origin="first"), stored)
-    assert np.array_equal(weights_in(view, seen, 1), seen.maps(layer=1)[2, 1])
-    mean = consistent(View("first", 7, layer=0, query=2, origin="first"), stored)
-    assert np.allclose(weights_in(mean, seen, 2), seen.maps(layer=0)[:, 2].mean(0))
-    cell = clicked(consistent(View("first", 7, site="encoder_self"), stored), stored, "first", 95, 63)
-    assert np.allclose(weights_in(cell, seen, None), seen.maps("encoder_self", 0)[:, 23].mean(0))
 
 
 @pytest.mark.parametrize("scale", ["shared", "own"])
@@ -61,6 +39,18 @@ def test_queries_without_weight_have_boxes_without_colour(stored):
     (axes,) = draw_view(Figure(layout="constrained"), view, stored, NAMES).values()
     filled = [patch.get_facecolor()[3] for patch in axes.patches if patch.get_fill()]
     assert filled[0] > 0.5 and filled[1:] == [0, 0]
+
+
+@pytest.mark.parametrize("sink", [True, False])
+@pytest.mark.parametrize("site", ["decoder_cross", "encoder_self", "decoder_self"])
+def test_the_sink_is_ringed_where_keys_are_cells(stored, site, sink):
+    view = consistent(View("first", 7, site=site, origin="first", head=1, layer=1, sink=sink), stored)
+    (axes,) = draw_view(Figure(layout="constrained"), view, stored, NAMES).values()
+    rings = [patch for patch in axes.patches if isinstance(patch, Circle)]
+    assert len(rings) == 2 * (sink and site != "decoder_self")  # with a white rim
+    for ring in rings:  # cells are 16 pixels wide and high
+        key = sink_in(view, stored["first"][7]).key
+        assert ring.center == (key % 6 * 16 + 7.5, key // 6 * 16 + 7.5)
 
 
 def press(viewer, run, x, y):
@@ -88,6 +78,7 @@ def test_the_widget_follows_mouse_and_controls(stored, texts):
         "truth": False,
         "predictions": False,
         "attention": False,
+        "sink": False,
         "beside": "",
         "site": "decoder_self",
         "image_id": 8,

@@ -16,8 +16,10 @@ from detrlib.metrics.faithfulness import (
     Curves,
     best_match,
     faithfulness_curves,
+    gains,
     image_means,
     mean_curves,
+    mean_interval,
     pixel_ranks,
     replacement_image,
 )
@@ -283,3 +285,25 @@ def test_image_means_count_an_image_once():
     found = image_means(areas()[lambda frame: frame["method"] == "raw"])
     assert found["deletion"].tolist() == pytest.approx([0.2, 0.2, 0.1])
     assert found["insertion"].tolist() == pytest.approx([0.8, 0.8, 0.9])
+
+
+def test_gains_are_over_references_on_the_same_images():
+    frame = areas()
+    table = gains(frame).set_index("metric")
+    assert list(table.index) == ["deletion gain", "deletion gain", "insertion gain", "insertion gain"]
+    one = table[table["second"] == "box"].loc["deletion gain"]
+    assert one["first"] == "raw" and one["images"] == 3
+    assert one["difference"] == pytest.approx(0.5 / 3)  # raw has 0.2, 0.2, 0.1 and the box twice that: lower is better
+    assert one["low"] < one["difference"] < one["high"] and one["p"] > 0.05
+    other = table[table["second"] == "raw"].loc["insertion gain"]
+    assert other["difference"] == pytest.approx(-0.5 / 3) and other["verdict"] == "not established"
+    assert gains(frame, references=("relevance",)).empty
+    assert gains(frame[frame["image_id"] == 1]).empty
+
+
+def test_intervals_of_means_are_those_of_resampled_images():
+    values = pd.Series(np.random.default_rng(0).normal(0.5, 0.1, 40))
+    low, high = mean_interval(values)
+    error = values.sem()
+    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.3 * error)
+    assert np.isnan(mean_interval(values[:1])).all()

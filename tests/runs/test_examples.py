@@ -51,13 +51,17 @@ def test_examples_come_back_as_they_were_stored_with_the_maps_of_their_queries(s
     assert [example.image_id for example in loaded] == [7, 581929]
     for back, example in zip(loaded, reversed(examples), strict=True):
         assert isinstance(back.image_id, int)
-        for field in dataclasses.fields(Example)[1:-1]:
+        for field in dataclasses.fields(Example)[1:-2]:
             before, after = getattr(example, field.name), getattr(back, field.name)
             assert before.dtype == after.dtype and np.array_equal(before, after), field.name
         of_image = maps[back.image_id]
         assert np.array_equal(back.maps(), of_image["decoder_cross"][:, :, example.queries])
         assert np.array_equal(back.maps("decoder_self"), of_image["decoder_self"][:, :, example.queries])
         assert np.array_equal(back.maps("encoder_self"), of_image["encoder_self"])
+        for site, layers in of_image.items():  # of all queries, also where no detection is kept
+            rows = layers[0].reshape(*layers.shape[1:3], -1).astype(np.float64)
+            shares = rows / np.maximum(rows.sum(-1, keepdims=True), 1)
+            np.testing.assert_allclose(back.received(site, 0).reshape(4, -1), shares.mean(1), rtol=1e-5)
         for site in back.sites:
             assert back.shape(site) == back.maps(site).shape
             assert np.array_equal(back.maps(site, -1), back.maps(site)[-1])

@@ -76,6 +76,18 @@ def test_signs_of_weights_are_kept(tmp_path):
     np.testing.assert_allclose(found, maps, rtol=2**-11, atol=2**-24)
 
 
+def test_rows_that_do_not_sum_to_one_come_back_as_they_are(tmp_path):
+    """Beside a null key, which may take all of a row, and of sigmoid, whatever their size."""
+    maps = sparse_maps(1, 2, 3, 5, 6)
+    maps[0, 0] *= 0.3
+    maps[0, 0, 1] = 0.0
+    maps[0, 1] *= 30.0
+    found = AttentionStore(write(tmp_path, {1: {"decoder_cross": maps}})).maps(1)
+    np.testing.assert_allclose(found.sum((-2, -1)), maps.sum((-2, -1)), rtol=2**-10)
+    assert not found[0, 0, 1].any() and found[0, 1].sum((-2, -1)).min() > 1
+    assert as_half(np.array([1e9, -1e9])).tolist() == [65504.0, -65504.0]
+
+
 def test_rows_are_dense_where_that_is_smaller():
     maps = np.zeros((2, 2, 2, 4), dtype=np.float32)
     maps[0, 0] = 0.125  # all eight cells

@@ -9,7 +9,7 @@ from detrlib.engine.evaluate import save_results
 from detrlib.errors import RunError
 from detrlib.files import write_json
 from detrlib.metrics.detection import match_detections
-from detrlib.metrics.statistics import seed_table
+from detrlib.metrics.seeds import seed_table
 from detrlib.runs import results as frames
 
 

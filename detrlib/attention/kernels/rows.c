@@ -1,5 +1,5 @@
-// Entmax of rows on a CPU, each read while it lies in the cache; the mathematics is that of newton.py, where it is
-// explained, and the names are the same. Compiled by native.py.
+// Entmax of rows on a CPU, each read while it lies in the cache, and what has a threshold likewise; the mathematics is
+// that of newton.py, normmax.py and budget.py, where it is explained, and the names are the same. Compiled by native.py.
 //
 // Legend: K keys of a row, z = (alpha - 1) (x - max x), c = 1 / (alpha - 1), u = (1 + z - s)_+, weights u^c.
 // Most keys of a row have no weight. They are passed over block by block: what is left is copied side by side, worked on
@@ -109,9 +109,10 @@ static inline float scaled(float x, float top, float beyond) {
 // The number of keys in block b of a row.
 static inline int size_of(long b, long K) { return b < K / BLOCK ? BLOCK : K % BLOCK; }
 
-static void entmax_row(const float *restrict x, float *restrict p, long K, double alpha, float *restrict tops,
-                       float *restrict z) {
-    long blocks = (K + BLOCK - 1) / BLOCK, n = 0;
+// The largest score of a row and, into tops, of each of its blocks. Where a row has no weights, p becomes what is no
+// number, as of a softmax, and so is the result.
+static float largest(const float *restrict x, float *restrict p, long K, float *restrict tops) {
+    long blocks = (K + BLOCK - 1) / BLOCK;
     float top = -INFINITY;
     int wrong = 0;
     for (long b = 0; b < blocks; b++) {
@@ -126,12 +127,17 @@ static void entmax_row(const float *restrict x, float *restrict p, long K, doubl
         tops[b] = most;
         top = most > top ? most : top;
     }
-    if (wrong || !isfinite(top)) { // as a softmax has it
-        for (long i = 0; i < K; i++) p[i] = NAN;
-        return;
-    }
-    double c = 1 / (alpha - 1);
-    float beyond = alpha - 1, s = 0;
+    if (!wrong && isfinite(top)) return top;
+    for (long i = 0; i < K; i++) p[i] = NAN;
+    return NAN;
+}
+
+// Weights u^out of z = beyond (x - max x), with s such that u^c sums to one; then they are made to do so.
+static void entmax_row(const float *restrict x, float *restrict p, long K, float beyond, double c, double out,
+                       float *restrict tops, float *restrict z) {
+    long blocks = (K + BLOCK - 1) / BLOCK, n = 0;
+    float top = largest(x, p, K, tops), s = 0;
+    if (isnan(top)) return;
     if (blocks > 1) { // the root for some keys is left of that for all
         for (long b = 0; b < blocks; b++) z[b] = scaled(tops[b], top, beyond);
         s = root(z, blocks, s, c, COARSE_STEPS);
@@ -145,13 +151,65 @@ static void entmax_row(const float *restrict x, float *restrict p, long K, doubl
         n += BLOCK;
     }
     s = root(z, n, s, c, MOST_STEPS);
-    float total = weigh(z, n, s, c);
+    float total = weigh(z, n, s, out);
     total = 1 / total; // what rounding has left is put right
     for (long b = 0; b < blocks; b++) {
         int size = size_of(b, K);
         int left_out = tops[b] < least;
         for (int i = 0; i < size; i++) p[b * BLOCK + i] = left_out ? 0 : z[i] * total;
         z += left_out ? 0 : BLOCK;
+    }
+}
+
+// tau such that clip(z - tau, 0, 1) sums to the budget; -INFINITY if keys are too few for it. See budget.py.
+static float budget_tau(const float *restrict z, long n, double budget) {
+    float limit = INFINITY; // keys above it are those of C
+    for (;;) {
+        float most = -INFINITY, whole = 0;
+#pragma omp simd reduction(max : most) reduction(+ : whole)
+        for (long i = 0; i < n; i++) {
+            whole += z[i] > limit ? 1 : 0;
+            most = z[i] <= limit && z[i] > most ? z[i] : most;
+        }
+        double left = budget - whole;
+        if (left <= 0 || most == -INFINITY) return most; // nothing is left for the others, or there are none
+        float tau = most - left; // from here on Newton's steps go up to the root
+        for (int done = 0; done < MOST_STEPS; done++) {
+            float total = 0, w = 0;
+#pragma omp simd reduction(+ : total, w)
+            for (long i = 0; i < n; i++) {
+                float above = z[i] <= limit ? z[i] - tau : 0;
+                w += above > 0 ? 1 : 0;
+                total += above > 0 ? above : 0;
+            }
+            float next = tau + (total - left) / w;
+            if (!(next > tau)) break;
+            tau = next;
+        }
+        if (most - tau <= 1) return tau;
+        limit = fminf(tau + 1, nextafterf(most, -INFINITY)); // one key more at least, whatever rounding does
+    }
+}
+
+static void budget_row(const float *restrict x, float *restrict p, long K, double budget, float *restrict tops,
+                       float *restrict z) {
+    long blocks = (K + BLOCK - 1) / BLOCK, n = 0;
+    float top = largest(x, p, K, tops), least = -INFINITY;
+    if (isnan(top)) return;
+    if (blocks > 1) { // tau of some keys lies below that of all
+        for (long b = 0; b < blocks; b++) z[b] = tops[b] - top;
+        least = top + budget_tau(z, blocks, budget) - 1e-6f * (fabsf(top) + 1);
+    }
+    for (long b = 0; b < blocks; b++) {
+        if (tops[b] < least) continue;
+        int size = size_of(b, K);
+        for (int i = 0; i < size; i++) z[n + i] = x[b * BLOCK + i] - top;
+        n += size;
+    }
+    float tau = budget_tau(z, n, budget);
+    for (long i = 0; i < K; i++) {
+        float weight = x[i] - top - tau; // no number where both are -INFINITY
+        p[i] = weight > 0 ? (weight < 1 ? weight : 1) : 0;
     }
 }
 
@@ -217,7 +275,31 @@ static void gradient_row(const float *restrict p, const float *restrict g, float
 int entmax_rows(const float *x, float *p, const double *alpha, long stride, long R, long K) {
     float *room = malloc(2 * (K + BLOCK) * sizeof *room);
     if (!room) return 1;
-    for (long r = 0; r < R; r++) entmax_row(x + r * K, p + r * K, K, alpha[r * stride], room, room + K + BLOCK);
+    for (long r = 0; r < R; r++) {
+        double beyond = alpha[r * stride] - 1;
+        entmax_row(x + r * K, p + r * K, K, beyond, 1 / beyond, 1 / beyond, room, room + K + BLOCK);
+    }
+    free(room);
+    return 0;
+}
+
+// The same of normmax.
+int normmax_rows(const float *x, float *p, const double *alpha, long stride, long R, long K) {
+    float *room = malloc(2 * (K + BLOCK) * sizeof *room);
+    if (!room) return 1;
+    for (long r = 0; r < R; r++) {
+        double c = 1 / (alpha[r * stride] - 1);
+        entmax_row(x + r * K, p + r * K, K, 1, c + 1, c, room, room + K + BLOCK);
+    }
+    free(room);
+    return 0;
+}
+
+// The same of budgets [R] or [1].
+int budget_rows(const float *x, float *p, const double *budget, long stride, long R, long K) {
+    float *room = malloc(2 * (K + BLOCK) * sizeof *room);
+    if (!room) return 1;
+    for (long r = 0; r < R; r++) budget_row(x + r * K, p + r * K, K, budget[r * stride], room, room + K + BLOCK);
     free(room);
     return 0;
 }
