@@ -429,34 +429,51 @@ def huggingface(
     models: Annotated[
         list[str] | None, Argument(metavar="MODEL...", help="ids, folders; types: random weights")
     ] = None,
-    transforms: Annotated[str | None, Option(metavar="A,B", help="names of transforms; default: all")] = None,
-    pictures: Annotated[list[str], Option(help="files, folders or globs; default: noise")] = [],  # noqa: B006
+    data: Annotated[Path | None, Option(help="a folder with objects, such as COCO's; as evaluate --on")] = None,
+    split: Annotated[str | None, Option(help="of the data; default: val2017, or the only one")] = None,
+    pictures: Annotated[list[str], Option(help="in place of data: files, folders or globs; default: noise")] = [],  # noqa: B006
+    limit: Annotated[int | None, Option(min=1, help="the first images only")] = None,
+    transforms: Annotated[
+        str, Option(metavar="A,B", help="softmax: as they are; others at one site at a time")
+    ] = "softmax",
+    null_keys: Annotated[str, Option(metavar="A,B", help="none, zero: beside each of the transforms")] = "none",
+    sites: Annotated[str | None, Option(metavar="A,B", help="default: all that a model has")] = None,
     sharpen: Annotated[float | None, Option(help="standard deviation of scores; default for random weights: 4")] = None,
     size: Annotated[int, Option(min=64, help="pixels of noise and, for random weights, of the shorter side")] = 640,
-    out: Annotated[Path | None, Option(help="folder for the table as CSV, Markdown and LaTeX")] = None,
+    cpu: Annotated[bool, Option("--cpu", help="stay on the CPU where there is a GPU")] = False,
+    batch_size: Annotated[int, Option(min=1, help="images a model sees at a time")] = 4,
+    out: Annotated[Path | None, Option(help="folder for the table, and for what is resumed from")] = None,
 ) -> None:
-    """Zeros and Gini of the attention of Hugging Face's detectors at every site, under each transform.
+    """Sinks and zeros of the attention of Hugging Face's detectors at every site; with objects, AP and PAIBB too.
 
     MODEL is an id such as PekingU/rtdetr_v2_r18vd, a folder, or a type such as rt_detr_v2; by default the types detr,
-    rt_detr_v2 and d_fine, whose weights are random and whose scores are sharpened.
+    rt_detr_v2 and d_fine, whose weights are random and whose scores are sharpened. With --out, passes that were
+    finished before are not repeated.
     """
-    from detrlib.attention import TRANSFORMS
-    from detrlib.experiments.huggingface import SETTINGS, sparsity_table, wide_table
+    from detrlib.experiments.huggingface import SETTINGS, attention_passes, attention_table, page
     from detrlib.figures.album import check_folder
     from detrlib.figures.tables import save_table
 
     if out:
         check_folder(out)
-    names = values_in(transforms, "--transforms") or list(TRANSFORMS)
-    models = models or ["detr", "rt_detr_v2", "d_fine"]
-    table = sparsity_table(models, names, pictures, sharpen, size, progress=True, **SETTINGS)
-    wide = wide_table(table)
-    typer.echo(wide.round(3).to_string(na_rep="–"))
+    images = {
+        "data": data,
+        "split": split,
+        "pictures": pictures,
+        "limit": limit,
+        "size": size,
+        "batch_size": batch_size,
+    }
+    how = {"sharpen": sharpen, "cpu": cpu, "keep": out and out / "huggingface.json", "progress": True} | SETTINGS
+    how |= {"sites": values_in(sites, "--sites")} if sites else {}
+    models, names = models or ["detr", "rt_detr_v2", "d_fine"], values_in(transforms, "--transforms")
+    passes = attention_passes(models, names, values_in(null_keys, "--null-keys"), **images, **how)
+    table = attention_table(passes)
+    shown = page(table)
+    typer.echo(shown.round(3).to_string(na_rep="–"))
     if out:
-        note = f"sharpen {sharpen}, size {size}, {SETTINGS}, pictures {pictures or 'noise'}"
-        caption = "Sparsity of attention under each transform, put into one site at a time."
-        save_table(wide, "huggingface", caption, out, note, unranked=list(wide))
         table.to_csv(out / "huggingface.csv", index=False)
+        save_table(shown, "huggingface", "Sinks and zeros of attention.", out, f"{images} {how}", unranked=list(shown))
 
 
 def main() -> None:

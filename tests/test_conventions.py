@@ -33,7 +33,7 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 705,
+    ".": 715,
     "config": 1320,
     "attention": 2180,
     "attention/kernels": 1040,
@@ -44,13 +44,13 @@ CEILINGS = {
     "metrics": 2570,
     "runs": 1890,
     "engine": 2840,
-    "experiments": 3380,
+    "experiments": 3610,
     "figures": 3380,
-    "teaching": 480,
+    "teaching": 570,
     "benchmarks": 2460,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 470  # the command line: every option of every command is a line
+LONGEST_COMMANDS = 485  # the command line: every option of every command is a line
 
 
 def relative(path):

@@ -425,13 +425,18 @@ def test_costs(config):
 
 
 def test_huggingface(huggingface_detector, tmp_path):
-    huggingface_detector("rt_detr_v2").save_pretrained(tmp_path / "theirs")
-    options = ["--transforms", "sparsemax,tvmax", "--size", 128, "--out", tmp_path / "out"]
-    shown = detrlib("huggingface", tmp_path / "theirs", *options)
-    assert sum(site in line for line in shown.splitlines() for site in ("encoder_self", "decoder_cross")) == 4
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv", ".md", ".tex", ".txt"}
+    huggingface_detector("detr").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 96}}')
+    out = tmp_path / "out"
+    Image.new("RGB", (90, 60)).save(tmp_path / "a.png")
+    options = ["--pictures", tmp_path / "a.png", "--transforms", "softmax,tvmax", "--null-keys", "none,zero"]
+    shown = detrlib("huggingface", tmp_path / "theirs", *options, "--out", out, "--sites", "encoder_self,decoder_self")
+    assert sum(site in line for line in shown.splitlines() for site in ("encoder_self", "decoder_self")) == 2 + 2 + 2
+    assert {path.suffix for path in out.iterdir()} == {".csv", ".json", ".md", ".tex", ".txt"}
     assert "nosuch" in refused("huggingface", "nosuch")
-    assert "a file" in refused("huggingface", "--out", tmp_path / "out" / "huggingface.csv")
+    assert "a file" in refused("huggingface", "--out", out / "huggingface.csv")
+    assert "limit" in refused("huggingface", tmp_path / "theirs", *options, "--out", out, "--limit", 1)
+    assert "--data" in refused("huggingface", tmp_path / "theirs", *options, "--data", tmp_path)
 
 
 def test_a_benchmark_is_a_file_with_a_function_main(tmp_path, monkeypatch):

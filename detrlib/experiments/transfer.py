@@ -66,10 +66,7 @@ def evaluate_on(
     content = read_columns(annotations).content()
     ours = class_names(run_dir)
     match = _match(run_dir, cfg, annotations, content, ours, names or {}, by_id)
-    copy = (folder / annotations.name).with_suffix(".json")  # with the run's labels as category ids
-    write_json(copy, translate(content, match))
-    settings = {"data.val_images": str(images), "data.val_annotations": str(copy)}
-    settings |= {"data.val_limit": None, "data.holdout": None, "data.contiguous": False, "data.classes": None}
+    cfg = with_classes(cfg, images, content, match, (folder / annotations.name).with_suffix(".json"))
     described = {
         "on": str(annotations),
         "names": {str(label): name for label, name in (ours or match.names).items()},
@@ -78,7 +75,15 @@ def evaluate_on(
         "unannotated": match.unannotated,
         "note": LOWER_BOUND,
     }
-    return evaluate_into(folder, run_dir, replace(cfg, settings), checkpoint, described)
+    return evaluate_into(folder, run_dir, cfg, checkpoint, described)
+
+
+def with_classes(cfg: Config, images: Path, content: Annotations, match: ClassMatch, copy: Path) -> Config:
+    """Settings with other data for validation, written to `copy` with the labels of the model as category ids."""
+    write_json(copy, translate(content, match))
+    settings = {"data.val_images": str(images), "data.val_annotations": str(copy)}
+    settings |= {"data.val_limit": None, "data.holdout": None, "data.contiguous": False, "data.classes": None}
+    return replace(cfg, settings)
 
 
 def find_data(data: Path, images: Path | None, split: str | None, usual: str) -> tuple[Path, Path]:

@@ -33,7 +33,7 @@ def test_check_says_what_is_wrong(attempt, verdict):
 @pytest.mark.parametrize(
     ("notebook", "needed", "exercises"),
     [
-        ("03_attention_transforms", ["names = "], 4),
+        ("03_attention_transforms", ["names = "], 6),
         ("04_deformable_and_sparse", ["dim, heads, ", "grids = [(16, 24)"], 3),
     ],
 )

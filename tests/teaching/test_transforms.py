@@ -78,3 +78,34 @@ def test_weight_maps_leave_zeros_white():
     first, second = (axes.images[0].get_array() for axes in drawn.axes[1:3])
     assert (first[..., 3] == 0).tolist() == [[True, False], [False, True]]
     assert first[1, 0, 3] > second[1, 0, 3]  # one scale for all
+
+
+@pytest.mark.parametrize("of_scores", [True, False])
+def test_a_portrait_shows_row_plane_and_jacobian(texts, of_scores):
+    support, corners = np.array([[0, 1], [1, 2]]), np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    moves = np.array([[-1.0, 0.5]]), np.array([[0.0, 0.5]])
+    plane = transforms.Plane(support, (-1, 2, -1, 2), corners, moves, of_scores)
+    jacobian = np.array([[0.2, 0.0, -0.1], [0.0, 0.0, 0.0], [-0.1, 0.0, 0.2]])
+    drawn = transforms.portrait("softpick", np.array([1.0, 0, -1]), np.array([0.5, 0.0, 0.2]), plane, jacobian)
+    left, middle, right = drawn.axes
+    assert {"softpick\n2 of 3 keys, sum 0.70", "no key has weight", "3 keys"} <= set(texts(drawn))
+    assert [bar.get_height() for bar in left.patches[:3]] == [0.5, 0.0, 0.2]
+    assert sum(bar.get_height() for bar in left.patches[3:]) == pytest.approx(1)  # softmax
+    assert list(left.get_lines()[0].get_xdata()) == [2]  # exactly zero
+    assert middle.get_images()[0].get_array().tolist() == support.tolist()
+    assert bool(middle.get_xlabel()) == of_scores
+    assert [text.get_text() for text in right.texts] == ["0"] * 5
+
+
+def test_resting_places_write_the_largest_weight_and_what_the_null_key_has(texts):
+    corner, nothing = np.array([[0.8, 0.1], [0.1, 0.0]]), np.zeros((2, 2))
+    rows = {"without": {"softmax": (corner, None)}, "with": {"softmax": (nothing, 1.0)}}
+    drawn = transforms.resting_places(rows)
+    assert {"softmax", ".80", "without", ".00", "1.00", "null", "with"} == {text for text in texts(drawn) if text}
+    assert len(drawn.axes[0].get_images()) == 1 and len(drawn.axes[1].get_images()) == 2
+
+
+def test_lines_of_no_transform_have_the_first_colours():
+    line = ([0, 1], [0.0, 0.5])
+    drawn = transforms.curves({"panel": {"head 1": line, "head 2": line}}, [("x", "y")])
+    assert [line.get_color() for line in drawn.axes[0].get_lines()] == style.PALETTE[:2]
