@@ -33,21 +33,21 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 715,
+    ".": 710,
     "config": 1320,
-    "attention": 2180,
-    "attention/kernels": 1040,
+    "attention": 2110,
+    "attention/kernels": 1030,
     "models": 3190,
     "losses": 380,
     "checkpoints": 1400,
-    "data": 3530,
+    "data": 3520,
     "metrics": 2570,
     "runs": 1890,
     "engine": 2840,
     "experiments": 3610,
     "figures": 3380,
     "teaching": 570,
-    "benchmarks": 2460,
+    "benchmarks": 2450,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
 LONGEST_COMMANDS = 485  # the command line: every option of every command is a line
