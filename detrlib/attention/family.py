@@ -78,13 +78,15 @@ class Normmax(Transform):
     """argmax_p <p, s> - ||p||_alpha over the simplex (Santos et al. 2024, "Sparse and Structured Hopfield Networks",
     Sec. 3.2): where entmax tells weights apart, normmax makes the few that it keeps nearly equal.
 
-    alpha: above 1; published 2 and 5.
+    alpha: 1.001 to 1000; published 2 and 5.
     """
 
     def __init__(self, alpha: float):
         super().__init__()
-        if not alpha > 1:
-            raise ValueError(f"normmax_alpha {alpha} must be above 1")
+        if not 1.001 <= alpha <= 1000:
+            raise ValueError(
+                f"normmax_alpha {alpha} must lie between 1.001 and 1000, where float32 can tell its weights"
+            )
         self.alpha = alpha
 
     def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
@@ -141,8 +143,10 @@ class TopK(Transform):
 
     def weights(self, scores: Tensor, grid: Grid | None) -> Tensor:
         keys = scores.detach()
-        if torch.compiler.is_exporting() or keys.shape[-1] < self.k:  # a graph for any number of keys cannot ask
+        if torch.compiler.is_exporting():  # a graph for any number of keys cannot ask how many there are
             keys = F.pad(keys, (0, self.k), value=float("-inf"))
+        elif keys.shape[-1] <= self.k:
+            return scores.softmax(-1)
         least = keys.topk(self.k, -1, sorted=False).values.amin(-1, keepdim=True)
         return scores.masked_fill(scores < least, float("-inf")).softmax(-1)
 

@@ -48,13 +48,15 @@ def _remember(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
     (p,), alpha = ctx.saved_tensors, ctx.alpha
-    norm = torch.linalg.vector_norm(p, alpha, -1, keepdim=True)  # 1 / sum q
+    top = p.amax(-1, keepdim=True)
+    q = p / top  # so that no power of it is too small: with many keys that of p would be
+    norm = torch.linalg.vector_norm(q, alpha, -1, keepdim=True)  # its product with top is 1 / sum q
     least = torch.finfo(p.dtype).tiny ** (1 / max(1.0, alpha - 1))  # of a key that is hardly above tau
-    slope = support_power(p, alpha - 1, least)  # p^(2 - alpha)
+    slope = support_power(q.div_(norm), alpha - 1, least)  # q^(2 - alpha)
     h = gradient * p
     h = torch.sub(gradient, h.sum(-1, keepdim=True), out=h).mul_(slope)
     h = h.addcmul_(p, h.sum(-1, keepdim=True), value=-1)
-    return h.mul_(norm ** (alpha - 1) / (alpha - 1)), None
+    return h.mul_(norm * top / (alpha - 1)), None
 
 
 _normmax.register_autograd(_backward, setup_context=_remember)

@@ -50,7 +50,8 @@ class QueryAttention(Section):
     alpha: float = Field(1.5, ge=1.000001, le=2.0)  # of "entmax" and "asentmax", fixed
     # of "alpha_entmax"; "normal": pre_alpha from N(0, 1); "cloned": so too, but one draw for all layers of a site
     alpha_init: Annotated[float | Literal["normal", "cloned"], AfterValidator(_start_of_alpha)] = 1.5
-    normmax_alpha: float = Field(2.0, gt=1.0)  # published: 2 and 5; the larger, the nearer to equal are the weights
+    # published: 2 and 5; the larger, the nearer to equal are the weights. Outside, float32 cannot tell them any more
+    normmax_alpha: float = Field(2.0, ge=1.001, le=1000.0)
     budget: float = Field(2.0, gt=0.0)  # what weights of "budget" sum to, none of them above one
     sparsegen_lambda: float = Field(0.5, lt=1.0)  # 0: sparsemax; towards 1: sparser; below 0: denser
     ssmax_init: float = 0.168  # where a of softmax(a log(n) s) starts: there the mean of a log(n) is about one

@@ -1,6 +1,6 @@
 """What all sections of settings have in common: they are frozen, and take values as people write them."""
 
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -11,10 +11,15 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _one_value_is_a_list_of_one(cls, value: Any, info: ValidationInfo) -> Any:
-        """Where a list may stand, `encoder_self` means [encoder_self], and `2,3,4` means [2, 3, 4]."""
+        """Where a list may stand, `encoder_self` means [encoder_self], and `2,3,4` means [2, 3, 4]; not a word, such as
+        `auto`, that may stand there in its place.
+        """
         kind = cls.model_fields[info.field_name].annotation
-        of_any_length = any(get_args(part)[1:] == (...,) for part in (kind, *get_args(kind)))
-        if of_any_length and isinstance(value, str | int) and not isinstance(value, bool):
+        choices = [kind] if get_origin(kind) is tuple else get_args(kind)
+        choices = [getattr(one, "__origin__", one) if hasattr(one, "__metadata__") else one for one in choices]
+        of_any_length = any(get_args(one)[1:] == (...,) for one in choices)
+        in_its_place = any(value in get_args(one) for one in choices if get_origin(one) is Literal)
+        if of_any_length and not in_its_place and isinstance(value, str | int) and not isinstance(value, bool):
             return tuple(part.strip() for part in str(value).split(","))
         return value
 

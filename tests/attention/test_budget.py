@@ -36,6 +36,17 @@ def test_fewer_keys_than_the_budget_have_one_each(way, random_scores):
         torch.testing.assert_close(way(scores, budget), expected)
 
 
+@pytest.mark.parametrize("way", [budget_sparsemax, _by_halving])
+def test_scores_that_hide_a_step_of_one_are_weighed(way):
+    """1e9 + 1 is 1e9 in single precision."""
+    scores = torch.tensor([[2e9, 2e9, 1e9, -1e9], [1e30, 1e30, 0.0, -1e30]])
+    torch.testing.assert_close(way(scores, 3.0), torch.tensor([[1.0, 1.0, 1.0, 0.0]]).expand(2, -1))
+
+
+def test_no_rows_have_no_weights():
+    assert budget_sparsemax(torch.zeros(0, 5), 2.0).shape == (0, 5)
+
+
 def test_a_budget_of_one_is_sparsemax(make, random_scores):
     scores = random_scores(2, 3, 5, 60).float()
     torch.testing.assert_close(budget_sparsemax(scores, 1.0), make("sparsemax")(scores), rtol=0, atol=1e-6)

@@ -31,6 +31,20 @@ def test_single_precision_is_as_good_as_it_can_be(alpha, scale, random_scores):
     assert (found - expected).norm() < 1e-2 * expected.norm()
 
 
+@pytest.mark.parametrize("alpha", [20.0, 1000.0])
+def test_gradients_of_many_keys_that_are_nearly_equal_are_right(alpha, random_scores):
+    """As where training starts: powers of their weights are far beyond single precision."""
+    scores, gradient = random_scores(3, 300, scale=1e-3).float(), random_scores(3, 300, seed=1)
+    found, expected = (
+        torch.autograd.grad(normmax(z.requires_grad_(), alpha), z, gradient.to(z.dtype))[0].double()
+        for z in (scores.clone(), scores.double())
+    )
+    step = 1e-7 * gradient
+    by_differences = (normmax(scores.double() + step, alpha) - normmax(scores.double() - step, alpha)) / 2e-7
+    torch.testing.assert_close((expected * gradient).sum(-1), (by_differences * gradient).sum(-1), rtol=1e-3, atol=0)
+    assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 5.0])
 def test_gradients_are_those_of_finite_differences(alpha, random_scores):
     assert torch.autograd.gradcheck(lambda z: normmax(z, alpha), random_scores(4, 7, scale=1.0).requires_grad_())

@@ -26,6 +26,7 @@ RT_DETR = {"model.architecture": "huggingface", "model.type": "rt_detr_v2"}
         (NULL | {"model.architecture": "deformable", "model.attention.null_key_sites": "decoder_cross"}, "points"),
         (NULL | RT_DETR | {"model.attention.null_key_sites": "decoder_cross"}, "points"),
         ({"model.attention.normmax_alpha": 1}, "model.attention.normmax_alpha"),
+        ({"model.attention.normmax_alpha": 1e300}, "model.attention.normmax_alpha"),
         ({"model.attention.budget": 0}, "model.attention.budget"),
         ({"model.attention.sparsegen_lambda": 1}, "model.attention.sparsegen_lambda"),
         ({"model.attention.topk": 0}, "model.attention.topk"),

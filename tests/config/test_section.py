@@ -11,6 +11,8 @@ from detrlib.errors import ConfigError
     ("name", "given", "meant"),
     [
         ("train.tracking.also", "tensorboard", ["tensorboard"]),
+        ("evaluate.sites", "encoder_self", ["encoder_self"]),
+        ("evaluate.sites", "encoder_self,decoder_self", ["encoder_self", "decoder_self"]),
         ("evaluate.store_sites", "encoder_self, decoder_self", ["encoder_self", "decoder_self"]),
         ("model.deformable.stages", 4, [4]),
         ("model.deformable.stages", "2,3,4", [2, 3, 4]),

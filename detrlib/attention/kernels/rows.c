@@ -161,8 +161,13 @@ static void entmax_row(const float *restrict x, float *restrict p, long K, float
     }
 }
 
-// tau such that clip(z - tau, 0, 1) sums to the budget; -INFINITY if keys are too few for it. See budget.py.
-static float budget_tau(const float *restrict z, long n, double budget) {
+// tau such that clip(z - tau, 0, 1) sums to the budget, as `most` less `below`, since numbers as large as scores may be
+// do not tell tau from the key next to it; -INFINITY if keys are too few for it. See budget.py.
+typedef struct { float most, below; } Tau;
+
+static inline float above_tau(float z, Tau tau) { return (z - tau.most) + tau.below; }
+
+static Tau budget_tau(const float *restrict z, long n, double budget) {
     float limit = INFINITY; // keys above it are those of C
     for (;;) {
         float most = -INFINITY, whole = 0;
@@ -172,22 +177,23 @@ static float budget_tau(const float *restrict z, long n, double budget) {
             most = z[i] <= limit && z[i] > most ? z[i] : most;
         }
         double left = budget - whole;
-        if (left <= 0 || most == -INFINITY) return most; // nothing is left for the others, or there are none
-        float tau = most - left; // from here on Newton's steps go up to the root
+        Tau tau = {most, left}; // from here on Newton's steps go up to the root
+        if (left <= 0 || most == -INFINITY) tau.below = 0; // nothing is left for the others, or there are none
+        if (tau.below == 0) return tau;
         for (int done = 0; done < MOST_STEPS; done++) {
             float total = 0, w = 0;
 #pragma omp simd reduction(+ : total, w)
             for (long i = 0; i < n; i++) {
-                float above = z[i] <= limit ? z[i] - tau : 0;
+                float above = z[i] <= limit ? above_tau(z[i], tau) : 0;
                 w += above > 0 ? 1 : 0;
                 total += above > 0 ? above : 0;
             }
             float step = (total - left) / w;
-            tau += step; // the last one back, by what rounding went too far
+            tau.below -= step; // the last one back, by what rounding went too far
             if (!(step > 0)) break;
         }
-        if (most - tau <= 1) return tau;
-        limit = fminf(tau + 1, nextafterf(most, -INFINITY)); // one key more at least, whatever rounding does
+        if (tau.below <= 1) return tau;
+        limit = fminf(most + (1 - tau.below), nextafterf(most, -INFINITY)); // one key more at least, whatever rounding does
     }
 }
 
@@ -198,7 +204,8 @@ static void budget_row(const float *restrict x, float *restrict p, long K, doubl
     if (isnan(top)) return;
     if (blocks > 1) { // tau of some keys lies below that of all
         for (long b = 0; b < blocks; b++) z[b] = tops[b] - top;
-        least = top + budget_tau(z, blocks, budget) - 1e-6f * (fabsf(top) + 1);
+        Tau tau = budget_tau(z, blocks, budget);
+        least = top + tau.most - tau.below - 1e-6f * (fabsf(top) + fabsf(tau.most) + 1);
     }
     for (long b = 0; b < blocks; b++) {
         if (tops[b] < least) continue;
@@ -206,9 +213,9 @@ static void budget_row(const float *restrict x, float *restrict p, long K, doubl
         for (int i = 0; i < size; i++) z[n + i] = x[b * BLOCK + i] - top;
         n += size;
     }
-    float tau = budget_tau(z, n, budget);
+    Tau tau = budget_tau(z, n, budget);
     for (long i = 0; i < K; i++) {
-        float weight = x[i] - top - tau; // no number where both are -INFINITY
+        float weight = above_tau(x[i] - top, tau); // no number where both are -INFINITY
         p[i] = weight > 0 ? (weight < 1 ? weight : 1) : 0;
     }
 }
