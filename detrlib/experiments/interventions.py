@@ -120,7 +120,9 @@ def swapped(
 
     def change(layer: int, module: nn.Module) -> Transform:
         try:
-            new = build_transform(transform, num_heads(module), **settings)
+            with torch.random.fork_rng(devices=[]):  # what a transform draws is the same every time
+                torch.default_generator.manual_seed(layer)
+                new = build_transform(transform, num_heads(module), **settings)
         except ValueError as error:
             raise ModelError(str(error)) from None
         if "null_key" not in settings:

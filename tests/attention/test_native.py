@@ -112,3 +112,9 @@ def test_a_machine_without_a_compiler_computes_the_same(elsewhere, monkeypatch, 
     torch.testing.assert_close(weights.double(), solve(x.double(), 1.5), rtol=0, atol=1e-6)
     assert len(caplog.records) == 1
     assert "compile" in caplog.text
+
+
+def test_a_compiler_may_have_options(compiled, elsewhere, monkeypatch):
+    monkeypatch.setenv("CC", "cc -g0")
+    native.library.cache_clear()
+    assert native.library()

@@ -117,6 +117,19 @@ def test_a_swapped_model_is_one_built_with_that_transform(site, queries, predict
             assert not torch.allclose(inside.logits, predict(model).logits, rtol=0, atol=1e-5)
 
 
+def test_what_a_transform_draws_is_the_same_every_time(predict, small):
+    """asentmax: an intervention has one number, and draws nothing from what others draw from."""
+    model, found = small(), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        with swapped(model, "decoder_cross", "asentmax"):
+            found.append(predict(model))
+    assert_same(*found)
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    torch.testing.assert_close(torch.rand(3), drawn)
+
+
 @pytest.mark.parametrize("null_key", ["zero", "learned"])
 @pytest.mark.parametrize("site", SITES)
 def test_the_null_key_of_a_model_stays_unless_another_is_named(site, null_key, model_with, predict, untouched):
