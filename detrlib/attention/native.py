@@ -75,7 +75,7 @@ def _each_part(function: Callable, alpha: float | Tensor, *tensors: Tensor | Non
     rows, keys = tensors[0].shape
     alphas = torch.as_tensor(alpha, dtype=torch.float64).reshape(-1).contiguous()
     threads = min(torch.get_num_threads(), 1 + rows * keys // SCORES_OF_A_THREAD)
-    size = -(-rows // threads)
+    size = max(1, -(-rows // threads))
 
     def work(start: int) -> None:
         parts = [None if tensor is None else tensor[start : start + size].data_ptr() for tensor in tensors]

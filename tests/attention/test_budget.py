@@ -36,6 +36,13 @@ def test_fewer_keys_than_the_budget_have_one_each(way, random_scores):
         torch.testing.assert_close(way(scores, budget), expected)
 
 
+@pytest.mark.parametrize("way", [budget_sparsemax, _by_halving])
+@pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min])
+def test_scores_as_low_as_those_of_masks_have_no_weight(way, low):
+    scores = torch.tensor([[0.0, low, 0.1, low, low], [0.3, low, low, low, low]])
+    torch.testing.assert_close(way(scores, 2.0), (scores >= 0).float())
+
+
 def test_a_budget_of_one_is_sparsemax(make, random_scores):
     scores = random_scores(2, 3, 5, 60).float()
     torch.testing.assert_close(budget_sparsemax(scores, 1.0), make("sparsemax")(scores), rtol=0, atol=1e-6)

@@ -79,10 +79,16 @@ def test_every_row_may_have_its_alpha_and_every_thread_its_rows(compiled, monkey
 def test_rows_that_are_no_numbers_stay_so(compiled, wrong):
     x = draw(3, 40, 1.0)
     x[1, 7] = wrong
-    weights = native.entmax_rows(x, 1.5)
-    assert weights[1].isnan().all()
-    assert not weights[[0, 2]].isnan().any()
-    assert native.entmax_rows_backward(weights, torch.ones_like(x), 1.5)[0][1].isnan().any()
+    for alpha in (1.3, 1.5, 2.0):
+        weights = native.entmax_rows(x, alpha)
+        assert weights[1].isnan().all()
+        assert not weights[[0, 2]].isnan().any()
+        assert native.entmax_rows_backward(weights, torch.ones_like(x), alpha)[0][1].isnan().any()
+
+
+def test_no_rows_have_no_weights(compiled):
+    none = torch.empty(0, 40)
+    assert native.entmax_rows(none, 1.5).shape == native.budget_rows(none, 2.0).shape == none.shape
 
 
 def test_they_take_over_in_float32_only(compiled):

@@ -20,7 +20,7 @@ static inline int32_t as_bits(float x) { int32_t bits; memcpy(&bits, &x, 4); ret
 // log2 of u > 0, whose d = u - 1 may be known better than u tells: u = m 2^e with m in [sqrt(1/2), sqrt(2)), and
 // log m = 2 artanh((m - 1) / (m + 1)) as a series. Where e is 0, m - 1 is d.
 static inline float log_2(float u, float d) {
-    int32_t bits = as_bits(u) - 0x3f3504f3; // of sqrt(1/2)
+    int32_t bits = (int32_t)((uint32_t)as_bits(u) - 0x3f3504f3); // of sqrt(1/2); u <= 0, of no weight, may wrap around
     int32_t e = bits >> 23;
     float m = as_float((bits & 0x7fffff) + 0x3f3504f3);
     float t = (e ? m - 1 : d) / (m + 1), v = t * t;
@@ -28,13 +28,14 @@ static inline float log_2(float u, float d) {
     return (float)e + 2.88539008f * (t + t * sum); // 2 log2(e)
 }
 
-// 2^y for y from -126, below which it is that of -126, to 126: 2^n, and a series for the rest of y.
+// 2^y for y from -126, below which it is that of -126, to 126: 2^n, and a series for the rest of y. Above, as of keys
+// without weight, anything.
 static inline float exp_2(float y) {
     y = y < -126 ? -126 : y;
     float shifted = y + 0x1.8p23f, f = (y - (shifted - 0x1.8p23f)) * 0.693147181f;
     float sum = ((((f * (1.0f / 5040) + 1.0f / 720) * f + 1.0f / 120) * f + 1.0f / 24) * f + 1.0f / 6) * f + 1.0f / 2;
     sum = (sum * f + 1) * f + 1;
-    return as_float(as_bits(sum) + (int32_t)((uint32_t)as_bits(shifted) << 23));
+    return as_float((int32_t)((uint32_t)as_bits(sum) + ((uint32_t)as_bits(shifted) << 23)));
 }
 
 // How far a Newton's step goes from s, for n keys z.
@@ -182,6 +183,7 @@ static float budget_tau(const float *restrict z, long n, double budget) {
                 w += above > 0 ? 1 : 0;
                 total += above > 0 ? above : 0;
             }
+            if (w == 0) break; // what is left is less than numbers as large as these can tell
             float step = (total - left) / w;
             tau += step; // the last one back, by what rounding went too far
             if (!(step > 0)) break;
@@ -213,16 +215,16 @@ static void budget_row(const float *restrict x, float *restrict p, long K, doubl
     }
 }
 
-// s = p^power, and 0 where p is.
+// s = p^power, and 0 or no number where p is.
 static void take_powers(const float *restrict p, float *restrict s, long n, float power) {
     if (power == 0) {
-        for (long i = 0; i < n; i++) s[i] = p[i] <= 0 ? 0 : 1;
+        for (long i = 0; i < n; i++) s[i] = p[i] > 0 ? 1 : p[i];
     } else if (power == 0.5f) {
         for (long i = 0; i < n; i++) s[i] = sqrtf(p[i]);
     } else {
         for (long i = 0; i < n; i++) {
             float own = exp_2(power * log_2(p[i], p[i] - 1));
-            s[i] = p[i] <= 0 ? 0 : own;
+            s[i] = p[i] > 0 ? own : p[i];
         }
     }
 }
