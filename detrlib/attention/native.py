@@ -24,7 +24,7 @@ from torch import Tensor
 SOURCE = Path(__file__).parent / "kernels" / "rows.c"
 # Sums may be taken in any order where the source says so; not a number stays what it is.
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-LEAST_ALPHA = 1.009  # below it, errors of about 1e-7 / (alpha - 1) would show; learned alphas reach 1.01
+COMPILED_ALPHA = 1.009  # below it, errors of about 1e-7 / (alpha - 1) would show; learned alphas reach 1.01
 SCORES_OF_A_THREAD = 2**16  # at least: what a thread costs is then a small part
 
 logger = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ def supported(scores: Tensor, alpha: float | Tensor) -> bool:
     """Whether such scores and alpha are for `entmax_rows`, and it could be built on this machine."""
     if not scores.is_cpu or scores.dtype != torch.float32:
         return False
-    return (alpha.min().item() if isinstance(alpha, Tensor) else alpha) >= LEAST_ALPHA and library() is not None
+    return (alpha.min().item() if isinstance(alpha, Tensor) else alpha) >= COMPILED_ALPHA and library() is not None
 
 
 def entmax_rows(x: Tensor, alpha: float | Tensor) -> Tensor:
-    """Weights of scores x [R,K] -> [R,K], rows sum to one; alpha from `LEAST_ALPHA` to 2, a number or a tensor [R].
+    """Weights of scores x [R,K] -> [R,K], rows sum to one; alpha from `COMPILED_ALPHA` to 2, a number or a tensor [R].
 
     Scores of -inf get weight zero; a row of nothing else, or with one that is not a number, is not a number.
     """
@@ -48,14 +48,14 @@ def entmax_rows(x: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 def normmax_rows(x: Tensor, alpha: float) -> Tensor:
-    """The same of normmax."""
+    """Weights of normmax, as of `entmax_rows`; 2 - 1 / alpha from `COMPILED_ALPHA` to 2."""
     weights = torch.empty_like(x)
     _each_part(library().normmax_rows, alpha, x, weights)
     return weights
 
 
 def budget_rows(x: Tensor, budget: float) -> Tensor:
-    """The same, with rows that sum to a budget."""
+    """Weights that sum to a budget, as of `entmax_rows`: in rows with fewer keys to their number."""
     weights = torch.empty_like(x)
     _each_part(library().budget_rows, budget, x, weights)
     return weights
