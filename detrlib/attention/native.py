@@ -104,7 +104,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         loaded = ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # without a home, the second
         reason = getattr(error, "stderr", None) or str(error)
         logger.warning("%s cannot be compiled (%s): sparse attention takes longer", SOURCE, reason.strip())
         return None
