@@ -236,7 +236,8 @@ static float alpha_slope(const float *restrict p, const float *restrict g, long 
 #pragma omp simd reduction(+ : slope)
     for (long i = 0; i < n; i++) {
         float log2_q = scale * log_2(p[i], p[i] - 1), y = log2_q * 0.693147181f;
-        float series = y * y * ((((y * (1.0f / 720) + 1.0f / 120) * y + 1.0f / 24) * y + 1.0f / 6) * y + 0.5f);
+        float series = (((y * (1.0f / 5040) + 1.0f / 720) * y + 1.0f / 120) * y + 1.0f / 24) * y + 1.0f / 6;
+        series = y * y * (series * y + 0.5f);
         float term = p[i] * (mean - g[i]) * (y < 0.5f ? series : exp_2(log2_q) - 1 - y);
         slope += p[i] > 0 ? term : 0;
     }
