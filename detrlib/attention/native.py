@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -98,9 +99,13 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled loops; None, said once, where they cannot be had."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    named = [shlex.split(os.environ["CC"])] if "CC" in os.environ else [["cc"], ["gcc"], ["clang"]]
+    compiler = next((command for command in named if command and shutil.which(command[0])), None)
     if compiler is None:
-        logger.info("no C compiler (cc): sparse attention takes two to three times as long on this CPU as with one")
+        tried = ", ".join(" ".join(command) for command in named)
+        logger.info(
+            "no C compiler (%s): sparse attention takes two to four times as long on this CPU as with one", tried
+        )
         return None
     try:
         loaded = ctypes.CDLL(str(_built(compiler)))
@@ -115,16 +120,16 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: list[str]) -> Path:
     """The library in the cache, compiled now if it is not there for such a processor. Raises as `subprocess.run`."""
-    known = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, compiler, _processor())).encode()).hexdigest()[:12]
+    known = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, *compiler, _processor())).encode()).hexdigest()[:12]
     cache = os.environ.get("DETRLIB_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "detrlib")
     built = Path(cache).expanduser() / "compiled" / f"rows-{known}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:  # appears whole, however many compile it at once
             made = Path(folder, "rows.so")
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             made.replace(built)
     return built

@@ -109,6 +109,12 @@ def test_what_is_compiled_is_compiled_once(compiled, elsewhere):
     assert built.stat().st_mtime_ns == made
 
 
+def test_a_compiler_may_be_named_with_arguments(compiled, elsewhere, monkeypatch):
+    monkeypatch.setenv("CC", "env cc")
+    assert native.library()
+    assert len(list(elsewhere.iterdir())) == 1
+
+
 @pytest.mark.parametrize("compiler", ["", "no-such-compiler", "false"])
 def test_a_machine_without_a_compiler_computes_the_same(elsewhere, monkeypatch, caplog, compiler):
     monkeypatch.setenv("CC", compiler)
