@@ -74,7 +74,7 @@ def _by_halving(x: Tensor, budget: float) -> Tensor:
     z = x - x.amax(-1, keepdim=True)
     low, high = z.masked_fill(z.isneginf(), 0.0).amin(-1, keepdim=True) - 1, torch.zeros_like(z[..., :1])
     for _ in range(HALVINGS):
-        middle = (low + high) / 2
+        middle = low / 2 + high / 2  # of scores as low as masks have, the sum would be infinite
         enough = (z - middle).clamp(0, 1).sum(-1, keepdim=True) >= budget
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     # Which keys lie between is known now: tau is what makes their sum exact.

@@ -25,7 +25,7 @@ from torch import Tensor
 SOURCE = Path(__file__).parent / "kernels" / "rows.c"
 # Sums may be taken in any order where the source says so; not a number stays what it is.
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-LEAST_ALPHA = 1.009  # below it, errors of about 1e-7 / (alpha - 1) would show; learned alphas reach 1.01
+COMPILED_ALPHA = 1.009  # below it, errors of about 1e-7 / (alpha - 1) would show; learned alphas reach 1.01
 SCORES_OF_A_THREAD = 2**16  # at least: what a thread costs is then a small part
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,11 @@ def supported(scores: Tensor, alpha: float | Tensor) -> bool:
     """Whether such scores and alpha are for `entmax_rows`, and it could be built on this machine."""
     if not scores.is_cpu or scores.dtype != torch.float32:
         return False
-    return (alpha.min().item() if isinstance(alpha, Tensor) else alpha) >= LEAST_ALPHA and library() is not None
+    return (alpha.min().item() if isinstance(alpha, Tensor) else alpha) >= COMPILED_ALPHA and library() is not None
 
 
 def entmax_rows(x: Tensor, alpha: float | Tensor) -> Tensor:
-    """Weights of scores x [R,K] -> [R,K], rows sum to one; alpha from `LEAST_ALPHA` to 2, a number or a tensor [R].
+    """Weights of scores x [R,K] -> [R,K], rows sum to one; alpha from `COMPILED_ALPHA` to 2, a number or a tensor [R].
 
     Scores of -inf get weight zero; a row of nothing else, or with one that is not a number, is not a number.
     """
@@ -49,14 +49,14 @@ def entmax_rows(x: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 def normmax_rows(x: Tensor, alpha: float) -> Tensor:
-    """The same of normmax."""
+    """Weights of normmax, as of `entmax_rows`; 2 - 1 / alpha from `COMPILED_ALPHA` to 2."""
     weights = torch.empty_like(x)
     _each_part(library().normmax_rows, alpha, x, weights)
     return weights
 
 
 def budget_rows(x: Tensor, budget: float) -> Tensor:
-    """The same, with rows that sum to a budget."""
+    """Weights that sum to a budget, as of `entmax_rows`: in rows with fewer keys to their number."""
     weights = torch.empty_like(x)
     _each_part(library().budget_rows, budget, x, weights)
     return weights
@@ -76,7 +76,7 @@ def _each_part(function: Callable, alpha: float | Tensor, *tensors: Tensor | Non
     rows, keys = tensors[0].shape
     alphas = torch.as_tensor(alpha, dtype=torch.float64).reshape(-1).contiguous()
     threads = min(torch.get_num_threads(), 1 + rows * keys // SCORES_OF_A_THREAD)
-    size = max(1, -(-rows // threads))  # of no rows, too
+    size = max(1, -(-rows // threads))
 
     def work(start: int) -> None:
         parts = [None if tensor is None else tensor[start : start + size].data_ptr() for tensor in tensors]
@@ -99,13 +99,17 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled loops; None, said once, where they cannot be had."""
-    command = shlex.split(os.environ.get("CC", "cc"))  # such as "ccache gcc"
-    if not command or shutil.which(command[0]) is None:
-        logger.info("no C compiler (cc): sparse attention takes two to three times as long on this CPU as with one")
+    named = [shlex.split(os.environ["CC"])] if "CC" in os.environ else [["cc"], ["gcc"], ["clang"]]
+    compiler = next((command for command in named if command and shutil.which(command[0])), None)
+    if compiler is None:
+        tried = ", ".join(" ".join(command) for command in named)
+        logger.info(
+            "no C compiler (%s): sparse attention takes two to four times as long on this CPU as with one", tried
+        )
         return None
     try:
-        loaded = ctypes.CDLL(str(_built(command)))
-    except (OSError, subprocess.CalledProcessError) as error:
+        loaded = ctypes.CDLL(str(_built(compiler)))
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # without a home, the second
         reason = getattr(error, "stderr", None) or str(error)
         logger.warning("%s cannot be compiled (%s): sparse attention takes longer", SOURCE, reason.strip())
         return None

@@ -1,6 +1,6 @@
 """From attention scores to attention weights: softmax and its sparse relatives.
 
-Legend: B images, H heads, Q queries, K keys. Every transform maps scores [B,H,Q,K] to non-negative weights
+Legend: B images, H heads, Q queries, K keys. Every transform here maps scores [B,H,Q,K] to non-negative weights
 [B,H,Q,K] that sum to one over the valid keys, or to less beside a null key. They belong to one family, entmax (Peters,
 Niculae & Martins 2019, "Sparse Sequence-to-Sequence Models", Eq. 10):
 

@@ -122,6 +122,9 @@ def growth(points: pd.DataFrame) -> Figure:
             label = f"{series}: {exponents.loc[series, what]:.2f}"
             panel.plot(own["size"], own[what] / unit, "o-", color=colours[series], markersize=3.5, label=label)
         panel.set(xscale="log", yscale="log", xlabel=points["against"].iloc[0])
+        sizes = sorted(set(points["size"]))
+        panel.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
+        panel.set_xticks([], minor=True)
         panel.legend(title="exponent")
     axes[0].set_ylabel("seconds")
     axes[1].set_ylabel("MiB")

@@ -1,7 +1,7 @@
 """The Triton kernels: whether they compute what plain PyTorch computes on a CPU, and how fast they are.
 
 Functions yield rows, dictionaries of what a table shows, as soon as each is measured. On a CPU, with TRITON_INTERPRET=1
-in the environment, they do the same with tiny tensors. Legend as in `attention.multihead` and `attention.deformable`.
+in the environment, they do the same with tiny tensors. Legend as in `attention.mixing` and `attention.deformable`.
 """
 
 import math

@@ -254,9 +254,7 @@ class Detr(Architecture):
     architecture: Literal["detr"] = "detr"
     attention: OwnAttention = OwnAttention()
     polling: Polling = Polling()
-    registers: int = Field(
-        0, ge=0
-    )  # learned tokens beside those of the image in the encoder, a place for what is of none
+    registers: int = Field(0, ge=0)  # learned tokens beside those of the image in the encoder
     norm: Literal["post", "pre"] = "post"
     # learned: positions; conditional: positions that stand for points, as in Conditional DETR; anchor: reference boxes,
     # as in DAB-DETR. The last two have conditional cross-attention.

@@ -117,7 +117,7 @@ def panels(record: Mapping[str, float], weights: Mapping[str, float]) -> dict[st
     return shown
 
 
-def alpha_values(model: nn.Module) -> dict[str, float]:
+def learned_by_head(model: nn.Module) -> dict[str, float]:
     """For the log: learnable alphas per head, and all that transforms learn by head, such as scores of null keys."""
     values = {}
     for layer, module in alpha_modules(model).items():

@@ -10,6 +10,7 @@ A head axis of H + 1 holds the mean over heads before the heads.
 import math
 from collections.abc import Collection
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -23,13 +24,11 @@ from detrlib.metrics.moments import Moments, described
 from detrlib.metrics.sinks import MEASURES, PLACE, Limits, Places, Sinks, SinksOfSite, sinks
 from detrlib.metrics.tables import Table
 from detrlib.models import AttentionMaps, Predictions
-from detrlib.models.outputs import cell_side
+from detrlib.models.outputs import Site, cell_side
 
-SITES = ("encoder_self", "decoder_self", "decoder_cross")
+SITES = get_args(Site)
 SELECTIONS = ("all", "matched", "confident")  # of queries; where queries are cells of the image, "all" alone
 MEAN_HEAD = -1  # in tables, the mean over heads
-
-
 LOCATED = (*localisation.MEASURES, "paibb_without_sink")
 
 
@@ -233,8 +232,8 @@ def alphas_in_effect(settings: Model, site: str, learned: dict[str, list[float]]
         modules = [f"{site}.{layer}" for layer in layers]
         return [learned[module] for module in modules] if set(modules) <= set(learned) else None
     # Deformable attention is a softmax over its samples.
-    known = {"softmax": 1.0, "deformable": 1.0, "entmax15": 1.5, "sparsemax": 2.0, "entmax": settings.attention.alpha}
-    return [[known[name]] * settings.num_heads for _ in layers] if name in known else None
+    alpha = 1.0 if name == "deformable" else settings.alpha_at(site)
+    return None if alpha is None else [[alpha] * settings.num_heads for _ in layers]
 
 
 def _sites(cfg: Config, sites: Collection[str] | None) -> list[str]:

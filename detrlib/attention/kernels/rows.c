@@ -20,7 +20,7 @@ static inline int32_t as_bits(float x) { int32_t bits; memcpy(&bits, &x, 4); ret
 // log2 of u > 0, whose d = u - 1 may be known better than u tells: u = m 2^e with m in [sqrt(1/2), sqrt(2)), and
 // log m = 2 artanh((m - 1) / (m + 1)) as a series. Where e is 0, m - 1 is d.
 static inline float log_2(float u, float d) {
-    int32_t bits = as_bits(u) - 0x3f3504f3; // of sqrt(1/2)
+    int32_t bits = (int32_t)((uint32_t)as_bits(u) - 0x3f3504f3); // of sqrt(1/2); u <= 0, of no weight, may wrap around
     int32_t e = bits >> 23;
     float m = as_float((bits & 0x7fffff) + 0x3f3504f3);
     float t = (e ? m - 1 : d) / (m + 1), v = t * t;
@@ -28,13 +28,14 @@ static inline float log_2(float u, float d) {
     return (float)e + 2.88539008f * (t + t * sum); // 2 log2(e)
 }
 
-// 2^y for y from -126, below which it is that of -126, to 126: 2^n, and a series for the rest of y.
+// 2^y for y from -126, below which it is that of -126, to 126: 2^n, and a series for the rest of y. Above, as of keys
+// without weight, anything.
 static inline float exp_2(float y) {
     y = y < -126 ? -126 : y;
     float shifted = y + 0x1.8p23f, f = (y - (shifted - 0x1.8p23f)) * 0.693147181f;
     float sum = ((((f * (1.0f / 5040) + 1.0f / 720) * f + 1.0f / 120) * f + 1.0f / 24) * f + 1.0f / 6) * f + 1.0f / 2;
     sum = (sum * f + 1) * f + 1;
-    return as_float(as_bits(sum) + (int32_t)((uint32_t)as_bits(shifted) << 23));
+    return as_float((int32_t)((uint32_t)as_bits(sum) + ((uint32_t)as_bits(shifted) << 23)));
 }
 
 // How far a Newton's step goes from s, for n keys z.
@@ -161,13 +162,8 @@ static void entmax_row(const float *restrict x, float *restrict p, long K, float
     }
 }
 
-// tau such that clip(z - tau, 0, 1) sums to the budget, as `most` less `below`, since numbers as large as scores may be
-// do not tell tau from the key next to it; -INFINITY if keys are too few for it. See budget.py.
-typedef struct { float most, below; } Tau;
-
-static inline float above_tau(float z, Tau tau) { return (z - tau.most) + tau.below; }
-
-static Tau budget_tau(const float *restrict z, long n, double budget) {
+// tau such that clip(z - tau, 0, 1) sums to the budget; -INFINITY if keys are too few for it. See budget.py.
+static float budget_tau(const float *restrict z, long n, double budget) {
     float limit = INFINITY; // keys above it are those of C
     for (;;) {
         float most = -INFINITY, whole = 0;
@@ -177,23 +173,23 @@ static Tau budget_tau(const float *restrict z, long n, double budget) {
             most = z[i] <= limit && z[i] > most ? z[i] : most;
         }
         double left = budget - whole;
-        Tau tau = {most, left}; // from here on Newton's steps go up to the root
-        if (left <= 0 || most == -INFINITY) tau.below = 0; // nothing is left for the others, or there are none
-        if (tau.below == 0) return tau;
+        if (left <= 0 || most == -INFINITY) return most; // nothing is left for the others, or there are none
+        float tau = most - left; // from here on Newton's steps go up to the root
         for (int done = 0; done < MOST_STEPS; done++) {
             float total = 0, w = 0;
 #pragma omp simd reduction(+ : total, w)
             for (long i = 0; i < n; i++) {
-                float above = z[i] <= limit ? above_tau(z[i], tau) : 0;
+                float above = z[i] <= limit ? z[i] - tau : 0;
                 w += above > 0 ? 1 : 0;
                 total += above > 0 ? above : 0;
             }
+            if (w == 0) break; // what is left is less than numbers as large as these can tell
             float step = (total - left) / w;
-            tau.below -= step; // the last one back, by what rounding went too far
+            tau += step; // the last one back, by what rounding went too far
             if (!(step > 0)) break;
         }
-        if (tau.below <= 1) return tau;
-        limit = fminf(most + (1 - tau.below), nextafterf(most, -INFINITY)); // one key more at least, whatever rounding does
+        if (most - tau <= 1) return tau;
+        limit = fminf(tau + 1, nextafterf(most, -INFINITY)); // one key more at least, whatever rounding does
     }
 }
 
@@ -204,8 +200,7 @@ static void budget_row(const float *restrict x, float *restrict p, long K, doubl
     if (isnan(top)) return;
     if (blocks > 1) { // tau of some keys lies below that of all
         for (long b = 0; b < blocks; b++) z[b] = tops[b] - top;
-        Tau tau = budget_tau(z, blocks, budget);
-        least = top + tau.most - tau.below - 1e-6f * (fabsf(top) + fabsf(tau.most) + 1);
+        least = top + budget_tau(z, blocks, budget) - 1e-6f * (fabsf(top) + 1);
     }
     for (long b = 0; b < blocks; b++) {
         if (tops[b] < least) continue;
@@ -213,23 +208,23 @@ static void budget_row(const float *restrict x, float *restrict p, long K, doubl
         for (int i = 0; i < size; i++) z[n + i] = x[b * BLOCK + i] - top;
         n += size;
     }
-    Tau tau = budget_tau(z, n, budget);
+    float tau = budget_tau(z, n, budget);
     for (long i = 0; i < K; i++) {
-        float weight = above_tau(x[i] - top, tau); // no number where both are -INFINITY
+        float weight = x[i] - top - tau; // no number where both are -INFINITY
         p[i] = weight > 0 ? (weight < 1 ? weight : 1) : 0;
     }
 }
 
-// s = p^power, and 0 where p is.
+// s = p^power, and 0 or no number where p is.
 static void take_powers(const float *restrict p, float *restrict s, long n, float power) {
     if (power == 0) {
-        for (long i = 0; i < n; i++) s[i] = p[i] <= 0 ? 0 : 1;
+        for (long i = 0; i < n; i++) s[i] = p[i] > 0 ? 1 : p[i];
     } else if (power == 0.5f) {
         for (long i = 0; i < n; i++) s[i] = sqrtf(p[i]);
     } else {
         for (long i = 0; i < n; i++) {
             float own = exp_2(power * log_2(p[i], p[i] - 1));
-            s[i] = p[i] <= 0 ? 0 : own;
+            s[i] = p[i] > 0 ? own : p[i];
         }
     }
 }
@@ -241,7 +236,8 @@ static float alpha_slope(const float *restrict p, const float *restrict g, long 
 #pragma omp simd reduction(+ : slope)
     for (long i = 0; i < n; i++) {
         float log2_q = scale * log_2(p[i], p[i] - 1), y = log2_q * 0.693147181f;
-        float series = y * y * ((((y * (1.0f / 720) + 1.0f / 120) * y + 1.0f / 24) * y + 1.0f / 6) * y + 0.5f);
+        float series = (((y * (1.0f / 5040) + 1.0f / 720) * y + 1.0f / 120) * y + 1.0f / 24) * y + 1.0f / 6;
+        series = y * y * (series * y + 0.5f);
         float term = p[i] * (mean - g[i]) * (y < 0.5f ? series : exp_2(log2_q) - 1 - y);
         slope += p[i] > 0 ? term : 0;
     }

@@ -13,7 +13,7 @@ import torch
 
 from detrlib import attention
 from detrlib.attention import entmax as solvers
-from detrlib.attention import multihead
+from detrlib.attention import mixing
 from detrlib.attention.entmax import entmax
 
 triton = pytest.importorskip("triton")
@@ -179,9 +179,9 @@ def test_transforms_and_layers_go_through_the_kernels_where_they_apply(name, mon
     by_rows = run()
     assert used == ["entmax_rows", "entmax_rows_backward"]
     spy(flash, "sparse_attention")
-    monkeypatch.setattr(multihead, "FUSED_KEYS", 9)
-    monkeypatch.setattr(multihead, "_flash", lambda: flash)
-    monkeypatch.setattr(multihead, "_fused", lambda *inputs: True)
+    monkeypatch.setattr(mixing, "FUSED_KEYS", 9)
+    monkeypatch.setattr(mixing, "_flash", lambda: flash)
+    monkeypatch.setattr(mixing, "_fused", lambda *inputs: True)
     fused = run()
     assert used[2:] == ["sparse_attention"]
     for expected, *found in zip(plain, by_rows, fused, strict=True):
