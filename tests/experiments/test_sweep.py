@@ -221,7 +221,7 @@ def test_an_interrupt_while_figures_are_drawn_ends_the_drawing_of_maps(deaf, tmp
     monkeypatch.setattr(sweep.subprocess, "Popen", lambda *_, **__: maps)
     monkeypatch.setattr(sweep, "execute_notebook", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sweep._draw(tmp_path, ["one"])
+        sweep._draw(tmp_path, ["one"], {})
     assert maps.returncode == 3
 
 

@@ -115,6 +115,8 @@ def test_layers_grid_has_a_row_per_layer_and_the_mean_before_the_heads(make_exam
 def test_single_map_counts_the_cells_with_weight(make_example, titles, texts):
     example = make_example()
     weights = example.maps()[0, 0, 0]
-    drawn = attention.single_map(example.image, weights, example.boxes[0], "a cat")
-    assert titles(drawn)[0] == "a cat"
-    assert any(text.startswith(f"{(weights > 0).sum()}/24 cells") for text in texts(drawn))
+    support = f"{(weights > 0).sum()}/24 cells"
+    for mass, words in ((1.0, support), (0.41, f"0.41 on {support}")):
+        drawn = attention.single_map(example.image, mass * weights / weights.sum(), example.boxes[0], "a cat")
+        assert titles(drawn)[0] == "a cat"
+        assert any(text.startswith(words) for text in texts(drawn))
