@@ -260,6 +260,7 @@ def test_dropout_of_everything_leaves_nothing_and_more_is_refused(dropout_inputs
 @pytest.mark.parametrize("null_key", ["none", "zero", "learned"])
 def test_null_keys_and_scales_come_in_by_keys_and_queries(name, null_key, close, flash, gradients, random):
     """What a transform does before entmax and beside it, `_plain` does to what the kernel is given."""
+    torch.manual_seed(0)  # asentmax draws what it learns
     transform = build_transform(name, 2, null_key=null_key).to(DEVICE)
     with torch.no_grad():
         for parameter in transform.parameters():
@@ -273,7 +274,7 @@ def test_null_keys_and_scales_come_in_by_keys_and_queries(name, null_key, close,
     close(mixed, expected, 1e-5)
     weighting = expected.detach()
     for own, wanted in zip(gradients(mixed, weighting, inputs), gradients(expected, weighting, inputs), strict=True):
-        close(own, wanted, 1e-4)
+        close(own, wanted, 1e-4, 1e-4)
 
 
 @pytest.mark.gpu
