@@ -99,7 +99,7 @@ class Normmax(Transform):
 class Budget(Transform):
     """clip(s - tau, 0, 1) with tau such that weights sum to `budget`: argmax_p <p, s> - ||p||^2 / 2 for 0 <= p <= 1, as
     `budget_bisect` in entmax 1.3 (deep-spin). No key has more than one; 1 is sparsemax. Where keys are fewer than the
-    budget, each has one.
+    budget, each has one; a score as low as a mask (-1e9) counts as no key.
     """
 
     def __init__(self, budget: float):

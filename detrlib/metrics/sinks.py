@@ -98,7 +98,8 @@ def sinks(
         matched       weight of the same key, mean over matched queries: less than `weight` where queries without
                       an object rest on it
         null_mass     mean of what rows lack to one: weight of the null key, of registers, beyond the image; where
-                      weights are signed, what two maps of a head cancel
+                      weights are signed, what two maps of a head cancel; of budget, sigmoid and ReLU, whose rows need
+                      not sum to one, no weight of a null key
     """
     images, _, queries, keys = weights.shape
     rows = weights.new_ones(images, queries) if rows is None else rows.to(weights)
