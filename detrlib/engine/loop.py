@@ -148,7 +148,7 @@ class Trainer:
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
         self.pace = Pace(cfg.train, len(self.sampler), len(val_set) / cfg.train.batch_size)
         self.floor, self.warned = {}, set()  # see `run_floor`; signs of collapse that were said
-        self.evaluated: tuple[dict, list[dict]] | None = None  # what `evaluate` has found after the last epoch
+        self.final: tuple | None = None  # results and detections of `evaluate` after the last epoch
         tracking.start_tracking(accelerator, cfg)
 
     def run(self, resume: bool) -> dict:
@@ -170,9 +170,9 @@ class Trainer:
             ap = record.get("detection/AP", -math.inf)
             state.save(self.run_dir / "checkpoints", ap, self.cfg.train.keep_every)
             self._report(record, time.perf_counter() - start)
-        if self.evaluated is None:  # a run that goes on after its last epoch
+        if self.final is None:  # a run that goes on after its last epoch
             self._validate()
-        results, detections = self.evaluated
+        results, detections = self.final
         results |= {"checkpoint": "last", "epoch": state.epoch, "global_step": state.global_step} | self.floor
         self.warned.clear()
         self._warn(results)
@@ -261,7 +261,7 @@ class Trainer:
         asked["criterion"] = Criterion(**dict(self.cfg.loss))
         results, detections = evaluate(self.state.evaluated, self.val_set, self.cfg, self.accelerator, **asked)
         if last:
-            self.evaluated = results, detections
+            self.final = results, detections
         numbers = {name: value for name, value in results["detection"].items() if not isinstance(value, dict)}
         record = {f"val/{name}": value for name, value in results.pop("loss").items()}
         record |= {f"spread/{name}": value for name, value in results["spread"].items()}
