@@ -70,23 +70,6 @@ def predict(padded_batch):
     return predict
 
 
-@pytest.fixture(scope="session")
-def untouched(predict):
-    @contextlib.contextmanager
-    def untouched(model):
-        """Weights, their names, the very modules and predictions are the same afterwards, bit for bit."""
-        state = {name: value.clone() for name, value in model.state_dict().items()}
-        modules, before = dict(model.named_modules()), predict(model)
-        yield
-        assert list(model.state_dict()) == list(state)
-        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-        assert list(model.named_modules()) == list(modules.items())
-        assert not any(module.training for module in model.modules())
-        assert_same(predict(model), before, rtol=0, atol=0)
-
-    return untouched
-
-
 def assert_same(one, other, rtol=1e-4, atol=1e-5):
     for name in ("logits", "boxes"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=rtol, atol=atol)

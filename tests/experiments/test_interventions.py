@@ -58,23 +58,6 @@ def assert_same(one, other, **tolerance):
         torch.testing.assert_close(a, b, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
-@pytest.fixture(scope="session")
-def untouched(predict):
-    @contextlib.contextmanager
-    def untouched(model):
-        """Weights, their names and the very transforms are the same afterwards, and so are predictions, bit for bit."""
-        state = {name: value.clone() for name, value in model.state_dict().items()}
-        modules, before = dict(model.named_modules()), predict(model)
-        yield
-        assert list(model.state_dict()) == list(state)
-        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-        assert list(model.named_modules()) == list(modules.items())
-        assert not any(module.training for module in model.modules())
-        assert_same(predict(model), before)
-
-    return untouched
-
-
 # --- heads with gates and differences ---------------------------------------------------------------------------
 
 
