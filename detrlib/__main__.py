@@ -149,7 +149,7 @@ def evaluate(
     by_id: Annotated[bool, Option("--by-id", help="its category ids are the run's, whatever the names")] = False,
     save_as: Annotated[str | None, Option("--as", help="folder of the results inside the run")] = None,
     predictions: Annotated[Path | None, Option(help="make the run of any detector's COCO-format detections")] = None,
-    data: Annotated[Path | None, Option(help="of what: a config, or as --on")] = None,
+    data: Annotated[Path | None, Option(help="what --predictions are of: a config, or as --on")] = None,
 ) -> None:
     """Measure a run: AP, sparsity of attention, and where it looks; on its own data or on other data.
 
@@ -264,17 +264,21 @@ def explain(
 @app.command()
 def intervene(
     run: RunName,
-    site: Annotated[Site, Option(help="where")] = "decoder_cross",
+    site: Annotated[Site, Option(help="where attention is changed and measured")] = "decoder_cross",
     alphas: Annotated[str | None, Option(metavar="A,B", help="1 (softmax) to 2 (sparsemax)")] = None,
     transforms: Annotated[str | None, Option(metavar="A,B", help="names of transforms")] = None,
     layer: Annotated[int | None, Option(help="alphas and transforms in this layer only, from 0")] = None,
-    learned_alphas: Annotated[bool, Option("--learned-alphas", help="learned ones: their mean, and shuffled")] = False,
+    learned_alphas: Annotated[
+        bool, Option("--learned-alphas", help="learned ones by their mean, and shuffled")
+    ] = False,
     prune_heads: Annotated[bool, Option("--prune-heads", help="every head alone, then one after the other")] = False,
     sinks: Annotated[str | None, Option(metavar="A,B", help="masked, zeroed: keys on which heads rest")] = None,
     ablate: Annotated[
         str | None,
         Option(
-            metavar="A,B", help="queries, embeddings, single_queries, layers, sites, feedforward, levels, points: alone"
+            metavar="A,B",
+            help="what to take out, piece by piece: queries (shares of them), embeddings (likewise, zeroed), "
+            "single_queries, layers, sites, feedforward, levels, points",
         ),
     ] = None,
     order_images: Annotated[int, Option(min=1, help="training images that give the order of heads, queries")] = 100,

@@ -34,8 +34,7 @@ from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, describe_data, look_over, open_splits
 from detrlib.data.batch import EpochSampler, batches, open_loader, worker_processes
 from detrlib.data.classes import class_list
-from detrlib.engine import tracking
-from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
+from detrlib.engine import advice, tracking
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.pace import Pace
@@ -92,7 +91,7 @@ def train(cfg: Config, run_dir: Path) -> dict:
             first = starting_model(cfg, train_set)
         say(look_over(splits, cfg.model.num_queries, cfg.data.check))
         if not resume:
-            say(*unfit_for_crops(cfg, train_set))
+            say(*advice.unfit_for_crops(cfg, train_set))
         model, start = (initial_model(cfg, "none"), None) if resume else first or starting_model(cfg, train_set)
         runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:
@@ -192,8 +191,13 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
         settings = self.cfg.train
-        self.say(*floor_and_collapse(self.floor), *few_updates(self.cfg, settings.epochs * len(self.sampler)))
-        self.say(*divided_statistics(self.state.trained, self.micro_batch, settings.batch_size))
+        self.say(
+            *advice.floor_and_collapse(self.floor), *advice.few_updates(self.cfg, settings.epochs * len(self.sampler))
+        )
+        self.say(
+            *advice.divided_statistics(self.state.trained, self.micro_batch, settings.batch_size),
+            *advice.idle_settings(self.cfg),
+        )
         if settings.compile:
             self.state.compile()
 
@@ -312,7 +316,7 @@ class Trainer:
             f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
             f"loss {record['epoch/loss']:.3f}  {precision}"
             f"{seconds:.0f} s, about {tracking.duration(self.pace.left(epoch))} left",
-            *(much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
+            *(advice.much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
         )
 
     def close(self) -> None:
