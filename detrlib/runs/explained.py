@@ -18,7 +18,7 @@ from detrlib.config import flat_settings, load_config
 from detrlib.errors import ConfigError
 from detrlib.metrics.faithfulness import means_by_method
 from detrlib.metrics.seeds import compare_groups
-from detrlib.metrics.statistics import NO_ROWS, compare
+from detrlib.metrics.statistics import NO_ROWS, compare, with_verdicts
 from detrlib.runs.folder import group_of, load_table, run_labels
 
 MADE_BY = "detrlib explain"
@@ -117,7 +117,7 @@ def _compared(
             means = tables[run][method].mean().to_dict()
             rows[group["name"], seed] = {"group": group["name"], "seed": seed} | means
     if not rows:
-        return NO_ROWS
+        return with_verdicts(NO_ROWS)
     named = {(first["name"], second["name"]): (first["runs"], second["runs"]) for first, second in pairs}
     table = compare_groups(pd.DataFrame(rows.values()), metrics, list(named))
     areas = {run: by_method[method] for run, by_method in tables.items() if method in by_method}
@@ -136,6 +136,7 @@ def _over_images(areas: dict[Path, pd.DataFrame], first: dict, second: dict, met
         for runs in (first, second)
         if seeds
     ]
+    means = [own.dropna() for own in means]  # gains where the box was not measured
     both = means[0].index.intersection(means[1].index) if seeds else []
     if len(both) < 2:
         return {"images": len(both), "images_low": np.nan, "images_high": np.nan, "images_p": np.nan}

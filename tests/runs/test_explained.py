@@ -75,7 +75,7 @@ def test_groups_that_are_named_are_compared_as_those_found_by_a_setting(explaine
     assert gains[["first", "second", "metric"]].values.tolist() == [["softmax", "sparsemax", "insertion gain"]]
     assert gains["difference"].tolist() == pytest.approx([0.05])
     assert "over images, seeds fixed" in comparison_table(gains)
-    assert compare_explained(runs[:2]).empty
+    assert compare_explained(runs[:2]).empty and comparison_table(compare_explained([])).empty
 
 
 def test_only_images_that_both_were_explained_on_count(explained_run):
