@@ -34,18 +34,18 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
     ".": 710,
-    "config": 1320,
+    "config": 1340,
     "attention": 2125,
     "attention/kernels": 1030,
     "models": 3190,
     "losses": 380,
     "checkpoints": 1400,
     "data": 3520,
-    "metrics": 2570,
-    "runs": 1890,
-    "engine": 2840,
+    "metrics": 2630,
+    "runs": 1945,
+    "engine": 2865,
     "experiments": 3610,
-    "figures": 3380,
+    "figures": 3400,
     "teaching": 570,
     "benchmarks": 2460,
 }

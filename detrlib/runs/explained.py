@@ -109,8 +109,9 @@ def _compared(
     pairs: list[tuple[dict, dict]], method: str, measure: str, metrics: Sequence[str] = AREAS
 ) -> pd.DataFrame:
     """Rows of `effect_of`, of pairs of groups {"name", "runs": {seed: run}}."""
-    rows: dict[tuple[str, int], dict] = {}
-    tables = {run: _areas(run, measure) for pair in pairs for group in pair for run in group["runs"].values()}
+    rows = {}
+    every = dict.fromkeys(run for pair in pairs for group in pair for run in group["runs"].values())
+    tables = {run: _areas(run, measure) for run in every}
     pairs = [pair for pair in pairs if all(method in tables[run] for one in pair for run in one["runs"].values())]
     for group in (group for pair in pairs for group in pair):
         for seed, run in group["runs"].items():
