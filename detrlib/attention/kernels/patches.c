@@ -15,9 +15,7 @@
 #include <string.h>
 
 #define LANES 16
-#ifndef SWEEPS
 #define SWEEPS 8 // between looks at how far flows still move
-#endif
 #define LOOK_ANYWAY 256 // sweeps after which the gap is computed however they move
 #define MOST_SWEEPS 3072 // maps that still fall short of the tolerance are taken as they are
 #define RESOLUTION 4e-6f // as in tvmax.py
@@ -266,21 +264,16 @@ static void solve_alike(Room *room, const float *scores, const uint8_t *hidden, 
 int tv_prox(const float *scores, const uint8_t *hidden, float *prox, int32_t *patches, float *gap, double lam, long M,
             long h, long w) {
     long N = h * w, H = (h + 3) / 2 * 2, W = (w + 3) / 2 * 2, cells = H * W;
-    // Cells beyond the last one are those right of it.
-    float *room = aligned_alloc(64, (11 * cells * LANES + (2 * cells + 63) / 64 * 64) * sizeof *room);
+    long array = cells * LANES, bytes = (11 * array + (2 * cells + 15) / 16 * 16) * sizeof(float);
+    float *room = aligned_alloc(64, bytes);
     if (!room) return 1;
-    memset(room, 0, (11 * cells * LANES + (2 * cells + 63) / 64 * 64) * sizeof *room);
-    long array = cells * LANES;
+    memset(room, 0, bytes);
     Room of = {.h = h, .w = w, .H = H, .W = W, .y = room, .x = room + array, .right = room + 2 * array};
     of.down = room + 3 * array, of.means = room + 4 * array, of.members = room + 5 * array;
     of.labels = (int32_t *)(room + 6 * array), of.wall_right = of.labels + array, of.wall_down = of.labels + 2 * array;
     of.totals = (double *)(room + 9 * array);
     of.most_right = room + 11 * array, of.most_down = of.most_right + cells;
-#ifdef OMEGA
-    of.overrelaxed = OMEGA / 2;
-#else
-    of.overrelaxed = 1 / (1 + sinf(3.14159265f / fmaxf(h, w)));
-#endif
+    of.overrelaxed = 1 / (1 + sinf(3.14159265f / fmaxf(fmaxf(h, w), 2))); // the best one for a patch of that width
     for (long start = 0, end; start < M; start = end) {
         for (end = start + 1; end < M && !memcmp(hidden + start * N, hidden + end * N, N);) end++;
         set_limits(&of, hidden + start * N, lam);
