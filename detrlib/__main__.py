@@ -268,17 +268,14 @@ def intervene(
     alphas: Annotated[str | None, Option(metavar="A,B", help="1 (softmax) to 2 (sparsemax)")] = None,
     transforms: Annotated[str | None, Option(metavar="A,B", help="names of transforms")] = None,
     layer: Annotated[int | None, Option(help="alphas and transforms in this layer only, from 0")] = None,
-    learned_alphas: Annotated[
-        bool, Option("--learned-alphas", help="learned ones by their mean, and shuffled")
-    ] = False,
+    learned_alphas: Annotated[bool, Option("--learned-alphas", help="learned ones: their mean, and shuffled")] = False,
     prune_heads: Annotated[bool, Option("--prune-heads", help="every head alone, then one after the other")] = False,
     sinks: Annotated[str | None, Option(metavar="A,B", help="masked, zeroed: keys on which heads rest")] = None,
     ablate: Annotated[
         str | None,
         Option(
             metavar="A,B",
-            help="what to take out, piece by piece: queries (shares of them), embeddings (likewise, zeroed), "
-            "single_queries, layers, sites, feedforward, levels, points",
+            help="without queries, embeddings, single_queries, layers, sites, feedforward, levels, points",
         ),
     ] = None,
     order_images: Annotated[int, Option(min=1, help="training images that give the order of heads, queries")] = 100,

@@ -29,6 +29,8 @@ PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 # Of classes: without black, which is ground truth, and yellow, too pale for a line; six of Tol's "muted" follow.
 CLASS_COLOURS = [*PALETTE[:6], "#882255", "#332288", "#999933", "#AA4499", "#117733", "#88CCEE"]
 
+OF_NO_TRANSFORM = ["#8C510A", "#7F7F7F"]  # brown and grey, of runs beside many others
+
 COLOURS = {
     "softmax": "#0072B2",
     "sparsemax": "#D55E00",
@@ -192,7 +194,7 @@ def literal(name: str) -> str:
 
 
 def run_colours(runs: Iterable[str]) -> dict[str, str]:
-    """A colour for every run: that of its transform where the name holds one, otherwise the next unused one, of 17.
+    """A colour for every run: that of its transform where the name holds one, otherwise the next unused one, of 19.
 
     "shapes_entmax15_seed1" counts as entmax15; of several runs with the same transform the first takes its colour.
     """
@@ -203,7 +205,7 @@ def run_colours(runs: Iterable[str]) -> dict[str, str]:
         if colour not in (None, *colours.values()):
             colours[run] = colour
     # Colours that belong to no transform come first: a run without one should not look like another's.
-    every = [*PALETTE[:7], *dict.fromkeys(COLOURS.values()), PALETTE[7]]
+    every = [*PALETTE[:7], *OF_NO_TRANSFORM, *dict.fromkeys(COLOURS.values()), PALETTE[7]]
     by_preference = sorted(dict.fromkeys(every), key=lambda colour: colour in COLOURS.values() or colour == PALETTE[7])
     free = [colour for colour in by_preference if colour not in colours.values()]
     next_colour = cycle(free or PALETTE)
