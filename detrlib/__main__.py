@@ -1,7 +1,8 @@
 """The command line: `detrlib COMMAND`, or `python -m detrlib COMMAND`.
 
 Every command is a function of the library with its arguments; heavy imports wait until a command is run, so that help
-is fast. A fault that can be foreseen is one line on standard error and exit code 1, an interruption is 130.
+is fast. A fault that can be foreseen is one line on standard error and exit code 1, an interruption is 130, and a
+training that a signal has stopped, to be started again, 75.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from typer import Argument, Option
 
 from detrlib.benchmarks import programs, run_program
-from detrlib.errors import ConfigError, DataError, DetrlibError, listed, show_messages
+from detrlib.errors import STOPPED, ConfigError, DataError, DetrlibError, Stopped, listed, show_messages
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
@@ -29,6 +30,9 @@ class Commands(typer.core.TyperGroup):
         """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
+        except Stopped as stopped:
+            typer.echo(stopped, err=True)
+            raise typer.Exit(STOPPED) from None
         except DetrlibError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None

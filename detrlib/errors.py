@@ -6,6 +6,8 @@ The command line prints it and ends with a code that is not zero; notebooks show
 import logging
 from collections.abc import Iterable
 
+STOPPED = 75  # exit code of a training that a signal has stopped: EX_TEMPFAIL of sysexits.h, "start me again"
+
 
 class DetrlibError(Exception):
     """A fault that can be foreseen; catch this one to catch them all."""
@@ -33,6 +35,10 @@ class ModelError(DetrlibError, ValueError):
 
 class NonFiniteLoss(DetrlibError):
     """Training met a loss that is not a number; the message names step, learning rate and images."""
+
+
+class Stopped(DetrlibError):
+    """A signal has ended training, which was saved at its last step; the message names it and how to go on."""
 
 
 def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:

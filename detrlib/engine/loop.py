@@ -19,6 +19,7 @@ What a person should know is said in this order, nothing of it twice:
 
 import argparse
 import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ from detrlib.engine.pace import Pace
 from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model
 from detrlib.engine.state import TrainingState, require_compiler
 from detrlib.engine.step import Pending, train_step
-from detrlib.errors import ConfigError, DetrlibError, RunError, show_messages
+from detrlib.errors import STOPPED, ConfigError, DetrlibError, RunError, Stopped, show_messages
 from detrlib.files import save_checkpoint
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
@@ -331,6 +332,9 @@ def main() -> None:
     keep_freed_memory()
     try:
         train(load_config(run_dir / "config.yaml"), run_dir)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(STOPPED) from None
     except DetrlibError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
