@@ -53,6 +53,7 @@ from detrlib.runs.folder import (
     save_tables,
 )
 from detrlib.runs.opening import WHERE, begin_folder, refuse_other_data
+from detrlib.runs.owner import owning
 from detrlib.runs.sources import build_source, refuse_predictions, run_source
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ def evaluation_config(run_dir: Path, overrides: Mapping[str, Any] | None = None)
     return replace(cfg, ({"data.classes": class_list(names)} if names else {}) | dict(overrides or {}))
 
 
+@owning
 def evaluate_into(
     folder: Path, run_dir: Path, cfg: Config, checkpoint: str = "last", described: Mapping[str, Any] | None = None
 ) -> dict:

@@ -7,25 +7,28 @@ From Python or a notebook cell: `launch(cfg, run_dir, gpus=2)`. The same name ag
 """
 
 import os
-import signal
 import subprocess
 import sys
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from detrlib.config import PROJECT, Config
+from detrlib.engine.children import HANDED_ON, passing_on, saving_without_parent, stopped, with_parent
 from detrlib.engine.loop import train
 from detrlib.engine.memory import keep_freed_memory
-from detrlib.errors import RunError
+from detrlib.errors import STOPPED, RunError
 from detrlib.runs.folder import load_results
 from detrlib.runs.opening import open_run
+from detrlib.runs.owner import owning
 
 TAIL = 30  # lines of a failed subprocess that are repeated in the error
 FAULT = "error: "  # how the line of a foreseeable one begins
 
 
+@owning
 def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int = 1) -> dict:
     """Train in this process, or in several where more than one GPU or process is asked for.
 
@@ -40,6 +43,7 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
 
     Raises:
         RunError: more GPUs are asked for than there are, or a process failed; its message is in that of the error.
+        Stopped: a signal came, and all processes have saved.
         DetrlibError: as `detrlib.engine.loop.train`.
     """
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -52,7 +56,8 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
         raise RunError("processes are for training on the CPU; with GPUs there is one process for each")
     if (wanted, processes) == (min(1, there), 1):
         keep_freed_memory()
-        return train(cfg, run_dir)
+        with saving_without_parent():
+            return train(cfg, run_dir)
     open_run(cfg, run_dir)  # says what is wrong here rather than in a subprocess
     _torchrun(run_dir, max(wanted, processes), wanted)
     return load_results(run_dir)
@@ -64,30 +69,29 @@ def _torchrun(run_dir: Path, processes: int, gpus: int) -> None:
     if not gpus:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, "-m", "detrlib.engine.agent", "--standalone", "--nproc-per-node", str(processes)]
     child = subprocess.Popen(
         [*command, "-m", "detrlib.engine.loop", str(run_dir)],
         cwd=PROJECT,
-        env=environment,
+        env=with_parent(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # signals from a terminal come by this process
     )
     tail, reporting = deque(maxlen=TAIL), False
-    try:
+    with passing_on(partial(child.send_signal, HANDED_ON)) as came:
         for line in child.stdout:
             print(line, end="", flush=True)
             # torchrun's own report of a failure is long, and does not say what the failure was.
             reporting = reporting or "torch/distributed/elastic" in line
             if not reporting:
                 tail.append(line)
-    except KeyboardInterrupt:
-        # A terminal interrupts the child too, a notebook does not.
-        child.send_signal(signal.SIGINT)
-        child.wait()
-        raise
-    if child.wait():
+        code = child.wait()
+    if code and (came or code == STOPPED):
+        raise stopped(came, *(line.strip() for line in tail if line.startswith("stopped by")))
+    if code:
         said = [line.removeprefix(FAULT).strip() for line in tail if line.startswith(FAULT)]
         if said:  # a fault that was foreseen, in one line
             raise RunError(f"{processes} processes failed: {said[0]}")
-        raise RunError(f"{processes} processes of torchrun failed with code {child.returncode}:\n{''.join(tail)}")
+        raise RunError(f"{processes} processes of torchrun failed with code {code}:\n{''.join(tail)}")

@@ -48,6 +48,7 @@ from detrlib.metrics.detection import UNDEFINED, Matches, match_detections
 from detrlib.models import transform_settings
 from detrlib.models.outputs import Site
 from detrlib.runs.folder import load_table, run_config
+from detrlib.runs.owner import owning
 from detrlib.runs.results import MADE_BY
 
 RESULTS = "measures/interventions.parquet"  # read by `runs.results.interventions_frame`
@@ -127,6 +128,7 @@ def _try(model: nn.Module, experiments: Iterable[Intervention]) -> None:
 # Measuring
 
 
+@owning
 def intervene_run(
     run_dir: Path, experiments: Sequence[Intervention], images: int | None = None, checkpoint: str = "last"
 ) -> pd.DataFrame:

@@ -50,7 +50,7 @@ def owned(run_dir: Path) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")):
         yield
         return
-    made, path = not run_dir.exists(), run_dir / OWNER
+    path, made = run_dir / OWNER, [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     file, shared = _take(path)
     try:
         yield
@@ -58,9 +58,9 @@ def owned(run_dir: Path) -> Iterator[None]:
         with file, suppress(OSError):  # the folder may be gone
             if not shared and _lock(file, fcntl.LOCK_EX) is not False:  # no process that shares it is left
                 path.unlink()
-        if made:
-            with suppress(OSError):  # it is not empty
-                run_dir.rmdir()
+        with suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def owning(function: Callable) -> Callable:
