@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from detrlib.config import Config, project_path, replace
 from detrlib.data.annotations import Annotations
 from detrlib.data.classes import ClassMatch, match_classes, translate
@@ -68,7 +70,8 @@ def evaluate_on(
     content = read_columns(annotations).content()
     ours = class_names(run_dir)
     match = _match(run_dir, cfg, annotations, content, ours, names or {}, by_id)
-    cfg = with_classes(cfg, images, content, match, (folder / annotations.name).with_suffix(".json"))
+    with Accelerator().main_process_first():  # the others find their copy there
+        cfg = with_classes(cfg, images, content, match, (folder / annotations.name).with_suffix(".json"))
     described = {
         "on": str(annotations),
         "names": {str(label): name for label, name in (ours or match.names).items()},

@@ -249,9 +249,11 @@ def load_table(run_dir: Path, name: str, made_by: str = "detrlib evaluate") -> p
     path = _table_path(run_dir, name)
     if not path.exists():
         raise RunError(f"no {path}; measure the run (again): {made_by} {run_dir}")
-    part_files(path)  # raises where some are missing
+    parts = part_files(path)  # raises where some are missing
     try:
-        return pd.read_parquet(path)
+        table = pd.read_parquet(path)
+        # Processes have every other batch each.
+        return table.sort_values("image_id", kind="stable", ignore_index=True) if len(parts) > 1 else table
     except (OSError, ValueError) as error:  # pyarrow's own errors are among these
         raise RunError(f"{path} is not readable ({error}); delete it, then: {made_by} {run_dir}") from error
 
