@@ -6,7 +6,8 @@ training that a signal has stopped, to be started again, 75.
 """
 
 import io
-from contextlib import redirect_stdout
+import os
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -97,9 +98,14 @@ def in_words(numbers: dict[str, float]) -> str:
 
 
 @app.callback()
-def messages(ctx: typer.Context) -> None:
+def messages(
+    ctx: typer.Context,
+    take_over: Annotated[bool, Option("--take-over", help="runs whose owner, on another machine, is gone")] = False,
+) -> None:
     """Sparse attention in detection transformers: train, measure, explain and change detectors."""
     show_messages()
+    if take_over:
+        os.environ["DETRLIB_TAKE_OVER"] = "1"  # see `runs.owner`; also for what is started from here
     if not errors.is_main_process():
         ctx.with_resource(redirect_stdout(io.StringIO()))
 
@@ -344,8 +350,10 @@ def sweep(
 @app.command(hidden=True)
 def sweep_run(folder: Path) -> None:
     """One run of a sweep in a process of its own."""
+    from detrlib.engine.children import follow
     from detrlib.engine.notebooks import execute_asked
 
+    follow()
     execute_asked(folder)
 
 
@@ -357,8 +365,13 @@ def notebook(
 ) -> None:
     """Execute a notebook headless; its parameters are checked before anything runs."""
     from detrlib.engine.notebooks import execute_notebook
+    from detrlib.runs.folder import run_path
+    from detrlib.runs.owner import owned
 
-    typer.echo(execute_notebook(name, output, pairs(parameters, "-p", "run_name=first"), progress=True))
+    values = pairs(parameters, "-p", "run_name=first")
+    run = values.get("run_name")
+    with owned(run_path(run)) if run else nullcontext():  # nobody else writes its copy of the notebook either
+        typer.echo(execute_notebook(name, output, values, progress=True))
 
 
 @app.command("import")

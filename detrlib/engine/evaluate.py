@@ -18,7 +18,7 @@ Legend: B images, L layers, H heads, Q queries, K keys.
 import logging
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from detrlib.data.classes import class_list
 from detrlib.data.formats import other_split
 from detrlib.engine import tracking
 from detrlib.engine.start import starting_model
-from detrlib.errors import ConfigError, DataError, RunError, listed
+from detrlib.errors import ConfigError, DataError, RunError, Stopped, listed
 from detrlib.files import load_checkpoint, write_json
 from detrlib.losses import Criterion, match
 from detrlib.metrics.accumulate import AttentionMeasures
@@ -59,6 +59,7 @@ from detrlib.runs.folder import (
     save_tables,
 )
 from detrlib.runs.opening import WHERE, begin_folder, refuse_other_data
+from detrlib.runs.owner import owning
 from detrlib.runs.sources import build_source, refuse_predictions, run_source
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ def evaluation_config(run_dir: Path, overrides: Mapping[str, Any] | None = None)
     return replace(cfg, ({"data.classes": class_list(names)} if names else {}) | dict(overrides or {}))
 
 
+@owning
 def evaluate_into(
     folder: Path, run_dir: Path, cfg: Config, checkpoint: str = "last", described: Mapping[str, Any] | None = None
 ) -> dict:
@@ -222,6 +224,7 @@ def evaluate(
     looked_at: int | None = None,
     run_dir: Path | None = None,
     progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict, pd.DataFrame]:
     """Run `model` over `dataset` once, each process over its share.
 
@@ -237,6 +240,7 @@ def evaluate(
         run_dir: where examples, maps and measures of single images and objects are stored, in place of those of an
             earlier evaluation; None: nowhere.
         progress: show a bar.
+        stop: whether to give up after a batch; it is enough that one process is told so.
 
     Returns:
         Results and a table of detections (`coco_detections`), both of all processes. Results hold `detection` (12 COCO
@@ -245,6 +249,7 @@ def evaluate(
 
     Raises:
         RunError: what is stored cannot be written.
+        Stopped: it was given up, in all processes.
     """
     start, device = time.perf_counter(), accelerator.device
     model = model.to(device).eval()
@@ -272,6 +277,10 @@ def evaluate(
                 looks.add(predictions, batch, indices)
                 if record:
                     record.add(first, batch, predictions, indices)
+            if stop():
+                break
+        if any(gather_object([stop()])):  # those that were not told come here too, after their share
+            raise Stopped("the evaluation was given up")
         # Comes back once all processes have closed their tables.
         sums, spread = gather_object([looks.close()] if looks else []), gather_object([best.boxes.sums])
         losses, detections = in_order(losses), pd.concat(in_order(detections), ignore_index=True)

@@ -12,7 +12,6 @@ From Python or a notebook cell: `launch(cfg, run_dir, gpus=2)`, where the same n
 import atexit
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ import torch
 from accelerate import PartialState
 
 from detrlib.config import PROJECT, Config
+from detrlib.engine.children import HANDED_ON, follow, passing_on, saving_without_parent, stopped, with_parent
 from detrlib.engine.loop import train
 from detrlib.engine.memory import keep_freed_memory
 from detrlib.engine.tracking import PROGRESS
-from detrlib.errors import DetrlibError, RunError, show_messages
+from detrlib.errors import STOPPED, DetrlibError, RunError, show_messages
 from detrlib.runs.folder import load_results, run_config
 from detrlib.runs.opening import open_run
+from detrlib.runs.owner import owning
 
 TAIL = 30  # lines of a failed subprocess that are repeated in the error
 FAULT = "error: "  # how the line of a foreseeable one begins
@@ -41,6 +43,7 @@ PATIENCE = timedelta(days=7)  # with processes whose share takes longer; torchru
 LAST_WORDS = 5  # seconds that a process whose fault nobody foresaw waits: it may follow from that of another one
 
 
+@owning
 def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int = 1) -> dict:
     """Train in this process, or in several where more than one GPU or process is asked for.
 
@@ -55,11 +58,13 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
 
     Raises:
         RunError: more GPUs are asked for than there are, or a process failed; its message is in that of the error.
+        Stopped: a signal came, and all processes have saved.
         DetrlibError: as `detrlib.engine.loop.train`.
     """
     if not (started := _to_start(gpus, processes)):
         keep_freed_memory()
-        return train(cfg, run_dir)
+        with saving_without_parent():
+            return train(cfg, run_dir)
     open_run(cfg, run_dir)  # says what is wrong here rather than in a subprocess
     _torchrun("detrlib.engine.loop", run_dir, *started)
     return load_results(run_dir)
@@ -133,16 +138,17 @@ def _torchrun(module: str, path: Path, processes: int, gpus: int) -> None:
     if not gpus:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, "-m", "detrlib.engine.agent", "--standalone", "--nproc-per-node", str(processes)]
     child = subprocess.Popen(
         [*command, "-m", module, str(path)],
         cwd=PROJECT,
-        env=environment,
+        env=with_parent(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,  # signals from a terminal come by this process
     )
     tail, said, reporting = deque(maxlen=TAIL), [], False
-    try:
+    with passing_on(partial(child.send_signal, HANDED_ON)) as came:
         for line in TextIOWrapper(child.stdout, errors="replace", newline=""):  # a bar ends in a return
             if line.startswith(FAULT):  # a fault that was foreseen, in one line
                 said.append(line.removeprefix(FAULT).strip())
@@ -153,20 +159,19 @@ def _torchrun(module: str, path: Path, processes: int, gpus: int) -> None:
             reporting = reporting or "torch/distributed/elastic" in line
             if not (reporting or line.endswith("\r")):
                 tail.append(line)
-    except KeyboardInterrupt:
-        # A terminal interrupts the child too, a notebook does not.
-        child.send_signal(signal.SIGINT)
-        child.wait()
-        raise
-    if child.wait():
+        code = child.wait()
+    if code and (came or code == STOPPED):
+        raise stopped(came, *(line.strip() for line in tail if line.startswith("stopped by")))
+    if code:
         if said:
             raise RunError(f"{processes} processes failed: {said[0]}")
-        raise RunError(f"{processes} processes of torchrun failed with code {child.returncode}:\n{''.join(tail)}")
+        raise RunError(f"{processes} processes of torchrun failed with code {code}:\n{''.join(tail)}")
 
 
 def main() -> None:
     """The door for torchrun: do the work in a file of `in_processes`, in whose place the main one leaves the result."""
     path = Path(sys.argv[1])
+    follow()
     show_messages()
     try:
         function, arguments, named = pickle.loads(path.read_bytes())

@@ -52,6 +52,7 @@ from detrlib.models import Predictions
 from detrlib.runs.detected import Detected
 from detrlib.runs.examples import EXAMPLE_SCORE
 from detrlib.runs.folder import run_config
+from detrlib.runs.owner import owning
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def detections_to_explain(
     return queries[keep], labels[keep], areas[keep]
 
 
+@owning
 def faithfulness_run(
     run_dir: Path,
     images: int = 50,

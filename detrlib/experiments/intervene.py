@@ -50,6 +50,7 @@ from detrlib.metrics.detection import UNDEFINED, Matches, match_detections
 from detrlib.models import transform_settings
 from detrlib.models.outputs import Site
 from detrlib.runs.folder import load_table, run_config
+from detrlib.runs.owner import owning
 from detrlib.runs.results import MADE_BY
 
 RESULTS = "measures/interventions.parquet"  # read by `runs.results.interventions_frame`
@@ -137,6 +138,7 @@ def measure_plan(run_dir: Path, images: int | None = None, checkpoint: str = "la
     return intervene_run(run_dir, plan(run_dir, checkpoint=checkpoint, **asked), images, checkpoint)
 
 
+@owning
 def intervene_run(
     run_dir: Path, experiments: Sequence[Intervention], images: int | None = None, checkpoint: str = "last"
 ) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from detrlib.engine.evaluate import evaluate_into, evaluation_config, results_fo
 from detrlib.errors import ConfigError, DataError, RunError
 from detrlib.files import write_json
 from detrlib.runs.folder import class_names
+from detrlib.runs.owner import owning
 
 LOWER_BOUND = (
     "Only the classes in 'matched' are scored. Where the data does not annotate every object of them, right detections "
@@ -23,6 +24,7 @@ LOWER_BOUND = (
 )
 
 
+@owning
 def evaluate_on(
     run_dir: Path,
     on: Path,
