@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from detrlib.config import PROJECT, load_config, replace, save_config
-from detrlib.data import build_dataset
+from detrlib.config import PROJECT, load_config
 from detrlib.engine import launch as door
+from detrlib.engine.evaluate import evaluate_run
 from detrlib.engine.launch import in_processes, launch
 from detrlib.engine.loop import train
 from detrlib.errors import STOPPED, RunError
@@ -240,14 +240,17 @@ def test_gpus_and_processes_choose_the_way(tmp_path, monkeypatch, tiny_config):
 MEASURED = """
 from detrlib.engine.evaluate import evaluate_run
 from detrlib.experiments.explain import faithfulness_run
-from detrlib.experiments.intervene import measure_plan
+from detrlib.experiments.intervene import measure_plan, prune_order, query_order
 
 
 def measure(run_dir):
-    asked = {"prune_heads": True, "ablate": ["queries"], "order_images": 7, "transforms": ["softmax"]}
-    few, more = (measure_plan(run_dir, images, **asked) for images in (2, 11))
-    explained = faithfulness_run(run_dir, 5, ["raw", "drise", "noise"], 3, masks=4, min_score=0.0)
-    return {"few": few, "more": more, "explained": explained, "results": evaluate_run(run_dir)}
+    return {
+        "explained": faithfulness_run(run_dir, 5, ["raw", "drise", "random"], 3, masks=4, min_score=0.0),
+        "orders": (prune_order(run_dir, "decoder_cross", 4), query_order(run_dir, 7)),
+        "few": measure_plan(run_dir, 2, transforms=["softmax"]),
+        "more": measure_plan(run_dir, 11, alphas=[1.5], sinks=["masked"]),
+        "results": evaluate_run(run_dir),
+    }
 """
 
 
@@ -258,6 +261,16 @@ def measure(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     return importlib.import_module("measured_by_processes").measure
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, tiny_config, write_layout):
+    """A run whose 13 validation images make five batches, and the folder of its data."""
+    root = write_layout(tmp_path_factory.mktemp("shared") / "data", "coco", train=4, val=13)
+    settings = {"train.epochs": 1, "train.batch_size": 2, "model.attention.decoder_cross": "entmax15"}
+    settings |= {"evaluate.batch_size": 3, "evaluate.store_maps": 7, "evaluate.examples": 4}
+    train(tiny_config(settings | {"data.root": str(root)}), root.with_name("one"))
+    return root.with_name("one"), root
 
 
 def near(found, expected, path="results"):
@@ -274,22 +287,21 @@ def near(found, expected, path="results"):
 
 
 @pytest.mark.slow
-def test_what_several_processes_measure_is_what_one_does(tmp_path, capfd, measure, tiny_config):
+def test_what_several_processes_measure_is_what_one_does(tmp_path, capfd, measure, evaluated):
     """Five batches of 13 images on two processes, then one batch, so that one of them has none.
 
     What is made of single images, and AP and the loss, are the same bit for bit: it is the same arithmetic, put in the
     same order. Means over images are sums in another order.
     """
-    settings = {"train.epochs": 1, "evaluate.batch_size": 3, "evaluate.store_maps": 7, "evaluate.examples": 4}
-    train(tiny_config(settings | {"model.attention.decoder_cross": "entmax15"}), tmp_path / "one")
-    shutil.copytree(tmp_path / "one", two := tmp_path / "two")
-    alone = in_processes(measure, tmp_path / "one")
+    one, two = shutil.copytree(evaluated[0], tmp_path / "one"), shutil.copytree(evaluated[0], tmp_path / "two")
+    alone = in_processes(measure, one)
     capfd.readouterr()
     together = in_processes(measure, two, gpus=0, processes=2)
     printed = "".join(capfd.readouterr())
     assert [sign for sign in SIGNS_OF_A_CRASH if sign in printed] == []
 
     pd.testing.assert_frame_equal(together["explained"], alone["explained"], check_exact=True)
+    assert together["orders"] == alone["orders"]
     for name in ("few", "more"):
         exact = ["kind", "layer", "head", "value", "AP", "AP50", "loss", "AP_lost", "AP_lost_low", "AP_lost_high"]
         pd.testing.assert_frame_equal(together[name][exact], alone[name][exact], check_exact=True)
@@ -298,13 +310,13 @@ def test_what_several_processes_measure_is_what_one_does(tmp_path, capfd, measur
     assert {name: together["results"][name] for name in same} == {name: alone["results"][name] for name in same}
     near(together["results"] | {"seconds": 0}, alone["results"] | {"seconds": 0})
     assert json.loads((two / "results.json").read_text()) == together["results"]
-    assert (two / "predictions.json").read_bytes() == (tmp_path / "one" / "predictions.json").read_bytes()
+    assert (two / "predictions.json").read_bytes() == (one / "predictions.json").read_bytes()
     assert len(list((two / "measures" / "sinks").iterdir())) == len(list((two / "maps").iterdir())) == 2
     names = ("sparsity", "located", "sinks", "matches", "annotations", "faithfulness", "faithfulness_curves")
     for name in (*names, "interventions"):
-        tables = [load_table(run, name) for run in (two, tmp_path / "one")]
+        tables = [load_table(run, name) for run in (two, one)]
         pd.testing.assert_frame_equal(*tables, check_exact=name in names, rtol=1e-6)
-    examples = [load_examples(run) for run in (two, tmp_path / "one")]
+    examples = [load_examples(run) for run in (two, one)]
     assert len(examples[0]) == 4
     for first, second in zip(*examples, strict=True):
         assert np.array_equal(first.maps(), second.maps()) and np.array_equal(first.boxes, second.boxes)
@@ -313,19 +325,17 @@ def test_what_several_processes_measure_is_what_one_does(tmp_path, capfd, measur
 
 
 @pytest.mark.slow
-def test_the_fault_that_one_process_meets_ends_all_in_one_line(tmp_path, capfd, tiny_config, write_layout):
-    """Its picture is damaged after training; the other process waits for what it found."""
-    root = write_layout(tmp_path / "data", "coco", train=4, val=4)
-    train(tiny_config({"data.root": str(root), "train.epochs": 1, "train.batch_size": 2}), tmp_path / "run")
-    cfg = replace(load_config(tmp_path / "run" / "config.yaml"), {"evaluate.batch_size": 1})
-    save_config(cfg, tmp_path / "run" / "config.yaml")
-    dataset = build_dataset(cfg.data, "val")
-    (dataset.images_path / dataset.file_names[3]).write_bytes(b"half a picture")
+def test_the_fault_that_one_process_meets_ends_all_in_one_line(tmp_path, capfd, evaluated):
+    """A picture of the second batch is damaged; the process that has the others waits for what is found in it."""
+    (damaged,) = shutil.copytree(evaluated[1], tmp_path / "data").rglob("val4.png")
+    damaged.write_bytes(b"half a picture")
+    moved = {"data.root": str(tmp_path / "data")}
     capfd.readouterr()
-    done = command("detrlib", "evaluate", tmp_path / "run", "--processes", 2, timeout=300)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: 2 processes failed: ") and dataset.file_names[3] in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    with pytest.raises(RunError, match=r"2 processes failed: .*val4\.png") as caught:
+        in_processes(evaluate_run, evaluated[0], overrides=moved, gpus=0, processes=2)
+    assert len(str(caught.value).splitlines()) == 1
+    printed = "".join(capfd.readouterr())
+    assert [sign for sign in (*SIGNS_OF_A_CRASH, "error") if sign in printed] == []
 
 
 def test_what_other_processes_cannot_import_is_refused(tmp_path, tiny_config):
