@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from detrlib.boxes import xyxy_to_cxcywh
+from detrlib.config.model import MOST_CLASSES
 from detrlib.data.annotations import Annotations
 from detrlib.data.augment import Resize
 from detrlib.data.batch import Drawn
@@ -24,8 +25,6 @@ from detrlib.data.index import read_columns
 from detrlib.data.objects import AT_ONCE, Objects, clean, clipped
 from detrlib.data.pictures import find_files, sizes_in_files
 from detrlib.errors import DataError, listed
-
-MOST_LABELS = 100_000  # of a class head
 
 
 class CocoDataset(Dataset):
@@ -272,7 +271,7 @@ class CocoDataset(Dataset):
             labels = labels_in(rest, classes, annotated, self.annotations_path)
             if other := [f"{named[id]} (id {id}) is label {label}" for id, label in labels.items() if own[id] != label]:
                 self.notes.append(f"classes are matched with those of training by name: {listed(other, 6)}")
-        elif max(own.values()) >= MOST_LABELS:
+        elif max(own.values()) >= MOST_CLASSES:
             raise DataError(
                 f"{self.annotations_path}: categories: the largest id is {max(own)}, which would be a head of as many "
                 "classes; set data.contiguous: true"
