@@ -18,6 +18,7 @@ import torch
 from detrlib.config import PROJECT, Config
 from detrlib.engine.loop import train
 from detrlib.engine.memory import keep_freed_memory
+from detrlib.engine.ready import ready_for_processes
 from detrlib.errors import RunError
 from detrlib.runs.folder import load_results
 from detrlib.runs.opening import open_run
@@ -53,7 +54,8 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
     if (wanted, processes) == (min(1, there), 1):
         keep_freed_memory()
         return train(cfg, run_dir)
-    open_run(cfg, run_dir)  # says what is wrong here rather than in a subprocess
+    ready_for_processes(cfg, run_dir, max(wanted, processes), gpus=wanted > 0)
+    open_run(cfg, run_dir)
     _torchrun(run_dir, max(wanted, processes), wanted)
     return load_results(run_dir)
 

@@ -31,19 +31,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from detrlib import runs
-from detrlib.config import Config, load_config, replace
-from detrlib.data import Batch, CocoDataset, describe_data, look_over, open_splits
-from detrlib.data.batch import EpochSampler, batches, open_loader, worker_processes
-from detrlib.data.classes import class_list
+from detrlib.config import Config, load_config
+from detrlib.data import Batch, CocoDataset, look_over
+from detrlib.data.batch import EpochSampler, batches, open_loader
 from detrlib.engine import tracking
 from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.pace import Pace
+from detrlib.engine.ready import ready
 from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model
-from detrlib.engine.state import TrainingState, require_compiler
+from detrlib.engine.state import TrainingState
 from detrlib.engine.step import Pending, train_step
-from detrlib.errors import STOPPED, ConfigError, DetrlibError, RunError, Stopped, show_messages
+from detrlib.errors import STOPPED, DetrlibError, RunError, Stopped, show_messages
 from detrlib.files import save_checkpoint
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
@@ -70,22 +70,9 @@ def train(cfg: Config, run_dir: Path) -> dict:
         NonFiniteLoss: with everything needed to look into it saved in failure-<process>.pt.
     """
     accelerator = Accelerator(log_with=tracking.trackers(cfg, run_dir), project_dir=run_dir / tracking.TRACKING)
-    if cfg.train.batch_size % accelerator.num_processes:
-        raise ConfigError(
-            f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
-        )
-    if cfg.train.compile:
-        require_compiler(accelerator.device)
     say = partial(tracking.say, accelerator)
-    for images in (cfg.train.batch_size // accelerator.num_processes, cfg.evaluate.batch_size):
-        worker_processes(cfg.data, images)  # raises where shared memory has no room for them
-    train_set, val_set = (splits := open_splits(cfg.data)).values()
-    if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
-        cfg = cfg.model_copy(update={"model": cfg.model.completed()})
-    cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set), "data.classes": class_list(train_set.names)})
-    if cfg.model.architecture == "huggingface":
-        initial_model(cfg, "none").try_out()  # transformers itself compares few of its options
-    described = describe_data(cfg.data, splits)
+    cfg, splits, described = ready(cfg, accelerator.num_processes, accelerator.device)
+    train_set, val_set = splits.values()
     with accelerator.main_process_first():
         resume = runs.refuse_run(cfg, run_dir, described)
         first = None  # weights that are given are found before every picture is decoded, others are learned from them
@@ -109,16 +96,6 @@ def train(cfg: Config, run_dir: Path) -> dict:
         raise
     finally:
         trainer.close()
-
-
-def _num_classes(cfg: Config, dataset: CocoDataset) -> int:
-    wanted = cfg.model.num_classes or dataset.num_classes
-    if wanted < dataset.num_classes:
-        raise ConfigError(
-            f"model.num_classes {wanted} is too small: {dataset.annotations_path} needs {dataset.num_classes}"
-            + ("" if cfg.data.contiguous else " (largest category id + 1; data.contiguous: true renumbers them)")
-        )
-    return wanted
 
 
 class Trainer:

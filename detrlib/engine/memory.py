@@ -182,6 +182,23 @@ def training_memory(cfg: Config, size: tuple[int, int], room: float) -> str:
     )
 
 
+def require_memory(cfg: Config, device: torch.device, processes: int = 1) -> None:
+    """Raise ConfigError where not even weights, gradients and AdamW of a model fit the machine; none of it is made."""
+    with torch.device("meta"):
+        model = build_model(cfg.model, "none")
+    freeze(model, cfg.train)
+    needed = sum(parameter.nbytes * (4 if parameter.requires_grad else 1) for parameter in model.parameters())
+    room = all_memory(device, processes)
+    if needed > room:
+        name, most = max(model.named_parameters(), key=lambda each: each[1].nbytes)
+        ids = "" if cfg.data.contiguous else ", where ids of classes have gaps set data.contiguous: true"
+        raise ConfigError(
+            f"model: weights, gradients and AdamW take {_gib(needed)}, and the machine has {_gib(room)} for a process; "
+            f"the largest is {name}, {' x '.join(map(str, most.shape))}; lower model.hidden_dim, feedforward_dim, "
+            f"num_queries, layers or num_classes {cfg.model.num_classes}{ids}"
+        )
+
+
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -262,6 +279,8 @@ class Plan:
         text = f"memory: {text}"
         if needed <= room:
             return f"{text}; {_gib(room)} are free"
+        if needed > gaps * (there := all_memory(self.device, processes)) and self.device.type == "cpu":
+            raise ConfigError(f"{text}: more than the {_gib(there)} that the machine has{share}; set {SMALLER}")
         fewer = memory.images_within(int(room / gaps))
         first = f"train.micro_batch: {min(fewer, images - 1)}, or " if fewer > 0 and images > 1 else ""
         return f"{text}: more than the {_gib(room)} that are free; set {first}{SMALLER}"
@@ -295,10 +314,21 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device)
         return min(torch.cuda.mem_get_info(device)[0] + held, _limit(device))
-    free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")  # the limit of a container
-    if limit.exists() and (given := limit.read_text().strip()).isdigit():
-        free = min(free, int(given))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _in_container(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def all_memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes that each of so many processes may have at most: of its GPU, or its share of the machine's, swap included."""
+    if device.type == "cuda":
+        return _limit(device)
+    return _in_container(psutil.virtual_memory().total + psutil.swap_memory().total) // processes
+
+
+def _in_container(amount: int) -> int:
+    """An amount of memory, or the limit of the container where that is lower."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    given = limit.read_text().strip() if limit.exists() else ""
+    return min(amount, int(given)) if given.isdigit() else amount
 
 
 def _limit(device: torch.device) -> int:

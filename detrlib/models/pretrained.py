@@ -41,7 +41,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its reader stumbled over
-        raise WeightsError(f"{path}: not readable as weights: {error}") from error
+        raise WeightsError(
+            f"{path}: not readable as weights ({path.stat().st_size} bytes): neither a whole file of torch.save nor one "
+            "that holds tensors alone; download it again, or save its state dict"
+        ) from error
     state = backbone_entries(state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path}: expected a state dict (names to tensors) of a backbone")
