@@ -57,8 +57,8 @@ def _parsed(text: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as text; a float pattern of YAML 1.2 in front mends that.
 
-    What YAML forbids and PyYAML lets pass is refused: a key twice, of which the later one would count. So is a part that
-    holds itself, for whose sake PyYAML fills mappings and lists later than it makes them.
+    What YAML forbids and PyYAML lets pass is refused: a key twice, of which the later one would count. So is a part
+    that holds itself, for whose sake PyYAML fills mappings and lists later than it makes them.
     """
 
     def whole_mapping(self, node: yaml.MappingNode) -> dict:

@@ -318,7 +318,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def all_memory(device: torch.device, processes: int = 1) -> int:
-    """Bytes that each of so many processes may have at most: of its GPU, or its share of the machine's, swap included."""
+    """Bytes that each of so many processes may have at most: of its GPU, or its share of the machine's, with swap."""
     if device.type == "cuda":
         return _limit(device)
     return _in_container(psutil.virtual_memory().total + psutil.swap_memory().total) // processes

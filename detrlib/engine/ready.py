@@ -14,7 +14,7 @@ from detrlib.data import CocoDataset, describe_data, look_over, open_splits
 from detrlib.data.batch import EpochSampler, worker_processes
 from detrlib.data.classes import class_list
 from detrlib.engine.memory import require_memory
-from detrlib.engine.start import initial_model, learns_from_crops, starting_model
+from detrlib.engine.start import initial_model, learns_from_crops, starting_model, wanted_classes
 from detrlib.engine.state import require_compiler
 from detrlib.errors import ConfigError
 from detrlib.runs.opening import refuse_run
@@ -51,7 +51,8 @@ def ready(cfg: Config, processes: int, device: torch.device | None) -> Ready:
         worker_processes(cfg.data, images, processes)  # raises where shared memory has no room for them
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
         cfg = cfg.model_copy(update={"model": cfg.model.completed()})
-    cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set), "data.classes": class_list(train_set.names)})
+    classes = {"model.num_classes": wanted_classes(cfg, train_set), "data.classes": class_list(train_set.names)}
+    cfg = replace(cfg, classes)
     if device:
         require_memory(cfg, device, processes)
     if cfg.model.architecture == "huggingface":
@@ -69,13 +70,3 @@ def ready_for_processes(cfg: Config, run_dir: Path, processes: int, gpus: bool) 
     look_over(splits, cfg.model.num_queries, cfg.data.check)  # what was decoded need not be again
     if not (resumes or learns_from_crops(cfg)):
         starting_model(cfg, splits["train"])
-
-
-def _num_classes(cfg: Config, dataset: CocoDataset) -> int:
-    wanted = cfg.model.num_classes or dataset.num_classes
-    if wanted < dataset.num_classes:
-        raise ConfigError(
-            f"model.num_classes {wanted} is too small: {dataset.annotations_path} needs {dataset.num_classes}"
-            + ("" if cfg.data.contiguous else " (largest category id + 1; data.contiguous: true renumbers them)")
-        )
-    return wanted

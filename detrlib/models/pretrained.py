@@ -42,8 +42,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its reader stumbled over
         raise WeightsError(
-            f"{path}: not readable as weights ({path.stat().st_size} bytes): neither a whole file of torch.save nor one "
-            "that holds tensors alone; download it again, or save its state dict"
+            f"{path}: not readable as weights ({path.stat().st_size} bytes): no whole file of torch.save, or one that "
+            "holds more than tensors; download it again, or save its state dict alone"
         ) from error
     state = backbone_entries(state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
