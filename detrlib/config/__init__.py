@@ -1,4 +1,4 @@
-"""Typed, frozen settings (`settings`, `model`, `attention`, ...), and how files (`yaml_text`) and overrides become them (`load`)."""
+"""Typed, frozen settings (`settings`, `model`, ...), and how files (`yaml_text`) and overrides become them (`load`)."""
 
 from detrlib.config.attention import TransformName
 from detrlib.config.huggingface import HuggingFace
