@@ -6,6 +6,7 @@ training that a signal has stopped, to be started again, 75.
 """
 
 import io
+import math
 import os
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -39,6 +40,11 @@ class Commands(typer.core.TyperGroup):
             raise typer.Exit(STOPPED) from None
         except DetrlibError as error:
             typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except (MemoryError, RuntimeError) as error:
+            if not (fault := errors.memory_fault(error)):
+                raise
+            typer.echo(f"error: {fault}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("interrupted; the same command continues where it can", err=True)
@@ -87,9 +93,19 @@ def pairs(items: list[str], option: str, example: str) -> dict[str, str]:
 def values_in(text: str | None, option: str, kind: type = str) -> list[Any]:
     """ "1,1.5,2" as a list. Raises ConfigError naming the option."""
     try:
-        return [kind(part.strip()) for part in text.split(",")] if text else []
+        values = [] if text is None else [kind(part.strip()) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{option} {text}: expected values between commas, e.g. 1,1.5,2") from None
+        values = [""]
+    if "" in values:
+        raise ConfigError(f"{option} {text!r}: expected values between commas, e.g. 1,1.5,2")
+    return values
+
+
+def finite(value: float | None) -> float | None:
+    """An option, which is no NaN: no limit would keep it out. Raises BadParameter, of whose option is known."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number")
+    return value
 
 
 def in_words(numbers: dict[str, float]) -> str:
@@ -210,7 +226,7 @@ def evaluate(
 def predict(
     words: Annotated[list[str], Argument(metavar="MODEL... PICTURE...", help="runs or weights; files, folders, globs")],
     out: Annotated[Path, Option(help="folder of the page, the pictures and predictions.json")] = Path("predictions"),
-    score: Annotated[float, Option(min=0, max=1, help="of the detections that are kept")] = 0.5,
+    score: Annotated[float, Option(min=0, max=1, callback=finite, help="of the detections that are kept")] = 0.5,
     attention: Annotated[bool, Option("--attention", help="draw where each detection looks")] = False,
     site: Annotated[MapSite, Option(help="whose maps are drawn")] = "decoder_cross",
     layer: Annotated[int, Option(help="from 0, or from the end")] = -1,
@@ -266,7 +282,7 @@ def explain(
     checkpoint: Checkpoint = "last",
     unit: Annotated[Literal["cell", "pixel"], Option(help="what is deleted at a time")] = "cell",
     replacement: Annotated[Literal["mean", "blur"], Option(help="of deleted pixels")] = "mean",
-    min_score: Annotated[float, Option(help="of the detections that are explained")] = 0.3,
+    min_score: Annotated[float, Option(min=0, max=1, callback=finite, help="of the detections explained")] = 0.3,
     all_queries: Annotated[bool, Option("--all-queries", help="also those that no object is matched to")] = False,
     batch_size: Annotated[int, Option(min=1, help="pictures the model sees at a time")] = 64,
     gpus: Gpus = None,
@@ -429,7 +445,9 @@ def costs(
     settings: Settings = [],  # noqa: B006
     size: Annotated[str, Option(metavar="H,W", help="pixels of the image; default: data.image_size, at 3:4")] = "",
     latency: Annotated[bool, Option("--latency", help="also measure milliseconds")] = False,
-    memory: Annotated[float | None, Option(metavar="GIB", help="also say how many images train in so much")] = None,
+    memory: Annotated[
+        float | None, Option(metavar="GIB", min=0.01, callback=finite, help="also say how many images train in so much")
+    ] = None,
 ) -> None:
     """Parameters, GFLOPs and time of a model, by component, and the memory that training takes."""
     from detrlib.config import load_config
@@ -477,7 +495,10 @@ def huggingface(
     ] = "softmax",
     null_keys: Annotated[str, Option(metavar="A,B", help="none, zero: beside each of the transforms")] = "none",
     sites: Annotated[str | None, Option(metavar="A,B", help="default: all that a model has")] = None,
-    sharpen: Annotated[float | None, Option(help="standard deviation of scores; default for random weights: 4")] = None,
+    sharpen: Annotated[
+        float | None,
+        Option(min=0, callback=finite, help="standard deviation of scores; default for random weights: 4"),
+    ] = None,
     size: Annotated[int, Option(min=64, help="pixels of noise and, for random weights, of the shorter side")] = 640,
     cpu: Annotated[bool, Option("--cpu", help="stay on the CPU where there is a GPU")] = False,
     batch_size: Annotated[int, Option(min=1, help="images a model sees at a time")] = 4,

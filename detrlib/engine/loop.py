@@ -48,7 +48,7 @@ from detrlib.engine.start import initial_model, learns_from_crops, record_start,
 from detrlib.engine.state import TrainingState, keep_failure
 from detrlib.engine.step import Pending, train_step
 from detrlib.engine.stopping import Stopping, Wish
-from detrlib.errors import STOPPED, DetrlibError, RunError, Stopped, show_messages
+from detrlib.errors import STOPPED, DetrlibError, RunError, Stopped, memory_fault, show_messages
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.models import checkpoint_activations
@@ -327,6 +327,10 @@ def main() -> None:
         raise SystemExit(STOPPED) from None
     except DetrlibError as error:
         raise SystemExit(f"error: {error}") from None
+    except (MemoryError, RuntimeError) as error:
+        if not (fault := memory_fault(error)):
+            raise
+        raise SystemExit(f"error: {fault}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from detrlib.data import batch as batch_module
 from detrlib.data import build_dataset
 from detrlib.data.batch import EpochSampler, batches, collate, open_loader, pack, unpack
-from detrlib.errors import ConfigError, DataError
+from detrlib.errors import ConfigError, DataError, RunError
 
 
 def test_collate_pads_below_and_to_the_right_and_masks_padding():
@@ -146,6 +147,20 @@ def test_a_fault_of_the_data_is_one_line_whichever_process_meets_it(workers, tin
     with pytest.raises(DataError) as caught:
         list(batches(loader))
     assert str(caught.value) == "0.png cannot be read: truncated"
+
+
+class Deadly(Torn):
+    """Pictures that end the process which reads them, as where the machine has no memory left."""
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_prepares_images_and_is_killed_is_one_line(tiny_config):
+    loader = open_loader(Deadly(), tiny_config({"data.workers": 1}).data, pinned=False)
+    with pytest.raises(RunError, match=r"^a process .* killed.*data\.workers") as caught:
+        list(batches(loader))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_batch_is_the_same_after_its_way_between_processes():

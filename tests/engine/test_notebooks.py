@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -130,6 +131,14 @@ def test_a_kernel_that_dies_is_an_error(write, tmp_path):
     assert not is_executed(tmp_path / "out.ipynb")
 
 
+@pytest.mark.parametrize("name", ["", "book.ipynb", "out.html"])
+def test_an_executed_copy_is_a_notebook_of_its_own(write, tmp_path, name):
+    before = write("book", "n = 1").read_text()
+    with pytest.raises(RunError, match=re.escape(str(tmp_path / name))):
+        execute_notebook("book", tmp_path / name, {})
+    assert (tmp_path / "book.ipynb").read_text() == before
+
+
 def test_notebooks_run_from_the_project_root(write, tmp_path):
     write("book", "n = 1", "import os; print(os.getcwd(), n)")
     output = execute_notebook("book", tmp_path / "out.ipynb", {"n": "5"})
@@ -139,7 +148,7 @@ def test_notebooks_run_from_the_project_root(write, tmp_path):
 def test_pictures_shrink_and_stay_pictures(write, tmp_path):
     code = "import numpy as np\nfrom PIL import Image\n"
     write("book", "n = 1", code + "Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8))")
-    path = execute_notebook("book", tmp_path / "book.ipynb", {})
+    path = execute_notebook("book", tmp_path / "out" / "book.ipynb", {})
 
     def picture():
         outputs = json.loads(path.read_text())["cells"][-1]["outputs"]
