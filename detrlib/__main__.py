@@ -6,7 +6,6 @@ training that a signal has stopped, to be started again, 75.
 """
 
 import io
-import math
 import os
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -21,6 +20,7 @@ from detrlib.errors import STOPPED, ConfigError, DataError, DetrlibError, Stoppe
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
+MOST_PIXELS = 2**14  # of a side, as of data.image_size
 PAIRS = ("--set", "--map", "-p")  # options that take NAME=VALUE, once or several times
 
 
@@ -99,13 +99,6 @@ def values_in(text: str | None, option: str, kind: type = str) -> list[Any]:
     if "" in values:
         raise ConfigError(f"{option} {text!r}: expected values between commas, e.g. 1,1.5,2")
     return values
-
-
-def finite(value: float | None) -> float | None:
-    """An option, which is no NaN: no limit would keep it out. Raises BadParameter, of whose option is known."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no number")
-    return value
 
 
 def in_words(numbers: dict[str, float]) -> str:
@@ -226,7 +219,7 @@ def evaluate(
 def predict(
     words: Annotated[list[str], Argument(metavar="MODEL... PICTURE...", help="runs or weights; files, folders, globs")],
     out: Annotated[Path, Option(help="folder of the page, the pictures and predictions.json")] = Path("predictions"),
-    score: Annotated[float, Option(min=0, max=1, callback=finite, help="of the detections that are kept")] = 0.5,
+    score: Annotated[float, Option(min=0, max=1, help="of the detections that are kept")] = 0.5,
     attention: Annotated[bool, Option("--attention", help="draw where each detection looks")] = False,
     site: Annotated[MapSite, Option(help="whose maps are drawn")] = "decoder_cross",
     layer: Annotated[int, Option(help="from 0, or from the end")] = -1,
@@ -277,12 +270,12 @@ def explain(
     run: RunName,
     images: Annotated[int, Option(min=1, help="the first images of the validation split")] = 50,
     methods: Annotated[str | None, Option(metavar="A,B", help="default: those of a pass or two; also drise")] = None,
-    masks: Annotated[int, Option(min=1, help="of drise, published with 5000")] = 1000,
-    steps: Annotated[int, Option(min=2, help="of deletion and of insertion")] = 16,
+    masks: Annotated[int, Option(min=1, max=10**6, help="of drise, published with 5000")] = 1000,
+    steps: Annotated[int, Option(min=2, max=4096, help="of deletion and of insertion")] = 16,
     checkpoint: Checkpoint = "last",
     unit: Annotated[Literal["cell", "pixel"], Option(help="what is deleted at a time")] = "cell",
     replacement: Annotated[Literal["mean", "blur"], Option(help="of deleted pixels")] = "mean",
-    min_score: Annotated[float, Option(min=0, max=1, callback=finite, help="of the detections explained")] = 0.3,
+    min_score: Annotated[float, Option(min=0, max=1, help="of the detections explained")] = 0.3,
     all_queries: Annotated[bool, Option("--all-queries", help="also those that no object is matched to")] = False,
     batch_size: Annotated[int, Option(min=1, help="pictures the model sees at a time")] = 64,
     gpus: Gpus = None,
@@ -446,7 +439,7 @@ def costs(
     size: Annotated[str, Option(metavar="H,W", help="pixels of the image; default: data.image_size, at 3:4")] = "",
     latency: Annotated[bool, Option("--latency", help="also measure milliseconds")] = False,
     memory: Annotated[
-        float | None, Option(metavar="GIB", min=0.01, callback=finite, help="also say how many images train in so much")
+        float | None, Option(metavar="GIB", min=0.01, max=10**6, help="also say how many images train in so much")
     ] = None,
 ) -> None:
     """Parameters, GFLOPs and time of a model, by component, and the memory that training takes."""
@@ -457,8 +450,8 @@ def costs(
     cfg = load_config(config, {"model.num_classes": 91} | pairs(settings, "--set", "model.norm=pre"))
     short = cfg.data.image_size
     pixels = values_in(size or f"{short},{short * 4 // 3}", "--size", int)
-    if len(pixels) != 2 or min(pixels) < 1:
-        raise ConfigError(f"--size {size}: expected height and width in pixels, e.g. 800,1066")
+    if len(pixels) != 2 or min(pixels) < 1 or max(pixels) > MOST_PIXELS:
+        raise ConfigError(f"--size {size}: expected height and width, 1 to {MOST_PIXELS} pixels, e.g. 800,1066")
     model = build_model(cfg.model, backbone_weights="none")
     table = cost_table({config.stem: model}, tuple(pixels)).drop(columns="model")
     if latency:
@@ -497,9 +490,11 @@ def huggingface(
     sites: Annotated[str | None, Option(metavar="A,B", help="default: all that a model has")] = None,
     sharpen: Annotated[
         float | None,
-        Option(min=0, callback=finite, help="standard deviation of scores; default for random weights: 4"),
+        Option(min=0, max=1000, help="standard deviation of scores; default for random weights: 4"),
     ] = None,
-    size: Annotated[int, Option(min=64, help="pixels of noise and, for random weights, of the shorter side")] = 640,
+    size: Annotated[
+        int, Option(min=64, max=MOST_PIXELS, help="pixels of noise and, for random weights, of the shorter side")
+    ] = 640,
     cpu: Annotated[bool, Option("--cpu", help="stay on the CPU where there is a GPU")] = False,
     batch_size: Annotated[int, Option(min=1, help="images a model sees at a time")] = 4,
     out: Annotated[Path | None, Option(help="folder for the table, and for what is resumed from")] = None,

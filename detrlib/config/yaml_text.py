@@ -54,29 +54,30 @@ def _parsed(text: str) -> Any:
         raise ConfigError("not valid YAML: brackets within each other, too many of them") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; a float pattern of YAML 1.2 in front mends that.
+def strict(loader: type[yaml.BaseLoader]) -> type[yaml.BaseLoader]:
+    """Let a loader of PyYAML refuse what YAML forbids and PyYAML lets pass: a key twice, of which the later would count.
 
-    What YAML forbids and PyYAML lets pass is refused: a key twice, of which the later one would count. So is a part
-    that holds itself, for whose sake PyYAML fills mappings and lists later than it makes them.
+    So is a part that holds itself, for whose sake PyYAML fills mappings and lists later than it makes them.
     """
-
-    def whole_mapping(self, node: yaml.MappingNode) -> dict:
-        """A mapping, each key once."""
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
-            seen.add(key.value)
-        return self.construct_mapping(node, deep=True)
-
-    def whole_list(self, node: yaml.SequenceNode) -> list:
-        """A list, all of it."""
-        return self.construct_sequence(node, deep=True)
+    loader.add_constructor("tag:yaml.org,2002:map", _whole_mapping)
+    loader.add_constructor("tag:yaml.org,2002:seq", lambda own, node: own.construct_sequence(node, deep=True))
+    return loader
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.whole_mapping)
-_Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.whole_list)
+def _whole_mapping(loader: yaml.BaseLoader, node: yaml.MappingNode) -> dict:
+    seen = set()
+    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+        seen.add(key.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+@strict
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text; a float pattern of YAML 1.2 in front mends that."""
+
+
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+0123456789.")

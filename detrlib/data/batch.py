@@ -203,7 +203,7 @@ def batches(loader: Iterable[Packed]) -> Iterator[Batch]:
     except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
     except RuntimeError as error:
-        if not (found := re.match(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (.*?)[.:]", str(error))):
+        if not (found := re.match(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) ([\w ]+)", str(error))):
             raise
         raise RunError(
             f"a process that prepares images {found[1]}; was memory short? Set data.workers: 0, or fewer"

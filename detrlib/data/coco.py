@@ -266,6 +266,8 @@ class CocoDataset(Dataset):
         own = {category["id"]: label if contiguous else category["id"] for label, category in enumerate(categories)}
         named = {category["id"]: category["name"] for category in categories}
         labels = own
+        if len(set(named.values())) < len(named):  # supercategories without objects may be called as their only class
+            self._refuse_twins(named, self._columns.boxes.category_ids[objects.rows].unique().tolist())
         if classes is not None:
             annotated = Counter(self._columns.boxes.category_ids[objects.rows].tolist())
             labels = labels_in(rest, classes, annotated, self.annotations_path)
@@ -280,6 +282,16 @@ class CocoDataset(Dataset):
         self.category_ids = {label: id for id, label in labels.items()}
         self.num_classes = max(self.names) + 1
         return labels
+
+    def _refuse_twins(self, named: Mapping[int, str], annotated: list[int]) -> None:
+        """Raise DataError where two classes with objects have one name: numbers by name would be of one of them."""
+        for name, count in Counter(named[id] for id in annotated).items():
+            if count > 1:
+                ids = listed(id for id in annotated if named[id] == name)
+                raise DataError(
+                    f"{self.annotations_path}: categories {ids} are all called {name!r} and have objects; "
+                    "make them one, or give them names of their own"
+                )
 
     def _note_changes(self, objects: Objects, strict: bool) -> None:
         if objects.without_area:

@@ -8,13 +8,22 @@ import subprocess
 import sys
 
 import nbformat
+import pandas as pd
 import pytest
 from PIL import Image
 
 from detrlib.config import PROJECT
 from detrlib.engine import notebooks
-from detrlib.engine.notebooks import checked_parameters, execute_notebook, find_executed, find_notebook, is_executed
+from detrlib.engine.notebooks import (
+    checked_parameters,
+    execute_notebook,
+    find_executed,
+    find_notebook,
+    is_executed,
+    report_html,
+)
 from detrlib.errors import RunError
+from detrlib.figures import tables
 from detrlib.files import write_json
 
 
@@ -185,3 +194,19 @@ def test_notebooks_that_a_folder_asks_for_are_executed_in_it(write, tmp_path):
     program = "import sys, detrlib.engine.notebooks; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert not {"torch", "pandas", "matplotlib"} & set(loaded.stdout.split())
+
+
+HOSTILE = "<img src=x onerror=alert(1)></title><script>alert(2)</script>"
+
+
+def test_a_report_shows_names_as_text(tmp_path):
+    """Of classes, files and runs, wherever a notebook shows them: printed, in tables, and in the title."""
+    table = pd.DataFrame({"class": [HOSTILE, HOSTILE], "AP": [0.5, 0.25]}).set_index("class")
+    markdown = {"text/markdown": tables.markdown_table(table, {})}
+    shown = [{"text/html": tables.shown(table.reset_index()).to_html()}, {"text/html": table.to_html()}, markdown]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")])
+    book.cells[0].outputs = [nbformat.v4.new_output("display_data", data) for data in shown]
+    book.cells[0].outputs.append(nbformat.v4.new_output("stream", name="stdout", text=HOSTILE))
+    nbformat.write(book, tmp_path / "book.ipynb")
+    text = report_html(tmp_path / "book.ipynb", tmp_path / "report.html", HOSTILE).read_text()
+    assert text.count("alert(2)") >= 5 and "<img src=x" not in text and "<script>alert" not in text

@@ -68,7 +68,7 @@ def test_a_table_is_shown_or_the_reason_why_it_has_no_rows():
 def test_names_are_text_and_never_markup():
     """Reports in HTML show tables of Markdown, in which HTML means what it says, and those of pandas."""
     hostile = "<img src=x onerror=alert(1)>|a"
-    named = pd.DataFrame({hostile: ["x", hostile], "n": [1, 2]}, index=pd.Index(["a", hostile], name=hostile))
+    named = pd.DataFrame({hostile: ["x", hostile], "n": [1, 2]}, index=["a", hostile])
     assert "<img" not in tables.shown(named).to_html()
     written = tables.markdown_table(named, {})
     assert "<img" not in written and {line.replace("\\|", "").count("|") for line in written.splitlines()} == {4}
