@@ -55,7 +55,7 @@ def _parsed(text: str) -> Any:
 
 
 def strict(loader: type[yaml.BaseLoader]) -> type[yaml.BaseLoader]:
-    """Let a loader of PyYAML refuse what YAML forbids and PyYAML lets pass: a key twice, of which the later would count.
+    """Let a loader of PyYAML refuse what YAML forbids and PyYAML lets pass: a key twice, of which the later counts.
 
     So is a part that holds itself, for whose sake PyYAML fills mappings and lists later than it makes them.
     """
