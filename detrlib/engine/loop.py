@@ -44,7 +44,7 @@ from detrlib.engine.start import initial_model, learns_from_crops, record_start,
 from detrlib.engine.state import TrainingState, require_compiler
 from detrlib.engine.step import Pending, train_step
 from detrlib.errors import STOPPED, ConfigError, DetrlibError, RunError, Stopped, show_messages
-from detrlib.files import save_checkpoint
+from detrlib.files import write_checkpoint
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.models import checkpoint_activations
@@ -93,7 +93,7 @@ def train(cfg: Config, run_dir: Path) -> dict:
             first = starting_model(cfg, train_set)
         say(look_over(splits, cfg.model.num_queries, cfg.data.check))
         if not resume:
-            say(*unfit_for_crops(cfg, train_set))
+            say(*runs.begins_again(run_dir), *unfit_for_crops(cfg, train_set))
         model, start = (initial_model(cfg, "none"), None) if resume else first or starting_model(cfg, train_set)
         runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:
@@ -156,8 +156,8 @@ class Trainer:
         """Train what is left, evaluate, write the results."""
         state, epochs = self.state, self.cfg.train.epochs
         if resume:
-            state.restore(self.run_dir / "checkpoints" / "last.pt")
-            self.say(f"resuming {self.run_dir.name} after epoch {state.epoch}")
+            why = state.restore(self.run_dir / "checkpoints")
+            self.say(*[why] * bool(why), f"resuming {self.run_dir.name} after epoch {state.epoch}")
         self._prepare(resume)
         while state.epoch < epochs:
             start = time.perf_counter()
@@ -246,7 +246,7 @@ class Trainer:
         """Keep what is needed to look into a step that failed at a position of training, and say where."""
         ids = [target["image_id"] for target in batch.targets]
         path = self.run_dir / f"failure-{self.accelerator.process_index}.pt"
-        save_checkpoint(path, self.state.state_dict() | position | {"batch": tuple(batch), "image_ids": ids})
+        write_checkpoint(path, self.state.state_dict() | position | {"batch": tuple(batch), "image_ids": ids})
         remedy = "Start again"
         if position["epoch"]:  # other settings are for another run
             remedy = f"Start a new run from the last complete epoch, train.start: {runs.run_name(self.run_dir)},"

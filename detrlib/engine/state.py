@@ -12,9 +12,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from detrlib.config import Config
 from detrlib.engine.optimizer import build_optimizer, lr_factors
 from detrlib.errors import ConfigError
-from detrlib.files import load_checkpoint, load_weights, save_checkpoint
+from detrlib.files import load_checkpoint, load_weights, write_checkpoint
 from detrlib.models import set_alphas
 from detrlib.runs.folder import run_name
+from detrlib.runs.trained import read_trained, write_trained
 
 
 def require_compiler(device: torch.device) -> None:
@@ -41,6 +42,7 @@ class TrainingState:
         self.average, self.averaged_steps = copy.deepcopy(self.trained) if cfg.train.ema else None, 0
         self.move_average = get_ema_multi_avg_fn(cfg.train.ema)
         self.epoch, self.global_step, self.best = 0, 0, -math.inf
+        self.last_is_whole = True  # so that it is worth keeping beside the next one
         self._anneal()
 
     @property
@@ -130,10 +132,11 @@ class TrainingState:
         state = self.state_dict()
         weights = {name: state[name] for name in ("model", "average", "epoch", "global_step")}
         if better:
-            save_checkpoint(folder / "best.pt", weights)
+            write_checkpoint(folder / "best.pt", weights)
         if keep_every and self.epoch % keep_every == 0:
-            save_checkpoint(folder / f"epoch-{self.epoch:04d}.pt", weights)
-        save_checkpoint(folder / "last.pt", state)  # last: it says that the others of this epoch are written
+            write_checkpoint(folder / f"epoch-{self.epoch:04d}.pt", weights)
+        write_trained(folder, state, self.last_is_whole)  # last: it says that the others of this epoch are written
+        self.last_is_whole = True
 
     def best_so_far(self, run_dir: Path) -> str:
         """In words, which epoch was the best, and how to measure it."""
@@ -144,9 +147,13 @@ class TrainingState:
         measure = f"detrlib evaluate {run_name(run_dir)} --checkpoint best"
         return f"best epoch: {epoch} of {self.epoch}, AP {self.best:.3f}; to measure it: {measure}"
 
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises RunError naming it when it is damaged or of another architecture."""
-        state = load_checkpoint(path, needed=self.state_dict())
+    def restore(self, folder: Path) -> str:
+        """Go on from the last checkpoint in `folder`, or from the one before it, of which it is said in words why.
+
+        Raises RunError naming it when it is of another architecture, or there is none that is whole.
+        """
+        state, path, why = read_trained(folder, needed=self.state_dict())
+        self.last_is_whole = not why
         load_weights(self.trained, state["model"], path)
         if self.average is not None:
             load_weights(self.average, state["average"], path)
@@ -155,3 +162,4 @@ class TrainingState:
         self.epoch, self.global_step, self.best = state["epoch"], state["global_step"], state["best"]
         self.schedule.last_epoch = state["schedule"]  # the rates themselves came with the optimiser
         self._anneal()
+        return why
