@@ -52,6 +52,11 @@ def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:
     return between.join([*map(str, values[:most]), *more])
 
 
+def in_one_line(error: BaseException) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def show_messages() -> None:
     """Let the library's messages (data drawn, boxes dropped, backbone pretrained) appear on a command line."""
     logging.basicConfig(format="%(message)s")

@@ -40,6 +40,7 @@ from detrlib.engine.advice import divided_statistics, few_updates, floor_and_col
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.pace import Pace
+from detrlib.engine.space import checkpoint_space
 from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model
 from detrlib.engine.state import TrainingState, require_compiler
 from detrlib.engine.step import Pending, train_step
@@ -87,6 +88,8 @@ def train(cfg: Config, run_dir: Path) -> dict:
         initial_model(cfg, "none").try_out()  # transformers itself compares few of its options
     described = describe_data(cfg.data, splits)
     with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            runs.sweep_run(run_dir)
         resume = runs.refuse_run(cfg, run_dir, described)
         first = None  # weights that are given are found before every picture is decoded, others are learned from them
         if not (resume or learns_from_crops(cfg)):
@@ -190,6 +193,7 @@ class Trainer:
             self.say(self.plan.line(self.micro_batch))
             if not resume:
                 keep_fixed_boxes(self.run_dir, self.loader.dataset)
+        self.say(checkpoint_space(self.state, self.cfg.train, self.run_dir / "checkpoints"))
         self.accelerator.wait_for_everyone()
         self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
         settings = self.cfg.train

@@ -26,4 +26,4 @@ from detrlib.runs.folder import (
 )
 from detrlib.runs.maps import AttentionStore
 from detrlib.runs.opening import begin_folder, environment, open_run, refuse_other_settings, refuse_run
-from detrlib.runs.trained import begins_again
+from detrlib.runs.trained import begins_again, sweep_run

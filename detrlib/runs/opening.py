@@ -1,6 +1,5 @@
 """Whether training may begin, or go on, in a run folder, and what such a folder begins with."""
 
-import json
 import os
 import platform
 import subprocess
@@ -13,8 +12,8 @@ import torch
 
 from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
 from detrlib.data import describe_data
-from detrlib.errors import RunError, listed
-from detrlib.files import write_atomic, write_json
+from detrlib.errors import DamagedFile, RunError, listed
+from detrlib.files import load_json, write_atomic, write_json
 from detrlib.runs.folder import is_finished
 from detrlib.runs.trained import can_resume
 
@@ -57,7 +56,7 @@ def begin_folder(run_dir: Path, cfg: Config, data: Mapping[str, Any] | None = No
     """Write what a folder of results begins with: its settings, its data, and the commit and machine that make it."""
     write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
     if data:
-        write_json(run_dir / "data.json", data)
+        write_json(run_dir / "data.json", data, checksum=True)
     write_json(run_dir / "environment.json", environment())
 
 
@@ -89,8 +88,9 @@ def refuse_other_settings(new: Config, run_dir: Path, data: Mapping[str, Any] | 
 def refuse_other_data(run_dir: Path, data: Mapping[str, Any]) -> None:
     """Raise RunError if `data`, as `describe_data` has them, are not what the run in `run_dir` was begun with."""
     path = run_dir / "data.json"
+    remedy = "delete it to tell data apart by their path"
+    before = load_json(path, remedy)
     try:
-        before = json.loads(path.read_text())
         differing = [
             f"{part} {name}: {_short(before[part][name])}, now {_short(data[part][name])}"
             for part in ("train", "val")
@@ -98,8 +98,8 @@ def refuse_other_data(run_dir: Path, data: Mapping[str, Any]) -> None:
             for name in before[part]
             if before[part][name] != data[part][name]
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it to tell data apart by their path") from error
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} is damaged (it lacks {error}); {remedy}") from None
     if differing:
         raise RunError(
             f"{run_dir} was begun with other data ({'; '.join(differing)}); go back to those, choose another run name, "
@@ -114,10 +114,10 @@ def _short(value: Any) -> str:
 def environment() -> dict[str, Any]:
     """Commit, versions and hardware, so that a number can be traced to what made it."""
     packages = ("torch", "torchvision", "accelerate", "numpy", "faster-coco-eval")
-    cuda = torch.cuda.is_available()
+    cuda, changes = torch.cuda.is_available(), _git("status", "--porcelain")
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "uncommitted_changes": None if changes is None else bool(changes),  # None: not known, without git
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "machine": f"{platform.system()} {platform.machine()}",

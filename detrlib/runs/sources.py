@@ -101,7 +101,7 @@ def save_run(source: Source, run_dir: Path) -> None:
     classes = {"data.classes": class_list(source.names)} if source.names and not source.cfg.data.classes else {}
     begin_folder(run_dir, replace_settings(source.cfg, classes))
     write_checkpoint(run_dir / "checkpoints" / "last.pt", {"model": state, "epoch": source.epoch, "global_step": 0})
-    write_json(run_dir / "results.json", {"imported": source.path.name})
+    write_json(run_dir / "results.json", {"imported": source.path.name}, checksum=True)
 
 
 def _no_overrides(path: Path, overrides: Mapping[str, Any] | None) -> None:
