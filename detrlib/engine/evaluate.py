@@ -12,7 +12,7 @@ Legend: B images, L layers, H heads, Q queries, K keys.
 import logging
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from detrlib.data.batch import batches, open_loader
 from detrlib.data.classes import class_list
 from detrlib.data.formats import other_split
 from detrlib.engine.start import starting_model
-from detrlib.errors import ConfigError, DataError, RunError, listed
+from detrlib.errors import ConfigError, DataError, RunError, Stopped, listed
 from detrlib.files import load_checkpoint, write_json
 from detrlib.losses import Criterion, match
 from detrlib.metrics.accumulate import AttentionMeasures
@@ -214,6 +214,7 @@ def evaluate(
     looked_at: int | None = None,
     run_dir: Path | None = None,
     progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict, pd.DataFrame]:
     """Run `model` over `dataset` once, each process over its share.
 
@@ -229,6 +230,7 @@ def evaluate(
         run_dir: where examples, maps and measures of single images and objects are stored, in place of those of an
             earlier evaluation; None: nowhere.
         progress: show a bar.
+        stop: whether to give up after a batch; it is enough that one process is told so.
 
     Returns:
         Results and a table of detections (`coco_detections`), both of all processes. Results hold `detection` (12 COCO
@@ -237,6 +239,7 @@ def evaluate(
 
     Raises:
         RunError: what is stored cannot be written.
+        Stopped: it was given up, in all processes.
     """
     start, device = time.perf_counter(), accelerator.device
     model = model.to(device).eval()
@@ -263,6 +266,10 @@ def evaluate(
                 looks.add(predictions, batch, indices)
                 if record:
                     record.add(batch, predictions, indices)
+            if stop():
+                break
+        if any(gather_object([stop()])):  # those that were not told come here too, after their share
+            raise Stopped("the evaluation was given up")
         sums, spread = [looks.close()] if looks else [], [best.boxes.sums]
         if accelerator.num_processes > 1:  # comes back once all processes have closed their tables
             detections, losses, sums, spread = (gather_object(x) for x in (detections, losses, sums, spread))

@@ -10,8 +10,10 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from detrlib.config import Config
+from detrlib.data import Batch
+from detrlib.engine.epoch import EpochSoFar
 from detrlib.engine.optimizer import build_optimizer, lr_factors
-from detrlib.errors import ConfigError
+from detrlib.errors import ConfigError, DamagedFile
 from detrlib.files import load_checkpoint, load_weights, write_checkpoint
 from detrlib.models import set_alphas
 from detrlib.runs.folder import run_name
@@ -42,6 +44,7 @@ class TrainingState:
         self.average, self.averaged_steps = copy.deepcopy(self.trained) if cfg.train.ema else None, 0
         self.move_average = get_ema_multi_avg_fn(cfg.train.ema)
         self.epoch, self.global_step, self.best = 0, 0, -math.inf
+        self.midway: dict | None = None  # `EpochSoFar.state_dict` of an epoch that was not over when it was saved
         self.last_is_whole = True  # so that it is worth keeping beside the next one
         self._anneal()
 
@@ -138,12 +141,22 @@ class TrainingState:
         write_trained(folder, state, self.last_is_whole)  # last: it says that the others of this epoch are written
         self.last_is_whole = True
 
+    def save_midway(self, folder: Path, so_far: EpochSoFar) -> None:
+        """Write last.pt in the midst of an epoch, or after its steps, before it was evaluated."""
+        added = {"epoch": so_far.number, "so_far": so_far.state_dict()}  # gathers from all processes
+        if self.accelerator.is_main_process:
+            write_trained(folder, self.state_dict() | added, self.last_is_whole)
+            self.last_is_whole = True
+
     def best_so_far(self, run_dir: Path) -> str:
         """In words, which epoch was the best, and how to measure it."""
         path = run_dir / "checkpoints" / "best.pt"
         if self.best < 0 or not path.exists():  # none evaluated, or none but those of alphas on their way
             return "no epoch is kept as the best"
-        epoch = load_checkpoint(path, ["epoch"])["epoch"]
+        try:
+            epoch = load_checkpoint(path, ["epoch"])["epoch"]
+        except DamagedFile as error:  # which does not undo what else was trained
+            return f"warning: {error}"
         measure = f"detrlib evaluate {run_name(run_dir)} --checkpoint best"
         return f"best epoch: {epoch} of {self.epoch}, AP {self.best:.3f}; to measure it: {measure}"
 
@@ -162,4 +175,20 @@ class TrainingState:
         self.epoch, self.global_step, self.best = state["epoch"], state["global_step"], state["best"]
         self.schedule.last_epoch = state["schedule"]  # the rates themselves came with the optimiser
         self._anneal()
+        self.midway = state.get("so_far")
         return why
+
+
+def keep_failure(state: TrainingState, run_dir: Path, batch: Batch, position: dict, what: str) -> str:
+    """Keep what is needed to look into a step that failed at a position of training; where it is, and the remedy."""
+    ids = [target["image_id"] for target in batch.targets]
+    path = run_dir / f"failure-{state.accelerator.process_index}.pt"
+    write_checkpoint(path, state.state_dict() | position | {"batch": tuple(batch), "image_ids": ids})
+    remedy = "Start again"
+    if (run_dir / "checkpoints" / "last.pt").exists():  # other settings are for another run
+        remedy = f"Start a new run from what was saved last, train.start: {run_name(run_dir)},"
+    return (
+        f"{what} at step {position['global_step']} (epoch {position['epoch'] + 1}, learning rates "
+        f"{position['learning_rates']}, image ids {ids}). Weights and batch are in {path}. {remedy} with a lower "
+        "train.lr, train.clip_norm: 0.1, train.warmup_steps, or train.precision: float32."
+    )

@@ -25,5 +25,13 @@ from detrlib.runs.folder import (
     truncate_metrics,
 )
 from detrlib.runs.maps import AttentionStore
-from detrlib.runs.opening import begin_folder, environment, open_run, refuse_other_settings, refuse_run
+from detrlib.runs.opening import (
+    begin_folder,
+    environment,
+    note_start,
+    note_stop,
+    open_run,
+    refuse_other_settings,
+    refuse_run,
+)
 from detrlib.runs.trained import begins_again, sweep_run

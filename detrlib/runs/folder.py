@@ -174,9 +174,9 @@ def _record(line: bytes) -> dict | None:
         return None
 
 
-def truncate_metrics(run_dir: Path, last_step: int) -> None:
-    """Forget what was logged after the checkpoint that a run resumes from."""
-    kept = [record for record in read_metrics(run_dir) if record["global_step"] <= last_step]
+def truncate_metrics(run_dir: Path, last_step: int, epoch: int) -> None:
+    """Forget what was logged after the checkpoint that a run resumes from, of a step and of so many whole epochs."""
+    kept = [r for r in read_metrics(run_dir) if r["global_step"] <= last_step and r["epoch"] <= epoch]
     lines = "".join(json.dumps(record) + "\n" for record in kept)
     write_atomic(run_dir / "metrics.jsonl", lambda path: path.write_text(lines))
 

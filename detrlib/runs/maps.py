@@ -202,7 +202,7 @@ class AttentionStore:
                     self._images[image["image_id"]] = _Image(path, file, sites)
             except Exception as error:  # pyarrow has many
                 raise RunError(
-                    f"{path} is no part of an attention store, or damaged ({in_one_line(error)}); evaluate the run again"
+                    f"{path} is no whole part of an attention store ({in_one_line(error)}); evaluate the run again"
                 ) from error
 
     @property

@@ -48,7 +48,7 @@ def test_a_damaged_line_of_metrics_is_lost_and_no_other(tmp_path, caplog, line):
     runs.append_metrics(tmp_path, record(2, 0))
     assert runs.read_metrics(tmp_path) == [record(1, 0), record(2, 0)]
     assert "metrics.jsonl: what line 2 said is lost" in caplog.text
-    runs.truncate_metrics(tmp_path, 2)
+    runs.truncate_metrics(tmp_path, 2, 9)
     caplog.clear()
     assert runs.read_metrics(tmp_path) == [record(1, 0), record(2, 0)] and not caplog.text
 
@@ -58,7 +58,7 @@ def test_truncating_forgets_later_steps_and_a_line_cut_short(tmp_path):
         runs.append_metrics(tmp_path, record(step, epoch))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"global_st')
-    runs.truncate_metrics(tmp_path, 2)
+    runs.truncate_metrics(tmp_path, 2, 9)
     runs.append_metrics(tmp_path, record(3, 2))
     assert runs.read_metrics(tmp_path) == [record(1, 0), record(2, 0), record(2, 1), record(3, 2)]
 
