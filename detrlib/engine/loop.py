@@ -38,6 +38,7 @@ from detrlib.data.batch import EpochSampler, batches, open_loader, worker_proces
 from detrlib.data.classes import class_list
 from detrlib.engine import tracking
 from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
+from detrlib.engine.children import follow
 from detrlib.engine.epoch import EpochSoFar
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
 from detrlib.engine.log import Log
@@ -52,10 +53,12 @@ from detrlib.errors import STOPPED, ConfigError, DetrlibError, RunError, Stopped
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.models import checkpoint_activations
+from detrlib.runs.owner import owning
 
 LOOKED_AT = 64  # images whose attention is measured while training goes on
 
 
+@owning
 def train(cfg: Config, run_dir: Path) -> dict:
     """Train in `run_dir`, or go on where it holds a checkpoint; in each of the processes that torchrun started.
 
@@ -103,8 +106,6 @@ def _open_trainer(cfg: Config, run_dir: Path, accelerator: Accelerator, stopping
         initial_model(cfg, "none").try_out()  # transformers itself compares few of its options
     described = describe_data(cfg.data, splits)
     with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            runs.sweep_run(run_dir)
         resume = runs.refuse_run(cfg, run_dir, described)
         first = None  # weights that are given are found before every picture is decoded, others are learned from them
         if not (resume or learns_from_crops(cfg)):
@@ -333,6 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train in a run folder that holds config.yaml; for torchrun.")
     parser.add_argument("run_dir", type=runs.run_path, help="run folder with a config.yaml")
     run_dir = parser.parse_args().run_dir
+    follow()
     show_messages()
     keep_freed_memory()
     try:

@@ -34,4 +34,4 @@ from detrlib.runs.opening import (
     refuse_other_settings,
     refuse_run,
 )
-from detrlib.runs.trained import begins_again, sweep_run
+from detrlib.runs.trained import begins_again

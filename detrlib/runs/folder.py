@@ -30,7 +30,7 @@ import pandas as pd
 
 from detrlib.config import PROJECT, Config, load_config
 from detrlib.data.classes import names_by_label
-from detrlib.errors import DamagedFile, RunError, in_one_line, listed
+from detrlib.errors import RunError, in_one_line, listed
 from detrlib.files import load_json, write_atomic
 from detrlib.metrics.tables import part_files, read_table, write_table
 
@@ -211,24 +211,25 @@ def provenance(run_dirs: Iterable[Path], made_by: str) -> str:
     """Where a figure comes from: what made it, and of each run the commit, the device and the resolved config."""
     lines = [f"made by {made_by}"]
     for run_dir, label in run_labels(run_dirs).items():
-        lines.append(f"{label}: {_made_with(run_dir / 'environment.json')}")
+        lines.append(f"{label}: {_made_with(run_dir)}")
     lines.append("each run with a model: detrlib train <its folder>/config.yaml --name <a new name>")
     return "\n".join(lines)
 
 
-def _made_with(path: Path) -> str:
-    """In words, what environment.json says. Raises DamagedFile naming it."""
-    remedy = "delete it, and figures will say that it is not known"
-    if not path.exists():
-        return "commit and machine are not known"
-    known = load_json(path, remedy)
-    try:
-        changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
-        device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
-        commit = known["commit"] or "not known, without git"
-        return f"commit {commit}{changed}; torch {known['packages']['torch']}; {device}"
-    except (KeyError, TypeError) as error:
-        raise DamagedFile(f"{path} is damaged (it lacks {error}); {remedy}") from None
+def known_environment(run_dir: Path) -> dict:
+    """environment.json, empty where there is none. Raises DamagedFile naming it."""
+    path = run_dir / "environment.json"
+    return load_json(path, "delete it: what has made the run is then not known") if path.exists() else {}
+
+
+def _made_with(run_dir: Path) -> str:
+    """In words, commit, version and device."""
+    if not (known := known_environment(run_dir)):
+        return "commit and device are not known"
+    changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
+    device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
+    commit = known["commit"] or "not known, without git"
+    return f"commit {commit}{changed}; torch {known['packages']['torch']}; {device}"
 
 
 def save_tables(run_dir: Path, tables: Mapping[str, pd.DataFrame]) -> None:
@@ -256,11 +257,13 @@ def load_table(run_dir: Path, name: str, made_by: str = "detrlib evaluate") -> p
     path = _table_path(run_dir, name)
     if not path.exists():
         raise RunError(f"no {path}; measure the run (again): {made_by} {run_dir}")
-    part_files(path)  # raises where some are missing
+    parts = part_files(path)  # raises where some are missing
     try:
-        return read_table(path)
+        table = read_table(path)
     except Exception as error:  # pyarrow has many
         raise RunError(f"{path} is damaged ({in_one_line(error)}); delete it, then: {made_by} {run_dir}") from error
+    # Processes have every other batch each.
+    return table.sort_values("image_id", kind="stable", ignore_index=True) if len(parts) > 1 else table
 
 
 def _table_path(run_dir: Path, name: str) -> Path:

@@ -15,7 +15,7 @@ from detrlib.config import PROJECT, Config, changed_settings, flat_settings, loa
 from detrlib.data import describe_data
 from detrlib.errors import DamagedFile, RunError, listed
 from detrlib.files import load_json, write_atomic, write_json
-from detrlib.runs.folder import is_finished
+from detrlib.runs.folder import is_finished, known_environment
 from detrlib.runs.trained import can_resume
 
 # Where data lie: they may move, as long as they hold the same.
@@ -59,28 +59,27 @@ def begin_folder(run_dir: Path, cfg: Config, data: Mapping[str, Any] | None = No
     write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
     if data:
         write_json(run_dir / "data.json", data, checksum=True)
-    before = _known_environment(run_dir)
-    write_json(run_dir / "environment.json", environment() | {key: before[key] for key in ("starts",) if key in before})
+    before = known_environment(run_dir)
+    write_json(
+        run_dir / "environment.json",
+        environment() | {key: before[key] for key in ("starts",) if key in before},
+        checksum=True,
+    )
 
 
 def note_start(run_dir: Path, global_step: int) -> None:
     """Add to `starts` in environment.json that training begins, or goes on, after so many steps, and when."""
-    known, begun = _known_environment(run_dir), datetime.now().isoformat(timespec="seconds")
+    known, begun = known_environment(run_dir), datetime.now().isoformat(timespec="seconds")
     starts = [*known.get("starts", []), {"at": begun, "global_step": global_step}]
-    write_json(run_dir / "environment.json", known | {"starts": starts})
+    write_json(run_dir / "environment.json", known | {"starts": starts}, checksum=True)
 
 
 def note_stop(run_dir: Path, global_step: int, by: str) -> None:
     """Add to the last of `starts` in environment.json at which step, and by which signal, training was stopped."""
-    known = _known_environment(run_dir)
+    known = known_environment(run_dir)
     *earlier, last = known["starts"]
     starts = [*earlier, last | {"stopped": global_step, "signal": by}]
-    write_json(run_dir / "environment.json", known | {"starts": starts})
-
-
-def _known_environment(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "environment.json"
-    return load_json(path, "delete it, then start the run again to continue") if path.exists() else {}
+    write_json(run_dir / "environment.json", known | {"starts": starts}, checksum=True)
 
 
 def refuse_other_settings(new: Config, run_dir: Path, data: Mapping[str, Any] | None = None) -> None:
