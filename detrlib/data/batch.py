@@ -200,6 +200,25 @@ def batches(loader: Iterable[Packed]) -> Iterator[Batch]:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
 
 
+class Shared(torch.utils.data.Sampler):
+    """Batches of a data set in its order, each for one of the processes that share it.
+
+    They are those that one process alone would see, whole: what is computed of an image, by itself and beside which
+    others, does not depend on the number of processes, and none is counted twice. Some processes have a batch less.
+    """
+
+    def __init__(self, length: int, batch_size: int, process: int = 0, processes: int = 1):
+        self.length, self.own_size = length, batch_size
+        self.firsts = range(process * batch_size, length, processes * batch_size)  # of every batch its first image
+
+    def __len__(self) -> int:
+        return len(self.firsts)
+
+    def __iter__(self):
+        for first in self.firsts:
+            yield range(first, min(first + self.own_size, self.length))
+
+
 class Drawn(NamedTuple):
     """An image of a training batch, and what its random numbers follow from, see `augment.Draws`."""
 

@@ -38,11 +38,13 @@ from detrlib.data.batch import EpochSampler, batches, open_loader, worker_proces
 from detrlib.data.classes import class_list
 from detrlib.engine import tracking
 from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
+from detrlib.engine.children import follow
 from detrlib.engine.epoch import EpochSoFar
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
 from detrlib.engine.log import Log
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.pace import Pace
+from detrlib.engine.space import checkpoint_space
 from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model, wanted_classes
 from detrlib.engine.state import TrainingState, keep_failure, require_compiler
 from detrlib.engine.step import Pending, train_step
@@ -51,10 +53,12 @@ from detrlib.errors import STOPPED, ConfigError, DetrlibError, RunError, Stopped
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.models import checkpoint_activations
+from detrlib.runs.owner import owning
 
 LOOKED_AT = 64  # images whose attention is measured while training goes on
 
 
+@owning
 def train(cfg: Config, run_dir: Path) -> dict:
     """Train in `run_dir`, or go on where it holds a checkpoint; in each of the processes that torchrun started.
 
@@ -206,6 +210,7 @@ class Trainer:
             self.say(self.plan.line(self.micro_batch))
             if not self.resume:
                 keep_fixed_boxes(self.run_dir, self.loader.dataset)
+        self.say(checkpoint_space(self.state, self.cfg.train, self.run_dir / "checkpoints"))
         self.accelerator.wait_for_everyone()
         self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
         settings = self.cfg.train
@@ -330,6 +335,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train in a run folder that holds config.yaml; for torchrun.")
     parser.add_argument("run_dir", type=runs.run_path, help="run folder with a config.yaml")
     run_dir = parser.parse_args().run_dir
+    follow()
     show_messages()
     keep_freed_memory()
     try:

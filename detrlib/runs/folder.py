@@ -23,7 +23,6 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +30,9 @@ import pandas as pd
 
 from detrlib.config import PROJECT, Config, load_config
 from detrlib.data.classes import names_by_label
-from detrlib.errors import RunError, listed
-from detrlib.files import write_atomic
-from detrlib.metrics.tables import part_files
+from detrlib.errors import RunError, in_one_line, listed
+from detrlib.files import load_json, write_atomic
+from detrlib.metrics.tables import part_files, read_table, write_table
 
 log = logging.getLogger(__name__)
 
@@ -191,17 +190,7 @@ def load_results(run_dir: Path) -> dict:
         raise RunError(
             f"{run_dir} has no results.json: not a run, or not finished; start it again to continue{measure}"
         )
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it, then start the run again to continue") from error
-    if not isinstance(values, dict):
-        raise RunError(f"{path} holds no results; delete it, then start the run again to continue")
-    return values
+    return load_json(path, f"delete it, then start the run again, or: detrlib evaluate {run_name(run_dir)}")
 
 
 def run_labels(run_dirs: Iterable[Path]) -> dict[Path, str]:
@@ -222,18 +211,31 @@ def provenance(run_dirs: Iterable[Path], made_by: str) -> str:
     """Where a figure comes from: what made it, and of each run the commit, the device and the resolved config."""
     lines = [f"made by {made_by}"]
     for run_dir, label in run_labels(run_dirs).items():
-        known = json.loads((run_dir / "environment.json").read_text())
-        changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
-        device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
-        lines.append(f"{label}: commit {known['commit']}{changed}; torch {known['packages']['torch']}; {device}")
+        lines.append(f"{label}: {_made_with(run_dir)}")
     lines.append("each run with a model: detrlib train <its folder>/config.yaml --name <a new name>")
     return "\n".join(lines)
+
+
+def known_environment(run_dir: Path) -> dict:
+    """environment.json, empty where there is none. Raises DamagedFile naming it."""
+    path = run_dir / "environment.json"
+    return load_json(path, "delete it: what has made the run is then not known") if path.exists() else {}
+
+
+def _made_with(run_dir: Path) -> str:
+    """In words, commit, version and device."""
+    if not (known := known_environment(run_dir)):
+        return "commit and device are not known"
+    changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
+    device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
+    commit = known["commit"] or "not known, without git"
+    return f"commit {commit}{changed}; torch {known['packages']['torch']}; {device}"
 
 
 def save_tables(run_dir: Path, tables: Mapping[str, pd.DataFrame]) -> None:
     """Each table as measures/<name>.parquet, written atomically."""
     for name, table in tables.items():
-        write_atomic(run_dir / "measures" / f"{name}.parquet", partial(table.to_parquet, index=False))
+        write_table(run_dir / "measures" / f"{name}.parquet", table)
 
 
 def has_table(run_dir: Path, name: str) -> bool:
@@ -255,11 +257,13 @@ def load_table(run_dir: Path, name: str, made_by: str = "detrlib evaluate") -> p
     path = _table_path(run_dir, name)
     if not path.exists():
         raise RunError(f"no {path}; measure the run (again): {made_by} {run_dir}")
-    part_files(path)  # raises where some are missing
+    parts = part_files(path)  # raises where some are missing
     try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
-        raise RunError(f"{path} is not readable ({error}); delete it, then: {made_by} {run_dir}") from error
+        table = read_table(path)
+    except Exception as error:  # pyarrow has many
+        raise RunError(f"{path} is damaged ({in_one_line(error)}); delete it, then: {made_by} {run_dir}") from error
+    # Processes have every other batch each.
+    return table.sort_values("image_id", kind="stable", ignore_index=True) if len(parts) > 1 else table
 
 
 def _table_path(run_dir: Path, name: str) -> Path:

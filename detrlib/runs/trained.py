@@ -1,11 +1,14 @@
 """What a training leaves in its folder to go on from: last.pt, and the checkpoint before it."""
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 
 from detrlib.errors import DamagedFile, RunError
-from detrlib.files import load_checkpoint, reach_disk, write_checkpoint
-from detrlib.runs.folder import read_metrics
+from detrlib.files import load_checkpoint, reach_disk, sweep, write_checkpoint
+from detrlib.runs.folder import RESERVED, known_environment, read_metrics
+
+logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
@@ -55,15 +58,24 @@ def _from_weights(folder: Path) -> str:
     return f"to go on from weights alone, begin a new run with train.start={start}"
 
 
+def sweep_run(run_dir: Path) -> None:
+    """Remove what writers that were killed have left in a run folder; for its owner, before it writes itself."""
+    folders = [run_dir, *(run_dir / name for name in RESERVED), *(run_dir / "measures").glob("*/")]
+    if left := [path.name for folder in folders for path in sweep(folder)]:
+        logger.info("%s: removed %d files that a killed process had not finished", run_dir, len(left))
+
+
 def can_resume(run_dir: Path) -> bool:
     """Whether a run has a checkpoint to go on from. Raises RunError where it must have had one, and has none now."""
     folder = run_dir / "checkpoints"
     if (folder / LAST).exists() or (folder / PREVIOUS).exists():
         return True
     records = read_metrics(run_dir)
+    starts = known_environment(run_dir).get("starts", [])
+    saved = any(start["global_step"] or start.get("stopped") for start in starts)
     evaluated = (run_dir / "results.json").exists()  # as it was, unfinished
     # An epoch is logged before it is saved, so that what comes after the first was logged with a checkpoint at hand.
-    if evaluated or sum(record["epoch"] > 0 for record in records) > 1:
+    if saved or evaluated or sum(record["epoch"] > 0 for record in records) > 1:
         raise RunError(
             f"{folder} holds neither {LAST} nor {PREVIOUS}, but the run had come to step {_step(records)}: put one of "
             "them back to go on, or delete the run's folder to begin anew, or choose another run name"
