@@ -34,6 +34,10 @@ class RunError(DetrlibError):
     """A run cannot be read, started or finished as asked; the message names the folder or file."""
 
 
+class DamagedFile(RunError):
+    """A file of ours holds other bytes than were written, or is no such file; the message names it and the remedy."""
+
+
 class ModelError(DetrlibError, ValueError):
     """A model lacks the attention, layer, head or detection that is asked for; the message says which it has."""
 
@@ -51,6 +55,11 @@ def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:
     values = list(values)
     more = [f"and {len(values) - most} more"] if len(values) > most else []
     return between.join([*map(str, values[:most]), *more])
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def memory_fault(error: Exception) -> str | None:

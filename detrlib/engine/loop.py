@@ -44,6 +44,7 @@ from detrlib.engine.log import Log
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.pace import Pace
 from detrlib.engine.ready import ready
+from detrlib.engine.space import checkpoint_space
 from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model
 from detrlib.engine.state import TrainingState, keep_failure
 from detrlib.engine.step import Pending, train_step
@@ -97,7 +98,7 @@ def _open_trainer(cfg: Config, run_dir: Path, accelerator: Accelerator, stopping
             first = starting_model(cfg, train_set)
         say(look_over(splits, cfg.model.num_queries, cfg.data.check))
         if not resume:
-            say(*unfit_for_crops(cfg, train_set))
+            say(*runs.begins_again(run_dir), *unfit_for_crops(cfg, train_set))
         model, start = (initial_model(cfg, "none"), None) if resume else first or starting_model(cfg, train_set)
         runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:
@@ -148,12 +149,13 @@ class Trainer:
         try:
             return self._finish()
         except Stopped:
-            self._save_midway()
-            by, where = self.stopping.name, self._where()
-            if self.accelerator.is_main_process:
-                runs.note_stop(self.run_dir, self.state.global_step, by)
-                self.say(self.state.best_so_far(self.run_dir))
-            raise Stopped(f"stopped by {by} at {where}, and saved; the same run name goes on there") from None
+            pass  # where it was, the model is still in use, see `close`
+        self._save_midway()
+        by, where = self.stopping.name, self._where()
+        if self.accelerator.is_main_process:
+            runs.note_stop(self.run_dir, self.state.global_step, by)
+            self.say(self.state.best_so_far(self.run_dir))
+        raise Stopped(f"stopped by {by} at {where}, and saved; the same run name goes on there")
 
     def _finish(self) -> dict:
         """All that is left, and the results."""
@@ -194,6 +196,7 @@ class Trainer:
             self.say(self.plan.line(self.micro_batch))
             if not self.resume:
                 keep_fixed_boxes(self.run_dir, self.loader.dataset)
+        self.say(checkpoint_space(self.state, self.cfg.train, self.run_dir / "checkpoints"))
         self.accelerator.wait_for_everyone()
         self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
         settings = self.cfg.train
@@ -239,11 +242,12 @@ class Trainer:
         self.stopping.saved()
 
     def _restore(self) -> None:
-        """Go on where last.pt was written."""
-        if so_far := self.state.restore(self.run_dir / "checkpoints" / "last.pt"):
+        """Go on where training was saved."""
+        why = self.state.restore(self.run_dir / "checkpoints")
+        if self.state.midway:
             self.so_far = EpochSoFar(self.state.epoch, self.cfg.train.seed, self.accelerator)
-            self.so_far.load_state_dict(so_far)
-        self.say(f"resuming {runs.run_name(self.run_dir)} at {self._where()}")
+            self.so_far.load_state_dict(self.state.midway)
+        self.say(*[why] * bool(why), f"resuming {runs.run_name(self.run_dir)} at {self._where()}")
 
     def _where(self) -> str:
         """In words, how far training has come."""
@@ -296,11 +300,12 @@ class Trainer:
         precision = ""
         if record.get("detection/AP", -1) >= 0:  # undefined without objects
             precision = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
+        left = self.pace.left(epoch)
         passes = updates * self.sampler.batch_size / self.sampler.length
         self.say(
             f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
             f"loss {record['epoch/loss']:.3f}  {precision}"
-            f"{seconds:.0f} s, about {tracking.duration(self.pace.left(epoch))} left",
+            f"{seconds:.0f} s" + ("" if left is None else f", about {tracking.duration(left)} left"),
             *(much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
         )
 

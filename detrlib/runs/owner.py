@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 import psutil
 
 from detrlib.errors import RunError
+from detrlib.runs.trained import sweep_run
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
 def owned(run_dir: Path) -> Iterator[None]:
     """Own a run folder, which is made if it is not there, as long as this is entered.
 
+    What writers that were killed have left in it is removed at the start.
     Of several processes that torchrun has started, the first owns it for all.
 
     Raises RunError at once where another process owns it, naming that, or where the folder cannot be written.
@@ -53,6 +55,8 @@ def owned(run_dir: Path) -> Iterator[None]:
     path, made = run_dir / OWNER, [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     file, shared = _take(path)
     try:
+        if not shared:
+            sweep_run(run_dir)
         yield
     finally:
         with file, suppress(OSError):  # the folder may be gone
