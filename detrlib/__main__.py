@@ -353,7 +353,7 @@ def sweep(
     from detrlib.experiments.sweep import sweep as run_sweep
     from detrlib.runs.folder import run_path
 
-    typer.echo(run_sweep(path, run_path(name) if name else None, parallel))
+    typer.echo(run_sweep(path, None if name is None else run_path(name), parallel))
 
 
 @app.command(hidden=True)

@@ -110,7 +110,7 @@ def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -
     """
     asked = read_sweep(path)
     folder = folder or runs.run_path(asked.folder or path.stem)
-    jobs = [Job(folder / name, cfg, asked.measure) for name, cfg in asked.configs.items()]
+    jobs = [Job(runs.run_path(folder / name), cfg, asked.measure) for name, cfg in asked.configs.items()]
     for job in jobs:
         if runs.is_finished(job.folder):
             runs.refuse_other_settings(job.cfg, job.folder)
