@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from detrlib.config import Config, load_config, project_path, read_yaml
 from detrlib.engine.notebooks import checked_parameters, find_notebook
 from detrlib.errors import ConfigError, RunError
+from detrlib.runs.folder import name_fault
 
 SEEDS = "seeds"
 BESIDE = ("figures", "report.html", "log.txt", "notebooks.json")  # that stand beside the runs of a sweep
-LONGEST_NAME = 200  # bytes: file systems take 255, of which temporary files and seeds want some
 
 
 class Sweep(NamedTuple):
@@ -60,11 +60,12 @@ def _name_fault(name: Any) -> str | None:
     """Why a run of a sweep cannot be called so, in words."""
     if not isinstance(name, str):
         return f"{name!r} is no text; write it in quotes"
-    if not name.isprintable() or not name.strip() or set(name) & set("/\\") or name.startswith("."):
-        return f"{name!r} names no folder inside that of the sweep"
-    if name in BESIDE or name.endswith(".ipynb") or len(name.encode()) > LONGEST_NAME:
-        return f"{name!r} cannot name a run: it is too long, or something else of the sweep is called so"
-    return None
+    if set(name) & set("/\\") or name.startswith("."):
+        return f"{name!r} is no folder inside that of the sweep"
+    if name in BESIDE or name.endswith(".ipynb"):
+        return f"{name!r} is what something else of the sweep is called"
+    fault = name_fault(name)
+    return fault and f"{name!r:.60} names no run: {fault}"
 
 
 def _repeated(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
