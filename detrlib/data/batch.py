@@ -1,7 +1,9 @@
 """A batch of images of different sizes: padded to one size, with a mask that tells image from padding."""
 
+import atexit
 import logging
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -150,6 +152,8 @@ def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) ->
     """
     images = order["batch_sampler"].own_size if "batch_sampler" in order else order.get("batch_size", 1)
     workers = worker_processes(settings, images)
+    if workers:
+        _end_workers_at_exit()
     return DataLoader(
         dataset,
         collate_fn=pack,
@@ -167,6 +171,13 @@ def _leave_signals_to_training(_worker: int) -> None:
     training has ended end by themselves."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+@cache
+def _end_workers_at_exit() -> None:
+    """Where a fault is reported its traceback keeps a loader, and Python, which ends, waits for the loader's workers: it
+    asks them by SIGTERM, which they leave to training."""
+    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children() if child.daemon])
 
 
 def worker_processes(settings: Data, images: int, processes: int | None = None) -> int:

@@ -3,11 +3,14 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from detrlib.config import PROJECT
 from detrlib.data import batch as batch_module
 from detrlib.data import build_dataset
 from detrlib.data.batch import EpochSampler, batches, collate, open_loader, pack, unpack
@@ -161,6 +164,29 @@ def test_a_process_that_prepares_images_and_is_killed_is_one_line(tiny_config):
     with pytest.raises(RunError, match=r"^a process .* (killed|exited).*data\.workers") as caught:
         list(batches(loader))
     assert "\n" not in str(caught.value)
+
+
+KEPT = """
+from detrlib.config import Data
+from detrlib.data.batch import open_loader
+
+class Numbers:
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), {"image_id": index}
+
+import torch
+kept = iter(open_loader(Numbers(), Data(workers=1), pinned=False))
+next(kept)
+raise SystemExit("error: as a fault ends a program")
+"""
+
+
+def test_a_program_ends_though_a_loader_is_kept_whose_workers_ignore_signals(tmp_path):
+    """As the traceback of a fault keeps it."""
+    done = subprocess.run([sys.executable, "-c", KEPT], cwd=PROJECT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and done.stderr.endswith("error: as a fault ends a program\n")
 
 
 def test_a_batch_is_the_same_after_its_way_between_processes():
