@@ -175,8 +175,8 @@ def _leave_signals_to_training(_worker: int) -> None:
 
 @cache
 def _end_workers_at_exit() -> None:
-    """Where a fault is reported its traceback keeps a loader, and Python, which ends, waits for the loader's workers: it
-    asks them by SIGTERM, which they leave to training."""
+    """Python ends what it has started by SIGTERM, which workers leave to training, and then waits; the traceback of a
+    fault may keep a loader, and so its workers, until then."""
     atexit.register(lambda: [child.kill() for child in multiprocessing.active_children() if child.daemon])
 
 
