@@ -181,23 +181,6 @@ def training_memory(cfg: Config, size: tuple[int, int], room: float) -> str:
     )
 
 
-def require_memory(cfg: Config, device: torch.device, processes: int = 1) -> None:
-    """Raise ConfigError where not even weights, gradients and AdamW of a model fit the machine; none of it is made."""
-    with torch.device("meta"):
-        model = build_model(cfg.model, "none")
-    freeze(model, cfg.train)
-    needed = sum(parameter.nbytes * (4 if parameter.requires_grad else 1) for parameter in model.parameters())
-    room = all_memory(device, processes)
-    if needed > room:
-        name, most = max(model.named_parameters(), key=lambda each: each[1].nbytes)
-        ids = "" if cfg.data.contiguous else ", where ids of classes have gaps set data.contiguous: true"
-        raise ConfigError(
-            f"model: weights, gradients and AdamW take {gib(needed)}, and the machine has {gib(room)} for a process; "
-            f"the largest is {name}, {' x '.join(map(str, most.shape))}; lower model.hidden_dim, feedforward_dim, "
-            f"num_queries, layers or num_classes {cfg.model.num_classes}{ids}"
-        )
-
-
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -278,7 +261,7 @@ class Plan:
         text = f"memory: {text}"
         if needed <= room:
             return f"{text}; {gib(room)} are free"
-        if needed > gaps * (there := all_memory(self.device, processes)) and self.device.type == "cpu":
+        if needed > gaps * (there := all_memory(self.device)) and self.device.type == "cpu":
             raise ConfigError(f"{text}: more than the {gib(there)} that the machine has{share}; set {SMALLER}")
         fewer = memory.images_within(int(room / gaps))
         first = f"train.micro_batch: {min(fewer, images - 1)}, or " if fewer > 0 and images > 1 else ""
@@ -316,10 +299,14 @@ def free_memory(device: torch.device) -> int:
     return _in_container(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def all_memory(device: torch.device, processes: int = 1) -> int:
-    """Bytes that each of so many processes may have at most: of its GPU, or its share of the machine's, with swap."""
+def all_memory(device: torch.device, processes: int | None = None) -> int:
+    """Bytes that a process may have at most: of its GPU, or its share of the machine's, swap included.
+
+    processes: on this machine; None: as torchrun says.
+    """
     if device.type == "cuda":
         return _limit(device)
+    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return _in_container(psutil.virtual_memory().total + psutil.swap_memory().total) // processes
 
 

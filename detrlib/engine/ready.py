@@ -3,6 +3,7 @@
 A fault that only processes met would cost the time that they take to start, and be told by each of them.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +14,12 @@ from detrlib.config import Config, replace
 from detrlib.data import CocoDataset, describe_data, look_over, open_splits
 from detrlib.data.batch import EpochSampler, worker_processes
 from detrlib.data.classes import class_list
-from detrlib.engine.memory import require_memory
+from detrlib.engine.memory import all_memory, gib
+from detrlib.engine.optimizer import freeze
 from detrlib.engine.start import initial_model, learns_from_crops, starting_model, wanted_classes
 from detrlib.engine.state import require_compiler
 from detrlib.errors import ConfigError
+from detrlib.models import build_model
 from detrlib.runs.opening import refuse_run
 
 
@@ -47,14 +50,15 @@ def ready(cfg: Config, processes: int, device: torch.device | None) -> Ready:
     splits = open_splits(cfg.data)
     train_set = splits["train"]
     EpochSampler(len(train_set), cfg.train.batch_size, 0, processes, cfg.train.seed)  # raises if images are too few
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # every node has memory of its own
     for images in (cfg.train.batch_size // processes, cfg.evaluate.batch_size):
-        worker_processes(cfg.data, images, processes)  # raises where shared memory has no room for them
+        worker_processes(cfg.data, images, here)  # raises where shared memory has no room for them
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
         cfg = cfg.model_copy(update={"model": cfg.model.completed()})
     classes = {"model.num_classes": wanted_classes(cfg, train_set), "data.classes": class_list(train_set.names)}
     cfg = replace(cfg, classes)
     if device:
-        require_memory(cfg, device, processes)
+        _require_memory(cfg, device, here)
     if cfg.model.architecture == "huggingface":
         initial_model(cfg, "none").try_out()  # transformers itself compares few of its options
     return Ready(cfg, splits, describe_data(cfg.data, splits))
@@ -70,3 +74,20 @@ def ready_for_processes(cfg: Config, run_dir: Path, processes: int, gpus: bool) 
     look_over(splits, cfg.model.num_queries, cfg.data.check)  # what was decoded need not be again
     if not (resumes or learns_from_crops(cfg)):
         starting_model(cfg, splits["train"])
+
+
+def _require_memory(cfg: Config, device: torch.device, processes: int) -> None:
+    """Raise ConfigError where not even weights, gradients and AdamW of a model fit the machine; none of it is made."""
+    with torch.device("meta"):
+        model = build_model(cfg.model, "none")
+    freeze(model, cfg.train)
+    needed = sum(parameter.nbytes * (4 if parameter.requires_grad else 1) for parameter in model.parameters())
+    room = all_memory(device, processes)
+    if needed > room:
+        name, most = max(model.named_parameters(), key=lambda each: each[1].nbytes)
+        ids = "" if cfg.data.contiguous else ", where ids of classes have gaps set data.contiguous: true"
+        raise ConfigError(
+            f"model: weights, gradients and AdamW take {gib(needed)}, and the machine has {gib(room)} for a process; "
+            f"the largest is {name}, {' x '.join(map(str, most.shape))}; lower model.hidden_dim, feedforward_dim, "
+            f"num_queries, layers or num_classes {cfg.model.num_classes}{ids}"
+        )
