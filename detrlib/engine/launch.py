@@ -9,7 +9,6 @@ From Python or a notebook cell: `launch(cfg, run_dir, gpus=2)`. The same name ag
 import os
 import signal
 import subprocess
-import sys
 from collections import deque
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from detrlib.config import PROJECT, Config
 from detrlib.engine.loop import train
 from detrlib.engine.memory import keep_freed_memory
+from detrlib.engine.nodes import node_count, torchrun
 from detrlib.errors import RunError
 from detrlib.runs.folder import load_results
 from detrlib.runs.opening import open_run
@@ -32,8 +32,8 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
     Args:
         cfg: every setting.
         run_dir: the run folder; one that holds an unfinished run is gone on with.
-        gpus: how many to use; None takes one if there is one, 0 none.
-        processes: on the CPU, how many.
+        gpus: how many to use, on each node of a Slurm job; None takes one if there is one, 0 none.
+        processes: on the CPU, how many, on each node.
 
     Returns:
         What results.json holds, see `detrlib.engine.evaluate.evaluate`.
@@ -50,7 +50,7 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
         raise RunError(f"{wanted} GPUs asked for, {there} available; use --gpus {there} (0 trains on the CPU)")
     if wanted and processes > 1:
         raise RunError("processes are for training on the CPU; with GPUs there is one process for each")
-    if (wanted, processes) == (min(1, there), 1):
+    if (wanted, processes, node_count()) == (min(1, there), 1, 1):
         keep_freed_memory()
         return train(cfg, run_dir)
     open_run(cfg, run_dir)  # says what is wrong here rather than in a subprocess
@@ -64,9 +64,8 @@ def _torchrun(run_dir: Path, processes: int, gpus: int) -> None:
     if not gpus:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     child = subprocess.Popen(
-        [*command, "-m", "detrlib.engine.loop", str(run_dir)],
+        [*torchrun(processes), "-m", "detrlib.engine.loop", str(run_dir)],
         cwd=PROJECT,
         env=environment,
         stdout=subprocess.PIPE,

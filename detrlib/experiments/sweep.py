@@ -52,6 +52,7 @@ from detrlib.files import write_atomic, write_json
 
 SECONDS = 2  # between two looks at the runs where a bar is shown
 LINES = {False: 15, True: 60}  # seconds between two lines elsewhere, before and after the time left is known
+REPORT = "report.html"
 GRACE = 5  # seconds; a terminal interrupts children too, and twice would be in the midst of their leaving in order
 PATIENCE = 30  # seconds that an interrupted run has for leaving in order, before it is interrupted again
 
@@ -108,26 +109,20 @@ def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -
         ConfigError: the file is no sweep, or a setting in it is wrong.
         RunError: runs failed; the others are finished first.
     """
-    asked = read_sweep(path)
-    folder = folder or runs.run_path(asked.folder or path.stem)
-    jobs = [Job(folder / name, cfg, asked.measure) for name, cfg in asked.configs.items()]
-    for job in jobs:
-        if runs.is_finished(job.folder):
-            runs.refuse_other_settings(job.cfg, job.folder)
-    home = folder / path.stem if asked.folder else folder
-    report = home / "report.html"
+    jobs, home, parameters = planned(path, folder)
+    report = home / REPORT
     if report.exists() and all(job.finished for job in jobs):
         print(f"all {len(jobs)} runs are done: {report}")
         return report
-    waves = _waves(jobs)
+    ordered = waves(jobs)
     _prepare(jobs)
-    for wave in waves:
+    for wave in ordered:
         _work_off(jobs, wave, parallel or _slots())
     if failed := [job.folder / "log.txt" for job in jobs if job.failed]:
-        logs = "; ".join(f"{log}: {_last_line(log)}" for log in failed)
+        logs = "; ".join(f"{log}: {last_line(log)}" for log in failed)
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {logs}. Call again to retry them.")
     print("drawing figures and tables", flush=True)
-    executed = _draw(home, [_within_project(job.folder) for job in jobs], asked.report)
+    executed = _draw(home, [_within_project(job.folder) for job in jobs], parameters)
     shrink_pictures(executed)
     table = home / "figures" / "main_table.md"
     if table.exists():  # an edited notebook need not write it
@@ -135,16 +130,32 @@ def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -
     return report_html(executed, report, f"{home.name}: report")
 
 
-def _waves(jobs: list[Job]) -> list[list[Job]]:
+def planned(path: Path, folder: Path | None = None) -> tuple[list[Job], Path, dict[str, Any]]:
+    """The runs of a sweep file, the folder of its report, and the parameters of that. Arguments as of `sweep`.
+
+    Raises:
+        ConfigError: the file is no sweep, or a setting in it is wrong.
+        RunError: a run of such a name was trained with other settings.
+    """
+    asked = read_sweep(path)
+    folder = folder or runs.run_path(asked.folder or path.stem)
+    jobs = [Job(folder / name, cfg, asked.measure) for name, cfg in asked.configs.items()]
+    for job in jobs:
+        if runs.is_finished(job.folder):
+            runs.refuse_other_settings(job.cfg, job.folder)
+    return jobs, folder / path.stem if asked.folder else folder, asked.report
+
+
+def waves(jobs: list[Job]) -> list[list[Job]]:
     """Jobs that are not finished, those that start from another one's weights after it."""
-    waiting, waves = [job for job in jobs if not job.finished], []
+    waiting, ordered = [job for job in jobs if not job.finished], []
     while waiting:
         names = {runs.run_name(job.folder) for job in waiting}
-        waves.append([job for job in waiting if job.cfg.train.start not in names])
-        if not waves[-1]:
+        ordered.append([job for job in waiting if job.cfg.train.start not in names])
+        if not ordered[-1]:
             raise ConfigError(f"{', '.join(sorted(names))}: train.start goes round in a circle; name another run")
         waiting = [job for job in waiting if job.cfg.train.start in names]
-    return waves
+    return ordered
 
 
 def _draw(folder: Path, names: list[str], asked: dict[str, Any]) -> Path:
@@ -159,7 +170,7 @@ def _draw(folder: Path, names: list[str], asked: dict[str, Any]) -> Path:
         parameters = {**asked, "run_names": names, "output": _within_project(folder / "figures")}
         executed = execute_notebook("thesis_figures", folder / report, parameters)
         if maps.wait():
-            raise RunError(f"{log}: {_last_line(log)}. Call again to draw what is missing.")
+            raise RunError(f"{log}: {last_line(log)}. Call again to draw what is missing.")
     except BaseException:
         _interrupt([maps])
         raise
@@ -284,6 +295,7 @@ def _report(jobs: list[Job], slots: int, start: float, bar: tqdm) -> bool:
     return left is not None
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """What a log ends with, which says why a run failed."""
     lines = [line for line in log.read_text().splitlines() if line.strip()] if log.exists() else []
     return lines[-1] if lines else "no output"

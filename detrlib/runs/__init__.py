@@ -24,4 +24,4 @@ from detrlib.runs.folder import (
     truncate_metrics,
 )
 from detrlib.runs.maps import AttentionStore
-from detrlib.runs.opening import begin_folder, environment, open_run, refuse_other_settings, refuse_run
+from detrlib.runs.opening import begin_folder, environment, open_run, refuse_other_settings, refuse_run, slurm_job
