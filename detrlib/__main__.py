@@ -5,12 +5,16 @@ is fast. A fault that can be foreseen is one line on standard error and exit cod
 training that a signal has stopped, to be started again, 75.
 """
 
+import io
+import os
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
+from detrlib import errors
 from detrlib.benchmarks import programs, run_program
 from detrlib.errors import STOPPED, ConfigError, DataError, DetrlibError, Stopped, listed, show_messages
 
@@ -52,6 +56,8 @@ app = typer.Typer(
 
 RunName = Annotated[str, Argument(metavar="RUN", help="folder under papermill_runs/")]
 Settings = Annotated[list[str], Option("--set", metavar="A.B=C...", help="settings, such as train.epochs=2")]
+Gpus = Annotated[int | None, Option(min=0, help="how many; default: one if there is one")]
+Processes = Annotated[int, Option(min=1, help="on the CPU, how many")]
 Checkpoint = Annotated[str, Option(help="last, best, epoch-NNNN, or untrained")]
 
 
@@ -92,9 +98,16 @@ def in_words(numbers: dict[str, float]) -> str:
 
 
 @app.callback()
-def messages() -> None:
+def messages(
+    ctx: typer.Context,
+    take_over: Annotated[bool, Option("--take-over", help="runs whose owner, on another machine, is gone")] = False,
+) -> None:
     """Sparse attention in detection transformers: train, measure, explain and change detectors."""
     show_messages()
+    if take_over:
+        os.environ["DETRLIB_TAKE_OVER"] = "1"  # see `runs.owner`; also for what is started from here
+    if not errors.is_main_process():
+        ctx.with_resource(redirect_stdout(io.StringIO()))
 
 
 @app.command()
@@ -102,8 +115,8 @@ def train(
     config: Annotated[Path, Argument(help="YAML file, e.g. papermill_runs/configs/shapes.yaml")],
     name: Annotated[str, Option(help="folder under papermill_runs/; the same name resumes an unfinished run")],
     settings: Settings = [],  # noqa: B006, never changed
-    gpus: Annotated[int | None, Option(min=0, help="how many; default: one if there is one")] = None,
-    processes: Annotated[int, Option(min=1, help="on the CPU, how many")] = 1,
+    gpus: Gpus = None,
+    processes: Processes = 1,
     job: Annotated[bool, Option("--job", hidden=True, help="in a job of Slurm, see slurm.sh")] = False,
 ) -> None:
     """Train a model, here or in several processes."""
@@ -147,6 +160,8 @@ def evaluate(
     save_as: Annotated[str | None, Option("--as", help="folder of the results inside the run")] = None,
     predictions: Annotated[Path | None, Option(help="make the run of any detector's COCO-format detections")] = None,
     data: Annotated[Path | None, Option(help="of what: a config, or as --on")] = None,
+    gpus: Gpus = None,
+    processes: Processes = 1,
 ) -> None:
     """Measure a run: AP, sparsity of attention, and where it looks; on its own data or on other data.
 
@@ -154,24 +169,27 @@ def evaluate(
     """
     from detrlib.engine.advice import floor_and_collapse, where_attention_rests
     from detrlib.engine.evaluate import evaluate_run
+    from detrlib.engine.launch import in_processes
     from detrlib.experiments.predictions import evaluate_predictions
     from detrlib.experiments.transfer import evaluate_on, scored_classes
     from detrlib.metrics.detection import UNDEFINED
     from detrlib.runs.folder import run_path
 
-    overrides = pairs(settings, "--set", "evaluate.paibb=thesis")
+    shared = {"gpus": gpus, "processes": processes, "overrides": pairs(settings, "--set", "evaluate.paibb=thesis")}
     names = pairs(renamed, "--map", "bike=bicycle")
     if predictions or data:
-        if not (predictions and data) or on or names or by_id or save_as or checkpoint != "last":
+        others = on or names or by_id or save_as or checkpoint != "last" or (gpus, processes) != (None, 1)
+        if not (predictions and data) or others:
             raise ConfigError("--predictions needs --data, and takes --split, --images and --set besides")
-        results = evaluate_predictions(run_path(run), predictions, data, split, images=images, overrides=overrides)
+        chosen = {"images": images, "overrides": shared["overrides"]}
+        results = evaluate_predictions(run_path(run), predictions, data, split, **chosen)
     elif on is None:
         if images or names or by_id or save_as:
             raise ConfigError("--images, --map, --by-id and --as belong to data given as --on")
-        results = evaluate_run(run_path(run), checkpoint, split, overrides=overrides)
+        results = in_processes(evaluate_run, run_path(run), checkpoint, split, **shared)
     else:
         chosen = {"images": images, "names": names, "by_id": by_id, "save_as": save_as}
-        results = evaluate_on(run_path(run), on, checkpoint, split, overrides=overrides, **chosen)
+        results = in_processes(evaluate_on, run_path(run), on, checkpoint, split, **chosen, **shared)
     typer.echo(in_words({name: value for name, value in results["detection"].items() if name != "per_class"}))
     missing = [name for name, own in results["detection"]["per_class"].items() if own["AP"] == UNDEFINED]
     if missing:
@@ -244,16 +262,20 @@ def explain(
     min_score: Annotated[float, Option(help="of the detections that are explained")] = 0.3,
     all_queries: Annotated[bool, Option("--all-queries", help="also those that no object is matched to")] = False,
     batch_size: Annotated[int, Option(min=1, help="pictures the model sees at a time")] = 64,
+    gpus: Gpus = None,
+    processes: Processes = 1,
 ) -> None:
     """Deletion and insertion curves of attention maps, gradients, ODAM and D-RISE, beside the predicted box."""
+    from detrlib.engine.launch import in_processes
     from detrlib.experiments.explain import faithfulness_run
     from detrlib.figures.explanations import faithfulness_table
     from detrlib.runs.folder import run_path
 
     names = values_in(methods, "--methods") or None
     options = {"unit": unit, "replacement": replacement, "min_score": min_score, "batch_size": batch_size}
-    chosen = {"checkpoint": checkpoint, "matched": not all_queries, "masks": masks}
-    frame = faithfulness_run(run_path(run), images, names, steps, **chosen, **options)
+    options |= {"checkpoint": checkpoint, "matched": not all_queries, "masks": masks}
+    shared = {"gpus": gpus, "processes": processes}
+    frame = in_processes(faithfulness_run, run_path(run), images, names, steps, **options, **shared)
     table = faithfulness_table({run: frame}).drop(columns="run")
     typer.echo(table.round(3).to_string(index=False, na_rep=""))
 
@@ -277,14 +299,22 @@ def intervene(
     order_images: Annotated[int, Option(min=1, help="training images that give the order of heads, queries")] = 100,
     images: Annotated[int | None, Option(min=1, help="the first of the validation split; default: all")] = None,
     checkpoint: Checkpoint = "last",
+    gpus: Gpus = None,
+    processes: Processes = 1,
 ) -> None:
     """AP and PAIBB of a trained model with another transform, alpha, fewer heads, or without some of its parts."""
-    from detrlib.experiments.intervene import intervene_run, plan
+    from detrlib.engine.launch import in_processes
+    from detrlib.experiments.intervene import measure_plan
     from detrlib.runs.folder import run_path
 
-    experiments = plan(
+    table = in_processes(
+        measure_plan,
         run_path(run),
-        site,
+        images,
+        checkpoint,
+        gpus=gpus,
+        processes=processes,
+        site=site,
         alphas=values_in(alphas, "--alphas", float),
         transforms=values_in(transforms, "--transforms"),
         layer=layer,
@@ -293,9 +323,7 @@ def intervene(
         sinks=values_in(sinks, "--sinks"),
         ablate=values_in(ablate, "--ablate"),
         order_images=order_images,
-        checkpoint=checkpoint,
     )
-    table = intervene_run(run_path(run), experiments, images, checkpoint)
     typer.echo(table.drop(columns=["site", "checkpoint"]).round(4).to_string(index=False, na_rep=""))
 
 
@@ -330,8 +358,10 @@ def sweep(
 @app.command(hidden=True)
 def sweep_run(folder: Path) -> None:
     """One run of a sweep in a process of its own."""
+    from detrlib.engine.children import follow
     from detrlib.engine.notebooks import execute_asked
 
+    follow()
     execute_asked(folder)
 
 
@@ -343,8 +373,13 @@ def notebook(
 ) -> None:
     """Execute a notebook headless; its parameters are checked before anything runs."""
     from detrlib.engine.notebooks import execute_notebook
+    from detrlib.runs.folder import run_path
+    from detrlib.runs.owner import owned
 
-    typer.echo(execute_notebook(name, output, pairs(parameters, "-p", "run_name=first"), progress=True))
+    values = pairs(parameters, "-p", "run_name=first")
+    run = values.get("run_name")
+    with owned(run_path(run)) if run else nullcontext():  # nobody else writes its copy of the notebook either
+        typer.echo(execute_notebook(name, output, values, progress=True))
 
 
 @app.command("import")

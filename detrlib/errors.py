@@ -4,6 +4,7 @@ The command line prints it and ends with a code that is not zero; notebooks show
 """
 
 import logging
+import os
 from collections.abc import Iterable
 
 STOPPED = 75  # exit code of a training that a signal has stopped: EX_TEMPFAIL of sysexits.h, "start me again"
@@ -48,7 +49,12 @@ def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:
     return between.join([*map(str, values[:most]), *more])
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that speaks for all that torchrun has started; where there is one alone, it is."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def show_messages() -> None:
-    """Let the library's messages (data drawn, boxes dropped, backbone pretrained) appear on a command line."""
+    """Let the library's messages (data drawn, boxes dropped, backbone pretrained) appear on a command line, once."""
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("detrlib").setLevel(logging.INFO)
+    logging.getLogger("detrlib").setLevel(logging.INFO if is_main_process() else logging.ERROR)

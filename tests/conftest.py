@@ -348,7 +348,8 @@ def metrics_without_times():
     def metrics_without_times(run_dir):
         """Records of metrics.jsonl without what a clock has measured."""
         records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-        return [{k: v for k, v in record.items() if not k.startswith("extra/")} for record in records]
+        measured = ("extra/iter_time", "extra/data_time", "extra/memory_mb")
+        return [{k: v for k, v in record.items() if k not in measured} for record in records]
 
     return metrics_without_times
 

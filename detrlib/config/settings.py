@@ -152,6 +152,8 @@ class Train(Section):
     log_every: int = Field(50, ge=1)  # iterations
     eval_every: int = Field(1, ge=1)  # epochs; the last one is always evaluated
     keep_every: int = Field(0, ge=0)  # epochs between checkpoints that are kept for good; 0: only last and best
+    # Minutes after which last.pt is written in the midst of an epoch, which a killed run then goes on from; 0: never.
+    save_minutes: float = Field(30.0, ge=0.0)
     tracking: Tracking = Tracking()
 
 

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -152,11 +153,19 @@ def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) ->
         dataset,
         collate_fn=pack,
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_training,
         persistent_workers=workers > 0,
         pin_memory=pinned,
         generator=torch.Generator(),  # or it would draw from that of the model, and when depends on the workers
         **order,
     )
+
+
+def _leave_signals_to_training(_worker: int) -> None:
+    """Signals often come to all processes of a group. A step whose batch is on its way still wants it; workers whose
+    training has ended end by themselves."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def worker_processes(settings: Data, images: int) -> int:
@@ -191,6 +200,25 @@ def batches(loader: Iterable[Packed]) -> Iterator[Batch]:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
 
 
+class Shared(torch.utils.data.Sampler):
+    """Batches of a data set in its order, each for one of the processes that share it.
+
+    They are those that one process alone would see, whole: what is computed of an image, by itself and beside which
+    others, does not depend on the number of processes, and none is counted twice. Some processes have a batch less.
+    """
+
+    def __init__(self, length: int, batch_size: int, process: int = 0, processes: int = 1):
+        self.length, self.own_size = length, batch_size
+        self.firsts = range(process * batch_size, length, processes * batch_size)  # of every batch its first image
+
+    def __len__(self) -> int:
+        return len(self.firsts)
+
+    def __iter__(self):
+        for first in self.firsts:
+            yield range(first, min(first + self.own_size, self.length))
+
+
 class Drawn(NamedTuple):
     """An image of a training batch, and what its random numbers follow from, see `augment.Draws`."""
 
@@ -207,13 +235,16 @@ class EpochSampler(torch.utils.data.Sampler):
     An epoch is a shuffle of all images, incomplete batches dropped; or, with `updates`, so many batches, which go on in
     an endless sequence of shuffles where the epoch before ended, so that every image comes equally often. Every process
     takes its slice of the same global batch. A set smaller than one batch is one batch.
+
+    `epoch` and `first`, the batch of it to begin with, from 0, are set from outside.
     """
 
     def __init__(
         self, length: int, batch_size: int, process: int, processes: int, seed: int, updates: int | None = None
     ):
         self.length, self.batch_size = length, min(batch_size, length - length % processes)
-        self.process, self.processes, self.seed, self.epoch, self.updates = process, processes, seed, 0, updates
+        self.process, self.processes, self.seed, self.updates = process, processes, seed, updates
+        self.epoch = self.first = 0
         if not self.batch_size:
             raise ConfigError(f"{length} training images cannot be shared by {processes} processes; use fewer")
 
@@ -233,7 +264,8 @@ class EpochSampler(torch.utils.data.Sampler):
             shuffle, start = divmod(self.epoch * images, self.length)
             shuffles = range(shuffle, shuffle - (-(start + images) // self.length))
             order = torch.cat([self._shuffle(number) for number in shuffles])[start : start + images]
-        for number, batch in enumerate(order.view(-1, self.batch_size).tolist(), self.epoch * len(self)):
+        left = order.view(-1, self.batch_size)[self.first :].tolist()
+        for number, batch in enumerate(left, self.epoch * len(self) + self.first):
             drawn = [
                 Drawn(index, f"{self.seed} batch {number} image {place}", f"{self.seed} batch {number}")
                 for place, index in enumerate(batch)

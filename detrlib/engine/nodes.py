@@ -6,8 +6,6 @@ import sys
 
 from detrlib.errors import RunError
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that a torchrun hands on; of these srun hands on the last alone
-
 
 def node_count() -> int:
     """How many nodes the Slurm job has in which this process runs; 1 outside, and in what srun has started."""
@@ -19,8 +17,7 @@ def torchrun(processes: int) -> list[str]:
 
     Raises RunError where Slurm does not say which nodes a job has.
     """
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    run += ["--signals-to-handle", SIGNALS]
+    run = [sys.executable, "-m", "detrlib.engine.agent", "--nproc-per-node", str(processes)]
     if (nodes := node_count()) == 1:
         return [*run, "--standalone"]
     job = os.environ["SLURM_JOB_ID"]

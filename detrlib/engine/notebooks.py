@@ -19,9 +19,11 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
+from traitlets.config import Config
 
 from detrlib.config import PROJECT, parse_value
-from detrlib.errors import ConfigError, RunError
+from detrlib.engine.children import LEAVING, interrupt, passing_on, stopped
+from detrlib.errors import ConfigError, RunError, Stopped
 from detrlib.files import write_atomic
 
 NOTEBOOKS = PROJECT / "notebooks"
@@ -31,19 +33,23 @@ ASKED = "notebooks.json"  # in a folder: {notebook: its parameters}, what is to 
 def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progress: bool = False) -> Path:
     """Run notebooks/<name>.ipynb with `parameters`; the executed copy is `output`, also when a cell fails.
 
-    Raises RunError naming the parameter, the failing cell and its error, or where the copy cannot be written.
+    Raises RunError naming the parameter, the failing cell and its error, or where the copy cannot be written; Stopped
+    where a signal came.
     """
     source = find_notebook(name)
     values = checked_parameters(source, parameters)
     if output.is_dir():
         raise RunError(f"{output} is a folder; name the file that the executed copy is to be")
-    cut_off = False
+    cut_off, options = False, {"cwd": str(PROJECT), "kernel_name": "python3", "log_output": False}
+    # On a signal nbclient interrupts the kernel, which saves, and waits half of this before it uses force.
+    options["config"] = Config({"KernelManager": {"shutdown_wait_time": 2 * LEAVING}})
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        papermill.execute_notebook(
-            source, output, values, cwd=str(PROJECT), progress_bar=progress, log_output=False, kernel_name="python3"
-        )
+        with passing_on(interrupt) as came:
+            papermill.execute_notebook(source, output, values, progress_bar=progress, **options)
     except PapermillExecutionError as error:
+        if error.ename == Stopped.__name__:
+            raise Stopped(error.evalue) from None
         raise RunError(
             f"{source.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue} (executed copy: {output})"
         ) from None
@@ -52,7 +58,7 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
     except (DeadKernelError, KeyboardInterrupt) as error:
         cut_off = True
         if isinstance(error, KeyboardInterrupt):
-            raise
+            raise stopped(came) from None
         raise RunError(f"{source.name}: {error}; was memory short? (executed copy: {output})") from None
     finally:
         if output.exists():

@@ -22,7 +22,7 @@ from detrlib.config.huggingface import source_folder
 from detrlib.data import CocoDataset, build_dataset
 from detrlib.data.classes import find_label
 from detrlib.engine.pretrain import backbone_weights
-from detrlib.errors import WeightsError, listed
+from detrlib.errors import ConfigError, WeightsError, listed
 from detrlib.files import weight_faults, write_json
 from detrlib.models import build_model, set_alphas
 from detrlib.runs.sources import Source, open_source
@@ -67,6 +67,17 @@ def learns_from_crops(cfg: Config) -> bool:
     """Whether the model begins with a backbone that learns from crops of the training data, and no other weights."""
     backbone, given = getattr(cfg.model, "backbone", None), cfg.train.start or getattr(cfg.model, "source", None)
     return backbone is not None and backbone.weights == "crops" and not given
+
+
+def wanted_classes(cfg: Config, dataset: CocoDataset) -> int:
+    """`model.num_classes`, or what the training data need. Raises ConfigError where it is too small for them."""
+    wanted = cfg.model.num_classes or dataset.num_classes
+    if wanted < dataset.num_classes:
+        raise ConfigError(
+            f"model.num_classes {wanted} is too small: {dataset.annotations_path} needs {dataset.num_classes}"
+            + ("" if cfg.data.contiguous else " (largest category id + 1; data.contiguous: true renumbers them)")
+        )
+    return wanted
 
 
 def initial_model(cfg: Config, weights: str | Path | None = None) -> nn.Module:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from detrlib.config import Config
+from detrlib.data import Batch
+from detrlib.engine.epoch import EpochSoFar
 from detrlib.engine.optimizer import build_optimizer, lr_factors
 from detrlib.errors import ConfigError
 from detrlib.files import load_checkpoint, load_weights, save_checkpoint
@@ -135,6 +137,12 @@ class TrainingState:
             save_checkpoint(folder / f"epoch-{self.epoch:04d}.pt", weights)
         save_checkpoint(folder / "last.pt", state)  # last: it says that the others of this epoch are written
 
+    def save_midway(self, folder: Path, so_far: EpochSoFar) -> None:
+        """Write last.pt in the midst of an epoch, or after its steps, before it was evaluated."""
+        added = {"epoch": so_far.number, "so_far": so_far.state_dict()}  # gathers from all processes
+        if self.accelerator.is_main_process:
+            save_checkpoint(folder / "last.pt", self.state_dict() | added)
+
     def best_so_far(self, run_dir: Path) -> str:
         """In words, which epoch was the best, and how to measure it."""
         path = run_dir / "checkpoints" / "best.pt"
@@ -144,8 +152,11 @@ class TrainingState:
         measure = f"detrlib evaluate {run_name(run_dir)} --checkpoint best"
         return f"best epoch: {epoch} of {self.epoch}, AP {self.best:.3f}; to measure it: {measure}"
 
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises RunError naming it when it is damaged or of another architecture."""
+    def restore(self, path: Path) -> dict | None:
+        """Go on from a checkpoint; of one that was written in the midst of an epoch, `EpochSoFar.state_dict`.
+
+        Raises RunError naming it when it is damaged or of another architecture.
+        """
         state = load_checkpoint(path, needed=self.state_dict())
         load_weights(self.trained, state["model"], path)
         if self.average is not None:
@@ -155,3 +166,19 @@ class TrainingState:
         self.epoch, self.global_step, self.best = state["epoch"], state["global_step"], state["best"]
         self.schedule.last_epoch = state["schedule"]  # the rates themselves came with the optimiser
         self._anneal()
+        return state.get("so_far")
+
+
+def keep_failure(state: TrainingState, run_dir: Path, batch: Batch, position: dict, what: str) -> str:
+    """Keep what is needed to look into a step that failed at a position of training; where it is, and the remedy."""
+    ids = [target["image_id"] for target in batch.targets]
+    path = run_dir / f"failure-{state.accelerator.process_index}.pt"
+    save_checkpoint(path, state.state_dict() | position | {"batch": tuple(batch), "image_ids": ids})
+    remedy = "Start again"
+    if (run_dir / "checkpoints" / "last.pt").exists():  # other settings are for another run
+        remedy = f"Start a new run from what was saved last, train.start: {run_name(run_dir)},"
+    return (
+        f"{what} at step {position['global_step']} (epoch {position['epoch'] + 1}, learning rates "
+        f"{position['learning_rates']}, image ids {ids}). Weights and batch are in {path}. {remedy} with a lower "
+        "train.lr, train.clip_norm: 0.1, train.warmup_steps, or train.precision: float32."
+    )

@@ -1,21 +1,30 @@
 """What a run tells the outside: messages, and metrics to services such as Weights & Biases, through Accelerate."""
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, WandBTracker, get_available_trackers, on_main_process
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from detrlib.config import PROJECT, Config, flat_settings
-from detrlib.errors import ConfigError
+from detrlib.errors import ConfigError, is_main_process
 from detrlib.models import alpha_modules, transform_modules
 
 log = logging.getLogger(__name__)
 
 TRACKING = "tracking"  # folder in a run for the files of services
+PROGRESS = "DETRLIB_PROGRESS"  # in the environment of processes whose launcher has a terminal, to which it passes bars
 MAIN = ("loss", "loss_class", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
+
+
+def progress(items: Iterable, what: str, shown: bool = True) -> tqdm:
+    """A bar over items, in the main process, on a terminal: its own, or that of the launcher, which passes it on."""
+    hidden = not (shown and is_main_process())
+    return tqdm(items, desc=what, leave=False, disable=hidden or (None if PROGRESS not in os.environ else False))
 
 
 def say(accelerator: Accelerator, *lines: object) -> None:

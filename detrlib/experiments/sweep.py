@@ -15,12 +15,11 @@ each reports in a folder of its own there.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +34,7 @@ from detrlib import runs
 from detrlib.config import PROJECT, Config, save_config
 from detrlib.data import build_dataset, look_over, open_splits
 from detrlib.data.shapes import cores
+from detrlib.engine.children import end, interrupt, passing_on, stopped, with_parent
 from detrlib.engine.notebooks import (
     ASKED,
     execute_notebook,
@@ -49,12 +49,11 @@ from detrlib.errors import ConfigError, RunError
 from detrlib.experiments.sweep_file import read_sweep
 from detrlib.experiments.time_left import Course, seconds_left
 from detrlib.files import write_atomic, write_json
+from detrlib.runs.owner import owned
 
 SECONDS = 2  # between two looks at the runs where a bar is shown
 LINES = {False: 15, True: 60}  # seconds between two lines elsewhere, before and after the time left is known
 REPORT = "report.html"
-GRACE = 5  # seconds; a terminal interrupts children too, and twice would be in the midst of their leaving in order
-PATIENCE = 30  # seconds that an interrupted run has for leaving in order, before it is interrupted again
 
 
 @dataclass
@@ -107,14 +106,27 @@ def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -
 
     Raises:
         ConfigError: the file is no sweep, or a setting in it is wrong.
-        RunError: runs failed; the others are finished first.
+        RunError: runs failed; the others are finished first. Or one is worked on by another process.
+        Stopped: a signal came, and everything that was begun has saved and left.
     """
     jobs, home, parameters = planned(path, folder)
     report = home / REPORT
     if report.exists() and all(job.finished for job in jobs):
         print(f"all {len(jobs)} runs are done: {report}")
         return report
-    ordered = waves(jobs)
+    with ExitStack() as stack:
+        for own in dict.fromkeys([home, *(job.folder for job in jobs if not job.finished)]):
+            stack.enter_context(owned(own))
+        came = stack.enter_context(passing_on(interrupt))
+        try:
+            return _carry_out(jobs, home, parameters, parallel)
+        except KeyboardInterrupt:
+            raise stopped(came) from None
+
+
+def _carry_out(jobs: list[Job], home: Path, parameters: dict[str, Any], parallel: int | None) -> Path:
+    """Train and evaluate what is missing, and report. Arguments and faults are those of `sweep`."""
+    report, ordered = home / REPORT, waves(jobs)
     _prepare(jobs)
     for wave in ordered:
         _work_off(jobs, wave, parallel or _slots())
@@ -164,7 +176,12 @@ def _draw(folder: Path, names: list[str], asked: dict[str, Any]) -> Path:
     log, report = folder / "log.txt", find_notebook("thesis_figures").name
     with log.open("a") as output:
         maps = subprocess.Popen(
-            [sys.executable, "-m", "detrlib", "sweep-run", str(folder)], cwd=PROJECT, stdout=output, stderr=output
+            [sys.executable, "-m", "detrlib", "sweep-run", str(folder)],
+            cwd=PROJECT,
+            env=with_parent(),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # signals from a terminal come by this process
         )
     try:
         parameters = {**asked, "run_names": names, "output": _within_project(folder / "figures")}
@@ -172,21 +189,9 @@ def _draw(folder: Path, names: list[str], asked: dict[str, Any]) -> Path:
         if maps.wait():
             raise RunError(f"{log}: {last_line(log)}. Call again to draw what is missing.")
     except BaseException:
-        _interrupt([maps])
+        end([maps])
         raise
     return executed
-
-
-def _interrupt(processes: list[subprocess.Popen]) -> None:
-    """Wait until processes have left in order, as they do where a terminal has interrupted them too; those that have
-    not heard of it, as one that is just beginning may, are interrupted, twice."""
-    for seconds, again in ((GRACE, True), (PATIENCE, True), (PATIENCE, False)):
-        end = time.monotonic() + seconds
-        for process in processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0, end - time.monotonic()))
-            if again:
-                process.send_signal(signal.SIGINT)  # nothing happens to one that has left
 
 
 def _prepare(jobs: list[Job]) -> None:
@@ -243,7 +248,7 @@ def _work_off(jobs: list[Job], waiting: list[Job], slots: int) -> None:
             interrupted.set()
             with starting:
                 processes = [process for job in jobs if (process := job.process)]
-            _interrupt(processes)
+            end(processes)
             raise
 
 
@@ -262,7 +267,8 @@ def _start(job: Job, slot: int, slots: int) -> None:
     write_json(job.folder / ASKED, _asked(job, len(gpus) or None))
     command = [sys.executable, "-m", "detrlib", "sweep-run", str(job.folder)]
     with (job.folder / "log.txt").open("a") as log:
-        job.process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}  # as of `_draw`
+        job.process = subprocess.Popen(command, cwd=PROJECT, env=with_parent(environment), **options)
     job.course.started = time.monotonic()
 
 

@@ -24,4 +24,13 @@ from detrlib.runs.folder import (
     truncate_metrics,
 )
 from detrlib.runs.maps import AttentionStore
-from detrlib.runs.opening import begin_folder, environment, open_run, refuse_other_settings, refuse_run, slurm_job
+from detrlib.runs.opening import (
+    begin_folder,
+    environment,
+    note_start,
+    note_stop,
+    open_run,
+    refuse_other_settings,
+    refuse_run,
+    slurm_job,
+)

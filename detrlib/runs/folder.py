@@ -169,9 +169,9 @@ def read_metrics(run_dir: Path) -> list[dict]:
     return records
 
 
-def truncate_metrics(run_dir: Path, last_step: int) -> None:
-    """Forget what was logged after the checkpoint that a run resumes from."""
-    kept = [record for record in read_metrics(run_dir) if record["global_step"] <= last_step]
+def truncate_metrics(run_dir: Path, last_step: int, epoch: int) -> None:
+    """Forget what was logged after the checkpoint that a run resumes from, of a step and of so many whole epochs."""
+    kept = [r for r in read_metrics(run_dir) if r["global_step"] <= last_step and r["epoch"] <= epoch]
     lines = "".join(json.dumps(record) + "\n" for record in kept)
     write_atomic(run_dir / "metrics.jsonl", lambda path: path.write_text(lines))
 
@@ -249,9 +249,11 @@ def load_table(run_dir: Path, name: str, made_by: str = "detrlib evaluate") -> p
     path = _table_path(run_dir, name)
     if not path.exists():
         raise RunError(f"no {path}; measure the run (again): {made_by} {run_dir}")
-    part_files(path)  # raises where some are missing
+    parts = part_files(path)  # raises where some are missing
     try:
-        return pd.read_parquet(path)
+        table = pd.read_parquet(path)
+        # Processes have every other batch each.
+        return table.sort_values("image_id", kind="stable", ignore_index=True) if len(parts) > 1 else table
     except (OSError, ValueError) as error:  # pyarrow's own errors are among these
         raise RunError(f"{path} is not readable ({error}); delete it, then: {made_by} {run_dir}") from error
 

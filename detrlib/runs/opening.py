@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ WHERE = (
 FREE_TO_CHANGE = (
     *("data.workers", "data.cache", "data.check", "data.truncated", "train.micro_batch"),
     *("train.checkpoint_activations", "train.compile", "train.log_every", "train.keep_every", "train.tracking"),
+    "train.save_minutes",
     "evaluate",
 )
 FROM_DATA = ("model.num_classes", "data.classes")  # which training fills in where a config leaves them open
@@ -57,7 +59,31 @@ def begin_folder(run_dir: Path, cfg: Config, data: Mapping[str, Any] | None = No
     write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
     if data:
         write_json(run_dir / "data.json", data)
-    write_json(run_dir / "environment.json", environment())
+    before = _known_environment(run_dir)
+    write_json(run_dir / "environment.json", environment() | {key: before[key] for key in ("starts",) if key in before})
+
+
+def note_start(run_dir: Path, global_step: int) -> None:
+    """Add to `starts` in environment.json that training begins, or goes on, after so many steps, and when."""
+    known, begun = _known_environment(run_dir), datetime.now().isoformat(timespec="seconds")
+    starts = [*known.get("starts", []), {"at": begun, "global_step": global_step}]
+    write_json(run_dir / "environment.json", known | {"starts": starts})
+
+
+def note_stop(run_dir: Path, global_step: int, by: str) -> None:
+    """Add to the last of `starts` in environment.json at which step, and by which signal, training was stopped."""
+    known = _known_environment(run_dir)
+    *earlier, last = known["starts"]
+    starts = [*earlier, last | {"stopped": global_step, "signal": by}]
+    write_json(run_dir / "environment.json", known | {"starts": starts})
+
+
+def _known_environment(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "environment.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}); delete it, then start the run again to continue") from error
 
 
 def refuse_other_settings(new: Config, run_dir: Path, data: Mapping[str, Any] | None = None) -> None:

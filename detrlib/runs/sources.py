@@ -34,6 +34,7 @@ from detrlib.runs.folder import (
     run_path,
 )
 from detrlib.runs.opening import begin_folder
+from detrlib.runs.owner import OWNER, owning
 
 logger = logging.getLogger(__name__)
 
@@ -83,18 +84,19 @@ def _of_huggingface(folder: Path, overrides: Mapping[str, Any] | None) -> Source
 
 
 def free_path(name: str | Path) -> Path:
-    """The folder of a run that is to be made. Raises RunError if it is already there."""
+    """The folder of a run that is to be made. Raises RunError if there is something in it."""
     run_dir = run_path(name)
-    if run_dir.exists():
+    if run_dir.exists() and not (run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {OWNER}):
         raise RunError(f"{run_dir} is there already; choose another run name, or delete the folder")
     return run_dir
 
 
+@owning
 def save_run(source: Source, run_dir: Path) -> None:
     """A run folder around weights, ready to be evaluated, after which it is like any other run's.
 
-    Its results.json, empty of numbers until then, says that there is nothing to resume. Raises RunError if the folder
-    is already there.
+    Its results.json, empty of numbers until then, says that there is nothing to resume. Raises RunError where there
+    is something in the folder.
     """
     free_path(run_dir)
     state = build_source(source).state_dict()

@@ -13,7 +13,7 @@ from detrlib.config import PROJECT, load_config
 from detrlib.engine import launch as door
 from detrlib.engine.launch import launch
 from detrlib.engine.loop import train
-from detrlib.errors import RunError
+from detrlib.errors import STOPPED, RunError
 from detrlib.files import load_checkpoint
 from detrlib.runs.opening import open_run
 
@@ -106,6 +106,43 @@ def test_two_processes_in_parts_of_a_batch_equal_one(tmp_path, capfd, metrics_wi
     one, two = (load_checkpoint(tmp_path / run / "checkpoints" / "last.pt")["model"] for run in ("one", "two"))
     for name, weight in one.items():
         assert (two[name] - weight).abs().max() < 2e-5, name
+
+
+SIGNAL_TO_ONE = """
+import os, signal
+from detrlib.engine import loop
+
+real, steps = loop.train_step, iter(range(9))
+
+def stopping(*given, **settings):
+    if next(steps) == 1 and os.environ["RANK"] == "1":
+        signal.raise_signal(signal.SIGUSR1)
+    return real(*given, **settings)
+
+loop.train_step = stopping
+loop.main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_alike_when_one_gets_a_signal_and_go_on(tmp_path, capfd, metrics_without_times, tiny_config):
+    """In an epoch with dropout, in parts of a batch, averaged, prepared by workers."""
+    chosen = {"train.epochs": 1, "train.ema": 0.9, "train.micro_batch": 3, "data.workers": 1, "data.augment": "detr"}
+    cfg, whole, parts = tiny_config(chosen), tmp_path / "whole", tmp_path / "parts"
+    through_launch(cfg, whole, capfd)
+    open_run(cfg, parts)
+    (tmp_path / "stopped.py").write_text(SIGNAL_TO_ONE)
+    stopped = command("torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "stopped.py", parts)
+    assert stopped.returncode and f"exitcode  : {STOPPED}" in stopped.stderr, stopped.stderr
+    assert stopped.stderr.count("at step 2, after epoch 0 of 1 and 2 of 4 updates") == 1
+    assert "Traceback" not in stopped.stderr
+    assert "resuming" in through_launch(cfg, parts, capfd)
+    assert metrics_without_times(parts) == metrics_without_times(whole)
+    first, second = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, parts))
+    for part in ("model", "average"):
+        assert [name for name, value in first[part].items() if not torch.equal(second[part][name], value)] == []
+    results, expected = (json.loads((run / "results.json").read_text()) for run in (parts, whole))
+    assert {**results, "seconds": 0} == {**expected, "seconds": 0}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from detrlib.engine.evaluate import evaluate_run, load_model
 from detrlib.engine.examples import ValidationImages
 from detrlib.engine.loop import train
 from detrlib.engine.predict import predict
-from detrlib.errors import ConfigError, NonFiniteLoss, RunError
+from detrlib.errors import ConfigError, NonFiniteLoss, RunError, Stopped
 from detrlib.experiments.explain import faithfulness_run
 from detrlib.experiments.intervene import intervene_run, plan
 from detrlib.experiments.interventions import attention_modules
@@ -40,18 +41,23 @@ def same(a, b):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Makes the next training stop, as Ctrl-C does, before update number `step` (from 0)."""
+    """Makes the next training end at once before its update number `step` (from 0), as a second Ctrl-C does.
 
-    def arm(step):
-        real, steps = training.train_step, iter(range(step + 1))
+    Or it gets a signal in this update, after which it saves and stops; `what`: or in such a call of another function.
+    """
+
+    def arm(step, by=None, what="train_step"):
+        real, steps = getattr(training, what), iter(range(step + 1))
 
         def stopping(*given, **settings):
             if next(steps) == step:
-                monkeypatch.setattr(training, "train_step", real)
-                raise KeyboardInterrupt
+                monkeypatch.setattr(training, what, real)
+                if by is None:
+                    raise KeyboardInterrupt
+                signal.raise_signal(by)
             return real(*given, **settings)
 
-        monkeypatch.setattr(training, "train_step", stopping)
+        monkeypatch.setattr(training, what, stopping)
 
     return arm
 
@@ -122,10 +128,16 @@ VARIANTS = {
 def test_stop_and_resume_equals_an_uninterrupted_run(
     tmp_path, interrupt, quick_crops, overrides, metrics_without_times, tiny_config
 ):
+    """By a signal within the first epoch, and killed within the second, which is then repeated."""
     cfg = tiny_config(overrides)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = train(cfg, whole)
-    interrupt(STEPS + 2)  # within the second epoch
+    interrupt(1, signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM at step 2,"):
+        train(cfg, parts)
+    last = load_checkpoint(parts / "checkpoints" / "last.pt")
+    assert (last["epoch"], last["global_step"], last["so_far"]["steps"]) == (0, 2, 2)
+    interrupt(expected["global_step"] // 2)  # within the second epoch
     with pytest.raises(KeyboardInterrupt):
         train(cfg, parts)
     assert load_checkpoint(parts / "checkpoints" / "last.pt")["epoch"] == 1
@@ -135,6 +147,49 @@ def test_stop_and_resume_equals_an_uninterrupted_run(
     assert metrics_without_times(parts) == metrics_without_times(whole)
     assert {**results, "seconds": 0} == {**expected, "seconds": 0}
     assert json.loads((parts / "results.json").read_text())["epoch"] == 2
+
+
+def test_a_run_stopped_while_it_is_evaluated_does_it_again(tmp_path, interrupt, metrics_without_times, tiny_config):
+    """And so does one that was stopped in its last evaluation; the interrupt of a notebook is a signal too."""
+    cfg = tiny_config()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = train(cfg, whole)
+    for epoch, step in enumerate((STEPS, 2 * STEPS)):
+        interrupt(epoch, signal.SIGINT, "evaluate")
+        with pytest.raises(Stopped, match=f"SIGINT at step {step}, after epoch {epoch} of 2 and {STEPS} of {STEPS}"):
+            train(cfg, parts)
+    results = train(cfg, parts)
+    assert same(*(load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, parts)))
+    assert metrics_without_times(parts) == metrics_without_times(whole)
+    assert {**results, "seconds": 0} == {**expected, "seconds": 0}
+    starts = json.loads((parts / "environment.json").read_text())["starts"]
+    assert [start["global_step"] for start in starts] == [0, STEPS, 2 * STEPS]
+    assert [start.get("stopped") for start in starts] == [STEPS, 2 * STEPS, None]
+    assert [start.get("signal") for start in starts] == ["SIGINT", "SIGINT", None]
+
+
+def test_a_killed_run_goes_on_where_it_was_saved_last(tmp_path, interrupt, metrics_without_times, tiny_config):
+    """Also where that was at the end of an epoch whose record was written, but not its checkpoint."""
+    cfg = tiny_config({"train.save_minutes": 1e-9})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(tiny_config(), whole)
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, parts)
+    assert load_checkpoint(parts / "checkpoints" / "last.pt")["global_step"] == 2
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"global_step": 2, "epoch": 1, "epoch/loss": 0.0}\n')
+    train(cfg, parts)
+    assert metrics_without_times(parts) == metrics_without_times(whole)
+    assert same(*(load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, parts)))
+
+
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path, interrupt, tiny_config):
+    before = signal.getsignal(signal.SIGUSR1)
+    interrupt(0, signal.SIGUSR1, "look_over")
+    with pytest.raises(Stopped, match="SIGUSR1 before the first step"):
+        train(tiny_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists() and signal.getsignal(signal.SIGUSR1) == before
 
 
 @pytest.mark.gpu

@@ -43,7 +43,7 @@ def test_a_line_of_metrics_that_is_no_record_is_named(tmp_path, line):
     runs.append_metrics(tmp_path, record(1, 0))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(f"{line}\n")
-    for read in (runs.read_metrics, lambda run_dir: runs.truncate_metrics(run_dir, 1)):
+    for read in (runs.read_metrics, lambda run_dir: runs.truncate_metrics(run_dir, 1, 1)):
         with pytest.raises(RunError, match=r"metrics\.jsonl: line 2"):
             read(tmp_path)
 
@@ -53,7 +53,7 @@ def test_truncating_forgets_later_steps_and_a_line_cut_short(tmp_path):
         runs.append_metrics(tmp_path, record(step, epoch))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"global_st')
-    runs.truncate_metrics(tmp_path, 2)
+    runs.truncate_metrics(tmp_path, 2, 9)
     runs.append_metrics(tmp_path, record(3, 2))
     assert runs.read_metrics(tmp_path) == [record(1, 0), record(2, 0), record(2, 1), record(3, 2)]
 

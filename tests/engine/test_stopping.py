@@ -1,0 +1,97 @@
+"""Which signals end training, and when; what processes agree on is proved where there are several, in test_launch."""
+
+import os
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from detrlib.engine import stopping
+from detrlib.engine.stopping import SIGNALS, Stopping, Wish
+from detrlib.errors import Stopped
+
+ALONE = SimpleNamespace(num_processes=1, is_main_process=True)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_taken_and_a_later_one_does_what_it_did_before(number, clock, capfd):
+    heard, before = [], signal.getsignal(number)
+    signal.signal(number, lambda *_: heard.append(number))
+    try:
+        with Stopping(ALONE, 0) as own:
+            own.training = True
+            assert own.agreed() is Wish.NOTHING
+            signal.raise_signal(number)
+            assert own.agreed() is Wish.STOP and own.asked() and own.name in capfd.readouterr().err
+            signal.raise_signal(number)  # sent to all processes, and by torchrun once more
+            assert heard == []
+            clock.now += stopping.SAME + 1
+            signal.raise_signal(number)
+            assert heard == [number]
+        signal.raise_signal(number)
+        assert heard == [number] * 2
+    finally:
+        signal.signal(number, before)
+
+
+def test_before_there_is_something_to_save_a_signal_ends_at_once():
+    with pytest.raises(Stopped, match="SIGTERM before the first step"), Stopping(ALONE, 0):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_what_is_ignored_stays_so_and_a_fork_ends_as_before():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Stopping(ALONE, 0) as own:
+            signal.raise_signal(signal.SIGHUP)
+            assert not own.asked()
+            if not (child := os.fork()):
+                os.kill(os.getpid(), signal.SIGTERM)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_another_thread_takes_no_signals():
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def enter():
+        with Stopping(ALONE, 0):
+            seen.update({number: signal.getsignal(number) for number in SIGNALS})
+
+    seen = {}
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == handlers
+
+
+def test_it_is_saved_every_so_many_minutes(clock):
+    every, never = Stopping(ALONE, 2), Stopping(ALONE, 0)
+    clock.now += 119
+    assert every.agreed() is Wish.NOTHING
+    clock.now += 1
+    assert every.agreed() is Wish.SAVE and never.agreed() is Wish.NOTHING
+    every.saved()
+    assert every.agreed() is Wish.NOTHING
+
+
+@pytest.mark.parametrize("others, agreed", [(0, Wish.SAVE), (1, Wish.SAVE), (2, Wish.STOP), (12, Wish.STOP)])
+def test_what_one_process_wishes_is_done_by_all(clock, others, agreed):
+    """`others`: the sum of what six more wish, of whom the main one is this or one of them."""
+    seven = SimpleNamespace(num_processes=7, is_main_process=others != 1, reduce=lambda x, _: (x + added) / 7)
+    added = torch.tensor([60.0, 0.0, float(others)])
+    own = Stopping(seven, 1)
+    clock.now += 60
+    assert own.mean(torch.tensor([10.0, 7.0])).tolist() == [10.0, 1.0]
+    assert own.agreed() is agreed
