@@ -274,8 +274,8 @@ def _start(job: Job, slot: int, slots: int) -> None:
 
 def _asked(job: Job, gpus: int | None) -> dict[str, dict[str, Any]]:
     """The notebooks that are left of a run, and their parameters."""
-    name = {"run_name": _within_project(job.folder)}
-    asked = {"train": {"config": str(job.folder / "sweep.yaml"), "gpus": gpus} | name, "evaluate": job.measure | name}
+    name = {"run_name": _within_project(job.folder), "gpus": gpus}
+    asked = {"train": {"config": str(job.folder / "sweep.yaml")} | name, "evaluate": job.measure | name}
     if runs.is_finished(job.folder):
         del asked["train"]
     return asked

@@ -226,9 +226,9 @@ def test_an_interrupt_while_figures_are_drawn_ends_the_drawing_of_maps(deaf, tmp
 
 
 def test_training_that_is_done_is_not_asked_for_again(tmp_path):
-    job, name = sweep.Job(tmp_path, load_config(), {"num_examples": 2}), {"run_name": str(tmp_path)}
+    job, name = sweep.Job(tmp_path, load_config(), {"num_examples": 2}), {"run_name": str(tmp_path), "gpus": 3}
     evaluated = {"evaluate": {"num_examples": 2} | name}
-    trained = {"train": {"config": str(tmp_path / "sweep.yaml"), "gpus": 3} | name}
+    trained = {"train": {"config": str(tmp_path / "sweep.yaml")} | name}
     assert sweep._asked(job, 3) == trained | evaluated
     (tmp_path / "results.json").write_text("{}")
     assert sweep._asked(job, 3) == evaluated
