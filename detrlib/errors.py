@@ -30,6 +30,10 @@ class RunError(DetrlibError):
     """A run cannot be read, started or finished as asked; the message names the folder or file."""
 
 
+class DamagedFile(RunError):
+    """A file of ours holds other bytes than were written, or is no such file; the message names it and the remedy."""
+
+
 class ModelError(DetrlibError, ValueError):
     """A model lacks the attention, layer, head or detection that is asked for; the message says which it has."""
 

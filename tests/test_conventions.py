@@ -33,7 +33,7 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 710,
+    ".": 820,
     "config": 1320,
     "attention": 2125,
     "attention/kernels": 1030,
@@ -42,7 +42,7 @@ CEILINGS = {
     "checkpoints": 1400,
     "data": 3520,
     "metrics": 2570,
-    "runs": 1890,
+    "runs": 1985,
     "engine": 2840,
     "experiments": 3610,
     "figures": 3380,

@@ -24,7 +24,7 @@ from detrlib.config import flat_settings, load_config
 from detrlib.config.attention import SiteName
 from detrlib.data.classes import names_by_label
 from detrlib.errors import ConfigError, WeightsError
-from detrlib.files import save_checkpoint, write_atomic
+from detrlib.files import write_atomic, write_checkpoint
 
 Layout = Literal["safetensors", "official", "huggingface", "program", "onnx"]
 BY_SUFFIX: dict[str, Layout] = {
@@ -146,4 +146,4 @@ def write_official(source: Source, path: Path) -> None:
     for name, value in settings.items():
         if name.startswith("model.") and not name.startswith((*UNTOLD, *unused)) and read.get(name) != value:
             raise WeightsError(f"an official file does not tell {name} {value}; write a .safetensors file instead")
-    save_checkpoint(path, {"model": state, "epoch": source.epoch, "args": arguments})
+    write_checkpoint(path, {"model": state, "epoch": source.epoch, "args": arguments})

@@ -18,7 +18,7 @@ from detrlib.data.columns import BoxColumns, Columns, ImageColumns, Names
 from detrlib.data.formats import open_content
 from detrlib.data.shapes import cache_folder
 from detrlib.errors import RunError
-from detrlib.files import one_at_a_time, save_checkpoint
+from detrlib.files import one_at_a_time, write_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def read_columns(annotations: Path) -> Columns:
         with one_at_a_time(index):  # of the processes of a training, one reads and the others wait
             if (known := _load(index)) is None:
                 known = _read(annotations)
-                save_checkpoint(index, _state(known))
+                write_checkpoint(index, _state(known))
                 known = _load(index) or known  # now shared with the others
     except (OSError, RunError) as error:  # a cache that cannot be written is no reason not to train
         logger.warning("every process reads %s anew: %s", annotations, error)

@@ -111,7 +111,7 @@ def _open_trainer(cfg: Config, run_dir: Path, accelerator: Accelerator, stopping
             first = starting_model(cfg, train_set)
         say(look_over(splits, cfg.model.num_queries, cfg.data.check))
         if not resume:
-            say(*unfit_for_crops(cfg, train_set))
+            say(*runs.begins_again(run_dir), *unfit_for_crops(cfg, train_set))
         model, start = (initial_model(cfg, "none"), None) if resume else first or starting_model(cfg, train_set)
         runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:
@@ -162,12 +162,13 @@ class Trainer:
         try:
             return self._finish()
         except Stopped:
-            self._save_midway()
-            by, where = self.stopping.name, self._where()
-            if self.accelerator.is_main_process:
-                runs.note_stop(self.run_dir, self.state.global_step, by)
-                self.say(self.state.best_so_far(self.run_dir))
-            raise Stopped(f"stopped by {by} at {where}, and saved; the same run name goes on there") from None
+            pass  # where it was, the model is still in use, see `close`
+        self._save_midway()
+        by, where = self.stopping.name, self._where()
+        if self.accelerator.is_main_process:
+            runs.note_stop(self.run_dir, self.state.global_step, by)
+            self.say(self.state.best_so_far(self.run_dir))
+        raise Stopped(f"stopped by {by} at {where}, and saved; the same run name goes on there")
 
     def _finish(self) -> dict:
         """All that is left, and the results."""
@@ -253,11 +254,12 @@ class Trainer:
         self.stopping.saved()
 
     def _restore(self) -> None:
-        """Go on where last.pt was written."""
-        if so_far := self.state.restore(self.run_dir / "checkpoints" / "last.pt"):
+        """Go on where training was saved."""
+        why = self.state.restore(self.run_dir / "checkpoints")
+        if self.state.midway:
             self.so_far = EpochSoFar(self.state.epoch, self.cfg.train.seed, self.accelerator)
-            self.so_far.load_state_dict(so_far)
-        self.say(f"resuming {runs.run_name(self.run_dir)} at {self._where()}")
+            self.so_far.load_state_dict(self.state.midway)
+        self.say(*[why] * bool(why), f"resuming {runs.run_name(self.run_dir)} at {self._where()}")
 
     def _where(self) -> str:
         """In words, how far training has come."""

@@ -6,7 +6,7 @@
         start.json         what training started from, where that was other weights (`train.start`)
         micro_batch.json   what `train.micro_batch: auto` has found, and on which device
         metrics.jsonl      one line per logged step or epoch, flat "group/name" keys
-        checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
+        checkpoints/       last.pt (resume), previous.pt (the one before), best.pt and epoch-*.pt (weights)
         results.json       final numbers; with `unfinished`: of a run that was interrupted, evaluated all the same
         predictions.json   COCO-format detections           examples/*.npz     images and their detections
         maps/*.parquet     attention maps, see `maps`
@@ -15,10 +15,11 @@
         *.ipynb            executed notebooks
 
 Files are written to a temporary neighbour and renamed, so a reader or a resumed run never meets half of one; lines of
-metrics.jsonl are appended, and a last line cut short is ignored.
+metrics.jsonl are appended, and one that is cut short or damaged is left out.
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -33,6 +34,8 @@ from detrlib.data.classes import names_by_label
 from detrlib.errors import RunError, listed
 from detrlib.files import write_atomic
 from detrlib.metrics.tables import part_files
+
+log = logging.getLogger(__name__)
 
 RUNS = PROJECT / "papermill_runs"
 RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders that are no results of a split
@@ -152,21 +155,24 @@ def append_metrics(run_dir: Path, record: dict[str, float | int | None]) -> None
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The records of metrics.jsonl; a last line cut short by a crash is left out.
+    """The records of metrics.jsonl, each of which has a global_step and an epoch.
 
-    Raises RunError naming the file and the line of what is no record, each of which has a global_step and an epoch.
+    A last line cut short by a crash is left out; any other that is no record too, with a warning naming it.
     """
     path = run_dir / "metrics.jsonl"
-    records = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(record, dict) or not {"global_step", "epoch"} <= record.keys():
-            raise RunError(f"{path}: line {number} is no record with global_step and epoch; remove it, or the file")
-        records.append(record)
-    return records
+    *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    records = [_record(line) for line in (*lines, cut)]
+    if lost := [number for number, record in enumerate(records[: len(lines)], start=1) if record is None]:
+        log.warning("%s: what line %s said is lost: the file was damaged", path, listed(lost))
+    return [record for record in records if record is not None]
+
+
+def _record(line: bytes) -> dict | None:
+    try:
+        record = json.loads(line)
+        return record if isinstance(record["global_step"] + record["epoch"], int) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def truncate_metrics(run_dir: Path, last_step: int, epoch: int) -> None:

@@ -17,6 +17,7 @@ from detrlib.data import describe_data
 from detrlib.errors import RunError, listed
 from detrlib.files import write_atomic, write_json
 from detrlib.runs.folder import is_finished
+from detrlib.runs.trained import can_resume
 
 # Where data lie: they may move, as long as they hold the same.
 WHERE = (
@@ -44,11 +45,11 @@ def refuse_run(cfg: Config, run_dir: Path, data: Mapping[str, Any] | None = None
     """Whether training with `cfg` would resume in `run_dir`; nothing is written.
 
     data: as `describe_data` describes those of `cfg`, where they are open already.
-    Raises RunError if the run is finished, or was begun with other settings or data.
+    Raises RunError if the run is finished, has lost its checkpoints, or was begun with other settings or data.
     """
     if is_finished(run_dir):
         raise RunError(f"{run_dir} is finished and is not overwritten; choose another run name, or delete the folder")
-    checkpoint = (run_dir / "checkpoints" / "last.pt").exists()
+    checkpoint = can_resume(run_dir)
     if checkpoint and (run_dir / "config.yaml").exists():  # before the first checkpoint, other settings lose nothing
         refuse_other_settings(cfg, run_dir, data)
     return checkpoint

@@ -23,7 +23,7 @@ from detrlib.config import replace as replace_settings
 from detrlib.config.huggingface import fetch_huggingface, read_json
 from detrlib.data.classes import class_list
 from detrlib.errors import ConfigError, RunError, WeightsError
-from detrlib.files import load_checkpoint, save_checkpoint, write_json
+from detrlib.files import load_checkpoint, write_checkpoint, write_json
 from detrlib.runs.folder import (
     RESERVED,
     RUNS,
@@ -102,7 +102,7 @@ def save_run(source: Source, run_dir: Path) -> None:
     state = build_source(source).state_dict()
     classes = {"data.classes": class_list(source.names)} if source.names and not source.cfg.data.classes else {}
     begin_folder(run_dir, replace_settings(source.cfg, classes))
-    save_checkpoint(run_dir / "checkpoints" / "last.pt", {"model": state, "epoch": source.epoch, "global_step": 0})
+    write_checkpoint(run_dir / "checkpoints" / "last.pt", {"model": state, "epoch": source.epoch, "global_step": 0})
     write_json(run_dir / "results.json", {"imported": source.path.name})
 
 

@@ -22,7 +22,7 @@ from detrlib.errors import ConfigError, NonFiniteLoss, RunError, Stopped
 from detrlib.experiments.explain import faithfulness_run
 from detrlib.experiments.intervene import intervene_run, plan
 from detrlib.experiments.interventions import attention_modules
-from detrlib.files import load_checkpoint, save_checkpoint
+from detrlib.files import load_checkpoint, write_checkpoint
 from detrlib.runs.folder import class_names, is_finished, load_results, looking_at
 
 STEPS = 4  # per epoch of a tiny run
@@ -279,7 +279,7 @@ def test_the_average_is_judged_rather_than_the_weights(tmp_path, tiny_config):
     assert state["averaged_steps"] == 2 * STEPS
     assert not same(state["average"], state["model"])
     assert evaluate_run(tmp_path)["attention"] == results["attention"]
-    save_checkpoint(tmp_path / "checkpoints" / "raw.pt", state | {"average": None})
+    write_checkpoint(tmp_path / "checkpoints" / "raw.pt", state | {"average": None})
     assert evaluate_run(tmp_path, "raw")["attention"] != results["attention"]
 
 
@@ -301,7 +301,8 @@ def test_best_is_the_epoch_with_the_best_ap(tmp_path, monkeypatch, tiny_config):
     monkeypatch.setattr(training.Trainer, "_validate", lambda self: validate(self) | {"detection/AP": next(scores)})
     train(tiny_config({"train.epochs": 4, "train.keep_every": 2}), tmp_path)
     folder = tmp_path / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "epoch-0002.pt", "epoch-0004.pt", "last.pt"]
+    names = sorted(path.stem for path in folder.iterdir())
+    assert names == ["best", "epoch-0002", "epoch-0004", "last", "previous"]
     best, second, last = (load_checkpoint(folder / f"{name}.pt") for name in ("best", "epoch-0002", "last"))
     assert best["epoch"] == 2 and same(best["model"], second["model"])
     assert last["epoch"] == 4 and last["best"] == 0.5

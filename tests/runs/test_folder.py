@@ -38,14 +38,19 @@ def test_metrics_survive_a_line_cut_short_and_numbers_that_are_none(tmp_path):
     assert runs.read_metrics(tmp_path / "elsewhere") == []
 
 
-@pytest.mark.parametrize("line", ['{"train/loss": 1.0}', "3", '{"global_step": 3}'])
-def test_a_line_of_metrics_that_is_no_record_is_named(tmp_path, line):
+@pytest.mark.parametrize(
+    "line", [b'{"train/loss": 1.0}', b"3", b'{"global_step": "3", "epoch": "1"}', b'{"gl\x8f', b"\0" * 9]
+)
+def test_a_damaged_line_of_metrics_is_lost_and_no_other(tmp_path, caplog, line):
     runs.append_metrics(tmp_path, record(1, 0))
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(f"{line}\n")
-    for read in (runs.read_metrics, lambda run_dir: runs.truncate_metrics(run_dir, 1, 1)):
-        with pytest.raises(RunError, match=r"metrics\.jsonl: line 2"):
-            read(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    runs.append_metrics(tmp_path, record(2, 0))
+    assert runs.read_metrics(tmp_path) == [record(1, 0), record(2, 0)]
+    assert "metrics.jsonl: what line 2 said is lost" in caplog.text
+    runs.truncate_metrics(tmp_path, 2, 9)
+    caplog.clear()
+    assert runs.read_metrics(tmp_path) == [record(1, 0), record(2, 0)] and not caplog.text
 
 
 def test_truncating_forgets_later_steps_and_a_line_cut_short(tmp_path):

@@ -9,7 +9,7 @@ from detrlib import runs
 from detrlib.config import load_config
 from detrlib.data import build_dataset, describe_data
 from detrlib.errors import RunError
-from detrlib.files import save_checkpoint, write_json
+from detrlib.files import write_checkpoint, write_json
 
 
 def test_opening_a_new_an_unfinished_and_a_finished_run(tmp_path, tiny_config):
@@ -24,7 +24,7 @@ def test_opening_a_new_an_unfinished_and_a_finished_run(tmp_path, tiny_config):
     assert runs.open_run(tiny_config(free | {"model.num_classes": 7}), run_dir) is True
     assert runs.open_run(tiny_config({"model.num_classes": 9}), run_dir) is True  # nothing is lost yet
     assert runs.open_run(tiny_config({"model.num_classes": 7}), run_dir) is True
-    save_checkpoint(run_dir / "checkpoints" / "last.pt", {})
+    write_checkpoint(run_dir / "checkpoints" / "last.pt", {})
     with pytest.raises(RunError, match=r"train\.ema was 0\.0, now 0\.5; train\.seed was 42, now 1"):
         runs.open_run(tiny_config({"train.seed": 1, "train.ema": 0.5}), run_dir)
     with pytest.raises(RunError, match=r"model\.num_classes was 7, now 9"):
@@ -47,7 +47,7 @@ def begun(tmp_path, write_layout, tiny_config):
 
         run_dir, cfg = tmp_path / "run", settings(root)
         runs.open_run(cfg, run_dir, describe_data(cfg.data))
-        save_checkpoint(run_dir / "checkpoints" / "last.pt", {})
+        write_checkpoint(run_dir / "checkpoints" / "last.pt", {})
         return run_dir, settings
 
     return begin
