@@ -336,6 +336,7 @@ def sweep(
     slurm: Annotated[bool, Option("--slurm", help="submit what is missing; options of sbatch follow FILE")] = False,
     show: Annotated[bool, Option("--list", help="number, name and state of every run")] = False,
     number: Annotated[int | None, Option("--run", min=1, help="train and measure this one, by its number")] = None,
+    draw: Annotated[bool, Option("--draw", help="the report alone, once all runs are done")] = False,
 ) -> None:
     """Train and measure several variants of one experiment, and draw what they show together."""
     from detrlib.experiments import cluster
@@ -343,16 +344,18 @@ def sweep(
     from detrlib.runs.folder import run_path
 
     folder = run_path(name) if name else None
-    if slurm + show + (number is not None) > 1:
-        raise ConfigError("--slurm, --list and --run: give one of them")
+    if slurm + show + draw + (number is not None) > 1:
+        raise ConfigError("--slurm, --list, --run and --draw: give one of them")
     if context.args and not slurm:
         raise ConfigError(f"{context.args[0]}: not an option of sweep; those of sbatch need --slurm")
     if slurm:
         typer.echo("\n".join(cluster.submit(path, folder, context.args, parallel)))
     elif show:
         typer.echo("\n".join(cluster.describe(path, folder)))
+    elif draw or number:
+        typer.echo(cluster.draw(path, folder) if draw else cluster.run_one(path, number, folder))
     else:
-        typer.echo(run_sweep(path, folder, parallel) if number is None else cluster.run_one(path, number, folder))
+        typer.echo(run_sweep(path, folder, parallel))
 
 
 @app.command(hidden=True)

@@ -10,11 +10,13 @@ papermill_runs/slurm.sh, which starts again what a time limit or a preemption ha
 """
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,8 +26,9 @@ from detrlib.config import PROJECT, Config, project_path
 from detrlib.engine.launch import launch
 from detrlib.engine.notebooks import execute_notebook, find_notebook
 from detrlib.errors import ConfigError, RunError, Stopped, listed
-from detrlib.experiments.sweep import REPORT, Job, last_line, planned, waves
+from detrlib.experiments.sweep import REPORT, Job, last_line, planned, sweep, waves
 from detrlib.files import write_json
+from detrlib.runs.owner import owned
 
 SCRIPT = PROJECT / "papermill_runs" / "slurm.sh"
 SUBMITTED = "slurm.json"  # in a folder: the task that works on it, such as 12_3, and its log
@@ -55,13 +58,13 @@ def submit(
         return [f"all {len(jobs)} runs are done: {home / REPORT}"]
     queue, before, told = queued(), [], []
     numbers = {job.folder: number for number, job in enumerate(jobs, start=1)}
-    sweep = ["sweep", str(project_path(path)), *(["--name", str(folder)] if folder else [])]
+    command = ["sweep", str(project_path(path)), *(["--name", str(folder)] if folder else [])]
     for wave in waves(jobs):
         missing = [job.folder for job in wave if submitted(job.folder).get("task") not in queue]
         begun = [submitted(job.folder)["task"] for job in wave if job.folder not in missing]
         if missing:
             array = ",".join(str(numbers[name]) for name in missing) + (f"%{parallel}" if parallel else "")
-            task = _sbatch(home, [*options, f"--array={array}"], "slurm-%A_%a.out", before, sweep)
+            task = _sbatch(home, [*options, f"--array={array}"], "slurm-%A_%a.out", before, command)
             for name in missing:
                 log = home / f"slurm-{task}_{numbers[name]}.out"
                 write_json(name / SUBMITTED, {"task": f"{task}_{numbers[name]}", "log": str(log)})
@@ -72,17 +75,20 @@ def submit(
     if told or drawing not in queue:
         if drawing in queue:
             _ask("scancel", drawing)  # it waits for fewer runs
-        task = _sbatch(home, [*options, "--nodes=1"], "slurm-%j.out", before, sweep)
+        task = _sbatch(home, [*options, "--nodes=1"], "slurm-%j.out", before, [*command, "--draw"])
         write_json(home / SUBMITTED, {"task": task, "log": str(home / f"slurm-{task}.out")})
         told.append(f"{task}: figures and tables" + (", when all runs are done" if before else ""))
     return told or [f"nothing is missing: all is queued or running, {listed(sorted({*before, drawing}))}"]
 
 
 def _sbatch(home: Path, options: Sequence[str], log: str, before: Sequence[str], command: Sequence[str]) -> str:
-    """Submit slurm.sh with a command of detrlib, to begin once jobs `before` have succeeded; its number."""
+    """Submit slurm.sh with a command of detrlib, to begin once jobs `before` have ended; its number.
+
+    Whether they have succeeded is seen by that command: to Slurm, one that finishes while it is preempted has failed.
+    """
     home.mkdir(parents=True, exist_ok=True)
     own = [f"--job-name={home.name}", f"--output={str(home).replace('%', '%%')}/{log}"]
-    after = [f"--dependency=afterok:{':'.join(before)}", "--kill-on-invalid-dep=yes"] if before else []
+    after = [f"--dependency=afterany:{':'.join(before)}"] if before else []
     # A job that submits hands on none of its own variables, and all jobs have the Python of this process.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
@@ -173,11 +179,23 @@ def run_one(path: Path, number: int, folder: Path | None = None) -> Path:
     for other, first in enumerate(jobs, start=1):
         if job.cfg.train.start == runs.run_name(first.folder) and not runs.is_finished(first.folder):
             raise RunError(f"{job.folder}: it starts from {first.folder}, which is not finished; first: --run {other}")
-    if not job.finished:
-        train_in_job(job.cfg, job.folder)
-        output = job.folder / find_notebook("evaluate").name
-        execute_notebook("evaluate", output, job.measure | {"run_name": runs.run_name(job.folder)})
+    with owned(job.folder), _getting_further(job.folder):
+        if not job.finished:
+            train_in_job(job.cfg, job.folder)
+            parameters = {"run_name": runs.run_name(job.folder), "gpus": _gpus()}
+            execute_notebook("evaluate", job.folder / find_notebook("evaluate").name, job.measure | parameters)
     return job.folder
+
+
+def draw(path: Path, folder: Path | None = None) -> Path:
+    """The report of a sweep all of whose runs are done. Arguments as of `sweep`. Raises RunError where one is not."""
+    jobs, _, _ = planned(path, folder)
+    if missing := [job.folder.name for job in jobs if not job.finished]:
+        raise RunError(
+            f"{path}: {len(missing)} of {len(jobs)} runs are not done, {listed(missing)}; --list says why, --slurm "
+            "submits them again"
+        )
+    return sweep(path, folder)
 
 
 def train_in_job(cfg: Config, run_dir: Path) -> dict:
@@ -192,15 +210,25 @@ def train_in_job(cfg: Config, run_dir: Path) -> dict:
     if runs.is_finished(run_dir):
         runs.refuse_other_settings(cfg, run_dir)
         return runs.load_results(run_dir)
+    with _getting_further(run_dir):
+        return launch(cfg, run_dir, _gpus())
+
+
+@contextmanager
+def _getting_further(run_dir: Path) -> Iterator[None]:
+    """While entered, being stopped in a job is an error where training made no step since, and would make none again.
+
+    But for a preemption, which may have come too early by chance.
+    """
     before = len(_starts(run_dir))
     try:
-        return launch(cfg, run_dir, _gpus())
+        yield
     except Stopped as stopped:
-        steps = sum(start.get("stopped", 0) - start["global_step"] for start in _starts(run_dir)[before:])
-        if runs.slurm_job() and steps <= 0 and not _preempted():
+        steps = [start.get("stopped", math.inf) - start["global_step"] for start in _starts(run_dir)[before:]]
+        if runs.slurm_job() and not any(made > 0 for made in steps) and not _preempted():
             raise RunError(
-                f"{stopped}; no step was made since it was started, so it is not started again: give it more --time, "
-                "or look into what takes so long"
+                f"{stopped}; no step was made since the job was started, so it is not started again: give it more "
+                "--time, or look into what takes so long"
             ) from None
         raise
 
