@@ -365,21 +365,18 @@ def test_sweep(tmp_path, config, monkeypatch):
 
 def test_a_sweep_on_a_cluster(tmp_path, config, monkeypatch):
     asked, named = [], ("sweep", config, "--name", tmp_path / "many")
-    for name in ("submit", "describe", "run_one", "draw"):
-        result = ["a", "b"] if name in ("submit", "describe") else "a folder"
+    for name, result in {"submit": "ab", "describe": "ab", "run_one": "a folder", "draw": "a folder"}.items():
         monkeypatch.setattr(cluster, name, lambda *given, result=result: asked.append(given) or result)
     assert detrlib(*named, "--slurm", "--time=1:00", "-p", "main", "--parallel", 2) == "a\nb\n"
     assert detrlib(*named, "--list") == "a\nb\n" and detrlib(*named, "--run", 3) == "a folder\n"
-    detrlib("sweep", config, "--draw")
-    given = config, tmp_path / "many"
-    assert asked == [(*given, ["--time=1:00", "-p", "main"], 2), given, (config, 3, given[1]), (config, None)]
-    assert "--time=1:00" in refused(*named, "--time=1:00")
-    assert "--run" in refused(*named, "--list", "--run", 1)
+    assert detrlib("sweep", config, "--draw") == "a folder\n"
+    given, options = (config, tmp_path / "many"), ["--time=1:00", "-p", "main"]
+    assert asked == [(*given, options, 2), given, (config, 3, given[1]), (config, None)]
+    assert "--time" in refused(*named, "--time=1:00") and "--run" in refused(*named, "--list", "--run", 1)
 
 
 def test_in_a_job_a_finished_run_is_no_fault(tmp_path, config, monkeypatch):
-    results = {"detection": {"AP": 0.25, "AP50": 0.5}}
-    monkeypatch.setattr(cluster, "train_in_job", lambda cfg, run_dir: results)
+    monkeypatch.setattr(cluster, "train_in_job", lambda *_: {"detection": {"AP": 0.25, "AP50": 0.5}})
     assert "0.250" in detrlib("train", config, "--name", tmp_path / "run", "--job")
 
 

@@ -28,6 +28,9 @@ for number in (signal.SIGUSR1, signal.SIGTERM):
 Path(os.environ["NOTED"]).write_text(json.dumps([sys.argv[1:], os.getcwd(), str(signal.getsignal(signal.SIGINT))]))
 if "fails" in sys.argv:
     sys.exit("error: it fails")
+if "dies" in sys.argv:
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGUSR1)
 time.sleep(60 if "waits" in sys.argv else 0)
 """
 
@@ -127,10 +130,12 @@ def test_the_script_leaves_what_slurm_ends_or_restarts_alone(script, slurm, tmp_
     assert [words[0] for words in slurm.asked("scontrol")] == ["show"]
 
 
-def test_a_job_that_fails_ends_with_why_and_is_not_put_back(script, slurm):
-    process = script("train", "fails")
+@pytest.mark.parametrize("word, code, why", [("fails", 1, "error: it fails"), ("dies", 138, "error: job 15 was ended")])
+def test_a_job_that_fails_ends_with_why_and_is_not_put_back(script, slurm, word, code, why):
+    """One dies of a signal that comes while it begins."""
+    process = script("train", word)
     log, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and log.rstrip().endswith("error: it fails")
+    assert process.returncode == code and log.rstrip().splitlines()[-1].startswith(why)
     assert [words[0] for words in slurm.asked("scontrol")] == ["show"]
 
 
