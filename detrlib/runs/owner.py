@@ -170,7 +170,7 @@ def _is(said: dict[str, Any], process: psutil.Process) -> bool:
 def _has_started_step(said: dict[str, Any], own: dict[str, Any]) -> bool:
     """Whether the owner has started this process by srun, as a step of its job; it is then no parent of it."""
     same = said["job"] is not None and (said["job"], said["restarts"]) == (own["job"], own["restarts"])
-    return same and said["step"] is None and own["step"] is not None
+    return same and said.get("step") is None and own["step"] is not None
 
 
 def _may_be_taken(said: dict[str, Any], own: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -232,6 +233,19 @@ def test_gpus_and_processes_choose_the_way(tmp_path, monkeypatch, tiny_config):
         launch(tiny_config(), tmp_path / "run", gpus=5)
     with pytest.raises(RunError, match="processes are for the CPU"):
         launch(tiny_config(), tmp_path / "run", gpus=2, processes=2)
+
+
+def test_nodes_of_a_job_share_the_work_where_all_see_it(tmp_path, monkeypatch, tiny_config):
+    started = []
+
+    def torchrun(module, path, processes, gpus):
+        started.append((path.parent.parent, processes, gpus))
+        path.write_bytes(pickle.dumps("their result"))
+
+    monkeypatch.setattr(door, "node_count", lambda: 2)
+    monkeypatch.setattr(door, "_torchrun", torchrun)
+    save_config(tiny_config(), tmp_path / "config.yaml")
+    assert in_processes(print, tmp_path, gpus=0) == "their result" and started == [(tmp_path, 1, 0)]
 
 
 # What is shared by several processes is what one finds

@@ -47,7 +47,7 @@ def test_one_array_and_a_job_that_draws(sweep_file, slurm, tmp_path, monkeypatch
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     folder, path = tmp_path / "100% many", sweep_file()
     told = cluster.submit(path, folder, ["--time=1:00:00", "-p", "main"], parallel=2)
-    assert "101" in told[0] and "one, two, three" in told[0] and "102" in told[1]
+    assert "101" in told[0] and "one, three, two" in told[0] and "102" in told[1]
     runs, drawing = slurm.asked("sbatch")
     command = [str(SCRIPT), "sweep", str(path), "--name", str(folder)]
     assert runs[-len(command) :] == command and drawing[-len(command) - 1 :] == [*command, "--draw"]
@@ -58,7 +58,7 @@ def test_one_array_and_a_job_that_draws(sweep_file, slurm, tmp_path, monkeypatch
         ]
     assert not any(word.startswith("--dependency") for word in runs) and "--dependency=afterany:101" in drawing
     assert folder.is_dir() and cluster.submitted(folder)["task"] == "102"
-    assert cluster.submitted(folder / "three") == {"task": "101_3", "log": f"{folder}/slurm-101_3.out"}
+    assert cluster.submitted(folder / "two") == {"task": "101_3", "log": f"{folder}/slurm-101_3.out"}
 
 
 def test_again_only_what_is_missing_is_submitted(sweep_file, slurm, tmp_path):
@@ -70,13 +70,13 @@ def test_again_only_what_is_missing_is_submitted(sweep_file, slurm, tmp_path):
     (told,) = cluster.submit(path, folder)
     assert "two" not in told and "101_2" in told and "102" in told and slurm.asked("sbatch") == []
 
-    slurm.says("squeue", "101_3 PENDING\n102 PENDING\n")  # two has failed
+    slurm.says("squeue", "101_3 PENDING\n102 PENDING\n")  # 2, three, has failed
     cluster.submit(path, folder)
     runs, drawing = slurm.asked("sbatch")
     assert "--array=2" in runs and slurm.asked("scancel") == [["102"]]
     (dependency,) = [word for word in drawing if word.startswith("--dependency")]
     assert sorted(dependency.removeprefix("--dependency=afterany:").split(":")) == ["101_3", "103"]
-    assert (cluster.submitted(folder / "two")["task"], cluster.submitted(folder)["task"]) == ("103_2", "104")
+    assert (cluster.submitted(folder / "three")["task"], cluster.submitted(folder)["task"]) == ("103_2", "104")
 
     slurm.says("squeue", "")
     slurm.forget()
@@ -97,7 +97,7 @@ def test_runs_that_sweeps_share_are_submitted_once(sweep_file, slurm, tmp_path):
     others = sweep_file(folder="any", runs={"three": None, "one": None}).rename(tmp_path / "others.yaml")
     cluster.submit(others, folder)
     runs, drawing = slurm.asked("sbatch")
-    assert "--array=1" in runs and "--dependency=afterany:101_1:103" in drawing and slurm.asked("scancel") == []
+    assert "--array=2" in runs and "--dependency=afterany:101_1:103" in drawing and slurm.asked("scancel") == []
 
 
 def test_runs_that_start_from_another_one_are_an_array_after_it(sweep_file, slurm, tmp_path):
@@ -105,7 +105,7 @@ def test_runs_that_start_from_another_one_are_an_array_after_it(sweep_file, slur
     wanted = {"last": {"train.start": f"{folder}/first"}, "first": None}
     cluster.submit(sweep_file(runs=wanted), folder)
     first, last, drawing = slurm.asked("sbatch")
-    assert "--array=2" in first and "--array=1" in last and "--dependency=afterany:101" in last
+    assert "--array=1" in first and "--array=2" in last and "--dependency=afterany:101" in last
     assert "--dependency=afterany:101:102" in drawing
 
 
@@ -127,23 +127,19 @@ def test_what_slurm_does_not_take_is_one_line(sweep_file, slurm, tmp_path, monke
 
 
 def test_every_run_is_listed_with_its_state(sweep_file, slurm, tmp_path):
-    path, folder = sweep_file(runs=dict.fromkeys(("one", "two", "three", "four", "five"))), tmp_path / "many"
+    path, folder = sweep_file(runs=dict.fromkeys("abcde")), tmp_path / "many"
     cluster.submit(path, folder)
     slurm.says("squeue", "101_2 RUNNING\n101_3 PENDING\n")
-    done(folder / "one")
-    append_metrics(folder / "two", {"global_step": 2, "epoch": 0})
+    done(folder / "a")
+    append_metrics(folder / "b", {"global_step": 2, "epoch": 0})
     (folder / "slurm-101_4.out").write_text("job 101_4\nerror: no GPU\n\n")
     rows = [line.split(maxsplit=2) for line in cluster.describe(path, folder)]
-    assert [row[:2] for row in rows] == [[str(n), name] for n, name in enumerate(planned_names(path, folder), 1)]
+    assert [row[:2] for row in rows] == [["1", "a"], ["2", "b"], ["3", "c"], ["4", "d"], ["5", "e"]]
     states = [row[2] for row in rows]
     assert states[0] == "done" and states[1].startswith("running 101_2 50%") and states[2] == "pending 101_3"
     assert "error: no GPU" in states[3] and "slurm-101_4.out" in states[3] and states[4] == "not begun"
     shutil.rmtree(slurm.folder)  # and without Slurm
-    assert cluster.describe(path, folder)[2].split()[1:] == ["three", "not", "begun"]
-
-
-def planned_names(path, folder):
-    return [job.folder.name for job in planned(path, folder)[0]]
+    assert cluster.describe(path, folder)[2].split()[1:] == ["c", "not", "begun"]
 
 
 # --- what jobs do ----------------------------------------------------------------------------------------------
@@ -165,10 +161,10 @@ def worked(monkeypatch):
 
 def test_one_run_by_its_number(sweep_file, worked, tmp_path):
     path, folder = sweep_file(measure={"num_examples": 2}), tmp_path / "many"
-    assert cluster.run_one(path, 3, folder) == folder / "three"
+    assert cluster.run_one(path, 3, folder) == folder / "two"
     trained, (name, where, parameters) = worked
-    assert trained == (3, "three") and (name, where) == ("evaluate", "three")
-    assert parameters["num_examples"] == 2 and parameters["run_name"] == str(folder / "three")
+    assert trained == (42, "two") and (name, where) == ("evaluate", "two")
+    assert parameters["num_examples"] == 2 and parameters["run_name"] == str(folder / "two")
     cluster.run_one(path, 3, folder)
     assert len(worked) == 2  # what is done is left as it is
     with pytest.raises(ConfigError, match="--run 4"):
@@ -179,24 +175,24 @@ def test_a_task_is_the_run_that_it_was_submitted_for(sweep_file, worked, in_job,
     path, folder = sweep_file(), tmp_path / "many"
     slurm.folder.joinpath("number").write_text("11")
     cluster.submit(path, folder)
-    sweep_file(runs={"new": None, "one": None, "two": None, "three": {"train.seed": 3}})
-    assert cluster.run_one(path, 3, folder) == folder / "three"
+    sweep_file(runs=dict.fromkeys(("new", "one", "three", "two")))
+    assert cluster.run_one(path, 3, folder) == folder / "two"
 
 
 def test_a_run_does_not_start_from_one_that_is_not_finished(sweep_file, worked, tmp_path):
     folder = tmp_path / "many"
     path = sweep_file(runs={"last": {"train.start": f"{folder}/first"}, "first": None})
-    with pytest.raises(RunError, match=r"first.*--run 2"):
-        cluster.run_one(path, 1, folder)
+    with pytest.raises(RunError, match=r"first.*--run 1"):
+        cluster.run_one(path, 2, folder)
     write_json(folder / "first" / "results.json", {})
-    assert cluster.run_one(path, 1, folder) == folder / "last"
+    assert cluster.run_one(path, 2, folder) == folder / "last"
 
 
 def test_the_report_is_drawn_once_all_runs_are_done(sweep_file, tmp_path, monkeypatch):
     path, folder = sweep_file(), tmp_path / "many"
     monkeypatch.setattr(cluster, "sweep", lambda path, folder: folder / "report.html")
     done(folder / "one")
-    with pytest.raises(RunError, match="two, three"):
+    with pytest.raises(RunError, match="three, two"):
         cluster.draw(path, folder)
     done(folder / "two")
     done(folder / "three")
