@@ -211,9 +211,9 @@ def test_trainings_of_a_sweep_save_and_leave_with_it(ended, sweep_file, tiny_con
 
 
 def test_training_that_is_done_is_not_asked_for_again(tmp_path):
-    job, name = sweep.Job(tmp_path, load_config(), {"num_examples": 2}), {"run_name": str(tmp_path)}
+    job, name = sweep.Job(tmp_path, load_config(), {"num_examples": 2}), {"run_name": str(tmp_path), "gpus": 3}
     evaluated = {"evaluate": {"num_examples": 2} | name}
-    trained = {"train": {"config": str(tmp_path / "sweep.yaml"), "gpus": 3} | name}
+    trained = {"train": {"config": str(tmp_path / "sweep.yaml")} | name}
     assert sweep._asked(job, 3) == trained | evaluated
     (tmp_path / "results.json").write_text("{}")
     assert sweep._asked(job, 3) == evaluated

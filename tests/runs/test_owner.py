@@ -194,3 +194,14 @@ def test_a_function_that_owns_its_run_folder(tmp_path):
 
     assert write("a", tmp_path) == write("a", run_dir=tmp_path) == ("a", True)
     assert write.__doc__ == "Its words." and not (tmp_path / OWNER).exists()
+
+
+def test_a_step_that_the_owner_has_started_by_srun_shares_its_folder(tmp_path, start, monkeypatch):
+    """srun stands between: the owner is no parent of the step's processes."""
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "15")
+    assert start(tmp_path)[1] == "owned" and "is in use" in start(tmp_path)[1]
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert start(tmp_path)[1] == "owned"
+    monkeypatch.setenv("SLURM_JOB_ID", "16")
+    assert "is in use" in start(tmp_path)[1]
