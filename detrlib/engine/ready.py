@@ -31,13 +31,14 @@ class Ready(NamedTuple):
     described: dict[str, Any]  # the data, as a run keeps it
 
 
-def ready(cfg: Config, processes: int, device: torch.device | None) -> Ready:
+def ready(cfg: Config, processes: int, device: torch.device | None, here: int | None = None) -> Ready:
     """Open the data, and complete the settings by them.
 
     Args:
         cfg: every setting.
         processes: that will train, all together.
         device: of this one; None: they will train on others, of which nothing is asked.
+        here: how many of the processes share the memory of this machine; None: as torchrun says, or all.
 
     Raises:
         ConfigError: settings fit neither the data, nor each other, nor the machine.
@@ -47,12 +48,12 @@ def ready(cfg: Config, processes: int, device: torch.device | None) -> Ready:
         raise ConfigError(f"train.batch_size {cfg.train.batch_size} is not a multiple of the {processes} processes")
     if cfg.train.compile and device:
         require_compiler(device)
+    here = here or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    for images in (cfg.train.batch_size // processes, cfg.evaluate.batch_size):
+        worker_processes(cfg.data, images, here)  # raises where shared memory has no room for them
     splits = open_splits(cfg.data)
     train_set = splits["train"]
     EpochSampler(len(train_set), cfg.train.batch_size, 0, processes, cfg.train.seed)  # raises if images are too few
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # every node has memory of its own
-    for images in (cfg.train.batch_size // processes, cfg.evaluate.batch_size):
-        worker_processes(cfg.data, images, here)  # raises where shared memory has no room for them
     if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
         cfg = cfg.model_copy(update={"model": cfg.model.completed()})
     classes = {"model.num_classes": wanted_classes(cfg, train_set), "data.classes": class_list(train_set.names)}
@@ -64,12 +65,14 @@ def ready(cfg: Config, processes: int, device: torch.device | None) -> Ready:
     return Ready(cfg, splits, describe_data(cfg.data, splits))
 
 
-def ready_for_processes(cfg: Config, run_dir: Path, processes: int, gpus: bool) -> None:
+def ready_for_processes(cfg: Config, run_dir: Path, here: int, nodes: int, gpus: bool) -> None:
     """Find every fault that processes of a training would meet before their first step; nothing is written.
+
+    here: processes on this machine, and on each of the nodes. gpus: whether they train on such.
 
     Raises as `ready`, `refuse_run`, `look_over` and `starting_model`.
     """
-    cfg, splits, described = ready(cfg, processes, None if gpus else torch.device("cpu"))
+    cfg, splits, described = ready(cfg, here * nodes, None if gpus else torch.device("cpu"), here)
     resumes = refuse_run(cfg, run_dir, described)
     look_over(splits, cfg.model.num_queries, cfg.data.check)  # what was decoded need not be again
     if not (resumes or learns_from_crops(cfg)):

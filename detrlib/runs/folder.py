@@ -13,6 +13,7 @@
         measures/*         of single images and objects: sparsity, localisation, matches that AP is computed from;
                            parquet files, or folders of them, one for each process of an evaluation
         *.ipynb            executed notebooks
+        .owner             who is writing there just now, see `owner`
 
 Files are written to a temporary neighbour and renamed, so a reader or a resumed run never meets half of one; lines of
 metrics.jsonl are appended, and one that is cut short or damaged is left out.

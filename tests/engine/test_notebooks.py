@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from detrlib.config import PROJECT
+from detrlib.config import PROJECT, save_config
 from detrlib.engine import notebooks
 from detrlib.engine.notebooks import (
     checked_parameters,
@@ -22,9 +23,9 @@ from detrlib.engine.notebooks import (
     is_executed,
     report_html,
 )
-from detrlib.errors import RunError
+from detrlib.errors import STOPPED, RunError
 from detrlib.figures import tables
-from detrlib.files import write_json
+from detrlib.files import load_checkpoint, write_json
 
 
 @pytest.fixture
@@ -210,3 +211,25 @@ def test_a_report_shows_names_as_text(tmp_path):
     nbformat.write(book, tmp_path / "book.ipynb")
     text = report_html(tmp_path / "book.ipynb", tmp_path / "report.html", HOSTILE).read_text()
     assert text.count("alert(2)") >= 5 and "<img src=x" not in text and "<script>alert" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("by", ["detrlib", "papermill"])
+def test_training_in_a_notebook_saves_and_its_kernel_leaves(ended, tiny_config, tmp_path, by, number):
+    """papermill itself hands on an interrupt only; its kernel notices that it is gone."""
+    save_config(tiny_config({"train.epochs": 5000}), tmp_path / "long.yaml")
+    values = {"config": tmp_path / "long.yaml", "run_name": tmp_path / "run"}
+    if by == "detrlib":
+        pairs = [word for name, value in values.items() for word in ("-p", f"{name}={value}")]
+        command = ["detrlib", "notebook", "06_train", tmp_path / "out.ipynb", *pairs]
+    else:
+        pairs = [word for name, value in values.items() for word in ("-p", name, value)]
+        source = PROJECT / "notebooks" / "06_train.ipynb"
+        command = ["papermill", source, tmp_path / "out.ipynb", "--cwd", PROJECT, "-k", "python3", *pairs]
+    code, said = ended(command, number)
+    if by == "detrlib" and number != signal.SIGKILL:
+        assert code == STOPPED and "Traceback" not in said, said
+        assert not is_executed(tmp_path / "out.ipynb")
+    last = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"][-1]
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["global_step"] == last["stopped"]
