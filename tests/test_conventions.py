@@ -33,24 +33,24 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 925,
+    ".": 935,
     "config": 1400,
     "attention": 2125,
     "attention/kernels": 1030,
     "models": 3190,
     "losses": 380,
     "checkpoints": 1425,
-    "data": 3600,
+    "data": 3610,
     "metrics": 2570,
     "runs": 2280,
     "engine": 3800,
-    "experiments": 3720,
+    "experiments": 3940,
     "figures": 3425,
     "teaching": 570,
     "benchmarks": 2460,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 545  # the command line: every option of every command is a line
+LONGEST_COMMANDS = 555  # the command line: every option of every command is a line
 
 
 def relative(path):
