@@ -20,6 +20,7 @@ from detrlib.errors import STOPPED, ConfigError, DataError, DetrlibError, Stoppe
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
+MOST_PIXELS = 2**14  # of a side, as of data.image_size
 PAIRS = ("--set", "--map", "-p")  # options that take NAME=VALUE, once or several times
 
 
@@ -39,6 +40,11 @@ class Commands(typer.core.TyperGroup):
             raise typer.Exit(STOPPED) from None
         except DetrlibError as error:
             typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except (MemoryError, RuntimeError) as error:
+            if not (fault := errors.memory_fault(error)):
+                raise
+            typer.echo(f"error: {fault}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("interrupted; the same command continues where it can", err=True)
@@ -87,9 +93,12 @@ def pairs(items: list[str], option: str, example: str) -> dict[str, str]:
 def values_in(text: str | None, option: str, kind: type = str) -> list[Any]:
     """ "1,1.5,2" as a list. Raises ConfigError naming the option."""
     try:
-        return [kind(part.strip()) for part in text.split(",")] if text else []
+        values = [] if text is None else [kind(part.strip()) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{option} {text}: expected values between commas, e.g. 1,1.5,2") from None
+        values = [""]
+    if "" in values:
+        raise ConfigError(f"{option} {text!r}: expected values between commas, e.g. 1,1.5,2")
+    return values
 
 
 def in_words(numbers: dict[str, float]) -> str:
@@ -117,14 +126,16 @@ def train(
     settings: Settings = [],  # noqa: B006, never changed
     gpus: Gpus = None,
     processes: Processes = 1,
+    job: Annotated[bool, Option("--job", hidden=True, help="in a job of Slurm, see slurm.sh")] = False,
 ) -> None:
     """Train a model, here or in several processes."""
     from detrlib.config import load_config
     from detrlib.engine.launch import launch
+    from detrlib.experiments.cluster import train_in_job
     from detrlib.runs.folder import run_path
 
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
-    results = launch(cfg, run_path(name), gpus, processes)
+    results = train_in_job(cfg, run_path(name)) if job else launch(cfg, run_path(name), gpus, processes)
     numbers, floor = results["detection"], results.get("floor")
     known = floor and floor["AP"] >= 0
     beside = f"  (floor {floor['AP']:.3f}, {floor['AP50']:.3f})" if known else ""
@@ -143,15 +154,6 @@ def check(
     cfg = load_config(config, pairs(settings, "--set", "data.root=/data/mine"))
     found = look_over(open_splits(cfg.data), cfg.model.num_queries, cfg.data.check)
     typer.echo("\n".join([*found.lines, found.counts.to_string()]))
-
-
-@app.command(hidden=True)
-def prepare(config: Path, name: Annotated[str, Option()], settings: Settings = []) -> None:  # noqa: B006
-    """Make the folder of a run ready, once for all nodes of a cluster that then train in it."""
-    from detrlib.config import load_config
-    from detrlib.runs import open_run, run_path
-
-    open_run(load_config(config, pairs(settings, "--set", "train.epochs=2")), run_path(name))
 
 
 @app.command()
@@ -261,12 +263,12 @@ def explain(
     run: RunName,
     images: Annotated[int, Option(min=1, help="the first images of the validation split")] = 50,
     methods: Annotated[str | None, Option(metavar="A,B", help="default: those of a pass or two; also drise")] = None,
-    masks: Annotated[int, Option(min=1, help="of drise, published with 5000")] = 1000,
-    steps: Annotated[int, Option(min=2, help="of deletion and of insertion")] = 16,
+    masks: Annotated[int, Option(min=1, max=10**6, help="of drise, published with 5000")] = 1000,
+    steps: Annotated[int, Option(min=2, max=4096, help="of deletion and of insertion")] = 16,
     checkpoint: Checkpoint = "last",
     unit: Annotated[Literal["cell", "pixel"], Option(help="what is deleted at a time")] = "cell",
     replacement: Annotated[Literal["mean", "blur"], Option(help="of deleted pixels")] = "mean",
-    min_score: Annotated[float, Option(help="of the detections that are explained")] = 0.3,
+    min_score: Annotated[float, Option(min=0, max=1, help="of the detections explained")] = 0.3,
     all_queries: Annotated[bool, Option("--all-queries", help="also those that no object is matched to")] = False,
     batch_size: Annotated[int, Option(min=1, help="pictures the model sees at a time")] = 64,
     gpus: Gpus = None,
@@ -334,17 +336,35 @@ def intervene(
     typer.echo(table.drop(columns=["site", "checkpoint"]).round(4).to_string(index=False, na_rep=""))
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def sweep(
+    context: typer.Context,
     path: Annotated[Path, Argument(help="sweep file, e.g. papermill_runs/configs/quickstart.yaml")],
     name: Annotated[str | None, Option(help="folder under papermill_runs/; default: as the file is or says")] = None,
     parallel: Annotated[int | None, Option(min=1, help="runs side by side; default: one per GPU or core")] = None,
+    slurm: Annotated[bool, Option("--slurm", help="submit what is missing; options of sbatch follow FILE")] = False,
+    show: Annotated[bool, Option("--list", help="number, name and state of every run")] = False,
+    number: Annotated[int | None, Option("--run", min=1, help="train and measure this one, by its number")] = None,
+    draw: Annotated[bool, Option("--draw", help="the report alone, once all runs are done")] = False,
 ) -> None:
     """Train and measure several variants of one experiment, and draw what they show together."""
+    from detrlib.experiments import cluster
     from detrlib.experiments.sweep import sweep as run_sweep
     from detrlib.runs.folder import run_path
 
-    typer.echo(run_sweep(path, run_path(name) if name else None, parallel))
+    folder = None if name is None else run_path(name)
+    if slurm + show + draw + (number is not None) > 1:
+        raise ConfigError("--slurm, --list, --run and --draw: give one of them")
+    if context.args and not slurm:
+        raise ConfigError(f"{context.args[0]}: not an option of sweep; those of sbatch need --slurm")
+    if slurm:
+        typer.echo("\n".join(cluster.submit(path, folder, context.args, parallel)))
+    elif show:
+        typer.echo("\n".join(cluster.describe(path, folder)))
+    elif draw or number:
+        typer.echo(cluster.draw(path, folder) if draw else cluster.run_one(path, number, folder))
+    else:
+        typer.echo(run_sweep(path, folder, parallel))
 
 
 @app.command(hidden=True)
@@ -429,7 +449,9 @@ def costs(
     settings: Settings = [],  # noqa: B006
     size: Annotated[str, Option(metavar="H,W", help="pixels of the image; default: data.image_size, at 3:4")] = "",
     latency: Annotated[bool, Option("--latency", help="also measure milliseconds")] = False,
-    memory: Annotated[float | None, Option(metavar="GIB", help="also say how many images train in so much")] = None,
+    memory: Annotated[
+        float | None, Option(metavar="GIB", min=0.01, max=10**6, help="also say how many images train in so much")
+    ] = None,
 ) -> None:
     """Parameters, GFLOPs and time of a model, by component, and the memory that training takes."""
     from detrlib.config import load_config
@@ -439,8 +461,8 @@ def costs(
     cfg = load_config(config, {"model.num_classes": 91} | pairs(settings, "--set", "model.norm=pre"))
     short = cfg.data.image_size
     pixels = values_in(size or f"{short},{short * 4 // 3}", "--size", int)
-    if len(pixels) != 2 or min(pixels) < 1:
-        raise ConfigError(f"--size {size}: expected height and width in pixels, e.g. 800,1066")
+    if len(pixels) != 2 or min(pixels) < 1 or max(pixels) > MOST_PIXELS:
+        raise ConfigError(f"--size {size}: expected height and width, 1 to {MOST_PIXELS} pixels, e.g. 800,1066")
     model = build_model(cfg.model, backbone_weights="none")
     table = cost_table({config.stem: model}, tuple(pixels)).drop(columns="model")
     if latency:
@@ -477,8 +499,13 @@ def huggingface(
     ] = "softmax",
     null_keys: Annotated[str, Option(metavar="A,B", help="none, zero: beside each of the transforms")] = "none",
     sites: Annotated[str | None, Option(metavar="A,B", help="default: all that a model has")] = None,
-    sharpen: Annotated[float | None, Option(help="standard deviation of scores; default for random weights: 4")] = None,
-    size: Annotated[int, Option(min=64, help="pixels of noise and, for random weights, of the shorter side")] = 640,
+    sharpen: Annotated[
+        float | None,
+        Option(min=0, max=1000, help="standard deviation of scores; default for random weights: 4"),
+    ] = None,
+    size: Annotated[
+        int, Option(min=64, max=MOST_PIXELS, help="pixels of noise and, for random weights, of the shorter side")
+    ] = 640,
     cpu: Annotated[bool, Option("--cpu", help="stay on the CPU where there is a GPU")] = False,
     batch_size: Annotated[int, Option(min=1, help="images a model sees at a time")] = 4,
     out: Annotated[Path | None, Option(help="folder for the table, and for what is resumed from")] = None,

@@ -31,10 +31,9 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from detrlib import runs
-from detrlib.config import Config, load_config, replace
-from detrlib.data import Batch, CocoDataset, describe_data, look_over, open_splits
-from detrlib.data.batch import EpochSampler, batches, open_loader, worker_processes
-from detrlib.data.classes import class_list
+from detrlib.config import Config, load_config
+from detrlib.data import Batch, CocoDataset, look_over
+from detrlib.data.batch import EpochSampler, batches, open_loader
 from detrlib.engine import tracking
 from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
 from detrlib.engine.children import follow
@@ -43,11 +42,13 @@ from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_
 from detrlib.engine.log import Log
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.pace import Pace
-from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model, wanted_classes
-from detrlib.engine.state import TrainingState, keep_failure, require_compiler
+from detrlib.engine.ready import ready
+from detrlib.engine.space import checkpoint_space
+from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model
+from detrlib.engine.state import TrainingState, keep_failure
 from detrlib.engine.step import Pending, train_step
 from detrlib.engine.stopping import Stopping, Wish
-from detrlib.errors import STOPPED, ConfigError, DetrlibError, RunError, Stopped, show_messages
+from detrlib.errors import STOPPED, DetrlibError, RunError, Stopped, memory_fault, show_messages
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.models import checkpoint_activations
@@ -77,10 +78,6 @@ def train(cfg: Config, run_dir: Path) -> dict:
     """
     services = {"log_with": tracking.trackers(cfg, run_dir), "project_dir": run_dir / tracking.TRACKING}
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **services)  # or they would train one run each
-    if cfg.train.batch_size % accelerator.num_processes:
-        raise ConfigError(
-            f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
-        )
     with Stopping(accelerator, cfg.train.save_minutes) as stopping:
         trainer = _open_trainer(cfg, run_dir, accelerator, stopping)
         try:
@@ -91,19 +88,9 @@ def train(cfg: Config, run_dir: Path) -> dict:
 
 def _open_trainer(cfg: Config, run_dir: Path, accelerator: Accelerator, stopping: Stopping) -> "Trainer":
     """Check all that could stand in the way, before anything is written; then make the run folder and the model."""
-    if cfg.train.compile:
-        require_compiler(accelerator.device)
     say = partial(tracking.say, accelerator)
-    for images in (cfg.train.batch_size // accelerator.num_processes, cfg.evaluate.batch_size):
-        worker_processes(cfg.data, images)  # raises where shared memory has no room for them
-    train_set, val_set = (splits := open_splits(cfg.data)).values()
-    if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
-        cfg = cfg.model_copy(update={"model": cfg.model.completed()})
-    classes = {"model.num_classes": wanted_classes(cfg, train_set), "data.classes": class_list(train_set.names)}
-    cfg = replace(cfg, classes)
-    if cfg.model.architecture == "huggingface":
-        initial_model(cfg, "none").try_out()  # transformers itself compares few of its options
-    described = describe_data(cfg.data, splits)
+    cfg, splits, described = ready(cfg, accelerator.num_processes, accelerator.device)
+    train_set, val_set = splits.values()
     with accelerator.main_process_first():
         resume = runs.refuse_run(cfg, run_dir, described)
         first = None  # weights that are given are found before every picture is decoded, others are learned from them
@@ -111,7 +98,7 @@ def _open_trainer(cfg: Config, run_dir: Path, accelerator: Accelerator, stopping
             first = starting_model(cfg, train_set)
         say(look_over(splits, cfg.model.num_queries, cfg.data.check))
         if not resume:
-            say(*unfit_for_crops(cfg, train_set))
+            say(*runs.begins_again(run_dir), *unfit_for_crops(cfg, train_set))
         model, start = (initial_model(cfg, "none"), None) if resume else first or starting_model(cfg, train_set)
         runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:
@@ -162,12 +149,13 @@ class Trainer:
         try:
             return self._finish()
         except Stopped:
-            self._save_midway()
-            by, where = self.stopping.name, self._where()
-            if self.accelerator.is_main_process:
-                runs.note_stop(self.run_dir, self.state.global_step, by)
-                self.say(self.state.best_so_far(self.run_dir))
-            raise Stopped(f"stopped by {by} at {where}, and saved; the same run name goes on there") from None
+            pass  # where it was, the model is still in use, see `close`
+        self._save_midway()
+        by, where = self.stopping.name, self._where()
+        if self.accelerator.is_main_process:
+            runs.note_stop(self.run_dir, self.state.global_step, by)
+            self.say(self.state.best_so_far(self.run_dir))
+        raise Stopped(f"stopped by {by} at {where}, and saved; the same run name goes on there")
 
     def _finish(self) -> dict:
         """All that is left, and the results."""
@@ -208,6 +196,7 @@ class Trainer:
             self.say(self.plan.line(self.micro_batch))
             if not self.resume:
                 keep_fixed_boxes(self.run_dir, self.loader.dataset)
+        self.say(checkpoint_space(self.state, self.cfg.train, self.run_dir / "checkpoints"))
         self.accelerator.wait_for_everyone()
         self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
         settings = self.cfg.train
@@ -252,11 +241,12 @@ class Trainer:
         self.stopping.saved()
 
     def _restore(self) -> None:
-        """Go on where last.pt was written."""
-        if so_far := self.state.restore(self.run_dir / "checkpoints" / "last.pt"):
+        """Go on where training was saved."""
+        why = self.state.restore(self.run_dir / "checkpoints")
+        if self.state.midway:
             self.so_far = EpochSoFar(self.state.epoch, self.cfg.train.seed, self.accelerator)
-            self.so_far.load_state_dict(so_far)
-        self.say(f"resuming {runs.run_name(self.run_dir)} at {self._where()}")
+            self.so_far.load_state_dict(self.state.midway)
+        self.say(*[why] * bool(why), f"resuming {runs.run_name(self.run_dir)} at {self._where()}")
 
     def _where(self) -> str:
         """In words, how far training has come."""
@@ -309,11 +299,12 @@ class Trainer:
         precision = ""
         if record.get("detection/AP", -1) >= 0:  # undefined without objects
             precision = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
+        left = self.pace.left(epoch)
         passes = updates * self.sampler.batch_size / self.sampler.length
         self.say(
             f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
             f"loss {record['epoch/loss']:.3f}  {precision}"
-            f"{seconds:.0f} s, about {tracking.duration(self.pace.left(epoch))} left",
+            f"{seconds:.0f} s" + ("" if left is None else f", about {tracking.duration(left)} left"),
             *(much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
         )
 
@@ -340,6 +331,10 @@ def main() -> None:
         raise SystemExit(STOPPED) from None
     except DetrlibError as error:
         raise SystemExit(f"error: {error}") from None
+    except (MemoryError, RuntimeError) as error:
+        if not (fault := memory_fault(error)):
+            raise
+        raise SystemExit(f"error: {fault}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 import psutil
 
 from detrlib.errors import RunError
+from detrlib.runs.trained import sweep_run
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
 def owned(run_dir: Path) -> Iterator[None]:
     """Own a run folder, which is made if it is not there, as long as this is entered.
 
+    What writers that were killed have left in it is removed at the start.
     Of several processes that torchrun has started, the first owns it for all.
 
     Raises RunError at once where another process owns it, naming that, or where the folder cannot be written.
@@ -53,6 +55,8 @@ def owned(run_dir: Path) -> Iterator[None]:
     path, made = run_dir / OWNER, [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     file, shared = _take(path)
     try:
+        if not shared:
+            sweep_run(run_dir)
         yield
     finally:
         with file, suppress(OSError):  # the folder may be gone
@@ -107,7 +111,8 @@ def _try(file: BinaryIO, path: Path, own: dict[str, Any], patient: bool) -> bool
     free, said = _lock(file, fcntl.LOCK_EX), _said(file)
     here = said and (said["host"] == own["host"] or said["boot"] == own["boot"] is not None)
     if here and free is not True:
-        if any(_is(said, process) for process in (psutil.Process(), *psutil.Process().parents())):
+        above = (psutil.Process(), *psutil.Process().parents())
+        if _has_started_step(said, own) or any(_is(said, process) for process in above):
             return None if _lock(file, fcntl.LOCK_SH) is False else True
         if psutil.pid_exists(said["process"]) and _is(said, psutil.Process(said["process"])):
             raise RunError(f"{_in_use(path, said)}; wait for it, end it, or choose another run name")
@@ -150,6 +155,7 @@ def _own() -> dict[str, Any]:
         "started": psutil.Process().create_time(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "step": os.environ.get("SLURM_STEP_ID"),
     }
 
 
@@ -163,6 +169,12 @@ def _said(file: BinaryIO) -> dict[str, Any] | None:
 
 def _is(said: dict[str, Any], process: psutil.Process) -> bool:
     return process.pid == said["process"] and abs(process.create_time() - said["started"]) < CLOCK
+
+
+def _has_started_step(said: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether the owner has started this process by srun, as a step of its job; it is then no parent of it."""
+    same = said["job"] is not None and (said["job"], said["restarts"]) == (own["job"], own["restarts"])
+    return same and said.get("step") is None and own["step"] is not None
 
 
 def _may_be_taken(said: dict[str, Any], own: dict[str, Any]) -> bool:

@@ -25,8 +25,8 @@ def go_on(so_far, steps):
 
 
 def test_an_epoch_gone_on_with_draws_and_means_the_same(epoch):
-    whole, first, second = epoch(5), epoch(2), epoch()
-    second.load_state_dict(first.state_dict())
+    whole, saved, second = epoch(5), epoch(2).state_dict(), epoch()
+    second.load_state_dict(saved)
     torch.rand(3)  # by somebody else
     second.begin()
     assert go_on(second, 3).means() == whole.means()

@@ -3,7 +3,9 @@
 import importlib
 import json
 import os
+import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from detrlib.config import PROJECT, load_config
+from detrlib.config import PROJECT, load_config, save_config
 from detrlib.engine import launch as door
 from detrlib.engine.evaluate import evaluate_run
 from detrlib.engine.launch import in_processes, launch
@@ -22,6 +24,7 @@ from detrlib.errors import STOPPED, RunError
 from detrlib.files import load_checkpoint
 from detrlib.runs import load_examples, load_table
 from detrlib.runs.opening import open_run
+from detrlib.runs.owner import OWNER
 
 STEPS = 4  # per epoch of a tiny run
 
@@ -186,8 +189,9 @@ def test_two_processes_start_freeze_and_anneal_alike(tmp_path, capfd, tiny_confi
 
 
 @pytest.mark.slow
-def test_the_error_of_a_process_is_in_the_error_of_the_launch(tmp_path, tiny_config):
+def test_the_error_of_a_process_is_in_the_error_of_the_launch(tmp_path, monkeypatch, tiny_config):
     cfg = tiny_config({"train.batch_size": 7})
+    monkeypatch.setattr(door, "ready_for_processes", lambda *given, **named: None)  # which finds it before they start
     with pytest.raises(RunError, match=r"train\.batch_size 7") as caught:
         launch(cfg, tmp_path, gpus=0, processes=2)
     assert len(str(caught.value).splitlines()) == 1
@@ -215,6 +219,7 @@ def test_gpus_and_processes_choose_the_way(tmp_path, monkeypatch, tiny_config):
     monkeypatch.setattr(door, "_torchrun", lambda module, path, processes, gpus: started.append((processes, gpus)))
     monkeypatch.setattr(door, "load_results", lambda run_dir: None)
     monkeypatch.setattr(door, "open_run", lambda cfg, run_dir: False)
+    monkeypatch.setattr(door, "ready_for_processes", lambda *given, **named: None)
     for there, cases in {
         0: {(None, 1): "here", (0, 1): "here", (None, 2): (2, 0), (0, 3): (3, 0)},
         4: {(None, 1): "here", (1, 1): "here", (4, 1): (4, 4), (0, 1): (1, 0), (0, 2): (2, 0)},
@@ -232,6 +237,45 @@ def test_gpus_and_processes_choose_the_way(tmp_path, monkeypatch, tiny_config):
         launch(tiny_config(), tmp_path / "run", gpus=5)
     with pytest.raises(RunError, match="processes are for the CPU"):
         launch(tiny_config(), tmp_path / "run", gpus=2, processes=2)
+
+
+@pytest.fixture
+def command_of_a_long_run(tmp_path, tiny_config):
+    """The command that trains a run of many epochs in two processes, and its folder."""
+    save_config(tiny_config({"train.epochs": 5000}), tmp_path / "long.yaml")
+    return ["detrlib", "train", tmp_path / "long.yaml", "--name", tmp_path / "run", "--processes", 2], tmp_path / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_a_launch_reaches_its_processes_which_save(ended, command_of_a_long_run, number):
+    command, run_dir = command_of_a_long_run
+    code, said = ended(command, number)
+    assert code == STOPPED and "Traceback" not in said and "stopped by" in said, said
+    last = json.loads((run_dir / "environment.json").read_text())["starts"][-1]
+    assert load_checkpoint(run_dir / "checkpoints" / "last.pt")["global_step"] == last["stopped"]
+    assert not (run_dir / OWNER).exists()
+
+
+@pytest.mark.slow
+def test_processes_of_a_killed_launch_save_and_leave(ended, command_of_a_long_run):
+    command, run_dir = command_of_a_long_run
+    ended(command, signal.SIGKILL)
+    last = json.loads((run_dir / "environment.json").read_text())["starts"][-1]
+    assert load_checkpoint(run_dir / "checkpoints" / "last.pt")["global_step"] == last["stopped"]
+
+
+def test_nodes_of_a_job_share_the_work_where_all_see_it(tmp_path, monkeypatch, tiny_config):
+    started = []
+
+    def torchrun(module, path, processes, gpus):
+        started.append((path.parent.parent, processes, gpus))
+        path.write_bytes(pickle.dumps("their result"))
+
+    monkeypatch.setattr(door, "node_count", lambda: 2)
+    monkeypatch.setattr(door, "_torchrun", torchrun)
+    save_config(tiny_config(), tmp_path / "config.yaml")
+    assert in_processes(print, tmp_path, gpus=0) == "their result" and started == [(tmp_path, 1, 0)]
 
 
 # What is shared by several processes is what one finds

@@ -19,10 +19,11 @@ from detrlib.runs import owner
 from detrlib.runs.owner import OWNER, owned, owning
 
 HOLD = f"""
-import sys
+import sys, types
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from detrlib.errors import RunError
+sys.modules["detrlib.runs.trained"] = types.SimpleNamespace(sweep_run=lambda run_dir: None)
 spec = spec_from_file_location("owner", {owner.__file__!r})  # without all that detrlib.runs imports
 spec.loader.exec_module(owner := module_from_spec(spec))
 try:
@@ -34,7 +35,7 @@ except RunError as error:
 """
 SHARE = HOLD.replace(
     "sys.stdin.readline()", "subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1]])"
-).replace("import sys", "import subprocess, sys")
+).replace("import sys,", "import subprocess, sys,")
 
 
 @pytest.fixture
@@ -193,3 +194,14 @@ def test_a_function_that_owns_its_run_folder(tmp_path):
 
     assert write("a", tmp_path) == write("a", run_dir=tmp_path) == ("a", True)
     assert write.__doc__ == "Its words." and not (tmp_path / OWNER).exists()
+
+
+def test_a_step_that_the_owner_has_started_by_srun_shares_its_folder(tmp_path, start, monkeypatch):
+    """srun stands between: the owner is no parent of the step's processes."""
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "15")
+    assert start(tmp_path)[1] == "owned" and "is in use" in start(tmp_path)[1]
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert start(tmp_path)[1] == "owned"
+    monkeypatch.setenv("SLURM_JOB_ID", "16")
+    assert "is in use" in start(tmp_path)[1]
