@@ -159,7 +159,7 @@ def test_public_functions_and_classes_have_docstrings(path):
 
 @each([path for folder in ("detrlib", "tests") for path in sorted((PROJECT / folder).rglob("*.py"))])
 def test_files_stay_short(path):
-    longest = LONGEST_FILE if path.is_relative_to(LIBRARY) else 510
+    longest = LONGEST_FILE if path.is_relative_to(LIBRARY) else 525
     assert len(path.read_text().splitlines()) <= (LONGEST_COMMANDS if path.name == "__main__.py" else longest)
 
 

@@ -158,11 +158,11 @@ def _torchrun(module: str, path: Path, processes: int, gpus: int) -> None:
         for line in TextIOWrapper(child.stdout, errors="replace", newline=""):  # a bar ends in a return
             if line.startswith(FAULT):  # a fault that was foreseen, in one line
                 said.append(line.removeprefix(FAULT).strip())
-            if said:  # what comes after follows from it
-                continue
-            print(line, end="", flush=True)
             # torchrun's own report of a failure is long, and does not say what the failure was.
             reporting = reporting or "torch/distributed/elastic" in line
+            if said or (came and "torch/distributed/elastic" in line):  # it follows from what is known
+                continue
+            print(line, end="", flush=True)
             if not (reporting or line.endswith("\r")):
                 tail.append(line)
         code = child.wait()
