@@ -177,7 +177,14 @@ def _leave_signals_to_training(_worker: int) -> None:
 def _end_workers_at_exit() -> None:
     """Python ends what it has started by SIGTERM, which workers leave to training, and then waits; the traceback of a
     fault may keep a loader, and so its workers, until then."""
-    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children() if child.daemon])
+
+    def end() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's own handler would report them as crashed
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+
+    atexit.register(end)
 
 
 def worker_processes(settings: Data, images: int, processes: int | None = None) -> int:
