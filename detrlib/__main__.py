@@ -1,20 +1,26 @@
 """The command line: `detrlib COMMAND`, or `python -m detrlib COMMAND`.
 
 Every command is a function of the library with its arguments; heavy imports wait until a command is run, so that help
-is fast. A fault that can be foreseen is one line on standard error and exit code 1, an interruption is 130.
+is fast. A fault that can be foreseen is one line on standard error and exit code 1, an interruption is 130, and a
+training that a signal has stopped, to be started again, 75.
 """
 
+import io
+import os
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
+from detrlib import errors
 from detrlib.benchmarks import programs, run_program
-from detrlib.errors import ConfigError, DataError, DetrlibError, listed, show_messages
+from detrlib.errors import STOPPED, ConfigError, DataError, DetrlibError, Stopped, listed, show_messages
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
+MOST_PIXELS = 2**14  # of a side, as of data.image_size
 PAIRS = ("--set", "--map", "-p")  # options that take NAME=VALUE, once or several times
 
 
@@ -29,8 +35,16 @@ class Commands(typer.core.TyperGroup):
         """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
+        except Stopped as stopped:
+            typer.echo(stopped, err=True)
+            raise typer.Exit(STOPPED) from None
         except DetrlibError as error:
             typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except (MemoryError, RuntimeError) as error:
+            if not (fault := errors.memory_fault(error)):
+                raise
+            typer.echo(f"error: {fault}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("interrupted; the same command continues where it can", err=True)
@@ -48,6 +62,8 @@ app = typer.Typer(
 
 RunName = Annotated[str, Argument(metavar="RUN", help="folder under papermill_runs/")]
 Settings = Annotated[list[str], Option("--set", metavar="A.B=C...", help="settings, such as train.epochs=2")]
+Gpus = Annotated[int | None, Option(min=0, help="how many; default: one if there is one")]
+Processes = Annotated[int, Option(min=1, help="on the CPU, how many")]
 Checkpoint = Annotated[str, Option(help="last, best, epoch-NNNN, or untrained")]
 
 
@@ -77,9 +93,12 @@ def pairs(items: list[str], option: str, example: str) -> dict[str, str]:
 def values_in(text: str | None, option: str, kind: type = str) -> list[Any]:
     """ "1,1.5,2" as a list. Raises ConfigError naming the option."""
     try:
-        return [kind(part.strip()) for part in text.split(",")] if text else []
+        values = [] if text is None else [kind(part.strip()) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{option} {text}: expected values between commas, e.g. 1,1.5,2") from None
+        values = [""]
+    if "" in values:
+        raise ConfigError(f"{option} {text!r}: expected values between commas, e.g. 1,1.5,2")
+    return values
 
 
 def in_words(numbers: dict[str, float]) -> str:
@@ -88,9 +107,16 @@ def in_words(numbers: dict[str, float]) -> str:
 
 
 @app.callback()
-def messages() -> None:
+def messages(
+    ctx: typer.Context,
+    take_over: Annotated[bool, Option("--take-over", help="runs whose owner, on another machine, is gone")] = False,
+) -> None:
     """Sparse attention in detection transformers: train, measure, explain and change detectors."""
     show_messages()
+    if take_over:
+        os.environ["DETRLIB_TAKE_OVER"] = "1"  # see `runs.owner`; also for what is started from here
+    if not errors.is_main_process():
+        ctx.with_resource(redirect_stdout(io.StringIO()))
 
 
 @app.command()
@@ -98,16 +124,18 @@ def train(
     config: Annotated[Path, Argument(help="YAML file, e.g. papermill_runs/configs/shapes.yaml")],
     name: Annotated[str, Option(help="folder under papermill_runs/; the same name resumes an unfinished run")],
     settings: Settings = [],  # noqa: B006, never changed
-    gpus: Annotated[int | None, Option(min=0, help="how many; default: one if there is one")] = None,
-    processes: Annotated[int, Option(min=1, help="on the CPU, how many")] = 1,
+    gpus: Gpus = None,
+    processes: Processes = 1,
+    job: Annotated[bool, Option("--job", hidden=True, help="in a job of Slurm, see slurm.sh")] = False,
 ) -> None:
     """Train a model, here or in several processes."""
     from detrlib.config import load_config
     from detrlib.engine.launch import launch
+    from detrlib.experiments.cluster import train_in_job
     from detrlib.runs.folder import run_path
 
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
-    results = launch(cfg, run_path(name), gpus, processes)
+    results = train_in_job(cfg, run_path(name)) if job else launch(cfg, run_path(name), gpus, processes)
     numbers, floor = results["detection"], results.get("floor")
     known = floor and floor["AP"] >= 0
     beside = f"  (floor {floor['AP']:.3f}, {floor['AP50']:.3f})" if known else ""
@@ -128,15 +156,6 @@ def check(
     typer.echo("\n".join([*found.lines, found.counts.to_string()]))
 
 
-@app.command(hidden=True)
-def prepare(config: Path, name: Annotated[str, Option()], settings: Settings = []) -> None:  # noqa: B006
-    """Make the folder of a run ready, once for all nodes of a cluster that then train in it."""
-    from detrlib.config import load_config
-    from detrlib.runs import open_run, run_path
-
-    open_run(load_config(config, pairs(settings, "--set", "train.epochs=2")), run_path(name))
-
-
 @app.command()
 def evaluate(
     run: RunName,
@@ -150,6 +169,8 @@ def evaluate(
     save_as: Annotated[str | None, Option("--as", help="folder of the results inside the run")] = None,
     predictions: Annotated[Path | None, Option(help="make the run of any detector's COCO-format detections")] = None,
     data: Annotated[Path | None, Option(help="what --predictions are of: a config, or as --on")] = None,
+    gpus: Gpus = None,
+    processes: Processes = 1,
 ) -> None:
     """Measure a run: AP, sparsity of attention, and where it looks; on its own data or on other data.
 
@@ -157,24 +178,27 @@ def evaluate(
     """
     from detrlib.engine.advice import floor_and_collapse, where_attention_rests
     from detrlib.engine.evaluate import evaluate_run
+    from detrlib.engine.launch import in_processes
     from detrlib.experiments.predictions import evaluate_predictions
     from detrlib.experiments.transfer import evaluate_on, scored_classes
     from detrlib.metrics.detection import UNDEFINED
     from detrlib.runs.folder import run_path
 
-    overrides = pairs(settings, "--set", "evaluate.paibb=thesis")
+    shared = {"gpus": gpus, "processes": processes, "overrides": pairs(settings, "--set", "evaluate.paibb=thesis")}
     names = pairs(renamed, "--map", "bike=bicycle")
     if predictions or data:
-        if not (predictions and data) or on or names or by_id or save_as or checkpoint != "last":
+        others = on or names or by_id or save_as or checkpoint != "last" or (gpus, processes) != (None, 1)
+        if not (predictions and data) or others:
             raise ConfigError("--predictions needs --data, and takes --split, --images and --set besides")
-        results = evaluate_predictions(run_path(run), predictions, data, split, images=images, overrides=overrides)
+        chosen = {"images": images, "overrides": shared["overrides"]}
+        results = evaluate_predictions(run_path(run), predictions, data, split, **chosen)
     elif on is None:
         if images or names or by_id or save_as:
             raise ConfigError("--images, --map, --by-id and --as belong to data given as --on")
-        results = evaluate_run(run_path(run), checkpoint, split, overrides=overrides)
+        results = in_processes(evaluate_run, run_path(run), checkpoint, split, **shared)
     else:
         chosen = {"images": images, "names": names, "by_id": by_id, "save_as": save_as}
-        results = evaluate_on(run_path(run), on, checkpoint, split, overrides=overrides, **chosen)
+        results = in_processes(evaluate_on, run_path(run), on, checkpoint, split, **chosen, **shared)
     typer.echo(in_words({name: value for name, value in results["detection"].items() if name != "per_class"}))
     missing = [name for name, own in results["detection"]["per_class"].items() if own["AP"] == UNDEFINED]
     if missing:
@@ -239,24 +263,28 @@ def explain(
     run: RunName,
     images: Annotated[int, Option(min=1, help="the first images of the validation split")] = 50,
     methods: Annotated[str | None, Option(metavar="A,B", help="default: those of a pass or two; also drise")] = None,
-    masks: Annotated[int, Option(min=1, help="of drise, published with 5000")] = 1000,
-    steps: Annotated[int, Option(min=2, help="of deletion and of insertion")] = 16,
+    masks: Annotated[int, Option(min=1, max=10**6, help="of drise, published with 5000")] = 1000,
+    steps: Annotated[int, Option(min=2, max=4096, help="of deletion and of insertion")] = 16,
     checkpoint: Checkpoint = "last",
     unit: Annotated[Literal["cell", "pixel"], Option(help="what is deleted at a time")] = "cell",
     replacement: Annotated[Literal["mean", "blur"], Option(help="of deleted pixels")] = "mean",
-    min_score: Annotated[float, Option(help="of the detections that are explained")] = 0.3,
+    min_score: Annotated[float, Option(min=0, max=1, help="of the detections explained")] = 0.3,
     all_queries: Annotated[bool, Option("--all-queries", help="also those that no object is matched to")] = False,
     batch_size: Annotated[int, Option(min=1, help="pictures the model sees at a time")] = 64,
+    gpus: Gpus = None,
+    processes: Processes = 1,
 ) -> None:
     """Deletion and insertion curves of attention maps, gradients, ODAM and D-RISE, beside the predicted box."""
+    from detrlib.engine.launch import in_processes
     from detrlib.experiments.explain import faithfulness_run
     from detrlib.figures.explanations import faithfulness_table
     from detrlib.runs.folder import run_path
 
     names = values_in(methods, "--methods") or None
     options = {"unit": unit, "replacement": replacement, "min_score": min_score, "batch_size": batch_size}
-    chosen = {"checkpoint": checkpoint, "matched": not all_queries, "masks": masks}
-    frame = faithfulness_run(run_path(run), images, names, steps, **chosen, **options)
+    options |= {"checkpoint": checkpoint, "matched": not all_queries, "masks": masks}
+    shared = {"gpus": gpus, "processes": processes}
+    frame = in_processes(faithfulness_run, run_path(run), images, names, steps, **options, **shared)
     table = faithfulness_table({run: frame}).drop(columns="run")
     typer.echo(table.round(3).to_string(index=False, na_rep=""))
 
@@ -281,14 +309,22 @@ def intervene(
     order_images: Annotated[int, Option(min=1, help="training images that give the order of heads, queries")] = 100,
     images: Annotated[int | None, Option(min=1, help="the first of the validation split; default: all")] = None,
     checkpoint: Checkpoint = "last",
+    gpus: Gpus = None,
+    processes: Processes = 1,
 ) -> None:
     """AP and PAIBB of a trained model with another transform, alpha, fewer heads, or without some of its parts."""
-    from detrlib.experiments.intervene import intervene_run, plan
+    from detrlib.engine.launch import in_processes
+    from detrlib.experiments.intervene import measure_plan
     from detrlib.runs.folder import run_path
 
-    experiments = plan(
+    table = in_processes(
+        measure_plan,
         run_path(run),
-        site,
+        images,
+        checkpoint,
+        gpus=gpus,
+        processes=processes,
+        site=site,
         alphas=values_in(alphas, "--alphas", float),
         transforms=values_in(transforms, "--transforms"),
         layer=layer,
@@ -297,30 +333,48 @@ def intervene(
         sinks=values_in(sinks, "--sinks"),
         ablate=values_in(ablate, "--ablate"),
         order_images=order_images,
-        checkpoint=checkpoint,
     )
-    table = intervene_run(run_path(run), experiments, images, checkpoint)
     typer.echo(table.drop(columns=["site", "checkpoint"]).round(4).to_string(index=False, na_rep=""))
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def sweep(
+    context: typer.Context,
     path: Annotated[Path, Argument(help="sweep file, e.g. papermill_runs/configs/quickstart.yaml")],
     name: Annotated[str | None, Option(help="folder under papermill_runs/; default: as the file is or says")] = None,
     parallel: Annotated[int | None, Option(min=1, help="runs side by side; default: one per GPU or core")] = None,
+    slurm: Annotated[bool, Option("--slurm", help="submit what is missing; options of sbatch follow FILE")] = False,
+    show: Annotated[bool, Option("--list", help="number, name and state of every run")] = False,
+    number: Annotated[int | None, Option("--run", min=1, help="train and measure this one, by its number")] = None,
+    draw: Annotated[bool, Option("--draw", help="the report alone, once all runs are done")] = False,
 ) -> None:
     """Train and measure several variants of one experiment, and draw what they show together."""
+    from detrlib.experiments import cluster
     from detrlib.experiments.sweep import sweep as run_sweep
     from detrlib.runs.folder import run_path
 
-    typer.echo(run_sweep(path, run_path(name) if name else None, parallel))
+    folder = None if name is None else run_path(name)
+    if slurm + show + draw + (number is not None) > 1:
+        raise ConfigError("--slurm, --list, --run and --draw: give one of them")
+    if context.args and not slurm:
+        raise ConfigError(f"{context.args[0]}: not an option of sweep; those of sbatch need --slurm")
+    if slurm:
+        typer.echo("\n".join(cluster.submit(path, folder, context.args, parallel)))
+    elif show:
+        typer.echo("\n".join(cluster.describe(path, folder)))
+    elif draw or number:
+        typer.echo(cluster.draw(path, folder) if draw else cluster.run_one(path, number, folder))
+    else:
+        typer.echo(run_sweep(path, folder, parallel))
 
 
 @app.command(hidden=True)
 def sweep_run(folder: Path) -> None:
     """One run of a sweep in a process of its own."""
+    from detrlib.engine.children import follow
     from detrlib.engine.notebooks import execute_asked
 
+    follow()
     execute_asked(folder)
 
 
@@ -332,8 +386,13 @@ def notebook(
 ) -> None:
     """Execute a notebook headless; its parameters are checked before anything runs."""
     from detrlib.engine.notebooks import execute_notebook
+    from detrlib.runs.folder import run_path
+    from detrlib.runs.owner import owned
 
-    typer.echo(execute_notebook(name, output, pairs(parameters, "-p", "run_name=first"), progress=True))
+    values = pairs(parameters, "-p", "run_name=first")
+    run = values.get("run_name")
+    with owned(run_path(run)) if run else nullcontext():  # nobody else writes its copy of the notebook either
+        typer.echo(execute_notebook(name, output, values, progress=True))
 
 
 @app.command("import")
@@ -391,7 +450,9 @@ def costs(
     settings: Settings = [],  # noqa: B006
     size: Annotated[str, Option(metavar="H,W", help="pixels of the image; default: data.image_size, at 3:4")] = "",
     latency: Annotated[bool, Option("--latency", help="also measure milliseconds")] = False,
-    memory: Annotated[float | None, Option(metavar="GIB", help="also say how many images train in so much")] = None,
+    memory: Annotated[
+        float | None, Option(metavar="GIB", min=0.01, max=10**6, help="also say how many images train in so much")
+    ] = None,
 ) -> None:
     """Parameters, GFLOPs and time of a model, by component, and the memory that training takes."""
     from detrlib.config import load_config
@@ -401,8 +462,8 @@ def costs(
     cfg = load_config(config, {"model.num_classes": 91} | pairs(settings, "--set", "model.norm=pre"))
     short = cfg.data.image_size
     pixels = values_in(size or f"{short},{short * 4 // 3}", "--size", int)
-    if len(pixels) != 2 or min(pixels) < 1:
-        raise ConfigError(f"--size {size}: expected height and width in pixels, e.g. 800,1066")
+    if len(pixels) != 2 or min(pixels) < 1 or max(pixels) > MOST_PIXELS:
+        raise ConfigError(f"--size {size}: expected height and width, 1 to {MOST_PIXELS} pixels, e.g. 800,1066")
     model = build_model(cfg.model, backbone_weights="none")
     table = cost_table({config.stem: model}, tuple(pixels)).drop(columns="model")
     if latency:
@@ -439,8 +500,13 @@ def huggingface(
     ] = "softmax",
     null_keys: Annotated[str, Option(metavar="A,B", help="none, zero: beside each of the transforms")] = "none",
     sites: Annotated[str | None, Option(metavar="A,B", help="default: all that a model has")] = None,
-    sharpen: Annotated[float | None, Option(help="standard deviation of scores; default for random weights: 4")] = None,
-    size: Annotated[int, Option(min=64, help="pixels of noise and, for random weights, of the shorter side")] = 640,
+    sharpen: Annotated[
+        float | None,
+        Option(min=0, max=1000, help="standard deviation of scores; default for random weights: 4"),
+    ] = None,
+    size: Annotated[
+        int, Option(min=64, max=MOST_PIXELS, help="pixels of noise and, for random weights, of the shorter side")
+    ] = 640,
     cpu: Annotated[bool, Option("--cpu", help="stay on the CPU where there is a GPU")] = False,
     batch_size: Annotated[int, Option(min=1, help="images a model sees at a time")] = 4,
     out: Annotated[Path | None, Option(help="folder for the table, and for what is resumed from")] = None,

@@ -4,7 +4,14 @@ The command line prints it and ends with a code that is not zero; notebooks show
 """
 
 import logging
+import os
+import re
 from collections.abc import Iterable
+
+STOPPED = 75  # exit code of a training that a signal has stopped: EX_TEMPFAIL of sysexits.h, "start me again"
+
+
+SHORT_OF_MEMORY = re.compile(r"tried to allocate [\d.]+ \w+|size calculation overflowed|out of memory[^.]*", re.I)
 
 
 class DetrlibError(Exception):
@@ -27,12 +34,20 @@ class RunError(DetrlibError):
     """A run cannot be read, started or finished as asked; the message names the folder or file."""
 
 
+class DamagedFile(RunError):
+    """A file of ours holds other bytes than were written, or is no such file; the message names it and the remedy."""
+
+
 class ModelError(DetrlibError, ValueError):
     """A model lacks the attention, layer, head or detection that is asked for; the message says which it has."""
 
 
 class NonFiniteLoss(DetrlibError):
     """Training met a loss that is not a number; the message names step, learning rate and images."""
+
+
+class Stopped(DetrlibError):
+    """A signal has ended training, which was saved at its last step; the message names it and how to go on."""
 
 
 def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:
@@ -42,7 +57,26 @@ def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:
     return between.join([*map(str, values[:most]), *more])
 
 
+def in_one_line(error: BaseException) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def memory_fault(error: Exception) -> str | None:
+    """In one line, that memory was short, where an exception of Python's or PyTorch's says so; None: it says else."""
+    said = SHORT_OF_MEMORY.search(str(error))
+    if said is None and not isinstance(error, MemoryError):
+        return None
+    what = f" ({' '.join(said[0].split())})" if said else ""
+    return f"memory is short{what}; smaller images, fewer of them at a time, or a smaller model take less of it"
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks for all that torchrun has started; where there is one alone, it is."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def show_messages() -> None:
-    """Let the library's messages (data drawn, boxes dropped, backbone pretrained) appear on a command line."""
+    """Let the library's messages (data drawn, boxes dropped, backbone pretrained) appear on a command line, once."""
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("detrlib").setLevel(logging.INFO)
+    logging.getLogger("detrlib").setLevel(logging.INFO if is_main_process() else logging.ERROR)

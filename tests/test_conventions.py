@@ -33,24 +33,24 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 710,
-    "config": 1340,
+    ".": 935,
+    "config": 1400,
     "attention": 2165,
     "attention/kernels": 1030,
     "models": 3190,
     "losses": 380,
-    "checkpoints": 1400,
-    "data": 3520,
+    "checkpoints": 1425,
+    "data": 3615,
     "metrics": 2630,
-    "runs": 1945,
-    "engine": 2865,
-    "experiments": 3610,
-    "figures": 3400,
+    "runs": 2280,
+    "engine": 3800,
+    "experiments": 3940,
+    "figures": 3425,
     "teaching": 570,
     "benchmarks": 2460,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 486  # the command line: every option of every command is a line
+LONGEST_COMMANDS = 555  # the command line: every option of every command is a line
 
 
 def relative(path):
@@ -159,7 +159,7 @@ def test_public_functions_and_classes_have_docstrings(path):
 
 @each([path for folder in ("detrlib", "tests") for path in sorted((PROJECT / folder).rglob("*.py"))])
 def test_files_stay_short(path):
-    longest = LONGEST_FILE if path.is_relative_to(LIBRARY) else 480
+    longest = LONGEST_FILE if path.is_relative_to(LIBRARY) else 525
     assert len(path.read_text().splitlines()) <= (LONGEST_COMMANDS if path.name == "__main__.py" else longest)
 
 
@@ -201,6 +201,7 @@ OF_NO_MODULE = {
     "tests/test_repository.py",
     "tests/test_notebooks.py",
     "tests/test_main.py",
+    "tests/test_slurm.py",
 }
 
 

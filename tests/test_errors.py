@@ -25,6 +25,15 @@ def test_kinds_are_told_apart():
     assert not any(issubclass(one, other) for one in others for other in others if one is not other)
 
 
+@pytest.mark.parametrize(
+    "said", ["can't allocate memory: you tried to allocate 256 bytes.", "CUDA out of memory. Tried"]
+)
+def test_short_memory_is_one_line_whoever_has_none(said):
+    fault = errors.memory_fault(RuntimeError(f"[enforce fail]\n{said}\nGPU 0"))
+    assert "memory" in fault and "\n" not in fault
+    assert errors.memory_fault(MemoryError()) and errors.memory_fault(RuntimeError("shapes differ")) is None
+
+
 def test_long_lists_say_how_many_more_there_are():
     assert errors.listed(iter("abc")) == "a, b, c" and errors.listed([]) == ""
     assert errors.listed([1, 2, 3], 1, "; ") == "1; and 2 more"

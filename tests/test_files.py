@@ -3,13 +3,14 @@
 import errno
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from detrlib.errors import RunError
-from detrlib.files import load_checkpoint, load_weights, save_checkpoint, write_atomic, write_json
+from detrlib.errors import DamagedFile, RunError
+from detrlib.files import damage, load_checkpoint, load_weights, sweep, write_atomic, write_checkpoint, write_json
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -44,10 +45,10 @@ def test_atomic_files_are_replaced_whole_and_readable_by_others(tmp_path):
 )
 def test_a_full_disk_leaves_the_old_checkpoint_and_names_the_file(tmp_path, monkeypatch, place, error):
     path = tmp_path / "last.pt"
-    save_checkpoint(path, {"epoch": 1})
+    write_checkpoint(path, {"epoch": 1})
     monkeypatch.setattr(*place, fail(error))
     with pytest.raises(RunError, match=f"could not write {path}: .*{str(error)[-20:]}.* before is intact"):
-        save_checkpoint(path, {"epoch": 2})
+        write_checkpoint(path, {"epoch": 2})
     monkeypatch.undo()
     assert load_checkpoint(path) == {"epoch": 1}
     assert files(tmp_path) == ["last.pt"]
@@ -68,14 +69,83 @@ def test_an_interrupt_while_writing_leaves_nothing_behind(tmp_path):
 
 
 def test_checkpoints_that_are_none(tmp_path):
-    with pytest.raises(RunError, match=r"no checkpoint .*last\.pt; has the run finished its first epoch"):
+    with pytest.raises(RunError, match=r"no checkpoint .*last\.pt; there are none"):
         load_checkpoint(tmp_path / "last.pt")
-    (tmp_path / "last.pt").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(RunError, match=r"last\.pt is not a checkpoint of this project"):
-        load_checkpoint(tmp_path / "last.pt")
+    for content in (b"", b"PK\x03\x04 cut short", b"text"):
+        (tmp_path / "last.pt").write_bytes(content)
+        with pytest.raises(DamagedFile, match=r"last\.pt is damaged, or no checkpoint"):
+            load_checkpoint(tmp_path / "last.pt")
     torch.save({"model": print}, tmp_path / "code.pt")
-    with pytest.raises(RunError, match=r"code\.pt is not a checkpoint"):
+    with pytest.raises(RunError, match=r"code\.pt is not a checkpoint") as caught:
         load_checkpoint(tmp_path / "code.pt")
+    assert "weights_only" not in str(caught.value) and caught.value.__suppress_context__
+
+
+STATE = {"epoch": 3, "model": {"weight": torch.arange(200.0), "bias": torch.ones(3)}}
+
+
+def test_a_checkpoint_is_a_file_of_torch_and_one_without_a_checksum_is_read_too(tmp_path):
+    write_checkpoint(tmp_path / "new.pt", STATE)
+    torch.save(STATE, tmp_path / "old.pt")
+    for name in ("new.pt", "old.pt"):
+        for state in (load_checkpoint(tmp_path / name), torch.load(tmp_path / name, weights_only=True, mmap=True)):
+            assert state["epoch"] == 3 and torch.equal(state["model"]["weight"], STATE["model"]["weight"])
+    assert zipfile.ZipFile(tmp_path / "new.pt").testzip() is None
+
+
+def test_any_changed_bit_and_any_missing_byte_is_found(tmp_path):
+    path = tmp_path / "a.pt"
+    write_checkpoint(path, STATE)
+    whole = path.read_bytes()
+    assert damage(path) == ""
+    with path.open("r+b", buffering=0) as file:
+        for bit in range(0, 8 * len(whole), 17):  # of headers, padding, data, directory, checksum
+            os.pwrite(file.fileno(), bytes([whole[bit // 8] ^ 1 << bit % 8]), bit // 8)
+            assert damage(path), f"bit {bit} of {8 * len(whole)}"
+            os.pwrite(file.fileno(), whole[bit // 8 :][:1], bit // 8)
+        file.truncate(len(whole) + 1)
+        assert damage(path)
+        for size in (*range(len(whole) - 1, len(whole) - 80, -1), *range(len(whole) - 80, -1, -61)):
+            file.truncate(size)
+            assert damage(path), f"cut to {size} of {len(whole)}"
+
+
+def test_a_changed_number_in_a_file_without_our_checksum_is_found(tmp_path):
+    path = tmp_path / "old.pt"
+    torch.save(STATE, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(STATE["model"]["weight"].numpy().tobytes()) + 41] ^= 4
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)  # says nothing
+    with pytest.raises(DamagedFile, match=r"old\.pt"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_was_there_is_kept_under_another_name(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", fail(OSError(errno.EPERM, "no links here")))
+    path, before = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for epoch in range(3):
+        write_checkpoint(path, {"epoch": epoch}, before)
+        assert load_checkpoint(path) == {"epoch": epoch}
+        assert before.exists() == (epoch > 0)
+    assert load_checkpoint(before) == {"epoch": 1} and files(tmp_path) == ["last.pt", "previous.pt"]
+
+
+def test_what_killed_writers_have_left_is_swept_and_nothing_else(tmp_path):
+    def killed(temporary):
+        (tmp_path / "kept").mkdir(exist_ok=True)
+        os.link(temporary, tmp_path / "kept" / temporary.name)
+
+    write_atomic(tmp_path / "last.pt", killed)
+    (left,) = (tmp_path / "kept").iterdir()
+    left.replace(tmp_path / left.name)
+    others = [".owner", ".last.pt.lock", "last.pt", ".gitignore"]
+    for name in others:
+        (tmp_path / name).touch()
+    assert sweep(tmp_path) == [tmp_path / left.name]
+    assert files(tmp_path) == sorted([*others, "kept"])
 
 
 def test_weights_of_another_architecture_are_not_half_loaded(tmp_path):

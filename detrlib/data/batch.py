@@ -1,9 +1,13 @@
 """A batch of images of different sizes: padded to one size, with a mask that tells image from padding."""
 
+import atexit
 import logging
 import math
+import multiprocessing
 import os
+import re
 import shutil
+import signal
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -16,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from detrlib.config import Data
 from detrlib.data.augment import LONGEST, PAPER_SIZE, normalised
 from detrlib.data.shapes import cores
-from detrlib.errors import ConfigError, DataError
+from detrlib.errors import ConfigError, DataError, RunError
 
 MOST_WORKERS = 8  # that are taken unasked: each decodes and augments some 200 photographs a second
 SHARED, AHEAD = Path("/dev/shm"), 3  # where batches of workers lie, and how many of each: two are prepared ahead
@@ -148,10 +152,13 @@ def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) ->
     """
     images = order["batch_sampler"].own_size if "batch_sampler" in order else order.get("batch_size", 1)
     workers = worker_processes(settings, images)
+    if workers:
+        _end_workers_at_exit()
     return DataLoader(
         dataset,
         collate_fn=pack,
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_training,
         persistent_workers=workers > 0,
         pin_memory=pinned,
         generator=torch.Generator(),  # or it would draw from that of the model, and when depends on the workers
@@ -159,13 +166,36 @@ def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) ->
     )
 
 
-def worker_processes(settings: Data, images: int) -> int:
+def _leave_signals_to_training(_worker: int) -> None:
+    """Signals often come to all processes of a group. A step whose batch is on its way still wants it; workers whose
+    training has ended end by themselves."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@cache
+def _end_workers_at_exit() -> None:
+    """Python ends what it has started by SIGTERM, which workers leave to training, and then waits; the traceback of a
+    fault may keep a loader, and so its workers, until then."""
+
+    def end() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's own handler would report them as crashed
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+
+    atexit.register(end)
+
+
+def worker_processes(settings: Data, images: int, processes: int | None = None) -> int:
     """How many processes prepare batches of so many images: by `data.workers`, or for each core that is left.
+
+    processes: of the training, on this machine; None: as torchrun says.
 
     One that finds no room in shared memory never sends its batch, and who waits for that waits for ever; containers
     often have 64 MB. Raises ConfigError where more are asked for than there is room for.
     """
-    processes, workers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), settings.workers
+    workers, processes = settings.workers, processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if workers == "auto":  # the process itself wants a core
         workers = 0 if settings.cache else min(max(cores() // processes - 1, 0), MOST_WORKERS)
     batch = images * 4 * (settings.image_size * LONGEST / PAPER_SIZE) ** 2  # bytes of pixels and mask, at most
@@ -183,12 +213,38 @@ def worker_processes(settings: Data, images: int) -> int:
 def batches(loader: Iterable[Packed]) -> Iterator[Batch]:
     """The batches of a loader. A fault of the data that a worker process has met is the one line it is without workers.
 
-    PyTorch hands on an exception of a worker with the worker's traceback for a message.
+    PyTorch hands on an exception of a worker with the worker's traceback for a message, and says of a worker that was
+    killed by which signal. Raises RunError for the latter.
     """
     try:
         yield from map(unpack, loader)
     except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+    except RuntimeError as error:
+        if not (found := re.match(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) ([\w ]+)", str(error))):
+            raise
+        raise RunError(
+            f"a process that prepares images {found[1]}; was memory short? Set data.workers: 0, or fewer"
+        ) from None
+
+
+class Shared(torch.utils.data.Sampler):
+    """Batches of a data set in its order, each for one of the processes that share it.
+
+    They are those that one process alone would see, whole: what is computed of an image, by itself and beside which
+    others, does not depend on the number of processes, and none is counted twice. Some processes have a batch less.
+    """
+
+    def __init__(self, length: int, batch_size: int, process: int = 0, processes: int = 1):
+        self.length, self.own_size = length, batch_size
+        self.firsts = range(process * batch_size, length, processes * batch_size)  # of every batch its first image
+
+    def __len__(self) -> int:
+        return len(self.firsts)
+
+    def __iter__(self):
+        for first in self.firsts:
+            yield range(first, min(first + self.own_size, self.length))
 
 
 class Drawn(NamedTuple):
@@ -207,13 +263,16 @@ class EpochSampler(torch.utils.data.Sampler):
     An epoch is a shuffle of all images, incomplete batches dropped; or, with `updates`, so many batches, which go on in
     an endless sequence of shuffles where the epoch before ended, so that every image comes equally often. Every process
     takes its slice of the same global batch. A set smaller than one batch is one batch.
+
+    `epoch` and `first`, the batch of it to begin with, from 0, are set from outside.
     """
 
     def __init__(
         self, length: int, batch_size: int, process: int, processes: int, seed: int, updates: int | None = None
     ):
         self.length, self.batch_size = length, min(batch_size, length - length % processes)
-        self.process, self.processes, self.seed, self.epoch, self.updates = process, processes, seed, 0, updates
+        self.process, self.processes, self.seed, self.updates = process, processes, seed, updates
+        self.epoch = self.first = 0
         if not self.batch_size:
             raise ConfigError(f"{length} training images cannot be shared by {processes} processes; use fewer")
 
@@ -233,7 +292,8 @@ class EpochSampler(torch.utils.data.Sampler):
             shuffle, start = divmod(self.epoch * images, self.length)
             shuffles = range(shuffle, shuffle - (-(start + images) // self.length))
             order = torch.cat([self._shuffle(number) for number in shuffles])[start : start + images]
-        for number, batch in enumerate(order.view(-1, self.batch_size).tolist(), self.epoch * len(self)):
+        left = order.view(-1, self.batch_size)[self.first :].tolist()
+        for number, batch in enumerate(left, self.epoch * len(self) + self.first):
             drawn = [
                 Drawn(index, f"{self.seed} batch {number} image {place}", f"{self.seed} batch {number}")
                 for place, index in enumerate(batch)

@@ -6,19 +6,18 @@ annotations, wherever they lie. Files below `LEAST` bytes are read anew each tim
 
 import hashlib
 import logging
-import zipfile
 from pathlib import Path
 
 import torch
 from pydantic_core import from_json, to_json
 
 from detrlib.data.annotations import read_annotations
-from detrlib.data.blocks import OddFile, read_blocks
+from detrlib.data.blocks import OddFile, Twice, read_blocks
 from detrlib.data.columns import BoxColumns, Columns, ImageColumns, Names
 from detrlib.data.formats import open_content
 from detrlib.data.shapes import cache_folder
-from detrlib.errors import RunError
-from detrlib.files import one_at_a_time, save_checkpoint
+from detrlib.errors import DataError, RunError
+from detrlib.files import damage, one_at_a_time, write_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def read_columns(annotations: Path) -> Columns:
         with one_at_a_time(index):  # of the processes of a training, one reads and the others wait
             if (known := _load(index)) is None:
                 known = _read(annotations)
-                save_checkpoint(index, _state(known))
+                write_checkpoint(index, _state(known))
                 known = _load(index) or known  # now shared with the others
     except (OSError, RunError) as error:  # a cache that cannot be written is no reason not to train
         logger.warning("every process reads %s anew: %s", annotations, error)
@@ -59,6 +58,8 @@ def _read(annotations: Path) -> Columns:
     try:
         with open_content(annotations) as file:
             return read_blocks(file)
+    except Twice as twice:
+        raise DataError(f"{annotations}: {twice}; make one list of them") from None
     except OddFile as odd:
         logger.debug("%s is read entry by entry: %s", annotations, odd)
         return Columns.of(read_annotations(annotations))
@@ -74,8 +75,8 @@ def _state(columns: Columns) -> dict:
 def _load(index: Path) -> Columns | None:
     """What an index holds, mapped into memory; None: there is none, or it is damaged."""
     try:
-        if damaged := zipfile.ZipFile(index).testzip():
-            raise zipfile.BadZipFile(f"{damaged} has changed")
+        if fault := damage(index):
+            raise OSError(fault)
         state = torch.load(index, map_location="cpu", mmap=True, weights_only=True)
         images = state["images"] | {"names": Names(**state["images"]["names"])}
         return Columns(ImageColumns(**images), BoxColumns(**state["boxes"]), from_json(state["rest"]))

@@ -138,9 +138,9 @@ def find_files(folder: Path, names: list[str]) -> tuple[list[str], int, list[int
 def are_pictures(text: str) -> bool:
     """Whether a text names pictures that exist: a file of a known kind or content, a folder, a list, or a pattern."""
     path = Path(text)
-    if path.is_file():
+    if os.path.isfile(path):  # which a name that is too long, or of a folder that is closed, does not break
         return path.suffix.lower() in (*SUFFIXES, ".json") or _fault(path) is None
-    return path.is_dir() or bool(_matches(text))
+    return os.path.isdir(path) or bool(_matches(text))
 
 
 def readable(pictures: Sequence[Picture]) -> tuple[list[Picture], dict[str, str]]:
@@ -207,8 +207,10 @@ def _from_path(path: Path) -> list[Picture]:
         return _from_list(path)
     if path.is_dir():
         files = _pictures_in(path)
-    elif path.exists():
+    elif path.is_file():
         files = [path]
+    elif path.exists():  # to read from a pipe would be to wait for ever
+        raise DataError(f"{path}: neither a file nor a folder")
     elif not (files := _matches(str(path))):
         kind = "no picture matches it" if glob.has_magic(str(path)) else "there is no such file or folder"
         raise DataError(f"{path}: {kind}")

@@ -5,6 +5,12 @@
     detrlib evaluate my-run --checkpoint untrained          what was there before training
     detrlib evaluate my-run --set evaluate.paibb=thesis     as published PAIBB was computed
     detrlib evaluate my-run --set data.root=/scratch/coco   its data lie there now
+    detrlib evaluate my-run --gpus 8                        shared by 8 processes, with the same results
+
+Processes share batches, whole ones (`data.batch.Shared`), and what they find is put in the order of the data. So
+losses, detections and all that is made of these, and tables and maps of single images, are those of one process bit for
+bit where its arithmetic is the same (on a CPU: as many threads each). Sums over images are added up in another order:
+means of sparsity, sinks, localisation and spread are the same but for rounding in float64.
 
 Legend: B images, L layers, H heads, Q queries, K keys.
 """
@@ -12,7 +18,8 @@ Legend: B images, L layers, H heads, Q queries, K keys.
 import logging
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +27,17 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 
 from detrlib.config import Config, replace
 from detrlib.data import CocoDataset, build_dataset, describe_data
-from detrlib.data.batch import batches, open_loader
+from detrlib.data.batch import Shared, batches, open_loader
 from detrlib.data.classes import class_list
 from detrlib.data.formats import other_split
+from detrlib.engine import tracking
 from detrlib.engine.start import starting_model
-from detrlib.errors import ConfigError, DataError, RunError, listed
+from detrlib.errors import ConfigError, DataError, RunError, Stopped, listed
 from detrlib.files import load_checkpoint, write_json
 from detrlib.losses import Criterion, match
 from detrlib.metrics.accumulate import AttentionMeasures
@@ -53,6 +59,7 @@ from detrlib.runs.folder import (
     save_tables,
 )
 from detrlib.runs.opening import WHERE, begin_folder, refuse_other_data
+from detrlib.runs.owner import owning
 from detrlib.runs.sources import build_source, refuse_predictions, run_source
 
 logger = logging.getLogger(__name__)
@@ -111,6 +118,7 @@ def evaluation_config(run_dir: Path, overrides: Mapping[str, Any] | None = None)
     return replace(cfg, ({"data.classes": class_list(names)} if names else {}) | dict(overrides or {}))
 
 
+@owning
 def evaluate_into(
     folder: Path, run_dir: Path, cfg: Config, checkpoint: str = "last", described: Mapping[str, Any] | None = None
 ) -> dict:
@@ -122,15 +130,17 @@ def evaluate_into(
     model, known = load_model(run_dir, checkpoint, cfg), {"epoch": 0, "global_step": 0}
     if checkpoint != UNTRAINED:
         known = load_checkpoint(run_dir / "checkpoints" / f"{checkpoint}.pt", ("epoch", "global_step"))
-    dataset = build_dataset(cfg.data, "val")
-    if folder != run_dir:
+    dataset, accelerator = build_dataset(cfg.data, "val"), Accelerator()
+    if accelerator.is_main_process and folder != run_dir:
         begin_folder(folder, cfg)
-    results, detections = evaluate(model, dataset, cfg, Accelerator(), run_dir=folder)
-    results |= {"checkpoint": checkpoint, "epoch": known["epoch"], "global_step": known["global_step"]}
-    results |= run_floor(run_dir, dataset, cfg.evaluate.engine)
-    if checkpoint != UNTRAINED and not is_finished(run_dir):
-        results["unfinished"] = f"epoch {known['epoch']} of {cfg.train.epochs}"
-    return save_results(folder, results | dict(described or {}), detections, dataset.ground_truth)
+    results, detections = evaluate(model, dataset, cfg, accelerator, run_dir=folder)
+    if accelerator.is_main_process:
+        results |= {"checkpoint": checkpoint, "epoch": known["epoch"], "global_step": known["global_step"]}
+        results |= run_floor(run_dir, dataset, cfg.evaluate.engine)
+        if checkpoint != UNTRAINED and not is_finished(run_dir):
+            results["unfinished"] = f"epoch {known['epoch']} of {cfg.train.epochs}"
+        save_results(folder, results := results | dict(described or {}), detections, dataset.ground_truth)
+    return broadcast_object_list([results])[0]
 
 
 def results_folder(run_dir: Path, name: str, on: Path | None = None) -> Path:
@@ -198,7 +208,7 @@ def save_results(
     save_detections(run_dir / "predictions.json", parts)
     matches = match_detections(ground_truth, table)
     save_tables(run_dir, {"matches": matches.detections, "annotations": matches.annotations})
-    write_json(run_dir / "results.json", results)
+    write_json(run_dir / "results.json", results, checksum=True)
     return results
 
 
@@ -214,6 +224,7 @@ def evaluate(
     looked_at: int | None = None,
     run_dir: Path | None = None,
     progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict, pd.DataFrame]:
     """Run `model` over `dataset` once, each process over its share.
 
@@ -225,10 +236,11 @@ def evaluate(
         criterion: measure the loss too.
         sites: whose attention is measured besides decoder_cross; None: those whose transform is not softmax; an empty
             one: no attention at all, which is faster.
-        looked_at: measure the attention to about so many images only, the first of each process; None: to all.
+        looked_at: measure the attention to the first batches only, of so many images; None: to all.
         run_dir: where examples, maps and measures of single images and objects are stored, in place of those of an
             earlier evaluation; None: nowhere.
         progress: show a bar.
+        stop: whether to give up after a batch; it is enough that one process is told so.
 
     Returns:
         Results and a table of detections (`coco_detections`), both of all processes. Results hold `detection` (12 COCO
@@ -237,37 +249,42 @@ def evaluate(
 
     Raises:
         RunError: what is stored cannot be written.
+        Stopped: it was given up, in all processes.
     """
     start, device = time.perf_counter(), accelerator.device
     model = model.to(device).eval()
-    detections, losses, looks, best, seen = [], [], None, BestDetections(), 0
-    loader = _share(dataset, cfg, accelerator)  # may be refused: before what is stored is removed
+    detections, losses, looks, best = {}, {}, None, BestDetections()
+    share = Shared(len(dataset), cfg.evaluate.batch_size, accelerator.process_index, accelerator.num_processes)
+    # May be refused: before what is stored is removed.
+    loader = open_loader(dataset, cfg.data, device.type == "cuda", batch_sampler=share)
     with recorder(cfg, len(dataset), accelerator, run_dir) as record:
         if sites is None or sites:
             folder = run_dir / "measures" if run_dir else None
             looks = AttentionMeasures(cfg, folder, accelerator.process_index, accelerator.num_processes, sites)
-        bar = tqdm(loader, desc="evaluating", leave=False, disable=not progress or None)
-        for batch in batches(bar):
+        bar = tracking.progress(loader, "evaluating", progress)
+        for first, batch in zip(share.firsts, batches(bar), strict=True):
             batch = batch.to(device)
-            looking = looks and (looked_at is None or seen < looked_at)
-            seen += len(batch.targets)
-            wanted = {*looks.sites, *(record.sites(batch) if record else ())} if looking else ()
+            looking = looks and (looked_at is None or first < looked_at)
+            wanted = {*looks.sites, *(record.sites(first) if record else ())} if looking else ()
             with autocast(cfg.train.precision, device):
                 predictions = model(batch.images, batch.padding_mask, need_attention=wanted)
-            detections.append(_detections(predictions, batch.targets, dataset))
+            detections[first] = _detections(predictions, batch.targets, dataset)
             best.add(predictions, batch.targets)
             if criterion is not None:
-                losses.append(_losses(criterion, predictions, batch.targets))
+                losses[first] = _losses(criterion, predictions, batch.targets)
             if looking:
                 indices = match(predictions, batch.targets, Criterion(**dict(cfg.loss)).costs)
                 looks.add(predictions, batch, indices)
                 if record:
-                    record.add(batch, predictions, indices)
-        sums, spread = [looks.close()] if looks else [], [best.boxes.sums]
-        if accelerator.num_processes > 1:  # comes back once all processes have closed their tables
-            detections, losses, sums, spread = (gather_object(x) for x in (detections, losses, sums, spread))
+                    record.add(first, batch, predictions, indices)
+            if stop():
+                break
+        if any(gather_object([stop()])):  # those that were not told come here too, after their share
+            raise Stopped("the evaluation was given up")
+        # Comes back once all processes have closed their tables.
+        sums, spread = gather_object([looks.close()] if looks else []), gather_object([best.boxes.sums])
+        losses, detections = in_order(losses), pd.concat(in_order(detections), ignore_index=True)
         best.boxes.sums = torch.stack(spread).sum(0)
-        detections = pd.concat(detections, ignore_index=True)
         results = _results(model, dataset, cfg, detections) | {"spread": best.summary()}
         if criterion is not None:
             results["loss"] = {name: _weighted_mean([row[name] for row in losses]) for name in losses[0]}
@@ -278,10 +295,9 @@ def evaluate(
     return results, detections
 
 
-def _share(dataset: CocoDataset, cfg: Config, accelerator: Accelerator) -> DataLoader:
-    """Batches of the images that are this process's to evaluate: no image is counted twice."""
-    shard = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
-    return open_loader(shard, cfg.data, accelerator.device.type == "cuda", batch_size=cfg.evaluate.batch_size)
+def in_order(found: Mapping[int, Any]) -> list:
+    """What all processes have found, each of it by a number, in the order of the numbers; the same in all of them."""
+    return [one for _, one in sorted(gather_object(list(found.items())), key=itemgetter(0))]
 
 
 def _losses(criterion: Criterion, predictions: Predictions, targets: list[dict]) -> dict[str, tuple[float, float]]:

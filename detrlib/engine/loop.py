@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 4 -m detrlib.engine.loop RUN_DIR           a cluster; RUN_DIR holds config.yaml
 
 The batch size is that of all processes together and losses are normalised over them, so a run gives the same
-result on one GPU or eight, but for dropout. The same run folder again resumes after the last
-complete epoch.
+result on one GPU or eight, but for dropout. The same run folder again resumes where it was saved last: after an epoch,
+in the midst of one every `train.save_minutes`, and after the step in which a signal came, see `stopping`.
 
 What a person should know is said in this order, nothing of it twice:
 
@@ -18,7 +18,9 @@ What a person should know is said in this order, nothing of it twice:
 """
 
 import argparse
+import logging
 import math
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -27,29 +29,34 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from detrlib import runs
-from detrlib.config import Config, load_config, replace
-from detrlib.data import Batch, CocoDataset, describe_data, look_over, open_splits
-from detrlib.data.batch import EpochSampler, batches, open_loader, worker_processes
-from detrlib.data.classes import class_list
+from detrlib.config import Config, load_config
+from detrlib.data import Batch, CocoDataset, look_over
+from detrlib.data.batch import EpochSampler, batches, open_loader
 from detrlib.engine import advice, tracking
+from detrlib.engine.children import follow
+from detrlib.engine.epoch import EpochSoFar
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
+from detrlib.engine.log import Log
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.pace import Pace
+from detrlib.engine.ready import ready
+from detrlib.engine.space import checkpoint_space
 from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model
-from detrlib.engine.state import TrainingState, require_compiler
+from detrlib.engine.state import TrainingState, keep_failure
 from detrlib.engine.step import Pending, train_step
-from detrlib.errors import ConfigError, DetrlibError, RunError, show_messages
-from detrlib.files import save_checkpoint
+from detrlib.engine.stopping import Stopping, Wish
+from detrlib.errors import STOPPED, DetrlibError, RunError, Stopped, memory_fault, show_messages
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.models import checkpoint_activations
+from detrlib.runs.owner import owning
 
 LOOKED_AT = 64  # images whose attention is measured while training goes on
 
 
+@owning
 def train(cfg: Config, run_dir: Path) -> dict:
     """Train in `run_dir`, or go on where it holds a checkpoint; in each of the processes that torchrun started.
 
@@ -65,25 +72,24 @@ def train(cfg: Config, run_dir: Path) -> dict:
 
     Raises:
         ConfigError, DataError, WeightsError, RunError: something does not fit; before any long work.
+        Stopped: a signal came; it is saved, and the same call goes on.
         NonFiniteLoss: with everything needed to look into it saved in failure-<process>.pt.
     """
-    accelerator = Accelerator(log_with=tracking.trackers(cfg, run_dir), project_dir=run_dir / tracking.TRACKING)
-    if cfg.train.batch_size % accelerator.num_processes:
-        raise ConfigError(
-            f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
-        )
-    if cfg.train.compile:
-        require_compiler(accelerator.device)
+    services = {"log_with": tracking.trackers(cfg, run_dir), "project_dir": run_dir / tracking.TRACKING}
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **services)  # or they would train one run each
+    with Stopping(accelerator, cfg.train.save_minutes) as stopping:
+        trainer = _open_trainer(cfg, run_dir, accelerator, stopping)
+        try:
+            return trainer.run()
+        finally:
+            trainer.close()
+
+
+def _open_trainer(cfg: Config, run_dir: Path, accelerator: Accelerator, stopping: Stopping) -> "Trainer":
+    """Check all that could stand in the way, before anything is written; then make the run folder and the model."""
     say = partial(tracking.say, accelerator)
-    for images in (cfg.train.batch_size // accelerator.num_processes, cfg.evaluate.batch_size):
-        worker_processes(cfg.data, images)  # raises where shared memory has no room for them
-    train_set, val_set = (splits := open_splits(cfg.data)).values()
-    if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
-        cfg = cfg.model_copy(update={"model": cfg.model.completed()})
-    cfg = replace(cfg, {"model.num_classes": _num_classes(cfg, train_set), "data.classes": class_list(train_set.names)})
-    if cfg.model.architecture == "huggingface":
-        initial_model(cfg, "none").try_out()  # transformers itself compares few of its options
-    described = describe_data(cfg.data, splits)
+    cfg, splits, described = ready(cfg, accelerator.num_processes, accelerator.device)
+    train_set, val_set = splits.values()
     with accelerator.main_process_first():
         resume = runs.refuse_run(cfg, run_dir, described)
         first = None  # weights that are given are found before every picture is decoded, others are learned from them
@@ -91,32 +97,14 @@ def train(cfg: Config, run_dir: Path) -> dict:
             first = starting_model(cfg, train_set)
         say(look_over(splits, cfg.model.num_queries, cfg.data.check))
         if not resume:
-            say(*advice.unfit_for_crops(cfg, train_set))
+            say(*runs.begins_again(run_dir), *advice.unfit_for_crops(cfg, train_set))
         model, start = (initial_model(cfg, "none"), None) if resume else first or starting_model(cfg, train_set)
         runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:
         say(start)
     if accelerator.is_main_process and not resume:
         record_start(run_dir, start)
-    trainer = Trainer(cfg, run_dir, accelerator, train_set, val_set, model)
-    try:
-        return trainer.run(resume)
-    except KeyboardInterrupt:
-        interrupted = f"\ninterrupted; the same run name continues after epoch {trainer.state.epoch}"
-        say(interrupted, trainer.state.best_so_far(run_dir))
-        raise
-    finally:
-        trainer.close()
-
-
-def _num_classes(cfg: Config, dataset: CocoDataset) -> int:
-    wanted = cfg.model.num_classes or dataset.num_classes
-    if wanted < dataset.num_classes:
-        raise ConfigError(
-            f"model.num_classes {wanted} is too small: {dataset.annotations_path} needs {dataset.num_classes}"
-            + ("" if cfg.data.contiguous else " (largest category id + 1; data.contiguous: true renumbers them)")
-        )
-    return wanted
+    return Trainer(cfg, run_dir, accelerator, stopping, train_set, val_set, model, resume)
 
 
 class Trainer:
@@ -127,12 +115,14 @@ class Trainer:
         cfg: Config,
         run_dir: Path,
         accelerator: Accelerator,
+        stopping: Stopping,
         train_set: CocoDataset,
         val_set: CocoDataset,
         model: nn.Module,
+        resume: bool,
     ):
         self.cfg, self.run_dir, self.accelerator, self.val_set = cfg, run_dir, accelerator, val_set
-        self.say = partial(tracking.say, accelerator)
+        self.stopping, self.resume, self.say = stopping, resume, partial(tracking.say, accelerator)
         set_seed(cfg.train.seed)
         shared = accelerator.process_index, accelerator.num_processes
         given = cfg.train.batch_size, *shared, cfg.train.seed, cfg.train.epoch_updates
@@ -142,21 +132,34 @@ class Trainer:
         self.state = TrainingState(model, cfg, len(self.sampler), accelerator)
         self.plan = Plan(cfg, self.state.trained, train_set, self.sampler.own_size, accelerator)
         self.micro_batch = self.plan.images(run_dir)
-        self.criterion = Criterion(lambda x: accelerator.reduce(x, "mean"), **dict(cfg.loss))
+        self.criterion = Criterion(stopping.mean, **dict(cfg.loss))
         self.pending = Pending()  # whether the last update was one
-        self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
+        self.so_far: EpochSoFar | None = None  # the epoch that is not over
+        self.log = Log(cfg, run_dir, accelerator, self.state, self.criterion.weights)
         self.pace = Pace(cfg.train, len(self.sampler), len(val_set) / cfg.train.batch_size)
         self.floor, self.warned = {}, set()  # see `run_floor`; signs of collapse that were said
         self.final: tuple | None = None  # results and detections of `evaluate` after the last epoch
         tracking.start_tracking(accelerator, cfg)
 
-    def run(self, resume: bool) -> dict:
-        """Train what is left, evaluate, write the results."""
+    def run(self) -> dict:
+        """Train what is left, evaluate, write the results; or, once a signal has come, save and raise Stopped."""
+        self._prepare()
+        self.stopping.training = True
+        try:
+            return self._finish()
+        except Stopped:
+            pass  # where it was, the model is still in use, see `close`
+        self._save_midway()
+        by, where = self.stopping.name, self._where()
+        if self.accelerator.is_main_process:
+            runs.note_stop(self.run_dir, self.state.global_step, by)
+            self.say(self.state.best_so_far(self.run_dir))
+        self.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one has left
+        raise Stopped(f"stopped by {by} at {where}, and saved; the same run name goes on there")
+
+    def _finish(self) -> dict:
+        """All that is left, and the results."""
         state, epochs = self.state, self.cfg.train.epochs
-        if resume:
-            state.restore(self.run_dir / "checkpoints" / "last.pt")
-            self.say(f"resuming {self.run_dir.name} after epoch {state.epoch}")
-        self._prepare(resume)
         while state.epoch < epochs:
             start = time.perf_counter()
             record = self._train_epoch()
@@ -165,9 +168,11 @@ class Trainer:
                 began = time.perf_counter()
                 record |= self._validate()
                 self.pace.evaluations.append(time.perf_counter() - began)
-            self._log(record)
+            self.log.write(record)
             ap = record.get("detection/AP", -math.inf)
             state.save(self.run_dir / "checkpoints", ap, self.cfg.train.keep_every)
+            self.stopping.saved()
+            self.so_far = None
             self._report(record, time.perf_counter() - start)
         if self.final is None:  # a run that goes on after its last epoch
             self._validate()
@@ -181,13 +186,17 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return results
 
-    def _prepare(self, resume: bool) -> None:
-        """Make the run folder ready, and say what training takes and what it has to beat."""
+    def _prepare(self) -> None:
+        """Restore what was saved, make the run folder ready, and say what training takes and what it has to beat."""
+        if self.resume:
+            self._restore()
         if self.accelerator.is_main_process:
-            runs.truncate_metrics(self.run_dir, self.state.global_step)
+            runs.truncate_metrics(self.run_dir, self.state.global_step, self.state.epoch)
+            runs.note_start(self.run_dir, self.state.global_step)
             self.say(self.plan.line(self.micro_batch))
-            if not resume:
+            if not self.resume:
                 keep_fixed_boxes(self.run_dir, self.loader.dataset)
+        self.say(checkpoint_space(self.state, self.cfg.train, self.run_dir / "checkpoints"))
         self.accelerator.wait_for_everyone()
         self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
         settings = self.cfg.train
@@ -202,67 +211,77 @@ class Trainer:
             self.state.compile()
 
     def _train_epoch(self) -> dict[str, float]:
-        """One epoch; means of everything logged."""
-        cfg, accelerator, state = self.cfg.train, self.accelerator, self.state
-        # Like order and augmentation, dropout depends on seed and epoch alone: resumed runs repeat uninterrupted ones.
-        set_seed(cfg.seed + 1000 * (state.epoch + 1) + accelerator.process_index)
-        self.sampler.epoch = state.epoch
+        """One epoch, or what is left of it; means of everything logged."""
+        cfg, state = self.cfg.train, self.state
+        so_far = self.so_far = self.so_far or EpochSoFar(state.epoch, cfg.seed, self.accelerator)
+        so_far.begin()
+        self.sampler.epoch, self.sampler.first = state.epoch, so_far.steps
         state.model.train()
-        sums, padding, quiet = 0.0, [], None if accelerator.is_main_process else True
-        bar = tqdm(self.loader, desc=f"epoch {state.epoch + 1}/{cfg.epochs}", leave=False, disable=quiet)
+        bar = tracking.progress(self.loader, f"epoch {state.epoch + 1}/{cfg.epochs}", initial=so_far.steps)
         clock = time.perf_counter()
-        for number, batch in enumerate(batches(bar)):
-            waited = time.perf_counter() - clock
-            padding.append(batch.padding)
+        for batch in batches(bar):
+            waited, padding = time.perf_counter() - clock, batch.padding
             terms = self._step(batch)
-            sums = sums + torch.stack(list(terms.values()))
+            so_far.add(terms, padding)
             if state.global_step % cfg.log_every == 0:
                 took = time.perf_counter() - clock
-                self._log_step(terms, {"extra/iter_time": took, "extra/data_time": waited})
+                self.pending.read()
+                self.log.step(terms, {"extra/iter_time": took, "extra/data_time": waited})
                 bar.set_postfix(loss=f"{terms['loss']:.3f}")
-            if line := self.pace.step(time.perf_counter() - clock, number, state.epoch):
+            if line := self.pace.step(time.perf_counter() - clock, so_far.steps - 1, state.epoch):
                 self.say(line)
+            if (wish := self.stopping.agreed()) is Wish.STOP:
+                raise Stopped("after a step")
+            if wish is Wish.SAVE:
+                self._save_midway()
             clock = time.perf_counter()
         self.pending.read()
-        totals = accelerator.reduce(sums, "mean") / len(self.loader)
-        means = {f"epoch/{name}": value for name, value in zip(terms, totals.tolist(), strict=True)}
-        return means | {"extra/padding": sum(padding) / len(padding)}
+        return so_far.means()
+
+    def _save_midway(self) -> None:
+        """Write last.pt where an epoch is not over; all processes at once."""
+        if self.so_far is not None:
+            self.pending.read()
+            self.state.save_midway(self.run_dir / "checkpoints", self.so_far)
+        self.stopping.saved()
+
+    def _restore(self) -> None:
+        """Go on where training was saved."""
+        why = self.state.restore(self.run_dir / "checkpoints")
+        if self.state.midway:
+            self.so_far = EpochSoFar(self.state.epoch, self.cfg.train.seed, self.accelerator)
+            self.so_far.load_state_dict(self.state.midway)
+        self.say(*[why] * bool(why), f"resuming {runs.run_name(self.run_dir)} at {self._where()}")
+
+    def _where(self) -> str:
+        """In words, how far training has come."""
+        epochs, midway = self.state.epoch, ""
+        if self.so_far is not None:
+            epochs, midway = self.so_far.number, f" and {self.so_far.steps} of {len(self.sampler)} updates"
+        return f"step {self.state.global_step}, after epoch {epochs} of {self.cfg.train.epochs}{midway}"
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """`train_step`, and what moves along with the weights."""
         cfg, state = self.cfg.train, self.state
         parts = batch.split(self.micro_batch, keep_padding=self.cfg.model.padding_matters)
         given = state.model, parts, self.criterion, state.optimizer, self.accelerator
-        told = {"precision": cfg.precision, "clip_norm": cfg.clip_norm, "watch": self._watch, "pending": self.pending}
+        told = {"precision": cfg.precision, "clip_norm": cfg.clip_norm, "watch": self.log.watch}
+        explain = partial(keep_failure, state, self.run_dir, batch, state.position)
         try:
-            terms = train_step(*given, **told, explain=partial(self._failure, batch, state.position))
+            terms = train_step(*given, **told, pending=self.pending, explain=explain)
         except torch.OutOfMemoryError:
             size = " x ".join(map(str, batch.pixels.shape[-2:]))
             raise RunError(
                 f"the GPU has not enough memory for {self.micro_batch} images in a batch of {size} pixels at step "
-                f"{state.global_step}; set {SMALLER}, and start again: the same run goes on after epoch {state.epoch}"
+                f"{state.global_step}; set {SMALLER}, and start again: the same run goes on where it was saved last"
             ) from None
         state.advance()
         return terms
 
-    def _failure(self, batch: Batch, position: dict, what: str) -> str:
-        """Keep what is needed to look into a step that failed at a position of training, and say where."""
-        ids = [target["image_id"] for target in batch.targets]
-        path = self.run_dir / f"failure-{self.accelerator.process_index}.pt"
-        save_checkpoint(path, self.state.state_dict() | position | {"batch": tuple(batch), "image_ids": ids})
-        remedy = "Start again"
-        if position["epoch"]:  # other settings are for another run
-            remedy = f"Start a new run from the last complete epoch, train.start: {runs.run_name(self.run_dir)},"
-        return (
-            f"{what} at step {position['global_step']} (epoch {position['epoch'] + 1}, learning rates "
-            f"{position['learning_rates']}, image ids {ids}). Weights and batch are in {path}. {remedy} with a lower "
-            "train.lr, train.clip_norm: 0.1, train.warmup_steps, or train.precision: float32."
-        )
-
     def _validate(self) -> dict[str, float]:
         last = self.state.epoch == self.cfg.train.epochs
         asked = {"run_dir": self.run_dir} if last else {"sites": ("decoder_cross",), "looked_at": LOOKED_AT}
-        asked["criterion"] = Criterion(**dict(self.cfg.loss))
+        asked |= {"criterion": Criterion(**dict(self.cfg.loss)), "stop": self.stopping.asked}
         results, detections = evaluate(self.state.evaluated, self.val_set, self.cfg, self.accelerator, **asked)
         if last:
             self.final = results, detections
@@ -280,48 +299,23 @@ class Trainer:
             self.say(f"warning: {signs[name]}")
         self.warned |= set(signs)
 
-    # What is written: metrics, and a line per epoch. Only the main process writes.
-
-    def _watch(self) -> None:
-        """Gradients of alpha before clipping, of steps that are logged: is it still learning?"""
-        if (self.state.global_step + 1) % self.cfg.train.log_every == 0:
-            self.alpha_gradients = tracking.alpha_gradients(self.state.trained)
-
-    def _log_step(self, terms: dict[str, Tensor], times: dict[str, float]) -> None:
-        self.pending.read()
-        rates = {f"lr/{name}": rate for name, rate in self.state.learning_rates.items()}
-        memory = {}
-        if self.accelerator.device.type == "cuda":
-            memory = {"extra/memory_mb": torch.cuda.max_memory_allocated() / 2**20}
-        means = self.accelerator.reduce(torch.stack(list(terms.values())), "mean").tolist()
-        losses = {f"train/{name}": mean for name, mean in zip(terms, means, strict=True)}
-        self._log(losses | times | memory | rates | self.alpha_gradients)
-
-    def _log(self, values: dict[str, float]) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        values |= tracking.learned_by_head(self.state.trained)
-        values |= {f"alpha/{site}": alpha for site, alpha in self.state.alphas.items()}
-        record = {"global_step": self.state.global_step, "epoch": self.state.epoch} | values
-        runs.append_metrics(self.run_dir, record)
-        self.accelerator.log(tracking.panels(record, self.criterion.weights), step=self.state.global_step)
-
     def _report(self, record: dict[str, float], seconds: float) -> None:
         epoch, epochs, updates = self.state.epoch, self.cfg.train.epochs, self.state.global_step
         precision = ""
         if record.get("detection/AP", -1) >= 0:  # undefined without objects
             precision = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
+        left = self.pace.left(epoch)
         passes = updates * self.sampler.batch_size / self.sampler.length
         self.say(
             f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
             f"loss {record['epoch/loss']:.3f}  {precision}"
-            f"{seconds:.0f} s, about {tracking.duration(self.pace.left(epoch))} left",
+            f"{seconds:.0f} s" + ("" if left is None else f", about {tracking.duration(left)} left"),
             *(advice.much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
         )
 
     def close(self) -> None:
         """Finish tracking and leave the process group in order: gloo aborts now and then if a DDP model outlives it."""
-        del self.state
+        del self.state, self.log
         self.accelerator.free_memory()
         self.accelerator.end_training()
 
@@ -331,12 +325,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train in a run folder that holds config.yaml; for torchrun.")
     parser.add_argument("run_dir", type=runs.run_path, help="run folder with a config.yaml")
     run_dir = parser.parse_args().run_dir
+    follow()
     show_messages()
     keep_freed_memory()
     try:
         train(load_config(run_dir / "config.yaml"), run_dir)
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:  # all say the same
+            logging.getLogger(__name__).info("%s", stopped)
+        raise SystemExit(STOPPED) from None
     except DetrlibError as error:
         raise SystemExit(f"error: {error}") from None
+    except (MemoryError, RuntimeError) as error:
+        if not (fault := memory_fault(error)):
+            raise
+        raise SystemExit(f"error: {fault}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -19,10 +19,12 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
+from traitlets.config import Config
 
 from detrlib.config import PROJECT, parse_value
-from detrlib.errors import ConfigError, RunError
-from detrlib.files import write_atomic
+from detrlib.engine.children import LEAVING, interrupt, passing_on, stopped
+from detrlib.errors import ConfigError, RunError, Stopped
+from detrlib.files import load_json, write_atomic
 
 NOTEBOOKS = PROJECT / "notebooks"
 ASKED = "notebooks.json"  # in a folder: {notebook: its parameters}, what is to be executed there
@@ -31,19 +33,24 @@ ASKED = "notebooks.json"  # in a folder: {notebook: its parameters}, what is to 
 def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progress: bool = False) -> Path:
     """Run notebooks/<name>.ipynb with `parameters`; the executed copy is `output`, also when a cell fails.
 
-    Raises RunError naming the parameter, the failing cell and its error, or where the copy cannot be written.
+    Raises RunError naming the parameter, the failing cell and its error, or where the copy cannot be written; Stopped
+    where a signal came.
     """
     source = find_notebook(name)
     values = checked_parameters(source, parameters)
-    if output.is_dir():
-        raise RunError(f"{output} is a folder; name the file that the executed copy is to be")
-    cut_off = False
+    if output.is_dir() or output.suffix != ".ipynb" or output.resolve() == source:
+        found = "a folder" if output.is_dir() else "the notebook itself" if output.suffix == ".ipynb" else "no .ipynb"
+        raise RunError(f"{output} is {found}; name the file that the executed copy is to be, such as out.ipynb")
+    cut_off, options = False, {"cwd": str(PROJECT), "kernel_name": "python3", "log_output": False}
+    # On a signal nbclient interrupts the kernel, which saves, and waits half of this before it uses force.
+    options["config"] = Config({"KernelManager": {"shutdown_wait_time": 2 * LEAVING}})
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        papermill.execute_notebook(
-            source, output, values, cwd=str(PROJECT), progress_bar=progress, log_output=False, kernel_name="python3"
-        )
+        with passing_on(interrupt) as came:
+            papermill.execute_notebook(source, output, values, progress_bar=progress, **options)
     except PapermillExecutionError as error:
+        if error.ename == Stopped.__name__:
+            raise Stopped(error.evalue) from None
         raise RunError(
             f"{source.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue} (executed copy: {output})"
         ) from None
@@ -52,7 +59,7 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
     except (DeadKernelError, KeyboardInterrupt) as error:
         cut_off = True
         if isinstance(error, KeyboardInterrupt):
-            raise
+            raise stopped(came) from None
         raise RunError(f"{source.name}: {error}; was memory short? (executed copy: {output})") from None
     finally:
         if output.exists():
@@ -65,7 +72,7 @@ def execute_asked(folder: Path) -> None:
 
     Raises RunError as `execute_notebook`.
     """
-    for name, parameters in json.loads((folder / ASKED).read_text()).items():
+    for name, parameters in load_json(folder / ASKED, "start the sweep again, which writes it").items():
         execute_notebook(name, folder / find_notebook(name).name, parameters)
 
 
@@ -89,7 +96,7 @@ def is_executed(path: Path) -> bool:
     try:
         notebook = json.loads(path.read_text())
         records = [part["metadata"].get("papermill", {}) for part in (notebook, *notebook["cells"])]
-    except (OSError, ValueError, LookupError):  # none, or half of one
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or half of one
         return False
     return not records[0].get("exception") and all(record.get("status") == "completed" for record in records[1:])
 
@@ -128,7 +135,7 @@ def checked_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, 
     checked = {}
     for name, value in parameters.items():
         if name not in declared:
-            near = difflib.get_close_matches(name, declared, 1, 0.4)
+            near = difflib.get_close_matches(str(name), declared, 1, 0.4)
             hint = f"did you mean '{near[0]}'?" if near else f"it declares {', '.join(declared)}"
             raise RunError(f"{notebook.name}: unknown parameter '{name}'; {hint}")
         checked[name] = _as_declared(value, declared[name], f"{notebook.name}: parameter '{name}'")

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from detrlib.config import Backbone
 from detrlib.data import CocoDataset, cache_folder
 from detrlib.data.augment import PAPER_SIZE, TRAINING_SIZES, normalised
-from detrlib.files import one_at_a_time, save_checkpoint
+from detrlib.files import one_at_a_time, write_checkpoint
 from detrlib.models.backbone import build_body, stage_channels
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def _pretrain(settings: Backbone, dataset: CocoDataset, image_size: int, path: P
         "kept in %s",
         *(sum(recalls) / len(recalls), len(recalls), 1 / len(recalls), path),
     )
-    save_checkpoint(path, body.state_dict())
+    write_checkpoint(path, body.state_dict())
 
 
 def train_classifier(settings: Backbone, dataset: CocoDataset, image_size: int) -> tuple[nn.Module, list[float]]:

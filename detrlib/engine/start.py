@@ -8,6 +8,7 @@ same name, and of no-object. And attention may have another transform: what the 
 out (its alphas, for example), what the new one has to learn stays as initialised.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from detrlib.config.huggingface import source_folder
 from detrlib.data import CocoDataset, build_dataset
 from detrlib.data.classes import find_label
 from detrlib.engine.pretrain import backbone_weights
-from detrlib.errors import WeightsError, listed
+from detrlib.errors import ConfigError, WeightsError, listed
 from detrlib.files import weight_faults, write_json
 from detrlib.models import build_model, set_alphas
 from detrlib.runs.sources import Source, open_source
@@ -69,6 +70,17 @@ def learns_from_crops(cfg: Config) -> bool:
     return backbone is not None and backbone.weights == "crops" and not given
 
 
+def wanted_classes(cfg: Config, dataset: CocoDataset) -> int:
+    """`model.num_classes`, or what the training data need. Raises ConfigError where it is too small for them."""
+    wanted = cfg.model.num_classes or dataset.num_classes
+    if wanted < dataset.num_classes:
+        raise ConfigError(
+            f"model.num_classes {wanted} is too small: {dataset.annotations_path} needs {dataset.num_classes}"
+            + ("" if cfg.data.contiguous else " (largest category id + 1; data.contiguous: true renumbers them)")
+        )
+    return wanted
+
+
 def initial_model(cfg: Config, weights: str | Path | None = None) -> nn.Module:
     """A model of random weights, which follow from cfg.train.seed alone; those of the backbone may be given."""
     with torch.random.fork_rng(devices=[]):
@@ -94,7 +106,7 @@ def starting_model(cfg: Config, train_set: CocoDataset | None = None) -> tuple[n
     model, start = initial_model(cfg, "none" if given else weights), None
     if cfg.train.start:
         file = project_path(cfg.train.start)
-        source = open_source(file if file.is_file() else cfg.train.start)
+        source = open_source(file if os.path.isfile(file) else cfg.train.start)
         start = take_over(model, source, cfg.model, train_set.names)
     elif theirs:
         source = adapted_source(source_folder(theirs, weights=True))

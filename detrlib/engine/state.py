@@ -10,11 +10,14 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from detrlib.config import Config
+from detrlib.data import Batch
+from detrlib.engine.epoch import EpochSoFar
 from detrlib.engine.optimizer import build_optimizer, lr_factors
-from detrlib.errors import ConfigError
-from detrlib.files import load_checkpoint, load_weights, save_checkpoint
+from detrlib.errors import ConfigError, DamagedFile
+from detrlib.files import load_checkpoint, load_weights, write_checkpoint
 from detrlib.models import set_alphas
 from detrlib.runs.folder import run_name
+from detrlib.runs.trained import read_trained, write_trained
 
 
 def require_compiler(device: torch.device) -> None:
@@ -41,6 +44,8 @@ class TrainingState:
         self.average, self.averaged_steps = copy.deepcopy(self.trained) if cfg.train.ema else None, 0
         self.move_average = get_ema_multi_avg_fn(cfg.train.ema)
         self.epoch, self.global_step, self.best = 0, 0, -math.inf
+        self.midway: dict | None = None  # `EpochSoFar.state_dict` of an epoch that was not over when it was saved
+        self.last_is_whole = True  # so that it is worth keeping beside the next one
         self._anneal()
 
     @property
@@ -130,23 +135,38 @@ class TrainingState:
         state = self.state_dict()
         weights = {name: state[name] for name in ("model", "average", "epoch", "global_step")}
         if better:
-            save_checkpoint(folder / "best.pt", weights)
+            write_checkpoint(folder / "best.pt", weights)
         if keep_every and self.epoch % keep_every == 0:
-            save_checkpoint(folder / f"epoch-{self.epoch:04d}.pt", weights)
-        save_checkpoint(folder / "last.pt", state)  # last: it says that the others of this epoch are written
+            write_checkpoint(folder / f"epoch-{self.epoch:04d}.pt", weights)
+        write_trained(folder, state, self.last_is_whole)  # last: it says that the others of this epoch are written
+        self.last_is_whole = True
+
+    def save_midway(self, folder: Path, so_far: EpochSoFar) -> None:
+        """Write last.pt in the midst of an epoch, or after its steps, before it was evaluated."""
+        added = {"epoch": so_far.number, "so_far": so_far.state_dict()}  # gathers from all processes
+        if self.accelerator.is_main_process:
+            write_trained(folder, self.state_dict() | added, self.last_is_whole)
+            self.last_is_whole = True
 
     def best_so_far(self, run_dir: Path) -> str:
         """In words, which epoch was the best, and how to measure it."""
         path = run_dir / "checkpoints" / "best.pt"
         if self.best < 0 or not path.exists():  # none evaluated, or none but those of alphas on their way
             return "no epoch is kept as the best"
-        epoch = load_checkpoint(path, ["epoch"])["epoch"]
+        try:
+            epoch = load_checkpoint(path, ["epoch"])["epoch"]
+        except DamagedFile as error:  # which does not undo what else was trained
+            return f"warning: {error}"
         measure = f"detrlib evaluate {run_name(run_dir)} --checkpoint best"
         return f"best epoch: {epoch} of {self.epoch}, AP {self.best:.3f}; to measure it: {measure}"
 
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises RunError naming it when it is damaged or of another architecture."""
-        state = load_checkpoint(path, needed=self.state_dict())
+    def restore(self, folder: Path) -> str:
+        """Go on from the last checkpoint in `folder`, or from the one before it, of which it is said in words why.
+
+        Raises RunError naming it when it is of another architecture, or there is none that is whole.
+        """
+        state, path, why = read_trained(folder, needed=self.state_dict())
+        self.last_is_whole = not why
         load_weights(self.trained, state["model"], path)
         if self.average is not None:
             load_weights(self.average, state["average"], path)
@@ -155,3 +175,20 @@ class TrainingState:
         self.epoch, self.global_step, self.best = state["epoch"], state["global_step"], state["best"]
         self.schedule.last_epoch = state["schedule"]  # the rates themselves came with the optimiser
         self._anneal()
+        self.midway = state.get("so_far")
+        return why
+
+
+def keep_failure(state: TrainingState, run_dir: Path, batch: Batch, position: dict, what: str) -> str:
+    """Keep what is needed to look into a step that failed at a position of training; where it is, and the remedy."""
+    ids = [target["image_id"] for target in batch.targets]
+    path = run_dir / f"failure-{state.accelerator.process_index}.pt"
+    write_checkpoint(path, state.state_dict() | position | {"batch": tuple(batch), "image_ids": ids})
+    remedy = "Start again"
+    if (run_dir / "checkpoints" / "last.pt").exists():  # other settings are for another run
+        remedy = f"Start a new run from what was saved last, train.start: {run_name(run_dir)},"
+    return (
+        f"{what} at step {position['global_step']} (epoch {position['epoch'] + 1}, learning rates "
+        f"{position['learning_rates']}, image ids {ids}). Weights and batch are in {path}. {remedy} with a lower "
+        "train.lr, train.clip_norm: 0.1, train.warmup_steps, or train.precision: float32."
+    )

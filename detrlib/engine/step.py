@@ -20,6 +20,20 @@ from detrlib.errors import NonFiniteLoss
 from detrlib.losses.criterion import Criterion
 
 
+class Sent:
+    """Numbers on their way to the CPU, which goes on meanwhile."""
+
+    def __init__(self, values: Tensor):
+        self._values = values.to("cpu", non_blocking=values.is_cuda)
+        self._arrival = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def read(self) -> list[float]:
+        """Them, once they are there. Nobody waits who has waited for a later result."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._values.tolist()
+
+
 class Pending:
     """Loss and gradient norm of the last update, of which the CPU does not know yet whether they are numbers."""
 
@@ -32,19 +46,15 @@ class Pending:
         Returns whether all of them are numbers, on their device.
         """
         values = torch.stack(list(numbers.values()))
-        sent = values.to("cpu", non_blocking=values.is_cuda)
-        arrival = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
-        self._noted = list(numbers), sent, arrival, explain
+        self._noted = list(numbers), Sent(values), explain
         return values.isfinite().all()
 
     def read(self) -> None:
-        """Raise NonFiniteLoss where one of them is no number. Nobody waits who has waited for a later result."""
+        """Raise NonFiniteLoss where one of them is no number; `Sent.read` says when this waits."""
         if self._noted is None:
             return
-        (names, sent, arrival, explain), self._noted = self._noted, None
-        if arrival is not None:
-            arrival.synchronize()
-        for name, value in zip(names, sent.tolist(), strict=True):
+        (names, sent, explain), self._noted = self._noted, None
+        for name, value in zip(names, sent.read(), strict=True):
             if not math.isfinite(value):
                 raise NonFiniteLoss(explain(f"{name} is {value}"))
 

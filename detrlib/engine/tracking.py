@@ -1,21 +1,36 @@
 """What a run tells the outside: messages, and metrics to services such as Weights & Biases, through Accelerate."""
 
 import logging
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, WandBTracker, get_available_trackers, on_main_process
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from detrlib.config import PROJECT, Config, flat_settings
-from detrlib.errors import ConfigError
+from detrlib.errors import ConfigError, is_main_process
 from detrlib.models import alpha_modules, transform_modules
 
 log = logging.getLogger(__name__)
 
 TRACKING = "tracking"  # folder in a run for the files of services
+PROGRESS = "DETRLIB_PROGRESS"  # in the environment of processes whose launcher has a terminal, to which it passes bars
 MAIN = ("loss", "loss_class", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
+
+
+def progress(items: Iterable, what: str, shown: bool = True, **options: Any) -> tqdm:
+    """A bar over items, in the main process, on a terminal: its own, or that of the launcher, which passes it on.
+
+    options: others of tqdm.
+    """
+    hidden = not (shown and is_main_process()) or (False if PROGRESS in os.environ else None)
+    return tqdm(items, desc=what, leave=False, disable=hidden, **options)
 
 
 def say(accelerator: Accelerator, *lines: object) -> None:
@@ -51,6 +66,16 @@ def start_tracking(accelerator: Accelerator, cfg: Config) -> None:
     accelerator.init_trackers(cfg.train.tracking.project, settings)
 
 
+def wandb_id(name: str) -> str:
+    """A name for a run that W&B takes as its id; names that differ have ids that do.
+
+    It has 64 characters at most, and none of those that W&B or an address of a page give a meaning to.
+    """
+    plain = name.replace("/", "-")
+    kept = re.sub(r"[^A-Za-z0-9_.-]", "-", plain)
+    return kept if kept == plain and len(kept) <= 64 else f"{kept[:55]}-{sha256(name.encode()).hexdigest()[:8]}"
+
+
 class WandB(WandBTracker):
     """A W&B run in `run_dir`, the same one whenever the run goes on.
 
@@ -67,7 +92,7 @@ class WandB(WandBTracker):
             mode=settings.wandb,
             group=settings.group,
             name=name,
-            id=name.replace("/", "-"),
+            id=wandb_id(name),
             resume="allow",
             dir=run_dir,
             config=cfg.model_dump(mode="json"),

@@ -2,6 +2,7 @@
 
     detrlib explain my-run --images 50
     detrlib explain my-run --images 20 --methods raw,odam,drise,box --masks 5000
+    detrlib explain my-run --images 500 --gpus 8            shared by 8 processes, image by image: the same bit for bit
 
 Explanations (`detrlib.experiments.attribution`) are tested by deletion and insertion (`detrlib.metrics.faithfulness`).
 The command writes to the run folder
@@ -25,17 +26,17 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from detrlib.config import Config
 from detrlib.data import Batch, build_dataset, collate
 from detrlib.data.pictures import Picture
-from detrlib.engine.evaluate import load_model
+from detrlib.engine import tracking
+from detrlib.engine.evaluate import in_order, load_model
 from detrlib.engine.predict import Detector, open_detector, predict_each
 from detrlib.errors import ConfigError, RunError
 from detrlib.experiments.attribution import allowed_methods, explain, passes
 from detrlib.experiments.drise import MASKS
-from detrlib.files import write_atomic, write_json
+from detrlib.files import write_json
 from detrlib.losses import Criterion, match
 from detrlib.metrics.faithfulness import (
     MEASURES,
@@ -47,10 +48,12 @@ from detrlib.metrics.faithfulness import (
     pixel_ranks,
 )
 from detrlib.metrics.localisation import object_size
+from detrlib.metrics.tables import write_table
 from detrlib.models import Predictions
 from detrlib.runs.detected import Detected
 from detrlib.runs.examples import EXAMPLE_SCORE
 from detrlib.runs.folder import run_config
+from detrlib.runs.owner import owning
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ def detections_to_explain(
     return queries[keep], labels[keep], areas[keep]
 
 
+@owning
 def faithfulness_run(
     run_dir: Path,
     images: int = 50,
@@ -118,10 +122,11 @@ def faithfulness_run(
     if images < 1 or steps < 2 or masks < 1:
         raise ConfigError(f"{images} images, {steps} steps, {masks} masks: there must be one, two and one at least")
     cfg, model = run_config(run_dir), load_model(run_dir, checkpoint)
-    methods, device = allowed_methods(model, methods), Accelerator().device
-    model, dataset = model.to(device), build_dataset(cfg.data, "val")
-    start, tables, curves = time.perf_counter(), [], []
-    for index in tqdm(range(min(images, len(dataset))), desc=f"explaining {run_dir.name}", disable=None):
+    methods, accelerator = allowed_methods(model, methods), Accelerator()
+    device, dataset = accelerator.device, build_dataset(cfg.data, "val")
+    model, start, found = model.to(device), time.perf_counter(), {}
+    own = range(accelerator.process_index, min(images, len(dataset)), accelerator.num_processes)
+    for index in tracking.progress(own, f"explaining {run_dir.name}"):
         batch = collate([dataset[index]]).to(device)
         with torch.no_grad():
             predictions = model(batch.images, batch.padding_mask)
@@ -132,10 +137,8 @@ def faithfulness_run(
             maps = explain(model, batch.images, batch.padding_mask, *chosen[:2], *asked)
             ranks = torch.cat([pixel_ranks(own, padding, unit, image_id) for own in maps.values()])
             options = {"steps": steps, "replacement": replacement, "batch_size": batch_size}
-            table, measured = _tested(model, batch, predictions, chosen, dataset.names, methods, ranks, **options)
-            tables.append(table)
-            curves.append(measured)
-    if not tables:
+            found[index] = _tested(model, batch, predictions, chosen, dataset.names, methods, ranks, **options)
+    if not (found := in_order(found)):
         nothing = f"{run_dir}: no detection with a score of {min_score} in {images} images"
         if not allow_empty:
             raise RunError(f"{nothing}; lower min_score (--min-score)")
@@ -144,7 +147,11 @@ def faithfulness_run(
     settings = {"images": images, "methods": methods, "steps": steps, "checkpoint": checkpoint, "unit": unit}
     settings |= {"replacement": replacement, "min_score": min_score, "matched": matched, "device": str(device)}
     settings |= {"masks": masks} if "drise" in methods else {}
-    return _save(run_dir / "measures", tables, curves, settings, start)
+    frame = pd.concat([table for table, _ in found], ignore_index=True)
+    if accelerator.is_main_process:
+        _save(run_dir / "measures", frame, [curves for _, curves in found], settings, start)
+    accelerator.wait_for_everyone()
+    return frame
 
 
 def _tested(
@@ -174,27 +181,25 @@ def _tested(
             "size": [object_size(area) for area in areas.tolist()],
         }
     )
+    curves = Curves(curves.fractions.cpu(), curves.deletion.cpu(), curves.insertion.cpu(), curves.passes)
     frame = pd.concat([detections.assign(method=method) for method in methods], ignore_index=True)
     for direction, under in zip(("deletion", "insertion"), curves.areas(), strict=True):
         frame[[f"{direction}_{measure}" for measure in MEASURES]] = under.tolist()
     return frame, curves
 
 
-def _save(
-    folder: Path, tables: Sequence[pd.DataFrame], curves: Sequence[Curves], settings: dict, start: float
-) -> pd.DataFrame:
-    """Write the three files of a measurement that began at `start`; returns the rows of all images."""
-    frame, methods = pd.concat(tables, ignore_index=True), settings["methods"]
-    write_atomic(folder / "faithfulness.parquet", frame.to_parquet)
+def _save(folder: Path, frame: pd.DataFrame, curves: Sequence[Curves], settings: dict, start: float) -> None:
+    """Write the three files of a measurement that began at `start`; the rows of all images, and curves of each."""
+    methods = settings["methods"]
+    write_table(folder / "faithfulness.parquet", frame)
     per_image = [torch.stack([one.deletion, one.insertion]).unflatten(1, (len(methods), -1)) for one in curves]
-    means = torch.stack([one.mean(2).cpu() for one in per_image])
-    table = mean_curves(means, methods, curves[0].fractions.cpu())
-    write_atomic(folder / "faithfulness_curves.parquet", table.to_parquet)
+    means = torch.stack([one.mean(2) for one in per_image])
+    table = mean_curves(means, methods, curves[0].fractions)
+    write_table(folder / "faithfulness_curves.parquet", table)
     count = len(frame) // len(methods)
     cost = {"detections": count, "passes": sum(one.passes for one in curves)}
     cost["passes_to_explain"] = passes(methods, frame["image_id"].nunique(), count, settings.get("masks", 0))
     write_json(folder / "faithfulness.json", settings | cost | {"seconds": round(time.perf_counter() - start, 1)})
-    return frame
 
 
 def explained_detections(run_dir: Path, image: int = 0, most: int = 3, checkpoint: str = "last") -> Detected:

@@ -2,6 +2,7 @@
 
     detrlib intervene my-run --alphas 1,1.5,2 --transforms softmax,sparsemax --prune-heads --images 200
     detrlib intervene my-run --sinks masked,zeroed --ablate queries,layers,sites,feedforward
+    detrlib intervene my-run --prune-heads --gpus 8         each evaluation is shared by 8 processes
 
 What can be changed stands in `planned`, and how in `interventions` and `ablations`. Huetten et al. 2025 (see there)
 measure what the best boxes lose in generalised IoU and F1; here are AP and the loss, with where attention lies.
@@ -11,20 +12,20 @@ Legend: L layers of a site, H heads, both numbered from 0.
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm.auto import tqdm
 
 from detrlib.config import Config, replace
 from detrlib.data import CocoDataset, build_dataset
-from detrlib.data.batch import batches, open_loader
-from detrlib.engine.evaluate import autocast, evaluate, load_model
+from detrlib.data.batch import Shared, batches, open_loader
+from detrlib.engine import tracking
+from detrlib.engine.evaluate import autocast, evaluate, in_order, load_model
 from detrlib.errors import ConfigError, ModelError, listed
 from detrlib.experiments.interventions import How
 from detrlib.experiments.parts import attention_at, stack_of
@@ -41,13 +42,14 @@ from detrlib.experiments.planned import (
     sinks_away,
     swaps,
 )
-from detrlib.files import write_atomic
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.bootstrap import bootstrap_ap, interval
 from detrlib.metrics.detection import UNDEFINED, Matches, match_detections
+from detrlib.metrics.tables import write_table
 from detrlib.models import transform_settings
 from detrlib.models.outputs import Site
 from detrlib.runs.folder import load_table, run_config
+from detrlib.runs.owner import owning
 from detrlib.runs.results import MADE_BY
 
 RESULTS = "measures/interventions.parquet"  # read by `runs.results.interventions_frame`
@@ -127,13 +129,22 @@ def _try(model: nn.Module, experiments: Iterable[Intervention]) -> None:
 # Measuring
 
 
+def measure_plan(run_dir: Path, images: int | None = None, checkpoint: str = "last", **asked: Any) -> pd.DataFrame:
+    """Plan interventions, `asked` for as of `plan`, and measure them: `intervene_run` and `plan` in one call.
+
+    Returns rows as of `intervene_run`. Raises as both.
+    """
+    return intervene_run(run_dir, plan(run_dir, checkpoint=checkpoint, **asked), images, checkpoint)
+
+
+@owning
 def intervene_run(
     run_dir: Path, experiments: Sequence[Intervention], images: int | None = None, checkpoint: str = "last"
 ) -> pd.DataFrame:
     """Evaluate a run under every intervention, and without any, on its validation split.
 
     Rows are kept in measures/interventions.parquet of the run as they come, in place of earlier ones of the same key;
-    those of gradual pruning replace each other altogether. One process at a time may write there.
+    those of gradual pruning replace each other altogether. Processes that torchrun has started share the images.
 
     Args:
         run_dir: folder of a run.
@@ -146,7 +157,8 @@ def intervene_run(
         loss of the last decoder layer, and at the site the mean over layers of Gini and zeros, PAIBB of decoder_cross.
         A pruned head counts as all zeros and has no Gini; PAIBB is 0 where its layer has no head left. Both are missing
         where there is nothing of which they could be. AP_lost is the difference to the row without an intervention,
-        with its 95 % interval over images (`metrics.bootstrap.interval` of the same samples for both).
+        with its 95 % interval over images (`metrics.bootstrap.interval` of the same samples for both). Of several
+        processes the main one has them.
 
     Raises:
         RunError: there is no such run, or its table of earlier rows is damaged.
@@ -163,23 +175,28 @@ def intervene_run(
     dataset, accelerator = build_dataset(cfg.data, "val"), Accelerator()
     where = {"images": len(dataset), "checkpoint": checkpoint}
     path, rows, whole = run_dir / RESULTS, [], None
-    earlier = load_table(run_dir, "interventions", MADE_BY) if path.exists() else None
-    for experiment in tqdm(experiments, desc="interventions", disable=None):
+    earlier = None
+    if accelerator.is_main_process and path.exists():
+        earlier = load_table(run_dir, "interventions", MADE_BY)
+    for experiment in tracking.progress(experiments, "interventions"):
         with experiment.enter(model):
-            results, matches = _measure(model, dataset, cfg, accelerator, experiment.site)
+            results, found = _measure(model, dataset, cfg, accelerator, experiment.site)
+        if not accelerator.is_main_process:
+            continue
+        matches = match_detections(dataset.ground_truth, found)
         whole = whole or _sampled(matches, results["AP"])
         key = {name: getattr(experiment, name) for name in KEY if name not in where}
         rows.append(key | where | results | (_lost(whole, _sampled(matches, results["AP"])) if key["value"] else {}))
         # Half a series of pruned heads would take the place of a whole one measured before.
         kept = rows if len(rows) == len(experiments) else [row for row in rows if row["kind"] != "heads"]
         table = _together(earlier, _frame(kept))
-        write_atomic(path, partial(table.to_parquet, index=False))
+        write_table(path, table)
     return _frame(rows)
 
 
 def _measure(
     model: nn.Module, dataset: CocoDataset, cfg: Config, accelerator: Accelerator, site: Site
-) -> tuple[dict[str, float | None], Matches]:
+) -> tuple[dict[str, float | None], pd.DataFrame]:
     """The measures of a row, maps of the site included, be its transform softmax or not; and what was detected."""
     criterion, cfg = Criterion(**dict(cfg.loss)), _as_it_is(cfg, model)
     sites = [site] if site != "encoder_self" or cfg.model.encoder_layers else ["decoder_cross"]
@@ -188,8 +205,7 @@ def _measure(
     looks = {name: pd.Series(layers.get(name, []), dtype=float).mean() for name in ("gini", "zeros")}
     detection = {name: results["detection"][name] for name in ("AP", "AP50")}
     detection = {name: np.nan if value == UNDEFINED else value for name, value in detection.items()}
-    measured = detection | {"loss": _last_loss(results, criterion)} | looks | {"paibb": results["paibb"]["all"]}
-    return measured, match_detections(dataset.ground_truth, found)
+    return detection | {"loss": _last_loss(results, criterion)} | looks | {"paibb": results["paibb"]["all"]}, found
 
 
 def _as_it_is(cfg: Config, model: nn.Module) -> Config:
@@ -231,7 +247,7 @@ def prune_order(run_dir: Path, site: Site, images: int = ORDER_IMAGES, checkpoin
     cfg = replace(run_config(run_dir), {"data.train_limit": images})
     model, dataset = load_model(run_dir, checkpoint), build_dataset(cfg.data, "train", augment=False)
     criterion, accelerator, losses = Criterion(**dict(cfg.loss)), Accelerator(), {}
-    for one in tqdm(single_heads(model, site), desc="importance of heads", disable=None):
+    for one in tracking.progress(single_heads(model, site), "importance of heads"):
         with one.enter(model):
             results, _ = evaluate(model, dataset, cfg, accelerator, criterion=criterion, sites=(), progress=False)
         losses[one.layer, one.head] = _last_loss(results, criterion)
@@ -244,14 +260,16 @@ def query_order(run_dir: Path, images: int = ORDER_IMAGES, checkpoint: str = "la
 
     On the first `images` training images, without augmentation. Queries that a model proposes go by rank.
     """
-    cfg, device = replace(run_config(run_dir), {"data.train_limit": images}), Accelerator().device
-    model, dataset = load_model(run_dir, checkpoint).to(device), build_dataset(cfg.data, "train", augment=False)
-    loader, total = open_loader(dataset, cfg.data, device.type == "cuda", batch_size=cfg.evaluate.batch_size), 0
-    for batch in batches(loader):
+    cfg, accelerator = replace(run_config(run_dir), {"data.train_limit": images}), Accelerator()
+    model, device = load_model(run_dir, checkpoint).to(accelerator.device), accelerator.device
+    dataset, scores = build_dataset(cfg.data, "train", augment=False), {}
+    share = Shared(len(dataset), cfg.evaluate.batch_size, accelerator.process_index, accelerator.num_processes)
+    loader = open_loader(dataset, cfg.data, device.type == "cuda", batch_sampler=share)
+    for first, batch in zip(share.firsts, batches(loader), strict=True):
         batch = batch.to(device)
         with autocast(cfg.train.precision, device):
-            total = total + model(batch.images, batch.padding_mask).class_scores().amax(-1).sum(0)  # [Q]
-    return total.argsort(stable=True).tolist()
+            scores[first] = model(batch.images, batch.padding_mask).class_scores().amax(-1).sum(0).cpu()  # [Q]
+    return sum(in_order(scores)).argsort(stable=True).tolist()
 
 
 def _frame(rows: list[dict]) -> pd.DataFrame:

@@ -15,15 +15,18 @@ from detrlib.config import Config, load_config, project_path, replace
 from detrlib.data import build_dataset
 from detrlib.data.yolo import is_data_yaml
 from detrlib.engine.evaluate import on_split, run_floor, save_results
-from detrlib.errors import DataError, RunError
+from detrlib.errors import DataError
 from detrlib.experiments.transfer import find_data
 from detrlib.metrics.coco_format import box_table
 from detrlib.metrics.detection import coco_ap
 from detrlib.runs.opening import begin_folder
+from detrlib.runs.owner import owning
+from detrlib.runs.sources import free_path
 
 FIELDS = ("image_id", "category_id", "bbox", "score")
 
 
+@owning
 def evaluate_predictions(
     run_dir: Path,
     predictions: Path,
@@ -53,8 +56,7 @@ def evaluate_predictions(
         RunError: the folder is there already.
         DataError: the file holds anything but detections in these images, or the data are not in order.
     """
-    if run_dir.exists():
-        raise RunError(f"{run_dir} is there already; choose another run name, or delete the folder")
+    free_path(run_dir)
     cfg = replace(_config(project_path(data), split, images and project_path(images)), dict(overrides or {}))
     dataset = build_dataset(cfg.data, "val")
     images = dict(zip(dataset.file_names, dataset.image_ids, strict=True))

@@ -15,12 +15,11 @@ each reports in a folder of its own there.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +34,7 @@ from detrlib import runs
 from detrlib.config import PROJECT, Config, save_config
 from detrlib.data import build_dataset, look_over, open_splits
 from detrlib.data.shapes import cores
+from detrlib.engine.children import end, interrupt, passing_on, stopped, with_parent
 from detrlib.engine.notebooks import (
     ASKED,
     execute_notebook,
@@ -49,12 +49,12 @@ from detrlib.errors import ConfigError, RunError
 from detrlib.experiments.sweep_file import read_sweep
 from detrlib.experiments.time_left import Course, seconds_left
 from detrlib.files import write_atomic, write_json
+from detrlib.runs.owner import owned
 from detrlib.runs.results import first_of_groups
 
 SECONDS = 2  # between two looks at the runs where a bar is shown
 LINES = {False: 15, True: 60}  # seconds between two lines elsewhere, before and after the time left is known
-GRACE = 5  # seconds; a terminal interrupts children too, and twice would be in the midst of their leaving in order
-PATIENCE = 30  # seconds that an interrupted run has for leaving in order, before it is interrupted again
+REPORT = "report.html"
 
 
 @dataclass
@@ -107,28 +107,35 @@ def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -
 
     Raises:
         ConfigError: the file is no sweep, or a setting in it is wrong.
-        RunError: runs failed; the others are finished first.
+        RunError: runs failed; the others are finished first. Or one is worked on by another process.
+        Stopped: a signal came, and everything that was begun has saved and left.
     """
-    asked = read_sweep(path)
-    folder = folder or runs.run_path(asked.folder or path.stem)
-    jobs = [Job(folder / name, cfg, asked.measure) for name, cfg in asked.configs.items()]
-    for job in jobs:
-        if runs.is_finished(job.folder):
-            runs.refuse_other_settings(job.cfg, job.folder)
-    home = folder / path.stem if asked.folder else folder
-    report = home / "report.html"
+    jobs, home, parameters = planned(path, folder)
+    report = home / REPORT
     if report.exists() and all(job.finished for job in jobs):
         print(f"all {len(jobs)} runs are done: {report}")
         return report
-    waves = _waves(jobs)
+    with ExitStack() as stack:
+        for own in dict.fromkeys([home, *(job.folder for job in jobs if not job.finished)]):
+            stack.enter_context(owned(own))
+        came = stack.enter_context(passing_on(interrupt))
+        try:
+            return _carry_out(jobs, home, parameters, parallel)
+        except KeyboardInterrupt:
+            raise stopped(came) from None
+
+
+def _carry_out(jobs: list[Job], home: Path, parameters: dict[str, Any], parallel: int | None) -> Path:
+    """Train and evaluate what is missing, and report. Arguments and faults are those of `sweep`."""
+    report, ordered = home / REPORT, waves(jobs)
     _prepare(jobs)
-    for wave in waves:
+    for wave in ordered:
         _work_off(jobs, wave, parallel or _slots())
     if failed := [job.folder / "log.txt" for job in jobs if job.failed]:
-        logs = "; ".join(f"{log}: {_last_line(log)}" for log in failed)
+        logs = "; ".join(f"{log}: {last_line(log)}" for log in failed)
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {logs}. Call again to retry them.")
     print("drawing figures and tables", flush=True)
-    executed = _draw(home, [_within_project(job.folder) for job in jobs], asked.report)
+    executed = _draw(home, [_within_project(job.folder) for job in jobs], parameters)
     shrink_pictures(executed)
     table = home / "figures" / "main_table.md"
     if table.exists():  # an edited notebook need not write it
@@ -136,16 +143,32 @@ def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -
     return report_html(executed, report, f"{home.name}: report")
 
 
-def _waves(jobs: list[Job]) -> list[list[Job]]:
+def planned(path: Path, folder: Path | None = None) -> tuple[list[Job], Path, dict[str, Any]]:
+    """The runs of a sweep file, the folder of its report, and the parameters of that. Arguments as of `sweep`.
+
+    Raises:
+        ConfigError: the file is no sweep, or a setting in it is wrong.
+        RunError: a run of such a name was trained with other settings.
+    """
+    asked = read_sweep(path)
+    folder = folder or runs.run_path(asked.folder or path.stem)
+    jobs = [Job(runs.run_path(folder / name), cfg, asked.measure) for name, cfg in asked.configs.items()]
+    for job in jobs:
+        if runs.is_finished(job.folder):
+            runs.refuse_other_settings(job.cfg, job.folder)
+    return jobs, folder / path.stem if asked.folder else folder, asked.report
+
+
+def waves(jobs: list[Job]) -> list[list[Job]]:
     """Jobs that are not finished, those that start from another one's weights after it."""
-    waiting, waves = [job for job in jobs if not job.finished], []
+    waiting, ordered = [job for job in jobs if not job.finished], []
     while waiting:
         names = {runs.run_name(job.folder) for job in waiting}
-        waves.append([job for job in waiting if job.cfg.train.start not in names])
-        if not waves[-1]:
+        ordered.append([job for job in waiting if job.cfg.train.start not in names])
+        if not ordered[-1]:
             raise ConfigError(f"{', '.join(sorted(names))}: train.start goes round in a circle; name another run")
         waiting = [job for job in waiting if job.cfg.train.start in names]
-    return waves
+    return ordered
 
 
 def _draw(folder: Path, names: list[str], asked: dict[str, Any]) -> Path:
@@ -155,29 +178,22 @@ def _draw(folder: Path, names: list[str], asked: dict[str, Any]) -> Path:
     log, report = folder / "log.txt", find_notebook("thesis_figures").name
     with log.open("a") as output:
         maps = subprocess.Popen(
-            [sys.executable, "-m", "detrlib", "sweep-run", str(folder)], cwd=PROJECT, stdout=output, stderr=output
+            [sys.executable, "-m", "detrlib", "sweep-run", str(folder)],
+            cwd=PROJECT,
+            env=with_parent(),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # signals from a terminal come by this process
         )
     try:
         parameters = {**asked, "run_names": names, "output": _within_project(folder / "figures")}
         executed = execute_notebook("thesis_figures", folder / report, parameters)
         if maps.wait():
-            raise RunError(f"{log}: {_last_line(log)}. Call again to draw what is missing.")
+            raise RunError(f"{log}: {last_line(log)}. Call again to draw what is missing.")
     except BaseException:
-        _interrupt([maps])
+        end([maps])
         raise
     return executed
-
-
-def _interrupt(processes: list[subprocess.Popen]) -> None:
-    """Wait until processes have left in order, as they do where a terminal has interrupted them too; those that have
-    not heard of it, as one that is just beginning may, are interrupted, twice."""
-    for seconds, again in ((GRACE, True), (PATIENCE, True), (PATIENCE, False)):
-        end = time.monotonic() + seconds
-        for process in processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0, end - time.monotonic()))
-            if again:
-                process.send_signal(signal.SIGINT)  # nothing happens to one that has left
 
 
 def _prepare(jobs: list[Job]) -> None:
@@ -222,8 +238,8 @@ def _work_off(jobs: list[Job], waiting: list[Job], slots: int) -> None:
     start = time.monotonic()
     bar = tqdm(total=1, bar_format="{percentage:3.0f}% {bar:20}{postfix}", dynamic_ncols=True, disable=None)
     with bar, ThreadPoolExecutor(slots) as pool:
-        left = {pool.submit(work, job) for job in waiting}
         try:
+            left = {pool.submit(work, job) for job in waiting}
             while left:
                 known = _report(jobs, slots, start, bar)
                 done, left = wait(left, LINES[known] if bar.disable else SECONDS)
@@ -234,7 +250,7 @@ def _work_off(jobs: list[Job], waiting: list[Job], slots: int) -> None:
             interrupted.set()
             with starting:
                 processes = [process for job in jobs if (process := job.process)]
-            _interrupt(processes)
+            end(processes)
             raise
 
 
@@ -253,14 +269,15 @@ def _start(job: Job, slot: int, slots: int) -> None:
     write_json(job.folder / ASKED, _asked(job, len(gpus) or None))
     command = [sys.executable, "-m", "detrlib", "sweep-run", str(job.folder)]
     with (job.folder / "log.txt").open("a") as log:
-        job.process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}  # as of `_draw`
+        job.process = subprocess.Popen(command, cwd=PROJECT, env=with_parent(environment), **options)
     job.course.started = time.monotonic()
 
 
 def _asked(job: Job, gpus: int | None) -> dict[str, dict[str, Any]]:
     """The notebooks that are left of a run, and their parameters."""
-    name = {"run_name": _within_project(job.folder)}
-    asked = {"train": {"config": str(job.folder / "sweep.yaml"), "gpus": gpus} | name, "evaluate": job.measure | name}
+    name = {"run_name": _within_project(job.folder), "gpus": gpus}
+    asked = {"train": {"config": str(job.folder / "sweep.yaml")} | name, "evaluate": job.measure | name}
     if runs.is_finished(job.folder):
         del asked["train"]
     return asked
@@ -286,6 +303,7 @@ def _report(jobs: list[Job], slots: int, start: float, bar: tqdm) -> bool:
     return left is not None
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """What a log ends with, which says why a run failed."""
     lines = [line for line in log.read_text().splitlines() if line.strip()] if log.exists() else []
     return lines[-1] if lines else "no output"

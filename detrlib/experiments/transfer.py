@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from detrlib.config import Config, project_path, replace
 from detrlib.data.annotations import Annotations
 from detrlib.data.classes import ClassMatch, match_classes, translate
@@ -14,6 +16,7 @@ from detrlib.engine.evaluate import evaluate_into, evaluation_config, results_fo
 from detrlib.errors import ConfigError, DataError, RunError
 from detrlib.files import write_json
 from detrlib.runs.folder import class_names
+from detrlib.runs.owner import owning
 
 LOWER_BOUND = (
     "Only the classes in 'matched' are scored. Where the data does not annotate every object of them, right detections "
@@ -21,6 +24,7 @@ LOWER_BOUND = (
 )
 
 
+@owning
 def evaluate_on(
     run_dir: Path,
     on: Path,
@@ -66,7 +70,8 @@ def evaluate_on(
     content = read_columns(annotations).content()
     ours = class_names(run_dir)
     match = _match(run_dir, cfg, annotations, content, ours, names or {}, by_id)
-    cfg = with_classes(cfg, images, content, match, (folder / annotations.name).with_suffix(".json"))
+    with Accelerator().main_process_first():  # the others find their copy there
+        cfg = with_classes(cfg, images, content, match, (folder / annotations.name).with_suffix(".json"))
     described = {
         "on": str(annotations),
         "names": {str(label): name for label, name in (ours or match.names).items()},

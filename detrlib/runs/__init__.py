@@ -1,6 +1,7 @@
 """The run folder, the contract between training and all that reads it: `folder`, `opening` (may training begin or go on
-in it?), `examples`, `maps`, `history` (what training has logged); `results`, `sinks` and `explained` are what several
-runs say, as tables; `sources` finds models by any name, `detected` is what they see in other pictures.
+in it?), `trained` (from which checkpoint?), `examples`, `maps`, `history` (what training has logged). `results`,
+`sinks` and `explained` are what several runs say, as tables. `sources` finds models by any name, `detected` is what
+they see in other pictures.
 """
 
 from detrlib.runs.examples import Example, load_examples
@@ -24,4 +25,14 @@ from detrlib.runs.folder import (
     truncate_metrics,
 )
 from detrlib.runs.maps import AttentionStore
-from detrlib.runs.opening import begin_folder, environment, open_run, refuse_other_settings, refuse_run
+from detrlib.runs.opening import (
+    begin_folder,
+    environment,
+    note_start,
+    note_stop,
+    open_run,
+    refuse_other_settings,
+    refuse_run,
+    slurm_job,
+)
+from detrlib.runs.trained import begins_again

@@ -3,7 +3,6 @@
 Legend: B images, H heads, Q queries, n maps of a head, h x w the key grid.
 """
 
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -17,7 +16,7 @@ from torch import Tensor
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.config import Config
 from detrlib.data import Batch
-from detrlib.errors import RunError
+from detrlib.errors import RunError, in_one_line
 from detrlib.files import write_atomic
 from detrlib.losses.matcher import Match
 from detrlib.models import AttentionMaps, Predictions
@@ -114,27 +113,20 @@ class Example:
 class Recorder:
     """What the first images of a data set leave in the run folder while they stream by: examples and attention maps."""
 
-    def __init__(self, cfg: Config, total: int, accelerator: Accelerator, run_dir: Path, maps: MapWriter):
+    def __init__(self, cfg: Config, total: int, run_dir: Path, maps: MapWriter):
         settings = cfg.evaluate
         self.examples = settings.examples
         self.images = total if settings.store_maps == "all" else max(settings.store_maps, settings.examples)
         self.wanted = settings.store_sites
         self.run_dir, self.maps = run_dir, maps
-        self.next, self.step = accelerator.process_index, accelerator.num_processes  # numbers in the data set
 
-    def _numbers(self, batch: Batch) -> range:
-        """The numbers in the data set of those images of the next batch that are stored."""
-        end = self.next + self.step * len(batch.targets)
-        return range(self.next, min(end, self.images), self.step)
+    def sites(self, first: int) -> tuple[str, ...]:
+        """The sites whose maps are needed of a batch, whose first image has this number in the data set."""
+        return self.wanted if first < self.images else ()
 
-    def sites(self, batch: Batch) -> tuple[str, ...]:
-        """The sites whose maps are needed of the next batch."""
-        return self.wanted if self._numbers(batch) else ()
-
-    def add(self, batch: Batch, predictions: Predictions, indices: list[Match]) -> None:
-        """Store what is wanted of the next batch."""
-        numbers = self._numbers(batch)
-        self.next += self.step * len(batch.targets)
+    def add(self, first: int, batch: Batch, predictions: Predictions, indices: list[Match]) -> None:
+        """Store what is wanted of a batch, whose first image has this number in the data set."""
+        numbers = range(first, min(first + len(batch.targets), self.images))
         wanted = [site for site in self.wanted if numbers and getattr(predictions.attention, site)]
         packed = {site: _packed(predictions, site, len(numbers)) for site in wanted}
         for index, number in enumerate(numbers):
@@ -156,7 +148,7 @@ def recorder(cfg: Config, total: int, accelerator: Accelerator, run_dir: Path | 
         clear_maps(run_dir)
     accelerator.wait_for_everyone()
     with MapWriter(run_dir, accelerator.process_index, accelerator.num_processes) as maps:
-        yield Recorder(cfg, total, accelerator, run_dir, maps)
+        yield Recorder(cfg, total, run_dir, maps)
 
 
 def with_maps(example: Example, predictions: Predictions, sites: Iterable[Site], index: int = 0) -> Example:
@@ -267,11 +259,12 @@ def _load_example(path: Path, store: AttentionStore) -> Example:
     try:
         with np.load(path) as file:
             values = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path} is damaged ({error}); evaluate the run again") from error
+        if "queries" in values:
+            example = Example(int(values.pop("image_id")), **values, stored=store)
+    except Exception as error:  # zipfile, zlib and numpy have many
+        raise RunError(f"{path} is damaged ({in_one_line(error)}); evaluate the run again") from error
     if "queries" not in values:
         raise RunError(f"{path} was written before examples named their queries; evaluate the run again")
-    example = Example(int(values.pop("image_id")), **values, stored=store)
     store.sites(example.image_id)  # raises where maps of it are not there
     return example
 

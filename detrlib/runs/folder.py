@@ -6,23 +6,25 @@
         start.json         what training started from, where that was other weights (`train.start`)
         micro_batch.json   what `train.micro_batch: auto` has found, and on which device
         metrics.jsonl      one line per logged step or epoch, flat "group/name" keys
-        checkpoints/       last.pt (resume), best.pt and epoch-*.pt (weights)
+        checkpoints/       last.pt (resume), previous.pt (the one before), best.pt and epoch-*.pt (weights)
         results.json       final numbers; with `unfinished`: of a run that was interrupted, evaluated all the same
         predictions.json   COCO-format detections           examples/*.npz     images and their detections
         maps/*.parquet     attention maps, see `maps`
         measures/*         of single images and objects: sparsity, localisation, matches that AP is computed from;
                            parquet files, or folders of them, one for each process of an evaluation
         *.ipynb            executed notebooks
+        .owner             who is writing there just now, see `owner`
 
 Files are written to a temporary neighbour and renamed, so a reader or a resumed run never meets half of one; lines of
-metrics.jsonl are appended, and a last line cut short is ignored.
+metrics.jsonl are appended, and one that is cut short or damaged is left out.
 """
 
 import json
+import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,20 +32,63 @@ import pandas as pd
 
 from detrlib.config import PROJECT, Config, load_config
 from detrlib.data.classes import names_by_label
-from detrlib.errors import RunError, listed
-from detrlib.files import write_atomic
-from detrlib.metrics.tables import part_files
+from detrlib.errors import RunError, in_one_line, listed
+from detrlib.files import load_json, write_atomic
+from detrlib.metrics.tables import part_files, read_table, write_table
+
+log = logging.getLogger(__name__)
 
 RUNS = PROJECT / "papermill_runs"
+NOT_RUNS = ("configs", "pictures", "study")  # folders there; in the last are sweeps, and their runs
+LONGEST_NAME = 200  # bytes: file systems take 255, of which names of temporary files have some
 RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders that are no results of a split
 
 
-def run_path(name: str | Path) -> Path:
-    """The folder of a run: a bare or nested name lies under papermill_runs/, an absolute path is itself."""
-    path = PROJECT / name if Path(name).parts[:1] == (RUNS.name,) else RUNS / name
-    if path == RUNS:
-        raise RunError(f"{str(name)!r} names no run: give a folder under {RUNS.name}/")
-    return path
+def run_path(name: str | int | Path) -> Path:
+    """The folder of a run: a bare or nested name lies under papermill_runs/, an absolute path is itself.
+
+    A number is a name too: papermill makes one of `-p run_name 2024`. Raises RunError for what cannot be the name of a
+    folder on every file system, or is that of something else.
+    """
+    if fault := name_fault(name):
+        raise RunError(f"{_shown(name)} names no run: {fault}")
+    return _run_path(name)
+
+
+def _run_path(name: str | int | Path) -> Path:
+    path = Path(str(name))
+    return PROJECT / path if path.parts[:1] == (RUNS.name,) else RUNS / path
+
+
+def name_fault(name: str | int | Path) -> str | None:
+    """Why a run cannot be called so, in words; None where it can."""
+    if isinstance(name, bool) or not isinstance(name, str | int | Path):
+        return "expected a text; papermill leaves it one with -r run_name ... in place of -p"
+    text, path = str(name), _run_path(name)
+    here = path.is_relative_to(RUNS)
+    within = path.parts[len(RUNS.parts) :] if here else path.parts[-1:]
+    if not text.isprintable():  # before the system is asked anything
+        return "it holds a line break, or another character that is not printed"
+    if not text.strip() or not within or within == ("/",):
+        return f"give a folder under {RUNS.name}/"
+    if ".." in within:
+        return f"it leads out of {RUNS.name}/; give an absolute path for a folder elsewhere"
+    if odd := next((part for part in within if part != part.strip() or part.startswith(("-", "~"))), None):
+        return f"{odd!r} begins with - or ~, or begins or ends with a space, which a shell takes for something else"
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+        return f"it has more than {LONGEST_NAME} bytes in one part, and file systems take little longer ones"
+    if here and within[0] in NOT_RUNS and (len(within) == 1 or within[0] != "study"):
+        return f"{RUNS.name}/{within[0]} is for something else; choose another name"
+    if within[-1] in RESERVED[:-1]:
+        return f"{within[-1]} is a part of a run; choose another name"
+    if file := next((part for part in (path, *path.parents) if os.path.isfile(part)), None):
+        return f"{file} is a file; choose another name, or move it away"
+    return None
+
+
+def _shown(name: object) -> str:
+    text = repr(str(name) if isinstance(name, Path) else name)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def finished_runs() -> list[Path]:
@@ -70,7 +115,7 @@ def newest_run() -> Path:
 
 def find_run(name: str = "") -> Path:
     """The run of this name, or, for an empty one, the newest that is finished. Raises RunError where there is none."""
-    return run_path(name) if name else newest_run()
+    return newest_run() if name == "" else run_path(name)
 
 
 def find_runs(names: Sequence[str] = (), seeds: bool = False) -> list[Path]:
@@ -152,26 +197,29 @@ def append_metrics(run_dir: Path, record: dict[str, float | int | None]) -> None
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The records of metrics.jsonl; a last line cut short by a crash is left out.
+    """The records of metrics.jsonl, each of which has a global_step and an epoch.
 
-    Raises RunError naming the file and the line of what is no record, each of which has a global_step and an epoch.
+    A last line cut short by a crash is left out; any other that is no record too, with a warning naming it.
     """
     path = run_dir / "metrics.jsonl"
-    records = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(record, dict) or not {"global_step", "epoch"} <= record.keys():
-            raise RunError(f"{path}: line {number} is no record with global_step and epoch; remove it, or the file")
-        records.append(record)
-    return records
+    *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    records = [_record(line) for line in (*lines, cut)]
+    if lost := [number for number, record in enumerate(records[: len(lines)], start=1) if record is None]:
+        log.warning("%s: what line %s said is lost: the file was damaged", path, listed(lost))
+    return [record for record in records if record is not None]
 
 
-def truncate_metrics(run_dir: Path, last_step: int) -> None:
-    """Forget what was logged after the checkpoint that a run resumes from."""
-    kept = [record for record in read_metrics(run_dir) if record["global_step"] <= last_step]
+def _record(line: bytes) -> dict | None:
+    try:
+        record = json.loads(line)
+        return record if isinstance(record["global_step"] + record["epoch"], int) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def truncate_metrics(run_dir: Path, last_step: int, epoch: int) -> None:
+    """Forget what was logged after the checkpoint that a run resumes from, of a step and of so many whole epochs."""
+    kept = [r for r in read_metrics(run_dir) if r["global_step"] <= last_step and r["epoch"] <= epoch]
     lines = "".join(json.dumps(record) + "\n" for record in kept)
     write_atomic(run_dir / "metrics.jsonl", lambda path: path.write_text(lines))
 
@@ -185,17 +233,7 @@ def load_results(run_dir: Path) -> dict:
         raise RunError(
             f"{run_dir} has no results.json: not a run, or not finished; start it again to continue{measure}"
         )
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it, then start the run again to continue") from error
-    if not isinstance(values, dict):
-        raise RunError(f"{path} holds no results; delete it, then start the run again to continue")
-    return values
+    return load_json(path, f"delete it, then start the run again, or: detrlib evaluate {run_name(run_dir)}")
 
 
 def run_labels(run_dirs: Iterable[Path]) -> dict[Path, str]:
@@ -216,18 +254,31 @@ def provenance(run_dirs: Iterable[Path], made_by: str) -> str:
     """Where a figure comes from: what made it, and of each run the commit, the device and the resolved config."""
     lines = [f"made by {made_by}"]
     for run_dir, label in run_labels(run_dirs).items():
-        known = json.loads((run_dir / "environment.json").read_text())
-        changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
-        device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
-        lines.append(f"{label}: commit {known['commit']}{changed}; torch {known['packages']['torch']}; {device}")
+        lines.append(f"{label}: {_made_with(run_dir)}")
     lines.append("each run with a model: detrlib train <its folder>/config.yaml --name <a new name>")
     return "\n".join(lines)
+
+
+def known_environment(run_dir: Path) -> dict:
+    """environment.json, empty where there is none. Raises DamagedFile naming it."""
+    path = run_dir / "environment.json"
+    return load_json(path, "delete it: what has made the run is then not known") if path.exists() else {}
+
+
+def _made_with(run_dir: Path) -> str:
+    """In words, commit, version and device."""
+    if not (known := known_environment(run_dir)):
+        return "commit and device are not known"
+    changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
+    device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
+    commit = known["commit"] or "not known, without git"
+    return f"commit {commit}{changed}; torch {known['packages']['torch']}; {device}"
 
 
 def save_tables(run_dir: Path, tables: Mapping[str, pd.DataFrame]) -> None:
     """Each table as measures/<name>.parquet, written atomically."""
     for name, table in tables.items():
-        write_atomic(run_dir / "measures" / f"{name}.parquet", partial(table.to_parquet, index=False))
+        write_table(run_dir / "measures" / f"{name}.parquet", table)
 
 
 def has_table(run_dir: Path, name: str) -> bool:
@@ -249,11 +300,13 @@ def load_table(run_dir: Path, name: str, made_by: str = "detrlib evaluate") -> p
     path = _table_path(run_dir, name)
     if not path.exists():
         raise RunError(f"no {path}; measure the run (again): {made_by} {run_dir}")
-    part_files(path)  # raises where some are missing
+    parts = part_files(path)  # raises where some are missing
     try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
-        raise RunError(f"{path} is not readable ({error}); delete it, then: {made_by} {run_dir}") from error
+        table = read_table(path)
+    except Exception as error:  # pyarrow has many
+        raise RunError(f"{path} is damaged ({in_one_line(error)}); delete it, then: {made_by} {run_dir}") from error
+    # Processes have every other batch each.
+    return table.sort_values("image_id", kind="stable", ignore_index=True) if len(parts) > 1 else table
 
 
 def _table_path(run_dir: Path, name: str) -> Path:

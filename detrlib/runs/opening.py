@@ -1,10 +1,10 @@
 """Whether training may begin, or go on, in a run folder, and what such a folder begins with."""
 
-import json
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 
 from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
 from detrlib.data import describe_data
-from detrlib.errors import RunError, listed
-from detrlib.files import write_atomic, write_json
-from detrlib.runs.folder import is_finished
+from detrlib.errors import DamagedFile, RunError, listed
+from detrlib.files import load_json, write_atomic, write_json
+from detrlib.runs.folder import is_finished, known_environment
+from detrlib.runs.trained import can_resume
 
 # Where data lie: they may move, as long as they hold the same.
 WHERE = (
@@ -25,6 +26,7 @@ WHERE = (
 FREE_TO_CHANGE = (
     *("data.workers", "data.cache", "data.check", "data.truncated", "train.micro_batch"),
     *("train.checkpoint_activations", "train.compile", "train.log_every", "train.keep_every", "train.tracking"),
+    "train.save_minutes",
     "evaluate",
 )
 FROM_DATA = ("model.num_classes", "data.classes")  # which training fills in where a config leaves them open
@@ -42,11 +44,11 @@ def refuse_run(cfg: Config, run_dir: Path, data: Mapping[str, Any] | None = None
     """Whether training with `cfg` would resume in `run_dir`; nothing is written.
 
     data: as `describe_data` describes those of `cfg`, where they are open already.
-    Raises RunError if the run is finished, or was begun with other settings or data.
+    Raises RunError if the run is finished, has lost its checkpoints, or was begun with other settings or data.
     """
     if is_finished(run_dir):
         raise RunError(f"{run_dir} is finished and is not overwritten; choose another run name, or delete the folder")
-    checkpoint = (run_dir / "checkpoints" / "last.pt").exists()
+    checkpoint = can_resume(run_dir)
     if checkpoint and (run_dir / "config.yaml").exists():  # before the first checkpoint, other settings lose nothing
         refuse_other_settings(cfg, run_dir, data)
     return checkpoint
@@ -56,8 +58,28 @@ def begin_folder(run_dir: Path, cfg: Config, data: Mapping[str, Any] | None = No
     """Write what a folder of results begins with: its settings, its data, and the commit and machine that make it."""
     write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
     if data:
-        write_json(run_dir / "data.json", data)
-    write_json(run_dir / "environment.json", environment())
+        write_json(run_dir / "data.json", data, checksum=True)
+    before = known_environment(run_dir)
+    write_json(
+        run_dir / "environment.json",
+        environment() | {key: before[key] for key in ("starts",) if key in before},
+        checksum=True,
+    )
+
+
+def note_start(run_dir: Path, global_step: int) -> None:
+    """Add to `starts` in environment.json that training begins, or goes on, after so many steps, and when."""
+    known, begun = known_environment(run_dir), datetime.now().isoformat(timespec="seconds")
+    starts = [*known.get("starts", []), {"at": begun, "global_step": global_step}]
+    write_json(run_dir / "environment.json", known | {"starts": starts}, checksum=True)
+
+
+def note_stop(run_dir: Path, global_step: int, by: str) -> None:
+    """Add to the last of `starts` in environment.json at which step, and by which signal, training was stopped."""
+    known = known_environment(run_dir)
+    *earlier, last = known["starts"]
+    starts = [*earlier, last | {"stopped": global_step, "signal": by}]
+    write_json(run_dir / "environment.json", known | {"starts": starts}, checksum=True)
 
 
 def refuse_other_settings(new: Config, run_dir: Path, data: Mapping[str, Any] | None = None) -> None:
@@ -88,8 +110,9 @@ def refuse_other_settings(new: Config, run_dir: Path, data: Mapping[str, Any] | 
 def refuse_other_data(run_dir: Path, data: Mapping[str, Any]) -> None:
     """Raise RunError if `data`, as `describe_data` has them, are not what the run in `run_dir` was begun with."""
     path = run_dir / "data.json"
+    remedy = "delete it to tell data apart by their path"
+    before = load_json(path, remedy)
     try:
-        before = json.loads(path.read_text())
         differing = [
             f"{part} {name}: {_short(before[part][name])}, now {_short(data[part][name])}"
             for part in ("train", "val")
@@ -97,8 +120,8 @@ def refuse_other_data(run_dir: Path, data: Mapping[str, Any]) -> None:
             for name in before[part]
             if before[part][name] != data[part][name]
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it to tell data apart by their path") from error
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} is damaged (it lacks {error}); {remedy}") from None
     if differing:
         raise RunError(
             f"{run_dir} was begun with other data ({'; '.join(differing)}); go back to those, choose another run name, "
@@ -113,16 +136,31 @@ def _short(value: Any) -> str:
 def environment() -> dict[str, Any]:
     """Commit, versions and hardware, so that a number can be traced to what made it."""
     packages = ("torch", "torchvision", "accelerate", "numpy", "faster-coco-eval")
-    cuda = torch.cuda.is_available()
+    cuda, changes = torch.cuda.is_available(), _git("status", "--porcelain")
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "uncommitted_changes": None if changes is None else bool(changes),  # None: not known, without git
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "slurm": slurm_job(),
+    }
+
+
+def slurm_job() -> dict[str, Any] | None:
+    """The job of Slurm that this process belongs to, or None: job, array_task (None of no array), node, restarts."""
+    given = os.environ
+    if "SLURM_JOB_ID" not in given:
+        return None
+    task = given.get("SLURM_ARRAY_TASK_ID")
+    return {
+        "job": given.get("SLURM_ARRAY_JOB_ID", given["SLURM_JOB_ID"]),
+        "array_task": None if task is None else int(task),
+        "node": given.get("SLURM_JOB_NODELIST"),
+        "restarts": int(given.get("SLURM_RESTART_COUNT", "0")),
     }
 
 

@@ -7,6 +7,7 @@ a file; and a run folder around it.
 
 import difflib
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,17 +24,19 @@ from detrlib.config import replace as replace_settings
 from detrlib.config.huggingface import fetch_huggingface, read_json
 from detrlib.data.classes import class_list
 from detrlib.errors import ConfigError, RunError, WeightsError
-from detrlib.files import load_checkpoint, save_checkpoint, write_json
+from detrlib.files import load_checkpoint, write_checkpoint, write_json
 from detrlib.runs.folder import (
     RESERVED,
     RUNS,
     class_names,
     is_finished,
     load_results,
+    name_fault,
     run_config,
     run_path,
 )
 from detrlib.runs.opening import begin_folder
+from detrlib.runs.owner import OWNER, owning
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +56,10 @@ def open_source(source: str | Path, checkpoint: str = "last", overrides: Mapping
             another model, or cannot be fetched.
         ConfigError: `overrides` make no sense, or are given for a run, which has settings of its own.
     """
-    run_dir = run_path(source)
-    path = Path(source).expanduser().absolute()
+    path, fault = Path(source).expanduser().absolute(), name_fault(source)
+    run_dir = path if fault else run_path(source)
+    if fault and not os.path.exists(path):  # of which the file system can be asked
+        _refuse_near_names(str(source), fault)
     for folder in (run_dir, path):
         if (folder / "config.yaml").is_file():
             _no_overrides(folder, overrides)
@@ -72,7 +77,7 @@ def open_source(source: str | Path, checkpoint: str = "last", overrides: Mapping
         return official_source(path, overrides)
     if path.is_dir():
         return _of_huggingface(path, overrides)
-    _refuse_near_names(str(source))
+    _refuse_near_names(str(source), None)
     return replace(_of_huggingface(fetch_huggingface(str(source)), overrides), label=str(source))
 
 
@@ -83,25 +88,26 @@ def _of_huggingface(folder: Path, overrides: Mapping[str, Any] | None) -> Source
 
 
 def free_path(name: str | Path) -> Path:
-    """The folder of a run that is to be made. Raises RunError if it is already there."""
+    """The folder of a run that is to be made. Raises RunError if there is something in it."""
     run_dir = run_path(name)
-    if run_dir.exists():
+    if run_dir.exists() and not (run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {OWNER}):
         raise RunError(f"{run_dir} is there already; choose another run name, or delete the folder")
     return run_dir
 
 
+@owning
 def save_run(source: Source, run_dir: Path) -> None:
     """A run folder around weights, ready to be evaluated, after which it is like any other run's.
 
-    Its results.json, empty of numbers until then, says that there is nothing to resume. Raises RunError if the folder
-    is already there.
+    Its results.json, empty of numbers until then, says that there is nothing to resume. Raises RunError where there
+    is something in the folder.
     """
     free_path(run_dir)
     state = build_source(source).state_dict()
     classes = {"data.classes": class_list(source.names)} if source.names and not source.cfg.data.classes else {}
     begin_folder(run_dir, replace_settings(source.cfg, classes))
-    save_checkpoint(run_dir / "checkpoints" / "last.pt", {"model": state, "epoch": source.epoch, "global_step": 0})
-    write_json(run_dir / "results.json", {"imported": source.path.name})
+    write_checkpoint(run_dir / "checkpoints" / "last.pt", {"model": state, "epoch": source.epoch, "global_step": 0})
+    write_json(run_dir / "results.json", {"imported": source.path.name}, checksum=True)
 
 
 def _no_overrides(path: Path, overrides: Mapping[str, Any] | None) -> None:
@@ -140,14 +146,19 @@ def refuse_predictions(run_dir: Path) -> None:
         )
 
 
-def _refuse_near_names(name: str) -> None:
-    """Raise WeightsError for what is no id of Hugging Face's, or is more likely a misspelt name of something here."""
+def _refuse_near_names(name: str, fault: str | None) -> None:
+    """Raise WeightsError for what is no id of Hugging Face's, or is more likely a misspelt name of something here.
+
+    fault: why it cannot be the name of a run.
+    """
     runs = [file.parent.relative_to(RUNS) for file in sorted(RUNS.glob("**/config.yaml"))]
     known = [str(run) for run in runs if run.name not in RESERVED] + [*PUBLISHED, *ELSEWHERE]
     if name.endswith(tuple(filter(None, BY_SUFFIX))) or name.startswith(("/", "~", ".")):
         raise WeightsError(
             f"{name!r}: there is no such file, folder or run; published weights are {', '.join(PUBLISHED)}"
         )
+    if fault:
+        raise WeightsError(f"nothing is named {name[:60]!r}; nor can it be a run: {fault}")
     an_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
     near = difflib.get_close_matches(name, known, 3, 0.8 if an_id else 0.5)
     if an_id and not near:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,48 +13,19 @@ import torch
 from detrlib.config import load_config, replace, save_config
 from detrlib.data import batch
 from detrlib.engine import loop as training
-from detrlib.engine import pace, pretrain
+from detrlib.engine import pace, pretrain, ready
 from detrlib.engine.evaluate import evaluate_run, load_model
 from detrlib.engine.examples import ValidationImages
 from detrlib.engine.loop import train
 from detrlib.engine.predict import predict
-from detrlib.errors import ConfigError, NonFiniteLoss, RunError
+from detrlib.errors import ConfigError, NonFiniteLoss, RunError, Stopped
 from detrlib.experiments.explain import faithfulness_run
 from detrlib.experiments.intervene import intervene_run, plan
 from detrlib.experiments.interventions import attention_modules
-from detrlib.files import load_checkpoint, save_checkpoint
+from detrlib.files import load_checkpoint, write_checkpoint
 from detrlib.runs.folder import class_names, is_finished, load_results, looking_at
 
 STEPS = 4  # per epoch of a tiny run
-
-
-def same(a, b):
-    """Whether two nested structures of tensors are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Makes the next training stop, as Ctrl-C does, before update number `step` (from 0)."""
-
-    def arm(step):
-        real, steps = training.train_step, iter(range(step + 1))
-
-        def stopping(*given, **settings):
-            if next(steps) == step:
-                monkeypatch.setattr(training, "train_step", real)
-                raise KeyboardInterrupt
-            return real(*given, **settings)
-
-        monkeypatch.setattr(training, "train_step", stopping)
-
-    return arm
 
 
 @pytest.fixture
@@ -120,12 +92,18 @@ VARIANTS = {
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
 def test_stop_and_resume_equals_an_uninterrupted_run(
-    tmp_path, interrupt, quick_crops, overrides, metrics_without_times, tiny_config
+    tmp_path, same, interrupt, quick_crops, overrides, metrics_without_times, tiny_config
 ):
+    """By a signal within the first epoch, and killed within the second, which is then repeated."""
     cfg = tiny_config(overrides)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = train(cfg, whole)
-    interrupt(STEPS + 2)  # within the second epoch
+    interrupt(1, signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM at step 2,"):
+        train(cfg, parts)
+    last = load_checkpoint(parts / "checkpoints" / "last.pt")
+    assert (last["epoch"], last["global_step"], last["so_far"]["steps"]) == (0, 2, 2)
+    interrupt(expected["global_step"] // 2)  # within the second epoch
     with pytest.raises(KeyboardInterrupt):
         train(cfg, parts)
     assert load_checkpoint(parts / "checkpoints" / "last.pt")["epoch"] == 1
@@ -155,7 +133,9 @@ def test_a_gpu_stops_and_goes_on_too(tmp_path, interrupt, gpu, metrics_without_t
     assert len(losses) == 2 * STEPS and losses == pytest.approx(expected, 0.05)
 
 
-def test_a_detector_of_transformers_stops_and_goes_on(tmp_path, interrupt, huggingface_settings, tiny_config, capsys):
+def test_a_detector_of_transformers_stops_and_goes_on(
+    tmp_path, same, interrupt, huggingface_settings, tiny_config, capsys
+):
     """Averaged, annealed, in parts of a batch, and without its backbone, whose batch norms stand still too."""
     settings = huggingface_settings("rt_detr_v2", num_classes=None)["model"]
     settings["options"] |= {"freeze_backbone_batch_norms": False}
@@ -217,14 +197,14 @@ def test_a_run_stopped_in_its_first_epoch_starts_over(tmp_path, interrupt, metri
     assert metrics_without_times(parts) == metrics_without_times(whole)
 
 
-def test_the_average_is_judged_rather_than_the_weights(tmp_path, tiny_config):
+def test_the_average_is_judged_rather_than_the_weights(tmp_path, same, tiny_config):
     """Also in bfloat16, where a copy of the model must not go on calling the original."""
     results = train(tiny_config({"train.ema": 0.999999, "train.precision": "bfloat16"}), tmp_path)
     state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
     assert state["averaged_steps"] == 2 * STEPS
     assert not same(state["average"], state["model"])
     assert evaluate_run(tmp_path)["attention"] == results["attention"]
-    save_checkpoint(tmp_path / "checkpoints" / "raw.pt", state | {"average": None})
+    write_checkpoint(tmp_path / "checkpoints" / "raw.pt", state | {"average": None})
     assert evaluate_run(tmp_path, "raw")["attention"] != results["attention"]
 
 
@@ -240,13 +220,14 @@ def test_precision_may_change_from_run_to_run_in_one_process(tmp_path, metrics_w
     assert low == pytest.approx(first, rel=0.05)
 
 
-def test_best_is_the_epoch_with_the_best_ap(tmp_path, monkeypatch, tiny_config):
+def test_best_is_the_epoch_with_the_best_ap(tmp_path, same, monkeypatch, tiny_config):
     scores = iter([0.2, 0.5, 0.3, 0.5])
     validate = training.Trainer._validate
     monkeypatch.setattr(training.Trainer, "_validate", lambda self: validate(self) | {"detection/AP": next(scores)})
     train(tiny_config({"train.epochs": 4, "train.keep_every": 2}), tmp_path)
     folder = tmp_path / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "epoch-0002.pt", "epoch-0004.pt", "last.pt"]
+    names = sorted(path.stem for path in folder.iterdir())
+    assert names == ["best", "epoch-0002", "epoch-0004", "last", "previous"]
     best, second, last = (load_checkpoint(folder / f"{name}.pt") for name in ("best", "epoch-0002", "last"))
     assert best["epoch"] == 2 and same(best["model"], second["model"])
     assert last["epoch"] == 4 and last["best"] == 0.5
@@ -386,7 +367,7 @@ def test_a_compiled_run_has_plain_names_and_goes_on_without(tmp_path, monkeypatc
         compile_in_place(model, backend="eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
-    monkeypatch.setattr(training, "require_compiler", lambda device: None)
+    monkeypatch.setattr(ready, "require_compiler", lambda device: None)
     settings = {"train.ema": 0.9, "model.dropout": 0.0}
     plain = train(tiny_config(settings), tmp_path / "plain")
     for name, first, then in (("off", True, False), ("on", False, True)):
@@ -435,7 +416,7 @@ def test_too_few_classes_are_refused_before_anything_is_written(tmp_path, tiny_c
 def test_workers_without_room_in_shared_memory_are_refused_before_data_are_read(tmp_path, monkeypatch, tiny_config):
     monkeypatch.setattr(batch, "SHARED", tmp_path)
     monkeypatch.setattr(batch.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
-    monkeypatch.setattr(training, "open_splits", None)
+    monkeypatch.setattr(ready, "open_splits", None)
     for batch_size in ("train.batch_size", "evaluate.batch_size"):
         with pytest.raises(ConfigError, match=r"data\.workers: 2, but .* --shm-size"):
             train(tiny_config({"data.workers": 2, batch_size: 400}), tmp_path / "run")

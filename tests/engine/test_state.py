@@ -30,24 +30,13 @@ def make(tiny_config):
     return make
 
 
-def same(a, b):
-    """Whether two nested structures of tensors are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_restored_state_is_the_one_that_was_saved(make, tmp_path, ema):
+def test_a_restored_state_is_the_one_that_was_saved(make, same, tmp_path, ema):
     state, other = make(updates=3, ema=ema), make(ema=ema)
     state.epoch = 1
     state.save(tmp_path, ap=0.25)
     assert not same(state.state_dict(), other.state_dict())
-    other.restore(tmp_path / "last.pt")
+    assert other.restore(tmp_path) == ""
     assert same(state.state_dict(), other.state_dict())
     assert (other.epoch, other.global_step, other.best) == (1, 3, 0.25)
     assert other.learning_rates == state.learning_rates != make().learning_rates
@@ -58,10 +47,23 @@ def test_best_is_the_epoch_with_the_highest_ap_and_some_are_kept_for_good(make, 
     for epoch, ap in enumerate([0.2, 0.5, 0.3, 0.5], start=1):
         state.epoch = epoch
         state.save(tmp_path, ap, keep_every=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "epoch-0002.pt", "epoch-0004.pt", "last.pt"]
-    best, last = (load_checkpoint(tmp_path / f"{name}.pt") for name in ("best", "last"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"{name}.pt" for name in ("best", "epoch-0002", "epoch-0004", "last", "previous"))
+    ]
+    best, last, previous = (load_checkpoint(tmp_path / f"{name}.pt") for name in ("best", "last", "previous"))
     assert best["epoch"] == 2 and "optimizer" not in best
-    assert last["epoch"] == 4 and last["best"] == 0.5
+    assert last["epoch"] == 4 and last["best"] == 0.5 and previous["epoch"] == 3
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_whole_one_before_it(make, tmp_path):
+    state, other = make(), make()
+    for state.epoch in (1, 2):
+        state.save(tmp_path, ap=0.5)
+    (tmp_path / "last.pt").write_bytes(b"")
+    assert "previous.pt" in other.restore(tmp_path) and other.epoch == 1
+    for other.epoch, previous in ((2, 1), (3, 2)):
+        other.save(tmp_path, ap=0.5)
+        assert load_checkpoint(tmp_path / "previous.pt")["epoch"] == previous
 
 
 def test_the_average_is_evaluated_and_follows_the_weights_slowly(make):
@@ -89,7 +91,7 @@ def test_annealed_alphas_follow_from_the_step_alone(make, tmp_path):
     for updates in (4, 8):  # the best of a sparse model is no denser one
         states[updates].save(tmp_path / str(updates), ap=0.5)
     assert [(tmp_path / name / "best.pt").exists() for name in ("4", "8")] == [False, True]
-    states[0].restore(tmp_path / "4" / "last.pt")
+    states[0].restore(tmp_path / "4")
     assert alphas(states[0]) == alphas(states[4])
 
 
@@ -98,4 +100,4 @@ def test_a_checkpoint_without_the_optimizer_is_named(make, tmp_path):
     state.save(tmp_path, ap=0.5)
     (tmp_path / "best.pt").replace(tmp_path / "last.pt")
     with pytest.raises(RunError, match=r"last\.pt"):
-        state.restore(tmp_path / "last.pt")
+        state.restore(tmp_path)

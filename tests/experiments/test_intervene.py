@@ -30,7 +30,7 @@ from detrlib.runs.results import interventions_frame
 def run_dir(tmp_path_factory, tiny_config):
     """A trained run with learned alphas and an encoder whose maps training does not measure."""
     folder = tmp_path_factory.mktemp("runs") / "alpha_entmax-run"
-    cfg = tiny_config({"model.attention.decoder_cross": "alpha_entmax", "train.epochs": 1, "data.shapes.train": 32})
+    cfg = tiny_config({"model.attention.decoder_cross": "alpha_entmax", "train.epochs": 1})
     train(cfg, folder)
     return folder
 

@@ -23,6 +23,41 @@ def test_names_lie_under_papermill_runs_and_absolute_paths_are_themselves(tmp_pa
     assert runs.run_path(tmp_path) == tmp_path == runs.run_path(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", " ", ".", "/", "papermill_runs", "..", "../x", "a/../../x", "papermill_runs/../x"),
+        *("a\nb", "a\tb", "a\0b", "\x1b[31m", "a\u2028b", "-rf", "a/-b", "~", "~/x", " a", "a ", "a/ b"),
+        *("x" * 300, "a/" + "é" * 101, "configs", "configs/x", "pictures/x", "study", "a/checkpoints", "README.md"),
+        *("README.md/x", None, True, 1.5, ["a"]),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_the_name_of_a_run_is_refused_in_one_line(name):
+    with pytest.raises(RunError, match="names no run") as caught:
+        runs.run_path(name)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "name", ["lr:1e-4", "a$b$c", "实验", "a b", "x" * 200, "study/where/a", ".a", "{a}", "a#b?c=%d"]
+)
+def test_what_a_file_system_takes_is_a_name(name):
+    assert runs.run_path(name) == runs.RUNS / name
+
+
+def test_a_number_is_a_name_as_papermill_hands_it_over():
+    assert runs.run_path(2024) == runs.find_run(2024) == runs.RUNS / "2024"
+    assert runs.find_runs([7]) == [runs.RUNS / "7"]
+
+
+def test_a_name_that_is_a_file_s_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for name in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunError, match=f"{tmp_path / 'file'} is a file"):
+            runs.run_path(name)
+
+
 def record(step, epoch, **values):
     return {"global_step": step, "epoch": epoch} | values
 
@@ -38,14 +73,19 @@ def test_metrics_survive_a_line_cut_short_and_numbers_that_are_none(tmp_path):
     assert runs.read_metrics(tmp_path / "elsewhere") == []
 
 
-@pytest.mark.parametrize("line", ['{"train/loss": 1.0}', "3", '{"global_step": 3}'])
-def test_a_line_of_metrics_that_is_no_record_is_named(tmp_path, line):
+@pytest.mark.parametrize(
+    "line", [b'{"train/loss": 1.0}', b"3", b'{"global_step": "3", "epoch": "1"}', b'{"gl\x8f', b"\0" * 9]
+)
+def test_a_damaged_line_of_metrics_is_lost_and_no_other(tmp_path, caplog, line):
     runs.append_metrics(tmp_path, record(1, 0))
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(f"{line}\n")
-    for read in (runs.read_metrics, lambda run_dir: runs.truncate_metrics(run_dir, 1)):
-        with pytest.raises(RunError, match=r"metrics\.jsonl: line 2"):
-            read(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    runs.append_metrics(tmp_path, record(2, 0))
+    assert runs.read_metrics(tmp_path) == [record(1, 0), record(2, 0)]
+    assert "metrics.jsonl: what line 2 said is lost" in caplog.text
+    runs.truncate_metrics(tmp_path, 2, 9)
+    caplog.clear()
+    assert runs.read_metrics(tmp_path) == [record(1, 0), record(2, 0)] and not caplog.text
 
 
 def test_truncating_forgets_later_steps_and_a_line_cut_short(tmp_path):
@@ -53,7 +93,7 @@ def test_truncating_forgets_later_steps_and_a_line_cut_short(tmp_path):
         runs.append_metrics(tmp_path, record(step, epoch))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"global_st')
-    runs.truncate_metrics(tmp_path, 2)
+    runs.truncate_metrics(tmp_path, 2, 9)
     runs.append_metrics(tmp_path, record(3, 2))
     assert runs.read_metrics(tmp_path) == [record(1, 0), record(2, 0), record(2, 1), record(3, 2)]
 

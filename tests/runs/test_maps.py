@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from detrlib.data import build_dataset, collate
+from detrlib.data.batch import Shared
 from detrlib.engine.evaluate import evaluate
 from detrlib.errors import ConfigError, RunError
 from detrlib.losses import Criterion, match
@@ -345,14 +346,15 @@ class Process:
         """Processes of these tests follow each other."""
 
 
-def record(cfg, run_dir, model, batches, process=None):
-    """Maps and examples of batches, each a list of samples, as one process would store them."""
-    total = sum(len(samples) for samples in batches) * (process.num_processes if process else 1)
-    with recorder(cfg, total, process or Process(0, 1), run_dir) as to, torch.no_grad():
-        for samples in batches:
-            batch = collate(samples)
-            found = model(batch.images, batch.padding_mask, need_attention={"decoder_cross", *to.sites(batch)})
-            to.add(batch, found, match(found, batch.targets, Criterion(**dict(cfg.loss)).costs))
+def record(cfg, run_dir, model, samples, process=None, size=8):
+    """Maps and examples of samples, in batches of a size, as one process would store them."""
+    process = process or Process(0, 1)
+    share = Shared(len(samples), size, process.process_index, process.num_processes)
+    with recorder(cfg, len(samples), process, run_dir) as to, torch.no_grad():
+        for first, numbers in zip(share.firsts, share, strict=True):
+            batch = collate([samples[number] for number in numbers])
+            found = model(batch.images, batch.padding_mask, need_attention={"decoder_cross", *to.sites(first)})
+            to.add(first, batch, found, match(found, batch.targets, Criterion(**dict(cfg.loss)).costs))
 
 
 def sample(image_id, height, width):
@@ -368,8 +370,7 @@ def test_processes_share_the_first_images_and_their_examples(tmp_path, count, sm
     cfg, model = tiny_config({"evaluate.store_maps": 4}), small()
     samples = [sample(image_id, 64, 64) for image_id in range(10, 17)]
     for number in range(count):
-        mine = samples[number::count]
-        record(cfg, tmp_path, model, [mine[i : i + 2] for i in range(0, len(mine), 2)], Process(number, count))
+        record(cfg, tmp_path, model, samples, Process(number, count), size=2)
     opened = AttentionStore(tmp_path)
     assert opened.images == [10, 11, 12, 13] and len(list((tmp_path / "maps").iterdir())) == count
     assert [example.image_id for example in load_examples(tmp_path)] == [10, 11]
@@ -379,11 +380,11 @@ def test_padding_is_not_stored_neither_as_keys_nor_as_cells_that_ask(tmp_path, s
     cfg = tiny_config({"evaluate.store_sites": SITES, "evaluate.examples": 3})
     samples = [sample(1, 96, 150), sample(2, 128, 64), sample(3, 70, 192)]
     model = small(attention={"encoder_self": "sparsemax", "decoder_cross": "sparsemax"})
-    record(cfg, tmp_path / "batch", model, [samples])
+    record(cfg, tmp_path / "batch", model, samples)
     together = AttentionStore(tmp_path / "batch")
     for image, target in samples:
         image_id = target["image_id"]
-        record(cfg, tmp_path / str(image_id), model, [[(image, target)]])
+        record(cfg, tmp_path / str(image_id), model, [(image, target)])
         alone = AttentionStore(tmp_path / str(image_id))
         h, w = alone.shape(image_id)[3:]
         assert (
@@ -407,7 +408,7 @@ def test_deformable_attention_is_stored_as_maps_of_the_finest_level(tmp_path, de
     cfg = tiny_config({"evaluate.store_sites": SITES})
     model = small(architecture="deformable", classification="sigmoid", deformable={"levels": 2, **deformable})
     samples = [sample(1, 64, 128), sample(2, 128, 100)]
-    record(cfg, tmp_path, model, [samples])
+    record(cfg, tmp_path, model, samples)
     batch, opened = collate(samples), AttentionStore(tmp_path)
     with torch.no_grad():
         maps = model(batch.images, batch.padding_mask, need_attention=True).attention
@@ -428,7 +429,7 @@ def test_settings_say_what_is_stored(tiny_config):
     assert tiny_config().evaluate.store_maps == 0 and tiny_config().evaluate.store_sites == ("decoder_cross",)
     both = tiny_config({"evaluate.store_maps": "all", "evaluate.store_sites": "[decoder_cross, decoder_self]"})
     assert both.evaluate.store_maps == "all" and both.evaluate.store_sites == ("decoder_cross", "decoder_self")
-    assert Recorder(both, 13, Process(0, 1), None, None).images == 13
+    assert Recorder(both, 13, None, None).images == 13
     with pytest.raises(ConfigError, match=r"store_sites: model.encoder_layers is 0, there is no encoder_self to store"):
         tiny_config({"evaluate.store_sites": SITES, "model.encoder_layers": 0})
     with pytest.raises(ConfigError, match=r"store_maps.*'everything'"):

@@ -9,7 +9,7 @@ from detrlib import runs
 from detrlib.config import load_config
 from detrlib.data import build_dataset, describe_data
 from detrlib.errors import RunError
-from detrlib.files import save_checkpoint, write_json
+from detrlib.files import write_checkpoint, write_json
 
 
 def test_opening_a_new_an_unfinished_and_a_finished_run(tmp_path, tiny_config):
@@ -24,7 +24,7 @@ def test_opening_a_new_an_unfinished_and_a_finished_run(tmp_path, tiny_config):
     assert runs.open_run(tiny_config(free | {"model.num_classes": 7}), run_dir) is True
     assert runs.open_run(tiny_config({"model.num_classes": 9}), run_dir) is True  # nothing is lost yet
     assert runs.open_run(tiny_config({"model.num_classes": 7}), run_dir) is True
-    save_checkpoint(run_dir / "checkpoints" / "last.pt", {})
+    write_checkpoint(run_dir / "checkpoints" / "last.pt", {})
     with pytest.raises(RunError, match=r"train\.ema was 0\.0, now 0\.5; train\.seed was 42, now 1"):
         runs.open_run(tiny_config({"train.seed": 1, "train.ema": 0.5}), run_dir)
     with pytest.raises(RunError, match=r"model\.num_classes was 7, now 9"):
@@ -32,6 +32,18 @@ def test_opening_a_new_an_unfinished_and_a_finished_run(tmp_path, tiny_config):
     write_json(run_dir / "results.json", {})
     with pytest.raises(RunError, match="is finished and is not overwritten"):
         runs.open_run(cfg, run_dir)
+
+
+def test_the_job_of_slurm_is_known(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert runs.environment()["slurm"] is None
+    monkeypatch.setenv("SLURM_JOB_ID", "15")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    assert runs.slurm_job() == {"job": "15", "array_task": None, "node": "node[1-2]", "restarts": 0}
+    for name, value in {"ARRAY_JOB_ID": "12", "ARRAY_TASK_ID": "3", "RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert runs.environment()["slurm"] == {"job": "12", "array_task": 3, "node": "node[1-2]", "restarts": 2}
 
 
 @pytest.fixture
@@ -47,7 +59,7 @@ def begun(tmp_path, write_layout, tiny_config):
 
         run_dir, cfg = tmp_path / "run", settings(root)
         runs.open_run(cfg, run_dir, describe_data(cfg.data))
-        save_checkpoint(run_dir / "checkpoints" / "last.pt", {})
+        write_checkpoint(run_dir / "checkpoints" / "last.pt", {})
         return run_dir, settings
 
     return begin

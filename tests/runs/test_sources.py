@@ -13,7 +13,7 @@ from detrlib.config import load_config
 from detrlib.engine.evaluate import load_model
 from detrlib.engine.loop import train
 from detrlib.errors import ConfigError, RunError, WeightsError
-from detrlib.files import load_checkpoint, save_checkpoint, write_json
+from detrlib.files import load_checkpoint, write_checkpoint, write_json
 from detrlib.runs import sources
 from detrlib.runs.sources import build_source, open_source, save_run
 
@@ -66,7 +66,7 @@ def test_runs_made_of_predictions_have_no_model(run_dir, tmp_path):
 
 def test_a_checkpoint_of_another_architecture_is_named_when_it_is_built(run_dir, tmp_path):
     folder = shutil.copytree(run_dir, tmp_path / "run")
-    save_checkpoint(folder / "checkpoints" / "last.pt", {"model": {"weight": torch.ones(2)}})
+    write_checkpoint(folder / "checkpoints" / "last.pt", {"model": {"weight": torch.ones(2)}})
     with pytest.raises(RunError, match=r"last\.pt.*this architecture"):
         build_source(open_source(folder))
 

@@ -1,0 +1,45 @@
+"""torchrun that ends with what has started it, and not before the processes that it has started have saved.
+
+    python -m detrlib.engine.agent --standalone --nproc-per-node 2 -m detrlib.engine.loop RUN_DIR
+
+Arguments are those of torchrun. That hands a signal on too, but leaves at the second one, which Slurm and a terminal
+send along with a launcher, and its processes are then cut off in the midst of saving. Its exit code is 75 where
+training was stopped, and its report of a failure, which does not say what it was, is left out.
+"""
+
+import os
+import sys
+
+import psutil
+
+from detrlib.engine.children import HANDED_ON, PARENT, follow, passing_on
+from detrlib.errors import STOPPED
+
+
+def main() -> None:
+    """Start the processes that the command line asks for, and wait for them."""
+    above = []
+    if "SLURM_STEP_ID" not in os.environ:  # otherwise srun stands between, and Slurm ends what is left of a step
+        above = follow()
+    with passing_on(_tell):
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import parse_args, run
+
+        os.environ[PARENT] = ",".join([*above, str(os.getpid())])
+        try:
+            run(parse_args(["--signals-to-handle", "SIGQUIT", *sys.argv[1:]]))  # the others are taken here
+        except ChildFailedError as error:
+            codes = {failure.exitcode for failure in error.failures.values()}
+            ended = {-HANDED_ON, -15}  # by the signal itself, before there was anything to save
+            raise SystemExit(STOPPED if STOPPED in codes and codes <= {STOPPED, *ended} else 1) from None
+
+
+def _tell() -> None:
+    if not (children := psutil.Process().children()):
+        raise SystemExit(STOPPED)
+    for child in children:
+        child.send_signal(HANDED_ON)
+
+
+if __name__ == "__main__":
+    main()
