@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import psutil
 
 from detrlib.errors import RunError
-from detrlib.runs.trained import sweep_run
+from detrlib.files import sweep
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ OWNER = ".owner"
 TAKE_OVER = "DETRLIB_TAKE_OVER"  # environment variable: owners on other machines are gone
 LEAVING = 10  # seconds that processes have for leaving whose owner is gone
 CLOCK = 60  # seconds by which two readings of the start of one process may differ, where clocks are corrected
+PARTS = ("checkpoints", "examples", "maps", "measures", "measures/*")  # of a run folder, which may hold other runs
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
 
 
@@ -56,7 +57,7 @@ def owned(run_dir: Path) -> Iterator[None]:
     file, shared = _take(path)
     try:
         if not shared:
-            sweep_run(run_dir)
+            _sweep(run_dir)
         yield
     finally:
         with file, suppress(OSError):  # the folder may be gone
@@ -77,6 +78,13 @@ def owning(function: Callable) -> Callable:
             return function(*arguments, **named)
 
     return owner
+
+
+def _sweep(run_dir: Path) -> None:
+    """Remove what writers that were killed have left in a run folder."""
+    folders = [run_dir, *(folder for part in PARTS for folder in run_dir.glob(part))]
+    if left := [path for folder in folders for path in sweep(folder)]:
+        logger.info("%s: removed %d files that a killed process had not finished", run_dir, len(left))
 
 
 def _take(path: Path) -> tuple[BinaryIO, bool]:
