@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from detrlib import errors
 from detrlib.benchmarks import programs, run_program
-from detrlib.errors import STOPPED, ConfigError, DataError, DetrlibError, Stopped, listed, show_messages
+from detrlib.errors import STOPPED, ConfigError, DataError, DetrlibError, Stopped, is_foreseen, listed, show_messages
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
@@ -37,7 +37,9 @@ class Commands(typer.core.TyperGroup):
         except Stopped as stopped:
             typer.echo(stopped, err=True)
             raise typer.Exit(STOPPED) from None
-        except DetrlibError as error:
+        except (DetrlibError, OSError) as error:
+            if not is_foreseen(error):
+                raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
@@ -117,14 +119,16 @@ def train(
     settings: Settings = [],  # noqa: B006, never changed
     gpus: Gpus = None,
     processes: Processes = 1,
+    job: Annotated[bool, Option("--job", hidden=True, help="in a job of Slurm, see slurm.sh")] = False,
 ) -> None:
     """Train a model, here or in several processes."""
     from detrlib.config import load_config
     from detrlib.engine.launch import launch
+    from detrlib.experiments.cluster import train_in_job
     from detrlib.runs.folder import run_path
 
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
-    results = launch(cfg, run_path(name), gpus, processes)
+    results = train_in_job(cfg, run_path(name)) if job else launch(cfg, run_path(name), gpus, processes)
     numbers, floor = results["detection"], results.get("floor")
     known = floor and floor["AP"] >= 0
     beside = f"  (floor {floor['AP']:.3f}, {floor['AP50']:.3f})" if known else ""
@@ -143,15 +147,6 @@ def check(
     cfg = load_config(config, pairs(settings, "--set", "data.root=/data/mine"))
     found = look_over(open_splits(cfg.data), cfg.model.num_queries, cfg.data.check)
     typer.echo("\n".join([*found.lines, found.counts.to_string()]))
-
-
-@app.command(hidden=True)
-def prepare(config: Path, name: Annotated[str, Option()], settings: Settings = []) -> None:  # noqa: B006
-    """Make the folder of a run ready, once for all nodes of a cluster that then train in it."""
-    from detrlib.config import load_config
-    from detrlib.runs import open_run, run_path
-
-    open_run(load_config(config, pairs(settings, "--set", "train.epochs=2")), run_path(name))
 
 
 @app.command()
@@ -334,17 +329,35 @@ def intervene(
     typer.echo(table.drop(columns=["site", "checkpoint"]).round(4).to_string(index=False, na_rep=""))
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def sweep(
+    context: typer.Context,
     path: Annotated[Path, Argument(help="sweep file, e.g. papermill_runs/configs/quickstart.yaml")],
     name: Annotated[str | None, Option(help="folder under papermill_runs/; default: as the file is or says")] = None,
     parallel: Annotated[int | None, Option(min=1, help="runs side by side; default: one per GPU or core")] = None,
+    slurm: Annotated[bool, Option("--slurm", help="submit what is missing; options of sbatch follow FILE")] = False,
+    show: Annotated[bool, Option("--list", help="number, name and state of every run")] = False,
+    number: Annotated[int | None, Option("--run", min=1, help="train and measure this one, by its number")] = None,
+    draw: Annotated[bool, Option("--draw", help="the report alone, once all runs are done")] = False,
 ) -> None:
     """Train and measure several variants of one experiment, and draw what they show together."""
+    from detrlib.experiments import cluster
     from detrlib.experiments.sweep import sweep as run_sweep
     from detrlib.runs.folder import run_path
 
-    typer.echo(run_sweep(path, run_path(name) if name else None, parallel))
+    folder = None if name is None else run_path(name)
+    if slurm + show + draw + (number is not None) > 1:
+        raise ConfigError("--slurm, --list, --run and --draw: give one of them")
+    if context.args and not slurm:
+        raise ConfigError(f"{context.args[0]}: not an option of sweep; those of sbatch need --slurm")
+    if slurm:
+        typer.echo("\n".join(cluster.submit(path, folder, context.args, parallel)))
+    elif show:
+        typer.echo("\n".join(cluster.describe(path, folder)))
+    elif draw or number:
+        typer.echo(cluster.draw(path, folder) if draw else cluster.run_one(path, number, folder))
+    else:
+        typer.echo(run_sweep(path, folder, parallel))
 
 
 @app.command(hidden=True)

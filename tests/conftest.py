@@ -7,9 +7,13 @@ import copy
 import json
 import os
 import shutil
+import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))  # tiny tensors gain nothing from more
@@ -26,7 +30,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from detrlib.config import Model, load_config
+from detrlib.config import PROJECT, Model, load_config
 from detrlib.models import build_model
 
 TINY_RUN = {  # passes through every part of the code: a second on one CPU core
@@ -48,6 +52,14 @@ TINY_RUN = {  # passes through every part of the code: a second on one CPU core
     "train.log_every": 1,
     "evaluate.examples": 2,
 }
+ASKED = """#!/bin/bash
+# Notes how it was called, one word a line, and says what the file of its name holds.
+here=$(dirname "$0")
+{{ echo "# {name}"; printf '%s\\n' "$@"; }} >>"$here/asked"
+[ {name} != sbatch ] || {{ n=$(($(cat "$here/number") + 1)); echo $n >"$here/number"; echo "$n;toy"; }}
+[ ! -e "$here/{name}.says" ] || cat "$here/{name}.says"
+[ ! -e "$here/{name}.fails" ] || {{ cat "$here/{name}.fails" >&2; exit 1; }}
+"""
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -404,3 +416,75 @@ def official_swin_names():
         return names | both(*more)
 
     return official_swin_names
+
+
+@pytest.fixture
+def ended(tmp_path):
+    """A function that starts a command, sends it a signal once training is under way, and waits for all it has started.
+
+    Generous waits: what matters is that everything is gone.
+    """
+    begun, patience = [], 900
+
+    def ended(command: list, *signals: int) -> tuple[int, str]:
+        log = tmp_path / "command.txt"
+        with log.open("w") as file:
+            process = psutil.Popen(
+                [sys.executable, "-m", *map(str, command)],
+                cwd=PROJECT,
+                env=dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"),
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        begun.append(process)
+        latest = time.monotonic() + patience
+        while not any(path.stat().st_size for path in [*tmp_path.glob("**/metrics.jsonl")]):
+            assert process.poll() is None and time.monotonic() < latest, log.read_text()
+            time.sleep(0.2)
+        begun.extend(process.children(recursive=True))
+        for number, pause in zip(signals, (3, 0), strict=False):
+            process.send_signal(number)
+            time.sleep(pause if len(signals) > 1 else 0)
+        code = process.wait(patience)
+        _, left = psutil.wait_procs(begun, timeout=patience)
+        assert left == [], log.read_text()
+        return code, log.read_text()
+
+    yield ended
+    for process in begun:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+class Slurm:
+    """Commands of Slurm that only note what they are asked; jobs have the numbers 101, 102 and so on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir()
+        (folder / "number").write_text("100")
+        for name in ("sbatch", "squeue", "scancel", "scontrol"):
+            (folder / name).write_text(ASKED.format(name=name))
+            (folder / name).chmod(0o755)
+
+    def says(self, name: str, text: str) -> None:
+        (self.folder / f"{name}.says").write_text(text)
+
+    def fails(self, name: str, text: str) -> None:
+        (self.folder / f"{name}.fails").write_text(text)
+
+    def asked(self, name: str) -> list[list[str]]:
+        """The words of each call of a command since the last time anything was asked."""
+        path = self.folder / "asked"
+        calls = path.read_text().split("# ")[1:] if path.exists() else []
+        return [call.splitlines()[1:] for call in calls if call.startswith(f"{name}\n")]
+
+    def forget(self) -> None:
+        (self.folder / "asked").unlink()
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path / 'slurm'}{os.pathsep}{os.environ['PATH']}")
+    return Slurm(tmp_path / "slurm")

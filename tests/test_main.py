@@ -24,6 +24,7 @@ from detrlib.engine import launch as door
 from detrlib.engine import notebooks
 from detrlib.engine.loop import train
 from detrlib.errors import ConfigError, DetrlibError
+from detrlib.experiments import cluster
 from detrlib.experiments import sweep as sweeps
 from detrlib.runs.results import interventions_frame
 
@@ -156,12 +157,6 @@ def test_the_loop_under_torchrun_speaks_in_one_line_too(tmp_path):
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(door.FAULT) and "config.yaml" in line
-
-
-def test_a_run_is_prepared_once_for_several_nodes(tmp_path, config):
-    detrlib("prepare", config, "--name", tmp_path / "run", "--set", "train.epochs=5")
-    assert load_config(tmp_path / "run" / "config.yaml").train.epochs == 5
-    assert "train.epochs" in refused("prepare", config, "--name", tmp_path / "run", "--set", "train.epochs")
 
 
 # --- what needs a finished run ---------------------------------------------------------------------------------
@@ -368,6 +363,23 @@ def test_sweep(tmp_path, config, monkeypatch):
     assert not (tmp_path / "many").exists()
 
 
+def test_a_sweep_on_a_cluster(tmp_path, config, monkeypatch):
+    asked, named = [], ("sweep", config, "--name", tmp_path / "many")
+    for name, result in {"submit": "ab", "describe": "ab", "run_one": "a folder", "draw": "a folder"}.items():
+        monkeypatch.setattr(cluster, name, lambda *given, result=result: asked.append(given) or result)
+    assert detrlib(*named, "--slurm", "--time=1:00", "-p", "main", "--parallel", 2) == "a\nb\n"
+    assert detrlib(*named, "--list") == "a\nb\n" and detrlib(*named, "--run", 3) == "a folder\n"
+    assert detrlib("sweep", config, "--draw") == "a folder\n"
+    given, options = (config, tmp_path / "many"), ["--time=1:00", "-p", "main"]
+    assert asked == [(*given, options, 2), given, (config, 3, given[1]), (config, None)]
+    assert "--time" in refused(*named, "--time=1:00") and "--run" in refused(*named, "--list", "--run", 1)
+
+
+def test_in_a_job_a_finished_run_is_no_fault(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(cluster, "train_in_job", lambda *_: {"detection": {"AP": 0.25, "AP50": 0.5}})
+    assert "0.250" in detrlib("train", config, "--name", tmp_path / "run", "--job")
+
+
 def test_one_run_of_a_sweep(tmp_path, monkeypatch):
     worked_on = []
     monkeypatch.setattr(notebooks, "execute_asked", worked_on.append)
@@ -452,22 +464,11 @@ def test_a_benchmark_is_a_file_with_a_function_main(tmp_path, monkeypatch):
 
 def test_every_command_has_a_line_of_help():
     shown = detrlib("--help")
-    for command in (
-        "train",
-        "evaluate",
-        "predict",
-        "explain",
-        "intervene",
-        "sweep",
-        "notebook",
-        "import",
-        "unrel",
-        "costs",
-        "huggingface",
-    ):
+    names = "train evaluate predict explain intervene sweep notebook import unrel costs huggingface"
+    for command in names.split():
         assert f"\n  {command} " in shown
         assert "Usage" in detrlib(command, "--help")
-    assert "prepare" not in shown and "sweep-run" not in shown
+    assert "sweep-run" not in shown
     assert "nonsense" in refused("nonsense", code=2)
 
 

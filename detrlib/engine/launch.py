@@ -31,6 +31,7 @@ from detrlib.config import PROJECT, Config
 from detrlib.engine.children import HANDED_ON, follow, passing_on, saving_without_parent, stopped, with_parent
 from detrlib.engine.loop import train
 from detrlib.engine.memory import keep_freed_memory
+from detrlib.engine.nodes import node_count, torchrun
 from detrlib.engine.tracking import PROGRESS
 from detrlib.errors import STOPPED, DetrlibError, RunError, show_messages
 from detrlib.runs.folder import load_results, run_config
@@ -50,8 +51,8 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
     Args:
         cfg: every setting.
         run_dir: the run folder; one that holds an unfinished run is gone on with.
-        gpus: how many to use; None takes one if there is one, 0 none.
-        processes: on the CPU, how many.
+        gpus: how many to use, on each node of a Slurm job; None takes one if there is one, 0 none.
+        processes: on the CPU, how many, on each node.
 
     Returns:
         What results.json holds, see `detrlib.engine.evaluate.evaluate`.
@@ -104,7 +105,8 @@ def in_processes(
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise RunError(f"{run_dir}: several processes need code that they can import ({error}); use one") from None
     # Nobody else may write there: what is read from it runs.
-    with tempfile.TemporaryDirectory(prefix="detrlib-") as folder:
+    shared = run_dir if node_count() > 1 else None  # other nodes do not see /tmp
+    with tempfile.TemporaryDirectory(prefix=".detrlib-", dir=shared) as folder:
         (path := Path(folder) / "work").write_bytes(work)
         _torchrun("detrlib.engine.launch", path, *started)
         return pickle.loads(path.read_bytes())
@@ -122,7 +124,7 @@ def _to_start(gpus: int | None, processes: int) -> tuple[int, int] | None:
         raise RunError(f"{wanted} GPUs asked for, {there} available; use --gpus {there} (0 computes on the CPU)")
     if wanted and processes > 1:
         raise RunError("processes are for the CPU; with GPUs there is one process for each")
-    return None if (wanted, processes) == (min(1, there), 1) else (max(wanted, processes), wanted)
+    return None if (wanted, processes, node_count()) == (min(1, there), 1, 1) else (max(wanted, processes), wanted)
 
 
 def _is_one_of_several() -> bool:
@@ -138,9 +140,8 @@ def _torchrun(module: str, path: Path, processes: int, gpus: int) -> None:
     if not gpus:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    command = [sys.executable, "-m", "detrlib.engine.agent", "--standalone", "--nproc-per-node", str(processes)]
     child = subprocess.Popen(
-        [*command, "-m", module, str(path)],
+        [*torchrun(processes), "-m", module, str(path)],
         cwd=PROJECT,
         env=with_parent(environment),
         stdout=subprocess.PIPE,

@@ -314,11 +314,12 @@ class Trainer:
         precision = ""
         if record.get("detection/AP", -1) >= 0:  # undefined without objects
             precision = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
+        left = self.pace.left(epoch)
         passes = updates * self.sampler.batch_size / self.sampler.length
         self.say(
             f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
             f"loss {record['epoch/loss']:.3f}  {precision}"
-            f"{seconds:.0f} s, about {tracking.duration(self.pace.left(epoch))} left",
+            f"{seconds:.0f} s" + ("" if left is None else f", about {tracking.duration(left)} left"),
             *(much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
         )
 

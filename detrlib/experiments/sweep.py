@@ -53,6 +53,7 @@ from detrlib.runs.owner import owned
 
 SECONDS = 2  # between two looks at the runs where a bar is shown
 LINES = {False: 15, True: 60}  # seconds between two lines elsewhere, before and after the time left is known
+REPORT = "report.html"
 
 
 @dataclass
@@ -108,14 +109,8 @@ def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -
         RunError: runs failed; the others are finished first. Or one is worked on by another process.
         Stopped: a signal came, and everything that was begun has saved and left.
     """
-    asked = read_sweep(path)
-    folder = folder or runs.run_path(asked.folder or path.stem)
-    jobs = [Job(folder / name, cfg, asked.measure) for name, cfg in asked.configs.items()]
-    for job in jobs:
-        if runs.is_finished(job.folder):
-            runs.refuse_other_settings(job.cfg, job.folder)
-    home = folder / path.stem if asked.folder else folder
-    report = home / "report.html"
+    jobs, home, parameters = planned(path, folder)
+    report = home / REPORT
     if report.exists() and all(job.finished for job in jobs):
         print(f"all {len(jobs)} runs are done: {report}")
         return report
@@ -124,19 +119,19 @@ def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -
             stack.enter_context(owned(own))
         came = stack.enter_context(passing_on(interrupt))
         try:
-            return _carry_out(jobs, home, asked.report, parallel)
+            return _carry_out(jobs, home, parameters, parallel)
         except KeyboardInterrupt:
             raise stopped(came) from None
 
 
 def _carry_out(jobs: list[Job], home: Path, parameters: dict[str, Any], parallel: int | None) -> Path:
     """Train and evaluate what is missing, and report. Arguments and faults are those of `sweep`."""
-    report, waves = home / "report.html", _waves(jobs)
+    report, ordered = home / REPORT, waves(jobs)
     _prepare(jobs)
-    for wave in waves:
+    for wave in ordered:
         _work_off(jobs, wave, parallel or _slots())
     if failed := [job.folder / "log.txt" for job in jobs if job.failed]:
-        logs = "; ".join(f"{log}: {_last_line(log)}" for log in failed)
+        logs = "; ".join(f"{log}: {last_line(log)}" for log in failed)
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {logs}. Call again to retry them.")
     print("drawing figures and tables", flush=True)
     executed = _draw(home, [_within_project(job.folder) for job in jobs], parameters)
@@ -147,16 +142,32 @@ def _carry_out(jobs: list[Job], home: Path, parameters: dict[str, Any], parallel
     return report_html(executed, report, f"{home.name}: report")
 
 
-def _waves(jobs: list[Job]) -> list[list[Job]]:
+def planned(path: Path, folder: Path | None = None) -> tuple[list[Job], Path, dict[str, Any]]:
+    """The runs of a sweep file, the folder of its report, and the parameters of that. Arguments as of `sweep`.
+
+    Raises:
+        ConfigError: the file is no sweep, or a setting in it is wrong.
+        RunError: a run of such a name was trained with other settings.
+    """
+    asked = read_sweep(path)
+    folder = folder or runs.run_path(asked.folder or path.stem)
+    jobs = [Job(runs.run_path(folder / name), cfg, asked.measure) for name, cfg in asked.configs.items()]
+    for job in jobs:
+        if runs.is_finished(job.folder):
+            runs.refuse_other_settings(job.cfg, job.folder)
+    return jobs, folder / path.stem if asked.folder else folder, asked.report
+
+
+def waves(jobs: list[Job]) -> list[list[Job]]:
     """Jobs that are not finished, those that start from another one's weights after it."""
-    waiting, waves = [job for job in jobs if not job.finished], []
+    waiting, ordered = [job for job in jobs if not job.finished], []
     while waiting:
         names = {runs.run_name(job.folder) for job in waiting}
-        waves.append([job for job in waiting if job.cfg.train.start not in names])
-        if not waves[-1]:
+        ordered.append([job for job in waiting if job.cfg.train.start not in names])
+        if not ordered[-1]:
             raise ConfigError(f"{', '.join(sorted(names))}: train.start goes round in a circle; name another run")
         waiting = [job for job in waiting if job.cfg.train.start in names]
-    return waves
+    return ordered
 
 
 def _draw(folder: Path, names: list[str], asked: dict[str, Any]) -> Path:
@@ -176,7 +187,7 @@ def _draw(folder: Path, names: list[str], asked: dict[str, Any]) -> Path:
         parameters = {**asked, "run_names": names, "output": _within_project(folder / "figures")}
         executed = execute_notebook("thesis_figures", folder / report, parameters)
         if maps.wait():
-            raise RunError(f"{log}: {_last_line(log)}. Call again to draw what is missing.")
+            raise RunError(f"{log}: {last_line(log)}. Call again to draw what is missing.")
     except BaseException:
         end([maps])
         raise
@@ -263,8 +274,8 @@ def _start(job: Job, slot: int, slots: int) -> None:
 
 def _asked(job: Job, gpus: int | None) -> dict[str, dict[str, Any]]:
     """The notebooks that are left of a run, and their parameters."""
-    name = {"run_name": _within_project(job.folder)}
-    asked = {"train": {"config": str(job.folder / "sweep.yaml"), "gpus": gpus} | name, "evaluate": job.measure | name}
+    name = {"run_name": _within_project(job.folder), "gpus": gpus}
+    asked = {"train": {"config": str(job.folder / "sweep.yaml")} | name, "evaluate": job.measure | name}
     if runs.is_finished(job.folder):
         del asked["train"]
     return asked
@@ -290,6 +301,7 @@ def _report(jobs: list[Job], slots: int, start: float, bar: tqdm) -> bool:
     return left is not None
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """What a log ends with, which says why a run failed."""
     lines = [line for line in log.read_text().splitlines() if line.strip()] if log.exists() else []
     return lines[-1] if lines else "no output"

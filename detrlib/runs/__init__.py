@@ -33,5 +33,6 @@ from detrlib.runs.opening import (
     open_run,
     refuse_other_settings,
     refuse_run,
+    slurm_job,
 )
 from detrlib.runs.trained import begins_again

@@ -13,6 +13,7 @@
         measures/*         of single images and objects: sparsity, localisation, matches that AP is computed from;
                            parquet files, or folders of them, one for each process of an evaluation
         *.ipynb            executed notebooks
+        .owner             who is writing there just now, see `owner`
 
 Files are written to a temporary neighbour and renamed, so a reader or a resumed run never meets half of one; lines of
 metrics.jsonl are appended, and one that is cut short or damaged is left out.
@@ -20,6 +21,7 @@ metrics.jsonl are appended, and one that is cut short or damaged is left out.
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -37,15 +39,56 @@ from detrlib.metrics.tables import part_files, read_table, write_table
 log = logging.getLogger(__name__)
 
 RUNS = PROJECT / "papermill_runs"
+NOT_RUNS = ("configs", "pictures", "study")  # folders there; in the last are sweeps, and their runs
+LONGEST_NAME = 200  # bytes: file systems take 255, of which names of temporary files have some
 RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders that are no results of a split
 
 
-def run_path(name: str | Path) -> Path:
-    """The folder of a run: a bare or nested name lies under papermill_runs/, an absolute path is itself."""
-    path = PROJECT / name if Path(name).parts[:1] == (RUNS.name,) else RUNS / name
-    if path == RUNS:
-        raise RunError(f"{str(name)!r} names no run: give a folder under {RUNS.name}/")
-    return path
+def run_path(name: str | int | Path) -> Path:
+    """The folder of a run: a bare or nested name lies under papermill_runs/, an absolute path is itself.
+
+    A number is a name too: papermill makes one of `-p run_name 2024`. Raises RunError for what cannot be the name of a
+    folder on every file system, or is that of something else.
+    """
+    if fault := name_fault(name):
+        raise RunError(f"{_shown(name)} names no run: {fault}")
+    return _run_path(name)
+
+
+def _run_path(name: str | int | Path) -> Path:
+    path = Path(str(name))
+    return PROJECT / path if path.parts[:1] == (RUNS.name,) else RUNS / path
+
+
+def name_fault(name: str | int | Path) -> str | None:
+    """Why a run cannot be called so, in words; None where it can."""
+    if isinstance(name, bool) or not isinstance(name, str | int | Path):
+        return "expected a text; papermill leaves it one with -r run_name ... in place of -p"
+    text, path = str(name), _run_path(name)
+    here = path.is_relative_to(RUNS)
+    within = path.parts[len(RUNS.parts) :] if here else path.parts[-1:]
+    if not text.isprintable():  # before the system is asked anything
+        return "it holds a line break, or another character that is not printed"
+    if not text.strip() or not within or within == ("/",):
+        return f"give a folder under {RUNS.name}/"
+    if ".." in within:
+        return f"it leads out of {RUNS.name}/; give an absolute path for a folder elsewhere"
+    if odd := next((part for part in within if part != part.strip() or part.startswith(("-", "~"))), None):
+        return f"{odd!r} begins with - or ~, or begins or ends with a space, which a shell takes for something else"
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+        return f"it has more than {LONGEST_NAME} bytes in one part, and file systems take little longer ones"
+    if here and within[0] in NOT_RUNS and (len(within) == 1 or within[0] != "study"):
+        return f"{RUNS.name}/{within[0]} is for something else; choose another name"
+    if within[-1] in RESERVED[:-1]:
+        return f"{within[-1]} is a part of a run; choose another name"
+    if file := next((part for part in (path, *path.parents) if os.path.isfile(part)), None):
+        return f"{file} is a file; choose another name, or move it away"
+    return None
+
+
+def _shown(name: object) -> str:
+    text = repr(str(name) if isinstance(name, Path) else name)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def finished_runs() -> list[Path]:
@@ -72,7 +115,7 @@ def newest_run() -> Path:
 
 def find_run(name: str = "") -> Path:
     """The run of this name, or, for an empty one, the newest that is finished. Raises RunError where there is none."""
-    return run_path(name) if name else newest_run()
+    return newest_run() if name == "" else run_path(name)
 
 
 def find_runs(names: Sequence[str] = (), seeds: bool = False) -> list[Path]:

@@ -146,6 +146,21 @@ def environment() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "slurm": slurm_job(),
+    }
+
+
+def slurm_job() -> dict[str, Any] | None:
+    """The job of Slurm that this process belongs to, or None: job, array_task (None of no array), node, restarts."""
+    given = os.environ
+    if "SLURM_JOB_ID" not in given:
+        return None
+    task = given.get("SLURM_ARRAY_TASK_ID")
+    return {
+        "job": given.get("SLURM_ARRAY_JOB_ID", given["SLURM_JOB_ID"]),
+        "array_task": None if task is None else int(task),
+        "node": given.get("SLURM_JOB_NODELIST"),
+        "restarts": int(given.get("SLURM_RESTART_COUNT", "0")),
     }
 
 

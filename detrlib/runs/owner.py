@@ -53,7 +53,11 @@ def owned(run_dir: Path) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")):
         yield
         return
-    path, made = run_dir / OWNER, [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    path = run_dir / OWNER
+    try:
+        made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    except OSError as error:
+        raise _closed(run_dir, error) from error
     file, shared = _take(path)
     try:
         if not shared:
@@ -108,9 +112,11 @@ def _open(path: Path) -> BinaryIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
     except OSError as error:
-        raise RunError(
-            f"{path.parent} cannot be written ({error.strerror}); make it writable, or choose another run name"
-        ) from error
+        raise _closed(path.parent, error) from error
+
+
+def _closed(run_dir: Path, error: OSError) -> RunError:
+    return RunError(f"{run_dir} cannot be written ({error.strerror}); make it writable, or choose another run name")
 
 
 def _try(file: BinaryIO, path: Path, own: dict[str, Any], patient: bool) -> bool | None:
@@ -119,7 +125,8 @@ def _try(file: BinaryIO, path: Path, own: dict[str, Any], patient: bool) -> bool
     free, said = _lock(file, fcntl.LOCK_EX), _said(file)
     here = said and (said["host"] == own["host"] or said["boot"] == own["boot"] is not None)
     if here and free is not True:
-        if any(_is(said, process) for process in (psutil.Process(), *psutil.Process().parents())):
+        above = (psutil.Process(), *psutil.Process().parents())
+        if _has_started_step(said, own) or any(_is(said, process) for process in above):
             return None if _lock(file, fcntl.LOCK_SH) is False else True
         if psutil.pid_exists(said["process"]) and _is(said, psutil.Process(said["process"])):
             raise RunError(f"{_in_use(path, said)}; wait for it, end it, or choose another run name")
@@ -162,6 +169,7 @@ def _own() -> dict[str, Any]:
         "started": psutil.Process().create_time(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "step": os.environ.get("SLURM_STEP_ID"),
     }
 
 
@@ -175,6 +183,12 @@ def _said(file: BinaryIO) -> dict[str, Any] | None:
 
 def _is(said: dict[str, Any], process: psutil.Process) -> bool:
     return process.pid == said["process"] and abs(process.create_time() - said["started"]) < CLOCK
+
+
+def _has_started_step(said: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether the owner has started this process by srun, as a step of its job; it is then no parent of it."""
+    same = said["job"] is not None and (said["job"], said["restarts"]) == (own["job"], own["restarts"])
+    return same and said.get("step") is None and own["step"] is not None
 
 
 def _may_be_taken(said: dict[str, Any], own: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from detrlib.data import batch as batch_module
 from detrlib.data import build_dataset
-from detrlib.data.batch import EpochSampler, batches, collate, open_loader, pack, unpack
+from detrlib.data.batch import EpochSampler, Shared, batches, collate, open_loader, pack, unpack
 from detrlib.errors import ConfigError, DataError
 
 
@@ -88,6 +88,19 @@ def test_shards_partition_every_batch(length, batch, processes):
         assert len(set(seen)) == len(seen) and set(seen) <= set(range(length))
     assert epoch(0, 0, 1) != epoch(1, 0, 1)
     assert epoch(1, 0, 1) == epoch(1, 0, 1)
+
+
+@pytest.mark.parametrize("length, batch, processes", [(13, 3, 2), (13, 8, 2), (3, 8, 2), (33, 8, 4)])
+def test_an_evaluation_is_shared_by_whole_batches(length, batch, processes):
+    """Those of one process, some with one batch less than others; one may have none."""
+    alone = list(map(list, Shared(length, batch)))
+    shares = [Shared(length, batch, process, processes) for process in range(processes)]
+    for share in shares:
+        own = list(map(list, share))
+        assert own == alone[shares.index(share) :: processes] and len(own) == len(share)
+        assert [part[0] for part in own] == list(share.firsts)
+    assert list(itertools.chain(*alone)) == list(range(length))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.parametrize(

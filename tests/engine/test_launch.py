@@ -1,21 +1,30 @@
 """The doors to a training run: a terminal, several processes, torchrun; and what they say when they cannot open."""
 
+import importlib
 import json
 import os
+import pickle
+import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from detrlib.config import PROJECT, load_config
+from detrlib.config import PROJECT, load_config, replace, save_config
+from detrlib.data import build_dataset
 from detrlib.engine import launch as door
-from detrlib.engine.launch import launch
+from detrlib.engine.launch import in_processes, launch
 from detrlib.engine.loop import train
 from detrlib.errors import STOPPED, RunError
 from detrlib.files import load_checkpoint
+from detrlib.runs import load_examples, load_table
 from detrlib.runs.opening import open_run
+from detrlib.runs.owner import OWNER
 
 STEPS = 4  # per epoch of a tiny run
 
@@ -206,7 +215,7 @@ def test_gpus_and_processes_choose_the_way(tmp_path, monkeypatch, tiny_config):
     """How many GPUs there are is made up; what would be started is recorded."""
     started = []
     monkeypatch.setattr(door, "train", lambda cfg, run_dir: started.append("here"))
-    monkeypatch.setattr(door, "_torchrun", lambda run_dir, processes, gpus: started.append((processes, gpus)))
+    monkeypatch.setattr(door, "_torchrun", lambda module, path, processes, gpus: started.append((processes, gpus)))
     monkeypatch.setattr(door, "load_results", lambda run_dir: None)
     monkeypatch.setattr(door, "open_run", lambda cfg, run_dir: False)
     for there, cases in {
@@ -218,7 +227,152 @@ def test_gpus_and_processes_choose_the_way(tmp_path, monkeypatch, tiny_config):
         for (gpus, processes), way in cases.items():
             launch(tiny_config(), tmp_path / "run", gpus, processes)
             assert started.pop() == way, (there, gpus, processes)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun has started this one
+    launch(tiny_config(), tmp_path / "run", gpus=4)
+    assert started == ["here"]
+    monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(RunError, match="5 GPUs asked for, 4 available; use --gpus 4"):
         launch(tiny_config(), tmp_path / "run", gpus=5)
-    with pytest.raises(RunError, match="processes are for training on the CPU"):
+    with pytest.raises(RunError, match="processes are for the CPU"):
         launch(tiny_config(), tmp_path / "run", gpus=2, processes=2)
+
+
+@pytest.fixture
+def command_of_a_long_run(tmp_path, tiny_config):
+    """The command that trains a run of many epochs in two processes, and its folder."""
+    save_config(tiny_config({"train.epochs": 5000}), tmp_path / "long.yaml")
+    return ["detrlib", "train", tmp_path / "long.yaml", "--name", tmp_path / "run", "--processes", 2], tmp_path / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_a_launch_reaches_its_processes_which_save(ended, command_of_a_long_run, number):
+    command, run_dir = command_of_a_long_run
+    code, said = ended(command, number)
+    assert code == STOPPED and "Traceback" not in said and "stopped by" in said, said
+    last = json.loads((run_dir / "environment.json").read_text())["starts"][-1]
+    assert load_checkpoint(run_dir / "checkpoints" / "last.pt")["global_step"] == last["stopped"]
+    assert not (run_dir / OWNER).exists()
+
+
+@pytest.mark.slow
+def test_processes_of_a_killed_launch_save_and_leave(ended, command_of_a_long_run):
+    command, run_dir = command_of_a_long_run
+    ended(command, signal.SIGKILL)
+    last = json.loads((run_dir / "environment.json").read_text())["starts"][-1]
+    assert load_checkpoint(run_dir / "checkpoints" / "last.pt")["global_step"] == last["stopped"]
+
+
+def test_nodes_of_a_job_share_the_work_where_all_see_it(tmp_path, monkeypatch, tiny_config):
+    started = []
+
+    def torchrun(module, path, processes, gpus):
+        started.append((path.parent.parent, processes, gpus))
+        path.write_bytes(pickle.dumps("their result"))
+
+    monkeypatch.setattr(door, "node_count", lambda: 2)
+    monkeypatch.setattr(door, "_torchrun", torchrun)
+    save_config(tiny_config(), tmp_path / "config.yaml")
+    assert in_processes(print, tmp_path, gpus=0) == "their result" and started == [(tmp_path, 1, 0)]
+
+
+# What is shared by several processes is what one finds
+
+
+MEASURED = """
+from detrlib.engine.evaluate import evaluate_run
+from detrlib.experiments.explain import faithfulness_run
+from detrlib.experiments.intervene import measure_plan
+
+
+def measure(run_dir):
+    asked = {"prune_heads": True, "ablate": ["queries"], "order_images": 7, "transforms": ["softmax"]}
+    few, more = (measure_plan(run_dir, images, **asked) for images in (2, 11))
+    explained = faithfulness_run(run_dir, 5, ["raw", "drise", "noise"], 3, masks=4, min_score=0.0)
+    return {"few": few, "more": more, "explained": explained, "results": evaluate_run(run_dir)}
+"""
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    """A function that other processes can import too: evaluations, explanations and interventions of a run."""
+    (tmp_path / "measured_by_processes.py").write_text(MEASURED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    return importlib.import_module("measured_by_processes").measure
+
+
+def near(found, expected, path="results"):
+    """Nested values that are equal but for rounding."""
+    if isinstance(expected, dict | list):
+        keys = expected if isinstance(expected, dict) else range(len(expected))
+        assert len(found) == len(expected), path
+        for key in keys:
+            near(found[key], expected[key], f"{path} {key}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-6), path
+    else:
+        assert found == expected, path
+
+
+@pytest.mark.slow
+def test_what_several_processes_measure_is_what_one_does(tmp_path, capfd, measure, tiny_config):
+    """Five batches of 13 images on two processes, then one batch, so that one of them has none.
+
+    What is made of single images, and AP and the loss, are the same bit for bit: it is the same arithmetic, put in the
+    same order. Means over images are sums in another order.
+    """
+    settings = {"train.epochs": 1, "evaluate.batch_size": 3, "evaluate.store_maps": 7, "evaluate.examples": 4}
+    train(tiny_config(settings | {"model.attention.decoder_cross": "entmax15"}), tmp_path / "one")
+    shutil.copytree(tmp_path / "one", two := tmp_path / "two")
+    alone = in_processes(measure, tmp_path / "one")
+    capfd.readouterr()
+    together = in_processes(measure, two, gpus=0, processes=2)
+    printed = "".join(capfd.readouterr())
+    assert [sign for sign in SIGNS_OF_A_CRASH if sign in printed] == []
+
+    pd.testing.assert_frame_equal(together["explained"], alone["explained"], check_exact=True)
+    for name in ("few", "more"):
+        exact = ["kind", "layer", "head", "value", "AP", "AP50", "loss", "AP_lost", "AP_lost_low", "AP_lost_high"]
+        pd.testing.assert_frame_equal(together[name][exact], alone[name][exact], check_exact=True)
+        pd.testing.assert_frame_equal(together[name], alone[name], rtol=1e-6)
+    same = ("detection", "floor", "images", "alpha", "names")
+    assert {name: together["results"][name] for name in same} == {name: alone["results"][name] for name in same}
+    near(together["results"] | {"seconds": 0}, alone["results"] | {"seconds": 0})
+    assert json.loads((two / "results.json").read_text()) == together["results"]
+    assert (two / "predictions.json").read_bytes() == (tmp_path / "one" / "predictions.json").read_bytes()
+    assert len(list((two / "measures" / "sinks").iterdir())) == len(list((two / "maps").iterdir())) == 2
+    names = ("sparsity", "located", "sinks", "matches", "annotations", "faithfulness", "faithfulness_curves")
+    for name in (*names, "interventions"):
+        tables = [load_table(run, name) for run in (two, tmp_path / "one")]
+        pd.testing.assert_frame_equal(*tables, check_exact=name in names, rtol=1e-6)
+    examples = [load_examples(run) for run in (two, tmp_path / "one")]
+    assert len(examples[0]) == 4
+    for first, second in zip(*examples, strict=True):
+        assert np.array_equal(first.maps(), second.maps()) and np.array_equal(first.boxes, second.boxes)
+    assert examples[0][0].stored.images == examples[1][0].stored.images
+    assert len(examples[0][0].stored.images) == 7
+
+
+@pytest.mark.slow
+def test_the_fault_that_one_process_meets_ends_all_in_one_line(tmp_path, capfd, tiny_config, write_layout):
+    """Its picture is damaged after training; the other process waits for what it found."""
+    root = write_layout(tmp_path / "data", "coco", train=4, val=4)
+    train(tiny_config({"data.root": str(root), "train.epochs": 1, "train.batch_size": 2}), tmp_path / "run")
+    cfg = replace(load_config(tmp_path / "run" / "config.yaml"), {"evaluate.batch_size": 1})
+    save_config(cfg, tmp_path / "run" / "config.yaml")
+    dataset = build_dataset(cfg.data, "val")
+    (dataset.images_path / dataset.file_names[3]).write_bytes(b"half a picture")
+    capfd.readouterr()
+    done = command("detrlib", "evaluate", tmp_path / "run", "--processes", 2, timeout=300)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: 2 processes failed: ") and dataset.file_names[3] in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_other_processes_cannot_import_is_refused(tmp_path, tiny_config):
+    open_run(tiny_config(), tmp_path)
+    with pytest.raises(RunError, match="need code that they can import"):
+        in_processes(lambda run_dir: None, tmp_path, gpus=0, processes=2)
+    with pytest.raises(RunError, match=r"nothing has no config\.yaml"):
+        in_processes(print, tmp_path / "nothing", gpus=0, processes=2)

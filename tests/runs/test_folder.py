@@ -23,6 +23,41 @@ def test_names_lie_under_papermill_runs_and_absolute_paths_are_themselves(tmp_pa
     assert runs.run_path(tmp_path) == tmp_path == runs.run_path(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", " ", ".", "/", "papermill_runs", "..", "../x", "a/../../x", "papermill_runs/../x"),
+        *("a\nb", "a\tb", "a\0b", "\x1b[31m", "a\u2028b", "-rf", "a/-b", "~", "~/x", " a", "a ", "a/ b"),
+        *("x" * 300, "a/" + "é" * 101, "configs", "configs/x", "pictures/x", "study", "a/checkpoints", "README.md"),
+        *("README.md/x", None, True, 1.5, ["a"]),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_the_name_of_a_run_is_refused_in_one_line(name):
+    with pytest.raises(RunError, match="names no run") as caught:
+        runs.run_path(name)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "name", ["lr:1e-4", "a$b$c", "实验", "a b", "x" * 200, "study/where/a", ".a", "{a}", "a#b?c=%d"]
+)
+def test_what_a_file_system_takes_is_a_name(name):
+    assert runs.run_path(name) == runs.RUNS / name
+
+
+def test_a_number_is_a_name_as_papermill_hands_it_over():
+    assert runs.run_path(2024) == runs.find_run(2024) == runs.RUNS / "2024"
+    assert runs.find_runs([7]) == [runs.RUNS / "7"]
+
+
+def test_a_name_that_is_a_file_s_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for name in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunError, match=f"{tmp_path / 'file'} is a file"):
+            runs.run_path(name)
+
+
 def record(step, epoch, **values):
     return {"global_step": step, "epoch": epoch} | values
 

@@ -34,6 +34,18 @@ def test_opening_a_new_an_unfinished_and_a_finished_run(tmp_path, tiny_config):
         runs.open_run(cfg, run_dir)
 
 
+def test_the_job_of_slurm_is_known(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert runs.environment()["slurm"] is None
+    monkeypatch.setenv("SLURM_JOB_ID", "15")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    assert runs.slurm_job() == {"job": "15", "array_task": None, "node": "node[1-2]", "restarts": 0}
+    for name, value in {"ARRAY_JOB_ID": "12", "ARRAY_TASK_ID": "3", "RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert runs.environment()["slurm"] == {"job": "12", "array_task": 3, "node": "node[1-2]", "restarts": 2}
+
+
 @pytest.fixture
 def begun(tmp_path, write_layout, tiny_config):
     """`begun(layout)`: a run with a checkpoint on data in a folder; returns its folder and `settings(root)`."""

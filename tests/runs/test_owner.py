@@ -19,10 +19,11 @@ from detrlib.runs import owner
 from detrlib.runs.owner import OWNER, owned, owning
 
 HOLD = f"""
-import sys
+import sys, types
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from detrlib.errors import RunError
+sys.modules["detrlib.runs.trained"] = types.SimpleNamespace(sweep_run=lambda run_dir: None)
 spec = spec_from_file_location("owner", {owner.__file__!r})  # without all that detrlib.runs imports
 spec.loader.exec_module(owner := module_from_spec(spec))
 try:
@@ -34,7 +35,7 @@ except RunError as error:
 """
 SHARE = HOLD.replace(
     "sys.stdin.readline()", "subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1]])"
-).replace("import sys", "import subprocess, sys")
+).replace("import sys,", "import subprocess, sys,")
 
 
 @pytest.fixture
@@ -203,3 +204,14 @@ def test_the_owner_removes_what_a_killed_writer_has_left_in_its_folder_alone(tmp
         (tmp_path / name).touch()
     with owned(tmp_path), owned(tmp_path):  # what an owner starts removes nothing of the owner's
         assert [name for name in (*left, *others) if (tmp_path / name).exists()] == list(others)
+
+
+def test_a_step_that_the_owner_has_started_by_srun_shares_its_folder(tmp_path, start, monkeypatch):
+    """srun stands between: the owner is no parent of the step's processes."""
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "15")
+    assert start(tmp_path)[1] == "owned" and "is in use" in start(tmp_path)[1]
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert start(tmp_path)[1] == "owned"
+    monkeypatch.setenv("SLURM_JOB_ID", "16")
+    assert "is in use" in start(tmp_path)[1]
