@@ -3,6 +3,7 @@
 The command line prints it and ends with a code that is not zero; notebooks show it as the last line of a cell.
 """
 
+import errno
 import logging
 import os
 from collections.abc import Iterable
@@ -46,11 +47,25 @@ class Stopped(DetrlibError):
     """A signal has ended training, which was saved at its last step; the message names it and how to go on."""
 
 
+# Of a disk or of rights: no room, not ours, out of reach.
+OUTSIDE = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ENAMETOOLONG", "EMFILE")
+
+
+def is_foreseen(error: Exception) -> bool:
+    """Whether an error is one of ours, or comes from a disk or from rights, wherever a file is touched."""
+    return isinstance(error, DetrlibError) or errno.errorcode.get(getattr(error, "errno", None)) in OUTSIDE
+
+
 def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:
     """The first of `values` for a message, and how many more there are."""
     values = list(values)
     more = [f"and {len(values) - most} more"] if len(values) > most else []
     return between.join([*map(str, values[:most]), *more])
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_main_process() -> bool:

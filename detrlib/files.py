@@ -19,15 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from detrlib.errors import DamagedFile, RunError, listed
+from detrlib.errors import DamagedFile, RunError, in_one_line, listed
 
 if TYPE_CHECKING:  # what only executes notebooks need not wait for torch
     import torch
 
 
-TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # what mkstemp makes of a dot, the name of a file and another dot
+# What mkstemp makes of a dot, the name of a file and another dot; and hidden parts of tables.
+TEMPORARY = re.compile(r"\.(.+\.[a-z0-9_]{8}|part-\d+-of-\d+\.parquet)")
 CHECKSUM = b"detrlib crc32 "  # in front of the eight hexadecimal digits that end a checkpoint
 TRAILER = len(CHECKSUM) + 8
+SUM = "crc32"  # the last entry of files of JSON that are checked
 END = b"PK\5\6"  # in front of the 22 bytes that end an archive without a comment, which has the length 0
 
 
@@ -53,7 +55,9 @@ def write_atomic(path: Path, write: Callable[[Path], None], before: Path | None 
     # torch.save turns a full disk into a RuntimeError of its own.
     except (OSError, RuntimeError) as error:
         reason = "is the disk full, or the folder not yours?"
-        raise RunError(f"could not write {path}: {error}. What was there before is intact; {reason}") from error
+        raise RunError(
+            f"could not write {path}: {in_one_line(error)}. What was there before is intact; {reason}"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -104,9 +108,30 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
-def write_json(path: Path, values: Any) -> None:
-    """`values` as indented JSON, written atomically."""
-    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(values, indent=1) + "\n"))
+def write_json(path: Path, values: Any, checksum: bool = False) -> None:
+    """`values` as indented JSON, written atomically; a mapping may get a last entry by which `load_json` checks it."""
+    text = json.dumps(values, indent=1)
+    if checksum:
+        text = json.dumps(values | {SUM: _sum(text)}, indent=1)
+    write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))
+
+
+def load_json(path: Path, remedy: str) -> dict:
+    """The mapping that `write_json` has written. Raises DamagedFile naming the file and the remedy."""
+    try:
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {type(values).__name__}, expected names and values")
+        known = values.pop(SUM, None)  # files of earlier versions have none
+        if known not in (None, _sum(json.dumps(values, indent=1))):
+            raise ValueError("it does not hold what was written")
+    except (OSError, ValueError) as error:
+        raise DamagedFile(f"{path} is damaged ({in_one_line(error)}); {remedy}") from None
+    return values
+
+
+def _sum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def write_checkpoint(path: Path, content: dict, before: Path | None = None) -> None:
@@ -135,11 +160,11 @@ def _trailer(file: BinaryIO, size: int) -> bytes:
     return CHECKSUM + b"%08x" % crc
 
 
-def damage(path: Path) -> str:
+def damage(path: Path, ours: bool = True) -> str:
     """In words, what is wrong with the bytes of a checkpoint; empty where they are what was written.
 
     Of one without our checksum, as earlier versions and other programs write them, those of the archive are looked at,
-    which stand for what it holds. Raises FileNotFoundError.
+    which stand for what it holds. `ours`: the archive has no other comment. Raises FileNotFoundError.
     """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -148,13 +173,13 @@ def damage(path: Path) -> str:
             file.seek(0)
             return "" if _trailer(file, size - TRAILER) == trailer else "its bytes are not those that were written"
         file.seek(max(0, size - 22))
-        if not ((end := file.read()).startswith(END) and end.endswith(b"\0\0")):
+        if ours and not ((end := file.read()).startswith(END) and end.endswith(b"\0\0")):
             return f"it does not end as one, after {size} bytes"
     try:
         with zipfile.ZipFile(path) as archive:
             return f"{changed} in it has changed" if (changed := archive.testzip()) else ""
     except Exception as error:  # zipfile has many, for every field that may be wrong
-        return f"no whole archive: {error}"
+        return f"no whole archive: {in_one_line(error)}"
 
 
 def load_checkpoint(path: Path, needed: Collection[str] = ()) -> dict:
@@ -164,22 +189,22 @@ def load_checkpoint(path: Path, needed: Collection[str] = ()) -> dict:
     """
     import torch
 
-    there = ", ".join(sorted(other.stem for other in path.parent.glob("*.pt") if other != path)) or "no other"
+    there = ", ".join(sorted(other.stem for other in path.parent.glob("*.pt") if other != path)) or "none"
     try:
         fault = damage(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"no checkpoint {path}; there is {there}; has the run finished its first epoch?") from None
+        raise RunError(f"no checkpoint {path}; there are {there}") from None
     if fault:
         raise DamagedFile(
             f"{path} is damaged, or no checkpoint of this project ({fault}); copy it again, or use another checkpoint "
-            f"of the run: there is {there}"
+            f"of the run: there are {there}"
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whole, but no file of torch, or with code in it: its message tells how to let that run
         raise RunError(
             f"{path} is not a checkpoint of this project: it holds something else than tensors and numbers, which is "
-            f"not read; put back what the run has written, or use another checkpoint: there is {there}"
+            f"not read; put back what the run has written, or use another checkpoint: there are {there}"
         ) from None
     missing = [name for name in needed if name not in state] if isinstance(state, dict) else ["a state"]
     if missing:

@@ -7,9 +7,13 @@ import copy
 import json
 import os
 import shutil
+import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))  # tiny tensors gain nothing from more
@@ -26,7 +30,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from detrlib.config import Model, load_config
+from detrlib.config import PROJECT, Model, load_config
 from detrlib.models import build_model
 
 TINY_RUN = {  # passes through every part of the code: a second on one CPU core
@@ -412,6 +416,45 @@ def official_swin_names():
         return names | both(*more)
 
     return official_swin_names
+
+
+@pytest.fixture
+def ended(tmp_path):
+    """A function that starts a command, sends it a signal once training is under way, and waits for all it has started.
+
+    Generous waits: what matters is that everything is gone.
+    """
+    begun, patience = [], 900
+
+    def ended(command: list, *signals: int) -> tuple[int, str]:
+        log = tmp_path / "command.txt"
+        with log.open("w") as file:
+            process = psutil.Popen(
+                [sys.executable, "-m", *map(str, command)],
+                cwd=PROJECT,
+                env=dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"),
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        begun.append(process)
+        latest = time.monotonic() + patience
+        while not any(path.stat().st_size for path in [*tmp_path.glob("**/metrics.jsonl")]):
+            assert process.poll() is None and time.monotonic() < latest, log.read_text()
+            time.sleep(0.2)
+        begun.extend(process.children(recursive=True))
+        for number, pause in zip(signals, (3, 0), strict=False):
+            process.send_signal(number)
+            time.sleep(pause if len(signals) > 1 else 0)
+        code = process.wait(patience)
+        _, left = psutil.wait_procs(begun, timeout=patience)
+        assert left == [], log.read_text()
+        return code, log.read_text()
+
+    yield ended
+    for process in begun:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 class Slurm:

@@ -11,20 +11,17 @@ import math
 from pathlib import Path
 from typing import Literal, get_args
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from detrlib.checkpoints.adapted import write_adapted
 from detrlib.checkpoints.files import TOLD, OfficialCheckpoint, export_official, official_config
 from detrlib.checkpoints.huggingface import write_huggingface
 from detrlib.checkpoints.official import family_of
 from detrlib.checkpoints.program import write_onnx, write_program
-from detrlib.checkpoints.source import Source, build_source, fitting
+from detrlib.checkpoints.source import Source, build_source, fitting, read_tensors, write_tensors
 from detrlib.config import flat_settings, load_config
 from detrlib.config.attention import SiteName
 from detrlib.data.classes import names_by_label
 from detrlib.errors import ConfigError, WeightsError
-from detrlib.files import write_atomic, write_checkpoint
+from detrlib.files import write_checkpoint
 
 Layout = Literal["safetensors", "official", "huggingface", "program", "onnx"]
 BY_SUFFIX: dict[str, Layout] = {
@@ -96,17 +93,12 @@ def write_own(source: Source, path: Path) -> None:
     metadata = {"format": "pt", SETTINGS: json.dumps(source.cfg.model_dump(mode="json")), EPOCH: str(source.epoch)}
     if source.names:
         metadata[NAMES] = json.dumps(source.names)
-    write_atomic(path, lambda temporary: save_file(state, temporary, metadata))
+    write_tensors(path, state, metadata)
 
 
 def read_own(path: Path) -> Source:
     """What `write_own` has written. Raises WeightsError naming a file that is damaged, or another program's."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: damaged, or cut short ({error}); download it again") from None
+    state, metadata = read_tensors(path)
     if SETTINGS not in metadata:
         raise WeightsError(
             f"{path}: names no settings of its model, as files of detrlib export do; of Hugging Face's, give the "

@@ -13,6 +13,7 @@ code favours padding.
 
 import argparse
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
@@ -28,6 +29,7 @@ from detrlib.checkpoints.official import backbone_settings, family_of, settings_
 from detrlib.checkpoints.source import Source, build_source, coco_names, fitting
 from detrlib.config import Config, changed_settings, load_config, parse_value, replace
 from detrlib.errors import ConfigError, WeightsError
+from detrlib.files import damage
 from detrlib.models.deformable import DeformableDETR
 from detrlib.models.pretrained import SCRL
 
@@ -84,17 +86,19 @@ def read_checkpoint(path: Path) -> dict:
         # Official files carry the arguments of the training script, which torch would not read without being told.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path) and (fault := damage(path, ours=False)):
+            raise OSError(fault)
     except Exception as error:  # torch raises whatever its reader stumbled over
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign:
             raise WeightsError(
                 f"{path}: refused, as reading it would run code: it asks for {foreign[1]}, which weights do not need. "
                 "If you trust it, save its state dict anew where it came from"
-            ) from error
+            ) from None
         kind = "text, perhaps a web page or a Git LFS pointer" if _is_text(path) else "damaged, or cut short"
         raise WeightsError(
             f"{path}: not readable as a checkpoint: {kind} ({path.stat().st_size} bytes); download it again"
-        ) from error
+        ) from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a checkpoint; expected names to tensors")
     return content

@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from detrlib.checkpoints.files import OfficialCheckpoint, export_official, read_checkpoint, translated_source
 from detrlib.checkpoints.huggingface_names import OLDER, THEIR_BODY, pairs_of, translated
 from detrlib.checkpoints.names import State
 from detrlib.checkpoints.official import family_of
-from detrlib.checkpoints.source import Source, build_source
+from detrlib.checkpoints.source import Source, build_source, read_tensors, write_tensors
 from detrlib.config import Config, Deformable, flat_settings
 from detrlib.config.huggingface import PREPROCESSOR, RESNETS, WEIGHTS, read_json
 from detrlib.data.augment import LONGEST, MEAN, PAPER_SIZE, STD
 from detrlib.data.classes import names_by_label
 from detrlib.errors import WeightsError
-from detrlib.files import write_atomic, write_json
+from detrlib.files import write_json
 
 # model_type there: family of names, and class of models
 FAMILIES = {
@@ -114,10 +112,7 @@ def read_weights(folder: Path) -> tuple[Path, State]:
 def _entries(path: Path) -> State:
     if path.suffix != ".safetensors":
         return read_checkpoint(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: damaged, or cut short ({error}); download it again") from None
+    return read_tensors(path)[0]
 
 
 def _official(state: State, family: str, path: Path) -> State:
@@ -184,7 +179,7 @@ def write_huggingface(source: Source, folder: Path) -> None:
                 state[name.replace("in_proj_", f"{letter}_proj.")] = part.contiguous()
         else:
             state[name] = value
-    write_atomic(folder / WEIGHTS[0], lambda path: save_file(state, path, {"format": "pt"}))
+    write_tensors(folder / WEIGHTS[0], state, {"format": "pt"})
     write_json(folder / "config.json", config)
     write_json(folder / PREPROCESSOR, preprocessor(source.cfg))
 

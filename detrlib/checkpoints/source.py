@@ -1,18 +1,24 @@
 """Weights as this library has them, wherever they come from: with the settings of their model and names of classes."""
 
+import json
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torchvision
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from detrlib.checkpoints.names import State
 from detrlib.config import Config
 from detrlib.errors import WeightsError, listed
-from detrlib.files import load_weights, weight_faults
+from detrlib.files import load_weights, weight_faults, write_atomic
 from detrlib.models.build import build_model, set_alphas
 
+CHECKSUM = "detrlib.crc32"  # among the metadata of a safetensors file
 COCO_LABELS = 91  # category ids of COCO run to 90, eleven of them without a class
 
 
@@ -39,6 +45,35 @@ def build_source(source: Source) -> nn.Module:
     load_weights(model, source.state, source.path)
     set_alphas(model, source.cfg.model.annealed_alphas(source.epoch))
     return model.eval()
+
+
+def write_tensors(path: Path, state: State, metadata: Mapping[str, str]) -> None:
+    """A safetensors file with a checksum among its metadata, written atomically."""
+    told = {**metadata, CHECKSUM: _checksum(state, metadata)}
+    write_atomic(path, lambda temporary: save_file(state, temporary, told))
+
+
+def read_tensors(path: Path) -> tuple[State, dict[str, str]]:
+    """Entries and metadata of a safetensors file. Raises WeightsError naming it when it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: damaged, or cut short ({error}); download it again") from None
+    known = metadata.pop(CHECKSUM, None)
+    if known not in (None, _checksum(state, metadata)):
+        raise WeightsError(f"{path}: damaged: it does not hold what was written; export or download it again")
+    return state, metadata
+
+
+def _checksum(state: State, metadata: Mapping[str, str]) -> str:
+    crc = zlib.crc32(json.dumps(sorted(metadata.items())).encode())
+    for name in sorted(state):
+        entry = state[name]
+        crc = zlib.crc32(f"{name} {entry.dtype} {list(entry.shape)}".encode(), crc)
+        crc = zlib.crc32(entry.contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def fitting(source: Source, what: str) -> Source:

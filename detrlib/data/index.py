@@ -6,7 +6,6 @@ annotations, wherever they lie. Files below `LEAST` bytes are read anew each tim
 
 import hashlib
 import logging
-import zipfile
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from detrlib.data.columns import BoxColumns, Columns, ImageColumns, Names
 from detrlib.data.formats import open_content
 from detrlib.data.shapes import cache_folder
 from detrlib.errors import RunError
-from detrlib.files import one_at_a_time, write_checkpoint
+from detrlib.files import damage, one_at_a_time, write_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +73,8 @@ def _state(columns: Columns) -> dict:
 def _load(index: Path) -> Columns | None:
     """What an index holds, mapped into memory; None: there is none, or it is damaged."""
     try:
-        if damaged := zipfile.ZipFile(index).testzip():
-            raise zipfile.BadZipFile(f"{damaged} has changed")
+        if fault := damage(index):
+            raise OSError(fault)
         state = torch.load(index, map_location="cpu", mmap=True, weights_only=True)
         images = state["images"] | {"names": Names(**state["images"]["names"])}
         return Columns(ImageColumns(**images), BoxColumns(**state["boxes"]), from_json(state["rest"]))

@@ -7,4 +7,5 @@ evaluate, predict, examples      a pass over a data set, over any pictures, over
 pretrain                         a backbone from the training data itself
 advice, tracking                 what a person is told, and what trackers are
 launch, notebooks                the doors: processes, and notebooks without a screen
+children, agent                  signals that reach all of them, and nobody who outlives the others
 """

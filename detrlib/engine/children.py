@@ -7,6 +7,7 @@ Where the starter itself is killed, what it has started is told so.
 """
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -108,9 +109,18 @@ def _watch(parent: int) -> None:
 
 
 def wait_for_end(number: int) -> None:
-    """Wait until the process of a number has ended."""
-    with suppress(psutil.NoSuchProcess):
-        psutil.Process(number).wait()
+    """Wait until the process of a number has ended, also where nobody has asked yet how."""
+    try:
+        handle = os.pidfd_open(number)
+    except ProcessLookupError:
+        return
+    except (AttributeError, OSError):  # an older Linux, or none
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(number).wait()
+        return
+    (ended := select.poll()).register(handle, select.POLLIN)
+    ended.poll()
+    os.close(handle)
 
 
 @contextmanager

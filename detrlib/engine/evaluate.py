@@ -208,7 +208,7 @@ def save_results(
     save_detections(run_dir / "predictions.json", parts)
     matches = match_detections(ground_truth, table)
     save_tables(run_dir, {"matches": matches.detections, "annotations": matches.annotations})
-    write_json(run_dir / "results.json", results)
+    write_json(run_dir / "results.json", results, checksum=True)
     return results
 
 

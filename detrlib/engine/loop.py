@@ -44,6 +44,7 @@ from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_
 from detrlib.engine.log import Log
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.pace import Pace
+from detrlib.engine.space import checkpoint_space
 from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model, wanted_classes
 from detrlib.engine.state import TrainingState, keep_failure, require_compiler
 from detrlib.engine.step import Pending, train_step
@@ -209,6 +210,7 @@ class Trainer:
             self.say(self.plan.line(self.micro_batch))
             if not self.resume:
                 keep_fixed_boxes(self.run_dir, self.loader.dataset)
+        self.say(checkpoint_space(self.state, self.cfg.train, self.run_dir / "checkpoints"))
         self.accelerator.wait_for_everyone()
         self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
         settings = self.cfg.train
@@ -312,11 +314,12 @@ class Trainer:
         precision = ""
         if record.get("detection/AP", -1) >= 0:  # undefined without objects
             precision = f"AP {record['detection/AP']:.3f}  AP50 {record['detection/AP50']:.3f}  "
+        left = self.pace.left(epoch)
         passes = updates * self.sampler.batch_size / self.sampler.length
         self.say(
             f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
             f"loss {record['epoch/loss']:.3f}  {precision}"
-            f"{seconds:.0f} s, about {tracking.duration(self.pace.left(epoch))} left",
+            f"{seconds:.0f} s" + ("" if left is None else f", about {tracking.duration(left)} left"),
             *(much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
         )
 

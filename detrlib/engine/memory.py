@@ -7,7 +7,6 @@ the square of the area, and four passes give the four numbers.
 """
 
 import ctypes
-import json
 import os
 import platform
 import weakref
@@ -29,7 +28,7 @@ from detrlib.data.augment import largest_canvas
 from detrlib.engine.evaluate import autocast
 from detrlib.engine.optimizer import freeze
 from detrlib.errors import ConfigError, ModelError
-from detrlib.files import write_json
+from detrlib.files import load_json, write_json
 from detrlib.losses.criterion import Criterion
 from detrlib.models import build_model, checkpoint_activations
 
@@ -177,7 +176,7 @@ def training_memory(cfg: Config, size: tuple[int, int], room: float) -> str:
     memory = estimate(model, cfg, size, OBJECTS, torch.device("cpu"))
     fixed, fit = memory.needed(0, parts=2), max(0, memory.images_within(int(room * 2**30)))
     return (
-        f"training: {_gib(fixed)} for weights, gradients and AdamW, {_gib(memory.per_image)} for each image of "
+        f"training: {gib(fixed)} for weights, gradients and AdamW, {gib(memory.per_image)} for each image of "
         f"{size[0]} x {size[1]} pixels; {fit} at a time fit into {room:g} GiB (train.micro_batch)"
     )
 
@@ -237,7 +236,7 @@ class Plan:
         if asked != "auto" or self.fits is None:
             return self.whole if asked in (None, "auto") else min(asked, self.whole)
         path, where = run_dir / REMEMBERED, self._where()
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = load_json(path, "delete it, and it is looked for anew") if path.exists() else {}
         found = known["images"] if where.items() <= known.items() else most_that_fit(self.whole, self.fits)
         found = self.accelerator.gather(torch.tensor([found], device=self.device)).min().item()
         if self.accelerator.is_main_process:
@@ -253,18 +252,18 @@ class Plan:
         try:
             memory = estimate(self.model, self.cfg, size, self.objects, self.device, processes)
         except torch.OutOfMemoryError:
-            return f"memory: two {each} do not fit into {_gib(room)}{share}; set {SMALLER}"
+            return f"memory: two {each} do not fit into {gib(room)}{share}; set {SMALLER}"
         gaps = HEAP if self.device.type == "cpu" else 1.0
         needed = int(gaps * memory.needed(images, -(-self.whole // images)))
-        text = f"about {_gib(needed)}{share} for {images} {each} at a time, {_gib(memory.per_image)} each"
+        text = f"about {gib(needed)}{share} for {images} {each} at a time, {gib(memory.per_image)} each"
         if self.cfg.train.micro_batch == "auto" and self.fits is None:
             text = f"train.micro_batch auto is the whole batch on a CPU; {text}"
         text = f"memory: {text}"
         if needed <= room:
-            return f"{text}; {_gib(room)} are free"
+            return f"{text}; {gib(room)} are free"
         fewer = memory.images_within(int(room / gaps))
         first = f"train.micro_batch: {min(fewer, images - 1)}, or " if fewer > 0 and images > 1 else ""
-        return f"{text}: more than the {_gib(room)} that are free; set {first}{SMALLER}"
+        return f"{text}: more than the {gib(room)} that are free; set {first}{SMALLER}"
 
     def _largest(self, images: int) -> tuple[int, int]:
         return largest_canvas(self.sizes, self.cfg.data.image_size, self.cfg.data.augment, images)
@@ -316,5 +315,6 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 2**30)
 
 
-def _gib(amount: int) -> str:
+def gib(amount: int) -> str:
+    """Bytes in words: 1.5 GiB, 48 MiB."""
     return f"{amount / 2**30:.1f} GiB" if amount >= 2**30 // 10 else f"{amount / 2**20:.0f} MiB"

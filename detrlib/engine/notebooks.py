@@ -24,7 +24,7 @@ from traitlets.config import Config
 from detrlib.config import PROJECT, parse_value
 from detrlib.engine.children import LEAVING, interrupt, passing_on, stopped
 from detrlib.errors import ConfigError, RunError, Stopped
-from detrlib.files import write_atomic
+from detrlib.files import load_json, write_atomic
 
 NOTEBOOKS = PROJECT / "notebooks"
 ASKED = "notebooks.json"  # in a folder: {notebook: its parameters}, what is to be executed there
@@ -71,7 +71,7 @@ def execute_asked(folder: Path) -> None:
 
     Raises RunError as `execute_notebook`.
     """
-    for name, parameters in json.loads((folder / ASKED).read_text()).items():
+    for name, parameters in load_json(folder / ASKED, "start the sweep again, which writes it").items():
         execute_notebook(name, folder / find_notebook(name).name, parameters)
 
 
@@ -95,7 +95,7 @@ def is_executed(path: Path) -> bool:
     try:
         notebook = json.loads(path.read_text())
         records = [part["metadata"].get("papermill", {}) for part in (notebook, *notebook["cells"])]
-    except (OSError, ValueError, LookupError):  # none, or half of one
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or half of one
         return False
     return not records[0].get("exception") and all(record.get("status") == "completed" for record in records[1:])
 

@@ -39,8 +39,13 @@ class Pace:
         where = f"epoch {epoch + 1}/{self.settings.epochs}, {number + 1} of {self.steps} updates"
         return f"time: about {duration(left)} left, until {until:%Y-%m-%d %H:%M} ({where}; {whole})"
 
-    def left(self, epoch: int, number: int = 0) -> float:
-        """Seconds until the end, with `epoch` epochs and `number` steps of another complete."""
+    def left(self, epoch: int, number: int = 0) -> float | None:
+        """Seconds until the end, with `epoch` epochs and `number` steps of another complete.
+
+        None where it went on after the steps of an epoch, so that it has seen none.
+        """
+        if self.first is None:
+            return None
         step = self.taken / self.timed if self.timed else self.first
         evaluation = mean(self.evaluations) if self.evaluations else FORWARD * self.evaluated * step
         epochs, every = self.settings.epochs, self.settings.eval_every

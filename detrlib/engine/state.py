@@ -13,7 +13,7 @@ from detrlib.config import Config
 from detrlib.data import Batch
 from detrlib.engine.epoch import EpochSoFar
 from detrlib.engine.optimizer import build_optimizer, lr_factors
-from detrlib.errors import ConfigError
+from detrlib.errors import ConfigError, DamagedFile
 from detrlib.files import load_checkpoint, load_weights, write_checkpoint
 from detrlib.models import set_alphas
 from detrlib.runs.folder import run_name
@@ -153,7 +153,10 @@ class TrainingState:
         path = run_dir / "checkpoints" / "best.pt"
         if self.best < 0 or not path.exists():  # none evaluated, or none but those of alphas on their way
             return "no epoch is kept as the best"
-        epoch = load_checkpoint(path, ["epoch"])["epoch"]
+        try:
+            epoch = load_checkpoint(path, ["epoch"])["epoch"]
+        except DamagedFile as error:  # which does not undo what else was trained
+            return f"warning: {error}"
         measure = f"detrlib evaluate {run_name(run_dir)} --checkpoint best"
         return f"best epoch: {epoch} of {self.epoch}, AP {self.best:.3f}; to measure it: {measure}"
 

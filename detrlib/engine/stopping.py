@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from enum import IntEnum
 from typing import Any
 
@@ -71,8 +72,10 @@ class Stopping:
             self.signal, self._came = signal.Signals(number), time.monotonic()
             if not self.training:
                 raise KeyboardInterrupt  # which nobody takes for a fault
-            if self.accelerator.is_main_process:  # not by print, in whose midst this may be
-                os.write(2, f"\n{self.name}: saving after this step; another one ends at once\n".encode())
+            if self.accelerator.is_main_process:
+                with suppress(OSError):  # nobody reads it any more
+                    # Not by print, in whose midst this may be.
+                    os.write(2, f"\n{self.name}: saving after this step; another one ends at once\n".encode())
 
     @property
     def name(self) -> str:

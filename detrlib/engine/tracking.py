@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -60,6 +62,16 @@ def start_tracking(accelerator: Accelerator, cfg: Config) -> None:
     accelerator.init_trackers(cfg.train.tracking.project, settings)
 
 
+def wandb_id(name: str) -> str:
+    """A name for a run that W&B takes as its id; names that differ have ids that do.
+
+    It has 64 characters at most, and none of those that W&B or an address of a page give a meaning to.
+    """
+    plain = name.replace("/", "-")
+    kept = re.sub(r"[^A-Za-z0-9_.-]", "-", plain)
+    return kept if kept == plain and len(kept) <= 64 else f"{kept[:55]}-{sha256(name.encode()).hexdigest()[:8]}"
+
+
 class WandB(WandBTracker):
     """A W&B run in `run_dir`, the same one whenever the run goes on.
 
@@ -76,7 +88,7 @@ class WandB(WandBTracker):
             mode=settings.wandb,
             group=settings.group,
             name=name,
-            id=name.replace("/", "-"),
+            id=wandb_id(name),
             resume="allow",
             dir=run_dir,
             config=cfg.model_dump(mode="json"),

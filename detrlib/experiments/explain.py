@@ -36,7 +36,7 @@ from detrlib.engine.predict import Detector, open_detector, predict_each
 from detrlib.errors import ConfigError, RunError
 from detrlib.experiments.attribution import allowed_methods, explain, passes
 from detrlib.experiments.drise import MASKS
-from detrlib.files import write_atomic, write_json
+from detrlib.files import write_json
 from detrlib.losses import Criterion, match
 from detrlib.metrics.faithfulness import (
     MEASURES,
@@ -48,6 +48,7 @@ from detrlib.metrics.faithfulness import (
     pixel_ranks,
 )
 from detrlib.metrics.localisation import object_size
+from detrlib.metrics.tables import write_table
 from detrlib.models import Predictions
 from detrlib.runs.detected import Detected
 from detrlib.runs.examples import EXAMPLE_SCORE
@@ -190,11 +191,11 @@ def _tested(
 def _save(folder: Path, frame: pd.DataFrame, curves: Sequence[Curves], settings: dict, start: float) -> None:
     """Write the three files of a measurement that began at `start`; the rows of all images, and curves of each."""
     methods = settings["methods"]
-    write_atomic(folder / "faithfulness.parquet", frame.to_parquet)
+    write_table(folder / "faithfulness.parquet", frame)
     per_image = [torch.stack([one.deletion, one.insertion]).unflatten(1, (len(methods), -1)) for one in curves]
     means = torch.stack([one.mean(2) for one in per_image])
     table = mean_curves(means, methods, curves[0].fractions)
-    write_atomic(folder / "faithfulness_curves.parquet", table.to_parquet)
+    write_table(folder / "faithfulness_curves.parquet", table)
     count = len(frame) // len(methods)
     cost = {"detections": count, "passes": sum(one.passes for one in curves)}
     cost["passes_to_explain"] = passes(methods, frame["image_id"].nunique(), count, settings.get("masks", 0))

@@ -12,7 +12,6 @@ Legend: L layers of a site, H heads, both numbered from 0.
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,10 @@ from detrlib.experiments.planned import (
     sinks_away,
     swaps,
 )
-from detrlib.files import write_atomic
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.bootstrap import bootstrap_ap, interval
 from detrlib.metrics.detection import UNDEFINED, Matches, match_detections
+from detrlib.metrics.tables import write_table
 from detrlib.models import transform_settings
 from detrlib.models.outputs import Site
 from detrlib.runs.folder import load_table, run_config
@@ -191,7 +190,7 @@ def intervene_run(
         # Half a series of pruned heads would take the place of a whole one measured before.
         kept = rows if len(rows) == len(experiments) else [row for row in rows if row["kind"] != "heads"]
         table = _together(earlier, _frame(kept))
-        write_atomic(path, partial(table.to_parquet, index=False))
+        write_table(path, table)
     return _frame(rows)
 
 

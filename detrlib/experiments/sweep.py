@@ -151,7 +151,7 @@ def planned(path: Path, folder: Path | None = None) -> tuple[list[Job], Path, di
     """
     asked = read_sweep(path)
     folder = folder or runs.run_path(asked.folder or path.stem)
-    jobs = [Job(folder / name, cfg, asked.measure) for name, cfg in asked.configs.items()]
+    jobs = [Job(runs.run_path(folder / name), cfg, asked.measure) for name, cfg in asked.configs.items()]
     for job in jobs:
         if runs.is_finished(job.folder):
             runs.refuse_other_settings(job.cfg, job.folder)

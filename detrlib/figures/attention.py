@@ -26,7 +26,7 @@ from detrlib.figures.choices import (
     same_detection,
 )
 from detrlib.figures.overlay import Panel, Sharing, draw_maps, room
-from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, literal, styled
+from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, styled
 from detrlib.runs.examples import Example
 
 WIDEST_PANEL = 1.7  # inches
@@ -213,7 +213,7 @@ def chosen_classes(
     for number, (row, picture, (first, *rest)) in enumerate(zip(rows, pictures, panels, strict=True)):
         example, query = row.queries[row.best]
         colour = class_colour(row.label, names)
-        draw_image(first, picture, literal(names.get(row.label, str(row.label))), fontweight="bold", color=colour)
+        draw_image(first, picture, names.get(row.label, str(row.label)), fontweight="bold", color=colour)
         draw_box(first, example.boxes[query], colour)
         for axes, run in zip(rest, runs, strict=True):
             example, query = row.queries[run]
@@ -259,7 +259,7 @@ def cells_grid(
             label = int(labels[index])
             mean = weights[:, cell].mean(0, dtype=np.float32)
             looks.append(Panel(axes, example.image, mean, example.extent_of(mean), boxes[index]))
-            axes.set_title(literal(names.get(label, str(label))) if layer == 0 else "", loc="left")
+            axes.set_title(names.get(label, str(label)) if layer == 0 else "", loc="left")
             for panel in (first, axes):
                 draw_box(panel, cell_box(example, cell), class_colour(label, names))
     draw_maps(drawn, looks, scale, logarithmic)

@@ -28,7 +28,6 @@ from detrlib.figures.style import (
     Nothing,
     class_colour,
     figure,
-    literal,
     panels,
     styled,
 )
@@ -47,7 +46,7 @@ def class_histogram(frame: pd.DataFrame, most: int = 25, classes: Iterable[str] 
 
     classes: names of all that there are, of which those without objects are named below.
     """
-    counts = _objects(frame)["category"].map(literal).value_counts()
+    counts = _objects(frame)["category"].value_counts()
     shown, rest = counts[:most], counts[most:]
     if shown.empty:
         raise Nothing("there are no objects")
@@ -144,7 +143,7 @@ def annotated_images(
         draw_image(axes, image, titles[number] if titles else size)
         _draw_objects(axes, image, boxes[number], labels[number], names, captions=not distinct)
     if distinct and present:
-        patches = [Patch(color=colour_of[label], label=literal(names[label])) for label in present]
+        patches = [Patch(color=colour_of[label], label=names[label]) for label in present]
         drawn.legend(handles=patches, loc="outside lower center", ncols=len(present), handlelength=1)
     return drawn
 

@@ -21,7 +21,6 @@ from detrlib.figures.style import (
     Nothing,
     class_colour,
     image_panels,
-    literal,
     panels,
     run_colours,
     styled,
@@ -83,7 +82,7 @@ def explained(detected: Detected, image: np.ndarray | None = None) -> Figure:
     maps = {method: list(of_all[:MOST]) for method, of_all in detected.explanations.items()}
     count = min(map(len, maps.values()))
     scores = zip(detected.names, detected.scores[:count], strict=False)
-    titles = [literal(f"{name} {score:.2f}") for name, score in scores]
+    titles = [f"{name} {score:.2f}" for name, score in scores]
     boxes, extents = detected.boxes_in(image), [detected.example.extent] * count
     return explanations_grid([image] * count, boxes, titles, maps, extents, detected.labels, detected.classes)
 

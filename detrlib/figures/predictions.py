@@ -16,7 +16,7 @@ from detrlib.errors import listed
 from detrlib.figures.attention import FEW, draw_box, draw_image, thinner
 from detrlib.figures.choices import cell_at, cells_ask
 from detrlib.figures.overlay import Panel, draw_maps, room, write_captions
-from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, literal, panels, styled
+from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, panels, styled
 from detrlib.runs.detected import Detected
 
 PANEL = 4.6  # inches, width of a picture beside others
@@ -158,7 +158,7 @@ def maps_by_detection(
                 continue
             colour = colours.get(detected.names[index], MUTED)
             draw_box(axes, boxes[index], colour)
-            title = literal(f"{detected.names[index]} {detected.scores[index]:.2f}")
+            title = f"{detected.names[index]} {detected.scores[index]:.2f}"
             axes.set_title(title, loc="left", color=colour)
             extent = detected.example.extent_of(maps[index])
             looks.append(Panel(axes, image, maps[index], extent, boxes[index]))

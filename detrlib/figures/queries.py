@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 from detrlib.figures.attention import draw_box, draw_image, thinner
 from detrlib.figures.choices import detection
 from detrlib.figures.overlay import colour_bar, overlay, scale_of
-from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, figure, literal, styled
+from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, figure, styled
 from detrlib.runs.examples import Example
 
 LINE_HEIGHT = 0.19  # inches of a line in the list beside the picture
@@ -54,7 +54,7 @@ def _draw_lists(axes: Axes, example: Example, names: Mapping[int, str], colours:
     axes.text(right + 0.02, 0, about, fontweight="bold", va="center")
     for number, label in enumerate(example.true_labels):
         _badge(axes, (0.03, number + 1), number, colours[number])
-        axes.text(0.08, number + 1, literal(names.get(int(label), str(label))), va="center")
+        axes.text(0.08, number + 1, names.get(int(label), str(label)), va="center")
     overlap = box_iou(torch.from_numpy(example.boxes), torch.from_numpy(example.true_boxes)).numpy()  # [n,T]
     for line, (query, matched) in enumerate(zip(example.queries, example.matched, strict=True), start=1):
         words = f"#{query}: {detection(example, line - 1, names)}"
@@ -97,9 +97,7 @@ def query_matrix(
         axes.text(column, row, words, ha="center", va="center", fontsize=6, color=colour)
     for row, value in enumerate(rest):
         axes.text(count, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=MUTED)
-    labels = [
-        literal(f"{names.get(int(k), k)} #{query}") for k, query in zip(example.labels[shown], columns, strict=True)
-    ]
+    labels = [f"{names.get(int(k), k)} #{query}" for k, query in zip(example.labels[shown], columns, strict=True)]
     axes.set(xlim=(-0.5, count + 0.5))
     axes.set_yticks(range(count), labels)
     axes.set_xticks(range(count + 1), [*labels, "all others"], rotation=40, ha="right", rotation_mode="anchor")

@@ -4,8 +4,10 @@ Functions that draw carry `@styled`, so that settings apply to their own figures
 function whose data hold nothing of what it draws (`raise Nothing(why)`) returns a figure that says so.
 """
 
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from functools import cache, wraps
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
@@ -14,8 +16,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.text import Text
 
 from detrlib.runs.folder import RUNS
+
+logger = logging.getLogger(__name__)
 
 TEXT_WIDTH = 6.5  # inches, of a printed A4 or letter page
 CAPTION_HEIGHT = 0.25  # inches of a title above an image
@@ -47,12 +53,21 @@ COLOURS = {
     "relu": "#117733",
 }
 
+# Fonts with the characters of Chinese, Japanese and Korean, of which those that are installed are used.
+FAR_EAST = "\u2e80"  # the first of these characters, as good as
+MORE_FONTS = [
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "SimHei"),
+    *("Droid Sans Fallback", "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS"),
+]
+MORE_FONTS = [name for name in MORE_FONTS if name in {font.name for font in fontManager.ttflist}]
+warnings.filterwarnings("ignore", message="Glyph .* missing from")  # one for each character; see `_as_they_stand`
+
 STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 150,  # of PNG files, which are for pages; print has the PDF
     "pdf.fonttype": 42,  # TrueType outlines: text in the PDF can be selected and searched
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so every machine draws the same figure
+    "font.sans-serif": ["DejaVu Sans", *MORE_FONTS],  # the first comes with matplotlib: the same figure everywhere
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -102,11 +117,30 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     def drawn(*arguments, **named) -> Figure:
         with plt.rc_context(look()):
             try:
-                return draw(*arguments, **named)
+                result = draw(*arguments, **named)
             except Nothing as reason:
-                return _note(f"Nothing to show: {reason}.")
+                result = _note(f"Nothing to show: {reason}.")
+        for figure in (result, *arguments):
+            if isinstance(figure, Figure):
+                _as_they_stand(figure)
+        return result
 
     return drawn
+
+
+def _as_they_stand(figure: Figure) -> None:
+    """Names from outside are no formulas, which to matplotlib is what lies between two dollar signs; and it is said
+    once where no font has their characters, in place of a warning by matplotlib for each of these."""
+    for text in figure.findobj(Text):
+        if "$" in text.get_text() and r"\mathdefault" not in text.get_text():  # which is a number at an axis
+            text.set_parse_math(False)
+        if not MORE_FONTS and any(character >= FAR_EAST for character in text.get_text()):
+            _say_fonts()
+
+
+@cache
+def _say_fonts() -> None:
+    logger.warning("no font here has all characters of these names, which show as boxes; one that has is Noto Sans CJK")
 
 
 def _note(text: str) -> Figure:
@@ -177,11 +211,6 @@ def class_colour(label: int, names: Mapping[int, str]) -> str:
     names: label -> class, of all classes of the data.
     """
     return CLASS_COLOURS[sorted(names).index(label) % len(CLASS_COLOURS)] if label in names else MUTED
-
-
-def literal(name: str) -> str:
-    """A name from outside as it stands: to matplotlib, what lies between two dollar signs is a formula."""
-    return name.replace("$", r"\$")
 
 
 def run_colours(runs: Iterable[str]) -> dict[str, str]:

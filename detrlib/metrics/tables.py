@@ -8,13 +8,16 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
 from detrlib.errors import RunError
+from detrlib.files import reach_disk, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,16 @@ def _part_name(part: int, parts: int) -> str:
     return f"part-{part:05d}-of-{parts:05d}.parquet"
 
 
+def write_table(path: Path, table: pd.DataFrame, index: bool = False) -> None:
+    """A whole table as a parquet file with checksums, written atomically."""
+    write_atomic(path, partial(table.to_parquet, index=index, write_page_checksum=True))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A parquet file, or a folder of parts, whose checksums are right; errors are pyarrow's."""
+    return pd.read_parquet(path, page_checksum_verification=True)
+
+
 class PartWriter:
     """Writes part number `part` of the `parts` of the table in `folder`; it is there once it is closed.
 
@@ -51,7 +64,7 @@ class PartWriter:
         self._temporary = folder / f".{self.path.name}"
         with self._faults_named():
             folder.mkdir(parents=True, exist_ok=True)
-            self._writer = parquet.ParquetWriter(self._temporary, schema, **options)
+            self._writer = parquet.ParquetWriter(self._temporary, schema, write_page_checksum=True, **options)
 
     def write(self, rows: pa.Table) -> None:
         """Write rows as one row group."""
@@ -65,7 +78,9 @@ class PartWriter:
                 self._writer.add_key_value_metadata(metadata or {})
                 self._writer.close()
                 if keep:
+                    reach_disk(self._temporary)
                     os.replace(self._temporary, self.path)
+                    reach_disk(self.path.parent)
         finally:
             self._temporary.unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ are merged agree.
 """
 
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 from detrlib.errors import WeightsError, listed
-from detrlib.files import weight_faults
+from detrlib.files import damage, weight_faults
 
 State = dict[str, Tensor]
 
@@ -40,8 +41,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"model.backbone.weights: no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its reader stumbled over
-        raise WeightsError(f"{path}: not readable as weights: {error}") from error
+        fault = damage(path, ours=False) if zipfile.is_zipfile(path) else ""
+    except Exception:  # torch has many, whose words tell how to let code in a file run
+        fault = "cut short, or no tensors but code, which is not run"
+    if fault:
+        raise WeightsError(f"{path}: not readable as weights: {fault}; download it again")
     state = backbone_entries(state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path}: expected a state dict (names to tensors) of a backbone")

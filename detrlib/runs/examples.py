@@ -3,7 +3,6 @@
 Legend: B images, H heads, Q queries, n maps of a head, h x w the key grid.
 """
 
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -17,7 +16,7 @@ from torch import Tensor
 from detrlib.boxes import cxcywh_to_xyxy, to_pixels
 from detrlib.config import Config
 from detrlib.data import Batch
-from detrlib.errors import RunError
+from detrlib.errors import RunError, in_one_line
 from detrlib.files import write_atomic
 from detrlib.losses.matcher import Match
 from detrlib.models import AttentionMaps, Predictions
@@ -260,11 +259,12 @@ def _load_example(path: Path, store: AttentionStore) -> Example:
     try:
         with np.load(path) as file:
             values = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path} is damaged ({error}); evaluate the run again") from error
+        if "queries" in values:
+            example = Example(int(values.pop("image_id")), **values, stored=store)
+    except Exception as error:  # zipfile, zlib and numpy have many
+        raise RunError(f"{path} is damaged ({in_one_line(error)}); evaluate the run again") from error
     if "queries" not in values:
         raise RunError(f"{path} was written before examples named their queries; evaluate the run again")
-    example = Example(int(values.pop("image_id")), **values, stored=store)
     store.sites(example.image_id)  # raises where maps of it are not there
     return example
 

@@ -13,6 +13,7 @@
         measures/*         of single images and objects: sparsity, localisation, matches that AP is computed from;
                            parquet files, or folders of them, one for each process of an evaluation
         *.ipynb            executed notebooks
+        .owner             who is writing there just now, see `owner`
 
 Files are written to a temporary neighbour and renamed, so a reader or a resumed run never meets half of one; lines of
 metrics.jsonl are appended, and one that is cut short or damaged is left out.
@@ -20,10 +21,10 @@ metrics.jsonl are appended, and one that is cut short or damaged is left out.
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,22 +32,63 @@ import pandas as pd
 
 from detrlib.config import PROJECT, Config, load_config
 from detrlib.data.classes import names_by_label
-from detrlib.errors import RunError, listed
-from detrlib.files import write_atomic
-from detrlib.metrics.tables import part_files
+from detrlib.errors import DamagedFile, RunError, in_one_line, listed
+from detrlib.files import load_json, write_atomic
+from detrlib.metrics.tables import part_files, read_table, write_table
 
 log = logging.getLogger(__name__)
 
 RUNS = PROJECT / "papermill_runs"
+NOT_RUNS = ("configs", "pictures", "study")  # folders there; in the last are sweeps, and their runs
+LONGEST_NAME = 200  # bytes: file systems take 255, of which names of temporary files have some
 RESERVED = ("checkpoints", "examples", "maps", "measures", "untrained")  # folders that are no results of a split
 
 
-def run_path(name: str | Path) -> Path:
-    """The folder of a run: a bare or nested name lies under papermill_runs/, an absolute path is itself."""
-    path = PROJECT / name if Path(name).parts[:1] == (RUNS.name,) else RUNS / name
-    if path == RUNS:
-        raise RunError(f"{str(name)!r} names no run: give a folder under {RUNS.name}/")
-    return path
+def run_path(name: str | int | Path) -> Path:
+    """The folder of a run: a bare or nested name lies under papermill_runs/, an absolute path is itself.
+
+    A number is a name too: papermill makes one of `-p run_name 2024`. Raises RunError for what cannot be the name of a
+    folder on every file system, or is that of something else.
+    """
+    if fault := name_fault(name):
+        raise RunError(f"{_shown(name)} names no run: {fault}")
+    return _run_path(name)
+
+
+def _run_path(name: str | int | Path) -> Path:
+    path = Path(str(name))
+    return PROJECT / path if path.parts[:1] == (RUNS.name,) else RUNS / path
+
+
+def name_fault(name: str | int | Path) -> str | None:
+    """Why a run cannot be called so, in words; None where it can."""
+    if isinstance(name, bool) or not isinstance(name, str | int | Path):
+        return "expected a text; papermill leaves it one with -r run_name ... in place of -p"
+    text, path = str(name), _run_path(name)
+    here = path.is_relative_to(RUNS)
+    within = path.parts[len(RUNS.parts) :] if here else path.parts[-1:]
+    if not text.isprintable():  # before the system is asked anything
+        return "it holds a line break, or another character that is not printed"
+    if not text.strip() or not within or within == ("/",):
+        return f"give a folder under {RUNS.name}/"
+    if ".." in within:
+        return f"it leads out of {RUNS.name}/; give an absolute path for a folder elsewhere"
+    if odd := next((part for part in within if part != part.strip() or part.startswith(("-", "~"))), None):
+        return f"{odd!r} begins with - or ~, or begins or ends with a space, which a shell takes for something else"
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+        return f"it has more than {LONGEST_NAME} bytes in one part, and file systems take little longer ones"
+    if here and within[0] in NOT_RUNS and (len(within) == 1 or within[0] != "study"):
+        return f"{RUNS.name}/{within[0]} is for something else; choose another name"
+    if within[-1] in RESERVED[:-1]:
+        return f"{within[-1]} is a part of a run; choose another name"
+    if file := next((part for part in (path, *path.parents) if os.path.isfile(part)), None):
+        return f"{file} is a file; choose another name, or move it away"
+    return None
+
+
+def _shown(name: object) -> str:
+    text = repr(str(name) if isinstance(name, Path) else name)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def finished_runs() -> list[Path]:
@@ -73,7 +115,7 @@ def newest_run() -> Path:
 
 def find_run(name: str = "") -> Path:
     """The run of this name, or, for an empty one, the newest that is finished. Raises RunError where there is none."""
-    return run_path(name) if name else newest_run()
+    return newest_run() if name == "" else run_path(name)
 
 
 def find_runs(names: Sequence[str] = (), seeds: bool = False) -> list[Path]:
@@ -130,6 +172,8 @@ def run_config(run_dir: Path) -> Config:
     """The settings of a run, finished or not. Raises RunError for a folder that is no run."""
     if not (run_dir / "config.yaml").exists():
         raise RunError(f"{run_dir} has no config.yaml: not a run; train one under this name, or correct the name")
+    if not (run_dir / "config.yaml").stat().st_size:  # which would be read as the defaults
+        raise DamagedFile(f"{run_dir / 'config.yaml'} is empty; put back the settings that the run was begun with")
     return load_config(run_dir / "config.yaml")
 
 
@@ -191,17 +235,7 @@ def load_results(run_dir: Path) -> dict:
         raise RunError(
             f"{run_dir} has no results.json: not a run, or not finished; start it again to continue{measure}"
         )
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it, then start the run again to continue") from error
-    if not isinstance(values, dict):
-        raise RunError(f"{path} holds no results; delete it, then start the run again to continue")
-    return values
+    return load_json(path, f"delete it, then start the run again, or: detrlib evaluate {run_name(run_dir)}")
 
 
 def run_labels(run_dirs: Iterable[Path]) -> dict[Path, str]:
@@ -222,18 +256,31 @@ def provenance(run_dirs: Iterable[Path], made_by: str) -> str:
     """Where a figure comes from: what made it, and of each run the commit, the device and the resolved config."""
     lines = [f"made by {made_by}"]
     for run_dir, label in run_labels(run_dirs).items():
-        known = json.loads((run_dir / "environment.json").read_text())
-        changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
-        device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
-        lines.append(f"{label}: commit {known['commit']}{changed}; torch {known['packages']['torch']}; {device}")
+        lines.append(f"{label}: {_made_with(run_dir)}")
     lines.append("each run with a model: detrlib train <its folder>/config.yaml --name <a new name>")
     return "\n".join(lines)
+
+
+def known_environment(run_dir: Path) -> dict:
+    """environment.json, empty where there is none. Raises DamagedFile naming it."""
+    path = run_dir / "environment.json"
+    return load_json(path, "delete it: what has made the run is then not known") if path.exists() else {}
+
+
+def _made_with(run_dir: Path) -> str:
+    """In words, commit, version and device."""
+    if not (known := known_environment(run_dir)):
+        return "commit and device are not known"
+    changed = " with uncommitted changes" if known["uncommitted_changes"] else ""
+    device = ", ".join(known["gpus"]) or f"CPU, {known['threads']} threads"
+    commit = known["commit"] or "not known, without git"
+    return f"commit {commit}{changed}; torch {known['packages']['torch']}; {device}"
 
 
 def save_tables(run_dir: Path, tables: Mapping[str, pd.DataFrame]) -> None:
     """Each table as measures/<name>.parquet, written atomically."""
     for name, table in tables.items():
-        write_atomic(run_dir / "measures" / f"{name}.parquet", partial(table.to_parquet, index=False))
+        write_table(run_dir / "measures" / f"{name}.parquet", table)
 
 
 def has_table(run_dir: Path, name: str) -> bool:
@@ -257,11 +304,11 @@ def load_table(run_dir: Path, name: str, made_by: str = "detrlib evaluate") -> p
         raise RunError(f"no {path}; measure the run (again): {made_by} {run_dir}")
     parts = part_files(path)  # raises where some are missing
     try:
-        table = pd.read_parquet(path)
-        # Processes have every other batch each.
-        return table.sort_values("image_id", kind="stable", ignore_index=True) if len(parts) > 1 else table
-    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
-        raise RunError(f"{path} is not readable ({error}); delete it, then: {made_by} {run_dir}") from error
+        table = read_table(path)
+    except Exception as error:  # pyarrow has many
+        raise RunError(f"{path} is damaged ({in_one_line(error)}); delete it, then: {made_by} {run_dir}") from error
+    # Processes have every other batch each.
+    return table.sort_values("image_id", kind="stable", ignore_index=True) if len(parts) > 1 else table
 
 
 def _table_path(run_dir: Path, name: str) -> Path:

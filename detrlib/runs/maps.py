@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from detrlib.errors import RunError
+from detrlib.errors import RunError, in_one_line
 from detrlib.metrics.tables import PartWriter, part_files
 
 SMALLEST, LARGEST = np.float16(2.0**-24), float(np.finfo(np.float16).max)
@@ -166,10 +166,16 @@ def clear_maps(run_dir: Path) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------
 
 
+class _Site(NamedTuple):
+    shape: list[int]
+    first_row_group: int
+    layers_per_row_group: int
+
+
 class _Image(NamedTuple):
     path: Path
     file: pq.ParquetFile
-    sites: dict[str, dict]  # shape, first_row_group, layers_per_row_group of each
+    sites: dict[str, _Site]
 
 
 class AttentionStore:
@@ -189,12 +195,15 @@ class AttentionStore:
             )
         for path in paths:
             try:
-                file = pq.ParquetFile(path, memory_map=True)
+                file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
                 images = json.loads(file.metadata.metadata[METADATA.encode()])["images"]
                 for image in images:
-                    self._images[image["image_id"]] = _Image(path, file, image["sites"])
-            except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's own errors are among these
-                raise RunError(f"{path} is no part of an attention store ({error}); evaluate the run again") from error
+                    sites = {site: _Site(**stored) for site, stored in image["sites"].items()}
+                    self._images[image["image_id"]] = _Image(path, file, sites)
+            except Exception as error:  # pyarrow has many
+                raise RunError(
+                    f"{path} is no whole part of an attention store ({in_one_line(error)}); evaluate the run again"
+                ) from error
 
     @property
     def images(self) -> list[int]:
@@ -213,7 +222,7 @@ class AttentionStore:
                 f"maps of {site} are not stored of image {image_id} in {self.run_dir}, only of {', '.join(sites)}; "
                 "add it to evaluate.store_sites and evaluate again"
             )
-        return tuple(sites[site]["shape"])
+        return tuple(sites[site].shape)
 
     def maps(
         self,
@@ -242,18 +251,18 @@ class AttentionStore:
             _chosen(choice, size, f"no {name} {choice} at {site} of image {image_id} in {self.run_dir}")
             for name, choice, size in zip(("layer", "head", "query"), (layers, heads, queries), shape, strict=False)
         )
-        together = image.sites[site]["layers_per_row_group"]
+        together = image.sites[site].layers_per_row_group
         groups, position = np.unique(layers // together, return_inverse=True)
         rows = ((position * together + layers % together)[:, None, None] * shape[1] + heads[:, None]) * shape[
             2
         ] + queries
-        groups += image.sites[site]["first_row_group"]
+        groups += image.sites[site].first_row_group
         try:
             table = image.file.read_row_groups(groups.tolist(), ["indices", "weights"]).take(rows.ravel())
             return _unpacked(table, math.prod(shape[3:])).reshape(*rows.shape, *shape[3:])
-        except (OSError, ValueError, IndexError) as error:
-            reason = " ".join(str(error).split())
-            raise RunError(f"{image.path}: maps of image {image_id} are damaged ({reason}); evaluate again") from error
+        except Exception as error:  # pyarrow has many
+            fault = f"{image.path}: maps of image {image_id} are damaged ({in_one_line(error)})"
+            raise RunError(f"{fault}; evaluate the run again") from error
 
     def _of(self, image_id: int) -> _Image:
         if image_id not in self._images:

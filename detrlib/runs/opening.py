@@ -1,6 +1,5 @@
 """Whether training may begin, or go on, in a run folder, and what such a folder begins with."""
 
-import json
 import os
 import platform
 import subprocess
@@ -14,9 +13,9 @@ import torch
 
 from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
 from detrlib.data import describe_data
-from detrlib.errors import RunError, listed
-from detrlib.files import write_atomic, write_json
-from detrlib.runs.folder import is_finished
+from detrlib.errors import DamagedFile, RunError, listed
+from detrlib.files import load_json, write_atomic, write_json
+from detrlib.runs.folder import is_finished, known_environment
 from detrlib.runs.trained import can_resume
 
 # Where data lie: they may move, as long as they hold the same.
@@ -59,32 +58,28 @@ def begin_folder(run_dir: Path, cfg: Config, data: Mapping[str, Any] | None = No
     """Write what a folder of results begins with: its settings, its data, and the commit and machine that make it."""
     write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
     if data:
-        write_json(run_dir / "data.json", data)
-    before = _known_environment(run_dir)
-    write_json(run_dir / "environment.json", environment() | {key: before[key] for key in ("starts",) if key in before})
+        write_json(run_dir / "data.json", data, checksum=True)
+    before = known_environment(run_dir)
+    write_json(
+        run_dir / "environment.json",
+        environment() | {key: before[key] for key in ("starts",) if key in before},
+        checksum=True,
+    )
 
 
 def note_start(run_dir: Path, global_step: int) -> None:
     """Add to `starts` in environment.json that training begins, or goes on, after so many steps, and when."""
-    known, begun = _known_environment(run_dir), datetime.now().isoformat(timespec="seconds")
+    known, begun = known_environment(run_dir), datetime.now().isoformat(timespec="seconds")
     starts = [*known.get("starts", []), {"at": begun, "global_step": global_step}]
-    write_json(run_dir / "environment.json", known | {"starts": starts})
+    write_json(run_dir / "environment.json", known | {"starts": starts}, checksum=True)
 
 
 def note_stop(run_dir: Path, global_step: int, by: str) -> None:
     """Add to the last of `starts` in environment.json at which step, and by which signal, training was stopped."""
-    known = _known_environment(run_dir)
+    known = known_environment(run_dir)
     *earlier, last = known["starts"]
     starts = [*earlier, last | {"stopped": global_step, "signal": by}]
-    write_json(run_dir / "environment.json", known | {"starts": starts})
-
-
-def _known_environment(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "environment.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it, then start the run again to continue") from error
+    write_json(run_dir / "environment.json", known | {"starts": starts}, checksum=True)
 
 
 def refuse_other_settings(new: Config, run_dir: Path, data: Mapping[str, Any] | None = None) -> None:
@@ -115,8 +110,9 @@ def refuse_other_settings(new: Config, run_dir: Path, data: Mapping[str, Any] | 
 def refuse_other_data(run_dir: Path, data: Mapping[str, Any]) -> None:
     """Raise RunError if `data`, as `describe_data` has them, are not what the run in `run_dir` was begun with."""
     path = run_dir / "data.json"
+    remedy = "delete it to tell data apart by their path"
+    before = load_json(path, remedy)
     try:
-        before = json.loads(path.read_text())
         differing = [
             f"{part} {name}: {_short(before[part][name])}, now {_short(data[part][name])}"
             for part in ("train", "val")
@@ -124,8 +120,8 @@ def refuse_other_data(run_dir: Path, data: Mapping[str, Any]) -> None:
             for name in before[part]
             if before[part][name] != data[part][name]
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it to tell data apart by their path") from error
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} is damaged (it lacks {error}); {remedy}") from None
     if differing:
         raise RunError(
             f"{run_dir} was begun with other data ({'; '.join(differing)}); go back to those, choose another run name, "
@@ -140,10 +136,10 @@ def _short(value: Any) -> str:
 def environment() -> dict[str, Any]:
     """Commit, versions and hardware, so that a number can be traced to what made it."""
     packages = ("torch", "torchvision", "accelerate", "numpy", "faster-coco-eval")
-    cuda = torch.cuda.is_available()
+    cuda, changes = torch.cuda.is_available(), _git("status", "--porcelain")
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "uncommitted_changes": None if changes is None else bool(changes),  # None: not known, without git
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "machine": f"{platform.system()} {platform.machine()}",

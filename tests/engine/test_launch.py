@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -23,6 +24,7 @@ from detrlib.errors import STOPPED, RunError
 from detrlib.files import load_checkpoint
 from detrlib.runs import load_examples, load_table
 from detrlib.runs.opening import open_run
+from detrlib.runs.owner import OWNER
 
 STEPS = 4  # per epoch of a tiny run
 
@@ -233,6 +235,32 @@ def test_gpus_and_processes_choose_the_way(tmp_path, monkeypatch, tiny_config):
         launch(tiny_config(), tmp_path / "run", gpus=5)
     with pytest.raises(RunError, match="processes are for the CPU"):
         launch(tiny_config(), tmp_path / "run", gpus=2, processes=2)
+
+
+@pytest.fixture
+def command_of_a_long_run(tmp_path, tiny_config):
+    """The command that trains a run of many epochs in two processes, and its folder."""
+    save_config(tiny_config({"train.epochs": 5000}), tmp_path / "long.yaml")
+    return ["detrlib", "train", tmp_path / "long.yaml", "--name", tmp_path / "run", "--processes", 2], tmp_path / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_a_launch_reaches_its_processes_which_save(ended, command_of_a_long_run, number):
+    command, run_dir = command_of_a_long_run
+    code, said = ended(command, number)
+    assert code == STOPPED and "Traceback" not in said and "stopped by" in said, said
+    last = json.loads((run_dir / "environment.json").read_text())["starts"][-1]
+    assert load_checkpoint(run_dir / "checkpoints" / "last.pt")["global_step"] == last["stopped"]
+    assert not (run_dir / OWNER).exists()
+
+
+@pytest.mark.slow
+def test_processes_of_a_killed_launch_save_and_leave(ended, command_of_a_long_run):
+    command, run_dir = command_of_a_long_run
+    ended(command, signal.SIGKILL)
+    last = json.loads((run_dir / "environment.json").read_text())["starts"][-1]
+    assert load_checkpoint(run_dir / "checkpoints" / "last.pt")["global_step"] == last["stopped"]
 
 
 def test_nodes_of_a_job_share_the_work_where_all_see_it(tmp_path, monkeypatch, tiny_config):

@@ -28,40 +28,6 @@ from detrlib.runs.folder import class_names, is_finished, load_results, looking_
 STEPS = 4  # per epoch of a tiny run
 
 
-def same(a, b):
-    """Whether two nested structures of tensors are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Makes the next training end at once before its update number `step` (from 0), as a second Ctrl-C does.
-
-    Or it gets a signal in this update, after which it saves and stops; `what`: or in such a call of another function.
-    """
-
-    def arm(step, by=None, what="train_step"):
-        real, steps = getattr(training, what), iter(range(step + 1))
-
-        def stopping(*given, **settings):
-            if next(steps) == step:
-                monkeypatch.setattr(training, what, real)
-                if by is None:
-                    raise KeyboardInterrupt
-                signal.raise_signal(by)
-            return real(*given, **settings)
-
-        monkeypatch.setattr(training, what, stopping)
-
-    return arm
-
-
 @pytest.fixture
 def quick_crops(monkeypatch):
     monkeypatch.setattr(pretrain, "SAMPLES", 3 * pretrain.BATCH)
@@ -126,7 +92,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
 def test_stop_and_resume_equals_an_uninterrupted_run(
-    tmp_path, interrupt, quick_crops, overrides, metrics_without_times, tiny_config
+    tmp_path, same, interrupt, quick_crops, overrides, metrics_without_times, tiny_config
 ):
     """By a signal within the first epoch, and killed within the second, which is then repeated."""
     cfg = tiny_config(overrides)
@@ -149,49 +115,6 @@ def test_stop_and_resume_equals_an_uninterrupted_run(
     assert json.loads((parts / "results.json").read_text())["epoch"] == 2
 
 
-def test_a_run_stopped_while_it_is_evaluated_does_it_again(tmp_path, interrupt, metrics_without_times, tiny_config):
-    """And so does one that was stopped in its last evaluation; the interrupt of a notebook is a signal too."""
-    cfg = tiny_config()
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected = train(cfg, whole)
-    for epoch, step in enumerate((STEPS, 2 * STEPS)):
-        interrupt(epoch, signal.SIGINT, "evaluate")
-        with pytest.raises(Stopped, match=f"SIGINT at step {step}, after epoch {epoch} of 2 and {STEPS} of {STEPS}"):
-            train(cfg, parts)
-    results = train(cfg, parts)
-    assert same(*(load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, parts)))
-    assert metrics_without_times(parts) == metrics_without_times(whole)
-    assert {**results, "seconds": 0} == {**expected, "seconds": 0}
-    starts = json.loads((parts / "environment.json").read_text())["starts"]
-    assert [start["global_step"] for start in starts] == [0, STEPS, 2 * STEPS]
-    assert [start.get("stopped") for start in starts] == [STEPS, 2 * STEPS, None]
-    assert [start.get("signal") for start in starts] == ["SIGINT", "SIGINT", None]
-
-
-def test_a_killed_run_goes_on_where_it_was_saved_last(tmp_path, interrupt, metrics_without_times, tiny_config):
-    """Also where that was at the end of an epoch whose record was written, but not its checkpoint."""
-    cfg = tiny_config({"train.save_minutes": 1e-9})
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(tiny_config(), whole)
-    interrupt(2)
-    with pytest.raises(KeyboardInterrupt):
-        train(cfg, parts)
-    assert load_checkpoint(parts / "checkpoints" / "last.pt")["global_step"] == 2
-    with (parts / "metrics.jsonl").open("a") as file:
-        file.write('{"global_step": 2, "epoch": 1, "epoch/loss": 0.0}\n')
-    train(cfg, parts)
-    assert metrics_without_times(parts) == metrics_without_times(whole)
-    assert same(*(load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, parts)))
-
-
-def test_a_signal_before_the_first_step_ends_at_once(tmp_path, interrupt, tiny_config):
-    before = signal.getsignal(signal.SIGUSR1)
-    interrupt(0, signal.SIGUSR1, "look_over")
-    with pytest.raises(Stopped, match="SIGUSR1 before the first step"):
-        train(tiny_config(), tmp_path / "run")
-    assert not (tmp_path / "run").exists() and signal.getsignal(signal.SIGUSR1) == before
-
-
 @pytest.mark.gpu
 def test_a_gpu_stops_and_goes_on_too(tmp_path, interrupt, gpu, metrics_without_times, tiny_config):
     """In bfloat16, in as large parts as fit; sums in another order from run to run are not equal bit for bit."""
@@ -210,7 +133,9 @@ def test_a_gpu_stops_and_goes_on_too(tmp_path, interrupt, gpu, metrics_without_t
     assert len(losses) == 2 * STEPS and losses == pytest.approx(expected, 0.05)
 
 
-def test_a_detector_of_transformers_stops_and_goes_on(tmp_path, interrupt, huggingface_settings, tiny_config, capsys):
+def test_a_detector_of_transformers_stops_and_goes_on(
+    tmp_path, same, interrupt, huggingface_settings, tiny_config, capsys
+):
     """Averaged, annealed, in parts of a batch, and without its backbone, whose batch norms stand still too."""
     settings = huggingface_settings("rt_detr_v2", num_classes=None)["model"]
     settings["options"] |= {"freeze_backbone_batch_norms": False}
@@ -272,7 +197,7 @@ def test_a_run_stopped_in_its_first_epoch_starts_over(tmp_path, interrupt, metri
     assert metrics_without_times(parts) == metrics_without_times(whole)
 
 
-def test_the_average_is_judged_rather_than_the_weights(tmp_path, tiny_config):
+def test_the_average_is_judged_rather_than_the_weights(tmp_path, same, tiny_config):
     """Also in bfloat16, where a copy of the model must not go on calling the original."""
     results = train(tiny_config({"train.ema": 0.999999, "train.precision": "bfloat16"}), tmp_path)
     state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
@@ -295,7 +220,7 @@ def test_precision_may_change_from_run_to_run_in_one_process(tmp_path, metrics_w
     assert low == pytest.approx(first, rel=0.05)
 
 
-def test_best_is_the_epoch_with_the_best_ap(tmp_path, monkeypatch, tiny_config):
+def test_best_is_the_epoch_with_the_best_ap(tmp_path, same, monkeypatch, tiny_config):
     scores = iter([0.2, 0.5, 0.3, 0.5])
     validate = training.Trainer._validate
     monkeypatch.setattr(training.Trainer, "_validate", lambda self: validate(self) | {"detection/AP": next(scores)})

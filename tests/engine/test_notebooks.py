@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import signal
 import subprocess
 import sys
 
@@ -10,11 +11,11 @@ import nbformat
 import pytest
 from PIL import Image
 
-from detrlib.config import PROJECT
+from detrlib.config import PROJECT, save_config
 from detrlib.engine import notebooks
 from detrlib.engine.notebooks import checked_parameters, execute_notebook, find_executed, find_notebook, is_executed
-from detrlib.errors import RunError
-from detrlib.files import write_json
+from detrlib.errors import STOPPED, RunError
+from detrlib.files import load_checkpoint, write_json
 
 
 @pytest.fixture
@@ -176,3 +177,25 @@ def test_notebooks_that_a_folder_asks_for_are_executed_in_it(write, tmp_path):
     program = "import sys, detrlib.engine.notebooks; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert not {"torch", "pandas", "matplotlib"} & set(loaded.stdout.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("by", ["detrlib", "papermill"])
+def test_training_in_a_notebook_saves_and_its_kernel_leaves(ended, tiny_config, tmp_path, by, number):
+    """papermill itself hands on an interrupt only; its kernel notices that it is gone."""
+    save_config(tiny_config({"train.epochs": 5000}), tmp_path / "long.yaml")
+    values = {"config": tmp_path / "long.yaml", "run_name": tmp_path / "run"}
+    if by == "detrlib":
+        pairs = [word for name, value in values.items() for word in ("-p", f"{name}={value}")]
+        command = ["detrlib", "notebook", "06_train", tmp_path / "out.ipynb", *pairs]
+    else:
+        pairs = [word for name, value in values.items() for word in ("-p", name, value)]
+        source = PROJECT / "notebooks" / "06_train.ipynb"
+        command = ["papermill", source, tmp_path / "out.ipynb", "--cwd", PROJECT, "-k", "python3", *pairs]
+    code, said = ended(command, number)
+    if by == "detrlib" and number != signal.SIGKILL:
+        assert code == STOPPED and "Traceback" not in said, said
+        assert not is_executed(tmp_path / "out.ipynb")
+    last = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"][-1]
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["global_step"] == last["stopped"]

@@ -30,19 +30,8 @@ def make(tiny_config):
     return make
 
 
-def same(a, b):
-    """Whether two nested structures of tensors are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_restored_state_is_the_one_that_was_saved(make, tmp_path, ema):
+def test_a_restored_state_is_the_one_that_was_saved(make, same, tmp_path, ema):
     state, other = make(updates=3, ema=ema), make(ema=ema)
     state.epoch = 1
     state.save(tmp_path, ap=0.25)

@@ -1,5 +1,6 @@
-"""Which signals end training, and when; what processes agree on is proved where there are several, in test_launch."""
+"""Which signals end training, and when, and that nothing is lost; several processes are in test_launch."""
 
+import json
 import os
 import signal
 import threading
@@ -9,9 +10,12 @@ import pytest
 import torch
 
 from detrlib.engine import stopping
+from detrlib.engine.loop import train
 from detrlib.engine.stopping import SIGNALS, Stopping, Wish
 from detrlib.errors import Stopped
+from detrlib.files import load_checkpoint
 
+STEPS = 4  # per epoch of a tiny run
 ALONE = SimpleNamespace(num_processes=1, is_main_process=True)
 
 
@@ -95,3 +99,57 @@ def test_what_one_process_wishes_is_done_by_all(clock, others, agreed):
     clock.now += 60
     assert own.mean(torch.tensor([10.0, 7.0])).tolist() == [10.0, 1.0]
     assert own.agreed() is agreed
+
+
+def test_a_run_stopped_while_it_is_evaluated_does_it_again(
+    tmp_path, interrupt, same, metrics_without_times, tiny_config
+):
+    """And so does one that was stopped in its last evaluation; the interrupt of a notebook is a signal too."""
+    cfg = tiny_config()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = train(cfg, whole)
+    for epoch, step in enumerate((STEPS, 2 * STEPS)):
+        interrupt(epoch, signal.SIGINT, "evaluate")
+        with pytest.raises(Stopped, match=f"SIGINT at step {step}, after epoch {epoch} of 2 and {STEPS} of {STEPS}"):
+            train(cfg, parts)
+    results = train(cfg, parts)
+    assert same(*(load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, parts)))
+    assert metrics_without_times(parts) == metrics_without_times(whole)
+    assert {**results, "seconds": 0} == {**expected, "seconds": 0}
+    starts = json.loads((parts / "environment.json").read_text())["starts"]
+    assert [start["global_step"] for start in starts] == [0, STEPS, 2 * STEPS]
+    assert [start.get("stopped") for start in starts] == [STEPS, 2 * STEPS, None]
+    assert [start.get("signal") for start in starts] == ["SIGINT", "SIGINT", None]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_killed_run_goes_on_where_it_was_saved_last(
+    tmp_path, interrupt, same, metrics_without_times, tiny_config, capsys, damaged
+):
+    """Also where that was at the end of an epoch whose record was written, but not its checkpoint; where the last
+    checkpoint is damaged, from the one before it."""
+    cfg = tiny_config({"train.save_minutes": 1e-9})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(tiny_config(), whole)
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, parts)
+    last = parts / "checkpoints" / "last.pt"
+    assert load_checkpoint(last)["global_step"] == 2
+    if damaged:
+        last.write_bytes(last.read_bytes()[:-40_000])
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"global_step": 2, "epoch": 1, "epoch/loss": 0.0}\n')
+    capsys.readouterr()
+    train(cfg, parts)
+    assert ("going on from previous.pt" in capsys.readouterr().out) is damaged
+    assert metrics_without_times(parts) == metrics_without_times(whole)
+    assert same(*(load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, parts)))
+
+
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path, interrupt, tiny_config):
+    before = signal.getsignal(signal.SIGUSR1)
+    interrupt(0, signal.SIGUSR1, "look_over")
+    with pytest.raises(Stopped, match="SIGUSR1 before the first step"):
+        train(tiny_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists() and signal.getsignal(signal.SIGUSR1) == before

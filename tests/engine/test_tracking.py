@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -205,3 +206,23 @@ def test_online_tracking_with_an_account_but_no_network_goes_on_offline(tmp_path
     done = _track(tmp_path / "run", timeout=120, WANDB_API_KEY="0" * 40, WANDB_INIT_TIMEOUT="5")
     assert done.returncode == 0, done.stderr
     assert "mode: offline" in done.stdout
+
+
+def test_ids_of_wandb_are_taken_by_it_and_differ_as_names_do():
+    names = [
+        "first",
+        "sweep/first",
+        "lr:1e-4",
+        "lr/1e-4",
+        "lr;1e-4",
+        "实验",
+        "实践",
+        "a" * 64,
+        "a" * 65,
+        "a" * 66,
+        "a$b",
+        "a b",
+    ]
+    ids = [tracking.wandb_id(name) for name in names]
+    assert len(set(ids)) == len(ids) and ids[:2] == ["first", "sweep-first"]  # as ever, for runs that go on
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", one) for one in ids)

@@ -2,19 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
-from detrlib.config import load_config
+from detrlib.config import load_config, save_config
 from detrlib.engine.notebooks import is_executed
-from detrlib.errors import ConfigError, RunError
+from detrlib.errors import STOPPED, ConfigError, RunError, Stopped
 from detrlib.experiments import sweep
 from detrlib.experiments.sweep_file import read_sweep
-from detrlib.files import write_json
+from detrlib.files import load_checkpoint, write_json
 from detrlib.runs import append_metrics
+from detrlib.runs.owner import OWNER
 
 CHILD = """
 import json, pathlib, sys, time
@@ -156,7 +158,6 @@ def test_no_more_runs_than_slots_work_at_a_time(sweep_file, stand_ins, tmp_path,
 def test_an_interrupt_ends_all_runs(sweep_file, stand_ins, tmp_path, monkeypatch):
     children, real = [], sweep.subprocess.Popen
     monkeypatch.setattr(sweep.subprocess, "Popen", lambda *a, **k: (children.append(real(*a, **k)), children[-1])[1])
-    monkeypatch.setattr(sweep, "GRACE", 0.1)
     (tmp_path / "slow").touch()
 
     def interrupted(left, timeout):
@@ -166,54 +167,13 @@ def test_an_interrupt_ends_all_runs(sweep_file, stand_ins, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sweep, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         sweep.sweep(sweep_file(), tmp_path / "many", parallel=2)
     assert len(children) == 2 and all(child.returncode for child in children)
 
 
-DEAF = """
-import signal, sys, time
-left = int(sys.argv[1])  # interrupts until it leaves
-def heard(*_):
-    global left
-    left -= 1
-    if not left:
-        raise SystemExit(3)
-signal.signal(signal.SIGINT, heard)
-print("ready", flush=True)
-while True:
-    time.sleep(0.01)
-"""
-
-
-@pytest.fixture
-def deaf():
-    """Starts a program that leaves after so many interrupts."""
-    started = []
-
-    def start(interrupts):
-        started.append(subprocess.Popen([sys.executable, "-c", DEAF, str(interrupts)], stdout=subprocess.PIPE))
-        assert started[-1].stdout.readline() == b"ready\n"
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def test_who_does_not_leave_is_interrupted_twice_and_then_left(deaf, monkeypatch):
-    monkeypatch.setattr(sweep, "GRACE", 0.1)
-    monkeypatch.setattr(sweep, "PATIENCE", 0.5)
-    once, twice, never = deaf(1), deaf(2), deaf(9)
-    sweep._interrupt([once, twice, never])
-    assert (once.returncode, twice.returncode, never.returncode) == (3, 3, None)
-
-
-def test_an_interrupt_while_figures_are_drawn_ends_the_drawing_of_maps(deaf, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "GRACE", 0.1)
-    monkeypatch.setattr(sweep, "PATIENCE", 5)
-    maps = deaf(2)
+def test_an_interrupt_while_figures_are_drawn_ends_the_drawing_of_maps(tmp_path, monkeypatch):
+    maps = subprocess.Popen(["sleep", "600"], start_new_session=True)
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -222,7 +182,32 @@ def test_an_interrupt_while_figures_are_drawn_ends_the_drawing_of_maps(deaf, tmp
     monkeypatch.setattr(sweep, "execute_notebook", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep._draw(tmp_path, ["one"], {})
-    assert maps.returncode == 3
+    assert maps.returncode
+
+
+def test_a_run_that_is_worked_on_elsewhere_is_named_before_anything_starts(sweep_file, stand_ins, tmp_path):
+    said = {"host": "other", "boot": "b", "process": 7, "started": 0.0, "job": None, "restarts": 0}
+    write_json(tmp_path / "many" / "two" / OWNER, said)
+    with pytest.raises(RunError, match=r"many/two is in use by process 7 on other"):
+        sweep.sweep(sweep_file(), tmp_path / "many")
+    assert stand_ins == [] and not (tmp_path / "many" / "one").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_trainings_of_a_sweep_save_and_leave_with_it(ended, sweep_file, tiny_config, tmp_path, number):
+    save_config(tiny_config({"train.epochs": 5000}), tmp_path / "base.yaml")
+    path = sweep_file(base="base.yaml", overrides={}, runs={"one": None, "two": None})
+    code, said = ended(["detrlib", "sweep", path, "--name", tmp_path / "many", "--parallel", 2], number)
+    assert number == signal.SIGKILL or (code == STOPPED and "Traceback" not in said), said
+    begun = list((tmp_path / "many").glob("*/environment.json"))
+    assert begun
+    for environment in begun:
+        last = json.loads(environment.read_text())["starts"][-1]
+        if "stopped" in last:  # it had begun its first step
+            checkpoint = environment.parent / "checkpoints" / "last.pt"
+            assert load_checkpoint(checkpoint)["global_step"] == last["stopped"]
+    assert any("stopped" in json.loads(path.read_text())["starts"][-1] for path in begun)
 
 
 def test_training_that_is_done_is_not_asked_for_again(tmp_path):

@@ -121,3 +121,39 @@ def test_figures_come_with_their_folder_and_the_package_itself_stays_small():
     code += "print(small, figures.attention.__name__, figures.save.__name__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "detrlib.figures.attention", "save"], done.stderr
+
+
+def names_drawn(*names):
+    @style.styled
+    def draw():
+        drawn, axes = style.figure()
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xscale("log")
+        axes.set_title(names[0])
+        axes.plot([1, 1000], [0, 1], label=names[-1])
+        drawn.legend(loc="outside upper right")
+        return drawn
+
+    return draw()
+
+
+def test_names_of_runs_are_no_formulas_but_numbers_at_an_axis_are(tmp_path):
+    drawn = names_drawn(r"$\frac$", "a$b$c")  # the first is none that matplotlib can draw
+    drawn.savefig(tmp_path / "names.png")
+    (axes,) = drawn.axes
+    assert not any(text.get_parse_math() for text in [axes.title, *axes.get_yticklabels()])
+    assert not drawn.legends[0].get_texts()[0].get_parse_math()
+    marks = [label for label in axes.get_xticklabels() if "mathdefault" in label.get_text()]
+    assert marks and all(label.get_parse_math() for label in marks)
+
+
+def test_characters_that_no_font_has_are_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(style, "MORE_FONTS", [])
+    style._say_fonts.cache_clear()
+    for _ in range(2):
+        names_drawn("实验", "日本語の名前")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "Noto Sans CJK" in caplog.text
+    monkeypatch.setattr(style, "MORE_FONTS", ["Noto Sans CJK SC"])
+    style._say_fonts.cache_clear()
+    names_drawn("实验")
+    assert len(caplog.records) == 1

@@ -10,7 +10,7 @@ import pytest
 from detrlib import runs
 from detrlib.errors import RunError
 from detrlib.files import write_json
-from detrlib.metrics.tables import Table
+from detrlib.metrics.tables import Table, write_table
 from detrlib.runs import folder
 from detrlib.runs.folder import has_table
 
@@ -21,6 +21,41 @@ def test_names_lie_under_papermill_runs_and_absolute_paths_are_themselves(tmp_pa
     assert runs.run_path("papermill_runs/first") == runs.RUNS / "first"
     assert runs.run_path("papermill_runs_of_may") == runs.RUNS / "papermill_runs_of_may"
     assert runs.run_path(tmp_path) == tmp_path == runs.run_path(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", " ", ".", "/", "papermill_runs", "..", "../x", "a/../../x", "papermill_runs/../x"),
+        *("a\nb", "a\tb", "a\0b", "\x1b[31m", "a\u2028b", "-rf", "a/-b", "~", "~/x", " a", "a ", "a/ b"),
+        *("x" * 300, "a/" + "é" * 101, "configs", "configs/x", "pictures/x", "study", "a/checkpoints", "README.md"),
+        *("README.md/x", None, True, 1.5, ["a"]),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_the_name_of_a_run_is_refused_in_one_line(name):
+    with pytest.raises(RunError, match="names no run") as caught:
+        runs.run_path(name)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "name", ["lr:1e-4", "a$b$c", "实验", "a b", "x" * 200, "study/where/a", ".a", "{a}", "a#b?c=%d"]
+)
+def test_what_a_file_system_takes_is_a_name(name):
+    assert runs.run_path(name) == runs.RUNS / name
+
+
+def test_a_number_is_a_name_as_papermill_hands_it_over():
+    assert runs.run_path(2024) == runs.find_run(2024) == runs.RUNS / "2024"
+    assert runs.find_runs([7]) == [runs.RUNS / "7"]
+
+
+def test_a_name_that_is_a_file_s_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for name in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunError, match=f"{tmp_path / 'file'} is a file"):
+            runs.run_path(name)
 
 
 def record(step, epoch, **values):
@@ -84,17 +119,34 @@ def test_tables_are_files_or_folders_of_parts(tmp_path):
 
 @pytest.mark.parametrize("file", ["sparsity.parquet", "sparsity/part-00000-of-00001.parquet"])
 def test_a_damaged_table_is_named_with_what_makes_it(tmp_path, file):
-    path = tmp_path / "measures" / file
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"cut short")
-    with pytest.raises(RunError, match=r"sparsity.*detrlib measure"):
-        runs.load_table(tmp_path, "sparsity", made_by="detrlib measure")
+    path, values = tmp_path / "measures" / file, np.random.default_rng(0).random(500)
+    write_table(path, pd.DataFrame({"value": values}))
+    changed = bytearray(path.read_bytes())
+    changed[changed.index(values[100:200].tobytes()) + 9] ^= 1  # as of a number
+    for content in (b"cut short", changed):
+        path.write_bytes(content)
+        with pytest.raises(RunError, match=r"sparsity.*detrlib measure"):
+            runs.load_table(tmp_path, "sparsity", made_by="detrlib measure")
 
 
 def test_figures_name_what_made_them(tmp_path):
     write_json(tmp_path / "run" / "environment.json", runs.environment())
     first, run, _ = runs.provenance([tmp_path / "run"], "detrlib notebook").splitlines()
     assert first == "made by detrlib notebook" and run.startswith("run: commit ") and "torch" in run
+    (tmp_path / "run" / "environment.json").write_text('{"commit": "a\x8f')
+    with pytest.raises(RunError, match=r"environment\.json is damaged .*; delete it"):
+        runs.provenance([tmp_path / "run"], "detrlib notebook")
+    (tmp_path / "run" / "environment.json").unlink()
+    assert "not known" in runs.provenance([tmp_path / "run"], "detrlib notebook")
+
+
+def test_without_git_nothing_is_said_of_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr("detrlib.runs.opening.PROJECT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    known = runs.environment()
+    assert known["commit"] is None and known["uncommitted_changes"] is None
+    write_json(tmp_path / "run" / "environment.json", known, checksum=True)
+    assert "commit not known" in runs.provenance([tmp_path / "run"], "detrlib notebook")
 
 
 @pytest.fixture

@@ -19,10 +19,11 @@ from detrlib.runs import owner
 from detrlib.runs.owner import OWNER, owned, owning
 
 HOLD = f"""
-import sys
+import sys, types
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from detrlib.errors import RunError
+sys.modules["detrlib.runs.trained"] = types.SimpleNamespace(sweep_run=lambda run_dir: None)
 spec = spec_from_file_location("owner", {owner.__file__!r})  # without all that detrlib.runs imports
 spec.loader.exec_module(owner := module_from_spec(spec))
 try:
@@ -34,7 +35,7 @@ except RunError as error:
 """
 SHARE = HOLD.replace(
     "sys.stdin.readline()", "subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1]])"
-).replace("import sys", "import subprocess, sys")
+).replace("import sys,", "import subprocess, sys,")
 
 
 @pytest.fixture
@@ -193,6 +194,16 @@ def test_a_function_that_owns_its_run_folder(tmp_path):
 
     assert write("a", tmp_path) == write("a", run_dir=tmp_path) == ("a", True)
     assert write.__doc__ == "Its words." and not (tmp_path / OWNER).exists()
+
+
+def test_the_owner_removes_what_a_killed_writer_has_left_in_its_folder_alone(tmp_path):
+    left = ("checkpoints/.last.pt.a1b2c3d4", ".results.json.x_y_z_12", "maps/.part-00000-of-00001.parquet")
+    others = ("checkpoints/last.pt", "another-run/.results.json.a1b2c3d4")
+    for name in (*left, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with owned(tmp_path), owned(tmp_path):  # what an owner starts removes nothing of the owner's
+        assert [name for name in (*left, *others) if (tmp_path / name).exists()] == list(others)
 
 
 def test_a_step_that_the_owner_has_started_by_srun_shares_its_folder(tmp_path, start, monkeypatch):
