@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs
 
 from detrlib.config import PROJECT, Config
 from detrlib.engine.children import HANDED_ON, follow, passing_on, saving_without_parent, stopped, with_parent
@@ -36,7 +37,7 @@ from detrlib.engine.tracking import PROGRESS
 from detrlib.errors import STOPPED, DetrlibError, RunError, show_messages
 from detrlib.runs.folder import load_results, run_config
 from detrlib.runs.opening import open_run
-from detrlib.runs.owner import owning
+from detrlib.runs.owner import owned, owning
 
 TAIL = 30  # lines of a failed subprocess that are repeated in the error
 FAULT = "error: "  # how the line of a foreseeable one begins
@@ -90,13 +91,14 @@ def in_processes(
         RunError: as `launch`; or an argument is made of code that other processes do not have, as that of a notebook.
         DetrlibError: as the function.
     """
-    started = _to_start(gpus, processes)
-    if not started:
-        state = PartialState(timeout=PATIENCE) if _is_one_of_several() else None
+    if _is_one_of_several():
+        patience = InitProcessGroupKwargs(timeout=PATIENCE)
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
         result = function(run_dir, *arguments, **named)
-        if state:
-            atexit.register(state.destroy_process_group)
+        atexit.register(accelerator.end_training)  # processes leave each other in order
         return result
+    if not (started := _to_start(gpus, processes)):
+        return function(run_dir, *arguments, **named)
     run_config(run_dir)  # says what is wrong here rather than in a subprocess
     try:
         work = pickle.dumps((function, (run_dir, *arguments), named))
@@ -106,7 +108,7 @@ def in_processes(
         raise RunError(f"{run_dir}: several processes need code that they can import ({error}); use one") from None
     # Nobody else may write there: what is read from it runs.
     shared = run_dir if node_count() > 1 else None  # other nodes do not see /tmp
-    with tempfile.TemporaryDirectory(prefix=".detrlib-", dir=shared) as folder:
+    with owned(run_dir), tempfile.TemporaryDirectory(prefix=".detrlib-", dir=shared) as folder:
         (path := Path(folder) / "work").write_bytes(work)
         _torchrun("detrlib.engine.launch", path, *started)
         return pickle.loads(path.read_bytes())
@@ -184,9 +186,7 @@ def main() -> None:
     except Exception:
         time.sleep(LAST_WORDS)  # in which torchrun ends it, where it only lost another one
         raise
-    state = PartialState()
-    state.wait_for_everyone()  # all have read the file
-    if state.is_main_process:
+    if PartialState().is_main_process:  # all have read the file, or there would be no result
         path.write_bytes(pickle.dumps(result))
 
 

@@ -29,7 +29,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from detrlib import runs
 from detrlib.config import Config, load_config, replace
@@ -77,7 +76,8 @@ def train(cfg: Config, run_dir: Path) -> dict:
         Stopped: a signal came; it is saved, and the same call goes on.
         NonFiniteLoss: with everything needed to look into it saved in failure-<process>.pt.
     """
-    accelerator = Accelerator(log_with=tracking.trackers(cfg, run_dir), project_dir=run_dir / tracking.TRACKING)
+    services = {"log_with": tracking.trackers(cfg, run_dir), "project_dir": run_dir / tracking.TRACKING}
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **services)  # or they would train one run each
     if cfg.train.batch_size % accelerator.num_processes:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
@@ -226,8 +226,7 @@ class Trainer:
         so_far.begin()
         self.sampler.epoch, self.sampler.first = state.epoch, so_far.steps
         state.model.train()
-        shown = {"leave": False, "disable": None if self.accelerator.is_main_process else True}
-        bar = tqdm(self.loader, desc=f"epoch {state.epoch + 1}/{cfg.epochs}", initial=so_far.steps, **shown)
+        bar = tracking.progress(self.loader, f"epoch {state.epoch + 1}/{cfg.epochs}", initial=so_far.steps)
         clock = time.perf_counter()
         for batch in batches(bar):
             waited, padding = time.perf_counter() - clock, batch.padding

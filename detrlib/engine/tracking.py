@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, WandBTracker, get_available_trackers, on_main_process
@@ -23,10 +24,13 @@ PROGRESS = "DETRLIB_PROGRESS"  # in the environment of processes whose launcher 
 MAIN = ("loss", "loss_class", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 
 
-def progress(items: Iterable, what: str, shown: bool = True) -> tqdm:
-    """A bar over items, in the main process, on a terminal: its own, or that of the launcher, which passes it on."""
-    hidden = not (shown and is_main_process())
-    return tqdm(items, desc=what, leave=False, disable=hidden or (None if PROGRESS not in os.environ else False))
+def progress(items: Iterable, what: str, shown: bool = True, **options: Any) -> tqdm:
+    """A bar over items, in the main process, on a terminal: its own, or that of the launcher, which passes it on.
+
+    options: others of tqdm.
+    """
+    hidden = not (shown and is_main_process()) or (False if PROGRESS in os.environ else None)
+    return tqdm(items, desc=what, leave=False, disable=hidden, **options)
 
 
 def say(accelerator: Accelerator, *lines: object) -> None:

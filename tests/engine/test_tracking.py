@@ -20,6 +20,18 @@ from detrlib.errors import ConfigError
 STEPS = 4  # per epoch of a tiny run
 
 
+def test_one_process_shows_a_bar_where_there_is_a_terminal_its_own_or_that_of_the_launcher(monkeypatch, capsys):
+    def shown():
+        assert list(tracking.progress(range(3), "counting")) == [0, 1, 2]
+        return "counting" in capsys.readouterr().err
+
+    assert not shown()  # of tests
+    monkeypatch.setenv(tracking.PROGRESS, "1")
+    assert shown()
+    monkeypatch.setenv("RANK", "1")
+    assert not shown()
+
+
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
     """The real library, without an account, and with everything it is given recorded."""
