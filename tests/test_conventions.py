@@ -201,7 +201,7 @@ OF_NO_MODULE = {
     "tests/test_repository.py",
     "tests/test_notebooks.py",
     "tests/test_main.py",
-    "tests/test_slurm.py",
+    "tests/experiments/test_slurm.py",
 }
 
 
