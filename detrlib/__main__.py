@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from detrlib import errors
 from detrlib.benchmarks import programs, run_program
-from detrlib.errors import STOPPED, ConfigError, DataError, DetrlibError, Stopped, listed, show_messages
+from detrlib.errors import STOPPED, ConfigError, DataError, DetrlibError, Stopped, is_foreseen, listed, show_messages
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
@@ -38,7 +38,9 @@ class Commands(typer.core.TyperGroup):
         except Stopped as stopped:
             typer.echo(stopped, err=True)
             raise typer.Exit(STOPPED) from None
-        except DetrlibError as error:
+        except (DetrlibError, OSError) as error:
+            if not is_foreseen(error):
+                raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
         except (MemoryError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 The command line prints it and ends with a code that is not zero; notebooks show it as the last line of a cell.
 """
 
+import errno
 import logging
 import os
 import re
@@ -48,6 +49,15 @@ class NonFiniteLoss(DetrlibError):
 
 class Stopped(DetrlibError):
     """A signal has ended training, which was saved at its last step; the message names it and how to go on."""
+
+
+# Of a disk or of rights: no room, not ours, out of reach.
+OUTSIDE = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ENAMETOOLONG", "EMFILE")
+
+
+def is_foreseen(error: Exception) -> bool:
+    """Whether an error is one of ours, or comes from a disk or from rights, wherever a file is touched."""
+    return isinstance(error, DetrlibError) or errno.errorcode.get(getattr(error, "errno", None)) in OUTSIDE
 
 
 def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:

@@ -67,7 +67,7 @@ code=0
 wait "$child" || code=$?
 
 # 75: saved, start again. Where Slurm is ending the job it does so itself, or somebody has cancelled it.
-if [ "$code" -eq 75 ] && [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ]; then
+if [ "$code" -eq 75 ] && [ "$(squeue --noheader --format=%T --jobs="$job" || echo RUNNING)" = RUNNING ]; then
     scontrol requeue "$job" && sleep 60 # which ends this script
     echo "error: job $job cannot be put back in the queue; submit it again to go on"
 fi

@@ -52,14 +52,6 @@ TINY_RUN = {  # passes through every part of the code: a second on one CPU core
     "train.log_every": 1,
     "evaluate.examples": 2,
 }
-ASKED = """#!/bin/bash
-# Notes how it was called, one word a line, and says what the file of its name holds.
-here=$(dirname "$0")
-{{ echo "# {name}"; printf '%s\\n' "$@"; }} >>"$here/asked"
-[ {name} != sbatch ] || {{ n=$(($(cat "$here/number") + 1)); echo $n >"$here/number"; echo "$n;toy"; }}
-[ ! -e "$here/{name}.says" ] || cat "$here/{name}.says"
-[ ! -e "$here/{name}.fails" ] || {{ cat "$here/{name}.fails" >&2; exit 1; }}
-"""
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -455,36 +447,3 @@ def ended(tmp_path):
     for process in begun:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-class Slurm:
-    """Commands of Slurm that only note what they are asked; jobs have the numbers 101, 102 and so on."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir()
-        (folder / "number").write_text("100")
-        for name in ("sbatch", "squeue", "scancel", "scontrol"):
-            (folder / name).write_text(ASKED.format(name=name))
-            (folder / name).chmod(0o755)
-
-    def says(self, name: str, text: str) -> None:
-        (self.folder / f"{name}.says").write_text(text)
-
-    def fails(self, name: str, text: str) -> None:
-        (self.folder / f"{name}.fails").write_text(text)
-
-    def asked(self, name: str) -> list[list[str]]:
-        """The words of each call of a command since the last time anything was asked."""
-        path = self.folder / "asked"
-        calls = path.read_text().split("# ")[1:] if path.exists() else []
-        return [call.splitlines()[1:] for call in calls if call.startswith(f"{name}\n")]
-
-    def forget(self) -> None:
-        (self.folder / "asked").unlink()
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", f"{tmp_path / 'slurm'}{os.pathsep}{os.environ['PATH']}")
-    return Slurm(tmp_path / "slurm")

@@ -1,5 +1,6 @@
 """One base for every foreseeable fault, and the built-in kinds that some of them are as well."""
 
+import errno
 import inspect
 
 import pytest
@@ -21,7 +22,8 @@ def test_wrong_values_are_value_errors_as_callers_of_other_libraries_expect(kind
 
 
 def test_kinds_are_told_apart():
-    others = [kind for kind in KINDS if kind is not errors.DetrlibError]
+    others = [kind for kind in KINDS if kind not in (errors.DetrlibError, errors.DamagedFile)]
+    assert issubclass(errors.DamagedFile, errors.RunError)  # for whoever has no other file to turn to
     assert not any(issubclass(one, other) for one in others for other in others if one is not other)
 
 
@@ -32,6 +34,19 @@ def test_short_memory_is_one_line_whoever_has_none(said):
     fault = errors.memory_fault(RuntimeError(f"[enforce fail]\n{said}\nGPU 0"))
     assert "memory" in fault and "\n" not in fault
     assert errors.memory_fault(MemoryError()) and errors.memory_fault(RuntimeError("shapes differ")) is None
+
+
+def test_faults_of_a_disk_or_of_rights_are_foreseen_wherever_they_come_from():
+    assert errors.is_foreseen(errors.DataError("x")) and errors.is_foreseen(
+        PermissionError(errno.EACCES, "denied", "x")
+    )
+    assert errors.is_foreseen(OSError(errno.ENOSPC, "no space"))
+    assert not errors.is_foreseen(FileNotFoundError(errno.ENOENT, "x")) and not errors.is_foreseen(ValueError("x"))
+
+
+def test_a_message_is_one_line():
+    assert errors.in_one_line(ValueError("one\n  two\n")) == "one two"
+    assert errors.in_one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
 
 
 def test_long_lists_say_how_many_more_there_are():

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from detrlib.errors import DamagedFile, RunError
-from detrlib.files import damage, load_checkpoint, load_weights, sweep, write_atomic, write_checkpoint, write_json
+from detrlib.files import (
+    damage,
+    load_checkpoint,
+    load_json,
+    load_weights,
+    sweep,
+    write_atomic,
+    write_checkpoint,
+    write_json,
+)
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -146,6 +155,21 @@ def test_what_killed_writers_have_left_is_swept_and_nothing_else(tmp_path):
         (tmp_path / name).touch()
     assert sweep(tmp_path) == [tmp_path / left.name]
     assert files(tmp_path) == sorted([*others, "kept"])
+
+
+def test_any_change_of_content_in_checked_json_is_found(tmp_path):
+    path, values = tmp_path / "results.json", {"AP": 0.125, "names": {"1": "Käfer"}, "none": None, "list": [1, -1.5]}
+    write_json(path, values, checksum=True)
+    assert load_json(path, "") == values and json.loads(path.read_text()).items() >= values.items()
+    path.write_text(path.read_text().replace("0.125", "0.725"))
+    with pytest.raises(DamagedFile, match=r"results\.json is damaged .*; evaluate again"):
+        load_json(path, "evaluate again")
+    write_json(path, values)  # as earlier versions did
+    assert load_json(path, "") == values
+    for content in (b"", b"[1]", b"{\x8f", b'{"a": 1'):
+        path.write_bytes(content)
+        with pytest.raises(DamagedFile, match=r"results\.json is damaged \(.*\); evaluate again"):
+            load_json(path, "evaluate again")
 
 
 def test_weights_of_another_architecture_are_not_half_loaded(tmp_path):

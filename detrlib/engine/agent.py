@@ -21,7 +21,7 @@ def main() -> None:
     above = []
     if "SLURM_STEP_ID" not in os.environ:  # otherwise srun stands between, and Slurm ends what is left of a step
         above = follow()
-    with passing_on(_tell):
+    with passing_on(_tell) as came:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import parse_args, run
 
@@ -31,7 +31,8 @@ def main() -> None:
         except ChildFailedError as error:
             codes = {failure.exitcode for failure in error.failures.values()}
             ended = {-HANDED_ON, -15}  # by the signal itself, before there was anything to save
-            raise SystemExit(STOPPED if STOPPED in codes and codes <= {STOPPED, *ended} else 1) from None
+            stopped = codes <= {STOPPED, *ended} and (came or STOPPED in codes)
+            raise SystemExit(STOPPED if stopped else 1) from None
 
 
 def _tell() -> None:

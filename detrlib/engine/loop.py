@@ -332,7 +332,7 @@ def main() -> None:
         train(load_config(run_dir / "config.yaml"), run_dir)
     except Stopped as stopped:
         if int(os.environ.get("RANK", 0)) == 0:  # all say the same
-            logging.getLogger(__name__).info("%s", stopped)
+            logging.getLogger("detrlib").info("%s", stopped)  # here, __name__ is __main__
         raise SystemExit(STOPPED) from None
     except DetrlibError as error:
         raise SystemExit(f"error: {error}") from None

@@ -24,10 +24,13 @@ def checkpoint_space(state: TrainingState, cfg: Train, folder: Path) -> str:
     left = max(0, needed - sum(there.values())) + OTHERS
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    text = f"checkpoints: {gib(whole)} each, {gib(needed)} at most in all"
+    text = f"checkpoints: {gib(whole)} each, at most {gib(needed)} in all"
     if left > free:
         also = f", set train.keep_every above {cfg.keep_every}" if kept else ""
-        raise RunError(f"{text}, but {gib(free)} are free for {folder}: free {gib(left - free)}{also}, and start again")
+        raise RunError(
+            f"{text}, and {gib(OTHERS)} for the rest, but {gib(free)} are free for {folder}: make {gib(left - free)} "
+            f"more free{also}, and start again"
+        )
     return f"{text}; {gib(free)} are free"
 
 

@@ -34,8 +34,8 @@ def progress(items: Iterable, what: str, shown: bool = True, **options: Any) -> 
 
 
 def say(accelerator: Accelerator, *lines: object) -> None:
-    """Print lines at once, in the main process."""
-    for line in lines:
+    """Print lines at once, in the main process; `print` of the accelerator alone would in one of each node."""
+    for line in lines if accelerator.is_main_process else ():
         accelerator.print(line, flush=True)
 
 

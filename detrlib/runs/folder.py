@@ -32,7 +32,7 @@ import pandas as pd
 
 from detrlib.config import PROJECT, Config, load_config
 from detrlib.data.classes import names_by_label
-from detrlib.errors import RunError, in_one_line, listed
+from detrlib.errors import DamagedFile, RunError, in_one_line, listed
 from detrlib.files import load_json, write_atomic
 from detrlib.metrics.tables import part_files, read_table, write_table
 
@@ -172,6 +172,8 @@ def run_config(run_dir: Path) -> Config:
     """The settings of a run, finished or not. Raises RunError for a folder that is no run."""
     if not (run_dir / "config.yaml").exists():
         raise RunError(f"{run_dir} has no config.yaml: not a run; train one under this name, or correct the name")
+    if not (run_dir / "config.yaml").stat().st_size:  # which would be read as the defaults
+        raise DamagedFile(f"{run_dir / 'config.yaml'} is empty; put back the settings that the run was begun with")
     return load_config(run_dir / "config.yaml")
 
 

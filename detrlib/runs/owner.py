@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import psutil
 
 from detrlib.errors import RunError
-from detrlib.runs.trained import sweep_run
+from detrlib.files import sweep
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ OWNER = ".owner"
 TAKE_OVER = "DETRLIB_TAKE_OVER"  # environment variable: owners on other machines are gone
 LEAVING = 10  # seconds that processes have for leaving whose owner is gone
 CLOCK = 60  # seconds by which two readings of the start of one process may differ, where clocks are corrected
+PARTS = ("checkpoints", "examples", "maps", "measures", "measures/*")  # of a run folder, which may hold other runs
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
 
 
@@ -52,11 +53,15 @@ def owned(run_dir: Path) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")):
         yield
         return
-    path, made = run_dir / OWNER, [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    path = run_dir / OWNER
+    try:
+        made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    except OSError as error:
+        raise _closed(run_dir, error) from error
     file, shared = _take(path)
     try:
         if not shared:
-            sweep_run(run_dir)
+            _sweep(run_dir)
         yield
     finally:
         with file, suppress(OSError):  # the folder may be gone
@@ -77,6 +82,13 @@ def owning(function: Callable) -> Callable:
             return function(*arguments, **named)
 
     return owner
+
+
+def _sweep(run_dir: Path) -> None:
+    """Remove what writers that were killed have left in a run folder."""
+    folders = [run_dir, *(folder for part in PARTS for folder in run_dir.glob(part))]
+    if left := [path for folder in folders for path in sweep(folder)]:
+        logger.info("%s: removed %d files that a killed process had not finished", run_dir, len(left))
 
 
 def _take(path: Path) -> tuple[BinaryIO, bool]:
@@ -100,9 +112,11 @@ def _open(path: Path) -> BinaryIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
     except OSError as error:
-        raise RunError(
-            f"{path.parent} cannot be written ({error.strerror}); make it writable, or choose another run name"
-        ) from error
+        raise _closed(path.parent, error) from error
+
+
+def _closed(run_dir: Path, error: OSError) -> RunError:
+    return RunError(f"{run_dir} cannot be written ({error.strerror}); make it writable, or choose another run name")
 
 
 def _try(file: BinaryIO, path: Path, own: dict[str, Any], patient: bool) -> bool | None:

@@ -1,14 +1,11 @@
 """What a training leaves in its folder to go on from: last.pt, and the checkpoint before it."""
 
-import logging
 from collections.abc import Collection
 from pathlib import Path
 
 from detrlib.errors import DamagedFile, RunError
-from detrlib.files import load_checkpoint, reach_disk, sweep, write_checkpoint
-from detrlib.runs.folder import RESERVED, known_environment, read_metrics
-
-logger = logging.getLogger(__name__)
+from detrlib.files import load_checkpoint, reach_disk, write_checkpoint
+from detrlib.runs.folder import known_environment, read_metrics
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
@@ -56,13 +53,6 @@ def _from_weights(folder: Path) -> str:
     best = folder / "best.pt"
     start = best if best.exists() else "one of its weights"
     return f"to go on from weights alone, begin a new run with train.start={start}"
-
-
-def sweep_run(run_dir: Path) -> None:
-    """Remove what writers that were killed have left in a run folder; for its owner, before it writes itself."""
-    folders = [run_dir, *(run_dir / name for name in RESERVED), *(run_dir / "measures").glob("*/")]
-    if left := [path.name for folder in folders for path in sweep(folder)]:
-        logger.info("%s: removed %d files that a killed process had not finished", run_dir, len(left))
 
 
 def can_resume(run_dir: Path) -> bool:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from detrlib.checkpoints.export import export, read_own, write_own
+from detrlib.checkpoints.source import CHECKSUM
 from detrlib.config import flat_settings
 from detrlib.errors import ConfigError, WeightsError
 from detrlib.runs.sources import open_source
@@ -103,8 +104,8 @@ def test_files_of_others_and_damaged_ones(tmp_path):
 def test_settings_and_names_in_a_file_that_are_none(source_of, tmp_path, key, text):
     write_own(source_of(CHOICES["tiny"]), tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(state, tmp_path / "model.safetensors", metadata | {key: text})
+        metadata, state = file.metadata() | {key: text}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(state, tmp_path / "model.safetensors", {name: metadata[name] for name in metadata if name != CHECKSUM})
     with pytest.raises(WeightsError, match=r"model\.safetensors: the settings or names"):
         read_own(tmp_path / "model.safetensors")
 

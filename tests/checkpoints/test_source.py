@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detrlib.checkpoints.source import Source, build_source, coco_names, fitting
+from detrlib.checkpoints.source import Source, build_source, coco_names, fitting, read_tensors, write_tensors
 from detrlib.config import Config, flat_settings, replace
 from detrlib.errors import RunError, WeightsError
 
@@ -43,3 +43,18 @@ def test_names_of_coco_go_by_category_id():
     names = coco_names(91)
     assert len(names) == 80 and (names[1], names[13], names[90]) == ("person", "stop sign", "toothbrush")
     assert 12 not in names and coco_names(80) is None and coco_names(None) is None
+
+
+def test_a_changed_number_or_setting_in_a_safetensors_file_is_found(tmp_path):
+    path = tmp_path / "model.safetensors"
+    state = {"half": torch.ones(3, dtype=torch.bfloat16), "count": torch.tensor(7), "weight": torch.arange(12.0)}
+    write_tensors(path, state, {"detrlib.epoch": "12"})
+    found, metadata = read_tensors(path)
+    assert metadata == {"detrlib.epoch": "12"} and all(torch.equal(found[name], state[name]) for name in state)
+    whole = path.read_bytes()
+    for part in (state["weight"].numpy().tobytes(), state["count"].numpy().tobytes(), b'"12"', b"half"):
+        changed = bytearray(whole)
+        changed[whole.index(part) + 1] ^= 2
+        path.write_bytes(changed)
+        with pytest.raises(WeightsError, match=r"model\.safetensors: damaged"):
+            read_tensors(path)

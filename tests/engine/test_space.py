@@ -41,7 +41,7 @@ def test_a_disk_too_small_is_refused_naming_folder_and_size(state, tmp_path, mon
         if free == needed:
             assert "free" in checkpoint_space(state, cfg, folder)
         else:
-            with pytest.raises(RunError, match=f"{folder}: free 1 MiB, set train.keep_every"):
+            with pytest.raises(RunError, match=f"{folder}: make 1 MiB more free, set train.keep_every"):
                 checkpoint_space(state, cfg, folder)
     state.save(folder, ap=0.5)  # what is there already needs no room
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(needed - whole - weights))

@@ -122,18 +122,27 @@ def test_a_run_stopped_while_it_is_evaluated_does_it_again(
     assert [start.get("signal") for start in starts] == ["SIGINT", "SIGINT", None]
 
 
-def test_a_killed_run_goes_on_where_it_was_saved_last(tmp_path, interrupt, same, metrics_without_times, tiny_config):
-    """Also where that was at the end of an epoch whose record was written, but not its checkpoint."""
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_killed_run_goes_on_where_it_was_saved_last(
+    tmp_path, interrupt, same, metrics_without_times, tiny_config, capsys, damaged
+):
+    """Also where that was at the end of an epoch whose record was written, but not its checkpoint; where the last
+    checkpoint is damaged, from the one before it."""
     cfg = tiny_config({"train.save_minutes": 1e-9})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(tiny_config(), whole)
     interrupt(2)
     with pytest.raises(KeyboardInterrupt):
         train(cfg, parts)
-    assert load_checkpoint(parts / "checkpoints" / "last.pt")["global_step"] == 2
+    last = parts / "checkpoints" / "last.pt"
+    assert load_checkpoint(last)["global_step"] == 2
+    if damaged:
+        last.write_bytes(last.read_bytes()[:-40_000])
     with (parts / "metrics.jsonl").open("a") as file:
         file.write('{"global_step": 2, "epoch": 1, "epoch/loss": 0.0}\n')
+    capsys.readouterr()
     train(cfg, parts)
+    assert ("going on from previous.pt" in capsys.readouterr().out) is damaged
     assert metrics_without_times(parts) == metrics_without_times(whole)
     assert same(*(load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, parts)))
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -238,3 +239,9 @@ def test_ids_of_wandb_are_taken_by_it_and_differ_as_names_do():
     ids = [tracking.wandb_id(name) for name in names]
     assert len(set(ids)) == len(ids) and ids[:2] == ["first", "sweep-first"]  # as ever, for runs that go on
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", one) for one in ids)
+
+
+def test_what_is_said_comes_from_one_process_of_all_nodes(capsys):
+    for main in (True, False):  # the accelerator's own print speaks in one of each node
+        tracking.say(SimpleNamespace(is_main_process=main, print=print), "a line")
+    assert capsys.readouterr().out == "a line\n"

@@ -1,6 +1,8 @@
 """What tests of experiments share."""
 
 import contextlib
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,14 @@ import yaml
 from detrlib.config import save_config
 
 SITES = ("encoder_self", "decoder_self", "decoder_cross")
+ASKED = """#!/bin/bash
+# Notes how it was called, one word a line, and says what the file of its name holds.
+here=$(dirname "$0")
+{{ echo "# {name}"; printf '%s\\n' "$@"; }} >>"$here/asked"
+[ {name} != sbatch ] || {{ n=$(($(cat "$here/number") + 1)); echo $n >"$here/number"; echo "$n;toy"; }}
+[ ! -e "$here/{name}.says" ] || cat "$here/{name}.says"
+[ ! -e "$here/{name}.fails" ] || {{ cat "$here/{name}.fails" >&2; exit 1; }}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +59,36 @@ def sweep_file(tmp_path, tiny_config):
         return path
 
     return write
+
+
+class Slurm:
+    """Commands of Slurm that only note what they are asked; jobs have the numbers 101, 102 and so on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir()
+        (folder / "number").write_text("100")
+        for name in ("sbatch", "squeue", "scancel", "scontrol"):
+            (folder / name).write_text(ASKED.format(name=name))
+            (folder / name).chmod(0o755)
+
+    def says(self, name: str, text: str) -> None:
+        (self.folder / f"{name}.says").write_text(text)
+
+    def fails(self, name: str, text: str) -> None:
+        (self.folder / f"{name}.fails").write_text(text)
+
+    def asked(self, name: str) -> list[list[str]]:
+        """The words of each call of a command since the last time anything was asked."""
+        path = self.folder / "asked"
+        calls = path.read_text().split("# ")[1:] if path.exists() else []
+        return [call.splitlines()[1:] for call in calls if call.startswith(f"{name}\n")]
+
+    def forget(self) -> None:
+        (self.folder / "asked").unlink()
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path / 'slurm'}{os.pathsep}{os.environ['PATH']}")
+    return Slurm(tmp_path / "slurm")

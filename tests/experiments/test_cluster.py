@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detrlib.config import PROJECT
+from detrlib.config import PROJECT, save_config
 from detrlib.engine.loop import train
 from detrlib.errors import ConfigError, RunError, Stopped
 from detrlib.experiments import cluster
@@ -184,6 +184,8 @@ def test_a_run_does_not_start_from_one_that_is_not_finished(sweep_file, worked, 
     path = sweep_file(runs={"last": {"train.start": f"{folder}/first"}, "first": None})
     with pytest.raises(RunError, match=r"first.*--run 1"):
         cluster.run_one(path, 2, folder)
+    (folder / "first").mkdir(parents=True)
+    save_config(planned(path, folder)[0][0].cfg, folder / "first" / "config.yaml")
     write_json(folder / "first" / "results.json", {})
     assert cluster.run_one(path, 2, folder) == folder / "last"
 

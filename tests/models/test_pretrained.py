@@ -149,3 +149,7 @@ def test_a_file_that_is_no_state_dict_is_named(tmp_path):
         build_backbone("resnet18", tmp_path / "run.pt")
     with pytest.raises(WeightsError, match=r"model\.backbone\.weights: no file .*absent\.pt"):
         build_backbone("resnet18", tmp_path / "absent.pt")
+    torch.save({"conv1.weight": print}, tmp_path / "code.pt")
+    with pytest.raises(WeightsError, match=r"code\.pt: not readable") as caught:
+        build_backbone("resnet18", tmp_path / "code.pt")
+    assert "weights_only" not in str(caught.value)  # torch would tell how to run it

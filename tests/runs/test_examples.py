@@ -103,9 +103,13 @@ def test_examples_are_not_loaded_without_their_maps(stored, tmp_path):
 
 def test_a_damaged_example_is_named(stored):
     run_dir, *_ = stored
-    (run_dir / "examples" / "000000000007.npz").write_bytes(b"PK cut short")
-    with pytest.raises(RunError, match=r"000000000007\.npz"):
-        runs.load_examples(run_dir)
+    path = run_dir / "examples" / "000000000007.npz"
+    changed = bytearray(path.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    for content in (b"PK cut short", b"", changed):
+        path.write_bytes(content)
+        with pytest.raises(RunError, match=r"000000000007\.npz"):
+            runs.load_examples(run_dir)
 
 
 def test_examples_of_earlier_versions_ask_for_another_evaluation(stored):

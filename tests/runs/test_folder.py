@@ -10,7 +10,7 @@ import pytest
 from detrlib import runs
 from detrlib.errors import RunError
 from detrlib.files import write_json
-from detrlib.metrics.tables import Table
+from detrlib.metrics.tables import Table, write_table
 from detrlib.runs import folder
 from detrlib.runs.folder import has_table
 
@@ -119,17 +119,34 @@ def test_tables_are_files_or_folders_of_parts(tmp_path):
 
 @pytest.mark.parametrize("file", ["sparsity.parquet", "sparsity/part-00000-of-00001.parquet"])
 def test_a_damaged_table_is_named_with_what_makes_it(tmp_path, file):
-    path = tmp_path / "measures" / file
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"cut short")
-    with pytest.raises(RunError, match=r"sparsity.*detrlib measure"):
-        runs.load_table(tmp_path, "sparsity", made_by="detrlib measure")
+    path, values = tmp_path / "measures" / file, np.random.default_rng(0).random(500)
+    write_table(path, pd.DataFrame({"value": values}))
+    changed = bytearray(path.read_bytes())
+    changed[changed.index(values[100:200].tobytes()) + 9] ^= 1  # as of a number
+    for content in (b"cut short", changed):
+        path.write_bytes(content)
+        with pytest.raises(RunError, match=r"sparsity.*detrlib measure"):
+            runs.load_table(tmp_path, "sparsity", made_by="detrlib measure")
 
 
 def test_figures_name_what_made_them(tmp_path):
     write_json(tmp_path / "run" / "environment.json", runs.environment())
     first, run, _ = runs.provenance([tmp_path / "run"], "detrlib notebook").splitlines()
     assert first == "made by detrlib notebook" and run.startswith("run: commit ") and "torch" in run
+    (tmp_path / "run" / "environment.json").write_text('{"commit": "a\x8f')
+    with pytest.raises(RunError, match=r"environment\.json is damaged .*; delete it"):
+        runs.provenance([tmp_path / "run"], "detrlib notebook")
+    (tmp_path / "run" / "environment.json").unlink()
+    assert "not known" in runs.provenance([tmp_path / "run"], "detrlib notebook")
+
+
+def test_without_git_nothing_is_said_of_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr("detrlib.runs.opening.PROJECT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    known = runs.environment()
+    assert known["commit"] is None and known["uncommitted_changes"] is None
+    write_json(tmp_path / "run" / "environment.json", known, checksum=True)
+    assert "commit not known" in runs.provenance([tmp_path / "run"], "detrlib notebook")
 
 
 @pytest.fixture

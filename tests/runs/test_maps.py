@@ -221,7 +221,7 @@ def test_stores_that_are_none(tmp_path):
     path = tmp_path / "maps" / "part-00000-of-00001.parquet"
     path.write_bytes(b"PAR1 cut short")
     with pytest.raises(
-        RunError, match=r"part-00000-of-00001.parquet is no part of an attention store .*evaluate the run"
+        RunError, match=r"part-00000-of-00001.parquet is no whole part of an attention store .*evaluate the run"
     ):
         AttentionStore(tmp_path)
     pd.DataFrame({"a": [1]}).to_parquet(path)

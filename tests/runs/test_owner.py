@@ -196,6 +196,16 @@ def test_a_function_that_owns_its_run_folder(tmp_path):
     assert write.__doc__ == "Its words." and not (tmp_path / OWNER).exists()
 
 
+def test_the_owner_removes_what_a_killed_writer_has_left_in_its_folder_alone(tmp_path):
+    left = ("checkpoints/.last.pt.a1b2c3d4", ".results.json.x_y_z_12", "maps/.part-00000-of-00001.parquet")
+    others = ("checkpoints/last.pt", "another-run/.results.json.a1b2c3d4")
+    for name in (*left, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with owned(tmp_path), owned(tmp_path):  # what an owner starts removes nothing of the owner's
+        assert [name for name in (*left, *others) if (tmp_path / name).exists()] == list(others)
+
+
 def test_a_step_that_the_owner_has_started_by_srun_shares_its_folder(tmp_path, start, monkeypatch):
     """srun stands between: the owner is no parent of the step's processes."""
     monkeypatch.delenv("SLURM_STEP_ID", raising=False)

@@ -62,6 +62,15 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path):
         can_resume(tmp_path)
 
 
+@pytest.mark.parametrize("start", [{"global_step": 0, "stopped": 4}, {"global_step": 4}])
+def test_a_run_that_was_stopped_or_went_on_had_a_checkpoint(tmp_path, start):
+    write_json(tmp_path / "environment.json", {"starts": [{"global_step": 0}]}, checksum=True)
+    assert not can_resume(tmp_path)
+    write_json(tmp_path / "environment.json", {"starts": [start]}, checksum=True)
+    with pytest.raises(RunError, match="checkpoints"):
+        can_resume(tmp_path)
+
+
 def test_a_run_that_was_evaluated_unfinished_had_a_checkpoint(tmp_path):
     write_json(tmp_path / "results.json", {"detection": {}, "unfinished": "epoch 1 of 2"})
     with pytest.raises(RunError, match="checkpoints"):
