@@ -19,7 +19,6 @@ from typing import Any
 
 import papermill
 import psutil
-from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 from traitlets.config import Config
@@ -59,7 +58,7 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
         ) from None
     except OSError as error:
         raise RunError(f"{source.name}: could not be executed into {output}: {error}") from error
-    except (DeadKernelError, KeyboardInterrupt) as error:
+    except (RuntimeError, KeyboardInterrupt) as error:  # the first: a kernel died, or could not start
         cut_off = True
         if isinstance(error, KeyboardInterrupt):
             raise stopped(came) from None
