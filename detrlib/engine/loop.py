@@ -36,8 +36,7 @@ from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, describe_data, look_over, open_splits
 from detrlib.data.batch import EpochSampler, batches, open_loader, worker_processes
 from detrlib.data.classes import class_list
-from detrlib.engine import tracking
-from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
+from detrlib.engine import advice, tracking
 from detrlib.engine.children import follow
 from detrlib.engine.epoch import EpochSoFar
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
@@ -112,7 +111,7 @@ def _open_trainer(cfg: Config, run_dir: Path, accelerator: Accelerator, stopping
             first = starting_model(cfg, train_set)
         say(look_over(splits, cfg.model.num_queries, cfg.data.check))
         if not resume:
-            say(*runs.begins_again(run_dir), *unfit_for_crops(cfg, train_set))
+            say(*runs.begins_again(run_dir), *advice.unfit_for_crops(cfg, train_set))
         model, start = (initial_model(cfg, "none"), None) if resume else first or starting_model(cfg, train_set)
         runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:
@@ -215,8 +214,13 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
         settings = self.cfg.train
-        self.say(*floor_and_collapse(self.floor), *few_updates(self.cfg, settings.epochs * len(self.sampler)))
-        self.say(*divided_statistics(self.state.trained, self.micro_batch, settings.batch_size))
+        self.say(
+            *advice.floor_and_collapse(self.floor), *advice.few_updates(self.cfg, settings.epochs * len(self.sampler))
+        )
+        self.say(
+            *advice.divided_statistics(self.state.trained, self.micro_batch, settings.batch_size),
+            *advice.idle_settings(self.cfg),
+        )
         if settings.compile:
             self.state.compile()
 
@@ -321,7 +325,7 @@ class Trainer:
             f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
             f"loss {record['epoch/loss']:.3f}  {precision}"
             f"{seconds:.0f} s" + ("" if left is None else f", about {tracking.duration(left)} left"),
-            *(much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
+            *(advice.much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
         )
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from detrlib.config import PROJECT, save_config
 from detrlib.engine import notebooks
 from detrlib.engine.notebooks import checked_parameters, execute_notebook, find_executed, find_notebook, is_executed
-from detrlib.errors import STOPPED, RunError
+from detrlib.errors import STOPPED, RunError, Stopped
 from detrlib.files import load_checkpoint, write_json
 
 
@@ -162,7 +162,7 @@ def test_an_interrupted_notebook_does_not_count_as_executed(write, tmp_path, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(notebooks.papermill, "execute_notebook", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         execute_notebook("book", output, {})
     assert not is_executed(output)
 
