@@ -416,7 +416,7 @@ def ended(tmp_path):
 
     Generous waits: what matters is that everything is gone.
     """
-    begun, patience = [], 900
+    begun, patience = [], 3600
 
     def ended(command: list, *signals: int) -> tuple[int, str]:
         log = tmp_path / "command.txt"

@@ -11,18 +11,20 @@ import difflib
 import io
 import json
 import logging
+import signal
 from base64 import b64decode, b64encode
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import papermill
-from nbclient.exceptions import DeadKernelError
+import psutil
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 from traitlets.config import Config
 
 from detrlib.config import PROJECT, parse_value
-from detrlib.engine.children import LEAVING, interrupt, passing_on, stopped
+from detrlib.engine.children import GRACE, interrupt, passing_on, stopped
 from detrlib.errors import ConfigError, RunError, Stopped
 from detrlib.files import load_json, write_atomic
 
@@ -42,21 +44,22 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
         found = "a folder" if output.is_dir() else "the notebook itself" if output.suffix == ".ipynb" else "no .ipynb"
         raise RunError(f"{output} is {found}; name the file that the executed copy is to be, such as out.ipynb")
     cut_off, options = False, {"cwd": str(PROJECT), "kernel_name": "python3", "log_output": False}
-    # On a signal nbclient interrupts the kernel, which saves, and waits half of this before it uses force.
-    options["config"] = Config({"KernelManager": {"shutdown_wait_time": 2 * LEAVING}})
+    # Half of it is for leaving in order; a cell that is interrupted has all the time it wants.
+    options["config"] = Config({"KernelManager": {"shutdown_wait_time": 2 * GRACE}})
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with passing_on(interrupt) as came:
+        with passing_on(lambda: _interrupt_cell(came)) as came:
+            options["on_cell_start"] = lambda **_: came and interrupt()  # one that came between two cells
             papermill.execute_notebook(source, output, values, progress_bar=progress, **options)
     except PapermillExecutionError as error:
-        if error.ename == Stopped.__name__:
-            raise Stopped(error.evalue) from None
+        if came or error.ename == Stopped.__name__:
+            raise stopped(came, *[error.evalue] * (error.ename == Stopped.__name__)) from None
         raise RunError(
             f"{source.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue} (executed copy: {output})"
         ) from None
     except OSError as error:
         raise RunError(f"{source.name}: could not be executed into {output}: {error}") from error
-    except (DeadKernelError, KeyboardInterrupt) as error:
+    except (RuntimeError, KeyboardInterrupt) as error:  # the first: a kernel died, or could not start
         cut_off = True
         if isinstance(error, KeyboardInterrupt):
             raise stopped(came) from None
@@ -65,6 +68,15 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
         if output.exists():
             _correct_notes(output, cut_off)
     return output
+
+
+def _interrupt_cell(came: Sequence[signal.Signals]) -> None:
+    """Interrupt what a kernel is at, which saves and ends the notebook; when told again, everything at once."""
+    if len(came) > 1:
+        interrupt()
+    for child in psutil.Process().children():
+        if "ipykernel_launcher" in child.cmdline():
+            child.send_signal(signal.SIGINT)
 
 
 def execute_asked(folder: Path) -> None:

@@ -247,7 +247,7 @@ def command_of_a_long_run(tmp_path, tiny_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_a_launch_reaches_its_processes_which_save(ended, command_of_a_long_run, number):
     command, run_dir = command_of_a_long_run
     code, said = ended(command, number)

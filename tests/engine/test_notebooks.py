@@ -7,9 +7,11 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 from PIL import Image
 
@@ -23,7 +25,7 @@ from detrlib.engine.notebooks import (
     is_executed,
     report_html,
 )
-from detrlib.errors import STOPPED, RunError
+from detrlib.errors import STOPPED, RunError, Stopped
 from detrlib.figures import tables
 from detrlib.files import load_checkpoint, write_json
 
@@ -178,7 +180,7 @@ def test_an_interrupted_notebook_does_not_count_as_executed(write, tmp_path, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(notebooks.papermill, "execute_notebook", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         execute_notebook("book", output, {})
     assert not is_executed(output)
 
@@ -213,9 +215,53 @@ def test_a_report_shows_names_as_text(tmp_path):
     assert text.count("alert(2)") >= 5 and "<img src=x" not in text and "<script>alert" not in text
 
 
+SAVES = """
+import pathlib, signal, time
+from detrlib.engine.children import saving_without_parent
+from detrlib.errors import Stopped
+came = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: came.append(number))
+with saving_without_parent():
+    pathlib.Path("{folder}/begun").touch()
+    while not came:
+        time.sleep(0.05)
+    time.sleep(1.2)  # longer than ipykernel leaves a kernel whose parent is gone
+    pathlib.Path("{folder}/saved").touch()
+    raise Stopped("stopped at step 3")
+"""
+EXECUTES = """
+import sys
+from pathlib import Path
+from detrlib.engine import notebooks
+from detrlib.errors import Stopped
+notebooks.NOTEBOOKS = Path(sys.argv[1])
+try:
+    notebooks.execute_notebook("book", Path(sys.argv[1]) / "out.ipynb", {})
+except Stopped as stopped:
+    raise SystemExit(f"code 75: {stopped}")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_cell_saves_before_the_kernel_leaves(write, tmp_path, number):
+    write("book", "n = 1", SAVES.format(folder=tmp_path), f"open('{tmp_path}/next', 'w')")
+    command = [sys.executable, "-c", EXECUTES, str(tmp_path)]
+    process = psutil.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    (kernel,) = process.children()
+    process.send_signal(number)
+    said = process.communicate()[1]
+    kernel.wait(600)
+    assert (tmp_path / "saved").exists() and not (tmp_path / "next").exists()
+    assert number == signal.SIGKILL or said.splitlines()[-1] == "code 75: stopped at step 3", said
+    assert not is_executed(tmp_path / "out.ipynb")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("by", ["detrlib", "papermill"])
+@pytest.mark.parametrize("by, number", [("detrlib", signal.SIGTERM), ("papermill", signal.SIGINT)])
 def test_training_in_a_notebook_saves_and_its_kernel_leaves(ended, tiny_config, tmp_path, by, number):
     """papermill itself hands on an interrupt only; its kernel notices that it is gone."""
     save_config(tiny_config({"train.epochs": 5000}), tmp_path / "long.yaml")
