@@ -44,6 +44,29 @@ def refused(*words, code=1):
     return line
 
 
+@pytest.mark.parametrize(
+    "door",
+    [
+        ["train", "papermill_runs/configs/shapes.yaml", "--name"],
+        *(["evaluate"], ["explain"], ["intervene"]),
+        ["import", "detr-r50", "--as"],
+        ["sweep", "papermill_runs/configs/quickstart.yaml", "--name"],
+    ],
+    ids=lambda door: door[0],
+)
+def test_no_door_takes_a_name_that_is_none(door):
+    for name in ("", "..", "a\nb", "x" * 300, "configs", "README.md"):
+        assert "names no run" in refused(*door, name), name
+
+
+def test_models_of_a_name_that_nothing_has_are_one_line(tmp_path):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (9, 9)).save(picture)
+    for name in ("x" * 300, "a\nb", "../none"):
+        for words in (["predict", name, picture], ["export", name, tmp_path / "out.safetensors"]):
+            assert name[:7].replace("\n", r"\n") in refused(*words)
+
+
 def in_a_process(*words):
     return subprocess.run(
         [sys.executable, "-m", "detrlib", *map(str, words)],

@@ -138,9 +138,9 @@ def find_files(folder: Path, names: list[str]) -> tuple[list[str], int, list[int
 def are_pictures(text: str) -> bool:
     """Whether a text names pictures that exist: a file of a known kind or content, a folder, a list, or a pattern."""
     path = Path(text)
-    if path.is_file():
+    if os.path.isfile(path):  # which a name that is too long, or of a folder that is closed, does not break
         return path.suffix.lower() in (*SUFFIXES, ".json") or _fault(path) is None
-    return path.is_dir() or bool(_matches(text))
+    return os.path.isdir(path) or bool(_matches(text))
 
 
 def readable(pictures: Sequence[Picture]) -> tuple[list[Picture], dict[str, str]]:

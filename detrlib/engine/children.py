@@ -34,9 +34,12 @@ def passing_on(tell: Callable[[], None]) -> Iterator[list[signal.Signals]]:
 
     Those that are ignored, as by nohup, stay so. In a thread other than the first no signal comes, and none is taken.
     """
-    came, last = [], [-SAME]
+    came, last, process = [], [-SAME], os.getpid()
 
     def take(number: int, _frame: object) -> None:
+        if os.getpid() != process:  # a fork, such as one that decodes pictures: not its matter
+            signal.signal(number, before[number])
+            return signal.raise_signal(number)
         since, last[0] = time.monotonic() - last[0], time.monotonic()
         came.append(signal.Signals(number))
         if len(came) == 1 or since > SAME:

@@ -169,6 +169,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             runs.note_stop(self.run_dir, self.state.global_step, by)
             self.say(self.state.best_so_far(self.run_dir))
+        self.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one has left
         raise Stopped(f"stopped by {by} at {where}, and saved; the same run name goes on there")
 
     def _finish(self) -> dict:

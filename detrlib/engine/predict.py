@@ -9,6 +9,7 @@ Pictures are prepared as those of the run's validation are, so that a picture of
 an evaluation gives. Legend: B images, H heads, Q queries, K keys, n detections of a picture.
 """
 
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ def open_detectors(names: Sequence[str], device: str | None = None, checkpoint: 
         try:
             detectors.append(open_detector(name, device, checkpoint))
         except WeightsError as error:
-            known = Path(name).is_file() or name in (*PUBLISHED, *ELSEWHERE)
+            known = os.path.isfile(name) or name in (*PUBLISHED, *ELSEWHERE)
             lost = "" if known else f"; nor is there a picture or a folder {name!r}"
             raise WeightsError(f"{error}{lost}") from None
     labels = [each.label for each in detectors]
@@ -228,8 +229,8 @@ def models_and_pictures(words: Iterable[str]) -> tuple[list[str], list[str]]:
     for word in dict.fromkeys(words):
         if not word.strip():  # would be the working directory
             raise ConfigError("one of the models and pictures is an empty text; is a variable of the shell not set?")
-        path, run = Path(word), (RUNS / word / "config.yaml").is_file() and not word.startswith(".")
-        model = any((path / name).is_file() for name in ("config.yaml", "config.json"))  # a run, or Hugging Face's
+        path, run = Path(word), os.path.isfile(RUNS / word / "config.yaml") and not word.startswith(".")
+        model = any(os.path.isfile(path / name) for name in ("config.yaml", "config.json"))  # a run, or Hugging Face's
         picture = not model and (are_pictures(word) or path.suffix.lower() in SUFFIXES)
         if picture and (run or word in (*PUBLISHED, *ELSEWHERE)):
             other = f"{RUNS.name}/{word} for the run" if run else "rename it for the published weights"

@@ -8,6 +8,7 @@ same name, and of no-object. And attention may have another transform: what the 
 out (its alphas, for example), what the new one has to learn stays as initialised.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -105,7 +106,7 @@ def starting_model(cfg: Config, train_set: CocoDataset | None = None) -> tuple[n
     model, start = initial_model(cfg, "none" if given else weights), None
     if cfg.train.start:
         file = project_path(cfg.train.start)
-        source = open_source(file if file.is_file() else cfg.train.start)
+        source = open_source(file if os.path.isfile(file) else cfg.train.start)
         start = take_over(model, source, cfg.model, train_set.names)
     elif theirs:
         source = adapted_source(source_folder(theirs, weights=True))

@@ -236,8 +236,8 @@ def _work_off(jobs: list[Job], waiting: list[Job], slots: int) -> None:
     start = time.monotonic()
     bar = tqdm(total=1, bar_format="{percentage:3.0f}% {bar:20}{postfix}", dynamic_ncols=True, disable=None)
     with bar, ThreadPoolExecutor(slots) as pool:
-        left = {pool.submit(work, job) for job in waiting}
         try:
+            left = {pool.submit(work, job) for job in waiting}
             while left:
                 known = _report(jobs, slots, start, bar)
                 done, left = wait(left, LINES[known] if bar.disable else SECONDS)

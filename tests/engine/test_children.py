@@ -77,6 +77,16 @@ def test_a_signal_is_handed_on_once_and_later_again(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_fork_takes_no_signals_for_its_parent():
+    with passing_on(lambda: os._exit(9)):
+        child = os.fork()
+        if not child:
+            time.sleep(600)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+
+
 def test_what_is_ignored_stays_so():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
