@@ -16,10 +16,11 @@ from typer import Argument, Option
 
 from detrlib import errors
 from detrlib.benchmarks import programs, run_program
-from detrlib.errors import STOPPED, ConfigError, DataError, DetrlibError, Stopped, is_foreseen, listed, show_messages
+from detrlib.errors import STOPPED, ConfigError, DataError, Stopped, fault_of, listed, show_messages
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
+MOST_PIXELS = 2**14  # of a side, as of data.image_size
 PAIRS = ("--set", "--map", "-p")  # options that take NAME=VALUE, once or several times
 
 
@@ -37,10 +38,10 @@ class Commands(typer.core.TyperGroup):
         except Stopped as stopped:
             typer.echo(stopped, err=True)
             raise typer.Exit(STOPPED) from None
-        except (DetrlibError, OSError) as error:
-            if not is_foreseen(error):
+        except Exception as error:
+            if not (fault := fault_of(error)):
                 raise
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {fault}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("interrupted; the same command continues where it can", err=True)
@@ -89,9 +90,12 @@ def pairs(items: list[str], option: str, example: str) -> dict[str, str]:
 def values_in(text: str | None, option: str, kind: type = str) -> list[Any]:
     """ "1,1.5,2" as a list. Raises ConfigError naming the option."""
     try:
-        return [kind(part.strip()) for part in text.split(",")] if text else []
+        values = [] if text is None else [kind(part.strip()) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{option} {text}: expected values between commas, e.g. 1,1.5,2") from None
+        values = [""]
+    if "" in values:
+        raise ConfigError(f"{option} {text!r}: expected values between commas, e.g. 1,1.5,2")
+    return values
 
 
 def in_words(numbers: dict[str, float]) -> str:
@@ -256,12 +260,12 @@ def explain(
     run: RunName,
     images: Annotated[int, Option(min=1, help="the first images of the validation split")] = 50,
     methods: Annotated[str | None, Option(metavar="A,B", help="default: those of a pass or two; also drise")] = None,
-    masks: Annotated[int, Option(min=1, help="of drise, published with 5000")] = 1000,
-    steps: Annotated[int, Option(min=2, help="of deletion and of insertion")] = 16,
+    masks: Annotated[int, Option(min=1, max=10**6, help="of drise, published with 5000")] = 1000,
+    steps: Annotated[int, Option(min=2, max=4096, help="of deletion and of insertion")] = 16,
     checkpoint: Checkpoint = "last",
     unit: Annotated[Literal["cell", "pixel"], Option(help="what is deleted at a time")] = "cell",
     replacement: Annotated[Literal["mean", "blur"], Option(help="of deleted pixels")] = "mean",
-    min_score: Annotated[float, Option(help="of the detections that are explained")] = 0.3,
+    min_score: Annotated[float, Option(min=0, max=1, help="of the detections explained")] = 0.3,
     all_queries: Annotated[bool, Option("--all-queries", help="also those that no object is matched to")] = False,
     batch_size: Annotated[int, Option(min=1, help="pictures the model sees at a time")] = 64,
     gpus: Gpus = None,
@@ -442,7 +446,9 @@ def costs(
     settings: Settings = [],  # noqa: B006
     size: Annotated[str, Option(metavar="H,W", help="pixels of the image; default: data.image_size, at 3:4")] = "",
     latency: Annotated[bool, Option("--latency", help="also measure milliseconds")] = False,
-    memory: Annotated[float | None, Option(metavar="GIB", help="also say how many images train in so much")] = None,
+    memory: Annotated[
+        float | None, Option(metavar="GIB", min=0.01, max=10**6, help="also say how many images train in so much")
+    ] = None,
 ) -> None:
     """Parameters, GFLOPs and time of a model, by component, and the memory that training takes."""
     from detrlib.config import load_config
@@ -452,8 +458,8 @@ def costs(
     cfg = load_config(config, {"model.num_classes": 91} | pairs(settings, "--set", "model.norm=pre"))
     short = cfg.data.image_size
     pixels = values_in(size or f"{short},{short * 4 // 3}", "--size", int)
-    if len(pixels) != 2 or min(pixels) < 1:
-        raise ConfigError(f"--size {size}: expected height and width in pixels, e.g. 800,1066")
+    if len(pixels) != 2 or min(pixels) < 1 or max(pixels) > MOST_PIXELS:
+        raise ConfigError(f"--size {size}: expected height and width, 1 to {MOST_PIXELS} pixels, e.g. 800,1066")
     model = build_model(cfg.model, backbone_weights="none")
     table = cost_table({config.stem: model}, tuple(pixels)).drop(columns="model")
     if latency:
@@ -490,8 +496,13 @@ def huggingface(
     ] = "softmax",
     null_keys: Annotated[str, Option(metavar="A,B", help="none, zero: beside each of the transforms")] = "none",
     sites: Annotated[str | None, Option(metavar="A,B", help="default: all that a model has")] = None,
-    sharpen: Annotated[float | None, Option(help="standard deviation of scores; default for random weights: 4")] = None,
-    size: Annotated[int, Option(min=64, help="pixels of noise and, for random weights, of the shorter side")] = 640,
+    sharpen: Annotated[
+        float | None,
+        Option(min=0, max=1000, help="standard deviation of scores; default for random weights: 4"),
+    ] = None,
+    size: Annotated[
+        int, Option(min=64, max=MOST_PIXELS, help="pixels of noise and, for random weights, of the shorter side")
+    ] = 640,
     cpu: Annotated[bool, Option("--cpu", help="stay on the CPU where there is a GPU")] = False,
     batch_size: Annotated[int, Option(min=1, help="images a model sees at a time")] = 4,
     out: Annotated[Path | None, Option(help="folder for the table, and for what is resumed from")] = None,

@@ -6,9 +6,13 @@ The command line prints it and ends with a code that is not zero; notebooks show
 import errno
 import logging
 import os
+import re
 from collections.abc import Iterable
 
 STOPPED = 75  # exit code of a training that a signal has stopped: EX_TEMPFAIL of sysexits.h, "start me again"
+
+
+SHORT_OF_MEMORY = re.compile(r"tried to allocate [\d.]+ \w+|size calculation overflowed|out of memory[^.]*", re.I)
 
 
 class DetrlibError(Exception):
@@ -51,9 +55,13 @@ class Stopped(DetrlibError):
 OUTSIDE = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ENAMETOOLONG", "EMFILE")
 
 
-def is_foreseen(error: Exception) -> bool:
-    """Whether an error is one of ours, or comes from a disk or from rights, wherever a file is touched."""
-    return isinstance(error, DetrlibError) or errno.errorcode.get(getattr(error, "errno", None)) in OUTSIDE
+def fault_of(error: Exception) -> str | None:
+    """What an error says that is one of ours, or of a disk, of rights or of memory; None: it is a defect."""
+    if isinstance(error, DetrlibError):
+        return str(error)
+    if errno.errorcode.get(getattr(error, "errno", None)) in OUTSIDE:
+        return in_one_line(error)
+    return memory_fault(error)
 
 
 def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:
@@ -66,6 +74,15 @@ def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:
 def in_one_line(error: BaseException) -> str:
     """What an error says, or its kind where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def memory_fault(error: Exception) -> str | None:
+    """In one line, that memory was short, where an exception of Python's or PyTorch's says so; None: it says else."""
+    said = SHORT_OF_MEMORY.search(str(error))
+    if said is None and not isinstance(error, MemoryError):
+        return None
+    what = f" ({' '.join(said[0].split())})" if said else ""
+    return f"memory is short{what}; smaller images, fewer of them at a time, or a smaller model take less of it"
 
 
 def is_main_process() -> bool:

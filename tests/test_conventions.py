@@ -33,24 +33,24 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 925,
-    "config": 1320,
+    ".": 955,
+    "config": 1400,
     "attention": 2165,
     "attention/kernels": 1030,
     "models": 3190,
     "losses": 380,
     "checkpoints": 1430,
-    "data": 3520,
+    "data": 3610,
     "metrics": 2585,
     "runs": 2300,
-    "engine": 3600,
-    "experiments": 3670,
-    "figures": 3410,
+    "engine": 3800,
+    "experiments": 3940,
+    "figures": 3425,
     "teaching": 570,
     "benchmarks": 2460,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 545  # the command line: every option of every command is a line
+LONGEST_COMMANDS = 555  # the command line: every option of every command is a line
 
 
 def relative(path):
@@ -159,7 +159,7 @@ def test_public_functions_and_classes_have_docstrings(path):
 
 @each([path for folder in ("detrlib", "tests") for path in sorted((PROJECT / folder).rglob("*.py"))])
 def test_files_stay_short(path):
-    longest = LONGEST_FILE if path.is_relative_to(LIBRARY) else 480
+    longest = LONGEST_FILE if path.is_relative_to(LIBRARY) else 510
     assert len(path.read_text().splitlines()) <= (LONGEST_COMMANDS if path.name == "__main__.py" else longest)
 
 

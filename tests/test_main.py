@@ -141,7 +141,6 @@ def test_settings_that_are_none(tmp_path, config):
     assert "train.lr=1e-4" in refused("train", config, *name, "--set", "train.lr", "1e-4")
     assert "tiny.yaml" in refused("train", config.with_name("tony.yaml"), *name)
     assert "--name" in refused("train", config, code=2)
-    assert "--processes" in refused("train", config, *name, "--processes", 0, code=2)
     assert "sweep" in refused("train", "papermill_runs/configs/quickstart.yaml", *name)
     assert not (tmp_path / "run").exists()
 
@@ -267,7 +266,6 @@ def test_predictions_that_cannot_be_made(run_dir, photos, tmp_path):
         ([run_dir, picture, "--head", "first"], "--head first"),
     ):
         assert named in refused("predict", *words, *out)
-    assert "--score" in refused("predict", run_dir, picture, "--score", 2, code=2)
     assert "a.png is a file" in refused("predict", run_dir, picture, "--out", picture)
     assert not (tmp_path / "out").exists()
 
@@ -277,9 +275,7 @@ def test_explain(run_dir):
     assert "insertion low" in detrlib(*words, "--methods", "raw,odam,drise,random", "--masks", 4)
     frame = pd.read_parquet(run_dir / "measures" / "faithfulness.parquet")
     assert set(frame["method"]) == {"raw", "odam", "drise", "random"} and frame["image_id"].nunique() == 3
-    assert "--masks" in refused(*words, "--masks", 0, code=2)
     assert "nonsense" in refused(*words, "--methods", "nonsense")
-    assert "--steps" in refused("explain", run_dir, "--steps", 1, code=2)
 
 
 def test_intervene(run_dir):
@@ -378,7 +374,6 @@ def test_sweep(tmp_path, config, monkeypatch):
     assert detrlib("sweep", config, "--name", tmp_path / "many", "--parallel", 2) == "report.html\n"
     detrlib("sweep", config)
     assert asked == [(config, tmp_path / "many", 2), (config, None, None)]
-    assert "--parallel" in refused("sweep", config, "--parallel", 0, code=2)
     monkeypatch.undo()
     assert "tiny.yaml" in refused("sweep", config, "--name", tmp_path / "many")  # the settings of one run
     (tmp_path / "sweep.yaml").write_text("base: tiny.yaml\nruns: {one: 3}")
@@ -452,7 +447,8 @@ def test_check(config, tmp_path):
 def test_costs(config):
     shown = detrlib("costs", config, "--size", "64,96")
     assert len(shown.splitlines()) > 3 and "backbone" in shown
-    assert "--size" in refused("costs", config, "--size", "a,b")
+    for size in ("a,b", "1000000000,1000000000"):
+        assert "--size" in refused("costs", config, "--size", size)
     own = detrlib("costs", config, "--set", "data.image_size=48", "--memory", "1")
     assert "of 48 x 64 pixels" in own.splitlines()[-1]
     *_, line = detrlib("costs", config, "--size", "64,96", "--memory", "1").splitlines()
@@ -495,9 +491,31 @@ def test_every_command_has_a_line_of_help():
     assert "nonsense" in refused("nonsense", code=2)
 
 
+MEANINGLESS = (
+    "predict r a.png --score nan; predict r a.png --score 2; explain r --min-score nan; explain r --steps 1000000000; "
+    "explain r --steps 1; explain r --masks 1000000000; explain r --masks 0; costs c.yaml --memory nan; "
+    "costs c.yaml --memory inf; huggingface --sharpen nan; huggingface --size 2000000000; sweep s.yaml --parallel -1; "
+    "sweep s.yaml --parallel 0; train c.yaml --name r --processes 0"
+)
+
+
+@pytest.mark.parametrize("words", MEANINGLESS.split("; "))
+def test_numbers_that_mean_nothing_are_refused_by_their_option(words):
+    assert words.split()[-2] in refused(*words.split(), code=2)
+
+
+def test_memory_that_is_short_is_one_line(config, tmp_path, monkeypatch):
+    def short(*given, **named):
+        raise RuntimeError("[enforce fail]\nDefaultCPUAllocator: you tried to allocate 256 bytes. Buy more")
+
+    monkeypatch.setattr(door, "train", short)
+    assert "256 bytes" in refused("train", config, "--name", tmp_path / "run")
+
+
 def test_lists_between_commas():
     assert (
         commands.values_in("1,1.5, 2", "--alphas", float) == [1, 1.5, 2] and commands.values_in(None, "--alphas") == []
     )
-    with pytest.raises(DetrlibError, match="--alphas"):
-        commands.values_in("1;2", "--alphas", float)
+    for text in ("1;2", "1,,2", ""):
+        with pytest.raises(DetrlibError, match="--alphas"):
+            commands.values_in(text, "--alphas", float)

@@ -1,4 +1,4 @@
-"""Typed, frozen settings (`settings`, `model`, `attention`, ...), and how files and overrides become them (`load`)."""
+"""Typed, frozen settings (`settings`, `model`, ...), and how files (`yaml_text`) and overrides become them (`load`)."""
 
 from detrlib.config.attention import TransformName
 from detrlib.config.huggingface import HuggingFace
@@ -8,11 +8,10 @@ from detrlib.config.load import (
     flat_settings,
     known_settings,
     load_config,
-    parse_value,
     project_path,
-    read_yaml,
     replace,
     save_config,
 )
 from detrlib.config.model import Backbone, Deformable, Detr
 from detrlib.config.settings import Config, Data, Evaluate, Loss, Model, Shapes, Train
+from detrlib.config.yaml_text import parse_value, read_yaml

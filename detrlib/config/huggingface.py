@@ -61,7 +61,7 @@ class HuggingFace(Attending):
     type: Kind | None = None  # without a source: weights are drawn at random
     # Of transformers' configuration, where not as in the source, or as is the rule for the type.
     options: dict[str, Any] = Field(default_factory=dict)
-    square: int = Field(640, ge=32, multiple_of=32)  # side that images are resized to, of types that need one
+    square: int = Field(640, ge=32, le=2**14, multiple_of=32)  # side that images are resized to, of types that need one
     # Stem and first stage of the backbone, as DETR and its kin have it; None: if these have weights of a source to keep
     freeze_stem: bool | None = None
     attention: Attention = Attention()

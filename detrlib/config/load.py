@@ -8,7 +8,10 @@ Precedence, lowest first: defaults < base < file < dotted overrides. Unknown key
 
 import difflib
 import re
+import reprlib
 import typing
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,12 @@ from pydantic import BaseModel, ValidationError
 
 from detrlib.config.section import Section
 from detrlib.config.settings import FAMILIES, Config
-from detrlib.errors import ConfigError
+from detrlib.config.yaml_text import Dumper, parse_value, read_yaml
+from detrlib.errors import ConfigError, listed
 
 PROJECT = Path(__file__).resolve().parents[2]
+IN_SHORT = reprlib.Repr()  # what was given, in a message, however long it is
+IN_SHORT.maxstring = IN_SHORT.maxother = 80
 
 PADDING = "model.compatibility.padding"
 # Settings that have moved; files and overrides that use the old names keep working.
@@ -86,7 +92,7 @@ def replace(cfg: Config, overrides: dict[str, Any]) -> Config:
 
 def save_config(cfg: Config, path: Path) -> None:
     """Write the whole of `cfg`, defaults included, so that a run folder needs no other file to be understood."""
-    path.write_text(yaml.dump(cfg.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False))
+    path.write_text(yaml.dump(cfg.model_dump(mode="json"), Dumper=Dumper, sort_keys=False))
 
 
 def changed_settings(cfg: Config, base: Config) -> dict[str, Any]:
@@ -103,7 +109,7 @@ def flat_settings(section: Section, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Section):
             flat |= flat_settings(value, f"{prefix}{name}.")
         else:
-            flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+            flat |= dict(_flat(value, f"{prefix}{name}.")) if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
@@ -114,38 +120,6 @@ def project_path(path: str | Path) -> Path:
 
 
 # Reading
-
-
-def read_yaml(path: Path) -> dict:
-    """A YAML mapping; numbers such as 1e-4 are numbers. Raises ConfigError naming the file."""
-    try:
-        values = yaml.load(path.read_text(), Loader=_Loader)
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.0)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{path}: no such config file{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as a config file: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected settings such as 'train: {{epochs: 2}}', found {type(values).__name__}")
-    return values
-
-
-def parse_value(value: Any) -> Any:
-    """Text as YAML reads it ("1e-4" is a number, "[1, 2]" a list); anything else as it is.
-
-    Raises ConfigError for text that is no YAML.
-    """
-    if not isinstance(value, str):
-        return value
-    try:
-        return yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{value!r} is not valid YAML: {_one_line(error)}") from None
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -164,8 +138,11 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _settings(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Sections within each other, or dotted names, as dotted settings under their names of today."""
-    given, settings, padding = _flat(values), {}, []
-    for key, value in given.items():
+    each, settings, padding = list(_flat(values)), {}, []
+    if twice := [key for key, count in Counter(key for key, _ in each).items() if count > 1]:
+        raise ConfigError(f"{where}: {twice[0]} is given twice, in a section and by its dotted name; keep one")
+    given = dict(each)
+    for key, value in each:
         _check_known(key, where)
         if key in DOUBLED:
             settings[DOUBLED[key]] = _half(key, value, given, where)
@@ -195,15 +172,13 @@ def _overrides(values: dict[str, Any]) -> dict[str, Any]:
     return _settings({key: parse_value(value) for key, value in values.items()}, "an override")
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict):
-            flat |= _flat(value, f"{key}.")
+            yield from _flat(value, f"{key}.")
         elif not (value is None and any(known.startswith(f"{key}.") for known in KNOWN)):  # a section left empty
-            flat[key] = value
-    return flat
+            yield key, value
 
 
 def _over(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
@@ -212,27 +187,6 @@ def _over(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     if isinstance(family, str) and family in FAMILIES and family != low.get(ARCHITECTURE, "detr"):
         low = {key: value for key, value in low.items() if not key.startswith("model.") or _knows(family, key)}
     return low | high
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; a float pattern of YAML 1.2 in front mends that."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+0123456789.")
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what the loader would read as a number, such as a class of the name 1e3."""
-
-
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 # Checking
@@ -329,7 +283,7 @@ def _explain(error: ValidationError) -> str:
         if fault["type"] == "union_tag_invalid":
             where, fault["input"] = "model.architecture", fault["ctx"]["tag"]
             fault["msg"] = f"must be one of {', '.join(FAMILIES)}"
-        given = "" if isinstance(fault["input"], dict | BaseModel) else f" (given {fault['input']!r})"
+        given = "" if isinstance(fault["input"], dict | BaseModel) else f" (given {IN_SHORT.repr(fault['input'])})"
         message = fault["msg"].removeprefix("Value error, ")
         choices = list(FAMILIES) if where == "model.architecture" else re.findall(r"'(\w+)'", message)
         text = fault["input"] if isinstance(fault["input"], str) else ""  # no is not all
@@ -337,4 +291,4 @@ def _explain(error: ValidationError) -> str:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         hint = "; write a list, such as [1, 2]" if fault["type"] == "tuple_type" else hint
         lines.append(f"{where}: {message}{given}{hint}" if given else message)
-    return "; ".join(dict.fromkeys(lines))
+    return listed(dict.fromkeys(lines), 4, "; ")

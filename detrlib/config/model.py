@@ -6,12 +6,14 @@ and the remedy. The third family, detectors of transformers, stands in `config.h
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from detrlib.config.attention import Anneal, NullKey, OwnAttention, OwnQueryAttention, SiteName
 from detrlib.config.section import Section
 
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
+MOST_CLASSES = 100_000  # of a class head
+MOST_LAYERS, MOST_TOKENS = 1000, 100_000  # beyond any that were made: a slip of the keyboard, which no memory holds
 
 
 class Backbone(Section):
@@ -42,7 +44,7 @@ class Polling(Section):
     """PnP-DETR: encoder and decoder see the best cells, and a few tokens pooled from all others."""
 
     ratio: Ratio | None = None  # share of an image's cells that are kept; None: no polling
-    pooled: int = Field(30, ge=0)  # tokens; published: 30, and 100 for DC5
+    pooled: int = Field(30, ge=0, le=MOST_TOKENS)  # tokens; published: 30, and 100 for DC5
     # Every training step draws a ratio between these, so that one model serves them all; published: 1/3 and 0.8
     train_ratios: tuple[Ratio, Ratio] | None = None
 
@@ -50,10 +52,10 @@ class Polling(Section):
 class DeformableOptions(Section):
     """Deformable DETR, and on top of it the options of Efficient DETR and of Sparse DETR."""
 
-    levels: int = Field(4, ge=1)  # of the pyramid; those beyond the stages are made by convolutions of stride 2
+    levels: int = Field(4, ge=1, le=16)  # of the pyramid; those beyond the stages are made by convolutions of stride 2
     stages: tuple[int, ...] | None = None  # of the backbone, 1 to 4; None: the last three, or for one level the last
-    encoder_points: int = Field(4, ge=1)  # per head and level
-    decoder_points: int = Field(4, ge=1)
+    encoder_points: int = Field(4, ge=1, le=1024)  # per head and level
+    decoder_points: int = Field(4, ge=1, le=1024)
     refine: bool = False  # every decoder layer corrects the boxes of the one before
     two_stage: bool = False  # queries are the encoder's best proposals
     query_init: Literal["position", "memory"] = "position"  # content of queries: from the proposal's box, or its token
@@ -124,10 +126,19 @@ class DeformableCompatibility(Compatibility):
     dam: Literal["exact", "official"] = "exact"  # decoder attention maps half a cell off: Sparse DETR
 
 
+def _fit_a_head(classes: int) -> int:
+    if classes > MOST_CLASSES:
+        raise ValueError(
+            f"no head can have more than {MOST_CLASSES} classes; where category ids are numbers with gaps, set "
+            "data.contiguous: true and leave this out"
+        )
+    return classes
+
+
 class Attending(Section):
     """What all families have in common: sites with transforms, and classes."""
 
-    num_classes: int | None = Field(None, ge=1)  # None: taken from the data
+    num_classes: Annotated[int, Field(ge=1), AfterValidator(_fit_a_head)] | None = None  # None: taken from the data
 
     @model_validator(mode="after")
     def _annealed_sites_have_an_alpha(self):
@@ -224,15 +235,15 @@ class Architecture(Attending):
     """What the two families of this library have in common."""
 
     backbone: Backbone = Backbone()
-    hidden_dim: int = Field(256, ge=8, multiple_of=4)  # sines and cosines of x and y: a multiple of 4
+    hidden_dim: int = Field(256, ge=8, le=2**16, multiple_of=4)  # sines and cosines of x and y: a multiple of 4
     num_heads: int = Field(8, ge=1)
-    encoder_layers: int = Field(6, ge=0)
-    decoder_layers: int = Field(6, ge=1)
-    feedforward_dim: int = Field(2048, ge=1)
+    encoder_layers: int = Field(6, ge=0, le=MOST_LAYERS)
+    decoder_layers: int = Field(6, ge=1, le=MOST_LAYERS)
+    feedforward_dim: int = Field(2048, ge=1, le=2**20)
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     position: Literal["sine", "learned"] = "sine"
     position_temperature: float = Field(10000.0, gt=0.0)
-    num_queries: int = Field(100, ge=1)
+    num_queries: int = Field(100, ge=1, le=MOST_TOKENS)
 
     @model_validator(mode="after")
     def _heads_share_the_channels(self):
@@ -254,7 +265,7 @@ class Detr(Architecture):
     architecture: Literal["detr"] = "detr"
     attention: OwnAttention = OwnAttention()
     polling: Polling = Polling()
-    registers: int = Field(0, ge=0)  # learned tokens beside those of the image in the encoder
+    registers: int = Field(0, ge=0, le=MOST_TOKENS)  # learned tokens beside those of the image in the encoder
     norm: Literal["post", "pre"] = "post"
     # learned: positions; conditional: positions that stand for points, as in Conditional DETR; anchor: reference boxes,
     # as in DAB-DETR. The last two have conditional cross-attention.

@@ -26,9 +26,14 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """`train.micro_batch: true` was meant to be something else than 1."""
-        kind = cls.model_fields[info.field_name].annotation
-        kinds = {getattr(part, "__origin__", part) for part in (kind, *get_args(kind))}
-        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+        """`train.micro_batch: true` was meant to be something else than 1; nor is it one in a list."""
+        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        among = value if isinstance(value, list | tuple) else [value]
+        if bool not in kinds and kinds & {int, float} and any(isinstance(one, bool) for one in among):
             raise ValueError("expected a number")
         return value
+
+
+def _kinds(annotation: Any) -> set:
+    """The types that a value, or an entry of it, may be of."""
+    return {annotation}.union(*(_kinds(part) for part in get_args(annotation)))

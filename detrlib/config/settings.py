@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from detrlib.config.agreement import disagreement
 from detrlib.config.attention import SiteName
 from detrlib.config.huggingface import HuggingFace
-from detrlib.config.model import Deformable, Detr
+from detrlib.config.model import MOST_CLASSES, Deformable, Detr
 from detrlib.config.section import Section
 
 FAMILIES = {"detr": Detr, "deformable": Deformable, "huggingface": HuggingFace}
@@ -30,9 +30,9 @@ Model = Annotated[
 class Shapes(Section):
     """The embedded data set, drawn once per combination of these values."""
 
-    train: int = Field(4000, ge=0)
-    val: int = Field(500, ge=0)
-    size: int = Field(128, ge=64)  # side of the square images, pixels
+    train: int = Field(4000, ge=0, le=10**6)
+    val: int = Field(500, ge=0, le=10**6)
+    size: int = Field(128, ge=64, le=4096)  # side of the square images, pixels
     seed: int = Field(0, ge=0)
 
 
@@ -61,7 +61,7 @@ class Data(Section):
     truncated: Literal["refuse", "accept"] = "refuse"  # JPEG files cut short; accept: what is left of them, then grey
     # Before training: decode every picture once (all; remembered, about 5 ms each and core), read the headers, or none.
     check: Literal["all", "headers", "none"] = "all"
-    image_size: int = Field(800, ge=32)  # shorter side in validation; training scales are relative to it
+    image_size: int = Field(800, ge=32, le=2**14)  # shorter side in validation; training scales are relative to it
     augment: Literal["detr", "flip", "none"] = "detr"
     # Whether every image draws its size in augment: detr, as published, or a batch does for all of its images, of whose
     # pixels less is padding then (metrics: extra/padding).
@@ -69,7 +69,7 @@ class Data(Section):
     cache: bool = False  # keep decoded images in memory, at the largest scale that training draws
     # Processes that prepare images; auto: one for every core that the training processes of the machine leave, 8 at
     # most, and none with `cache`. Results do not depend on it.
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
     shapes: Shapes = Shapes()
 
     @property
@@ -81,6 +81,8 @@ class Data(Section):
     def _classes_have_names(self):
         if self.classes is not None and not any(name and name.strip() for name in self.classes):
             raise ValueError("data.classes names no class; leave it out to take those of the training split")
+        if len(self.classes or ()) > MOST_CLASSES:
+            raise ValueError(f"data.classes: {len(self.classes)} are more than the {MOST_CLASSES} that there may be")
         return self
 
     @model_validator(mode="after")
@@ -102,6 +104,14 @@ class Loss(Section):
     no_object: float = Field(0.1, gt=0.0)  # weight of the no-object class in the cross-entropy
     focal_alpha: float = Field(0.25, gt=0.0, lt=1.0)
     auxiliary: bool = True  # a loss after every decoder layer
+
+    @model_validator(mode="after")
+    def _something_counts(self):
+        for kind, what in (("weight", "nothing is learned"), ("cost", "any query is as good as another")):
+            names = [f"loss.{kind}_{part}" for part in ("class", "bbox", "giou")]
+            if not any(getattr(self, name.removeprefix("loss.")) for name in names):
+                raise ValueError(f"{', '.join(names)} are all 0: {what}; raise one of them")
+        return self
 
 
 class Tracking(Section):
@@ -125,7 +135,7 @@ class Train(Section):
     epochs: int = Field(300, ge=1)
     # Updates of an epoch, whatever the number of images, which come in one permutation after the other; None: one pass
     # over the data, without the images that fill no batch.
-    epoch_updates: int | None = Field(None, ge=1)
+    epoch_updates: int | None = Field(None, ge=1, le=10**6)
     batch_size: int = Field(16, ge=1)  # over all processes: results do not depend on their number
     # Images that a process has on its device at a time, the last ones fewer where it does not divide a batch: gradients
     # add up to those of the batch. None: all at once; auto: the most that fit on the GPU, found by trying

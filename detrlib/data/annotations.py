@@ -141,7 +141,8 @@ def first_fault(error: ValidationError, index: str = "[{}]", start: int = 0) -> 
 def _fault(error: ValidationError, data: bytes) -> str:
     fault = error.errors(include_url=False)[0]
     if fault["type"] == "json_invalid":
-        return f"{fault['msg']}; was the download or the export complete?"
+        remedy = "was the download or the export complete?" if _is_utf8(data) else "it is no text in UTF-8: save it so"
+        return f"{fault['msg']}; {remedy}"
     if len(fault["loc"]) < 2:
         return f"{first_fault(error)}; COCO format needs lists 'images', 'annotations' and 'categories'"
     section, number, *field = fault["loc"]
@@ -149,6 +150,14 @@ def _fault(error: ValidationError, data: bytes) -> str:
     whose = f" [id {entry['id']}]" if isinstance(entry, dict) and "id" in entry else ""
     remedy = "a box is [x, y, width, height] in pixels" if field[:1] == ["bbox"] else "correct or remove this entry"
     return f"{first_fault(error)}{whose}; {remedy}"
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _check_references(content: Annotations, path: Path) -> None:
@@ -184,7 +193,7 @@ def _complete_boxes(annotations: list[Annotation], path: Path) -> None:
             )
         try:
             annotations[number]["bbox"] = _around(entry["segmentation"]) if entry.get("segmentation") else []
-        except (TypeError, ValueError, KeyError, IndexError) as error:
+        except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
             raise DataError(
                 f"{where}.segmentation: no box can be taken from it ({error}) [id {entry.get('id')}]; polygons are "
                 "lists [x, y, x, y, ...] in pixels; correct it, or give a bbox"
@@ -198,7 +207,10 @@ def _around(segmentation: Any) -> list[float]:
 
         height, width = segmentation["size"]
         encoded = isinstance(segmentation["counts"], list)
-        return mask.toBbox(mask.frPyObjects(segmentation, height, width) if encoded else segmentation).tolist()
+        box = mask.toBbox(mask.frPyObjects(segmentation, height, width) if encoded else segmentation).tolist()
+        if box[0] + box[2] > width or box[1] + box[3] > height:
+            raise ValueError(f"its runs are longer than {height} x {width} pixels")
+        return box
     polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
     points = [float(value) for polygon in polygons for value in polygon]
     if len(points) % 2 or len(points) < 4:

@@ -64,7 +64,8 @@ def resized(height: int, width: int, shorter: int, longest: int | None = None) -
     short, long = min(height, width), max(height, width)
     if longest is not None and long / short * shorter > longest:
         shorter = round(longest * short / long)
-    shorter = max(shorter, 1)
+        if shorter < 1:  # of a line of pixels no ratio can be kept
+            return (1, longest) if height <= width else (longest, 1)
     if short == shorter:
         return height, width
     other = int(shorter * long / short)

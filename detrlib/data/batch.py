@@ -1,8 +1,11 @@
 """A batch of images of different sizes: padded to one size, with a mask that tells image from padding."""
 
+import atexit
 import logging
 import math
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterable, Iterator
@@ -17,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from detrlib.config import Data
 from detrlib.data.augment import LONGEST, PAPER_SIZE, normalised
 from detrlib.data.shapes import cores
-from detrlib.errors import ConfigError, DataError
+from detrlib.errors import ConfigError, DataError, RunError
 
 MOST_WORKERS = 8  # that are taken unasked: each decodes and augments some 200 photographs a second
 SHARED, AHEAD = Path("/dev/shm"), 3  # where batches of workers lie, and how many of each: two are prepared ahead
@@ -149,6 +152,8 @@ def open_loader(dataset: Dataset, settings: Data, pinned: bool, **order: Any) ->
     """
     images = order["batch_sampler"].own_size if "batch_sampler" in order else order.get("batch_size", 1)
     workers = worker_processes(settings, images)
+    if workers:
+        _end_workers_at_exit()
     return DataLoader(
         dataset,
         collate_fn=pack,
@@ -168,13 +173,22 @@ def _leave_signals_to_training(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def worker_processes(settings: Data, images: int) -> int:
+@cache
+def _end_workers_at_exit() -> None:
+    """Python ends what it has started by SIGTERM, which workers leave to training, and then waits; the traceback of a
+    fault may keep a loader, and so its workers, until then."""
+    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children() if child.daemon])
+
+
+def worker_processes(settings: Data, images: int, processes: int | None = None) -> int:
     """How many processes prepare batches of so many images: by `data.workers`, or for each core that is left.
+
+    processes: of the training, on this machine; None: as torchrun says.
 
     One that finds no room in shared memory never sends its batch, and who waits for that waits for ever; containers
     often have 64 MB. Raises ConfigError where more are asked for than there is room for.
     """
-    processes, workers = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), settings.workers
+    workers, processes = settings.workers, processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if workers == "auto":  # the process itself wants a core
         workers = 0 if settings.cache else min(max(cores() // processes - 1, 0), MOST_WORKERS)
     batch = images * 4 * (settings.image_size * LONGEST / PAPER_SIZE) ** 2  # bytes of pixels and mask, at most
@@ -192,12 +206,19 @@ def worker_processes(settings: Data, images: int) -> int:
 def batches(loader: Iterable[Packed]) -> Iterator[Batch]:
     """The batches of a loader. A fault of the data that a worker process has met is the one line it is without workers.
 
-    PyTorch hands on an exception of a worker with the worker's traceback for a message.
+    PyTorch hands on an exception of a worker with the worker's traceback for a message, and says of a worker that was
+    killed by which signal. Raises RunError for the latter.
     """
     try:
         yield from map(unpack, loader)
     except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+    except RuntimeError as error:
+        if not (found := re.match(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) ([\w ]+)", str(error))):
+            raise
+        raise RunError(
+            f"a process that prepares images {found[1]}; was memory short? Set data.workers: 0, or fewer"
+        ) from None
 
 
 class Shared(torch.utils.data.Sampler):

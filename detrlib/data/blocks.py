@@ -33,6 +33,10 @@ class OddFile(Exception):
     """Why a file is not read here."""
 
 
+class Twice(OddFile):
+    """A key that is there twice, of which any other reader would take the last and lose the rest in silence."""
+
+
 class Image(msgspec.Struct, gc=False):
     """An image, strictly."""
 
@@ -118,7 +122,7 @@ def _sections(source: _Text) -> Iterator[tuple[str, Any]]:
             raise OddFile("no key where one should be")
         name = from_json(key[2])
         if name in seen:
-            raise OddFile(f"{name} twice")
+            raise Twice(f"{name!r} is there twice")
         seen.add(name)
         source.skip(key.end())
         if name in DECODERS:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from detrlib.boxes import xyxy_to_cxcywh
+from detrlib.config.model import MOST_CLASSES
 from detrlib.data.annotations import Annotations
 from detrlib.data.augment import Resize
 from detrlib.data.batch import Drawn
@@ -24,8 +25,6 @@ from detrlib.data.index import read_columns
 from detrlib.data.objects import AT_ONCE, Objects, clean, clipped
 from detrlib.data.pictures import find_files, sizes_in_files
 from detrlib.errors import DataError, listed
-
-MOST_LABELS = 100_000  # of a class head
 
 
 class CocoDataset(Dataset):
@@ -267,12 +266,14 @@ class CocoDataset(Dataset):
         own = {category["id"]: label if contiguous else category["id"] for label, category in enumerate(categories)}
         named = {category["id"]: category["name"] for category in categories}
         labels = own
+        if len(set(named.values())) < len(named):  # supercategories without objects may be called as their only class
+            self._refuse_twins(named, self._columns.boxes.category_ids[objects.rows].unique().tolist())
         if classes is not None:
             annotated = Counter(self._columns.boxes.category_ids[objects.rows].tolist())
             labels = labels_in(rest, classes, annotated, self.annotations_path)
             if other := [f"{named[id]} (id {id}) is label {label}" for id, label in labels.items() if own[id] != label]:
                 self.notes.append(f"classes are matched with those of training by name: {listed(other, 6)}")
-        elif max(own.values()) >= MOST_LABELS:
+        elif max(own.values()) >= MOST_CLASSES:
             raise DataError(
                 f"{self.annotations_path}: categories: the largest id is {max(own)}, which would be a head of as many "
                 "classes; set data.contiguous: true"
@@ -281,6 +282,16 @@ class CocoDataset(Dataset):
         self.category_ids = {label: id for id, label in labels.items()}
         self.num_classes = max(self.names) + 1
         return labels
+
+    def _refuse_twins(self, named: Mapping[int, str], annotated: list[int]) -> None:
+        """Raise DataError where two classes with objects have one name: numbers by name would be of one of them."""
+        for name, count in Counter(named[id] for id in annotated).items():
+            if count > 1:
+                ids = listed(id for id in annotated if named[id] == name)
+                raise DataError(
+                    f"{self.annotations_path}: categories {ids} are all called {name!r} and have objects; "
+                    "make them one, or give them names of their own"
+                )
 
     def _note_changes(self, objects: Objects, strict: bool) -> None:
         if objects.without_area:

@@ -12,11 +12,11 @@ import torch
 from pydantic_core import from_json, to_json
 
 from detrlib.data.annotations import read_annotations
-from detrlib.data.blocks import OddFile, read_blocks
+from detrlib.data.blocks import OddFile, Twice, read_blocks
 from detrlib.data.columns import BoxColumns, Columns, ImageColumns, Names
 from detrlib.data.formats import open_content
 from detrlib.data.shapes import cache_folder
-from detrlib.errors import RunError
+from detrlib.errors import DataError, RunError
 from detrlib.files import damage, one_at_a_time, write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ def _read(annotations: Path) -> Columns:
     try:
         with open_content(annotations) as file:
             return read_blocks(file)
+    except Twice as twice:
+        raise DataError(f"{annotations}: {twice}; make one list of them") from None
     except OddFile as odd:
         logger.debug("%s is read entry by entry: %s", annotations, odd)
         return Columns.of(read_annotations(annotations))

@@ -207,8 +207,10 @@ def _from_path(path: Path) -> list[Picture]:
         return _from_list(path)
     if path.is_dir():
         files = _pictures_in(path)
-    elif path.exists():
+    elif path.is_file():
         files = [path]
+    elif path.exists():  # to read from a pipe would be to wait for ever
+        raise DataError(f"{path}: neither a file nor a folder")
     elif not (files := _matches(str(path))):
         kind = "no picture matches it" if glob.has_magic(str(path)) else "there is no such file or folder"
         raise DataError(f"{path}: {kind}")

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from detrlib.config.yaml_text import strict
 from detrlib.data.pictures import is_picture, numbered, sizes_in_files
 from detrlib.errors import DataError, listed
 
@@ -114,10 +115,15 @@ def _listed_picture(line: str, place: Path, bases: Sequence[Path]) -> Path:
     raise DataError(f"{place}: no picture {line}; looked for {listed(dict.fromkeys(tried))}")
 
 
+@strict
+class _Loader(yaml.BaseLoader):
+    """Every value as text."""
+
+
 def _settings(file: Path, refuse: bool) -> dict[str, Any]:
     """What a data.yaml holds, every value as text; {} for a file of another kind. Raises DataError if `refuse`."""
     try:
-        values = yaml.load(_text(file), Loader=yaml.BaseLoader)
+        values = yaml.load(_text(file), Loader=_Loader)
     except (yaml.YAMLError, DataError) as error:
         if refuse:
             raise DataError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from None

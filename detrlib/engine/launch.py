@@ -32,6 +32,7 @@ from detrlib.engine.children import HANDED_ON, follow, passing_on, saving_withou
 from detrlib.engine.loop import train
 from detrlib.engine.memory import keep_freed_memory
 from detrlib.engine.nodes import node_count, torchrun
+from detrlib.engine.ready import ready_for_processes
 from detrlib.engine.tracking import PROGRESS
 from detrlib.errors import STOPPED, DetrlibError, RunError, show_messages
 from detrlib.runs.folder import load_results, run_config
@@ -66,8 +67,10 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
         keep_freed_memory()
         with saving_without_parent():
             return train(cfg, run_dir)
-    open_run(cfg, run_dir)  # says what is wrong here rather than in a subprocess
-    _torchrun("detrlib.engine.loop", run_dir, *started)
+    count, used = started
+    ready_for_processes(cfg, run_dir, count, node_count(), gpus=used > 0)
+    open_run(cfg, run_dir)
+    _torchrun("detrlib.engine.loop", run_dir, count, used)
     return load_results(run_dir)
 
 

@@ -32,10 +32,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from detrlib import runs
-from detrlib.config import Config, load_config, replace
-from detrlib.data import Batch, CocoDataset, describe_data, look_over, open_splits
-from detrlib.data.batch import EpochSampler, batches, open_loader, worker_processes
-from detrlib.data.classes import class_list
+from detrlib.config import Config, load_config
+from detrlib.data import Batch, CocoDataset, look_over
+from detrlib.data.batch import EpochSampler, batches, open_loader
 from detrlib.engine import tracking
 from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
 from detrlib.engine.children import follow
@@ -44,12 +43,13 @@ from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_
 from detrlib.engine.log import Log
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.pace import Pace
+from detrlib.engine.ready import ready
 from detrlib.engine.space import checkpoint_space
-from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model, wanted_classes
-from detrlib.engine.state import TrainingState, keep_failure, require_compiler
+from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model
+from detrlib.engine.state import TrainingState, keep_failure
 from detrlib.engine.step import Pending, train_step
 from detrlib.engine.stopping import Stopping, Wish
-from detrlib.errors import STOPPED, ConfigError, DetrlibError, RunError, Stopped, show_messages
+from detrlib.errors import STOPPED, RunError, Stopped, fault_of, show_messages
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.models import checkpoint_activations
@@ -78,10 +78,6 @@ def train(cfg: Config, run_dir: Path) -> dict:
         NonFiniteLoss: with everything needed to look into it saved in failure-<process>.pt.
     """
     accelerator = Accelerator(log_with=tracking.trackers(cfg, run_dir), project_dir=run_dir / tracking.TRACKING)
-    if cfg.train.batch_size % accelerator.num_processes:
-        raise ConfigError(
-            f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
-        )
     with Stopping(accelerator, cfg.train.save_minutes) as stopping:
         trainer = _open_trainer(cfg, run_dir, accelerator, stopping)
         try:
@@ -92,19 +88,9 @@ def train(cfg: Config, run_dir: Path) -> dict:
 
 def _open_trainer(cfg: Config, run_dir: Path, accelerator: Accelerator, stopping: Stopping) -> "Trainer":
     """Check all that could stand in the way, before anything is written; then make the run folder and the model."""
-    if cfg.train.compile:
-        require_compiler(accelerator.device)
     say = partial(tracking.say, accelerator)
-    for images in (cfg.train.batch_size // accelerator.num_processes, cfg.evaluate.batch_size):
-        worker_processes(cfg.data, images)  # raises where shared memory has no room for them
-    train_set, val_set = (splits := open_splits(cfg.data)).values()
-    if cfg.model.architecture == "huggingface":  # from here on, all of its configuration stands in the run
-        cfg = cfg.model_copy(update={"model": cfg.model.completed()})
-    classes = {"model.num_classes": wanted_classes(cfg, train_set), "data.classes": class_list(train_set.names)}
-    cfg = replace(cfg, classes)
-    if cfg.model.architecture == "huggingface":
-        initial_model(cfg, "none").try_out()  # transformers itself compares few of its options
-    described = describe_data(cfg.data, splits)
+    cfg, splits, described = ready(cfg, accelerator.num_processes, accelerator.device)
+    train_set, val_set = splits.values()
     with accelerator.main_process_first():
         resume = runs.refuse_run(cfg, run_dir, described)
         first = None  # weights that are given are found before every picture is decoded, others are learned from them
@@ -345,8 +331,10 @@ def main() -> None:
         if int(os.environ.get("RANK", 0)) == 0:  # all say the same
             logging.getLogger(__name__).info("%s", stopped)
         raise SystemExit(STOPPED) from None
-    except DetrlibError as error:
-        raise SystemExit(f"error: {error}") from None
+    except Exception as error:
+        if not (fault := fault_of(error)):
+            raise
+        raise SystemExit(f"error: {fault}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -261,6 +261,8 @@ class Plan:
         text = f"memory: {text}"
         if needed <= room:
             return f"{text}; {gib(room)} are free"
+        if needed > gaps * (there := all_memory(self.device)) and self.device.type == "cpu":
+            raise ConfigError(f"{text}: more than the {gib(there)} that the machine has{share}; set {SMALLER}")
         fewer = memory.images_within(int(room / gaps))
         first = f"train.micro_batch: {min(fewer, images - 1)}, or " if fewer > 0 and images > 1 else ""
         return f"{text}: more than the {gib(room)} that are free; set {first}{SMALLER}"
@@ -294,10 +296,25 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device)
         return min(torch.cuda.mem_get_info(device)[0] + held, _limit(device))
-    free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")  # the limit of a container
-    if limit.exists() and (given := limit.read_text().strip()).isdigit():
-        free = min(free, int(given))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _in_container(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def all_memory(device: torch.device, processes: int | None = None) -> int:
+    """Bytes that a process may have at most: of its GPU, or its share of the machine's, swap included.
+
+    processes: on this machine; None: as torchrun says.
+    """
+    if device.type == "cuda":
+        return _limit(device)
+    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _in_container(psutil.virtual_memory().total + psutil.swap_memory().total) // processes
+
+
+def _in_container(amount: int) -> int:
+    """An amount of memory, or the limit of the container where that is lower."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    given = limit.read_text().strip() if limit.exists() else ""
+    return min(amount, int(given)) if given.isdigit() else amount
 
 
 def _limit(device: torch.device) -> int:

@@ -38,8 +38,9 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
     """
     source = find_notebook(name)
     values = checked_parameters(source, parameters)
-    if output.is_dir():
-        raise RunError(f"{output} is a folder; name the file that the executed copy is to be")
+    if output.is_dir() or output.suffix != ".ipynb" or output.resolve() == source:
+        found = "a folder" if output.is_dir() else "the notebook itself" if output.suffix == ".ipynb" else "no .ipynb"
+        raise RunError(f"{output} is {found}; name the file that the executed copy is to be, such as out.ipynb")
     cut_off, options = False, {"cwd": str(PROJECT), "kernel_name": "python3", "log_output": False}
     # On a signal nbclient interrupts the kernel, which saves, and waits half of this before it uses force.
     options["config"] = Config({"KernelManager": {"shutdown_wait_time": 2 * LEAVING}})
@@ -134,7 +135,7 @@ def checked_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, 
     checked = {}
     for name, value in parameters.items():
         if name not in declared:
-            near = difflib.get_close_matches(name, declared, 1, 0.4)
+            near = difflib.get_close_matches(str(name), declared, 1, 0.4)
             hint = f"did you mean '{near[0]}'?" if near else f"it declares {', '.join(declared)}"
             raise RunError(f"{notebook.name}: unknown parameter '{name}'; {hint}")
         checked[name] = _as_declared(value, declared[name], f"{notebook.name}: parameter '{name}'")

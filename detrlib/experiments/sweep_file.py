@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 from detrlib.config import Config, load_config, project_path, read_yaml
 from detrlib.engine.notebooks import checked_parameters, find_notebook
 from detrlib.errors import ConfigError, RunError
+from detrlib.runs.folder import name_fault
 
 SEEDS = "seeds"
+BESIDE = ("figures", "report.html", "log.txt", "notebooks.json")  # that stand beside the runs of a sweep
 
 
 class Sweep(NamedTuple):
@@ -24,7 +26,7 @@ def read_sweep(path: Path) -> Sweep:
     path = project_path(path)
     values = read_yaml(path)
     shared = values.get("overrides") or {}
-    if fault := _fault(values):
+    if fault := _fault(values, path.stem):
         raise ConfigError(
             f"{path}: {fault}; a sweep has base (a config), runs (a name and overrides each), and optionally overrides "
             "for all, seeds such as [1, 2, 3], measure and report (parameters of notebooks evaluate and "
@@ -38,32 +40,49 @@ def read_sweep(path: Path) -> Sweep:
         except RunError as error:
             raise ConfigError(f"{path}: {name}: {error}") from None
     for pair in parameters["report"].get("pairs", []):
-        if not (isinstance(pair, list) and len(pair) == 2 and set(pair) <= values["runs"].keys()):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(str(name) in values["runs"] for name in pair)):
             raise ConfigError(f"{path}: report: pairs: {pair!r} is not two of the runs, {', '.join(values['runs'])}")
     base = path.parent / values["base"]
-    configs = {name: load_config(base, {**shared, **overrides}) for name, overrides in _repeated(values).items()}
+    configs = {name: load_config(base, {**shared, **overrides}) for name, overrides in _repeated(values)}
     return Sweep(configs, **parameters, folder=values.get("folder"))
 
 
-def _are_seeds(given: Any) -> bool:
-    return given is None or (isinstance(given, list) and all(type(seed) is int for seed in given))
+def _seeds_fault(given: Any) -> str | None:
+    """Why seeds are none, in words: a seed that is there twice would be trained twice at a time in one folder."""
+    if given is None:
+        return None
+    if not (isinstance(given, list) and all(type(seed) is int and 0 <= seed < 2**31 for seed in given)):
+        return f"{SEEDS} is {given!r}; expected a list of numbers from 0"
+    return f"{SEEDS} is {given!r}: each may stand there once" if len(set(given)) < len(given) else None
 
 
-def _repeated(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The overrides of every run and seed by name; seed by seed, so that every variant has a first result early."""
+def _name_fault(name: Any) -> str | None:
+    """Why a run of a sweep cannot be called so, in words."""
+    if not isinstance(name, str):
+        return f"{name!r} is no text; write it in quotes"
+    if set(name) & set("/\\") or name.startswith("."):
+        return f"{name!r} is no folder inside that of the sweep"
+    if name in BESIDE or name.endswith(".ipynb"):
+        return f"{name!r} is what something else of the sweep is called"
+    fault = name_fault(name)
+    return fault and f"{name!r:.60} names no run: {fault}"
+
+
+def _repeated(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Name and overrides of every run and seed; seed by seed, so that every variant has a first result early."""
     wanted = {name: dict(overrides or {}) for name, overrides in values["runs"].items()}
     seeds = {name: overrides.pop(SEEDS, None) or values.get(SEEDS) or [] for name, overrides in wanted.items()}
-    repeated = {name: overrides for name, overrides in wanted.items() if not seeds[name]}
+    repeated = [(name, overrides) for name, overrides in wanted.items() if not seeds[name]]
     for seed in dict.fromkeys(seed for own in seeds.values() for seed in own):
         for name, overrides in wanted.items():
             if seed in seeds[name]:
                 named = {k: v.replace("{seed}", str(seed)) if isinstance(v, str) else v for k, v in overrides.items()}
-                repeated[f"{name}-seed{seed}"] = {**named, "train.seed": seed}
+                repeated.append((f"{name}-seed{seed}", {**named, "train.seed": seed}))
     return repeated
 
 
-def _fault(values: dict[str, Any]) -> str | None:
-    """What a sweep file must not be, in words."""
+def _fault(values: dict[str, Any], home: str) -> str | None:
+    """What a sweep file must not be, in words; home: its name, of which a folder is made beside shared runs."""
     wanted = {"base": str, "runs": dict, "overrides": dict, "seeds": list, "measure": dict, "report": dict}
     wanted["folder"] = str
     if unknown := values.keys() - wanted.keys():
@@ -73,10 +92,17 @@ def _fault(values: dict[str, Any]) -> str | None:
         if not isinstance(given, kind) and (given is not None or name in ("base", "runs")):
             return f"{name} is {given!r}"
     for name, overrides in values["runs"].items():
-        if not isinstance(name, str) or not isinstance(overrides, dict | None):
+        if fault := _name_fault(name):
+            return f"runs: {fault}"
+        if not isinstance(overrides, dict | None):
             return f"runs: {name!r} is {overrides!r}"
-        if not _are_seeds(own := (overrides or {}).get(SEEDS)):
-            return f"runs: {name}: {SEEDS} is {own!r}"
-    if not _are_seeds(values.get(SEEDS)):
-        return f"{SEEDS} is {values[SEEDS]!r}"
-    return None if values["runs"] else "runs names none"
+        if fault := _seeds_fault((overrides or {}).get(SEEDS)):
+            return f"runs: {name}: {fault}"
+    if fault := _seeds_fault(values.get(SEEDS)):
+        return fault
+    names = [name for name, _ in _repeated(values)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        return f"runs: two are called {twice}, one of them by its seed"
+    if values.get("folder") and home in names:
+        return f"runs: {home} is what the folder of the report is called, as the file is; give it another name"
+    return None if names else "runs names none"

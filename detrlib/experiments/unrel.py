@@ -84,6 +84,8 @@ class MatFile(BaseModel):
 
 def read_mat(path: Path) -> list[Photograph]:
     """UnRel's annotations.mat. Raises DataError naming the file, the entry (from 1, as in Matlab) and the field."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give UnRel's annotations.mat")
     try:
         content = loadmat(path, appendmat=False, simplify_cells=True)  # structures become dicts, cells arrays or lists
         photographs = MatFile.model_validate(_plain(content)).annotations

@@ -19,6 +19,7 @@ def markdown_table(table: pd.DataFrame, formats: Mapping[str, str], **ranking) -
     header = [str(table.index.name or ""), *map(str, table.columns)]
     alignment = ["---", *["---:"] * len(table.columns)]
     rows = [[str(name), *row] for name, row in zip(table.index, texts.to_numpy(), strict=True)]
+    header, *rows = ([_plain(text) for text in row] for row in (header, *rows))
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, alignment, *rows]) + "\n"
 
 
@@ -48,6 +49,11 @@ def latex_table(
         hrules=True,
         position_float="centering",
     )
+
+
+def _plain(text: str) -> str:
+    """Text that stays what it is in a table of Markdown: no name ends a cell, or begins a tag of HTML."""
+    return text.replace("<", "&lt;").replace("|", "\\|")
 
 
 def _cells(table, formats, lower_is_better=(), unranked=()) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -91,7 +97,8 @@ def shown(table: pd.DataFrame, decimals: int = 3, reason: str = "no rows") -> St
     """
     if table.empty:
         return Markdown(f"*Nothing to show: {reason}.*")
-    return table.style.format(precision=decimals, na_rep=DASH)
+    styler = table.style.format(precision=decimals, na_rep=DASH, escape="html")
+    return styler.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
 
 
 def with_spread(spread: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:

@@ -143,12 +143,32 @@ def test_an_unknown_override_names_the_nearest_setting():
         ("train.seed", -1),
         ("data.root", ""),
         ("data.classes", [None, " "]),
+        ("data.classes", [["a"] * 10] * 10),
+        ("train", [1, 2]),
+        ("model.num_classes", 2 * 10**9),
+        ("model.hidden_dim", 2 * 10**9),
+        ("model.encoder_layers", 10**9),
+        ("data.image_size", 2 * 10**9),
+        ("data.shapes.train", 2 * 10**9),
+        ("train.epoch_updates", 2 * 10**9),
     ],
 )
 def test_a_wrong_value_is_refused_and_the_message_names_the_setting(setting, value):
     with pytest.raises(ConfigError) as error:
         load_config(overrides={setting: value})
-    assert setting in str(error.value)
+    assert setting in str(error.value) and len(str(error.value)) < 400
+
+
+def test_ids_with_gaps_are_what_too_many_classes_may_mean():
+    with pytest.raises(ConfigError, match=r"model\.num_classes.*data\.contiguous"):
+        load_config(overrides={"model.num_classes": 2 * 10**9})
+
+
+def test_a_setting_is_given_once(write):
+    with pytest.raises(ConfigError, match=r"twice\.yaml: train\.lr"):
+        load_config(write("twice.yaml", "train: {lr: 1e-4}\ntrain.lr: 1e-3"))
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        load_config(overrides={"train.lr": 1e-4, "train": {"lr": 1e-3}})
 
 
 def test_a_wrong_choice_suggests_the_nearest_one():

@@ -31,5 +31,7 @@ def test_settings_are_frozen_at_every_depth():
 
 
 def test_true_is_no_number():
-    with pytest.raises(ConfigError, match=r"train\.micro_batch"):
-        load_config(overrides={"train.micro_batch": True})
+    stages = {"model.architecture": "deformable", "model.deformable": {"levels": 2, "stages": [True, 4]}}
+    for overrides, named in (({"train.micro_batch": True}, "train.micro_batch"), (stages, "model.deformable.stages")):
+        with pytest.raises(ConfigError, match=named):
+            load_config(overrides=overrides)

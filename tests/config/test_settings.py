@@ -19,6 +19,8 @@ def test_maps_of_decoder_cross_are_always_among_those_that_are_stored():
         ({"data.cache": True, "data.workers": 2}, r"data\.workers"),
         ({"data.image_size": 31}, r"data\.image_size"),
         ({"loss.no_object": 0}, r"loss\.no_object"),
+        ({f"loss.weight_{part}": 0 for part in ("class", "bbox", "giou")}, r"loss\.weight_class"),
+        ({f"loss.cost_{part}": 0 for part in ("class", "bbox", "giou")}, r"loss\.cost_class"),
         (
             {"model.attention.decoder_cross": "entmax15", "model.attention.anneal.epochs": 2, "train.epochs": 1},
             r"model\.attention\.anneal\.epochs.*train\.epochs",

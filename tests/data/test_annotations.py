@@ -109,6 +109,8 @@ def test_an_empty_box_is_no_object_and_is_left_for_the_data_set_to_count(write, 
         ({"segmentation": [[1, 2, 3]]}, ("annotations[0].segmentation", "3 coordinates", "id 5")),
         ({"segmentation": [["a", "b", "c", "d"]]}, ("annotations[0].segmentation", "id 5")),
         ({"segmentation": {"size": [30, 40]}}, ("annotations[0].segmentation", "counts", "id 5")),
+        ({"segmentation": {"size": [30, 40], "counts": [-1, 5]}}, ("annotations[0].segmentation", "id 5")),
+        ({"segmentation": {"size": [30, 40], "counts": "0" * 50}}, ("annotations[0].segmentation", "30 x 40", "id 5")),
     ],
 )
 def test_what_has_neither_a_box_nor_polygons_is_named(write, entry, words):
@@ -137,7 +139,7 @@ def test_a_box_that_is_not_a_number_is_read_for_the_data_set_to_drop(write):
     "text, words",
     [
         ('{"images": [', ("JSON", "line 1", "download")),
-        (b"\xff\xfe{", ("JSON",)),
+        (b"\xff\xfe{", ("JSON", "UTF-8")),
         ("", ("JSON",)),
         ("[1, 2]", ("[1, 2]", "'images'", "'annotations'", "'categories'")),
         ('{"shapes": [], "version": "5.0"}', ("images: ", "shapes", "'annotations'")),

@@ -42,6 +42,12 @@ def test_validation_resizes_as_detr_does(size):
     assert tuple(image.shape[-2:]) == size_in_detr(size, 800, 1333)
 
 
+@pytest.mark.parametrize(("size", "smaller"), [((5000, 1), (106, 1)), ((1, 5000), (1, 106)), ((2, 9000), (1, 106))])
+def test_a_line_of_pixels_is_no_longer_than_other_images(size, smaller):
+    image, boxes, _ = build_augmentation(64)(Image.new("RGB", size[::-1]), torch.ones(1, 4), torch.zeros(1))
+    assert tuple(image.shape[-2:]) == smaller and boxes.isfinite().all()
+
+
 def test_training_sizes_are_detrs():
     transform, drawn = build_augmentation(800, "detr", train=True), set()
     torch.manual_seed(0)

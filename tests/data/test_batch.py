@@ -2,15 +2,19 @@
 
 import itertools
 import os
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from detrlib.config import PROJECT
 from detrlib.data import batch as batch_module
 from detrlib.data import build_dataset
 from detrlib.data.batch import EpochSampler, Shared, batches, collate, open_loader, pack, unpack
-from detrlib.errors import ConfigError, DataError
+from detrlib.errors import ConfigError, DataError, RunError
 
 
 def test_collate_pads_below_and_to_the_right_and_masks_padding():
@@ -159,6 +163,43 @@ def test_a_fault_of_the_data_is_one_line_whichever_process_meets_it(workers, tin
     with pytest.raises(DataError) as caught:
         list(batches(loader))
     assert str(caught.value) == "0.png cannot be read: truncated"
+
+
+class Deadly(Torn):
+    """Pictures that end the process which reads them, as where the machine has no memory left."""
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_prepares_images_and_is_killed_is_one_line(tiny_config):
+    loader = open_loader(Deadly(), tiny_config({"data.workers": 1}).data, pinned=False)
+    with pytest.raises(RunError, match=r"^a process .* (killed|exited).*data\.workers") as caught:
+        list(batches(loader))
+    assert "\n" not in str(caught.value)
+
+
+KEPT = """
+from detrlib.config import Data
+from detrlib.data.batch import open_loader
+
+class Numbers:
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), {"image_id": index}
+
+import torch
+kept = iter(open_loader(Numbers(), Data(workers=1), pinned=False))
+next(kept)
+raise SystemExit("error: as a fault ends a program")
+"""
+
+
+def test_a_program_ends_though_a_loader_is_kept_whose_workers_ignore_signals(tmp_path):
+    """As the traceback of a fault keeps it."""
+    done = subprocess.run([sys.executable, "-c", KEPT], cwd=PROJECT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and done.stderr.endswith("error: as a fault ends a program\n")
 
 
 def test_a_batch_is_the_same_after_its_way_between_processes():

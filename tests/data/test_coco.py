@@ -211,6 +211,13 @@ def test_a_class_that_training_has_not_is_refused_if_it_has_objects(folder):
     assert dataset.objects(0)[1].tolist() == [0] and dataset.category_ids == {0: 3}
 
 
+def test_classes_of_one_name_are_told_apart_or_refused(folder):
+    """A supercategory may be called as its only class; two that have objects would share their numbers."""
+    twins = ((3, "cat"), (7, "cat"))
+    assert CocoDataset(*folder([annotation(1)], categories=twins)).labels.tolist() == [7]
+    refused(folder([annotation(1), annotation(2, category_id=3)], categories=twins), "3, 7", "'cat'")
+
+
 def test_category_ids_that_would_be_a_huge_head_are_refused(folder):
     paths = folder([annotation(1, category_id=10**9)], categories=((10**9, "cat"),))
     refused(paths, "1000000000", "data.contiguous")

@@ -55,6 +55,13 @@ def test_what_is_read_again_is_what_was_read(cache, reads, write):
     assert reads == [path] and len(list(cache.glob("*.pt"))) == 1
 
 
+def test_a_list_that_is_there_twice_is_refused_rather_than_lost(write):
+    path = write()
+    path.write_text(path.read_text()[:-1] + ', "images": []}')
+    with pytest.raises(DataError, match=r"a\.json: 'images' is there twice"):
+        read_columns(path)
+
+
 def test_a_copy_elsewhere_has_the_same_index_and_a_file_that_changes_has_another(cache, reads, write):
     read_columns(write())
     read_columns(write(name="b.json"))

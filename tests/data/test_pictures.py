@@ -1,6 +1,7 @@
 """Pictures as people have them: which are meant, how they are read, and one line for those that cannot be."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -128,6 +129,9 @@ def test_what_is_not_there_is_named(folder):
         find_pictures(folder / "c.jpg")
     with pytest.raises(DataError, match=r"\*\.gif: no picture matches"):
         find_pictures(f"{folder}/*.gif")
+    os.mkfifo(folder / "pipe.jpg")  # to read it would be to wait for a writer
+    with pytest.raises(DataError, match=r"pipe\.jpg: neither"):
+        find_pictures(folder / "pipe.jpg")
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match="empty: no pictures"):
         find_pictures(folder / "empty")

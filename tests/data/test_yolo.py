@@ -182,6 +182,13 @@ def test_a_faulty_data_yaml_is_named(data_yaml, values, words):
     assert str(error.value).startswith(f"{train.parent}: {words}")
 
 
+def test_a_key_is_there_once(data_yaml):
+    train = data_yaml()
+    train.parent.write_text(train.parent.read_text() + "\ntrain: images/val\n")
+    with pytest.raises(DataError, match=r"data\.yaml: .*'train' is there twice"):
+        read(train)
+
+
 def test_files_that_are_not_there_or_not_readable_are_named(data_yaml):
     train = data_yaml(train="train.txt")
     root = train.parent.parent

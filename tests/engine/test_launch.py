@@ -189,8 +189,9 @@ def test_two_processes_start_freeze_and_anneal_alike(tmp_path, capfd, tiny_confi
 
 
 @pytest.mark.slow
-def test_the_error_of_a_process_is_in_the_error_of_the_launch(tmp_path, tiny_config):
+def test_the_error_of_a_process_is_in_the_error_of_the_launch(tmp_path, monkeypatch, tiny_config):
     cfg = tiny_config({"train.batch_size": 7})
+    monkeypatch.setattr(door, "ready_for_processes", lambda *given, **named: None)  # which finds it before they start
     with pytest.raises(RunError, match=r"train\.batch_size 7") as caught:
         launch(cfg, tmp_path, gpus=0, processes=2)
     assert len(str(caught.value).splitlines()) == 1
@@ -218,6 +219,7 @@ def test_gpus_and_processes_choose_the_way(tmp_path, monkeypatch, tiny_config):
     monkeypatch.setattr(door, "_torchrun", lambda module, path, processes, gpus: started.append((processes, gpus)))
     monkeypatch.setattr(door, "load_results", lambda run_dir: None)
     monkeypatch.setattr(door, "open_run", lambda cfg, run_dir: False)
+    monkeypatch.setattr(door, "ready_for_processes", lambda *given, **named: None)
     for there, cases in {
         0: {(None, 1): "here", (0, 1): "here", (None, 2): (2, 0), (0, 3): (3, 0)},
         4: {(None, 1): "here", (1, 1): "here", (4, 1): (4, 4), (0, 1): (1, 0), (0, 2): (2, 0)},

@@ -13,7 +13,7 @@ import torch
 from detrlib.config import load_config, replace, save_config
 from detrlib.data import batch
 from detrlib.engine import loop as training
-from detrlib.engine import pace, pretrain
+from detrlib.engine import pace, pretrain, ready
 from detrlib.engine.evaluate import evaluate_run, load_model
 from detrlib.engine.examples import ValidationImages
 from detrlib.engine.loop import train
@@ -367,7 +367,7 @@ def test_a_compiled_run_has_plain_names_and_goes_on_without(tmp_path, monkeypatc
         compile_in_place(model, backend="eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
-    monkeypatch.setattr(training, "require_compiler", lambda device: None)
+    monkeypatch.setattr(ready, "require_compiler", lambda device: None)
     settings = {"train.ema": 0.9, "model.dropout": 0.0}
     plain = train(tiny_config(settings), tmp_path / "plain")
     for name, first, then in (("off", True, False), ("on", False, True)):
@@ -416,7 +416,7 @@ def test_too_few_classes_are_refused_before_anything_is_written(tmp_path, tiny_c
 def test_workers_without_room_in_shared_memory_are_refused_before_data_are_read(tmp_path, monkeypatch, tiny_config):
     monkeypatch.setattr(batch, "SHARED", tmp_path)
     monkeypatch.setattr(batch.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
-    monkeypatch.setattr(training, "open_splits", None)
+    monkeypatch.setattr(ready, "open_splits", None)
     for batch_size in ("train.batch_size", "evaluate.batch_size"):
         with pytest.raises(ConfigError, match=r"data\.workers: 2, but .* --shm-size"):
             train(tiny_config({"data.workers": 2, batch_size: 400}), tmp_path / "run")

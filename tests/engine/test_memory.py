@@ -206,8 +206,9 @@ def test_the_whole_batch_without_a_gpu_and_no_more_than_there_is(tmp_path, plan)
 
 
 def test_the_line_names_the_remedy_only_where_memory_is_short(plan, monkeypatch):
-    def line(free, images=8):
+    def line(free, images=8, there=2**40):
         monkeypatch.setattr(memory, "free_memory", lambda device: free)
+        monkeypatch.setattr(memory, "all_memory", lambda device: there)
         return plan().line(images)
 
     assert "are free" in line(2**40) and "set train" not in line(2**40)
@@ -216,6 +217,8 @@ def test_the_line_names_the_remedy_only_where_memory_is_short(plan, monkeypatch)
     short = line(5 * 2**30)
     assert "more than the 5.0 GiB" in short and "train.micro_batch: 2, or train.micro_batch" in short
     assert "micro_batch: " not in line(2**29)
+    with pytest.raises(ConfigError, match=r"8\.0 GiB that the machine has; set train\.micro_batch"):
+        line(5 * 2**30, there=2**33)  # no other program can make room for it
     monkeypatch.setattr(memory, "estimate", lambda *given: raise_out_of_memory())
     assert "do not fit into 5.0 GiB" in line(5 * 2**30) and "train.checkpoint_activations" in line(5 * 2**30)
 

@@ -3,18 +3,28 @@
 import base64
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
 
 import nbformat
+import pandas as pd
 import pytest
 from PIL import Image
 
 from detrlib.config import PROJECT, save_config
 from detrlib.engine import notebooks
-from detrlib.engine.notebooks import checked_parameters, execute_notebook, find_executed, find_notebook, is_executed
+from detrlib.engine.notebooks import (
+    checked_parameters,
+    execute_notebook,
+    find_executed,
+    find_notebook,
+    is_executed,
+    report_html,
+)
 from detrlib.errors import STOPPED, RunError
+from detrlib.figures import tables
 from detrlib.files import load_checkpoint, write_json
 
 
@@ -131,6 +141,14 @@ def test_a_kernel_that_dies_is_an_error(write, tmp_path):
     assert not is_executed(tmp_path / "out.ipynb")
 
 
+@pytest.mark.parametrize("name", ["", "book.ipynb", "out.html"])
+def test_an_executed_copy_is_a_notebook_of_its_own(write, tmp_path, name):
+    before = write("book", "n = 1").read_text()
+    with pytest.raises(RunError, match=re.escape(str(tmp_path / name))):
+        execute_notebook("book", tmp_path / name, {})
+    assert (tmp_path / "book.ipynb").read_text() == before
+
+
 def test_notebooks_run_from_the_project_root(write, tmp_path):
     write("book", "n = 1", "import os; print(os.getcwd(), n)")
     output = execute_notebook("book", tmp_path / "out.ipynb", {"n": "5"})
@@ -140,7 +158,7 @@ def test_notebooks_run_from_the_project_root(write, tmp_path):
 def test_pictures_shrink_and_stay_pictures(write, tmp_path):
     code = "import numpy as np\nfrom PIL import Image\n"
     write("book", "n = 1", code + "Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8))")
-    path = execute_notebook("book", tmp_path / "book.ipynb", {})
+    path = execute_notebook("book", tmp_path / "out" / "book.ipynb", {})
 
     def picture():
         outputs = json.loads(path.read_text())["cells"][-1]["outputs"]
@@ -177,6 +195,22 @@ def test_notebooks_that_a_folder_asks_for_are_executed_in_it(write, tmp_path):
     program = "import sys, detrlib.engine.notebooks; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert not {"torch", "pandas", "matplotlib"} & set(loaded.stdout.split())
+
+
+HOSTILE = "<img src=x onerror=alert(1)></title><script>alert(2)</script>"
+
+
+def test_a_report_shows_names_as_text(tmp_path):
+    """Of classes, files and runs, wherever a notebook shows them: printed, in tables, and in the title."""
+    table = pd.DataFrame({"class": [HOSTILE, HOSTILE], "AP": [0.5, 0.25]}).set_index("class")
+    markdown = {"text/markdown": tables.markdown_table(table, {})}
+    shown = [{"text/html": tables.shown(table.reset_index()).to_html()}, {"text/html": table.to_html()}, markdown]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")])
+    book.cells[0].outputs = [nbformat.v4.new_output("display_data", data) for data in shown]
+    book.cells[0].outputs.append(nbformat.v4.new_output("stream", name="stdout", text=HOSTILE))
+    nbformat.write(book, tmp_path / "book.ipynb")
+    text = report_html(tmp_path / "book.ipynb", tmp_path / "report.html", HOSTILE).read_text()
+    assert text.count("alert(2)") >= 5 and "<img src=x" not in text and "<script>alert" not in text
 
 
 @pytest.mark.slow

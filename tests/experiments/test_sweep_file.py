@@ -32,6 +32,17 @@ def test_a_sweep_over_seeds_repeats_every_run(sweep_file):
     [
         ({"seeds": "3"}, r"many\.yaml: seeds"),
         ({"seeds": ["a"]}, r"many\.yaml: seeds"),
+        ({"seeds": [1, 1]}, r"many\.yaml: seeds is \[1, 1\]"),
+        ({"seeds": [-1]}, r"many\.yaml: seeds"),
+        ({"seeds": [True]}, r"many\.yaml: seeds"),
+        ({"report": {1: 1}}, r"many\.yaml: report: .*'1'"),
+        ({"report": {"pairs": [[["one"], ["one"]]]}}, r"many\.yaml: report: pairs"),
+        ({"runs": {"one": {"seeds": [1]}, "one-seed1": None}}, r"many\.yaml: runs: .*one-seed1"),
+        ({"folder": "both", "runs": {"many": None}}, r"many\.yaml: runs: many"),
+        *(
+            ({"runs": {name: None}}, r"many\.yaml: runs: ")
+            for name in ("../../x", "/tmp/x", ".", "", " ", "a/b", "a\nb", "figures", "log.txt", "a" * 300)
+        ),
         ({"measure": {"num_example": 2}}, r"many\.yaml: measure: .*'num_example'.*'num_examples'"),
         ({"measure": 3}, r"many\.yaml: measure"),
         ({"report": {"resample": 2}}, r"many\.yaml: report: .*'resample'.*'resamples'"),

@@ -65,6 +65,15 @@ def test_a_table_is_shown_or_the_reason_why_it_has_no_rows():
     assert tables.shown(table()[:0], reason="no runs").data == "*Nothing to show: no runs.*"
 
 
+def test_names_are_text_and_never_markup():
+    """Reports in HTML show tables of Markdown, in which HTML means what it says, and those of pandas."""
+    hostile = "<img src=x onerror=alert(1)>|a"
+    named = pd.DataFrame({hostile: ["x", hostile], "n": [1, 2]}, index=["a", hostile])
+    assert "<img" not in tables.shown(named).to_html()
+    written = tables.markdown_table(named, {})
+    assert "<img" not in written and {line.replace("\\|", "").count("|") for line in written.splitlines()} == {4}
+
+
 def test_spread_over_seeds_in_words():
     rows = [("a", "AP", 0.6, 0.1414, 2), ("b", "AP", 0.25, np.nan, 1), ("b", "AR", np.nan, np.nan, 0)]
     words = tables.with_spread(pd.DataFrame(rows, columns=["group", "metric", "mean", "std", "n"]))
