@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from detrlib import errors
 from detrlib.benchmarks import programs, run_program
-from detrlib.errors import STOPPED, ConfigError, DataError, DetrlibError, Stopped, is_foreseen, listed, show_messages
+from detrlib.errors import STOPPED, ConfigError, DataError, Stopped, fault_of, listed, show_messages
 
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 MapSite = Literal["decoder_cross", "encoder_self"]  # whose keys are cells of the picture
@@ -38,13 +38,8 @@ class Commands(typer.core.TyperGroup):
         except Stopped as stopped:
             typer.echo(stopped, err=True)
             raise typer.Exit(STOPPED) from None
-        except (DetrlibError, OSError) as error:
-            if not is_foreseen(error):
-                raise
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from None
-        except (MemoryError, RuntimeError) as error:
-            if not (fault := errors.memory_fault(error)):
+        except Exception as error:
+            if not (fault := fault_of(error)):
                 raise
             typer.echo(f"error: {fault}", err=True)
             raise typer.Exit(1) from None

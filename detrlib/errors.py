@@ -55,9 +55,13 @@ class Stopped(DetrlibError):
 OUTSIDE = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ENAMETOOLONG", "EMFILE")
 
 
-def is_foreseen(error: Exception) -> bool:
-    """Whether an error is one of ours, or comes from a disk or from rights, wherever a file is touched."""
-    return isinstance(error, DetrlibError) or errno.errorcode.get(getattr(error, "errno", None)) in OUTSIDE
+def fault_of(error: Exception) -> str | None:
+    """What an error says that is one of ours, or of a disk, of rights or of memory; None: it is a defect."""
+    if isinstance(error, DetrlibError):
+        return str(error)
+    if errno.errorcode.get(getattr(error, "errno", None)) in OUTSIDE:
+        return in_one_line(error)
+    return memory_fault(error)
 
 
 def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:

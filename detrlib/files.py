@@ -194,6 +194,10 @@ def load_checkpoint(path: Path, needed: Collection[str] = ()) -> dict:
         fault = damage(path)
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"no checkpoint {path}; there are {there}") from None
+    except PermissionError:
+        raise RunError(f"{path} is not yours to read; change its rights, or use another checkpoint: {there}") from None
+    except OSError as error:  # of a disk
+        fault = in_one_line(error)
     if fault:
         raise DamagedFile(
             f"{path} is damaged, or no checkpoint of this project ({fault}); copy it again, or use another checkpoint "

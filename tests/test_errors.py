@@ -27,6 +27,17 @@ def test_kinds_are_told_apart():
     assert not any(issubclass(one, other) for one in others for other in others if one is not other)
 
 
+def test_faults_of_a_disk_or_of_rights_are_foreseen_wherever_they_come_from():
+    foreseen = (errors.DataError("x"), PermissionError(errno.EACCES, "denied", "x"), OSError(errno.ENOSPC, "no space"))
+    assert all(errors.fault_of(error) for error in foreseen)
+    assert errors.fault_of(FileNotFoundError(errno.ENOENT, "x")) is errors.fault_of(ValueError("x")) is None
+
+
+def test_a_message_is_one_line():
+    assert errors.in_one_line(ValueError("one\n  two\n")) == "one two"
+    assert errors.in_one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
 @pytest.mark.parametrize(
     "said", ["can't allocate memory: you tried to allocate 256 bytes.", "CUDA out of memory. Tried"]
 )
@@ -34,19 +45,6 @@ def test_short_memory_is_one_line_whoever_has_none(said):
     fault = errors.memory_fault(RuntimeError(f"[enforce fail]\n{said}\nGPU 0"))
     assert "memory" in fault and "\n" not in fault
     assert errors.memory_fault(MemoryError()) and errors.memory_fault(RuntimeError("shapes differ")) is None
-
-
-def test_faults_of_a_disk_or_of_rights_are_foreseen_wherever_they_come_from():
-    assert errors.is_foreseen(errors.DataError("x")) and errors.is_foreseen(
-        PermissionError(errno.EACCES, "denied", "x")
-    )
-    assert errors.is_foreseen(OSError(errno.ENOSPC, "no space"))
-    assert not errors.is_foreseen(FileNotFoundError(errno.ENOENT, "x")) and not errors.is_foreseen(ValueError("x"))
-
-
-def test_a_message_is_one_line():
-    assert errors.in_one_line(ValueError("one\n  two\n")) == "one two"
-    assert errors.in_one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
 
 
 def test_long_lists_say_how_many_more_there_are():

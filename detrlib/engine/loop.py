@@ -47,7 +47,7 @@ from detrlib.engine.start import initial_model, learns_from_crops, record_start,
 from detrlib.engine.state import TrainingState, keep_failure
 from detrlib.engine.step import Pending, train_step
 from detrlib.engine.stopping import Stopping, Wish
-from detrlib.errors import STOPPED, DetrlibError, RunError, Stopped, memory_fault, show_messages
+from detrlib.errors import STOPPED, RunError, Stopped, fault_of, show_messages
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.models import checkpoint_activations
@@ -334,10 +334,8 @@ def main() -> None:
         if int(os.environ.get("RANK", 0)) == 0:  # all say the same
             logging.getLogger("detrlib").info("%s", stopped)  # here, __name__ is __main__
         raise SystemExit(STOPPED) from None
-    except DetrlibError as error:
-        raise SystemExit(f"error: {error}") from None
-    except (MemoryError, RuntimeError) as error:
-        if not (fault := memory_fault(error)):
+    except Exception as error:
+        if not (fault := fault_of(error)):
             raise
         raise SystemExit(f"error: {fault}") from None
     except KeyboardInterrupt:

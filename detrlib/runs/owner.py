@@ -61,7 +61,7 @@ def owned(run_dir: Path) -> Iterator[None]:
     file, shared = _take(path)
     try:
         if not shared:
-            _sweep(run_dir)
+            _make_ready(run_dir)
         yield
     finally:
         with file, suppress(OSError):  # the folder may be gone
@@ -84,9 +84,13 @@ def owning(function: Callable) -> Callable:
     return owner
 
 
-def _sweep(run_dir: Path) -> None:
-    """Remove what writers that were killed have left in a run folder."""
-    folders = [run_dir, *(folder for part in PARTS for folder in run_dir.glob(part))]
+def _make_ready(run_dir: Path) -> None:
+    """Remove what writers that were killed have left in a run folder. Raises RunError where a part is not writable."""
+    folders = [run_dir, *(folder for part in PARTS for folder in run_dir.glob(part) if folder.is_dir())]
+    effective = os.access in os.supports_effective_ids
+    for folder in folders:
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=effective):
+            raise _closed(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     if left := [path for folder in folders for path in sweep(folder)]:
         logger.info("%s: removed %d files that a killed process had not finished", run_dir, len(left))
 

@@ -215,3 +215,10 @@ def test_a_step_that_the_owner_has_started_by_srun_shares_its_folder(tmp_path, s
     assert start(tmp_path)[1] == "owned"
     monkeypatch.setenv("SLURM_JOB_ID", "16")
     assert "is in use" in start(tmp_path)[1]
+
+
+def test_a_part_of_the_folder_that_is_not_writable_is_named_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode, **named: path.name != "checkpoints")  # root may write anywhere
+    with pytest.raises(RunError, match="checkpoints cannot be written"), owned(tmp_path):
+        pytest.fail("entered")
