@@ -33,24 +33,24 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 830,
-    "config": 1320,
+    ".": 925,
+    "config": 1325,
     "attention": 2125,
     "attention/kernels": 1030,
     "models": 3190,
     "losses": 380,
-    "checkpoints": 1400,
-    "data": 3520,
-    "metrics": 2570,
-    "runs": 1985,
-    "engine": 2840,
-    "experiments": 3610,
+    "checkpoints": 1425,
+    "data": 3560,
+    "metrics": 2580,
+    "runs": 2300,
+    "engine": 3600,
+    "experiments": 3670,
     "figures": 3380,
     "teaching": 570,
     "benchmarks": 2460,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 485  # the command line: every option of every command is a line
+LONGEST_COMMANDS = 545  # the command line: every option of every command is a line
 
 
 def relative(path):

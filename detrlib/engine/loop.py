@@ -203,7 +203,11 @@ class Trainer:
     def _prepare(self) -> None:
         """Restore what was saved, make the run folder ready, and say what training takes and what it has to beat."""
         if self.resume:
-            self._restore()
+            why = self.state.restore(self.run_dir / "checkpoints")
+            if self.state.midway:
+                self.so_far = EpochSoFar(self.state.epoch, self.cfg.train.seed, self.accelerator)
+                self.so_far.load_state_dict(self.state.midway)
+            self.say(*[why] * bool(why), f"resuming {runs.run_name(self.run_dir)} at {self._where()}")
         if self.accelerator.is_main_process:
             runs.truncate_metrics(self.run_dir, self.state.global_step, self.state.epoch)
             runs.note_start(self.run_dir, self.state.global_step)
@@ -254,14 +258,6 @@ class Trainer:
             self.pending.read()
             self.state.save_midway(self.run_dir / "checkpoints", self.so_far)
         self.stopping.saved()
-
-    def _restore(self) -> None:
-        """Go on where training was saved."""
-        why = self.state.restore(self.run_dir / "checkpoints")
-        if self.state.midway:
-            self.so_far = EpochSoFar(self.state.epoch, self.cfg.train.seed, self.accelerator)
-            self.so_far.load_state_dict(self.state.midway)
-        self.say(*[why] * bool(why), f"resuming {runs.run_name(self.run_dir)} at {self._where()}")
 
     def _where(self) -> str:
         """In words, how far training has come."""
