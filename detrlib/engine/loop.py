@@ -169,6 +169,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             runs.note_stop(self.run_dir, self.state.global_step, by)
             self.say(self.state.best_so_far(self.run_dir))
+        self.accelerator.wait_for_everyone()  # or torchrun ends the one that saves, once another has left
         raise Stopped(f"stopped by {by} at {where}, and saved; the same run name goes on there")
 
     def _finish(self) -> dict:
@@ -183,8 +184,7 @@ class Trainer:
                 record |= self._validate()
                 self.pace.evaluations.append(time.perf_counter() - began)
             self.log.write(record)
-            ap = record.get("detection/AP", -math.inf)
-            state.save(self.run_dir / "checkpoints", ap, self.cfg.train.keep_every)
+            state.save(self.run_dir / "checkpoints", record.get("detection/AP", -math.inf), self.cfg.train.keep_every)
             self.stopping.saved()
             self.so_far = None
             self._report(record, time.perf_counter() - start)
