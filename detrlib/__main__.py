@@ -166,7 +166,7 @@ def evaluate(
     by_id: Annotated[bool, Option("--by-id", help="its category ids are the run's, whatever the names")] = False,
     save_as: Annotated[str | None, Option("--as", help="folder of the results inside the run")] = None,
     predictions: Annotated[Path | None, Option(help="make the run of any detector's COCO-format detections")] = None,
-    data: Annotated[Path | None, Option(help="of what: a config, or as --on")] = None,
+    data: Annotated[Path | None, Option(help="what --predictions are of: a config, or as --on")] = None,
     gpus: Gpus = None,
     processes: Processes = 1,
 ) -> None:
@@ -290,7 +290,7 @@ def explain(
 @app.command()
 def intervene(
     run: RunName,
-    site: Annotated[Site, Option(help="where")] = "decoder_cross",
+    site: Annotated[Site, Option(help="where attention is changed and measured")] = "decoder_cross",
     alphas: Annotated[str | None, Option(metavar="A,B", help="1 (softmax) to 2 (sparsemax)")] = None,
     transforms: Annotated[str | None, Option(metavar="A,B", help="names of transforms")] = None,
     layer: Annotated[int | None, Option(help="alphas and transforms in this layer only, from 0")] = None,
@@ -300,7 +300,8 @@ def intervene(
     ablate: Annotated[
         str | None,
         Option(
-            metavar="A,B", help="queries, embeddings, single_queries, layers, sites, feedforward, levels, points: alone"
+            metavar="A,B",
+            help="without queries, embeddings, single_queries, layers, sites, feedforward, levels, points",
         ),
     ] = None,
     order_images: Annotated[int, Option(min=1, help="training images that give the order of heads, queries")] = 100,

@@ -34,18 +34,18 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
     ".": 925,
-    "config": 1325,
-    "attention": 2125,
+    "config": 1340,
+    "attention": 2165,
     "attention/kernels": 1030,
     "models": 3190,
     "losses": 380,
     "checkpoints": 1425,
     "data": 3560,
-    "metrics": 2580,
+    "metrics": 2630,
     "runs": 2300,
     "engine": 3600,
     "experiments": 3670,
-    "figures": 3380,
+    "figures": 3400,
     "teaching": 570,
     "benchmarks": 2460,
 }

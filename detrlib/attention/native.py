@@ -1,8 +1,9 @@
-"""Entmax of rows on a CPU by compiled loops (kernels/rows.c), which a C compiler builds once, where there is one.
+"""Entmax of rows and TVMax's patches on a CPU by compiled loops (kernels/rows.c and patches.c), which a C compiler
+builds once, where there is one.
 
 Plain PyTorch sends every intermediate number to the cache and back; here a row is worked on until it is done, as the
-Triton kernels do on a GPU. Without a compiler, or with `CC` set to nothing, `newton.solve` computes the same. Legend: R
-rows, K keys.
+Triton kernels do on a GPU. Without a compiler, or with `CC` set to nothing, `newton.solve` and tvmax.py compute the
+same. Legend: R rows, K keys; M maps of h x w = N cells.
 """
 
 import ctypes
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).parent / "kernels" / "rows.c"
+SOURCES = [Path(__file__).parent / "kernels" / name for name in ("rows.c", "patches.c")]
 # Sums may be taken in any order where the source says so; not a number stays what it is.
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 COMPILED_ALPHA = 1.009  # below it, errors of about 1e-7 / (alpha - 1) would show; learned alphas reach 1.01
@@ -71,6 +72,34 @@ def entmax_rows_backward(
     return to_scores, to_alpha
 
 
+def tv_prox_maps(maps: Tensor, hidden: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The proximal step of maps [M,h,w] where they are not hidden (bool), the labels of its patches [M,N], the gap [M].
+
+    See tvmax.py: the same up to its `RESOLUTION`.
+    """
+    (_, h, w), prox, gap = maps.shape, torch.empty_like(maps), maps.new_empty(len(maps))
+    patches = torch.empty(len(maps), h * w, dtype=torch.int32)
+
+    def solve(*given: int) -> int:
+        *pointers, _, _, count, _ = given
+        return library().tv_prox(*pointers, lam, count, h, w)
+
+    _each_part(solve, lam, maps.flatten(1), hidden, prox, patches, gap)
+    return prox, patches, gap
+
+
+def tv_prox_gradient(gradient: Tensor, hidden: Tensor, patches: Tensor) -> Tensor:
+    """The mean of a gradient [M,N] over each of the patches; zero where hidden."""
+    to_scores = torch.empty_like(gradient)
+
+    def average(*given: int) -> int:
+        *pointers, _, _, count, cells = given
+        return library().tv_prox_gradient(*pointers, count, cells)
+
+    _each_part(average, 0.0, gradient, hidden, patches, to_scores)
+    return to_scores
+
+
 def _each_part(function: Callable, alpha: float | Tensor, *tensors: Tensor | None) -> None:
     """Call `function` for a part of the rows in each of PyTorch's threads."""
     rows, keys = tensors[0].shape
@@ -111,25 +140,28 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(_built(compiler)))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # without a home, the second
         reason = getattr(error, "stderr", None) or str(error)
-        logger.warning("%s cannot be compiled (%s): sparse attention takes longer", SOURCE, reason.strip())
+        logger.warning("%s cannot be compiled (%s): sparse attention takes longer", SOURCES[0].parent, reason.strip())
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_long
     for function in (loaded.entmax_rows, loaded.normmax_rows, loaded.budget_rows):
         function.argtypes = [pointer] * 3 + [number] * 3
     loaded.entmax_gradients.argtypes = [pointer] * 5 + [number] * 3
+    loaded.tv_prox.argtypes = [pointer] * 5 + [ctypes.c_double] + [number] * 3
+    loaded.tv_prox_gradient.argtypes = [pointer] * 4 + [number] * 2
     return loaded
 
 
 def _built(compiler: list[str]) -> Path:
     """The library in the cache, compiled now if it is not there for such a processor. Raises as `subprocess.run`."""
-    known = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, *compiler, _processor())).encode()).hexdigest()[:12]
+    parts = (*(source.read_text() for source in SOURCES), *FLAGS, *compiler, _processor())
+    known = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
     cache = os.environ.get("DETRLIB_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "detrlib")
     built = Path(cache).expanduser() / "compiled" / f"rows-{known}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:  # appears whole, however many compile it at once
             made = Path(folder, "rows.so")
-            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            command = [*compiler, *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             made.replace(built)
     return built

@@ -14,12 +14,13 @@ odd) make a sweep of Gauss-Seidel; Nesterov's momentum makes the sweeps fast whe
 afresh whenever it would make u worse. Cells joined by edges with |u_e| < lam are equal in the solution: their mean,
 which no flow between them changes, is exact as soon as the patches are right, long before u has converged. The duality
 gap of these means proves it: half the squared error is at most the gap. The patches are also all that the gradient
-needs.
+needs. On a CPU, in float32, loops in C find the same flows (kernels/patches.c, by `native`), if there is a C compiler.
 """
 
 import torch
 from torch import Tensor
 
+from detrlib.attention import native
 from detrlib.attention.entmax import entmax
 
 BLOCK, GPU_BLOCK = 2**17, 2**23  # cells worked on at a time: what a CPU's cache holds; about a gigabyte
@@ -61,6 +62,9 @@ def solve(scores: Tensor, lam: float, valid: Tensor | None = None) -> tuple[Tens
 def _prox(scores: Tensor, lam: float, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The proximal step, its gap, and the patches [M,N] that the gradient needs: one operator in a compiled graph."""
     maps, away = scores.reshape(-1, *scores.shape[-2:]), hidden.reshape(-1, *scores.shape[-2:])
+    if native.supported(scores, 2.0):
+        prox, patches, gap = native.tv_prox_maps(maps.contiguous(), away.contiguous(), lam)
+        return prox.view(scores.shape), gap.view(scores.shape[:-2]), patches
     y = maps.masked_fill(away, 0)
     centre = y.sum((1, 2), keepdim=True) / (~away).sum((1, 2), keepdim=True).clamp(min=1)
     y = (y - centre).masked_fill_(away, 0)  # keeps rounding relative to the differences
@@ -71,6 +75,9 @@ def _prox(scores: Tensor, lam: float, hidden: Tensor) -> tuple[Tensor, Tensor, T
 
 @torch.library.custom_op("detrlib::tv_prox_gradient", mutates_args=())
 def _prox_gradient(gradient: Tensor, patches: Tensor, hidden: Tensor) -> Tensor:
+    if native.supported(gradient, 2.0):
+        rows, away = gradient.reshape(patches.shape).contiguous(), hidden.reshape(patches.shape).contiguous()
+        return native.tv_prox_gradient(rows, away, patches).view(gradient.shape)
     rows = gradient.masked_fill(hidden, 0).reshape(len(patches), -1)
     return _mean(rows, patches.long(), 1).view(gradient.shape)
 

@@ -18,7 +18,7 @@ from detrlib.checkpoints.official import family_of
 from detrlib.checkpoints.program import write_onnx, write_program
 from detrlib.checkpoints.source import Source, build_source, fitting, read_tensors, write_tensors
 from detrlib.config import flat_settings, load_config
-from detrlib.config.attention import SiteName
+from detrlib.config.attention import OF_TRANSFORMS, SiteName
 from detrlib.data.classes import names_by_label
 from detrlib.errors import ConfigError, WeightsError
 from detrlib.files import write_checkpoint
@@ -37,16 +37,6 @@ UNTOLD = (
     *("model.backbone.weights", "model.backbone.freeze_stem", "model.compatibility"),
     *("model.attention.alpha_init", "model.attention.anneal", "model.deformable.stages"),
 )
-# Those of some transforms only.
-OF_TRANSFORMS = {
-    "model.attention.alpha": {"entmax", "asentmax"},
-    "model.attention.tv_lambda": {"tvmax"},
-    "model.attention.normmax_alpha": {"normmax"},
-    "model.attention.budget": {"budget"},
-    "model.attention.sparsegen_lambda": {"sparsegen"},
-    "model.attention.ssmax_init": {"ssmax"},
-    "model.attention.topk": {"topk"},
-}
 SETTINGS, NAMES, EPOCH = "detrlib.settings", "detrlib.names", "detrlib.epoch"  # in the metadata of a file
 
 
@@ -134,7 +124,7 @@ def write_official(source: Source, path: Path) -> None:
     told = {setting: settings[setting] for name, setting in TOLD.items() if name in arguments}
     read = flat_settings(official_config(OfficialCheckpoint(path, state, family_of(state), told, source.epoch)))
     used = {source.cfg.model.transform_at(site) for site in get_args(SiteName)}
-    unused = [name for name, transforms in OF_TRANSFORMS.items() if not transforms & used]
+    unused = [f"model.attention.{name}" for name, transforms in OF_TRANSFORMS.items() if not transforms & used]
     for name, value in settings.items():
         if name.startswith("model.") and not name.startswith((*UNTOLD, *unused)) and read.get(name) != value:
             raise WeightsError(f"an official file does not tell {name} {value}; write a .safetensors file instead")

@@ -27,6 +27,19 @@ TransformName = Literal[
 QueryTransformName = Literal[tuple(name for name in get_args(TransformName) if name != "tvmax")]
 NullKey = Literal["none", "zero", "learned"]
 SiteName = Literal["encoder_self", "decoder_self", "decoder_cross"]
+# Settings of some transforms only, which change nothing at a site that has another one.
+OF_TRANSFORMS = {
+    "alpha": {"entmax", "asentmax"},
+    "alpha_init": {"alpha_entmax"},
+    "tv_lambda": {"tvmax"},
+    "normmax_alpha": {"normmax"},
+    "budget": {"budget"},
+    "sparsegen_lambda": {"sparsegen"},
+    "ssmax_init": {"ssmax"},
+    "topk": {"topk"},
+}
+# Transforms whose weights a null key leaves as they are: its own is zero, or keys do not compete.
+WITHOUT_NULL_KEY = {"zero": ("softpick", "sigmoid", "relu"), "learned": ("sigmoid", "relu")}
 
 
 def _start_of_alpha(value: float | str) -> float | str:
@@ -54,7 +67,7 @@ class QueryAttention(Section):
     normmax_alpha: float = Field(2.0, ge=1.001, le=1000.0)
     budget: float = Field(2.0, gt=0.0)  # what weights of "budget" sum to, none of them above one
     sparsegen_lambda: float = Field(0.5, lt=1.0)  # 0: sparsemax; towards 1: sparser; below 0: denser
-    ssmax_init: float = 0.168  # where a of softmax(a log(n) s) starts: there the mean of a log(n) is about one
+    ssmax_init: float = 0.168  # where a of softmax(a log(n) s) starts: there a log(n) is 1 on average over n to 1024
     topk: int = Field(64, ge=1)  # keys that have weight
     anneal: Anneal = Anneal()
     # A key that stands for none, beside those that are scored: a head with nothing to say rests there. Its score is

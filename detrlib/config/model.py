@@ -159,6 +159,8 @@ class Attending(Section):
             sites, name = getattr(self.attention, f"{option}_sites", None), f"model.attention.{option}"
             if sites is not None and getattr(self.attention, option) in ("none", False):
                 raise ValueError(f"{name}_sites is of no use without {name}; set it, or leave the sites out")
+            if sites == ():
+                raise ValueError(f"{name}_sites names no site, and {name} would do nothing; name one, or leave it out")
             for site in sites or ():
                 if not self.scores_keys(site):
                     fault = "there points are sampled and no keys scored"

@@ -4,21 +4,23 @@ What there is to say of data alone stands in `detrlib.data.findings`, and of mem
 """
 
 from collections.abc import Mapping
+from typing import get_args
 
 from torch import nn
 
 from detrlib.config import Config, Data
+from detrlib.config.attention import OF_TRANSFORMS, WITHOUT_NULL_KEY, SiteName
 from detrlib.data import CocoDataset
 from detrlib.data.objects import suggested_image_sizes
 from detrlib.engine.start import learns_from_crops
 from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.metrics.detection import UNDEFINED
+from detrlib.metrics.sinks import AGREED, RESTS
 from detrlib.models import backbone_view
 
 FEW_UPDATES, MEASURED_UPDATES = 500, "of 32 drawn pictures each, 400 give AP 0.42 and 1,000 give 0.67"
 FEW_OBJECTS = 500
 MEASURED_OBJECTS = "with 173 AP stays within 0.05 of a fixed box, and is 0.1 above it from a detector of drawn shapes"
-MOST = 0.5  # of images
 PLACES = (
     ("upper left", "top", "upper right"),
     ("left", "middle", "right"),
@@ -37,6 +39,26 @@ def few_updates(cfg: Config, updates: int) -> list[str]:
         f"({MEASURED_UPDATES}); raise train.epochs, or train.epoch_updates (updates of an epoch), or begin with the "
         "weights of a detector (train.start)"
     ]
+
+
+def idle_settings(cfg: Config) -> list[str]:
+    """Settings of attention that change nothing, as the others are."""
+    model, lines = cfg.model, []
+    sites = [site for site in get_args(SiteName) if site != "encoder_self" or model.encoder_layers]
+    used = {site: model.transform_at(site) for site in sites}
+    for name, field in type(model.attention).model_fields.items():
+        value, transforms = getattr(model.attention, name), OF_TRANSFORMS.get(name)
+        if transforms and value != field.default and transforms.isdisjoint(used.values()):
+            lines.append(
+                f"model.attention.{name} {value} changes nothing: no site has {' or '.join(sorted(transforms))}"
+            )
+    for site, transform in used.items():
+        if transform in WITHOUT_NULL_KEY.get(key := model.null_key_at(site), ()):
+            lines.append(f"model.attention.null_key {key} at {site} changes no weight of {transform}")
+    if "encoder_self" in cfg.evaluate.sites and not ("encoder_self" in sites and model.scores_keys("encoder_self")):
+        why = "points are sampled there" if "encoder_self" in sites else "model.encoder_layers is 0"
+        lines.append(f"evaluate.sites encoder_self is not measured: {why}")
+    return [f"warning: {line}" for line in lines]
 
 
 def divided_statistics(model: nn.Module, at_a_time: int, batch_size: int) -> list[str]:
@@ -99,9 +121,9 @@ def where_attention_rests(results: Mapping) -> list[str]:
     lines = []
     for site, found in results.get("sinks", {}).items():
         heads = [(layer, head) for layer, row in enumerate(found["sink"]["heads"]) for head in range(len(row))]
-        resting = [(layer, head) for layer, head in heads if found["sink"]["heads"][layer][head] >= MOST]
+        resting = [(layer, head) for layer, head in heads if found["sink"]["heads"][layer][head] >= RESTS]
         if resting:
-            same = sum(found["agreement"]["heads"][layer][head] >= MOST for layer, head in resting)
+            same = sum(found["agreement"]["heads"][layer][head] >= AGREED for layer, head in resting)
             key = "query" if site == "decoder_self" else "cell"
             lines.append(
                 f"sinks: {len(resting)} of {len(heads)} heads of {site} put more than {limit:g} of their weight on one "

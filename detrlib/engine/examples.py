@@ -24,6 +24,7 @@ from detrlib.models.outputs import Site
 from detrlib.runs.examples import EXAMPLE_SCORE, Example, load_examples, make_example, with_maps
 from detrlib.runs.folder import has_table, load_results
 from detrlib.runs.results import load_matches
+from detrlib.runs.sinks import sink_threshold
 
 KEPT = 16  # images that were computed and stay in memory
 
@@ -46,6 +47,7 @@ class ValidationImages(Mapping[int, Example]):
         self.run_dir, self.cfg = run_dir, load_config(run_dir / "config.yaml")
         self.sites = tuple(sites or self.cfg.evaluate.store_sites)
         self.results = load_results(run_dir)
+        self.sink_threshold = sink_threshold(self.results)
         there = any((run_dir / "examples").glob("*.npz"))
         self.stored = {example.image_id: example for example in (load_examples(run_dir) if there else [])}
         self.errors = self._errors()
@@ -117,6 +119,8 @@ class OwnPictures(Mapping[int, Example]):
     def __init__(self, model: str | Path, pictures: Any, sites: Sequence[Site] | None = None):
         self.detected = predict(model, pictures, min_score=EXAMPLE_SCORE, attention=sites or True)
         self.stored = {one.image_id: one.example for one in self.detected}
+        evaluated = isinstance(model, Path) and (model / "results.json").exists()
+        self.sink_threshold = sink_threshold(load_results(model) if evaluated else {})
         rows = [(one.image_id, 0, len(one), one.picture) for one in self.detected]
         self.errors = pd.DataFrame(rows, columns=["image_id", "objects", "detections", "picture"]).set_index("image_id")
 

@@ -22,6 +22,7 @@ import logging
 import math
 import os
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -36,8 +37,7 @@ from detrlib.config import Config, load_config, replace
 from detrlib.data import Batch, CocoDataset, describe_data, look_over, open_splits
 from detrlib.data.batch import EpochSampler, batches, open_loader, worker_processes
 from detrlib.data.classes import class_list
-from detrlib.engine import tracking
-from detrlib.engine.advice import divided_statistics, few_updates, floor_and_collapse, much_padding, unfit_for_crops
+from detrlib.engine import advice, tracking
 from detrlib.engine.children import follow
 from detrlib.engine.epoch import EpochSoFar
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
@@ -82,12 +82,9 @@ def train(cfg: Config, run_dir: Path) -> dict:
         raise ConfigError(
             f"train.batch_size {cfg.train.batch_size} is not a multiple of the {accelerator.num_processes} processes"
         )
-    with Stopping(accelerator, cfg.train.save_minutes) as stopping:
-        trainer = _open_trainer(cfg, run_dir, accelerator, stopping)
-        try:
-            return trainer.run()
-        finally:
-            trainer.close()
+    stopping = Stopping(accelerator, cfg.train.save_minutes)
+    with stopping, closing(_open_trainer(cfg, run_dir, accelerator, stopping)) as trainer:
+        return trainer.run()
 
 
 def _open_trainer(cfg: Config, run_dir: Path, accelerator: Accelerator, stopping: Stopping) -> "Trainer":
@@ -112,7 +109,7 @@ def _open_trainer(cfg: Config, run_dir: Path, accelerator: Accelerator, stopping
             first = starting_model(cfg, train_set)
         say(look_over(splits, cfg.model.num_queries, cfg.data.check))
         if not resume:
-            say(*runs.begins_again(run_dir), *unfit_for_crops(cfg, train_set))
+            say(*runs.begins_again(run_dir), *advice.unfit_for_crops(cfg, train_set))
         model, start = (initial_model(cfg, "none"), None) if resume else first or starting_model(cfg, train_set)
         runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
     if start:
@@ -165,12 +162,11 @@ class Trainer:
         except Stopped:
             pass  # where it was, the model is still in use, see `close`
         self._save_midway()
-        by, where = self.stopping.name, self._where()
         if self.accelerator.is_main_process:
-            runs.note_stop(self.run_dir, self.state.global_step, by)
+            runs.note_stop(self.run_dir, self.state.global_step, self.stopping.name)
             self.say(self.state.best_so_far(self.run_dir))
         self.accelerator.wait_for_everyone()  # or torchrun ends the one that saves, once another has left
-        raise Stopped(f"stopped by {by} at {where}, and saved; the same run name goes on there")
+        raise Stopped(f"stopped by {self.stopping.name} at {self._where()}, and saved; the same run name goes on there")
 
     def _finish(self) -> dict:
         """All that is left, and the results."""
@@ -218,8 +214,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
         settings = self.cfg.train
-        self.say(*floor_and_collapse(self.floor), *few_updates(self.cfg, settings.epochs * len(self.sampler)))
-        self.say(*divided_statistics(self.state.trained, self.micro_batch, settings.batch_size))
+        updates = settings.epochs * len(self.sampler)
+        self.say(*advice.floor_and_collapse(self.floor), *advice.few_updates(self.cfg, updates))
+        self.say(*advice.divided_statistics(self.state.trained, self.micro_batch, settings.batch_size))
+        self.say(*advice.idle_settings(self.cfg))
         if settings.compile:
             self.state.compile()
 
@@ -316,7 +314,7 @@ class Trainer:
             f"epoch {epoch:3d}/{epochs}  {updates} updates ({passes:.1f} passes)  "
             f"loss {record['epoch/loss']:.3f}  {precision}"
             f"{seconds:.0f} s" + ("" if left is None else f", about {tracking.duration(left)} left"),
-            *(much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
+            *(advice.much_padding(record["extra/padding"], self.cfg.data) if epoch == 1 else ()),
         )
 
     def close(self) -> None:

@@ -50,6 +50,7 @@ from detrlib.experiments.sweep_file import read_sweep
 from detrlib.experiments.time_left import Course, seconds_left
 from detrlib.files import write_atomic, write_json
 from detrlib.runs.owner import owned
+from detrlib.runs.results import first_of_groups
 
 SECONDS = 2  # between two looks at the runs where a bar is shown
 LINES = {False: 15, True: 60}  # seconds between two lines elsewhere, before and after the time left is known
@@ -160,8 +161,9 @@ def _waves(jobs: list[Job]) -> list[list[Job]]:
 
 
 def _draw(folder: Path, names: list[str], asked: dict[str, Any]) -> Path:
-    """Execute the notebooks on maps and on figures side by side; the second, which is the report."""
-    write_json(folder / ASKED, {"attention_maps": {"run_names": names}})
+    """Execute the notebooks on maps, of one run of each group, and on figures side by side; the second, the report."""
+    of_groups = [_within_project(path) for path in first_of_groups(map(runs.run_path, names))]
+    write_json(folder / ASKED, {"attention_maps": {"run_names": of_groups}})
     log, report = folder / "log.txt", find_notebook("thesis_figures").name
     with log.open("a") as output:
         maps = subprocess.Popen(

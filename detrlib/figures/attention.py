@@ -9,6 +9,7 @@ Legend: n queries, L layers, H heads, h x w cells of the feature map. Boxes are 
 """
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,6 +31,7 @@ from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, li
 from detrlib.runs.examples import Example
 
 WIDEST_PANEL = 1.7  # inches
+NAME = 16  # letters of the name of a run in a line: as many as fit above a panel
 FEW = 15  # boxes in a picture that need no thinner lines
 
 
@@ -139,7 +141,7 @@ def objects_by_run(
     drawn, panels = image_panels(first.image, len(examples), columns, WIDEST_PANEL, **room(columns, scale))
     looks = []
     for row, (run, example) in zip(panels, examples.items(), strict=True):
-        draw_image(row[0], example.image, run, fontweight="bold", fontsize=6)  # names of runs are long
+        draw_image(row[0], example.image, fill(run, NAME), fontweight="bold", fontsize=6)
         for number, (axes, index) in enumerate(zip(row[1:], objects, strict=True), start=1):
             query = matched_query(example, index) if annotated else same_detection(first, index, example)
             if annotated:

@@ -167,7 +167,8 @@ def faithfulness_by_group(explained: pd.DataFrame, methods: Sequence[str] = ()) 
         raise Nothing("no explanations were tested")
     shown = list(methods or dict.fromkeys(explained["method"]))
     groups = list(dict.fromkeys(explained["group"]))
-    drawn, grid = panels(2, 2, height=0.5 + len(groups) * (0.12 + 0.09 * len(shown)), sharey=True)
+    each = 0.09 if len(groups) <= 6 else 0.06  # inches of a method; a dozen groups should fit on a page
+    drawn, grid = panels(2, 2, height=0.5 + len(groups) * (0.12 + each * len(shown)), sharey=True)
     for axes, (direction, better, _) in zip(grid, DIRECTIONS, strict=True):
         for number, method in enumerate(shown):
             own = explained[explained["method"] == method]

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from detrlib.figures.overlay import DECADES, PALE, map_numbers, overlay, text_colour
-from detrlib.figures.predictions import SITES, MapChoice, class_colours, views_of
+from detrlib.figures.predictions import LAYER_OF, MapChoice, class_colours, views_of
 from detrlib.runs.detected import Detected
 
 LONGEST = 800  # pixels of the longer side of a picture in the page
@@ -73,7 +73,7 @@ def write_page(
         "steps": STEPS,
         "decades": DECADES,
         "colours": _ramp(),
-        "site": SITES[view.site],
+        "site": LAYER_OF[view.site],
         "layer": view.layer,
         "head": 0 if view.head == "mean" else view.head + 1,
     }

@@ -25,7 +25,7 @@ SMALL_PANEL = 1.9
 LINE = 0.14  # inches of a second line of the title
 MOST = 6  # detections whose maps are drawn
 SHEET = 48  # pictures on a contact sheet
-SITES = {"decoder_cross": "layer", "encoder_self": "encoder layer"}  # whose keys are cells of the picture
+LAYER_OF = {"decoder_cross": "layer", "encoder_self": "encoder layer"}  # whose keys are cells of the picture
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class MapChoice:
 
         Raises Nothing where the layer or the head is none.
         """
-        layers = [title for title in views if title.startswith(f"{SITES[self.site]} ")]
+        layers = [title for title in views if title.startswith(f"{LAYER_OF[self.site]} ")]
         if not -len(layers) <= self.layer < len(layers):
             raise Nothing(f"there is no layer {self.layer} among {len(layers)} of {self.site}")
         title = layers[self.layer]
@@ -76,7 +76,7 @@ def views_of(detected: Detected) -> dict[str, np.ndarray]:
     example, views = detected.example, {}
     if example is None:
         return views
-    for site, title in SITES.items():
+    for site, title in LAYER_OF.items():
         if site not in example.sites or (site == "encoder_self" and not cells_ask(example)):
             continue
         for layer, maps in enumerate(example.maps(site)):
@@ -168,7 +168,7 @@ def maps_by_detection(
 
 def _means(detected: Detected, title: str) -> str:
     """The sparsity of a layer in this picture in words."""
-    site = next(site for site, start in SITES.items() if title.startswith(f"{start} "))
+    site = next(site for site, start in LAYER_OF.items() if title.startswith(f"{start} "))
     table, layer = detected.sparsity, int(title.rpartition(" ")[2]) - 1
     rows = table[(table["site"] == site) & (table["layer"] == layer)]
     row = rows.iloc[-1]  # of the detections in the decoder, of all cells in the encoder

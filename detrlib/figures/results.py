@@ -82,7 +82,7 @@ def _lines_of_metrics(grid: Sequence[Axes], titles: Mapping[str, str], frame: pd
         draw_runs(axes, rows, x, "value", colours, **look | own)
         axes.set(xlabel=x if axes in grid[-3:] else "", ylabel="")
         axes.set_title(title, loc="left")
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
 
 
 def _deviation(values: pd.Series, most: float) -> tuple[float, float]:

@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 
 from detrlib.figures.overlay import COLOURS
 from detrlib.figures.style import MUTED, Nothing, panels, run_colours, styled
-from detrlib.metrics.sinks import LIMITS, MEASURES, PLACE, Places
+from detrlib.metrics.sinks import AGREED, MEASURES, PLACE, Places
 
 COLUMNS, PANEL = 6, 1.25  # heads in a row, and inches of a panel with its words
-AGREED = 0.5  # share of images: from here on a head is drawn as one that rests at one place
 
 
 @styled
@@ -67,15 +66,13 @@ def _draw_shares(axes: Axes, shares: np.ndarray) -> None:
 
 
 @styled
-def sink_weights(frame: pd.DataFrame, limit: float = LIMITS.threshold) -> Figure:
+def sink_weights(frame: pd.DataFrame) -> Figure:
     """A panel for each site: the heads of every run by how much they rest, those that do so most first.
 
     Filled: the best key is the same in at least half of the images, hollow: it differs. Above the dashed line a head
-    has a sink.
+    has a sink: `evaluate.sink_threshold`, of every run its own.
 
-    Args:
-        frame: of several runs, as of `runs.sinks.sinks_frame`.
-        limit: `evaluate.sink_threshold`.
+    frame: of several runs, as of `runs.sinks.sinks_frame`.
     """
     if frame.empty:
         raise Nothing("sinks were not measured of any run")
@@ -89,7 +86,8 @@ def sink_weights(frame: pd.DataFrame, limit: float = LIMITS.threshold) -> Figure
                 some = rows[(rows["agreement"] >= AGREED) == agreed]
                 look = {"facecolor": face, "edgecolor": colours[run], "linewidth": 0.8, "zorder": 3}
                 axes.scatter(some.index + 1, some["weight"], s=10, **look)
-        axes.axhline(limit, color=MUTED, lw=0.7, ls=(0, (4, 3)))
+        for limit in frame["threshold"].unique():
+            axes.axhline(limit, color=MUTED, lw=0.7, ls=(0, (4, 3)))
         axes.set_title(site, loc="left")
         axes.set_xlabel("heads, in order")
         axes.grid(axis="y")

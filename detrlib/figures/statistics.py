@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from detrlib.errors import ConfigError
 from detrlib.figures.style import DASH, MUTED, PALETTE, Nothing, panels, run_colours, styled
 
-ROW = 0.24  # inches of a pair or group
+ROW, MANY_ROWS = 0.24, 0.17  # inches of a pair or group, and of one of MANY, so that nine panels fit on a page
+MANY = 8
 
 
 @styled
@@ -78,7 +79,8 @@ def spread(results: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, s
 def _rows_of_panels(count: int, names: Sequence[str], extra: float) -> tuple[Figure, list[Axes]]:
     """At most three panels beside each other, which share their rows; extra: inches of a panel beside them."""
     width = 1.0 if count > 1 else 0.7
-    drawn, grid = panels(count, 3, ROW * len(names) + extra, width, sharey=True)
+    row = ROW if len(names) <= MANY else MANY_ROWS
+    drawn, grid = panels(count, 3, row * len(names) + extra, width, sharey=True)
     for axes in grid:
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)  # the first on top

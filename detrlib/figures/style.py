@@ -9,6 +9,7 @@ from functools import wraps
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,6 +28,8 @@ NOTHING = "nothing to show"  # label of a figure that only says so
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
 # Of classes: without black, which is ground truth, and yellow, too pale for a line; six of Tol's "muted" follow.
 CLASS_COLOURS = [*PALETTE[:6], "#882255", "#332288", "#999933", "#AA4499", "#117733", "#88CCEE"]
+
+OF_NO_TRANSFORM = ["#8C510A", "#7F7F7F"]  # brown and grey, of runs beside many others
 
 COLOURS = {
     "softmax": "#0072B2",
@@ -171,6 +174,12 @@ def image_panels(
     return figure(width, aspect, nrows=rows, ncols=columns, squeeze=False, height_ratios=heights)
 
 
+def in_parts(runs: Mapping[str, Any], most: int) -> dict[str, dict[str, Any]]:
+    """`runs`, at most so many at a time, as a figure has room for: {"": the first, "_2": the next, ...}."""
+    parts = [dict(list(runs.items())[start : start + most]) for start in range(0, len(runs), most)] or [{}]
+    return {f"_{number}" if number > 1 else "": part for number, part in enumerate(parts, 1)}
+
+
 def class_colour(label: int, names: Mapping[int, str]) -> str:
     """The colour of a class in every figure: by its position among all classes, grey where it is none of them.
 
@@ -185,7 +194,7 @@ def literal(name: str) -> str:
 
 
 def run_colours(runs: Iterable[str]) -> dict[str, str]:
-    """A colour for every run: that of its transform where the name holds one, otherwise the next unused one.
+    """A colour for every run: that of its transform where the name holds one, otherwise the next unused one, of 19.
 
     "shapes_entmax15_seed1" counts as entmax15; of several runs with the same transform the first takes its colour.
     """
@@ -196,7 +205,8 @@ def run_colours(runs: Iterable[str]) -> dict[str, str]:
         if colour not in (None, *colours.values()):
             colours[run] = colour
     # Colours that belong to no transform come first: a run without one should not look like another's.
-    by_preference = sorted(PALETTE, key=lambda colour: colour in COLOURS.values())
+    every = [*PALETTE[:7], *OF_NO_TRANSFORM, *dict.fromkeys(COLOURS.values()), PALETTE[7]]
+    by_preference = sorted(dict.fromkeys(every), key=lambda colour: colour in COLOURS.values() or colour == PALETTE[7])
     free = [colour for colour in by_preference if colour not in colours.values()]
     next_colour = cycle(free or PALETTE)
     return {run: colours[run] if run in colours else next(next_colour) for run in runs}

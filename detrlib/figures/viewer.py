@@ -30,12 +30,13 @@ from detrlib.figures.views import (
     cell_of,
     clicked,
     consistent,
-    described,
+    lines_about,
     query_in,
     sink_in,
     sites,
     weights_in,
 )
+from detrlib.metrics.sinks import LIMITS
 from detrlib.runs.examples import Example
 
 PANEL, TALLEST, LINES = 3.9, 4.6, 1.0  # inches: width of an image, its largest height, the lines above and below it
@@ -73,7 +74,8 @@ def draw_view(figure: Figure, view: View, stored: Stored, names: Mapping[int, st
                 looks.append((Panel(axes, example.image, weights, extent, own), example.boxes))
             else:
                 axes.imshow(example.image)
-            lines = [run, *described(view, example, query, weights, names)]
+            threshold = getattr(stored[run], "sink_threshold", LIMITS.threshold)  # examples alone have none
+            lines = [run, *lines_about(view, example, query, weights, names, threshold)]
             axes.set_title("\n".join(lines), loc="left")
     _draw_weights(figure, view, looks)
     return panels

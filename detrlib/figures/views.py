@@ -136,10 +136,18 @@ def cell_of(view: View, example: Example) -> int:
     return cell_at(example, view.position[0] * width - 0.5, view.position[1] * height - 0.5)
 
 
-def described(
-    view: View, example: Example, query: int | None, weights: np.ndarray | None, names: Mapping[int, str]
+def lines_about(
+    view: View,
+    example: Example,
+    query: int | None,
+    weights: np.ndarray | None,
+    names: Mapping[int, str],
+    threshold: float = LIMITS.threshold,
 ) -> list[str]:
-    """Three lines about a panel: which detection, which map is shown, and where most of all weight lies."""
+    """Three lines about a panel: which detection, which map is shown, and where most of all weight lies.
+
+    threshold: `evaluate.sink_threshold` of the run, above which that is a sink.
+    """
     layer, head = _layer_and_head(view, example)
     by = "mean over heads" if head == "mean" else f"head {head + 1}"
     if view.site == "encoder_self":
@@ -150,7 +158,7 @@ def described(
         matched = ", matched to " + ("an object" if example.matched[query] >= 0 else "no object")
         first = detection(example, query, names) + matched * (len(example.true_boxes) > 0)
     second = f"layer {layer + 1}, {by}{_elsewhere(view, example, query, weights)}"
-    return [first, second, _resting(view, example)]
+    return [first, second, _resting(view, example, threshold)]
 
 
 def _elsewhere(view: View, example: Example, query: int | None, weights: np.ndarray) -> str:
@@ -164,9 +172,9 @@ def _elsewhere(view: View, example: Example, query: int | None, weights: np.ndar
     return f": {', '.join(parts)}" if parts else ""
 
 
-def _resting(view: View, example: Example) -> str:
+def _resting(view: View, example: Example, threshold: float) -> str:
     """How much of the weight of all queries lies on one key, in words."""
     sink = sink_in(view, example)
     key = f"query {sink.key}" if view.site == "decoder_self" else "the ringed cell" if view.sink else "one cell"
     words = f"{sink.weight:.2f} of all weight lies on {key}"
-    return f"{words}, a sink" if sink.weight > LIMITS.threshold else words
+    return f"{words}, a sink" if sink.weight > threshold else words

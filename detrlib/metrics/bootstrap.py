@@ -2,17 +2,20 @@
 
 A weight is how many times an image is there, so that a sample drawn with replacement needs no copies; detections are
 matched and sorted once. Detections of equal score keep the order of their image ids, as in COCO.
-Legend: R rows of weights, N images, C classes, A area ranges (all, small, medium, large).
+Legend: R rows of weights, N images, C classes, A area ranges (all, small, medium, large), S detections of a class.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import sparse
 
+from detrlib.data.shapes import cores
 from detrlib.errors import ConfigError
 from detrlib.metrics.detection import AREAS, IOU_THRESHOLDS, METRICS, NO_CATEGORY, Matches
 
@@ -88,43 +91,76 @@ def _class_ap(table: pd.DataFrame, weights: np.ndarray, totals: list[np.ndarray]
     """{(area, threshold): [R]} of one class, whose detections `table` holds best first; totals A times [R].
 
     Most detections are false positives at every threshold. They are counted once per area range, and only those that
-    are something else at some threshold are looked at threshold by threshold.
+    are something else at some threshold, S of them, are looked at threshold by threshold.
     """
     cells = sorted({(area, threshold) for area, thresholds in wanted for threshold in thresholds})
     true, ignored = (table[[f"{kind}_{area}" for area in AREAS]].to_numpy() for kind in ("true", "ignored"))
     every = 2 ** len(IOU_THRESHOLDS) - 1
-    special = np.flatnonzero(((true > 0) | ((ignored > 0) & (ignored < every))).any(1))
-    plain = np.setdiff1d(np.arange(len(table)), special)
+    distinct = ((true > 0) | ((ignored > 0) & (ignored < every))).any(1)
+    special, plain = np.flatnonzero(distinct), np.flatnonzero(~distinct)
     column, result = table["column"].to_numpy(), {cell: np.zeros(len(weights)) for cell in cells}
-    step = max(1, NUMBERS_AT_ONCE // len(table))
+    if not len(special):
+        return result
+    false = {area: plain[ignored[plain, area] == 0] for area, _ in cells}
+    between = {area: _counts_between(special, own, column, weights.shape[1]) for area, own in false.items()}
+    true, ignored, column = true[special], ignored[special], column[special]
+    step = max(1, NUMBERS_AT_ONCE // len(special))
     for rows in (slice(start, start + step) for start in range(0, len(weights), step)):
-        theirs = weights[rows]
-        own, before = theirs[:, column[special]], {}
+        # `take` keeps rows together in memory, unlike an index, and sums run along rows.
+        own, by_column = weights[rows].take(column, 1), np.ascontiguousarray(weights[rows].T)  # [R,S], [columns,R]
+        before = {area: _sums((counts @ by_column).T) for area, counts in between.items()}
+        passed = {area: _LevelsPassed(totals[area][rows], int(own.sum(1).max())) for area in between}
+        listed = {}
         for area, threshold in cells:
-            if area not in before:
-                false = plain[ignored[plain, area] == 0]
-                passed = np.cumsum(theirs[:, column[false]], axis=1, dtype=np.int32)
-                passed = np.pad(passed, ((0, 0), (1, 0)))
-                before[area] = passed[:, np.searchsorted(false, special)]
-            used = np.flatnonzero((ignored[special, area] >> threshold & 1) == 0)
-            hits = np.flatnonzero(true[special[used], area] >> threshold & 1)
-            listed = np.cumsum(own[:, used], axis=1, dtype=np.int32)[:, hits] + before[area][:, used[hits]]
-            hit = np.cumsum(own[:, used[hits]], axis=1, dtype=np.int32)
-            result[area, threshold][rows] = _area_under_curve(hit, listed, totals[area][rows])
+            used = (ignored[:, area] >> threshold & 1) == 0
+            if (key := (area, used.tobytes())) not in listed:  # as a rule the same at all thresholds
+                listed[key] = _sums(own * used) + before[area]
+            hits = np.flatnonzero(used & (true[:, area] >> threshold & 1 > 0))
+            curve = _sums(own.take(hits, 1)), listed[key].take(hits, 1)
+            result[area, threshold][rows] = _area_under_curve(*curve, passed[area])
     return result
 
 
-def _area_under_curve(hit: np.ndarray, listed: np.ndarray, total: np.ndarray) -> np.ndarray:
+def _counts_between(special: np.ndarray, others: np.ndarray, column: np.ndarray, columns: int) -> sparse.csr_array:
+    """[S,columns], how many `others` of each column are listed between each special detection and the one before it.
+
+    Multiplied by weights it takes one addition for each of the others, and sums over S are short.
+    """
+    segment = np.searchsorted(special, others)
+    there = segment < len(special)  # none comes after those that are listed last
+    places = segment[there], column[others[there]]
+    return sparse.csr_array((np.ones(there.sum(), np.int32), places), (len(special), columns))
+
+
+def _sums(counts: np.ndarray) -> np.ndarray:
+    """[R,n] of what stands up to each place of a row."""
+    return np.cumsum(np.ascontiguousarray(counts), axis=1, dtype=np.int32)
+
+
+class _LevelsPassed:
+    """How many recall levels so many true positives have passed, looked up: total [R] annotations, most: positives."""
+
+    def __init__(self, total: np.ndarray, most: int):
+        kinds, which = np.unique(total, return_inverse=True)
+        recall = np.arange(most + 1) / np.maximum(kinds, 1)[:, None]
+        self.levels = np.searchsorted(RECALLS, recall, side="right").astype(np.int16).ravel()
+        self.start = (which * (most + 1)).astype(np.int32)[:, None]
+
+    def __call__(self, hit: np.ndarray) -> np.ndarray:
+        return self.levels.take(hit + self.start)
+
+
+def _area_under_curve(hit: np.ndarray, listed: np.ndarray, passed: _LevelsPassed) -> np.ndarray:
     """[R] COCO's interpolated precision, a mean over 101 recall levels, from counts at the true positives.
 
-    hit [R,n] true positives and listed [R,n] all detections so far; total [R] annotations. Each true positive
-    stands for the levels that recall passes there, with the highest precision from there on.
+    hit [R,n] true positives and listed [R,n] all detections so far. Each true positive stands for the levels that
+    recall passes there, with the highest precision from there on.
     """
     precision = hit / (listed + np.spacing(1))
     highest = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    recall = hit / np.maximum(total, 1)[:, None]
-    passed = np.searchsorted(RECALLS, recall.ravel(), side="right").reshape(recall.shape)
-    return (np.diff(passed, axis=1, prepend=0) * highest).sum(1) / len(RECALLS)
+    levels = passed(hit)
+    levels[:, 1:] -= levels[:, :-1].copy()
+    return (levels * highest).sum(1) / len(RECALLS)
 
 
 # Resampling
@@ -159,6 +195,15 @@ def bootstrap_ap(
         times = random.multinomial(images, np.full(images, 1 / images), size=count)  # [R,N] that each image is drawn
         parts.append(pd.DataFrame(ranked.ap(times.astype(np.int32), metrics)))
     return pd.concat(parts, ignore_index=True)
+
+
+def bootstrap_runs(
+    matches: Mapping[str, Matches], resamples: int = 1000, seed: int = 0, metrics: Sequence[str] = AP_METRICS
+) -> dict[str, pd.DataFrame]:
+    """`bootstrap_ap` of several runs by name, side by side on all cores."""
+    draw = partial(bootstrap_ap, resamples=resamples, seed=seed, metrics=metrics)
+    with ThreadPoolExecutor(cores()) as pool:
+        return dict(zip(matches, pool.map(draw, matches.values()), strict=True))
 
 
 def batches(resamples: int, images: int) -> list[int]:

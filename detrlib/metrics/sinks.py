@@ -33,6 +33,8 @@ MEASURES = (
 )
 POINTS = 64  # along either side of an image: where it is asked which of its cells are sinks
 NOTHING, BROADCAST = 0.2, 0.5  # of `value_norm`, by Fesser et al.
+RESTS = 0.5  # share of images in which a head has a sink: from here on it is called a head that rests
+AGREED = 0.5  # share of images with the same best cell: from here on that is one place
 PLACE = ("row", "column", "rows", "columns")
 EVEN = ("weight", "border", "corner")
 
@@ -254,7 +256,7 @@ class SinksOfSite:
 
 def _does(sink: Tensor, norm: Tensor) -> str | None:
     """What a head does, given its share of images with a sink and the relative norm of the sink's value."""
-    if sink < 0.5 or norm.isnan():
+    if sink < RESTS or norm.isnan():
         return None
     return "nothing" if norm <= NOTHING else "broadcast" if norm >= BROADCAST else "unclear"
 

@@ -7,12 +7,14 @@ Legend: R resamples, N images.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from detrlib.data.shapes import cores
 from detrlib.errors import ConfigError, DataError
 from detrlib.metrics.bootstrap import (
     LEVEL,
@@ -20,6 +22,7 @@ from detrlib.metrics.bootstrap import (
     average_precision,
     batches,
     bootstrap_ap,
+    bootstrap_runs,
     highest,
     interval,
 )
@@ -153,14 +156,16 @@ def compare_runs(
     pairs: Sequence[tuple[str, str]] | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    samples: Mapping[str, pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
-    """Compare all pairs of runs, or those given, on the same images.
+    """Compare all pairs of runs, or those given, on the same images; pairs side by side on all cores.
 
     Args:
         runs: by name, what `compare` takes: matches for AP, or tables for the mean of a column.
         metric: one of the six AP, or the column.
         pairs: names of the runs to compare; None: all.
         resamples, seed: of the bootstrap and the permutations.
+        samples: by name, what `bootstrap_ap` has drawn of the runs with these `resamples` and `seed`, where it has.
 
     Returns:
         A row per pair: first, second, metric, difference, low, high, p, images, p_adjusted (Holm) and verdict,
@@ -171,15 +176,20 @@ def compare_runs(
         ConfigError: there is no such metric.
     """
     pairs = list(pairs or combinations(runs, 2))
-    drawn = {}  # the bootstrap of each run, once for all pairs
-    for name in dict.fromkeys(name for pair in pairs for name in pair):
-        if isinstance(runs[name], Matches):
-            drawn[name] = bootstrap_ap(runs[name], resamples, seed, (metric,))[metric]
-    rows = []
-    for a, b in pairs:
-        samples = (drawn[a], drawn[b]) if a in drawn and b in drawn else None
-        compared = compare(runs[a], runs[b], metric, resamples, seed, samples)
-        rows.append({"first": a, "second": b, "metric": metric, **compared})
+    compared = {name: runs[name] for name in dict.fromkeys(name for pair in pairs for name in pair)}
+    drawn = {name: own[[metric]] for name, own in (samples or {}).items() if name in compared and metric in own}
+    left = {name: one for name, one in compared.items() if isinstance(one, Matches) and name not in drawn}
+    drawn |= bootstrap_runs(left, resamples, seed, (metric,))  # once for all pairs
+
+    def row(pair: tuple[str, str]) -> dict:
+        own = tuple(drawn[name][metric] for name in pair) if drawn else None
+        return dict(zip(("first", "second"), pair, strict=True)) | {
+            "metric": metric,
+            **compare(*(runs[name] for name in pair), metric, resamples, seed, own),
+        }
+
+    with ThreadPoolExecutor(cores()) as pool:
+        rows = list(pool.map(row, pairs))
     return with_verdicts(pd.DataFrame(rows) if rows else NO_ROWS)
 
 
@@ -200,13 +210,16 @@ def comparison_table(comparisons: pd.DataFrame, decimals: int = 3) -> pd.DataFra
     """Rows of `compare_runs` or `compare_groups` in words, ready for `figures.tables.markdown_table`.
 
     The index names the pair; columns metric, difference, 95 % interval, p (Holm), verdict, "not established (3 seeds)",
-    with the lower number of seeds of the two, or the number of images; for seeds also the paired interval.
+    with the lower number of seeds of the two, or the number of images; for seeds also the paired interval, or, of
+    explanations, the one over images.
     """
     table = pd.DataFrame(index=(comparisons["first"] + " − " + comparisons["second"]).rename("pair"))
     table["metric"] = comparisons["metric"].to_numpy()
     table["difference"] = [_signed(value, decimals) for value in comparisons["difference"]]
     table["95 % interval"] = _intervals(comparisons, "low", "high", decimals)
-    if "paired_low" in comparisons:
+    if "images_low" in comparisons:
+        table["over images, seeds fixed"] = _intervals(comparisons, "images_low", "images_high", decimals)
+    elif "paired_low" in comparisons:
         table["paired by seed"] = _intervals(comparisons, "paired_low", "paired_high", decimals)
     table["p (Holm)"] = [_p_value(p) for p in comparisons["p_adjusted"]]
     table["verdict"] = comparisons["verdict"].to_numpy() + _evidence(comparisons)

@@ -1,11 +1,13 @@
 """Tested explanations of several runs: which wins in which, and what a setting does to them.
 
     effect_of(run_dirs, "model.attention.null_key")      does raw attention explain better with a null key?
+    compare_explained(run_dirs, [("zero", "none")])      does it in the first group of runs better than in the second?
 
 Legend: a deletion or insertion is better by a gain, which is positive where it explains more.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from detrlib.config import flat_settings, load_config
 from detrlib.errors import ConfigError
 from detrlib.metrics.faithfulness import means_by_method
 from detrlib.metrics.seeds import compare_groups
-from detrlib.metrics.statistics import NO_ROWS, compare
+from detrlib.metrics.statistics import NO_ROWS, compare, with_verdicts
 from detrlib.runs.folder import group_of, load_table, run_labels
 
 MADE_BY = "detrlib explain"
@@ -70,17 +72,55 @@ def effect_of(run_dirs: Iterable[Path], setting: str, method: str = "raw", measu
         RunError: a run was not explained.
         ConfigError: configs have no such setting.
     """
-    rows, pairs = {}, _pairs(_groups(run_dirs, setting), setting)
-    tables = {run: _areas(run, measure) for pair in pairs for group in pair for run in group["runs"].values()}
+    return _compared(_pairs(_groups(run_dirs, setting), setting), method, measure)
+
+
+def compare_explained(
+    run_dirs: Iterable[Path],
+    pairs: Sequence[tuple[str, str]] = (),
+    method: str = "raw",
+    measure: str = "similarity",
+    metrics: Sequence[str] = AREAS,
+) -> pd.DataFrame:
+    """Compare groups of runs by how well a method explains them.
+
+    Args:
+        run_dirs: folders of runs that were explained.
+        pairs: names of the groups to compare; (): all. Pairs of which one was not explained by the method are left out.
+        method: of explaining.
+        measure: score, iou or similarity.
+        metrics: some of deletion, insertion, deletion gain and insertion gain.
+
+    Returns:
+        Rows as of `effect_of`.
+
+    Raises:
+        RunError: a run was not explained.
+    """
+    groups = {}
+    for run_dir, label in run_labels(run_dirs).items():
+        seed = load_config(run_dir / "config.yaml").train.seed
+        groups.setdefault(group_of(label), {"name": group_of(label), "runs": {}})["runs"][seed] = run_dir
+    chosen = [(a, b) for a, b in pairs or combinations(groups, 2) if a in groups and b in groups]
+    return _compared([(groups[a], groups[b]) for a, b in chosen], method, measure, metrics)
+
+
+def _compared(
+    pairs: list[tuple[dict, dict]], method: str, measure: str, metrics: Sequence[str] = AREAS
+) -> pd.DataFrame:
+    """Rows of `effect_of`, of pairs of groups {"name", "runs": {seed: run}}."""
+    rows = {}
+    every = dict.fromkeys(run for pair in pairs for group in pair for run in group["runs"].values())
+    tables = {run: _areas(run, measure) for run in every}
     pairs = [pair for pair in pairs if all(method in tables[run] for one in pair for run in one["runs"].values())]
     for group in (group for pair in pairs for group in pair):
         for seed, run in group["runs"].items():
             means = tables[run][method].mean().to_dict()
             rows[group["name"], seed] = {"group": group["name"], "seed": seed} | means
     if not rows:
-        return NO_ROWS
+        return with_verdicts(NO_ROWS)
     named = {(first["name"], second["name"]): (first["runs"], second["runs"]) for first, second in pairs}
-    table = compare_groups(pd.DataFrame(rows.values()), AREAS, list(named))
+    table = compare_groups(pd.DataFrame(rows.values()), metrics, list(named))
     areas = {run: by_method[method] for run, by_method in tables.items() if method in by_method}
     over_images = [
         _over_images(areas, *named[first, second], metric)
@@ -97,6 +137,7 @@ def _over_images(areas: dict[Path, pd.DataFrame], first: dict, second: dict, met
         for runs in (first, second)
         if seeds
     ]
+    means = [own.dropna() for own in means]  # gains where the box was not measured
     both = means[0].index.intersection(means[1].index) if seeds else []
     if len(both) < 2:
         return {"images": len(both), "images_low": np.nan, "images_high": np.nan, "images_p": np.nan}

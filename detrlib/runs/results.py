@@ -5,7 +5,7 @@ Numbers that COCO calls undefined, -1 in results.json, are missing (NaN) in ever
 Every function takes run folders and reads nothing else; runs carry the names that `run_labels` gives them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -127,6 +127,19 @@ def results_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
             row |= {f"{name}/{size}": value["mean"][-1] for name, value in numbers.items()}
         rows.append(row | {name: results.get(name) for name in ("images", "epoch", "seconds")})
     return pd.DataFrame(rows)
+
+
+def by_site(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """The rows of `results_frame` once for each site of attention, to be read as a narrow table.
+
+    names: of measures, such as "gini". Columns group ("decoder_cross: softmax"), seed and the measures, site by site;
+    sites of which a run has none are left out.
+    """
+    parts = []
+    for site in SITES:
+        own = frame.reindex(columns=[f"{site}/{name}" for name in names]).set_axis(names, axis=1).astype(float)
+        parts.append(own.assign(group=f"{site}: " + frame["group"], seed=frame["seed"]).dropna(subset=names, how="all"))
+    return pd.concat(parts, ignore_index=True)
 
 
 def results_table(run_dirs: Iterable[Path]) -> pd.DataFrame:

@@ -75,6 +75,27 @@ def test_every_row_may_have_its_alpha_and_every_thread_its_rows(compiled, monkey
         assert torch.equal(mine, theirs)
 
 
+def test_maps_are_alone_in_their_lane_and_in_every_thread(compiled, monkeypatch):
+    maps = draw(37, 56, 1.0).view(37, 7, 8)
+    hidden = torch.zeros(37, 7, 8, dtype=torch.bool)
+    hidden[20:, 5:, 1:] = hidden[33, 0, 3] = True
+    prox, patches, gap = together = native.tv_prox_maps(maps, hidden, 0.4)
+    assert torch.equal(prox[hidden], maps[hidden])
+    assert torch.equal(prox.flatten(1).gather(1, patches.long()), prox.flatten(1))  # exactly tied
+    assert (gap >= 0).all()
+    for m in (0, 19, 20, 33, 36):
+        alone = native.tv_prox_maps(maps[m : m + 1], hidden[m : m + 1], 0.4)
+        assert all(torch.equal(one[0], all_of_them[m]) for one, all_of_them in zip(alone, together, strict=True))
+    g = draw(37, 56, 1.0, seed=1)
+    gradient = native.tv_prox_gradient(g, hidden.flatten(1), patches)
+    assert not gradient[hidden.flatten(1)].any()
+    torch.testing.assert_close(gradient.sum(1), g.masked_fill(hidden.flatten(1), 0).sum(1), rtol=0, atol=1e-5)
+    monkeypatch.setattr(native, "SCORES_OF_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    in_threads = native.tv_prox_maps(maps, hidden, 0.4)
+    assert all(torch.equal(one, other) for one, other in zip(in_threads, together, strict=True))
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_rows_that_are_no_numbers_stay_so(compiled, wrong):
     x = draw(3, 40, 1.0)

@@ -6,10 +6,17 @@ import torch
 from scipy.optimize import lsq_linear
 from torch import Tensor
 
+from detrlib.attention import native
 from detrlib.attention.entmax import entmax
 from detrlib.attention.tvmax import solve, tv_prox, tvmax
 
 INF = float("inf")
+
+
+@pytest.fixture
+def in_pytorch(monkeypatch):
+    """In float32, too, which loops in C would do."""
+    monkeypatch.setattr(native, "library", lambda: None)
 
 
 def random_maps(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -81,6 +88,21 @@ def test_values_at_other_scales(scale):
         torch.testing.assert_close(tv_prox(maps.float(), lam).double(), expected, rtol=0, atol=1e-5 * scale)
 
 
+def test_pytorch_and_loops_in_c_agree(monkeypatch):
+    maps = torch.cat([random_maps(20, 8, 9), hills(20, 8, 9)]).float()
+    weighting = random_maps(40, 8, 9, seed=1).float()
+    maps[3:25, 5:, 2] = maps[11, 0, 0] = -INF  # lanes with the same cells hidden, and others
+    both = []
+    for library in (native.library(), None):
+        monkeypatch.setattr(native, "library", lambda library=library: library)
+        leaf = maps.clone().requires_grad_()
+        found = tv_prox(leaf, 0.3)
+        (found.masked_fill(maps.isneginf(), 0) * weighting).sum().backward()
+        both.append((found.detach(), leaf.grad))
+    torch.testing.assert_close(both[0][0], both[1][0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(both[0][1], both[1][1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("lam", [0.01, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_duality_gap_is_closed_on_maps_of_coco_size(dtype, lam):
@@ -113,7 +135,7 @@ def test_rounds_build_on_each_other(monkeypatch):
 
 
 @pytest.mark.parametrize(("lam", "sweeps"), [(0.1, 32), (0.3, 64), (1.0, 256), (10.0, 256)])
-def test_sweeps_are_few(monkeypatch, lam, sweeps):
+def test_sweeps_are_few(in_pytorch, monkeypatch, lam, sweeps):
     monkeypatch.setattr("detrlib.attention.tvmax.ROUNDS", (sweeps,))
     maps = random_maps(8, 25, 38).float()
     size = (maps - maps.mean((1, 2), keepdim=True)).flatten(1).norm(dim=1)

@@ -9,6 +9,7 @@ from detrlib.engine.advice import (
     FEW_UPDATES,
     few_updates,
     floor_and_collapse,
+    idle_settings,
     much_padding,
     unfit_for_crops,
     where_attention_rests,
@@ -21,6 +22,32 @@ def test_a_small_budget_is_warned_of_unless_weights_are_given(tiny_config):
     assert str(FEW_UPDATES - 1) in line and "train.epoch_updates" in line
     assert few_updates(tiny_config(), FEW_UPDATES) == []
     assert few_updates(tiny_config({"train.start": "other"}), 1) == []
+
+
+@pytest.mark.parametrize(
+    "attention, named",
+    [
+        ({}, []),
+        ({"topk": 8}, ["model.attention.topk"]),
+        ({"topk": 8, "decoder_self": "topk"}, []),
+        (
+            {"alpha": 1.3, "alpha_init": 1.2, "decoder_cross": "entmax15"},
+            ["attention.alpha 1.3", "attention.alpha_init"],
+        ),
+        ({"null_key": "zero", "decoder_cross": "softpick"}, ["null_key zero at decoder_cross"]),
+        ({"null_key": "learned", "decoder_cross": "softpick"}, []),
+        ({"null_key": "learned", "decoder_cross": "relu", "null_key_sites": ["decoder_self"]}, []),
+    ],
+)
+def test_settings_of_attention_that_change_nothing_are_named(attention, named, tiny_config):
+    lines = idle_settings(tiny_config({f"model.attention.{name}": value for name, value in attention.items()}))
+    assert len(lines) == len(named) and all(name in line for name, line in zip(named, lines, strict=True))
+
+
+def test_sites_that_are_not_measured_are_named(tiny_config):
+    asked = {"evaluate.sites": ["encoder_self"]}
+    for other, count in (({}, 0), ({"model.encoder_layers": 0}, 1), ({"model.architecture": "deformable"}, 1)):
+        assert len(idle_settings(tiny_config(asked | other))) == count
 
 
 @pytest.mark.parametrize(

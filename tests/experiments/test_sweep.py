@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +49,15 @@ def stand_ins(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "execute_notebook", draw)
     monkeypatch.setattr(sweep, "report_html", lambda notebook, output, title: (output.write_text(title), output)[1])
     return executed
+
+
+def test_maps_are_shown_of_one_run_of_each_group(tmp_path, monkeypatch):
+    names = [str(tmp_path / name) for name in ("a-seed1", "a-seed2", "b-seed1")]
+    monkeypatch.setattr(sweep, "execute_notebook", lambda name, path, parameters: (path, parameters["run_names"]))
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda *command, **options: SimpleNamespace(wait=lambda: 0))
+    _, drawn = sweep._draw(tmp_path, names, {})
+    asked = json.loads((tmp_path / sweep.ASKED).read_text())
+    assert drawn == names and asked == {"attention_maps": {"run_names": [names[0], names[2]]}}
 
 
 def test_a_failing_run_is_reported_with_its_log_and_the_others_finish(sweep_file, stand_ins, tmp_path, capsys):

@@ -45,7 +45,7 @@ def test_what_has_no_cells_says_so(table, texts):
 def test_weights_of_heads_fall_and_hollow_ones_have_no_place_of_their_own():
     weights, agreement = [0.1, 0.7, 0.4], [0.9, 0.2, 0.5]
     frame = pd.DataFrame({"run": "one", "site": "decoder_cross", "weight": weights, "agreement": agreement})
-    (axes,) = sink_weights(frame, limit=0.25).axes
+    (axes,) = sink_weights(frame.assign(threshold=0.25)).axes
     line, limit = axes.get_lines()
     assert line.get_ydata().tolist() == [0.7, 0.4, 0.1] and limit.get_ydata()[0] == 0.25
     filled, hollow = axes.collections

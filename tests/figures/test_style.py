@@ -32,6 +32,16 @@ def test_runs_of_one_transform_get_different_colours():
     assert len(set(colours.values())) == 3 and colours["softmax_a"] == style.COLOURS["softmax"]
     assert colours["plain"] not in style.COLOURS.values()
     assert len(style.run_colours([f"run{number}" for number in range(20)])) == 20
+    study = [
+        f"{name}-{site}" for name in ("softmax", "sparsemax", "entmax15") for site in ("all", "self", "cross", "x")
+    ]
+    found = set(style.run_colours(study).values())
+    assert len(found) == 12 and style.PALETTE[7] not in found
+
+
+def test_more_runs_than_a_figure_holds_are_drawn_in_parts():
+    assert style.in_parts({"a": 1, "b": 2, "c": 3}, 2) == {"": {"a": 1, "b": 2}, "_2": {"c": 3}}
+    assert style.in_parts({}, 2) == {"": {}}
 
 
 def test_figures_are_as_wide_as_asked_and_styled_for_themselves_only():

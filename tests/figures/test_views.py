@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from detrlib.figures.views import View, clicked, consistent, described, query_in, sink_in, weights_in
+from detrlib.figures.views import View, clicked, consistent, lines_about, query_in, sink_in, weights_in
 
 NAMES = {1: "circle", 2: "square"}
 
@@ -45,7 +45,7 @@ def test_the_sink_is_the_key_with_most_weight_of_all_queries(stored):
 
 def said(view, stored, query=1):
     seen = stored["first"][7]
-    return described(view, seen, query, weights_in(view, seen, query), NAMES)
+    return lines_about(view, seen, query, weights_in(view, seen, query), NAMES)
 
 
 def test_sinks_and_null_keys_are_told(stored):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from detrlib.errors import ConfigError, DataError
-from detrlib.metrics import statistics
+from detrlib.metrics import bootstrap, statistics
 from detrlib.metrics.bootstrap import average_precision
 from detrlib.metrics.detection import coco_ap, match_detections
 from detrlib.metrics.statistics import compare, compare_runs, comparison_table, holm
@@ -129,15 +129,19 @@ def test_a_run_is_resampled_once_however_many_it_is_compared_with(monkeypatch, r
         name: match_detections(truth, worse(detections, share))
         for name, share in zip("abc", (0, 0.5, 0.8), strict=True)
     }
-    table, drawn, real = compare_runs(found, resamples=20, seed=3), [], statistics.bootstrap_ap
+    table, drawn, real = compare_runs(found, resamples=20, seed=3), [], bootstrap.bootstrap_ap
 
-    def counted(matches, *arguments):
+    def counted(matches, **arguments):
         drawn.append(matches)
-        return real(matches, *arguments)
+        return real(matches, **arguments)
 
-    monkeypatch.setattr(statistics, "bootstrap_ap", counted)
+    monkeypatch.setattr(bootstrap, "bootstrap_ap", counted)
     compare_runs(found, resamples=20, seed=3)
     assert len(drawn) == 3
+    samples = bootstrap.bootstrap_runs(found, 20, 3, ["AP", "AP50"])
+    assert list(samples) == list("abc") and len(drawn) == 6
+    pd.testing.assert_frame_equal(compare_runs(found, resamples=20, seed=3, samples=samples), table)
+    assert len(drawn) == 6
     for row in table.to_dict("records"):
         alone = compare(found[row["first"]], found[row["second"]], resamples=20, seed=3)
         assert {name: row[name] for name in alone} == alone

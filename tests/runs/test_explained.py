@@ -6,7 +6,8 @@ import pytest
 
 from detrlib.config import load_config, save_config
 from detrlib.errors import ConfigError, RunError
-from detrlib.runs.explained import effect_of, explained_frame
+from detrlib.metrics.statistics import comparison_table
+from detrlib.runs.explained import compare_explained, effect_of, explained_frame
 
 
 @pytest.fixture
@@ -64,6 +65,17 @@ def test_runs_that_differ_in_one_setting_are_compared_over_seeds_and_images(expl
         assert (row["images"], row["images_low"], row["images_high"]) == pytest.approx((6, sign * 0.05, sign * 0.05))
     same = effect_of(runs, "model.attention.decoder_cross", "odam")
     assert same["difference"].abs().max() == pytest.approx(0.0)
+
+
+def test_groups_that_are_named_are_compared_as_those_found_by_a_setting(explained_run):
+    runs = groups(explained_run)
+    found = compare_explained(runs, [("sparsemax", "softmax"), ("sparsemax", "absent")])
+    pd.testing.assert_frame_equal(found, effect_of(runs, "model.attention.decoder_cross"))
+    gains = compare_explained(runs, metrics=["insertion gain"])  # all pairs, in the order of the runs
+    assert gains[["first", "second", "metric"]].values.tolist() == [["softmax", "sparsemax", "insertion gain"]]
+    assert gains["difference"].tolist() == pytest.approx([0.05])
+    assert "over images, seeds fixed" in comparison_table(gains)
+    assert compare_explained(runs[:2]).empty and comparison_table(compare_explained([])).empty
 
 
 def test_only_images_that_both_were_explained_on_count(explained_run):

@@ -145,6 +145,15 @@ def test_results_frame(tmp_path, tiny_config):
     assert seed_table(frame, ["AP"])["n"].tolist() == [2]
 
 
+def test_rows_by_site_are_those_of_sites_that_were_measured():
+    columns = {"decoder_cross/gini": [0.5, 0.6], "encoder_self/gini": [0.7, None], "encoder_self/zeros": [0.1, None]}
+    frame = pd.DataFrame({"group": ["a", "b"], "seed": [1, 2], **columns})
+    table = frames.by_site(frame, ["gini", "zeros"]).set_index("group")
+    assert list(table.index) == ["encoder_self: a", "decoder_cross: a", "decoder_cross: b"]
+    assert table["gini"].tolist() == [0.7, 0.5, 0.6] and table["zeros"].isna().tolist() == [False, True, True]
+    assert table["seed"].tolist() == [1, 1, 2]
+
+
 def test_a_run_of_official_weights_has_no_results_before_it_is_evaluated(tmp_path):
     write_json(tmp_path / "results.json", {"imported": "detr-r50.pth"})
     for table in (frames.results_table, frames.results_frame, frames.final_alphas):
