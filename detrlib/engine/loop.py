@@ -22,6 +22,7 @@ import logging
 import math
 import os
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -77,12 +78,9 @@ def train(cfg: Config, run_dir: Path) -> dict:
     """
     services = {"log_with": tracking.trackers(cfg, run_dir), "project_dir": run_dir / tracking.TRACKING}
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **services)  # or they would train one run each
-    with Stopping(accelerator, cfg.train.save_minutes) as stopping:
-        trainer = _open_trainer(cfg, run_dir, accelerator, stopping)
-        try:
-            return trainer.run()
-        finally:
-            trainer.close()
+    stopping = Stopping(accelerator, cfg.train.save_minutes)
+    with stopping, closing(_open_trainer(cfg, run_dir, accelerator, stopping)) as trainer:
+        return trainer.run()
 
 
 def _open_trainer(cfg: Config, run_dir: Path, accelerator: Accelerator, stopping: Stopping) -> "Trainer":
@@ -150,12 +148,11 @@ class Trainer:
         except Stopped:
             pass  # where it was, the model is still in use, see `close`
         self._save_midway()
-        by, where = self.stopping.name, self._where()
         if self.accelerator.is_main_process:
-            runs.note_stop(self.run_dir, self.state.global_step, by)
+            runs.note_stop(self.run_dir, self.state.global_step, self.stopping.name)
             self.say(self.state.best_so_far(self.run_dir))
-        self.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one has left
-        raise Stopped(f"stopped by {by} at {where}, and saved; the same run name goes on there")
+        self.accelerator.wait_for_everyone()  # or torchrun ends the one that saves, once another has left
+        raise Stopped(f"stopped by {self.stopping.name} at {self._where()}, and saved; the same run name goes on there")
 
     def _finish(self) -> dict:
         """All that is left, and the results."""
@@ -169,8 +166,7 @@ class Trainer:
                 record |= self._validate()
                 self.pace.evaluations.append(time.perf_counter() - began)
             self.log.write(record)
-            ap = record.get("detection/AP", -math.inf)
-            state.save(self.run_dir / "checkpoints", ap, self.cfg.train.keep_every)
+            state.save(self.run_dir / "checkpoints", record.get("detection/AP", -math.inf), self.cfg.train.keep_every)
             self.stopping.saved()
             self.so_far = None
             self._report(record, time.perf_counter() - start)
@@ -189,7 +185,11 @@ class Trainer:
     def _prepare(self) -> None:
         """Restore what was saved, make the run folder ready, and say what training takes and what it has to beat."""
         if self.resume:
-            self._restore()
+            why = self.state.restore(self.run_dir / "checkpoints")
+            if self.state.midway:
+                self.so_far = EpochSoFar(self.state.epoch, self.cfg.train.seed, self.accelerator)
+                self.so_far.load_state_dict(self.state.midway)
+            self.say(*[why] * bool(why), f"resuming {runs.run_name(self.run_dir)} at {self._where()}")
         if self.accelerator.is_main_process:
             runs.truncate_metrics(self.run_dir, self.state.global_step, self.state.epoch)
             runs.note_start(self.run_dir, self.state.global_step)
@@ -200,13 +200,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.floor = run_floor(self.run_dir, self.val_set, self.cfg.evaluate.engine)
         settings = self.cfg.train
-        self.say(
-            *advice.floor_and_collapse(self.floor), *advice.few_updates(self.cfg, settings.epochs * len(self.sampler))
-        )
-        self.say(
-            *advice.divided_statistics(self.state.trained, self.micro_batch, settings.batch_size),
-            *advice.idle_settings(self.cfg),
-        )
+        updates = settings.epochs * len(self.sampler)
+        self.say(*advice.floor_and_collapse(self.floor), *advice.few_updates(self.cfg, updates))
+        self.say(*advice.divided_statistics(self.state.trained, self.micro_batch, settings.batch_size))
+        self.say(*advice.idle_settings(self.cfg))
         if settings.compile:
             self.state.compile()
 
@@ -244,14 +241,6 @@ class Trainer:
             self.pending.read()
             self.state.save_midway(self.run_dir / "checkpoints", self.so_far)
         self.stopping.saved()
-
-    def _restore(self) -> None:
-        """Go on where training was saved."""
-        why = self.state.restore(self.run_dir / "checkpoints")
-        if self.state.midway:
-            self.so_far = EpochSoFar(self.state.epoch, self.cfg.train.seed, self.accelerator)
-            self.so_far.load_state_dict(self.state.midway)
-        self.say(*[why] * bool(why), f"resuming {runs.run_name(self.run_dir)} at {self._where()}")
 
     def _where(self) -> str:
         """In words, how far training has come."""

@@ -25,7 +25,8 @@ from detrlib.engine.step import Sent
 from detrlib.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-SAME = 2.0  # seconds in which signals count as one: Slurm or a terminal sends to all processes, as does torchrun
+SAME = 5.0  # seconds in which signals count as one: Slurm sends to all processes, and what got it hands it on
+TWICE = 1.0  # likewise for those of a person, who may mean it
 
 
 class Wish(IntEnum):
@@ -64,8 +65,8 @@ class Stopping:
             raise Stopped(f"stopped by {self.name} before the first step; the same run name starts again") from None
 
     def _take(self, number: int, _frame: object) -> None:
-        again = self.signal is not None
-        if os.getpid() != self._process or (again and time.monotonic() - self._came > SAME):  # a fork: not its matter
+        again, same = self.signal is not None, TWICE if number == signal.SIGINT else SAME
+        if os.getpid() != self._process or (again and time.monotonic() - self._came > same):  # a fork: not its matter
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
         elif not again:

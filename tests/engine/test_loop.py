@@ -121,8 +121,8 @@ def test_a_gpu_stops_and_goes_on_too(tmp_path, interrupt, gpu, metrics_without_t
     cfg = tiny_config({"train.precision": "bfloat16", "train.micro_batch": "auto", "train.lr": 1e-4})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(cfg, whole)
-    interrupt(STEPS + 2)
-    with pytest.raises(KeyboardInterrupt):
+    interrupt(STEPS + 1, signal.SIGTERM)
+    with pytest.raises(Stopped):
         train(cfg, parts)
     results = train(cfg, parts)
     assert results["global_step"] == 2 * STEPS and "micro_batch.json" in {path.name for path in parts.iterdir()}
