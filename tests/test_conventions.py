@@ -33,24 +33,24 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 955,
-    "config": 1400,
+    ".": 950,
+    "config": 1410,
     "attention": 2165,
     "attention/kernels": 1030,
     "models": 3190,
     "losses": 380,
-    "checkpoints": 1430,
-    "data": 3615,
+    "checkpoints": 1420,
+    "data": 3620,
     "metrics": 2640,
-    "runs": 2345,
-    "engine": 3800,
+    "runs": 2350,
+    "engine": 3700,
     "experiments": 3940,
     "figures": 3430,
     "teaching": 570,
     "benchmarks": 2460,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 545  # the command line: every option of every command is a line
+LONGEST_COMMANDS = 550  # the command line: every option of every command is a line
 
 
 def relative(path):

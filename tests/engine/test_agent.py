@@ -1,0 +1,56 @@
+"""What torchrun's exit code says once its processes have ended; with real processes in test_launch."""
+
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from detrlib.engine import agent
+from detrlib.engine.children import PARENT
+from detrlib.errors import STOPPED
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """The exit code of the agent whose processes end with `codes`, after a signal or without one."""
+    monkeypatch.setattr(sys, "argv", ["agent", "--standalone", "train.py"])
+    monkeypatch.setenv(PARENT, "")
+    monkeypatch.setattr(agent, "_tell", lambda: None)
+
+    def ended(codes, by=None):
+        def run(arguments):
+            assert (arguments.training_script, arguments.signals_to_handle) == ("train.py", "SIGQUIT")
+            assert os.environ[PARENT] == str(os.getpid())
+            if by:
+                signal.raise_signal(by)
+            if any(codes):
+                failures = {rank: ProcessFailure(rank, 1, code, "<NA>") for rank, code in enumerate(codes) if code}
+                raise ChildFailedError("train.py", failures)
+
+        monkeypatch.setattr(torchrun, "run", run)
+        try:
+            agent.main()
+        except SystemExit as left:
+            return left.code
+        return 0
+
+    return ended
+
+
+def test_it_is_stopped_where_all_were(ended):
+    assert ended([0, 0]) == 0
+    assert ended([STOPPED, STOPPED]) == ended([STOPPED, -signal.SIGTERM]) == STOPPED
+    assert ended([-signal.SIGUSR1, -signal.SIGTERM], by=signal.SIGTERM) == STOPPED  # before there was anything to save
+    assert ended([-signal.SIGTERM, -signal.SIGTERM]) == 1  # which nobody has asked for here
+    assert ended([STOPPED, 1], by=signal.SIGTERM) == ended([-signal.SIGKILL], by=signal.SIGTERM) == 1
+
+
+def test_a_signal_before_there_are_processes_stops(monkeypatch):
+    monkeypatch.setattr(agent.psutil, "Process", lambda: SimpleNamespace(children=list))
+    with pytest.raises(SystemExit) as left:
+        agent._tell()
+    assert left.value.code == STOPPED
