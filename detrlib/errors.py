@@ -8,10 +8,11 @@ import logging
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 STOPPED = 75  # exit code of a training that a signal has stopped: EX_TEMPFAIL of sysexits.h, "start me again"
-
-
+# Of a disk or of rights: no room, not ours, out of reach.
+OUTSIDE = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ENAMETOOLONG", "EMFILE")
 SHORT_OF_MEMORY = re.compile(r"tried to allocate [\d.]+ \w+|size calculation overflowed|out of memory[^.]*", re.I)
 
 
@@ -51,17 +52,13 @@ class Stopped(DetrlibError):
     """A signal has ended training, which was saved at its last step; the message names it and how to go on."""
 
 
-# Of a disk or of rights: no room, not ours, out of reach.
-OUTSIDE = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ENAMETOOLONG", "EMFILE")
-
-
 def fault_of(error: Exception) -> str | None:
     """What an error says that is one of ours, or of a disk, of rights or of memory; None: it is a defect."""
     if isinstance(error, DetrlibError):
         return str(error)
     if errno.errorcode.get(getattr(error, "errno", None)) in OUTSIDE:
         return in_one_line(error)
-    return memory_fault(error)
+    return _memory_fault(error)
 
 
 def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:
@@ -71,12 +68,18 @@ def listed(values: Iterable, most: int = 8, between: str = ", ") -> str:
     return between.join([*map(str, values[:most]), *more])
 
 
+def shown(given: object, most: int = 60) -> str:
+    """What was given, for a message, however long it is."""
+    text = repr(str(given) if isinstance(given, Path) else given)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def in_one_line(error: BaseException) -> str:
     """What an error says, or its kind where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def memory_fault(error: Exception) -> str | None:
+def _memory_fault(error: Exception) -> str | None:
     """In one line, that memory was short, where an exception of Python's or PyTorch's says so; None: it says else."""
     said = SHORT_OF_MEMORY.search(str(error))
     if said is None and not isinstance(error, MemoryError):

@@ -2,6 +2,7 @@
 
 import errno
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -42,9 +43,14 @@ def test_a_message_is_one_line():
     "said", ["can't allocate memory: you tried to allocate 256 bytes.", "CUDA out of memory. Tried"]
 )
 def test_short_memory_is_one_line_whoever_has_none(said):
-    fault = errors.memory_fault(RuntimeError(f"[enforce fail]\n{said}\nGPU 0"))
+    fault = errors.fault_of(RuntimeError(f"[enforce fail]\n{said}\nGPU 0"))
     assert "memory" in fault and "\n" not in fault
-    assert errors.memory_fault(MemoryError()) and errors.memory_fault(RuntimeError("shapes differ")) is None
+    assert errors.fault_of(MemoryError()) and errors.fault_of(RuntimeError("shapes differ")) is None
+
+
+def test_what_was_given_is_cut_short():
+    assert errors.shown("run") == errors.shown(Path("run")) == "'run'"
+    assert len(errors.shown("x" * 999)) == 60 and len(errors.shown([0] * 999, 120)) == 120
 
 
 def test_long_lists_say_how_many_more_there_are():

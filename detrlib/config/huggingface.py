@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from detrlib.config.attention import Attention, SiteName
 from detrlib.config.model import Attending
-from detrlib.errors import ConfigError, WeightsError
+from detrlib.errors import ConfigError, WeightsError, in_one_line
 
 Kind = Literal["detr", "conditional_detr", "dab_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine"]
 KINDS = get_args(Kind)
@@ -193,8 +193,7 @@ def their_config(kind: Kind, options: Mapping[str, Any], **others: Any) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # of transformers, which checks types in its own way
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"model.options: transformers refuses them for {kind}: {reason}") from None
+        raise ConfigError(f"model.options: transformers refuses them for {kind}: {in_one_line(error)}") from None
 
 
 def _merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +266,7 @@ def fetch_huggingface(name: str, weights: bool = True) -> Path:
             hub.snapshot_download(name, allow_patterns=[WEIGHTS[1]])
     except Exception as error:  # the hub's client passes on whatever its transport raises
         address, cache = f"{hub.constants.ENDPOINT}/{name}", hub.constants.HF_HUB_CACHE
-        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        reason = in_one_line(error).partition(". ")[0].rstrip(".")
         raise WeightsError(
             f"{name}: nothing here, and could not be fetched from {address} into {cache}: {reason}. Try again, or "
             f"put config.json and {WEIGHTS[0]} into a folder by other means and give that folder"

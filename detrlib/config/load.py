@@ -8,7 +8,6 @@ Precedence, lowest first: defaults < base < file < dotted overrides. Unknown key
 
 import difflib
 import re
-import reprlib
 import typing
 from collections import Counter
 from collections.abc import Iterator
@@ -21,11 +20,9 @@ from pydantic import BaseModel, ValidationError
 from detrlib.config.section import Section
 from detrlib.config.settings import FAMILIES, Config
 from detrlib.config.yaml_text import Dumper, parse_value, read_yaml
-from detrlib.errors import ConfigError, listed
+from detrlib.errors import ConfigError, listed, shown
 
 PROJECT = Path(__file__).resolve().parents[2]
-IN_SHORT = reprlib.Repr()  # what was given, in a message, however long it is
-IN_SHORT.maxstring = IN_SHORT.maxother = 80
 
 PADDING = "model.compatibility.padding"
 # Settings that have moved; files and overrides that use the old names keep working.
@@ -283,7 +280,7 @@ def _explain(error: ValidationError) -> str:
         if fault["type"] == "union_tag_invalid":
             where, fault["input"] = "model.architecture", fault["ctx"]["tag"]
             fault["msg"] = f"must be one of {', '.join(FAMILIES)}"
-        given = "" if isinstance(fault["input"], dict | BaseModel) else f" (given {IN_SHORT.repr(fault['input'])})"
+        given = "" if isinstance(fault["input"], dict | BaseModel) else f" (given {shown(fault['input'], 80)})"
         message = fault["msg"].removeprefix("Value error, ")
         choices = list(FAMILIES) if where == "model.architecture" else re.findall(r"'(\w+)'", message)
         text = fault["input"] if isinstance(fault["input"], str) else ""  # no is not all

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from detrlib.errors import ConfigError
+from detrlib.errors import ConfigError, in_one_line, shown
 
 
 def read_yaml(path: Path) -> dict:
@@ -41,7 +41,7 @@ def parse_value(value: Any) -> Any:
     try:
         return _parsed(value)
     except ConfigError as error:
-        raise ConfigError(f"{value!r:.120} is {error}") from None
+        raise ConfigError(f"{shown(value, 120)} is {error}") from None
 
 
 def _parsed(text: str) -> Any:
@@ -49,7 +49,7 @@ def _parsed(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:  # the second of dates and of numbers that cannot be
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"not valid YAML: {in_one_line(error)}") from None
     except RecursionError:
         raise ConfigError("not valid YAML: brackets within each other, too many of them") from None
 

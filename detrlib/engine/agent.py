@@ -5,15 +5,25 @@
 Arguments are those of torchrun. That hands a signal on too, but leaves at the second one, which Slurm and a terminal
 send along with a launcher, and its processes are then cut off in the midst of saving. Its exit code is 75 where
 training was stopped, and its report of a failure, which does not say what it was, is left out.
+`started` is the other side of it: what a process does that it has started.
 """
 
+import logging
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 
 from detrlib.engine.children import HANDED_ON, PARENT, follow, passing_on
-from detrlib.errors import STOPPED
+from detrlib.errors import STOPPED, Stopped, fault_of, is_main_process, show_messages
+
+logger = logging.getLogger(__name__)
+
+FAULT = "error: "  # how the line of a foreseeable one begins
+LAST_WORDS = 5  # seconds that a process whose fault nobody foresaw waits: it may follow from that of another one
 
 
 def main() -> None:
@@ -40,6 +50,27 @@ def _tell() -> None:
         raise SystemExit(STOPPED)
     for child in children:
         child.send_signal(HANDED_ON)
+
+
+@contextmanager
+def started() -> Iterator[None]:
+    """Work in a process that torchrun has started: it ends with that, and what has ended it is one line and a code."""
+    follow()
+    show_messages()
+    try:
+        yield
+    except Stopped as stopped:
+        if is_main_process():  # all say the same
+            logger.info("%s", stopped)
+        raise SystemExit(STOPPED) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        if fault := fault_of(error):
+            raise SystemExit(f"{FAULT}{fault}") from None
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(LAST_WORDS)  # in which torchrun ends it, where it only lost another one
+        raise
 
 
 if __name__ == "__main__":

@@ -29,33 +29,46 @@ GRACE = 10  # seconds that it has when told for the second time
 
 
 @contextmanager
-def passing_on(tell: Callable[[], None]) -> Iterator[list[signal.Signals]]:
-    """While entered, `tell` is called in place of what a signal does otherwise; gives the signals that have come.
+def taking(take: Callable[[signal.Signals], bool]) -> Iterator[None]:
+    """While entered, `take` is called with every signal; where it returns False, that does what it did before.
 
     Those that are ignored, as by nohup, stay so. In a thread other than the first no signal comes, and none is taken.
     """
-    came, last, process = [], [-SAME], os.getpid()
+    process, before = os.getpid(), {}
 
-    def take(number: int, _frame: object) -> None:
-        if os.getpid() != process:  # a fork, such as one that decodes pictures: not its matter
+    def handle(number: int, _frame: object) -> None:
+        # A fork, such as one that decodes pictures, has the handler too: it is not its matter.
+        if os.getpid() != process or not take(signal.Signals(number)):
             signal.signal(number, before[number])
-            return signal.raise_signal(number)
-        since, last[0] = time.monotonic() - last[0], time.monotonic()
-        came.append(signal.Signals(number))
-        if len(came) == 1 or since > SAME:
-            tell()
+            signal.raise_signal(number)
 
-    before = {}
     if threading.current_thread() is threading.main_thread():
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        # None is of a program that is not in Python.
         before = {number: known for number, known in handlers.items() if known not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, take)
     try:
-        yield came
+        for number in before:
+            signal.signal(number, handle)
+        yield
     finally:
         for number, known in before.items():
             signal.signal(number, known)
+
+
+@contextmanager
+def passing_on(tell: Callable[[], None]) -> Iterator[list[signal.Signals]]:
+    """While entered, `tell` is called in place of what a signal does otherwise; gives the signals that have come."""
+    came, last = [], [-SAME]
+
+    def take(number: signal.Signals) -> bool:
+        since, last[0] = time.monotonic() - last[0], time.monotonic()
+        came.append(number)
+        if len(came) == 1 or since > SAME:
+            tell()
+        return True
+
+    with taking(take):
+        yield came
 
 
 def stopped(came: Sequence[signal.Signals], *said: str) -> Stopped:

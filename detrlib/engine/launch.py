@@ -15,7 +15,6 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
@@ -29,21 +28,20 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 
 from detrlib.config import PROJECT, Config
-from detrlib.engine.children import HANDED_ON, follow, passing_on, saving_without_parent, stopped, with_parent
+from detrlib.engine.agent import FAULT, started
+from detrlib.engine.children import HANDED_ON, passing_on, saving_without_parent, stopped, with_parent
 from detrlib.engine.loop import train
 from detrlib.engine.memory import keep_freed_memory
 from detrlib.engine.nodes import node_count, torchrun
 from detrlib.engine.ready import ready_for_processes
 from detrlib.engine.tracking import PROGRESS
-from detrlib.errors import STOPPED, DetrlibError, RunError, show_messages
+from detrlib.errors import STOPPED, RunError
 from detrlib.runs.folder import load_results, run_config
 from detrlib.runs.opening import open_run
 from detrlib.runs.owner import owned, owning
 
 TAIL = 30  # lines of a failed subprocess that are repeated in the error
-FAULT = "error: "  # how the line of a foreseeable one begins
 PATIENCE = timedelta(days=7)  # with processes whose share takes longer; torchrun ends all where one is lost
-LAST_WORDS = 5  # seconds that a process whose fault nobody foresaw waits: it may follow from that of another one
 
 
 @owning
@@ -64,11 +62,11 @@ def launch(cfg: Config, run_dir: Path, gpus: int | None = None, processes: int =
         Stopped: a signal came, and all processes have saved.
         DetrlibError: as `detrlib.engine.loop.train`.
     """
-    if not (started := _to_start(gpus, processes)):
+    if not (several := _to_start(gpus, processes)):
         keep_freed_memory()
         with saving_without_parent():
             return train(cfg, run_dir)
-    count, used = started
+    count, used = several
     ready_for_processes(cfg, run_dir, count, node_count(), gpus=used > 0)
     open_run(cfg, run_dir)
     _torchrun("detrlib.engine.loop", run_dir, count, used)
@@ -100,7 +98,7 @@ def in_processes(
         result = function(run_dir, *arguments, **named)
         atexit.register(accelerator.end_training)  # processes leave each other in order
         return result
-    if not (started := _to_start(gpus, processes)):
+    if not (several := _to_start(gpus, processes)):
         return function(run_dir, *arguments, **named)
     run_config(run_dir)  # says what is wrong here rather than in a subprocess
     try:
@@ -113,7 +111,7 @@ def in_processes(
     shared = run_dir if node_count() > 1 else None  # other nodes do not see /tmp
     with owned(run_dir), tempfile.TemporaryDirectory(prefix=".detrlib-", dir=shared) as folder:
         (path := Path(folder) / "work").write_bytes(work)
-        _torchrun("detrlib.engine.launch", path, *started)
+        _torchrun("detrlib.engine.launch", path, *several)
         return pickle.loads(path.read_bytes())
 
 
@@ -177,20 +175,11 @@ def _torchrun(module: str, path: Path, processes: int, gpus: int) -> None:
 def main() -> None:
     """The door for torchrun: do the work in a file of `in_processes`, in whose place the main one leaves the result."""
     path = Path(sys.argv[1])
-    follow()
-    show_messages()
-    try:
+    with started():
         function, arguments, named = pickle.loads(path.read_bytes())
         result = in_processes(function, *arguments, **named)
-    except DetrlibError as error:
-        raise SystemExit(f"{FAULT}{error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except Exception:
-        time.sleep(LAST_WORDS)  # in which torchrun ends it, where it only lost another one
-        raise
-    if PartialState().is_main_process:  # all have read the file, or there would be no result
-        path.write_bytes(pickle.dumps(result))
+        if PartialState().is_main_process:  # all have read the file, or there would be no result
+            path.write_bytes(pickle.dumps(result))
 
 
 if __name__ == "__main__":

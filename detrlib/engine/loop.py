@@ -18,9 +18,7 @@ What a person should know is said in this order, nothing of it twice:
 """
 
 import argparse
-import logging
 import math
-import os
 import time
 from contextlib import closing
 from functools import partial
@@ -36,7 +34,7 @@ from detrlib.config import Config, load_config
 from detrlib.data import Batch, CocoDataset, look_over
 from detrlib.data.batch import EpochSampler, batches, open_loader
 from detrlib.engine import advice, tracking
-from detrlib.engine.children import follow
+from detrlib.engine.agent import started
 from detrlib.engine.epoch import EpochSoFar
 from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_results
 from detrlib.engine.log import Log
@@ -48,7 +46,7 @@ from detrlib.engine.start import initial_model, learns_from_crops, record_start,
 from detrlib.engine.state import TrainingState, keep_failure
 from detrlib.engine.step import Pending, train_step
 from detrlib.engine.stopping import Stopping, Wish
-from detrlib.errors import STOPPED, RunError, Stopped, fault_of, show_messages
+from detrlib.errors import RunError, Stopped
 from detrlib.losses.criterion import Criterion
 from detrlib.metrics.collapse import signs_of_collapse
 from detrlib.models import checkpoint_activations
@@ -97,11 +95,12 @@ def _open_trainer(cfg: Config, run_dir: Path, accelerator: Accelerator, stopping
         if not resume:
             say(*runs.begins_again(run_dir), *advice.unfit_for_crops(cfg, train_set))
         model, start = (initial_model(cfg, "none"), None) if resume else first or starting_model(cfg, train_set)
-        runs.begin_folder(run_dir, cfg, described)  # not before it is known that there is something to start from
+        if accelerator.is_main_process:  # not before it is known that there is something to start from
+            runs.begin_folder(run_dir, cfg, described)
+            if not resume:
+                record_start(run_dir, start)
     if start:
         say(start)
-    if accelerator.is_main_process and not resume:
-        record_start(run_dir, start)
     return Trainer(cfg, run_dir, accelerator, stopping, train_set, val_set, model, resume)
 
 
@@ -310,25 +309,13 @@ class Trainer:
 
 
 def main() -> None:
-    """The door for torchrun: train in a folder that holds config.yaml. Foreseeable faults are one line and code 1."""
+    """The door for torchrun: train in a folder that holds config.yaml."""
     parser = argparse.ArgumentParser(description="Train in a run folder that holds config.yaml; for torchrun.")
     parser.add_argument("run_dir", type=runs.run_path, help="run folder with a config.yaml")
     run_dir = parser.parse_args().run_dir
-    follow()
-    show_messages()
     keep_freed_memory()
-    try:
+    with started():
         train(load_config(run_dir / "config.yaml"), run_dir)
-    except Stopped as stopped:
-        if int(os.environ.get("RANK", 0)) == 0:  # all say the same
-            logging.getLogger("detrlib").info("%s", stopped)  # here, __name__ is __main__
-        raise SystemExit(STOPPED) from None
-    except Exception as error:
-        if not (fault := fault_of(error)):
-            raise
-        raise SystemExit(f"error: {fault}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

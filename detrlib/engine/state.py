@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -163,9 +164,14 @@ class TrainingState:
     def restore(self, folder: Path) -> str:
         """Go on from the last checkpoint in `folder`, or from the one before it, of which it is said in words why.
 
-        Raises RunError naming it when it is of another architecture, or there is none that is whole.
+        Of several processes the main one decides. Raises RunError naming it when it is of another architecture, or
+        there is none that is whole.
         """
         state, path, why = read_trained(folder, needed=self.state_dict())
+        chosen, why = broadcast_object_list([path.name, why])
+        if path.name != chosen:  # as where one node alone reads wrong bytes
+            path = folder / chosen
+            state = load_checkpoint(path, needed=self.state_dict())
         self.last_is_whole = not why
         load_weights(self.trained, state["model"], path)
         if self.average is not None:

@@ -11,20 +11,18 @@ they exchange in every step anyway, so that all of them stop, or save, after the
 import math
 import os
 import signal
-import threading
 import time
 from contextlib import suppress
 from enum import IntEnum
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from detrlib.engine.children import taking
 from detrlib.engine.step import Sent
 from detrlib.errors import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 SAME = 5.0  # seconds in which signals count as one: Slurm sends to all processes, and what got it hands it on
 TWICE = 1.0  # likewise for those of a person, who may mean it
 
@@ -36,47 +34,35 @@ class Wish(IntEnum):
 
 
 class Stopping:
-    """Whether training is to stop, or to save, after a step; while it is entered it takes signals.
-
-    In a thread other than the first, as only that may, it takes none.
-    """
+    """Whether training is to stop, or to save, after a step; while it is entered it takes signals, see `taking`."""
 
     def __init__(self, accelerator: Accelerator, save_minutes: float):
         self.accelerator, self.seconds = accelerator, save_minutes * 60 or math.inf
         self.signal: signal.Signals | None = None  # the first that has come
         self.training = False  # there is something to save
         self._came = self._saved = time.monotonic()
-        self._before: dict[int, Any] = {}  # handlers
-        self._process, self._wishes = os.getpid(), None
+        self._taking, self._wishes = taking(self._take), None
 
     def __enter__(self) -> "Stopping":
-        if threading.current_thread() is threading.main_thread():
-            handlers = {number: signal.getsignal(number) for number in SIGNALS}
-            # Those that are ignored, as by nohup, stay so; None is of a program that is not in Python.
-            self._before = {n: before for n, before in handlers.items() if before not in (signal.SIG_IGN, None)}
-            for number in self._before:
-                signal.signal(number, self._take)
+        self._taking.__enter__()
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
+        self._taking.__exit__(None, None, None)
         if kind is KeyboardInterrupt and self.signal and not self.training:
             raise Stopped(f"stopped by {self.name} before the first step; the same run name starts again") from None
 
-    def _take(self, number: int, _frame: object) -> None:
-        again, same = self.signal is not None, TWICE if number == signal.SIGINT else SAME
-        if os.getpid() != self._process or (again and time.monotonic() - self._came > same):  # a fork: not its matter
-            signal.signal(number, self._before[number])
-            signal.raise_signal(number)
-        elif not again:
-            self.signal, self._came = signal.Signals(number), time.monotonic()
-            if not self.training:
-                raise KeyboardInterrupt  # which nobody takes for a fault
-            if self.accelerator.is_main_process:
-                with suppress(OSError):  # nobody reads it any more
-                    # Not by print, in whose midst this may be.
-                    os.write(2, f"\n{self.name}: saving after this step; another one ends at once\n".encode())
+    def _take(self, number: signal.Signals) -> bool:
+        if self.signal is not None:
+            return time.monotonic() - self._came <= (TWICE if number == signal.SIGINT else SAME)
+        self.signal, self._came = number, time.monotonic()
+        if not self.training:
+            raise KeyboardInterrupt  # which nobody takes for a fault
+        if self.accelerator.is_main_process:
+            with suppress(OSError):  # nobody reads it any more
+                # Not by print, in whose midst this may be.
+                os.write(2, f"\n{self.name}: saving after this step; another one ends at once\n".encode())
+        return True
 
     @property
     def name(self) -> str:

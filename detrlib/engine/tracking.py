@@ -24,7 +24,7 @@ PROGRESS = "DETRLIB_PROGRESS"  # in the environment of processes whose launcher 
 MAIN = ("loss", "loss_class", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 
 
-def progress(items: Iterable, what: str, shown: bool = True, **options: Any) -> tqdm:
+def progress(items: Iterable | None, what: str, shown: bool = True, **options: Any) -> tqdm:
     """A bar over items, in the main process, on a terminal: its own, or that of the launcher, which passes it on.
 
     options: others of tqdm.

@@ -9,7 +9,6 @@ What was submitted for a run stands in slurm.json in its folder, where sweeps th
 papermill_runs/slurm.sh, which starts again what a time limit or a preemption has stopped.
 """
 
-import json
 import math
 import os
 import re
@@ -27,7 +26,7 @@ from detrlib.engine.launch import launch
 from detrlib.engine.notebooks import execute_notebook, find_notebook
 from detrlib.errors import ConfigError, RunError, Stopped, listed
 from detrlib.experiments.sweep import REPORT, Job, last_line, planned, sweep, waves
-from detrlib.files import write_json
+from detrlib.files import load_json, write_json
 from detrlib.runs.owner import owned
 
 SCRIPT = PROJECT / "papermill_runs" / "slurm.sh"
@@ -123,10 +122,7 @@ def _ask(*command: str, environment: dict[str, str] | None = None) -> str:
 def submitted(folder: Path) -> dict[str, str]:
     """What was submitted last for a folder: task and log; nothing where nothing was. Raises RunError if damaged."""
     path = folder / SUBMITTED
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it, if its job is neither queued nor running") from error
+    return load_json(path, "delete it, if its job is neither queued nor running") if path.exists() else {}
 
 
 def describe(path: Path, folder: Path | None = None) -> list[str]:
@@ -220,22 +216,18 @@ def _getting_further(run_dir: Path) -> Iterator[None]:
 
     But for a preemption, which may have come too early by chance.
     """
-    before = len(_starts(run_dir))
+    before = len(runs.training_starts(run_dir))
     try:
         yield
     except Stopped as stopped:
-        steps = [start.get("stopped", math.inf) - start["global_step"] for start in _starts(run_dir)[before:]]
-        if runs.slurm_job() and not any(made > 0 for made in steps) and not _preempted():
+        starts = runs.training_starts(run_dir)[before:]
+        further = any(start.get("stopped", math.inf) > start["global_step"] for start in starts)
+        if runs.slurm_job() and not further and not _preempted():
             raise RunError(
                 f"{stopped}; no step was made since the job was started, so it is not started again: give it more "
                 "--time, or look into what takes so long"
             ) from None
         raise
-
-
-def _starts(run_dir: Path) -> list[dict]:
-    path = run_dir / "environment.json"
-    return json.loads(path.read_text()).get("starts", []) if path.exists() else []
 
 
 def _gpus() -> int | None:

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_iou
-from tqdm.auto import tqdm
 
 from detrlib.boxes import cxcywh_to_xyxy
-from detrlib.errors import ConfigError, is_main_process
+from detrlib.engine import tracking
+from detrlib.errors import ConfigError
 from detrlib.experiments.cells import cell_means
 from detrlib.models import Predictions
 
@@ -70,8 +70,7 @@ def drise(
         raise ConfigError(f"{masks} masks of {cells} cells visible with probability {visible}: need 1, 1 and 0 to 1")
     boxes, scores = predictions.boxes[0, queries], predictions.class_scores()[0, queries]
     by_weight, total, sums = 0.0, 0.0, 0.0  # [n,h,w], [h,w], [n]
-    bar = tqdm(total=masks, desc="D-RISE", unit="mask", leave=False, disable=None if is_main_process() else True)
-    with bar:
+    with tracking.progress(None, "D-RISE", total=masks, unit="mask") as bar:
         for drawn in random_masks(masks, size, cells, visible, seed, batch_size):
             drawn = drawn.to(image)
             masked = image.repeat(len(drawn), 1, 1, 1)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from detrlib.config import Config, load_config, project_path, read_yaml
 from detrlib.engine.notebooks import checked_parameters, find_notebook
-from detrlib.errors import ConfigError, RunError
+from detrlib.errors import ConfigError, RunError, shown
 from detrlib.runs.folder import name_fault
 
 SEEDS = "seeds"
@@ -65,7 +65,7 @@ def _name_fault(name: Any) -> str | None:
     if name in BESIDE or name.endswith(".ipynb"):
         return f"{name!r} is what something else of the sweep is called"
     fault = name_fault(name)
-    return fault and f"{name!r:.60} names no run: {fault}"
+    return fault and f"{shown(name)} names no run: {fault}"
 
 
 def _repeated(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from detrlib.attention import Mixing
 from detrlib.attention.deformable import Samples, Shapes
-from detrlib.errors import ConfigError, DetrlibError
+from detrlib.errors import ConfigError, DetrlibError, in_one_line
 from detrlib.models.backbone import image_sizes
 from detrlib.models.deformable import NOWHERE
 from detrlib.models.huggingface_weights import points_of, way_of
@@ -212,9 +212,9 @@ def blaming_options() -> Iterator[None]:
     except (DetrlibError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any layer, which tells of its own sizes only
-        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"model.options: some contradict each other, or model.square: transformers fails on {reason[:300]}"
+            "model.options: some contradict each other, or model.square: transformers fails on "
+            f"{in_one_line(error)[:300]}"
         ) from None
 
 

@@ -22,6 +22,7 @@ from detrlib.runs.folder import (
     run_name,
     run_path,
     save_tables,
+    training_starts,
     truncate_metrics,
 )
 from detrlib.runs.maps import AttentionStore

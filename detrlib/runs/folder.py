@@ -32,7 +32,7 @@ import pandas as pd
 
 from detrlib.config import PROJECT, Config, load_config
 from detrlib.data.classes import names_by_label
-from detrlib.errors import DamagedFile, RunError, in_one_line, listed
+from detrlib.errors import DamagedFile, RunError, in_one_line, listed, shown
 from detrlib.files import load_json, write_atomic
 from detrlib.metrics.tables import part_files, read_table, write_table
 
@@ -51,7 +51,7 @@ def run_path(name: str | int | Path) -> Path:
     folder on every file system, or is that of something else.
     """
     if fault := name_fault(name):
-        raise RunError(f"{_shown(name)} names no run: {fault}")
+        raise RunError(f"{shown(name)} names no run: {fault}")
     return _run_path(name)
 
 
@@ -71,8 +71,8 @@ def name_fault(name: str | int | Path) -> str | None:
         return "it holds a line break, or another character that is not printed"
     if not text.strip() or not within or within == ("/",):
         return f"give a folder under {RUNS.name}/"
-    if ".." in within:
-        return f"it leads out of {RUNS.name}/; give an absolute path for a folder elsewhere"
+    if ".." in path.parts:
+        return f"it has .. in it; give a folder under {RUNS.name}/, or the absolute path of one elsewhere, without"
     if odd := next((part for part in within if part != part.strip() or part.startswith(("-", "~"))), None):
         return f"{odd!r} begins with - or ~, or begins or ends with a space, which a shell takes for something else"
     if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
@@ -84,11 +84,6 @@ def name_fault(name: str | int | Path) -> str | None:
     if file := next((part for part in (path, *path.parents) if os.path.isfile(part)), None):
         return f"{file} is a file; choose another name, or move it away"
     return None
-
-
-def _shown(name: object) -> str:
-    text = repr(str(name) if isinstance(name, Path) else name)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def finished_runs() -> list[Path]:
@@ -265,6 +260,11 @@ def known_environment(run_dir: Path) -> dict:
     """environment.json, empty where there is none. Raises DamagedFile naming it."""
     path = run_dir / "environment.json"
     return load_json(path, "delete it: what has made the run is then not known") if path.exists() else {}
+
+
+def training_starts(run_dir: Path) -> list[dict]:
+    """When and at which step training was started, and stopped by which signal, each time. Raises DamagedFile."""
+    return known_environment(run_dir).get("starts", [])
 
 
 def _made_with(run_dir: Path) -> str:

@@ -13,9 +13,9 @@ import torch
 
 from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
 from detrlib.data import describe_data
-from detrlib.errors import DamagedFile, RunError, listed
+from detrlib.errors import ConfigError, DamagedFile, RunError, listed
 from detrlib.files import load_json, write_atomic, write_json
-from detrlib.runs.folder import is_finished, known_environment
+from detrlib.runs.folder import is_finished, known_environment, name_fault, run_path, training_starts
 from detrlib.runs.trained import can_resume
 
 # Where data lie: they may move, as long as they hold the same.
@@ -44,11 +44,14 @@ def refuse_run(cfg: Config, run_dir: Path, data: Mapping[str, Any] | None = None
     """Whether training with `cfg` would resume in `run_dir`; nothing is written.
 
     data: as `describe_data` describes those of `cfg`, where they are open already.
-    Raises RunError if the run is finished, has lost its checkpoints, or was begun with other settings or data.
+    Raises RunError if the run is finished, has lost its checkpoints, or was begun with other settings or data, and
+    ConfigError if it would start from its own weights.
     """
     if is_finished(run_dir):
         raise RunError(f"{run_dir} is finished and is not overwritten; choose another run name, or delete the folder")
-    checkpoint = can_resume(run_dir)
+    checkpoint, start = can_resume(run_dir), cfg.train.start
+    if start and not checkpoint and name_fault(start) is None and run_path(start) == run_dir:
+        raise ConfigError(f"train.start: {start} is the run itself; name another one, or leave it out")
     if checkpoint and (run_dir / "config.yaml").exists():  # before the first checkpoint, other settings lose nothing
         refuse_other_settings(cfg, run_dir, data)
     return checkpoint
@@ -59,12 +62,8 @@ def begin_folder(run_dir: Path, cfg: Config, data: Mapping[str, Any] | None = No
     write_atomic(run_dir / "config.yaml", lambda path: save_config(cfg, path))
     if data:
         write_json(run_dir / "data.json", data, checksum=True)
-    before = known_environment(run_dir)
-    write_json(
-        run_dir / "environment.json",
-        environment() | {key: before[key] for key in ("starts",) if key in before},
-        checksum=True,
-    )
+    starts = training_starts(run_dir)
+    write_json(run_dir / "environment.json", environment() | ({"starts": starts} if starts else {}), checksum=True)
 
 
 def note_start(run_dir: Path, global_step: int) -> None:

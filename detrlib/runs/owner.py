@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from detrlib.errors import RunError
+from detrlib.errors import RunError, is_main_process
 from detrlib.files import sweep
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def owned(run_dir: Path) -> Iterator[None]:
 
     Raises RunError at once where another process owns it, naming that, or where the folder cannot be written.
     """
-    if int(os.environ.get("RANK", "0")):
+    if not is_main_process():
         yield
         return
     path = run_dir / OWNER

@@ -23,7 +23,7 @@ from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED, fetch
 from detrlib.config import replace as replace_settings
 from detrlib.config.huggingface import fetch_huggingface, read_json
 from detrlib.data.classes import class_list
-from detrlib.errors import ConfigError, RunError, WeightsError
+from detrlib.errors import ConfigError, RunError, WeightsError, shown
 from detrlib.files import load_checkpoint, write_checkpoint, write_json
 from detrlib.runs.folder import (
     RESERVED,
@@ -158,7 +158,7 @@ def _refuse_near_names(name: str, fault: str | None) -> None:
             f"{name!r}: there is no such file, folder or run; published weights are {', '.join(PUBLISHED)}"
         )
     if fault:
-        raise WeightsError(f"nothing is named {name[:60]!r}; nor can it be a run: {fault}")
+        raise WeightsError(f"nothing is named {shown(name)}; nor can it be a run: {fault}")
     an_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
     near = difflib.get_close_matches(name, known, 3, 0.8 if an_id else 0.5)
     if an_id and not near:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from detrlib.errors import DamagedFile, RunError
 from detrlib.files import load_checkpoint, reach_disk, write_checkpoint
-from detrlib.runs.folder import known_environment, read_metrics
+from detrlib.runs.folder import read_metrics, training_starts
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
@@ -61,8 +61,7 @@ def can_resume(run_dir: Path) -> bool:
     if (folder / LAST).exists() or (folder / PREVIOUS).exists():
         return True
     records = read_metrics(run_dir)
-    starts = known_environment(run_dir).get("starts", [])
-    saved = any(start["global_step"] or start.get("stopped") for start in starts)
+    saved = any(start["global_step"] or start.get("stopped") for start in training_starts(run_dir))
     evaluated = (run_dir / "results.json").exists()  # as it was, unfinished
     # An epoch is logged before it is saved, so that what comes after the first was logged with a checkpoint at hand.
     if saved or evaluated or sum(record["epoch"] > 0 for record in records) > 1:

@@ -18,10 +18,11 @@ from detrlib.errors import STOPPED
 def ended(monkeypatch):
     """The exit code of the agent whose processes end with `codes`, after a signal or without one."""
     monkeypatch.setattr(sys, "argv", ["agent", "--standalone", "train.py"])
-    monkeypatch.setenv(PARENT, "")
     monkeypatch.setattr(agent, "_tell", lambda: None)
 
     def ended(codes, by=None):
+        monkeypatch.setenv(PARENT, "")  # it names itself there, for its processes
+
         def run(arguments):
             assert (arguments.training_script, arguments.signals_to_handle) == ("train.py", "SIGQUIT")
             assert os.environ[PARENT] == str(os.getpid())

@@ -5,9 +5,10 @@ import torch
 from accelerate import Accelerator
 
 from detrlib.attention.transforms import Entmax
+from detrlib.engine import state as engine_state
 from detrlib.engine.start import initial_model
 from detrlib.engine.state import TrainingState
-from detrlib.errors import RunError
+from detrlib.errors import DamagedFile, RunError
 from detrlib.files import load_checkpoint
 
 
@@ -64,6 +65,19 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_the_whole_one_before_it
     for other.epoch, previous in ((2, 1), (3, 2)):
         other.save(tmp_path, ap=0.5)
         assert load_checkpoint(tmp_path / "previous.pt")["epoch"] == previous
+
+
+def test_of_several_processes_the_main_one_decides_which_checkpoint_is_taken(make, tmp_path, monkeypatch):
+    state, other = make(), make()
+    for state.epoch in (1, 2):
+        state.save(tmp_path, ap=0.5)
+    monkeypatch.setattr(engine_state, "broadcast_object_list", lambda said: ["previous.pt", "last.pt is damaged there"])
+    assert other.restore(tmp_path) == "last.pt is damaged there" and other.epoch == 1
+    monkeypatch.setattr(engine_state, "broadcast_object_list", lambda said: ["last.pt", ""])
+    assert other.restore(tmp_path) == "" and other.epoch == 2
+    (tmp_path / "last.pt").write_bytes(b"")
+    with pytest.raises(DamagedFile, match=r"last\.pt"):  # here alone
+        other.restore(tmp_path)
 
 
 def test_the_average_is_evaluated_and_follows_the_weights_slowly(make):

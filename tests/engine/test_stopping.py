@@ -1,17 +1,16 @@
 """Which signals end training, and when, and that nothing is lost; several processes are in test_launch."""
 
 import json
-import os
 import signal
-import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from detrlib.engine import stopping
+from detrlib.engine.children import SIGNALS
 from detrlib.engine.loop import train
-from detrlib.engine.stopping import SIGNALS, Stopping, Wish
+from detrlib.engine.stopping import Stopping, Wish
 from detrlib.errors import Stopped
 from detrlib.files import load_checkpoint
 
@@ -50,34 +49,6 @@ def test_the_first_signal_is_taken_and_a_later_one_does_what_it_did_before(numbe
 def test_before_there_is_something_to_save_a_signal_ends_at_once():
     with pytest.raises(Stopped, match="SIGTERM before the first step"), Stopping(ALONE, 0):
         signal.raise_signal(signal.SIGTERM)
-
-
-def test_what_is_ignored_stays_so_and_a_fork_ends_as_before():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        with Stopping(ALONE, 0) as own:
-            signal.raise_signal(signal.SIGHUP)
-            assert not own.asked()
-            if not (child := os.fork()):
-                os.kill(os.getpid(), signal.SIGTERM)
-                os._exit(0)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_another_thread_takes_no_signals():
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-
-    def enter():
-        with Stopping(ALONE, 0):
-            seen.update({number: signal.getsignal(number) for number in SIGNALS})
-
-    seen = {}
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert seen == handlers
 
 
 def test_it_is_saved_every_so_many_minutes(clock):

@@ -8,7 +8,7 @@ import pytest
 from detrlib import runs
 from detrlib.config import load_config
 from detrlib.data import build_dataset, describe_data
-from detrlib.errors import RunError
+from detrlib.errors import ConfigError, RunError
 from detrlib.files import write_checkpoint, write_json
 
 
@@ -32,6 +32,14 @@ def test_opening_a_new_an_unfinished_and_a_finished_run(tmp_path, tiny_config):
     write_json(run_dir / "results.json", {})
     with pytest.raises(RunError, match="is finished and is not overwritten"):
         runs.open_run(cfg, run_dir)
+
+
+def test_a_run_that_would_start_from_itself_is_refused(tmp_path, tiny_config):
+    cfg, run_dir = tiny_config({"train.start": str(tmp_path / "own")}), tmp_path / "own"
+    run_dir.mkdir()
+    with pytest.raises(ConfigError, match=r"train\.start"):
+        runs.refuse_run(cfg, run_dir)
+    assert runs.refuse_run(cfg, tmp_path / "other") is False
 
 
 def test_the_job_of_slurm_is_known(monkeypatch):
