@@ -84,7 +84,7 @@ def _keep(path: Path, before: Path) -> None:
         os.replace(path, before)
 
 
-def sweep(folder: Path) -> list[Path]:
+def remove_unfinished(folder: Path) -> list[Path]:
     """Remove what writers that were killed have left in a folder; to be called by the one process that writes there."""
     left = [path for path in folder.glob(".*") if TEMPORARY.fullmatch(path.name)]
     for path in left:

@@ -15,7 +15,7 @@ from detrlib.files import (
     load_checkpoint,
     load_json,
     load_weights,
-    sweep,
+    remove_unfinished,
     write_atomic,
     write_checkpoint,
     write_json,
@@ -153,7 +153,7 @@ def test_what_killed_writers_have_left_is_swept_and_nothing_else(tmp_path):
     others = [".owner", ".last.pt.lock", "last.pt", ".gitignore"]
     for name in others:
         (tmp_path / name).touch()
-    assert sweep(tmp_path) == [tmp_path / left.name]
+    assert remove_unfinished(tmp_path) == [tmp_path / left.name]
     assert files(tmp_path) == sorted([*others, "kept"])
 
 

@@ -25,7 +25,7 @@ from detrlib.config import PROJECT, Config, project_path
 from detrlib.engine.launch import launch
 from detrlib.engine.notebooks import execute_notebook, find_notebook
 from detrlib.errors import ConfigError, RunError, Stopped, listed
-from detrlib.experiments.sweep import REPORT, Job, last_line, planned, sweep, waves
+from detrlib.experiments.sweep import LOG, REPORT, Job, last_line, planned, sweep, waves
 from detrlib.files import load_json, write_json
 from detrlib.runs.owner import owned
 
@@ -144,7 +144,7 @@ def _state(job: Job, queue: dict[str, str]) -> str:
     last = submitted(job.folder)
     if (task := last.get("task")) in queue:
         return " ".join(filter(None, (queue[task], task, far)))
-    logs = [log for log in (Path(last.get("log", "")), job.folder / "log.txt") if log.is_file()]
+    logs = [log for log in (Path(last.get("log", "")), job.folder / LOG) if log.is_file()]
     if not logs:
         return far or "not begun"
     newest = max(logs, key=lambda log: log.stat().st_mtime)

@@ -54,7 +54,7 @@ from detrlib.runs.results import first_of_groups
 
 SECONDS = 2  # between two looks at the runs where a bar is shown
 LINES = {False: 15, True: 60}  # seconds between two lines elsewhere, before and after the time left is known
-REPORT = "report.html"
+REPORT, LOG = "report.html", "log.txt"
 
 
 @dataclass
@@ -131,7 +131,7 @@ def _carry_out(jobs: list[Job], home: Path, parameters: dict[str, Any], parallel
     _prepare(jobs)
     for wave in ordered:
         _work_off(jobs, wave, parallel or _slots())
-    if failed := [job.folder / "log.txt" for job in jobs if job.failed]:
+    if failed := [job.folder / LOG for job in jobs if job.failed]:
         logs = "; ".join(f"{log}: {last_line(log)}" for log in failed)
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {logs}. Call again to retry them.")
     print("drawing figures and tables", flush=True)
@@ -175,16 +175,7 @@ def _draw(folder: Path, names: list[str], asked: dict[str, Any]) -> Path:
     """Execute the notebooks on maps, of one run of each group, and on figures side by side; the second, the report."""
     of_groups = [_within_project(path) for path in first_of_groups(map(runs.run_path, names))]
     write_json(folder / ASKED, {"attention_maps": {"run_names": of_groups}})
-    log, report = folder / "log.txt", find_notebook("thesis_figures").name
-    with log.open("a") as output:
-        maps = subprocess.Popen(
-            [sys.executable, "-m", "detrlib", "sweep-run", str(folder)],
-            cwd=PROJECT,
-            env=with_parent(),
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # signals from a terminal come by this process
-        )
+    maps, log, report = _begin(folder), folder / LOG, find_notebook("thesis_figures").name
     try:
         parameters = {**asked, "run_names": names, "output": _within_project(folder / "figures")}
         executed = execute_notebook("thesis_figures", folder / report, parameters)
@@ -267,11 +258,21 @@ def _start(job: Job, slot: int, slots: int) -> None:
         # others use as well, threads wait for each other, so what the user has set wins.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, _slots() // slots)))
     write_json(job.folder / ASKED, _asked(job, len(gpus) or None))
-    command = [sys.executable, "-m", "detrlib", "sweep-run", str(job.folder)]
-    with (job.folder / "log.txt").open("a") as log:
-        options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}  # as of `_draw`
-        job.process = subprocess.Popen(command, cwd=PROJECT, env=with_parent(environment), **options)
+    job.process = _begin(job.folder, environment)
     job.course.started = time.monotonic()
+
+
+def _begin(folder: Path, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """Execute what is asked for in a folder in a process of its own, which ends with this one and writes to a log."""
+    with (folder / LOG).open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "detrlib", "sweep-run", str(folder)],
+            cwd=PROJECT,
+            env=with_parent(environment),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # signals from a terminal come by this process
+        )
 
 
 def _asked(job: Job, gpus: int | None) -> dict[str, dict[str, Any]]:

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import psutil
 
 from detrlib.errors import RunError, is_main_process
-from detrlib.files import sweep
+from detrlib.files import remove_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _make_ready(run_dir: Path) -> None:
     for folder in folders:
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=effective):
             raise _closed(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
-    if left := [path for folder in folders for path in sweep(folder)]:
+    if left := [path for folder in folders for path in remove_unfinished(folder)]:
         logger.info("%s: removed %d files that a killed process had not finished", run_dir, len(left))
 
 

@@ -19,11 +19,10 @@ from detrlib.runs import owner
 from detrlib.runs.owner import OWNER, owned, owning
 
 HOLD = f"""
-import sys, types
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from detrlib.errors import RunError
-sys.modules["detrlib.runs.trained"] = types.SimpleNamespace(sweep_run=lambda run_dir: None)
 spec = spec_from_file_location("owner", {owner.__file__!r})  # without all that detrlib.runs imports
 spec.loader.exec_module(owner := module_from_spec(spec))
 try:
@@ -35,7 +34,7 @@ except RunError as error:
 """
 SHARE = HOLD.replace(
     "sys.stdin.readline()", "subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1]])"
-).replace("import sys,", "import subprocess, sys,")
+).replace("import sys", "import subprocess, sys", 1)
 
 
 @pytest.fixture
