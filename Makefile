@@ -20,7 +20,7 @@ setup: .venv/.ready  ## make .venv with the pinned packages
 quickstart: .venv/.ready  ## train, evaluate and compare a few small models on drawn shapes
 	$(PY) -m detrlib sweep papermill_runs/configs/quickstart.yaml
 
-study: .venv/.ready  ## sparse where, with what sinks, how and when (about an hour each on two cores); make study PARTS=where
+study: .venv/.ready  ## sparse where, with what sinks, how and when (one to three hours each on two cores); make study PARTS=where
 	@for part in $(PARTS); do $(PY) -m detrlib sweep papermill_runs/study/$$part.yaml || exit 1; done
 
 test: .venv/.ready  ## run the tests; make test ARGS="-k attention"
