@@ -210,7 +210,8 @@ class Disturbance:
         numbers, target = self.draw.sample(SIGNALS, 2), self.draw.choice(["launcher", "child", "group"])
         pause = self.draw.uniform(0, 4) if self.draw.random() < 0.4 else None
         children = [child for child in run.processes_left() if child != process.pid]
-        self.may_fail = target == "child" and bool(children)
+        target = "launcher" if target == "child" and not children else target
+        self.may_fail = target == "child"
         chosen = [self.draw.choice(children) if self.may_fail else process.pid]
         send = os.killpg if target == "group" else os.kill
         self.send(numbers[0], chosen, send)
