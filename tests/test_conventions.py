@@ -33,7 +33,7 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 950,
+    ".": 960,
     "config": 1410,
     "attention": 2165,
     "attention/kernels": 1030,
@@ -43,8 +43,8 @@ CEILINGS = {
     "data": 3620,
     "metrics": 2640,
     "runs": 2350,
-    "engine": 3700,
-    "experiments": 3940,
+    "engine": 3720,
+    "experiments": 3930,
     "figures": 3430,
     "teaching": 570,
     "benchmarks": 2460,

@@ -225,7 +225,7 @@ def test_stores_that_are_none(tmp_path):
     ):
         AttentionStore(tmp_path)
     pd.DataFrame({"a": [1]}).to_parquet(path)
-    with pytest.raises(RunError, match="is no part of an attention store"):
+    with pytest.raises(RunError, match="is no whole part of an attention store"):
         AttentionStore(tmp_path)
 
 

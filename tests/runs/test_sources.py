@@ -124,9 +124,10 @@ def test_a_name_that_nothing_has(runs, name, near):
 
 def test_a_config_without_the_number_of_classes_is_named(run_dir, tmp_path):
     folder = shutil.copytree(run_dir, tmp_path / "run")
-    (folder / "config.yaml").write_text("")
-    with pytest.raises(RunError, match=r"config\.yaml: model\.num_classes"):
-        open_source(folder)
+    for text, fault in (("", "is empty"), ("train: {epochs: 1}", r"model\.num_classes")):
+        (folder / "config.yaml").write_text(text)
+        with pytest.raises(RunError, match=rf"config\.yaml:? {fault}"):
+            open_source(folder)
 
 
 def test_a_file_that_is_not_there_is_no_misspelt_name(runs):
