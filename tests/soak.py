@@ -112,7 +112,7 @@ class Run:
         self.end()
         if self.disk.is_mount():
             shutil.copytree(self.disk, self.folder / "kept")
-            subprocess.run(["umount", self.disk], check=True)
+            subprocess.run(["umount", "-l", self.disk], check=True)
             self.disk.rmdir()
             (self.folder / "kept").rename(self.disk)
 
@@ -167,10 +167,10 @@ class Run:
     def end(self) -> None:
         """End processes that hang; where they do is printed into the log by Python."""
         for number in (signal.SIGABRT, signal.SIGKILL):
-            for process in (left := self.processes_left()):
+            for process in reversed(self.processes_left()):  # those first whose output others pass on
                 with suppress(ProcessLookupError):
                     os.kill(process, number)
-            time.sleep(2 * bool(left))
+                time.sleep(1)
 
     def step(self) -> int:
         """The last step that was logged."""
@@ -396,7 +396,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the next ones count up")
     parser.add_argument("--only", action="append", choices=Disturbance.KINDS, help="these disturbances; several times")
     parser.add_argument("--configurations", type=int, default=100, help="how many there are to draw from")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds after which a start counts as hanging")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a start counts as hanging")
     parser.add_argument("--folder", type=Path, help="for references and failures; default: a new one")
     given = parser.parse_args()
     given.folder = (given.folder or Path(tempfile.mkdtemp(prefix="detrlib-soak-"))).resolve()
