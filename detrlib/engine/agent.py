@@ -10,6 +10,7 @@ training was stopped, and its report of a failure, which does not say what it wa
 
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from detrlib.errors import STOPPED, Stopped, fault_of, is_main_process, show_mes
 logger = logging.getLogger(__name__)
 
 FAULT = "error: "  # how the line of a foreseeable one begins
+KILLED = "memory may be short (the system's log says so); the same command goes on from what was saved last"
 LAST_WORDS = 5  # seconds that a process whose fault nobody foresaw waits: it may follow from that of another one
 
 
@@ -42,6 +44,10 @@ def main() -> None:
             codes = {failure.exitcode for failure in error.failures.values()}
             ended = {-HANDED_ON, -15}  # by the signal itself, before there was anything to save
             stopped = codes <= {STOPPED, *ended} and (came or STOPPED in codes)
+            killed = [-code for code in codes if code < 0 and code not in ended]
+            if killed and 1 not in codes:  # nothing else has failed: there is nobody to say what has happened
+                by = f"signal {killed[0]} ({signal.strsignal(killed[0])})"
+                raise SystemExit(f"{FAULT}{by} has ended a process; {KILLED}") from None
             raise SystemExit(STOPPED if stopped else 1) from None
 
 

@@ -47,7 +47,12 @@ def test_it_is_stopped_where_all_were(ended):
     assert ended([STOPPED, STOPPED]) == ended([STOPPED, -signal.SIGTERM]) == STOPPED
     assert ended([-signal.SIGUSR1, -signal.SIGTERM], by=signal.SIGTERM) == STOPPED  # before there was anything to save
     assert ended([-signal.SIGTERM, -signal.SIGTERM]) == 1  # which nobody has asked for here
-    assert ended([STOPPED, 1], by=signal.SIGTERM) == ended([-signal.SIGKILL], by=signal.SIGTERM) == 1
+    assert ended([STOPPED, 1], by=signal.SIGTERM) == ended([1, -signal.SIGKILL]) == 1
+
+
+def test_a_process_that_was_killed_is_named_in_one_line(ended):
+    for line in (ended([-signal.SIGKILL, -signal.SIGTERM]), ended([STOPPED, -signal.SIGKILL], by=signal.SIGTERM)):
+        assert line.startswith(agent.FAULT) and "signal 9" in line and len(line.splitlines()) == 1
 
 
 def test_a_signal_before_there_are_processes_stops(monkeypatch):
