@@ -14,7 +14,7 @@ CONFIGS = sorted((PROJECT / "papermill_runs" / "configs").rglob("*.yaml"))
 
 # Lowest first: a file imports from rows above its own, and freely within its folder; figures from a few only.
 ORDER = (
-    {"errors", "files", "boxes", "config"},
+    {"errors", "files", "machine", "boxes", "config"},
     {"data", "attention"},
     {"models"},
     {"losses", "checkpoints"},
@@ -33,17 +33,17 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 710,
+    ".": 730,
     "config": 1340,
-    "attention": 2165,
+    "attention": 2170,
     "attention/kernels": 1030,
     "models": 3190,
     "losses": 380,
-    "checkpoints": 1400,
-    "data": 3520,
+    "checkpoints": 1390,
+    "data": 3510,
     "metrics": 2630,
-    "runs": 1945,
-    "engine": 2865,
+    "runs": 1950,
+    "engine": 2870,
     "experiments": 3610,
     "figures": 3400,
     "teaching": 570,

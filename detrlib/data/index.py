@@ -16,9 +16,9 @@ from detrlib.data.annotations import read_annotations
 from detrlib.data.blocks import OddFile, read_blocks
 from detrlib.data.columns import BoxColumns, Columns, ImageColumns, Names
 from detrlib.data.formats import open_content
-from detrlib.data.shapes import cache_folder
 from detrlib.errors import RunError
 from detrlib.files import one_at_a_time, save_checkpoint
+from detrlib.machine import cache_folder
 
 logger = logging.getLogger(__name__)
 
