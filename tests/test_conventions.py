@@ -14,7 +14,7 @@ CONFIGS = sorted((PROJECT / "papermill_runs" / "configs").rglob("*.yaml"))
 
 # Lowest first: a file imports from rows above its own, and freely within its folder; figures from a few only.
 ORDER = (
-    {"errors", "files", "boxes", "config"},
+    {"errors", "files", "machine", "boxes", "config"},
     {"data", "attention"},
     {"models"},
     {"losses", "checkpoints"},
@@ -33,14 +33,14 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 960,
+    ".": 970,
     "config": 1410,
-    "attention": 2165,
+    "attention": 2170,
     "attention/kernels": 1030,
     "models": 3190,
     "losses": 380,
     "checkpoints": 1420,
-    "data": 3620,
+    "data": 3600,
     "metrics": 2640,
     "runs": 2350,
     "engine": 3720,

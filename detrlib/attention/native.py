@@ -45,21 +45,21 @@ def entmax_rows(x: Tensor, alpha: float | Tensor) -> Tensor:
     Scores of -inf get weight zero; a row of nothing else, or with one that is not a number, is not a number.
     """
     weights = torch.empty_like(x)
-    _each_part(library().entmax_rows, alpha, x, weights)
+    _each_row(library().entmax_rows, alpha, x, weights)
     return weights
 
 
 def normmax_rows(x: Tensor, alpha: float) -> Tensor:
     """Weights of normmax, as of `entmax_rows`; 2 - 1 / alpha from `COMPILED_ALPHA` to 2."""
     weights = torch.empty_like(x)
-    _each_part(library().normmax_rows, alpha, x, weights)
+    _each_row(library().normmax_rows, alpha, x, weights)
     return weights
 
 
 def budget_rows(x: Tensor, budget: float) -> Tensor:
     """Weights that sum to a budget, as of `entmax_rows`: in rows with fewer keys to their number."""
     weights = torch.empty_like(x)
-    _each_part(library().budget_rows, budget, x, weights)
+    _each_row(library().budget_rows, budget, x, weights)
     return weights
 
 
@@ -68,7 +68,7 @@ def entmax_rows_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of scores [R,K] and, if asked for, of each alpha [R], from weights p and their gradient g [R,K]."""
     to_scores, to_alpha = torch.empty_like(p), p.new_empty(len(p)) if need_alpha else None
-    _each_part(library().entmax_gradients, alpha, p, g, to_scores, to_alpha)
+    _each_row(library().entmax_gradients, alpha, p, g, to_scores, to_alpha)
     return to_scores, to_alpha
 
 
@@ -80,11 +80,10 @@ def tv_prox_maps(maps: Tensor, hidden: Tensor, lam: float) -> tuple[Tensor, Tens
     (_, h, w), prox, gap = maps.shape, torch.empty_like(maps), maps.new_empty(len(maps))
     patches = torch.empty(len(maps), h * w, dtype=torch.int32)
 
-    def solve(*given: int) -> int:
-        *pointers, _, _, count, _ = given
+    def solve(pointers: list[int], _: int, count: int) -> int:
         return library().tv_prox(*pointers, lam, count, h, w)
 
-    _each_part(solve, lam, maps.flatten(1), hidden, prox, patches, gap)
+    _each_part(solve, maps.flatten(1), hidden, prox, patches, gap)
     return prox, patches, gap
 
 
@@ -92,25 +91,34 @@ def tv_prox_gradient(gradient: Tensor, hidden: Tensor, patches: Tensor) -> Tenso
     """The mean of a gradient [M,N] over each of the patches; zero where hidden."""
     to_scores = torch.empty_like(gradient)
 
-    def average(*given: int) -> int:
-        *pointers, _, _, count, cells = given
-        return library().tv_prox_gradient(*pointers, count, cells)
+    def average(pointers: list[int], _: int, count: int) -> int:
+        return library().tv_prox_gradient(*pointers, count, gradient.shape[1])
 
-    _each_part(average, 0.0, gradient, hidden, patches, to_scores)
+    _each_part(average, gradient, hidden, patches, to_scores)
     return to_scores
 
 
-def _each_part(function: Callable, alpha: float | Tensor, *tensors: Tensor | None) -> None:
-    """Call `function` for a part of the rows in each of PyTorch's threads."""
-    rows, keys = tensors[0].shape
+def _each_row(function: Callable[..., int], alpha: float | Tensor, *tensors: Tensor | None) -> None:
+    """Call a function of the library that takes an alpha, one for all rows or one for each, on the rows of tensors."""
     alphas = torch.as_tensor(alpha, dtype=torch.float64).reshape(-1).contiguous()
+    each = len(alphas) > 1
+
+    def solve(pointers: list[int | None], start: int, count: int) -> int:
+        own = alphas[start if each else 0 :]
+        return function(*pointers, own.data_ptr(), int(each), count, tensors[0].shape[1])
+
+    _each_part(solve, *tensors)
+
+
+def _each_part(solve: Callable[[list[int | None], int, int], int], *tensors: Tensor | None) -> None:
+    """Call `solve` in each of PyTorch's threads: pointers to its part of the rows, the first of them, their number."""
+    rows, keys = tensors[0].shape
     threads = min(torch.get_num_threads(), 1 + rows * keys // SCORES_OF_A_THREAD)
     size = max(1, -(-rows // threads))
 
     def work(start: int) -> None:
-        parts = [None if tensor is None else tensor[start : start + size].data_ptr() for tensor in tensors]
-        own = alphas[start:] if len(alphas) > 1 else alphas
-        if function(*parts, own.data_ptr(), int(len(alphas) > 1), min(size, rows - start), keys):
+        pointers = [None if tensor is None else tensor[start : start + size].data_ptr() for tensor in tensors]
+        if solve(pointers, start, min(size, rows - start)):
             raise MemoryError(f"no memory for rows of {keys} keys")
 
     starts = range(0, rows, size)

@@ -20,7 +20,6 @@ from detrlib.data.coco import CocoDataset
 from detrlib.data.findings import Findings, look_over
 from detrlib.data.formats import find_split, held_out
 from detrlib.data.objects import suggested_image_sizes
-from detrlib.data.shapes import cache_folder
 from detrlib.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -27,9 +27,9 @@ from detrlib.data.decoding import (
     why_unreadable,
 )
 from detrlib.data.pictures import unreadable
-from detrlib.data.shapes import cache_folder, cores
 from detrlib.errors import DataError, RunError
 from detrlib.files import write_atomic
+from detrlib.machine import cache_folder, cores
 
 logger = logging.getLogger(__name__)
 

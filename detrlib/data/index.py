@@ -15,9 +15,9 @@ from detrlib.data.annotations import read_annotations
 from detrlib.data.blocks import OddFile, Twice, read_blocks
 from detrlib.data.columns import BoxColumns, Columns, ImageColumns, Names
 from detrlib.data.formats import open_content
-from detrlib.data.shapes import cache_folder
 from detrlib.errors import DataError, RunError
 from detrlib.files import damage, one_at_a_time, write_checkpoint
+from detrlib.machine import cache_folder
 
 logger = logging.getLogger(__name__)
 

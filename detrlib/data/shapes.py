@@ -7,7 +7,6 @@ from the seed, the split and the number of the image, so the pixels do not depen
 import colorsys
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from detrlib.config import Shapes
 from detrlib.errors import DataError, RunError
 from detrlib.files import one_at_a_time
+from detrlib.machine import cache_folder, cores
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +51,6 @@ class Object(NamedTuple):
     category_id: int
     box: tuple[float, float, float, float]
     area: float
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cache_folder() -> Path:
-    """Where things made once are kept: $DETRLIB_CACHE, else $XDG_CACHE_HOME/detrlib, else ~/.cache/detrlib."""
-    if named := os.environ.get("DETRLIB_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "detrlib"
 
 
 def shapes_folder(settings: Shapes, cache: Path | None = None) -> Path:

@@ -33,7 +33,6 @@ from tqdm import tqdm
 from detrlib import runs
 from detrlib.config import PROJECT, Config, save_config
 from detrlib.data import build_dataset, look_over, open_splits
-from detrlib.data.shapes import cores
 from detrlib.engine.children import end, interrupt, passing_on, stopped, with_parent
 from detrlib.engine.notebooks import (
     ASKED,
@@ -49,6 +48,7 @@ from detrlib.errors import ConfigError, RunError
 from detrlib.experiments.sweep_file import read_sweep
 from detrlib.experiments.time_left import Course, seconds_left
 from detrlib.files import write_atomic, write_json
+from detrlib.machine import cores
 from detrlib.runs.owner import owned
 from detrlib.runs.results import first_of_groups
 

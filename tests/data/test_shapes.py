@@ -7,7 +7,7 @@ import pytest
 
 from detrlib.config import Shapes
 from detrlib.data import CocoDataset, shapes
-from detrlib.data.shapes import cache_folder, draw_image, shapes_folder
+from detrlib.data.shapes import draw_image, shapes_folder
 from detrlib.errors import DataError
 
 TINY = Shapes(train=6, val=3, size=64)
@@ -56,14 +56,6 @@ def test_shapes_hold_objects_of_every_size_and_class_within_the_image():
     assert boxes.min() >= 0 and boxes.max() <= 128
     assert (areas <= 1.02 * (boxes[:, 2:] - boxes[:, :2]).prod(1)).all()
     assert 0.3 < (areas < 32**2).mean() < 0.8  # COCO's small objects, and enough others
-
-
-def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
-    monkeypatch.setenv("DETRLIB_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
-    monkeypatch.delenv("DETRLIB_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "detrlib"
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):

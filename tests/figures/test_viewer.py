@@ -53,6 +53,20 @@ def test_the_sink_is_ringed_where_keys_are_cells(stored, site, sink):
         assert ring.center == (key % 6 * 16 + 7.5, key // 6 * 16 + 7.5)
 
 
+@pytest.mark.parametrize("above", [-0.01, 0.01])
+def test_what_a_sink_is_each_run_says_itself(stored, above):
+    class Measured(dict):
+        """As of `engine.examples`: images, and the threshold that the run was measured with."""
+
+        sink_threshold: float
+
+    stored["first"] = Measured(stored["first"])
+    view = consistent(View("first", 7, site="encoder_self", origin="first", head=1, layer=1), stored)
+    stored["first"].sink_threshold = sink_in(view, stored["first"][7]).weight + above
+    (axes,) = draw_view(Figure(layout="constrained"), view, stored, NAMES).values()
+    assert axes.get_title(loc="left").endswith(", a sink") == (above < 0)
+
+
 def press(viewer, run, x, y):
     """A mouse button pressed at pixel (x, y) of the image of `run`."""
     viewer.figure.canvas.draw()
