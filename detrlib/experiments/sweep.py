@@ -52,6 +52,7 @@ from detrlib.machine import cores
 from detrlib.runs.owner import owned
 from detrlib.runs.results import first_of_groups
 
+MANY = 8  # runs, of which those under way alone are named while it goes on
 SECONDS = 2  # between two looks at the runs where a bar is shown
 LINES = {False: 15, True: 60}  # seconds between two lines elsewhere, before and after the time left is known
 REPORT, LOG = "report.html", "log.txt"
@@ -291,7 +292,10 @@ def _within_project(path: Path) -> str:
 
 def _report(jobs: list[Job], slots: int, start: float, bar: tqdm) -> bool:
     """Say how far each run is, and how much time is left for all of it; whether that is known already."""
-    words = "  ".join(f"{job.folder.name} {job.progress()}" for job in jobs)
+    told = [(job, job.progress()) for job in jobs]
+    if len(jobs) > MANY:
+        told = [(job, word) for job, word in told if job.process or job.failed]
+    words = "  ".join(f"{job.folder.name} {word}" for job, word in told)
     now, courses = time.monotonic(), [job.course for job in jobs]
     left = seconds_left(courses, slots, now)
     over = f"{sum(course.over for course in courses)} of {len(jobs)} runs done"

@@ -225,7 +225,7 @@ def chosen_classes(
                 looks.append(_look(axes, example, query, layer))
                 draw_box(axes, example.boxes[query], _colour(example, query, names))
             words = "no detection" if query is None else detection(example, query, names)
-            axes.set_title(f"{run}\n{words}" if number == 0 else words, loc="left")
+            axes.set_title(f"{fill(run, NAME)}\n{words}" if number == 0 else words, loc="left")
     draw_maps(drawn, looks, scale, logarithmic)
     return drawn
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import norm
 
 from detrlib.errors import ConfigError
@@ -183,6 +184,7 @@ def faithfulness_by_group(explained: pd.DataFrame, methods: Sequence[str] = ()) 
         axes.set_title(f"{direction}: {better} is better", loc="left")
         axes.set(xlabel="area under the curve", ylim=(len(groups) - 0.5, -0.5), xlim=(0, None))
         axes.set_yticks(range(len(groups)), groups)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.tick_params(axis="y", length=0)
         for between in range(1, len(groups)):
             axes.axhline(between - 0.5, color=MUTED, lw=0.4)

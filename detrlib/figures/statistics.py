@@ -8,6 +8,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from detrlib.errors import ConfigError
 from detrlib.figures.style import DASH, MUTED, PALETTE, Nothing, panels, run_colours, styled
@@ -87,4 +88,5 @@ def _rows_of_panels(count: int, names: Sequence[str], extra: float) -> tuple[Fig
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         axes.margins(x=0.08)
+        axes.xaxis.set_major_locator(MaxNLocator(4))  # small differences have long numbers
     return drawn, grid

@@ -263,3 +263,10 @@ def test_the_time_left_is_said_for_the_whole_sweep(tmp_path, capsys, monkeypatch
         "[02:00] one  50%  two waiting  (0 of 2 runs done, about 8 min left with all figures)"
         in capsys.readouterr().out
     )
+
+
+def test_of_many_runs_a_line_names_those_under_way_and_failed(tmp_path, capsys):
+    jobs = [sweep.Job(tmp_path / f"run-{number}", load_config(), {}) for number in range(sweep.MANY + 1)]
+    jobs[3].process, jobs[5].failed, jobs[5].course.over = "a process", True, True
+    sweep._report(jobs, 1, sweep.time.monotonic(), sweep.tqdm(total=1, disable=True))
+    assert capsys.readouterr().out.startswith("[00:00] run-3 starting  run-5 failed  (1 of 9 runs done,")
