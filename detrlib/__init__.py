@@ -4,7 +4,7 @@ An image's way is `data`, `models` (with `attention` inside), `losses`, `engine`
 `models.outputs`, `metrics`, `runs`, `figures`. A file imports only from folders to its left:
 
     errors, files, machine, boxes, config < data, attention < models < losses, checkpoints < metrics < runs < engine
-        < experiments < figures < teaching, benchmarks, __main__
+        < experiments < figures < teaching, benchmarks < commands < __main__
 """
 
 import os

@@ -24,6 +24,7 @@ ORDER = (
     {"experiments"},
     {"figures"},
     {"teaching", "benchmarks"},
+    {"commands"},
     {"__main__"},
 )
 RANK = {name: number for number, names in enumerate(ORDER) for name in names}
@@ -33,7 +34,7 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 970,
+    ".": 540,
     "config": 1410,
     "attention": 2170,
     "attention/kernels": 1030,
@@ -48,9 +49,9 @@ CEILINGS = {
     "figures": 3440,
     "teaching": 570,
     "benchmarks": 2460,
+    "commands": 510,
 }
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
-LONGEST_COMMANDS = 550  # the command line: every option of every command is a line
 
 
 def relative(path):
@@ -160,7 +161,7 @@ def test_public_functions_and_classes_have_docstrings(path):
 @each([path for folder in ("detrlib", "tests") for path in sorted((PROJECT / folder).rglob("*.py"))])
 def test_files_stay_short(path):
     longest = LONGEST_FILE if path.is_relative_to(LIBRARY) else 525
-    assert len(path.read_text().splitlines()) <= (LONGEST_COMMANDS if path.name == "__main__.py" else longest)
+    assert len(path.read_text().splitlines()) <= longest
 
 
 @each(MODULES)
@@ -206,8 +207,10 @@ OF_NO_MODULE = {
 
 
 def test_every_module_has_a_test_file_of_its_name():
+    """Commands aside: from their words to what they show, they are in test_main.py."""
     modules = {path.relative_to(LIBRARY) for path in MODULES if path.name not in ("__init__.py", "__main__.py")}
     proved = {path.relative_to(PROJECT / "tests") for path in TESTS}
+    modules = {module for module in modules if module.parts[0] != "commands"}
     assert sorted(str(m) for m in modules if m.with_name(f"test_{m.name}") not in proved) == []
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from detrlib import __main__ as commands
 from detrlib import benchmarks
 from detrlib.checkpoints.files import export_official
+from detrlib.commands import values_in
 from detrlib.config import PROJECT, load_config, replace, save_config
 from detrlib.data import build_dataset
 from detrlib.data.shapes import shapes_folder
@@ -513,9 +514,7 @@ def test_memory_that_is_short_is_one_line(config, tmp_path, monkeypatch):
 
 
 def test_lists_between_commas():
-    assert (
-        commands.values_in("1,1.5, 2", "--alphas", float) == [1, 1.5, 2] and commands.values_in(None, "--alphas") == []
-    )
+    assert values_in("1,1.5, 2", "--alphas", float) == [1, 1.5, 2] and values_in(None, "--alphas") == []
     for text in ("1;2", "1,,2", ""):
         with pytest.raises(DetrlibError, match="--alphas"):
-            commands.values_in(text, "--alphas", float)
+            values_in(text, "--alphas", float)
