@@ -37,6 +37,7 @@ from detrlib.data import build_dataset, look_over, open_splits
 from detrlib.engine.notebooks import (
     ASKED,
     execute_notebook,
+    executed_with,
     find_executed,
     find_notebook,
     report_html,
@@ -51,6 +52,7 @@ from detrlib.files import write_atomic, write_json
 from detrlib.machine import cores
 from detrlib.runs.results import first_of_groups
 
+INDIFFERENT = ("batch_size", "engine", "examples", "store_maps", "store_sites")  # of `evaluate`: to what is measured
 MANY = 8  # runs, of which those under way alone are named while it goes on
 SECONDS = 2  # between two looks at the runs where a bar is shown
 LINES = {False: 15, True: 60}  # seconds between two lines elsewhere, before and after the time left is known
@@ -116,6 +118,9 @@ def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -
     for job in jobs:
         if runs.is_finished(job.folder):
             runs.refuse_other_settings(job.cfg, job.folder)
+            if job.finished and (otherwise := _measured_otherwise(job)):
+                executed = find_executed(job.folder, "evaluate")
+                print(f"warning: {executed} was made with {otherwise}; delete it to measure that run again")
     home = folder / path.stem if asked.folder else folder
     report = home / "report.html"
     if report.exists() and all(job.finished for job in jobs):
@@ -135,6 +140,17 @@ def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -
     if table.exists():  # an edited notebook need not write it
         print(table.read_text())
     return report_html(executed, report, f"{home.name}: report")
+
+
+def _measured_otherwise(job: Job) -> str:
+    """In words, with what a run was measured that the sweep asks for otherwise: settings and the notebook's parameters.
+    Those that do not change results are left out, and those of which an earlier version knew nothing."""
+    before = runs.load_results(job.folder).get("evaluate", {})
+    asked = {name: value for name, value in job.cfg.evaluate.model_dump(mode="json").items() if name not in INDIFFERENT}
+    told = [f"evaluate.{n}={before[n]}, not {value}" for n, value in asked.items() if before.get(n, value) != value]
+    given = executed_with(find_executed(job.folder, "evaluate"))
+    names = [name for name in job.measure | given if name != "run_name" and given.get(name) != job.measure.get(name)]
+    return "; ".join([*told, *(f"{n}={given.get(n)}, not {job.measure.get(n)}" for n in names)])
 
 
 def _waves(jobs: list[Job]) -> list[list[Job]]:
