@@ -113,6 +113,11 @@ def is_executed(path: Path) -> bool:
     return not records[0].get("exception") and all(record.get("status") == "completed" for record in records[1:])
 
 
+def executed_with(path: Path) -> dict[str, Any]:
+    """The parameters that an executed copy was given."""
+    return json.loads(path.read_text())["metadata"].get("papermill", {}).get("parameters", {})
+
+
 def bare_name(notebook: str | Path) -> str:
     """The name without its number, which notebooks that come to be in between change: "07_evaluate" is "evaluate"."""
     return Path(notebook).stem.lstrip("0123456789_")

@@ -37,6 +37,7 @@ from detrlib.engine.children import end, interrupt, passing_on, stopped, with_pa
 from detrlib.engine.notebooks import (
     ASKED,
     execute_notebook,
+    executed_with,
     find_executed,
     find_notebook,
     report_html,
@@ -52,6 +53,8 @@ from detrlib.machine import cores
 from detrlib.runs.owner import owned
 from detrlib.runs.results import first_of_groups
 
+INDIFFERENT = ("batch_size", "engine", "examples", "store_maps", "store_sites")  # of `evaluate`: to what is measured
+WHO = ("run_name", "gpus")  # parameters of the notebook that change no results
 MANY = 8  # runs, of which those under way alone are named while it goes on
 SECONDS = 2  # between two looks at the runs where a bar is shown
 LINES = {False: 15, True: 60}  # seconds between two lines elsewhere, before and after the time left is known
@@ -113,6 +116,10 @@ def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -
     """
     jobs, home, parameters = planned(path, folder)
     report = home / REPORT
+    for job in jobs:
+        if runs.is_finished(job.folder) and job.finished and (otherwise := _measured_otherwise(job)):
+            executed = find_executed(job.folder, "evaluate")
+            print(f"warning: {executed} was made with {otherwise}; delete it to measure that run again")
     if report.exists() and all(job.finished for job in jobs):
         print(f"all {len(jobs)} runs are done: {report}")
         return report
@@ -142,6 +149,17 @@ def _carry_out(jobs: list[Job], home: Path, parameters: dict[str, Any], parallel
     if table.exists():  # an edited notebook need not write it
         print(table.read_text())
     return report_html(executed, report, f"{home.name}: report")
+
+
+def _measured_otherwise(job: Job) -> str:
+    """In words, with what a run was measured that the sweep asks for otherwise: settings and the notebook's parameters.
+    Those that do not change results are left out, and those of which an earlier version knew nothing."""
+    before = runs.load_results(job.folder).get("evaluate", {})
+    asked = {name: value for name, value in job.cfg.evaluate.model_dump(mode="json").items() if name not in INDIFFERENT}
+    told = [f"evaluate.{n}={before[n]}, not {value}" for n, value in asked.items() if before.get(n, value) != value]
+    given = executed_with(find_executed(job.folder, "evaluate"))
+    names = [name for name in job.measure | given if name not in WHO and given.get(name) != job.measure.get(name)]
+    return "; ".join([*told, *(f"{n}={given.get(n)}, not {job.measure.get(n)}" for n in names)])
 
 
 def planned(path: Path, folder: Path | None = None) -> tuple[list[Job], Path, dict[str, Any]]:

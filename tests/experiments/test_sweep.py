@@ -130,6 +130,25 @@ def test_a_run_that_was_interrupted_and_evaluated_by_hand_is_not_done(tmp_path):
     assert job.finished
 
 
+def test_a_run_that_was_measured_otherwise_is_named(tmp_path):
+    cfg = load_config(overrides={"evaluate.sites": ["decoder_cross", "encoder_self"]})
+    job = sweep.Job(tmp_path, cfg, {"explained_images": 20})
+
+    def executed(parameters, **settings):
+        asked = cfg.evaluate.model_dump(mode="json") | settings
+        write_json(tmp_path / "results.json", {"evaluate": {n: v for n, v in asked.items() if n != "sink_lead"}})
+        write_json(tmp_path / "07_evaluate.ipynb", {"metadata": {"papermill": {"parameters": parameters}}, "cells": []})
+        return sweep._measured_otherwise(job)
+
+    assert executed({"explained_images": 20, "run_name": "a"}, batch_size=7) == ""
+    told = executed({"explained_images": 5, "alphas": [1]}, sites=["decoder_cross"])
+    assert told.split("; ") == [
+        "evaluate.sites=['decoder_cross'], not ['decoder_cross', 'encoder_self']",
+        "explained_images=5, not 20",
+        "alphas=[1], not None",
+    ]
+
+
 def test_threads_that_the_user_has_set_win(sweep_file, stand_ins, tmp_path, monkeypatch):
     given, begin = [], sweep.subprocess.Popen
 
