@@ -19,14 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from detrlib.errors import DamagedFile, RunError, in_one_line, listed
+from detrlib.errors import DamagedFile, RunError, fault_of, in_one_line, listed
 
 if TYPE_CHECKING:  # what only executes notebooks need not wait for torch
     import torch
 
 
-# What mkstemp makes of a dot, the name of a file and another dot; and hidden parts of tables.
-TEMPORARY = re.compile(r"\.(.+\.[a-z0-9_]{8}|part-\d+-of-\d+\.parquet)")
+# What mkstemp makes of a dot, the name of a file, with its suffix, and another dot; and hidden parts of tables.
+TEMPORARY = re.compile(r"\.(.+\.\w+\.[a-z0-9_]{8}|part-\d+-of-\d+\.parquet)")
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
 CHECKSUM = b"detrlib crc32 "  # in front of the eight hexadecimal digits that end a checkpoint
 TRAILER = len(CHECKSUM) + 8
 SUM = "crc32"  # the last entry of files of JSON that are checked
@@ -96,7 +97,7 @@ def remove_unfinished(folder: Path) -> list[Path]:
 def one_at_a_time(path: Path) -> Iterator[None]:
     """While it is entered, other processes that enter it for the same `path` wait: what takes long is made once.
 
-    Raises RunError where nothing can be written beside `path`.
+    But by each of them where the file system has no locks. Raises RunError where nothing can be written beside `path`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,11 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"could not write beside {path}: {error}") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
 
 
@@ -117,7 +122,10 @@ def write_json(path: Path, values: Any, checksum: bool = False) -> None:
 
 
 def load_json(path: Path, remedy: str) -> dict:
-    """The mapping that `write_json` has written. Raises DamagedFile naming the file and the remedy."""
+    """The mapping that `write_json` has written.
+
+    Raises DamagedFile naming the file and the remedy, or RunError where it may not be read.
+    """
     try:
         values = json.loads(path.read_bytes())
         if not isinstance(values, dict):
@@ -125,6 +133,8 @@ def load_json(path: Path, remedy: str) -> dict:
         known = values.pop(SUM, None)  # files of earlier versions have none
         if known not in (None, _sum(json.dumps(values, indent=1))):
             raise ValueError("it does not hold what was written")
+    except PermissionError:
+        raise RunError(f"{path} is not yours to read; change its rights") from None
     except (OSError, ValueError) as error:
         raise DamagedFile(f"{path} is damaged ({in_one_line(error)}); {remedy}") from None
     return values
@@ -205,7 +215,9 @@ def load_checkpoint(path: Path, needed: Collection[str] = ()) -> dict:
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whole, but no file of torch, or with code in it: its message tells how to let that run
+    except Exception as error:  # whole, but no file of torch, or with code in it: its message tells how to let that run
+        if fault_of(error):  # memory may be short
+            raise
         raise RunError(
             f"{path} is not a checkpoint of this project: it holds something else than tensors and numbers, which is "
             f"not read; put back what the run has written, or use another checkpoint: there are {there}"

@@ -40,7 +40,8 @@ def test_a_message_is_one_line():
 
 
 @pytest.mark.parametrize(
-    "said", ["can't allocate memory: you tried to allocate 256 bytes.", "CUDA out of memory. Tried"]
+    "said",
+    ["can't allocate memory: you tried to allocate 256 bytes.", "CUDA out of memory. Tried", "Cannot allocate memory"],
 )
 def test_short_memory_is_one_line_whoever_has_none(said):
     fault = errors.fault_of(RuntimeError(f"[enforce fail]\n{said}\nGPU 0"))

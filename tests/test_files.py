@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from detrlib.files import (
     load_checkpoint,
     load_json,
     load_weights,
+    one_at_a_time,
     remove_unfinished,
     write_atomic,
     write_checkpoint,
@@ -90,6 +92,27 @@ def test_checkpoints_that_are_none(tmp_path):
     assert "weights_only" not in str(caught.value) and caught.value.__suppress_context__
 
 
+def test_memory_that_is_short_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "last.pt", {"epoch": 1})
+    monkeypatch.setattr(torch, "load", fail(RuntimeError("can't allocate memory: you tried to allocate 64 bytes")))
+    with pytest.raises(RuntimeError, match="64 bytes"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_what_may_not_be_read_is_not_said_to_be_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "read_bytes", fail(PermissionError(errno.EACCES, "denied")))
+    with pytest.raises(RunError, match=r"results\.json is not yours to read") as caught:
+        load_json(tmp_path / "results.json", "delete it")
+    assert not isinstance(caught.value, DamagedFile)
+
+
+@pytest.mark.parametrize("number, known", [(errno.ENOSYS, True), (errno.ENOLCK, True), (errno.EIO, False)])
+def test_where_there_are_no_locks_nobody_waits(tmp_path, monkeypatch, number, known):
+    monkeypatch.setattr("fcntl.flock", fail(OSError(number, "no locks")))
+    with nullcontext() if known else pytest.raises(OSError, match="no locks"), one_at_a_time(tmp_path / "shapes"):
+        pass
+
+
 STATE = {"epoch": 3, "model": {"weight": torch.arange(200.0), "bias": torch.ones(3)}}
 
 
@@ -150,7 +173,7 @@ def test_what_killed_writers_have_left_is_swept_and_nothing_else(tmp_path):
     write_atomic(tmp_path / "last.pt", killed)
     (left,) = (tmp_path / "kept").iterdir()
     left.replace(tmp_path / left.name)
-    others = [".owner", ".last.pt.lock", "last.pt", ".gitignore"]
+    others = [".owner", ".last.pt.lock", "last.pt", ".gitignore", ".env.template", ".notes.markdown"]
     for name in others:
         (tmp_path / name).touch()
     assert remove_unfinished(tmp_path) == [tmp_path / left.name]

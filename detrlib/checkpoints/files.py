@@ -28,7 +28,7 @@ from detrlib.checkpoints.names import PROFILING, State, official_state, own_stat
 from detrlib.checkpoints.official import backbone_settings, family_of, settings_of
 from detrlib.checkpoints.source import Source, build_source, coco_names, fitting
 from detrlib.config import Config, changed_settings, load_config, parse_value, replace
-from detrlib.errors import ConfigError, WeightsError
+from detrlib.errors import ConfigError, WeightsError, fault_of
 from detrlib.files import damage
 from detrlib.models.deformable import DeformableDETR
 from detrlib.models.pretrained import SCRL
@@ -89,6 +89,8 @@ def read_checkpoint(path: Path) -> dict:
         if zipfile.is_zipfile(path) and (fault := damage(path, ours=False)):
             raise OSError(fault)
     except Exception as error:  # torch raises whatever its reader stumbled over
+        if fault_of(error):  # memory may be short
+            raise
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign:
             raise WeightsError(

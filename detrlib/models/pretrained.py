@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from detrlib.errors import WeightsError, listed
+from detrlib.errors import WeightsError, fault_of, listed
 from detrlib.files import damage, weight_faults
 
 State = dict[str, Tensor]
@@ -42,7 +42,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         fault = damage(path, ours=False) if zipfile.is_zipfile(path) else ""
-    except Exception:  # torch has many, whose words tell how to let code in a file run
+    except Exception as error:  # torch has many, whose words tell how to let code in a file run
+        if fault_of(error):  # memory may be short
+            raise
         fault = "cut short, or no tensors but code, which is not run"
     if fault:
         raise WeightsError(f"{path}: not readable as weights: {fault}; download it again")

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import psutil
 
 from detrlib.errors import RunError, is_main_process
-from detrlib.files import remove_unfinished
+from detrlib.files import NO_LOCKS, remove_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ TAKE_OVER = "DETRLIB_TAKE_OVER"  # environment variable: owners on other machine
 LEAVING = 10  # seconds that processes have for leaving whose owner is gone
 CLOCK = 60  # seconds by which two readings of the start of one process may differ, where clocks are corrected
 PARTS = ("checkpoints", "examples", "maps", "measures", "measures/*")  # of a run folder, which may hold other runs
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
 
 
 @contextmanager
