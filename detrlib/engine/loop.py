@@ -30,7 +30,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from detrlib import runs
-from detrlib.config import Config, load_config
+from detrlib.config import Config
 from detrlib.data import Batch, CocoDataset, look_over
 from detrlib.data.batch import EpochSampler, batches, open_loader
 from detrlib.engine import advice, tracking
@@ -315,7 +315,7 @@ def main() -> None:
     run_dir = parser.parse_args().run_dir
     keep_freed_memory()
     with started():
-        train(load_config(run_dir / "config.yaml"), run_dir)
+        train(runs.run_config(run_dir), run_dir)
 
 
 if __name__ == "__main__":

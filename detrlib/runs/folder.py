@@ -69,7 +69,7 @@ def name_fault(name: str | int | Path) -> str | None:
     within = path.parts[len(RUNS.parts) :] if here else path.parts[-1:]
     if not text.isprintable():  # before the system is asked anything
         return "it holds a line break, or another character that is not printed"
-    if not text.strip() or not within or within == ("/",):
+    if not text.strip() or RUNS.is_relative_to(path):  # that folder itself, or one around it
         return f"give a folder under {RUNS.name}/"
     if ".." in path.parts:
         return f"it has .. in it; give a folder under {RUNS.name}/, or the absolute path of one elsewhere, without"

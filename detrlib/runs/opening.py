@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from detrlib.config import PROJECT, Config, changed_settings, flat_settings, load_config, save_config
+from detrlib.config import PROJECT, Config, changed_settings, flat_settings, save_config
 from detrlib.data import describe_data
 from detrlib.errors import ConfigError, DamagedFile, RunError, listed
 from detrlib.files import load_json, write_atomic, write_json
-from detrlib.runs.folder import is_finished, known_environment, name_fault, run_path, training_starts
+from detrlib.runs.folder import is_finished, known_environment, name_fault, run_config, run_path, training_starts
 from detrlib.runs.trained import can_resume
 
 # Where data lie: they may move, as long as they hold the same.
@@ -44,15 +44,20 @@ def refuse_run(cfg: Config, run_dir: Path, data: Mapping[str, Any] | None = None
     """Whether training with `cfg` would resume in `run_dir`; nothing is written.
 
     data: as `describe_data` describes those of `cfg`, where they are open already.
-    Raises RunError if the run is finished, has lost its checkpoints, or was begun with other settings or data, and
-    ConfigError if it would start from its own weights.
+    Raises RunError if the run is finished, has lost its checkpoints or its settings, or was begun with other ones or
+    other data, and ConfigError if it would start from its own weights.
     """
     if is_finished(run_dir):
         raise RunError(f"{run_dir} is finished and is not overwritten; choose another run name, or delete the folder")
     checkpoint, start = can_resume(run_dir), cfg.train.start
     if start and not checkpoint and name_fault(start) is None and run_path(start) == run_dir:
         raise ConfigError(f"train.start: {start} is the run itself; name another one, or leave it out")
-    if checkpoint and (run_dir / "config.yaml").exists():  # before the first checkpoint, other settings lose nothing
+    if checkpoint:  # before the first one, other settings lose nothing
+        if not (run_dir / "config.yaml").exists():
+            raise RunError(
+                f"{run_dir} has lost its config.yaml, so that nothing tells which settings it was begun with; put that "
+                "back to go on, or choose another run name"
+            )
         refuse_other_settings(cfg, run_dir, data)
     return checkpoint
 
@@ -86,7 +91,7 @@ def refuse_other_settings(new: Config, run_dir: Path, data: Mapping[str, Any] | 
 
     data: as of `refuse_run`; None: those of `new` are opened if they lie elsewhere than before.
     """
-    old = load_config(run_dir / "config.yaml")
+    old = run_config(run_dir)
     moved = any(key.startswith(WHERE) for key in changed_settings(new, old))
     free = FREE_TO_CHANGE
     if (run_dir / "data.json").exists():

@@ -29,7 +29,7 @@ def test_names_lie_under_papermill_runs_and_absolute_paths_are_themselves(tmp_pa
         *("", " ", ".", "/", "papermill_runs", "..", "../x", "a/../../x", "papermill_runs/../x", "/tmp/a/../x"),
         *("a\nb", "a\tb", "a\0b", "\x1b[31m", "a\u2028b", "-rf", "a/-b", "~", "~/x", " a", "a ", "a/ b"),
         *("x" * 300, "a/" + "é" * 101, "configs", "configs/x", "pictures/x", "study", "a/checkpoints", "README.md"),
-        *("README.md/x", None, True, 1.5, ["a"]),
+        *("README.md/x", str(runs.RUNS.parent), None, True, 1.5, ["a"]),
     ],
     ids=repr,
 )

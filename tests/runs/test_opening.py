@@ -42,6 +42,18 @@ def test_a_run_that_would_start_from_itself_is_refused(tmp_path, tiny_config):
     assert runs.refuse_run(cfg, tmp_path / "other") is False
 
 
+def test_a_run_does_not_go_on_where_nothing_tells_with_which_settings_it_began(tmp_path, tiny_config):
+    cfg = tiny_config()
+    runs.open_run(cfg, tmp_path)
+    write_checkpoint(tmp_path / "checkpoints" / "last.pt", {})
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(RunError, match=r"config\.yaml is empty"):
+        runs.refuse_run(cfg, tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(RunError, match=r"lost its config\.yaml"):
+        runs.refuse_run(cfg, tmp_path)
+
+
 def test_the_job_of_slurm_is_known(monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
