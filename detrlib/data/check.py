@@ -92,15 +92,15 @@ def _facts(dataset: CocoDataset, decode: bool) -> pd.DataFrame:
 def _remembered(path: Path) -> pd.DataFrame:
     if path.exists():
         try:
-            return pd.read_parquet(path).astype(FACTS)
-        except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are among these
+            return pd.read_parquet(path, page_checksum_verification=True).astype(FACTS)
+        except Exception as error:  # pyarrow has many
             logger.warning("%s is damaged and is made anew (%s)", path, error)
     return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in FACTS.items()}, index=pd.Index([], name="file"))
 
 
 def _remember(path: Path, table: pd.DataFrame) -> None:
     try:
-        write_atomic(path, partial(table.to_parquet))
+        write_atomic(path, partial(table.to_parquet, write_page_checksum=True))
     except RunError as error:  # a cache that cannot be written is no reason not to train
         logger.warning("pictures will be decoded again at the next start: %s", error)
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from detrlib.config import Backbone
 from detrlib.data import CocoDataset
 from detrlib.data.augment import PAPER_SIZE, TRAINING_SIZES, normalised
-from detrlib.files import one_at_a_time, write_checkpoint
+from detrlib.files import damage, one_at_a_time, write_checkpoint
 from detrlib.machine import cache_folder
 from detrlib.models.backbone import build_body, stage_channels
 
@@ -51,11 +51,19 @@ def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int) 
         key["orientation"] = "exif"
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = cache_folder() / "backbones" / f"{settings.name}-{digest}.pt"
-    if not path.exists():
+    if not _is_whole(path):
         with one_at_a_time(path):
-            if not path.exists():  # otherwise another process has made it meanwhile
+            if not _is_whole(path):  # otherwise another process has made it meanwhile
                 _pretrain(settings, dataset, image_size, path)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.exists():
+        return False
+    if fault := damage(path):
+        log.warning("%s is damaged and is made anew (%s)", path, fault)
+    return not fault
 
 
 def _pretrain(settings: Backbone, dataset: CocoDataset, image_size: int, path: Path) -> None:

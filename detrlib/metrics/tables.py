@@ -6,6 +6,7 @@ under a hidden name and appears whole; its name says how many there are, so that
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,9 +28,11 @@ ROWS = 2**16  # that are kept in memory before they are written
 def part_files(folder: Path) -> list[Path]:
     """The parts of the table in `folder`, all of them; none where there is no table.
 
-    Raises RunError naming the folder when some are missing.
+    Raises RunError naming the folder when some are missing, or a file that is none, such as a copy.
     """
     paths = sorted(folder.glob("part-*.parquet"))
+    if odd := next((path for path in paths if not re.fullmatch(r"part-\d+-of-\d+", path.stem)), None):
+        raise RunError(f"{odd} is no part of a table; move it out of that folder")
     parts = int(paths[-1].stem.rpartition("-")[2]) if paths else 0
     if [path.name for path in paths] != [_part_name(part, parts) for part in range(parts)]:
         raise RunError(

@@ -133,10 +133,11 @@ def test_what_was_done_before_an_interruption_is_remembered(photographs, decoded
     assert len(decoded) <= 4 + (3 - done) and decoded[-1] == "3.jpg"
 
 
-def test_a_memory_that_is_damaged_or_cannot_be_written_is_no_fault(photographs, decoded, caplog, monkeypatch):
+@pytest.mark.parametrize("spoilt", [lambda whole: b"no table", lambda whole: whole[:60] + b"?" + whole[61:]])
+def test_a_memory_that_is_damaged_or_cannot_be_written_is_no_fault(photographs, decoded, caplog, monkeypatch, spoilt):
     check_pictures({"train": photographs()})
     (path,) = (check.cache_folder() / "pictures").glob("*.parquet")
-    path.write_text("no table")
+    path.write_bytes(spoilt(path.read_bytes()))
 
     def full(path, write):
         raise RunError("could not write")

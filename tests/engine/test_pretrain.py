@@ -85,6 +85,9 @@ def test_weights_are_made_once_and_fit_the_backbone(dataset, quick, monkeypatch,
     assert backbone_weights(settings, dataset, image_size=64) == path
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         backbone_weights(settings, dataset, image_size=32)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        backbone_weights(settings, dataset, image_size=64)
 
 
 def test_processes_that_start_at_once_train_once(dataset, quick, monkeypatch, tmp_path, tiny_config):

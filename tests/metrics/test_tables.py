@@ -81,6 +81,9 @@ def test_disks_that_are_not_shared_are_named_in_a_warning(tmp_path, caplog):
     assert "sparsity is no table" in caplog.text and "part-00001-of-00002.parquet" in caplog.text
     with pytest.raises(RunError, match="sparsity holds 1 of 2 parts"):
         part_files(tmp_path / "sparsity")
+    (tmp_path / "sparsity" / "part-00000-of-00002 (copy).parquet").touch()
+    with pytest.raises(RunError, match=r"\(copy\)\.parquet is no part of a table"):
+        part_files(tmp_path / "sparsity")
 
 
 def test_a_part_is_not_kept_where_nobody_wants_it(tmp_path):
