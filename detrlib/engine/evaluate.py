@@ -137,7 +137,7 @@ def evaluate_into(
     if accelerator.is_main_process:
         results |= {"checkpoint": checkpoint, "epoch": known["epoch"], "global_step": known["global_step"]}
         results |= run_floor(run_dir, dataset, cfg.evaluate.engine)
-        if checkpoint != UNTRAINED and not is_finished(run_dir):
+        if checkpoint != UNTRAINED and known["epoch"] < cfg.train.epochs and not is_finished(run_dir):
             results["unfinished"] = f"epoch {known['epoch']} of {cfg.train.epochs}"
         save_results(folder, results := results | dict(described or {}), detections, dataset.ground_truth)
     return broadcast_object_list([results])[0]

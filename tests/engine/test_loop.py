@@ -433,9 +433,10 @@ def test_a_checkpoint_of_another_architecture_is_named(tmp_path, interrupt, tiny
     interrupt(STEPS)
     with pytest.raises(KeyboardInterrupt):
         train(cfg, tmp_path)
-    (tmp_path / "config.yaml").unlink()  # otherwise the other setting itself is refused
+    other = replace(cfg, {"model.hidden_dim": 16})
+    save_config(other, tmp_path / "config.yaml")  # otherwise the other setting itself is refused
     with pytest.raises(RunError, match=r"last\.pt holds weights that do not fit this architecture: .*the model has \("):
-        train(replace(cfg, {"model.hidden_dim": 16}), tmp_path)
+        train(other, tmp_path)
 
 
 def test_a_run_that_was_interrupted_is_measured_explained_and_gone_on_with(tmp_path, interrupt, tiny_config, caplog):
@@ -455,5 +456,7 @@ def test_a_run_that_was_interrupted_is_measured_explained_and_gone_on_with(tmp_p
     assert set(intervene_run(tmp_path, plan(tmp_path, transforms=["softmax"]), 2)["kind"]) == {"none", "transform"}
     assert ValidationImages(tmp_path)[next(iter(ValidationImages(tmp_path)))].sites
     assert "unfinished" not in train(cfg, tmp_path) and is_finished(tmp_path)
+    (tmp_path / "results.json").unlink()  # as is said to whom it is damaged
+    assert "unfinished" not in evaluate_run(tmp_path)
     with pytest.raises(RunError, match="is finished"):
         train(cfg, tmp_path)
