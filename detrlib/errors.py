@@ -13,9 +13,7 @@ from pathlib import Path
 STOPPED = 75  # exit code of a training that a signal has stopped: EX_TEMPFAIL of sysexits.h, "start me again"
 # Of a disk or of rights: no room, not ours, out of reach.
 OUTSIDE = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ENAMETOOLONG", "EMFILE")
-SHORT_OF_MEMORY = re.compile(
-    r"tried to allocate [\d.]+ \w+|size calculation overflowed|out of memory[^.]*|cannot allocate memory", re.I
-)
+SHORT_OF_MEMORY = re.compile(r"tried to allocate [\d.]+ \w+|calculation overflowed|(out of|not allocate) memory", re.I)
 
 
 class DetrlibError(Exception):

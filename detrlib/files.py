@@ -55,10 +55,8 @@ def write_atomic(path: Path, write: Callable[[Path], None], before: Path | None 
         reach_disk(path.parent)
     # torch.save turns a full disk into a RuntimeError of its own.
     except (OSError, RuntimeError) as error:
-        reason = "is the disk full, or the folder not yours?"
-        raise RunError(
-            f"could not write {path}: {in_one_line(error)}. What was there before is intact; {reason}"
-        ) from error
+        fault = f"could not write {path}: {in_one_line(error)}. What was there before is intact"
+        raise RunError(f"{fault}; is the disk full, or the folder not yours?") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -122,10 +120,7 @@ def write_json(path: Path, values: Any, checksum: bool = False) -> None:
 
 
 def load_json(path: Path, remedy: str) -> dict:
-    """The mapping that `write_json` has written.
-
-    Raises DamagedFile naming the file and the remedy, or RunError where it may not be read.
-    """
+    """The mapping that `write_json` has written. Raises DamagedFile with the remedy, RunError where it is not ours."""
     try:
         values = json.loads(path.read_bytes())
         if not isinstance(values, dict):
@@ -242,7 +237,6 @@ def weight_faults(own: dict, given: dict) -> list[str]:
 
 def load_weights(model: "torch.nn.Module", state: dict, source: Path) -> None:
     """Copy weights into `model`. Raises RunError naming the first faults if they are of another one, or not finite."""
-    faults = weight_faults(model.state_dict(), state)
-    if faults:
+    if faults := weight_faults(model.state_dict(), state):
         raise RunError(f"{source} holds weights that do not fit this architecture: {listed(faults, 4, '; ')}")
     model.load_state_dict(state)

@@ -59,11 +59,9 @@ def backbone_weights(settings: Backbone, dataset: CocoDataset, image_size: int) 
 
 
 def _is_whole(path: Path) -> bool:
-    if not path.exists():
-        return False
-    if fault := damage(path):
+    if fault := path.exists() and damage(path):
         log.warning("%s is damaged and is made anew (%s)", path, fault)
-    return not fault
+    return fault == ""  # False: there is none
 
 
 def _pretrain(settings: Backbone, dataset: CocoDataset, image_size: int, path: Path) -> None:

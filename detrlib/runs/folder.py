@@ -166,7 +166,9 @@ def is_finished(run_dir: Path) -> bool:
 def run_config(run_dir: Path) -> Config:
     """The settings of a run, finished or not. Raises RunError for a folder that is no run."""
     if not (run_dir / "config.yaml").exists():
-        raise RunError(f"{run_dir} has no config.yaml: not a run; train one under this name, or correct the name")
+        raise RunError(
+            f"{run_dir} has no config.yaml: not a run, or it has lost that; put it back, or correct the name"
+        )
     if not (run_dir / "config.yaml").stat().st_size:  # which would be read as the defaults
         raise DamagedFile(f"{run_dir / 'config.yaml'} is empty; put back the settings that the run was begun with")
     return load_config(run_dir / "config.yaml")

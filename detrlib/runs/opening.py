@@ -53,11 +53,6 @@ def refuse_run(cfg: Config, run_dir: Path, data: Mapping[str, Any] | None = None
     if start and not checkpoint and name_fault(start) is None and run_path(start) == run_dir:
         raise ConfigError(f"train.start: {start} is the run itself; name another one, or leave it out")
     if checkpoint:  # before the first one, other settings lose nothing
-        if not (run_dir / "config.yaml").exists():
-            raise RunError(
-                f"{run_dir} has lost its config.yaml, so that nothing tells which settings it was begun with; put that "
-                "back to go on, or choose another run name"
-            )
         refuse_other_settings(cfg, run_dir, data)
     return checkpoint
 

@@ -50,7 +50,7 @@ def test_a_run_does_not_go_on_where_nothing_tells_with_which_settings_it_began(t
     with pytest.raises(RunError, match=r"config\.yaml is empty"):
         runs.refuse_run(cfg, tmp_path)
     (tmp_path / "config.yaml").unlink()
-    with pytest.raises(RunError, match=r"lost its config\.yaml"):
+    with pytest.raises(RunError, match=r"has no config\.yaml"):
         runs.refuse_run(cfg, tmp_path)
 
 
