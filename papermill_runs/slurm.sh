@@ -49,7 +49,7 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
 fi
 
 # Slurm runs a copy of this script; the project is where the original lies.
-project=$(scontrol show job "$job" | sed -n 's|^ *Command=\(.*\)$|\1|p')
+project=$(scontrol show job "$job" | sed -n 's|^ *Command=\(.*\)$|\1|p') || true
 project=${project%%/papermill_runs/*}
 [ -d "$project/detrlib" ] || project=${SLURM_SUBMIT_DIR:-.}
 cd "$project"
@@ -72,6 +72,6 @@ if [ "$code" -eq 75 ] && [ "$(squeue --noheader --format=%T --jobs="$job" || ech
     echo "error: job $job cannot be put back in the queue; submit it again to go on"
 fi
 if [ "$code" -eq 138 ] || [ "$code" -eq 143 ]; then # of the signal itself
-    echo "error: job $job was ended by a signal before it had begun; submit it again, and give it more --time"
+    echo "error: job $job was ended by a signal with nothing saved; submit it again, and give it more --time"
 fi
 exit "$code"

@@ -92,10 +92,11 @@ def notebook(
 ) -> None:
     """Execute a notebook headless; its parameters are checked before anything runs."""
     from detrlib.engine.notebooks import execute_notebook
+    from detrlib.experiments.cluster import getting_further
     from detrlib.runs.folder import run_path
     from detrlib.runs.owner import owned
 
     values = pairs(parameters, "-p", "run_name=first")
     run = values.get("run_name")
-    with owned(run_path(run)) if run else nullcontext():  # nobody else writes its copy of the notebook either
-        typer.echo(execute_notebook(name, output, values, progress=True))
+    with owned(run_path(run)) if run else nullcontext(), getting_further(run_path(run) if run else output.parent):
+        typer.echo(execute_notebook(name, output, values, progress=True))  # whose copy nobody else writes either

@@ -35,7 +35,7 @@ from detrlib.engine.memory import keep_freed_memory
 from detrlib.engine.nodes import node_count, torchrun
 from detrlib.engine.ready import ready_for_processes
 from detrlib.engine.tracking import PROGRESS
-from detrlib.errors import STOPPED, RunError
+from detrlib.errors import STOPPED, RunError, Stopped
 from detrlib.runs.folder import load_results, run_config
 from detrlib.runs.opening import open_run
 from detrlib.runs.owner import owned, owning
@@ -90,6 +90,7 @@ def in_processes(
 
     Raises:
         RunError: as `launch`; or an argument is made of code that other processes do not have, as that of a notebook.
+            Or a signal came: unlike training, it begins anew.
         DetrlibError: as the function.
     """
     if _is_one_of_several():
@@ -111,7 +112,10 @@ def in_processes(
     shared = run_dir if node_count() > 1 else None  # other nodes do not see /tmp
     with owned(run_dir), tempfile.TemporaryDirectory(prefix=".detrlib-", dir=shared) as folder:
         (path := Path(folder) / "work").write_bytes(work)
-        _torchrun("detrlib.engine.launch", path, *several)
+        try:
+            _torchrun("detrlib.engine.launch", path, *several)
+        except Stopped as stopped:  # as one process would end, too: nothing of it is there to go on from
+            raise RunError(f"{run_dir}: {str(stopped).partition(';')[0]}, and begins anew; give it more time") from None
         return pickle.loads(path.read_bytes())
 
 

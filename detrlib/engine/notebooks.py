@@ -14,6 +14,7 @@ import logging
 import signal
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
         with passing_on(lambda: _interrupt_cell(came)) as came:
             options["on_cell_start"] = lambda **_: came and interrupt()  # one that came between two cells
             papermill.execute_notebook(source, output, values, progress_bar=progress, **options)
+        if came:  # too late to interrupt a cell; whoever goes on from here has to know
+            raise stopped(came)
     except PapermillExecutionError as error:
         if came or error.ename == Stopped.__name__:
             raise stopped(came, *[error.evalue] * (error.ename == Stopped.__name__)) from None
@@ -61,7 +64,7 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
         raise RunError(f"{source.name}: could not be executed into {output}: {error}") from error
     except (RuntimeError, KeyboardInterrupt) as error:  # the first: a kernel died, or could not start
         cut_off = True
-        if isinstance(error, KeyboardInterrupt):
+        if came or isinstance(error, KeyboardInterrupt):  # what came may have reached the kernel too, and ended it
             raise stopped(came) from None
         raise RunError(f"{source.name}: {error}; was memory short? (executed copy: {output})") from None
     finally:
@@ -75,8 +78,9 @@ def _interrupt_cell(came: Sequence[signal.Signals]) -> None:
     if len(came) > 1:
         interrupt()
     for child in psutil.Process().children():
-        if "ipykernel_launcher" in child.cmdline():
-            child.send_signal(signal.SIGINT)
+        with suppress(psutil.NoSuchProcess):  # it has ended, and nobody has asked yet how
+            if "ipykernel_launcher" in child.cmdline():
+                child.send_signal(signal.SIGINT)
 
 
 def execute_asked(folder: Path) -> None:
@@ -90,7 +94,10 @@ def execute_asked(folder: Path) -> None:
 
 def _correct_notes(output: Path, cut_off: bool) -> None:
     """What papermill notes: paths from the project root, since a copy is there to be shared; that it was cut off."""
-    notebook = json.loads(output.read_text())
+    try:
+        notebook = json.loads(output.read_text())
+    except ValueError:  # half of one, which does not count as executed: papermill could not write it to its end
+        return
     noted = notebook["metadata"].setdefault("papermill", {})
     for name in {"input_path", "output_path"} & noted.keys():
         noted[name] = noted[name].removeprefix(f"{PROJECT}/")

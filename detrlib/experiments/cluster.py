@@ -25,11 +25,12 @@ from detrlib.config import PROJECT, Config, project_path
 from detrlib.engine.launch import launch
 from detrlib.engine.notebooks import execute_notebook, find_notebook
 from detrlib.errors import ConfigError, RunError, Stopped, listed
-from detrlib.experiments.sweep import LOG, REPORT, Job, last_line, planned, sweep, waves
+from detrlib.experiments.sweep import LOG, REPORT, Job, drawn, last_line, planned, sweep, waves
 from detrlib.files import load_json, write_json
 from detrlib.runs.owner import owned
 
 SCRIPT = PROJECT / "papermill_runs" / "slurm.sh"
+FINDS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")  # without which sbatch finds no cluster, or is not let in
 SUBMITTED = "slurm.json"  # in a folder: the task that works on it, such as 12_3, and its log
 
 
@@ -53,7 +54,7 @@ def submit(
     if given := [option for option in options if re.match("--array|-a", option)]:
         raise ConfigError(f"{given[0]}: the array is what is missing; --parallel says how many runs at a time")
     jobs, home, _ = planned(path, folder)
-    if (home / REPORT).exists() and all(job.finished for job in jobs):
+    if drawn(jobs, home / REPORT):
         return [f"all {len(jobs)} runs are done: {home / REPORT}"]
     queue, before, told = queued(), [], []
     numbers = {job.folder: number for number, job in enumerate(jobs, start=1)}
@@ -88,8 +89,8 @@ def _sbatch(home: Path, options: Sequence[str], log: str, before: Sequence[str],
     home.mkdir(parents=True, exist_ok=True)
     own = [f"--job-name={home.name}", f"--output={str(home).replace('%', '%%')}/{log}"]
     after = [f"--dependency=afterany:{':'.join(before)}"] if before else []
-    # A job that submits hands on none of its own variables, and all jobs have the Python of this process.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    # A job that submits hands on none of its own variables. Without .venv, jobs have the Python of this process.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in FINDS}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
     given = ["--parsable", f"--chdir={PROJECT}", *own, *options, *after, str(SCRIPT), *command]
     number = _ask("sbatch", *given, environment=environment).strip().partition(";")[0]
@@ -167,15 +168,18 @@ def run_one(path: Path, number: int, folder: Path | None = None) -> Path:
         Stopped: as `train_in_job`.
     """
     jobs, _, _ = planned(path, folder)
-    if number > len(jobs):
+    tasks, here = [submitted(job.folder).get("task", "") for job in jobs], _this_job()
+    if here in tasks:
+        number = tasks.index(here) + 1
+    elif number > len(jobs):
         raise ConfigError(f"--run {number}: {path} has {len(jobs)} runs; --list shows their numbers")
-    place = runs.slurm_job()
-    here = place and f"{place['job']}_{place['array_task']}"
-    (job, *_) = [job for job in jobs if here and submitted(job.folder).get("task") == here] or [jobs[number - 1]]
+    elif here and tasks[number - 1].partition("_")[0] == here.partition("_")[0]:  # another task has that one
+        raise ConfigError(f"{path}: the run that task {here} was submitted for is not in it any more; --slurm submits")
+    job = jobs[number - 1]
     for other, first in enumerate(jobs, start=1):
         if job.cfg.train.start == runs.run_name(first.folder) and not runs.is_finished(first.folder):
             raise RunError(f"{job.folder}: it starts from {first.folder}, which is not finished; first: --run {other}")
-    with owned(job.folder), _getting_further(job.folder):
+    with owned(job.folder), getting_further(job.folder):
         if not job.finished:
             train_in_job(job.cfg, job.folder)
             parameters = {"run_name": runs.run_name(job.folder), "gpus": _gpus()}
@@ -191,7 +195,8 @@ def draw(path: Path, folder: Path | None = None) -> Path:
             f"{path}: {len(missing)} of {len(jobs)} runs are not done, {listed(missing)}; --list says why, --slurm "
             "submits them again"
         )
-    return sweep(path, folder)
+    with getting_further(planned(path, folder)[1]):
+        return sweep(path, folder)
 
 
 def train_in_job(cfg: Config, run_dir: Path) -> dict:
@@ -206,22 +211,24 @@ def train_in_job(cfg: Config, run_dir: Path) -> dict:
     if runs.is_finished(run_dir):
         runs.refuse_other_settings(cfg, run_dir)
         return runs.load_results(run_dir)
-    with _getting_further(run_dir):
+    with getting_further(run_dir):
         return launch(cfg, run_dir, _gpus())
 
 
 @contextmanager
-def _getting_further(run_dir: Path) -> Iterator[None]:
+def getting_further(run_dir: Path) -> Iterator[None]:
     """While entered, being stopped in a job is an error where training made no step since, and would make none again.
 
-    But for a preemption, which may have come too early by chance.
+    So it is where nothing is trained. But for a preemption, which may have come too early by chance.
     """
     before = len(runs.training_starts(run_dir))
     try:
         yield
     except Stopped as stopped:
+        records = runs.read_metrics(run_dir)
+        step = math.inf if runs.is_finished(run_dir) else records[-1]["global_step"] if records else 0
         starts = runs.training_starts(run_dir)[before:]
-        further = any(start.get("stopped", math.inf) > start["global_step"] for start in starts)
+        further = any(start.get("stopped", step) > start["global_step"] for start in starts)
         if runs.slurm_job() and not further and not _preempted():
             raise RunError(
                 f"{stopped}; no step was made since the job was started, so it is not started again: give it more "
@@ -238,7 +245,14 @@ def _gpus() -> int | None:
     return int(given) if given else torch.cuda.device_count() or None
 
 
+def _this_job() -> str | None:
+    """Its number, 12 or 12_3 of a task: one of an array has that of the whole as its own. None: there is no job."""
+    if (place := runs.slurm_job()) is None:
+        return None
+    return place["job"] if place["array_task"] is None else f"{place['job']}_{place['array_task']}"
+
+
 def _preempted() -> bool:
     """Whether Slurm is taking this job's nodes away, and starts it again by itself or wants it to be."""
-    said = _ask("scontrol", "show", "job", os.environ["SLURM_JOB_ID"])
+    said = _ask("scontrol", "show", "job", _this_job())
     return bool(re.search(r"PreemptTime=\d", said)) or "JobState=RUNNING" not in said

@@ -129,6 +129,7 @@ def _try(model: nn.Module, experiments: Iterable[Intervention]) -> None:
 # Measuring
 
 
+@owning
 def measure_plan(run_dir: Path, images: int | None = None, checkpoint: str = "last", **asked: Any) -> pd.DataFrame:
     """Plan interventions, `asked` for as of `plan`, and measure them: `intervene_run` and `plan` in one call.
 

@@ -120,7 +120,7 @@ def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -
         if runs.is_finished(job.folder) and job.finished and (otherwise := _measured_otherwise(job)):
             executed = find_executed(job.folder, "evaluate")
             print(f"warning: {executed} was made with {otherwise}; delete it to measure that run again")
-    if report.exists() and all(job.finished for job in jobs):
+    if drawn(jobs, report):
         print(f"all {len(jobs)} runs are done: {report}")
         return report
     with ExitStack() as stack:
@@ -131,6 +131,12 @@ def sweep(path: Path, folder: Path | None = None, parallel: int | None = None) -
             return _carry_out(jobs, home, parameters, parallel)
         except KeyboardInterrupt:
             raise stopped(came) from None
+
+
+def drawn(jobs: list[Job], report: Path) -> bool:
+    """Whether all runs are done, and the report is of them as they are: none was measured since it was made."""
+    executed = [find_executed(job.folder, "evaluate") if job.finished else None for job in jobs]
+    return report.exists() and all(path and path.stat().st_mtime <= report.stat().st_mtime for path in executed)
 
 
 def _carry_out(jobs: list[Job], home: Path, parameters: dict[str, Any], parallel: int | None) -> Path:
@@ -328,5 +334,5 @@ def _report(jobs: list[Job], slots: int, start: float, bar: tqdm) -> bool:
 
 def last_line(log: Path) -> str:
     """What a log ends with, which says why a run failed."""
-    lines = [line for line in log.read_text().splitlines() if line.strip()] if log.exists() else []
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
     return lines[-1] if lines else "no output"

@@ -20,7 +20,7 @@ from detrlib.engine import launch as door
 from detrlib.engine.evaluate import evaluate_run
 from detrlib.engine.launch import in_processes, launch
 from detrlib.engine.loop import train
-from detrlib.errors import STOPPED, RunError
+from detrlib.errors import STOPPED, RunError, Stopped
 from detrlib.files import load_checkpoint
 from detrlib.runs import load_examples, load_table
 from detrlib.runs.folder import load_results
@@ -388,3 +388,15 @@ def test_what_other_processes_cannot_import_is_refused(tmp_path, tiny_config):
         in_processes(lambda run_dir: None, tmp_path, gpus=0, processes=2)
     with pytest.raises(RunError, match=r"nothing has no config\.yaml"):
         in_processes(print, tmp_path / "nothing", gpus=0, processes=2)
+
+
+def test_what_a_signal_ends_in_several_processes_is_not_asked_to_start_again(tmp_path, monkeypatch, tiny_config):
+    """It would begin anew, and a job be put back in the queue for ever."""
+    save_config(tiny_config(), tmp_path / "config.yaml")
+
+    def stopped(*_):
+        raise Stopped("stopped by SIGUSR1; the same command goes on where it can")
+
+    monkeypatch.setattr(door, "_torchrun", stopped)
+    with pytest.raises(RunError, match="SIGUSR1, and begins anew"):
+        in_processes(print, tmp_path, gpus=0, processes=2)

@@ -1,6 +1,7 @@
 """Notebooks without anybody watching: what is refused before they run, and what is left when they fail."""
 
 import base64
+import errno
 import io
 import json
 import re
@@ -183,6 +184,37 @@ def test_an_interrupted_notebook_does_not_count_as_executed(write, tmp_path, mon
     with pytest.raises(Stopped):
         execute_notebook("book", output, {})
     assert not is_executed(output)
+
+
+@pytest.mark.parametrize("fault", [None, RuntimeError("Kernel died")])
+def test_a_signal_without_a_cell_to_interrupt_is_not_lost(write, tmp_path, monkeypatch, fault):
+    """It comes after the last one, or reaches the kernel too; another child has ended that nobody has waited for."""
+    write("book", "n = 1")
+
+    def executed(*_, **__):
+        with subprocess.Popen(["true"]) as child:
+            while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+            signal.raise_signal(signal.SIGTERM)
+        if fault:
+            raise fault
+
+    monkeypatch.setattr(notebooks.papermill, "execute_notebook", executed)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        execute_notebook("book", tmp_path / "out.ipynb", {})
+
+
+def test_half_a_copy_on_a_full_disk_is_one_line(write, tmp_path, monkeypatch):
+    write("book", "n = 1")
+
+    def half(source, output, *_, **__):
+        output.write_text('{"cells": [')
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(notebooks.papermill, "execute_notebook", half)
+    with pytest.raises(RunError, match="No space left"):
+        execute_notebook("book", tmp_path / "out.ipynb", {})
+    assert not is_executed(tmp_path / "out.ipynb")
 
 
 def test_notebooks_that_a_folder_asks_for_are_executed_in_it(write, tmp_path):

@@ -14,6 +14,7 @@ SITES = ("encoder_self", "decoder_self", "decoder_cross")
 ASKED = """#!/bin/bash
 # Notes how it was called, one word a line, and says what the file of its name holds.
 here=$(dirname "$0")
+env >"$here/environment"
 {{ echo "# {name}"; printf '%s\\n' "$@"; }} >>"$here/asked"
 [ {name} != sbatch ] || {{ n=$(($(cat "$here/number") + 1)); echo $n >"$here/number"; echo "$n;toy"; }}
 [ ! -e "$here/{name}.says" ] || cat "$here/{name}.says"

@@ -48,6 +48,8 @@ def test_one_array_and_a_job_that_draws(sweep_file, slurm, tmp_path, monkeypatch
     folder, path = tmp_path / "100% many", sweep_file()
     told = cluster.submit(path, folder, ["--time=1:00:00", "-p", "main"], parallel=2)
     assert "101" in told[0] and "one, three, two" in told[0] and "102" in told[1]
+    handed_on = (slurm.folder / "environment").read_text()
+    assert "SLURM_CONF=/etc/slurm.conf" in handed_on and "SLURM_GPUS_ON_NODE" not in handed_on
     runs, drawing = slurm.asked("sbatch")
     command = [str(SCRIPT), "sweep", str(path), "--name", str(folder)]
     assert runs[-len(command) :] == command and drawing[-len(command) - 1 :] == [*command, "--draw"]
@@ -87,6 +89,9 @@ def test_again_only_what_is_missing_is_submitted(sweep_file, slurm, tmp_path):
     (folder / "report.html").touch()
     (told,) = cluster.submit(path, folder)
     assert "report.html" in told and len(slurm.asked("sbatch")) == 1
+    os.utime(folder / "report.html", (0, 0))  # a run was measured since
+    (told,) = cluster.submit(path, folder)
+    assert "106" in told and "figures" in told
 
 
 def test_runs_that_sweeps_share_are_submitted_once(sweep_file, slurm, tmp_path):
@@ -132,7 +137,7 @@ def test_every_run_is_listed_with_its_state(sweep_file, slurm, tmp_path):
     slurm.says("squeue", "101_2 RUNNING\n101_3 PENDING\n")
     done(folder / "a")
     append_metrics(folder / "b", {"global_step": 2, "epoch": 0})
-    (folder / "slurm-101_4.out").write_text("job 101_4\nerror: no GPU\n\n")
+    (folder / "slurm-101_4.out").write_bytes(b"job \xff 101_4\nerror: no GPU\n\n")
     rows = [line.split(maxsplit=2) for line in cluster.describe(path, folder)]
     assert [row[:2] for row in rows] == [["1", "a"], ["2", "b"], ["3", "c"], ["4", "d"], ["5", "e"]]
     states = [row[2] for row in rows]
@@ -177,6 +182,11 @@ def test_a_task_is_the_run_that_it_was_submitted_for(sweep_file, worked, in_job,
     cluster.submit(path, folder)
     sweep_file(runs=dict.fromkeys(("new", "one", "three", "two")))
     assert cluster.run_one(path, 3, folder) == folder / "two"
+    sweep_file(runs=dict.fromkeys(("three", "two")))  # fewer than its number
+    assert cluster.run_one(path, 3, folder) == folder / "two"
+    sweep_file(runs=dict.fromkeys(("three", "new", "one")))  # it has gone, and its place is that of another task
+    with pytest.raises(ConfigError, match="12_3"):
+        cluster.run_one(path, 3, folder)
 
 
 def test_a_run_does_not_start_from_one_that_is_not_finished(sweep_file, worked, tmp_path):
@@ -201,6 +211,17 @@ def test_the_report_is_drawn_once_all_runs_are_done(sweep_file, tmp_path, monkey
     assert cluster.draw(path, folder) == folder / "report.html"
 
 
+def test_a_report_that_is_not_drawn_in_time_is_not_begun_again(sweep_file, in_job, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise Stopped("stopped by SIGUSR1")
+
+    monkeypatch.setattr(cluster, "sweep", stopped)
+    path, folder = sweep_file(runs={"one": None}), tmp_path / "many"
+    done(folder / "one")
+    with pytest.raises(RunError, match="--time"):
+        cluster.draw(path, folder)
+
+
 @pytest.fixture
 def stopped_at(monkeypatch):
     """`stopped_at(*starts)`: training adds starts to environment.json, and is stopped."""
@@ -222,10 +243,12 @@ def test_what_makes_no_step_is_not_started_again(tmp_path, tiny_config, stopped_
     stopped_at({"global_step": 0, "stopped": 3})
     with pytest.raises(Stopped):
         cluster.train_in_job(cfg, tmp_path)
-    for starts in ([{"global_step": 3, "stopped": 3}], []):  # of this start; the one before made steps
+    # Of this start; the one before made steps. The last one was stopped while it made ready for them.
+    for starts in ([{"global_step": 3, "stopped": 3}], [], [{"global_step": 3}]):
         stopped_at(*starts)
         with pytest.raises(RunError, match=r"SIGUSR1.*--time"):
             cluster.train_in_job(cfg, tmp_path)
+    assert ["show", "job", "12_3"] in slurm.asked("scontrol")  # not all of the array
     # Slurm takes the nodes away, in so many seconds or now.
     for said in ("JobState=RUNNING\n PreemptTime=2026-11-28T21:04:58", "JobState=COMPLETING PreemptTime=None"):
         slurm.says("scontrol", said)
