@@ -58,8 +58,8 @@ python=.venv/bin/python
 echo "job $job on ${SLURM_JOB_NODELIST:-this machine}, start $((${SLURM_RESTART_COUNT:-0} + 1))"
 
 # Signals reach this shell alone; it hands them on and waits until everything is saved.
-trap 'kill -USR1 "$child" || true' USR1 # the time limit is near
-trap 'kill -TERM "$child" || true' TERM # a preemption, or scancel
+trap 'kill -USR1 "${child:-}" || true' USR1 # the time limit is near
+trap 'kill -TERM "${child:-}" || true' TERM # a preemption, or scancel
 "$python" -m detrlib "${command[@]}" &
 child=$!
 while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done

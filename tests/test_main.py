@@ -397,6 +397,8 @@ def test_a_sweep_on_a_cluster(tmp_path, config, monkeypatch):
 def test_in_a_job_a_finished_run_is_no_fault(tmp_path, config, monkeypatch):
     monkeypatch.setattr(cluster, "train_in_job", lambda *_: {"detection": {"AP": 0.25, "AP50": 0.5}})
     assert "0.250" in detrlib("train", config, "--name", tmp_path / "run", "--job")
+    monkeypatch.setattr(cluster, "train_in_job", lambda *_: {})  # what was imported and never measured
+    assert str(tmp_path / "run") in detrlib("train", config, "--name", tmp_path / "run", "--job")
 
 
 def test_one_run_of_a_sweep(tmp_path, monkeypatch):

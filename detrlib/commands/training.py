@@ -27,10 +27,10 @@ def train(
 
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
     results = train_in_job(cfg, run_path(name)) if job else launch(cfg, run_path(name), gpus, processes)
-    numbers, floor = results["detection"], results.get("floor")
+    numbers, floor = results.get("detection", {}), results.get("floor")  # none of what was imported and never measured
     known = floor and floor["AP"] >= 0
     beside = f"  (floor {floor['AP']:.3f}, {floor['AP50']:.3f})" if known else ""
-    typer.echo(f"{in_words({cut: numbers[cut] for cut in ('AP', 'AP50')})}{beside}  {run_path(name)}")
+    typer.echo(f"{in_words({cut: numbers[cut] for cut in ('AP', 'AP50') if cut in numbers})}{beside}  {run_path(name)}")
 
 
 def check(

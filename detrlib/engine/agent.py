@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -55,7 +55,8 @@ def _tell() -> None:
     if not (children := psutil.Process().children()):
         raise SystemExit(STOPPED)
     for child in children:
-        child.send_signal(HANDED_ON)
+        with suppress(psutil.NoSuchProcess):  # one that has just left
+            child.send_signal(HANDED_ON)
 
 
 @contextmanager

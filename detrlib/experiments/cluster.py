@@ -22,6 +22,7 @@ import torch
 
 from detrlib import runs
 from detrlib.config import PROJECT, Config, project_path
+from detrlib.engine.children import interrupt, passing_on, stopped
 from detrlib.engine.launch import launch
 from detrlib.engine.notebooks import execute_notebook, find_notebook
 from detrlib.errors import ConfigError, RunError, Stopped, listed
@@ -179,11 +180,14 @@ def run_one(path: Path, number: int, folder: Path | None = None) -> Path:
     for other, first in enumerate(jobs, start=1):
         if job.cfg.train.start == runs.run_name(first.folder) and not runs.is_finished(first.folder):
             raise RunError(f"{job.folder}: it starts from {first.folder}, which is not finished; first: --run {other}")
-    with owned(job.folder), getting_further(job.folder):
-        if not job.finished:
-            train_in_job(job.cfg, job.folder)
-            parameters = {"run_name": runs.run_name(job.folder), "gpus": _gpus()}
-            execute_notebook("evaluate", job.folder / find_notebook("evaluate").name, job.measure | parameters)
+    with owned(job.folder), getting_further(job.folder), passing_on(interrupt) as came:
+        try:
+            if not job.finished:
+                train_in_job(job.cfg, job.folder)
+                parameters = {"run_name": runs.run_name(job.folder), "gpus": _gpus()}
+                execute_notebook("evaluate", job.folder / find_notebook("evaluate").name, job.measure | parameters)
+        except KeyboardInterrupt:  # while neither of them takes signals
+            raise stopped(came) from None
     return job.folder
 
 
@@ -224,14 +228,14 @@ def getting_further(run_dir: Path) -> Iterator[None]:
     before = len(runs.training_starts(run_dir))
     try:
         yield
-    except Stopped as stopped:
+    except Stopped as fault:
         records = runs.read_metrics(run_dir)
         step = math.inf if runs.is_finished(run_dir) else records[-1]["global_step"] if records else 0
         starts = runs.training_starts(run_dir)[before:]
         further = any(start.get("stopped", step) > start["global_step"] for start in starts)
         if runs.slurm_job() and not further and not _preempted():
             raise RunError(
-                f"{stopped}; no step was made since the job was started, so it is not started again: give it more "
+                f"{fault}; no step was made since the job was started, so it is not started again: give it more "
                 "--time, or look into what takes so long"
             ) from None
         raise

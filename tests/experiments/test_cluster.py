@@ -6,6 +6,7 @@ Where a Slurm can be had, a sweep on it.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -276,6 +277,14 @@ def test_measuring_that_is_stopped_twice_is_not_started_again(sweep_file, tmp_pa
         cluster.run_one(path, 1, folder)
     with pytest.raises(RunError, match="--time"):
         cluster.run_one(path, 1, folder)
+
+
+def test_a_signal_between_training_and_measuring_is_no_end(sweep_file, worked, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "_gpus", lambda: signal.raise_signal(signal.SIGUSR1))
+    monkeypatch.setattr(cluster, "train_in_job", lambda *_: None)
+    with pytest.raises(Stopped, match="SIGUSR1"):
+        cluster.run_one(sweep_file(), 1, tmp_path / "many")
+    assert worked == [] and not list((tmp_path / "many" / "one").glob(".owner"))
 
 
 def test_a_finished_run_is_read_where_its_settings_are_the_same(tmp_path, tiny_config, monkeypatch):
