@@ -50,11 +50,13 @@ def compare_groups(
 
     The verdict is that of Welch's t test, which assumes independent runs with normally distributed results of any two
     variances. All runs are measured on the same images, so it speaks of these; with `samples`, the variance of the
-    difference over images is added to that over seeds, and it speaks of other images like them, too. What an image and
-    a seed do together is in both, which makes intervals a little too wide. The paired t test assumes normal
-    differences, and gains only where a seed does the same to both groups (the same images in the same order): it is
-    shown, not judged by. One seed, or no spread at all, establishes nothing, whatever the images of one run say.
-    Source: Welch 1947; Bouthillier et al. 2021, section 4; Holm 1979.
+    difference over images is added to that over seeds, and it speaks of other images like them, too. The degrees of
+    freedom stay those over seeds: Satterthwaite's would rise with a variance that is known well, and make an interval
+    for more images narrower than the one for these. What an image and a seed do together is in both variances. So
+    intervals are a little too wide. The paired t test assumes normal differences, and gains only where a seed does the
+    same to both groups (the same images in the same order): it is shown, not judged by. One seed, or no spread at all,
+    establishes nothing, whatever the images of one run say. Source: Welch 1947; Bouthillier et al. 2021, section 4;
+    Holm 1979.
 
     Args:
         results, metrics: as of `seed_table`.
@@ -116,9 +118,9 @@ def _compare_seeds(first: pd.Series, second: pd.Series, metric: str, over_images
     row = {"difference": first.mean() - second.mean(), "low": np.nan, "high": np.nan, "p": np.nan}
     if min(len(first), len(second)) > 1 and max(np.ptp(first), np.ptp(second)) > 0:
         parts = [(numbers.var() / len(numbers), len(numbers) - 1) for numbers in (first, second)]
-        total = sum(part for part, _ in parts) + over_images
-        freedom = total**2 / sum(part**2 / degrees for part, degrees in parts)  # Satterthwaite 1946
-        test = stats.t(freedom, scale=np.sqrt(total))
+        over_seeds = sum(part for part, _ in parts)
+        freedom = over_seeds**2 / sum(part**2 / degrees for part, degrees in parts)  # Satterthwaite 1946
+        test = stats.t(freedom, scale=np.sqrt(over_seeds + over_images))
         row["p"] = float(2 * test.sf(abs(row["difference"])))
         row |= within_reach(row["difference"] + np.array(test.interval(1 - LEVEL)), metric)
     shared = first.index.intersection(second.index)

@@ -92,11 +92,19 @@ def test_an_interval_over_images_too_is_wider_and_speaks_of_resampled_groups(ran
     alone = compare_groups(table, ["AP"]).iloc[0]
     both = compare_groups(table, ["AP", "other"], samples=samples).set_index("metric")
     gap = (samples["a1"] + samples["a2"] - samples["b1"] - samples["b2"])["AP"] / 2
-    total = (np.var([0.50, 0.52], ddof=1) + np.var([0.40, 0.43], ddof=1)) / 2 + gap.var()
-    freedom = total**2 / sum((np.var(group, ddof=1) / 2) ** 2 for group in ([0.50, 0.52], [0.40, 0.43]))
+    parts = [np.var(group, ddof=1) / 2 for group in ([0.50, 0.52], [0.40, 0.43])]
+    total, freedom = sum(parts) + gap.var(), sum(parts) ** 2 / sum(part**2 for part in parts)
     assert both.loc["AP", "p"] == pytest.approx(2 * stats.t.sf(0.095 / np.sqrt(total), freedom))
     assert both.loc["AP", "high"] == pytest.approx(min(1, 0.095 + stats.t.ppf(0.975, freedom) * np.sqrt(total)))
     assert both.loc["other", "p"] == pytest.approx(alone["p"])  # which was not resampled
+
+
+def test_more_images_never_make_a_difference_more_certain():
+    """Where images vary as much as seeds do, Satterthwaite's degrees of freedom would go from 2 to 8."""
+    table = seeds(a=[0.50, 0.52, 0.48], b=[0.45, 0.45, 0.45]).assign(run=list("uvwxyz"))
+    resampled = {run: pd.DataFrame({"AP": [0.02, -0.02] if run in "uvw" else [0.0, 0.0]}) for run in "uvwxyz"}
+    alone, both = (compare_groups(table, ["AP"], samples=given).iloc[0] for given in (None, resampled))
+    assert both["low"] < alone["low"] < alone["high"] < both["high"] and both["p"] > alone["p"]
 
 
 def test_power_is_how_often_a_test_finds_what_is_there():
