@@ -43,7 +43,7 @@ CEILINGS = {
     "checkpoints": 1420,
     "data": 3600,
     "metrics": 2640,
-    "runs": 2350,
+    "runs": 2370,
     "engine": 3730,
     "experiments": 3960,
     "figures": 3440,

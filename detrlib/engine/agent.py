@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 FAULT = "error: "  # how the line of a foreseeable one begins
 KILLED = "memory may be short (the system's log says so); the same command goes on from what was saved last"
-KILLS = 25  # torchrun kills what has not left this long, or a little longer, after the first process
+KILLS = 25  # seconds: torchrun itself kills what has not left 30 after the first process, having told it to
 LAST_WORDS = 5  # seconds that a process whose fault nobody foresaw waits: it may follow from that of another one
 
 
@@ -40,9 +40,8 @@ def main() -> None:
         try:
             run(parse_args(["--signals-to-handle", "SIGQUIT", *sys.argv[1:]]))  # the others are taken here
         except ChildFailedError as error:
-            failures = error.failures.values()
-            late = min(failure.timestamp for failure in failures) + KILLS  # who is killed then was told to leave
-            codes = {each.exitcode for each in failures if each.exitcode != -signal.SIGKILL or each.timestamp < late}
+            late, every = error.get_first_failure()[1].timestamp + KILLS, error.failures.values()
+            codes = {each.exitcode for each in every if each.exitcode != -signal.SIGKILL or each.timestamp < late}
             ended = {-HANDED_ON, -15}  # by the signal itself, before there was anything to save
             stopped = codes <= {STOPPED, *ended} and (came or STOPPED in codes)
             killed = [-code for code in codes if code < 0 and code not in ended]
