@@ -25,14 +25,13 @@ logger = logging.getLogger(__name__)
 
 FAULT = "error: "  # how the line of a foreseeable one begins
 KILLED = "memory may be short (the system's log says so); the same command goes on from what was saved last"
+KILLS = 25  # seconds: torchrun itself kills what has not left 30 after the first process, having told it to
 LAST_WORDS = 5  # seconds that a process whose fault nobody foresaw waits: it may follow from that of another one
 
 
 def main() -> None:
     """Start the processes that the command line asks for, and wait for them."""
-    above = []
-    if "SLURM_STEP_ID" not in os.environ:  # otherwise srun stands between, and Slurm ends what is left of a step
-        above = follow()
+    above = follow()
     with passing_on(_tell) as came:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import parse_args, run
@@ -41,7 +40,8 @@ def main() -> None:
         try:
             run(parse_args(["--signals-to-handle", "SIGQUIT", *sys.argv[1:]]))  # the others are taken here
         except ChildFailedError as error:
-            codes = {failure.exitcode for failure in error.failures.values()}
+            late, every = error.get_first_failure()[1].timestamp + KILLS, error.failures.values()
+            codes = {each.exitcode for each in every if each.exitcode != -signal.SIGKILL or each.timestamp < late}
             ended = {-HANDED_ON, -15}  # by the signal itself, before there was anything to save
             stopped = codes <= {STOPPED, *ended} and (came or STOPPED in codes)
             killed = [-code for code in codes if code < 0 and code not in ended]

@@ -22,7 +22,7 @@ from detrlib.errors import STOPPED, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 HANDED_ON = signal.SIGUSR1  # whichever came: srun hands on no other
-SAME = 2.0  # seconds in which signals count as one, as for training: Slurm sends them to all processes
+SAME = 2.0  # seconds in which signals count as one (training takes longer ones): Slurm sends them to all processes
 PARENT = "DETRLIB_PARENT"  # environment variable of a process that is to end with those of these numbers
 LEAVING = 300  # seconds that a process has for saving: a step may be long
 GRACE = 10  # seconds that it has when told for the second time

@@ -150,7 +150,8 @@ def _torchrun(module: str, path: Path, processes: int, gpus: int) -> None:
     child = subprocess.Popen(
         [*torchrun(processes), "-m", module, str(path)],
         cwd=PROJECT,
-        env=with_parent(environment),
+        # Of several nodes only one has this process; there Slurm ends what is left of a step.
+        env=with_parent(environment) if node_count() == 1 else environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # signals from a terminal come by this process
@@ -168,7 +169,7 @@ def _torchrun(module: str, path: Path, processes: int, gpus: int) -> None:
             if not (reporting or line.endswith("\r")):
                 tail.append(line)
         code = child.wait()
-    if code and (came or code == STOPPED):
+    if code and not said and (came or code == STOPPED):  # a fault while it was saved is one all the same
         raise stopped(came, *(line.strip() for line in tail if line.startswith("stopped by")))
     if code:
         if said:

@@ -312,9 +312,9 @@ def main() -> None:
     """The door for torchrun: train in a folder that holds config.yaml."""
     parser = argparse.ArgumentParser(description="Train in a run folder that holds config.yaml; for torchrun.")
     parser.add_argument("run_dir", type=runs.run_path, help="run folder with a config.yaml")
-    run_dir = parser.parse_args().run_dir
     keep_freed_memory()
     with started():
+        run_dir = parser.parse_args().run_dir
         train(runs.run_config(run_dir), run_dir)
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,13 @@ def progress(items: Iterable | None, what: str, shown: bool = True, **options: A
 
 
 def say(accelerator: Accelerator, *lines: object) -> None:
-    """Print lines at once, in the main process; `print` of the accelerator alone would in one of each node."""
-    for line in lines if accelerator.is_main_process else ():
-        accelerator.print(line, flush=True)
+    """Print lines at once, in the main process; `print` of the accelerator alone would in one of each node.
+
+    Where nobody reads them any more, as after a terminal was closed, training goes on, or saves, all the same.
+    """
+    with suppress(OSError):
+        for line in lines if accelerator.is_main_process else ():
+            accelerator.print(line, flush=True)
 
 
 def trackers(cfg: Config, run_dir: Path) -> list[GeneralTracker | str] | None:

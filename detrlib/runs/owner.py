@@ -127,15 +127,15 @@ def _try(file: BinaryIO, path: Path, own: dict[str, Any], patient: bool) -> bool
     known. Raises RunError where it is another's."""
     free, said = _lock(file, fcntl.LOCK_EX), _said(file)
     here = said and (said["host"] == own["host"] or said["boot"] == own["boot"] is not None)
-    if here and free is not True:
-        above = (psutil.Process(), *psutil.Process().parents())
-        if _has_started_step(said, own) or any(_is(said, process) for process in above):
-            return None if _lock(file, fcntl.LOCK_SH) is False else True
-        if psutil.pid_exists(said["process"]) and _is(said, psutil.Process(said["process"])):
+    seen = here and said.get("numbers") == own["numbers"]  # not in another container
+    if said and not (here and free) and (_has_started_step(said, own) or (seen and _is_above(said))):
+        return None if _lock(file, fcntl.LOCK_SH) is False else True
+    if seen and not free:
+        if _runs(said):
             raise RunError(f"{_in_use(path, said)}; wait for it, end it, or choose another run name")
-    elif said and not here and free is False:
+    elif said and free is False:
         raise RunError(f"{_in_use(path, said)}; wait for it, end it there, or choose another run name")
-    elif said and not here and not _may_be_taken(said, own):
+    elif said and not (here and free) and not _may_be_taken(said, own):
         raise RunError(
             f"{_in_use(path, said)}; whether it still runs cannot be seen from {own['host']}. If it does not, start "
             f"again with detrlib --take-over ..., or {TAKE_OVER}=1 in the environment of a notebook"
@@ -169,6 +169,7 @@ def _own() -> dict[str, Any]:
         "host": socket.gethostname(),
         "boot": boot.read_text().strip() if boot.exists() else None,
         "process": os.getpid(),
+        "numbers": os.readlink(space) if os.path.lexists(space := "/proc/self/ns/pid") else None,  # of processes: whose
         "started": psutil.Process().create_time(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
@@ -186,6 +187,19 @@ def _said(file: BinaryIO) -> dict[str, Any] | None:
 
 def _is(said: dict[str, Any], process: psutil.Process) -> bool:
     return process.pid == said["process"] and abs(process.create_time() - said["started"]) < CLOCK
+
+
+def _is_above(said: dict[str, Any]) -> bool:
+    """Whether the owner is this process, or has started it."""
+    return any(_is(said, process) for process in (psutil.Process(), *psutil.Process().parents()))
+
+
+def _runs(said: dict[str, Any]) -> bool:
+    """Whether the owner is there; False too where this process may not see it."""
+    try:
+        return _is(said, psutil.Process(said["process"]))
+    except psutil.Error:
+        return False
 
 
 def _has_started_step(said: dict[str, Any], own: dict[str, Any]) -> bool:

@@ -20,16 +20,18 @@ def ended(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["agent", "--standalone", "train.py"])
     monkeypatch.setattr(agent, "_tell", lambda: None)
 
-    def ended(codes, by=None):
+    def ended(codes, by=None, late=0):
+        monkeypatch.setattr(agent, "follow", lambda: ["7"])
         monkeypatch.setenv(PARENT, "")  # it names itself there, for its processes
 
         def run(arguments):
             assert (arguments.training_script, arguments.signals_to_handle) == ("train.py", "SIGQUIT")
-            assert os.environ[PARENT] == str(os.getpid())
+            assert os.environ[PARENT] == f"7,{os.getpid()}"
             if by:
                 signal.raise_signal(by)
             if any(codes):
                 failures = {rank: ProcessFailure(rank, 1, code, "<NA>") for rank, code in enumerate(codes) if code}
+                failures[len(codes) - 1].timestamp += late
                 raise ChildFailedError("train.py", failures)
 
         monkeypatch.setattr(torchrun, "run", run)
@@ -48,6 +50,18 @@ def test_it_is_stopped_where_all_were(ended):
     assert ended([-signal.SIGUSR1, -signal.SIGTERM], by=signal.SIGTERM) == STOPPED  # before there was anything to save
     assert ended([-signal.SIGTERM, -signal.SIGTERM]) == 1  # which nobody has asked for here
     assert ended([STOPPED, 1], by=signal.SIGTERM) == ended([1, -signal.SIGKILL]) == 1
+
+
+def test_it_follows_what_has_started_it_in_a_step_of_slurm_too(ended, monkeypatch):
+    """As from a shell that srun has opened."""
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert ended([0, 0]) == 0
+
+
+def test_who_has_not_left_in_time_and_is_killed_by_torchrun_was_stopped(ended):
+    """As one that waits in NCCL for another one, which a signal has ended before the first step."""
+    assert ended([STOPPED, -signal.SIGKILL], late=31) == STOPPED
+    assert "signal 9" in ended([-signal.SIGKILL, -signal.SIGKILL], late=31)
 
 
 def test_a_process_that_was_killed_is_named_in_one_line(ended):

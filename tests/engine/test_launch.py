@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from detrlib.config import PROJECT, load_config, save_config
+from detrlib.engine import children
 from detrlib.engine import launch as door
 from detrlib.engine.evaluate import evaluate_run
 from detrlib.engine.launch import in_processes, launch
@@ -263,6 +264,32 @@ def test_processes_of_a_killed_launch_save_and_leave(ended, command_of_a_long_ru
     ended(command, signal.SIGKILL)
     last = json.loads((run_dir / "environment.json").read_text())["starts"][-1]
     assert load_checkpoint(run_dir / "checkpoints" / "last.pt")["global_step"] == last["stopped"]
+
+
+FULL_DISK = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+print("a step", flush=True)
+signal.sigwait([signal.SIGUSR1])
+print("error: could not write last.pt", flush=True)
+raise SystemExit(1)
+"""
+
+
+def test_a_fault_while_it_is_saved_is_no_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(door, "torchrun", lambda processes: [sys.executable, "-c", FULL_DISK])
+    monkeypatch.setattr(door, "print", lambda *_, **named: signal.raise_signal(signal.SIGTERM), raising=False)
+    with pytest.raises(RunError, match=r"could not write last\.pt"):
+        door._torchrun("a.module", tmp_path, 2, 0)
+
+
+@pytest.mark.parametrize("nodes, expected", [(1, str(os.getpid())), (2, "None")])
+def test_processes_of_this_machine_alone_are_told_whom_to_follow(tmp_path, monkeypatch, capfd, nodes, expected):
+    said = f"import os; print('follows', os.environ.get({children.PARENT!r}))"
+    monkeypatch.setattr(door, "torchrun", lambda processes: [sys.executable, "-c", said])
+    monkeypatch.setattr(door, "node_count", lambda: nodes)
+    door._torchrun("a.module", tmp_path, 2, 0)
+    assert f"follows {expected}" in capfd.readouterr().out
 
 
 def test_nodes_of_a_job_share_the_work_where_all_see_it(tmp_path, monkeypatch, tiny_config):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -182,6 +183,12 @@ def test_a_run_goes_on_where_its_data_have_moved(tmp_path, interrupt, tiny_confi
     assert {**results, "seconds": 0} == {**expected, "seconds": 0}
     recorded = [json.loads((tmp_path / run / "data.json").read_text()) for run in ("whole", "parts")]
     assert recorded[0] == recorded[1] and len(recorded[0]["held_out"]) == results["images"]
+
+
+def test_a_name_that_torchrun_is_given_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["loop", "../elsewhere"])
+    with pytest.raises(SystemExit, match=r"error: .*names no run"):
+        training.main()
 
 
 def test_a_run_stopped_in_its_first_epoch_starts_over(tmp_path, interrupt, metrics_without_times, tiny_config):

@@ -1,5 +1,6 @@
 """What a run logs, and Weights & Biases with and without an account or a network."""
 
+import errno
 import math
 import os
 import re
@@ -245,3 +246,10 @@ def test_what_is_said_comes_from_one_process_of_all_nodes(capsys):
     for main in (True, False):  # the accelerator's own print speaks in one of each node
         tracking.say(SimpleNamespace(is_main_process=main, print=print), "a line")
     assert capsys.readouterr().out == "a line\n"
+
+
+def test_a_terminal_that_was_closed_ends_no_training():
+    def closed(*_, **named):
+        raise OSError(errno.EIO, "Input/output error")
+
+    tracking.say(SimpleNamespace(is_main_process=True, print=closed), "a line")

@@ -8,8 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,18 +67,18 @@ def elsewhere(tmp_path):
 
     def elsewhere(**known):
         said = {"host": "other", "boot": "b", "process": os.getpid(), "started": 0.0, "job": None, "restarts": 0}
+        said |= {"numbers": owner._own()["numbers"]}
         (tmp_path / OWNER).write_text(json.dumps(said | known))
 
     return elsewhere
 
 
-def test_a_second_process_is_refused_at_once_naming_the_first(tmp_path, start):
+def test_a_second_process_is_refused_at_once_naming_the_first(tmp_path, start, monkeypatch):
     first, line = start(tmp_path / "run")
     assert line == "owned"
-    began = time.process_time()
+    monkeypatch.setattr(owner.time, "sleep", lambda _: pytest.fail("it waits"))
     with pytest.raises(RunError) as caught, owned(tmp_path / "run"):
         pytest.fail("owned twice")
-    assert time.process_time() - began < 1
     message = str(caught.value)
     assert f"process {first.pid} on {socket.gethostname()}" in message and str(tmp_path / "run") in message
     assert start(tmp_path / "run")[1] == message
@@ -214,6 +214,50 @@ def test_a_step_that_the_owner_has_started_by_srun_shares_its_folder(tmp_path, s
     assert start(tmp_path)[1] == "owned"
     monkeypatch.setenv("SLURM_JOB_ID", "16")
     assert "is in use" in start(tmp_path)[1]
+
+
+def test_a_step_on_another_node_of_the_job_shares_it_too(tmp_path, elsewhere, monkeypatch):
+    """The first process of a training is on the node whose name sorts first: node10, where the job began on node9."""
+    elsewhere(job="15", step=None)
+    monkeypatch.setenv("SLURM_JOB_ID", "15")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    with owned(tmp_path):
+        assert json.loads((tmp_path / OWNER).read_text())["host"] == "other"
+    with (tmp_path / OWNER).open() as held:  # the server's lock
+        fcntl.flock(held, fcntl.LOCK_SH)
+        with owned(tmp_path):
+            pass
+        monkeypatch.setenv("SLURM_JOB_ID", "16")
+        with pytest.raises(RunError, match=r"on other.*end it there"), owned(tmp_path):
+            pytest.fail("owned twice")
+
+
+def test_another_container_is_not_taken_for_this_process_though_their_numbers_are_the_same(tmp_path, monkeypatch):
+    """Both call themselves process 1, and have begun within a minute."""
+    (tmp_path / OWNER).write_text(json.dumps(owner._own() | {"host": "3f2a", "numbers": "pid:[1]"}))
+    monkeypatch.setattr(owner.time, "sleep", lambda _: pytest.fail("it waits"))
+    with (tmp_path / OWNER).open() as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        with pytest.raises(RunError, match="is in use by process"), owned(tmp_path):
+            pytest.fail("owned twice")
+    with owned(tmp_path):  # the system has let go of its lock
+        pass
+
+
+def test_a_process_that_may_not_be_looked_at_is_no_defect(tmp_path, start, monkeypatch):
+    """As where /proc shows one's own processes alone (hidepid), or where it ends just now."""
+    first, _ = start(tmp_path)
+    real = owner.psutil
+
+    def hidden(number=None):
+        if number == first.pid:
+            raise real.NoSuchProcess(number)
+        return real.Process(number)
+
+    monkeypatch.setattr(owner, "LEAVING", 0)
+    monkeypatch.setattr(owner, "psutil", SimpleNamespace(Process=hidden, Error=real.Error, pid_exists=real.pid_exists))
+    with pytest.raises(RunError, match=f"process {first.pid}"), owned(tmp_path):
+        pytest.fail("owned twice")
 
 
 def test_a_part_of_the_folder_that_is_not_writable_is_named_before_any_work(tmp_path, monkeypatch):
