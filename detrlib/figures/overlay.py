@@ -129,9 +129,9 @@ def numbers(
     height, width = image.shape[:2]
     boxes = np.array([[0, 0, width, height] if box is None else box])
     support, concentration, inside = map_numbers(weights[None], boxes, (height, width), extent)[0]
-    cells = f"{support:.0f}/{weights.size} cells"
-    words = [f"{total:.2f} on {cells}" if mass and abs(total - 1) > ROUNDING else cells, f"Gini {concentration:.2f}"]
-    return words if box is None else [*words, f"in box {inside:.2f}"]
+    words = [f"{support:.0f}/{weights.size} cells", f"Gini {concentration:.2f}"]
+    words += [] if box is None else [f"in box {inside:.2f}"]
+    return [*words, f"mass {total:.2f}"] if mass and abs(total - 1) > ROUNDING else words
 
 
 def map_numbers(

@@ -88,5 +88,5 @@ def _rows_of_panels(count: int, names: Sequence[str], extra: float) -> tuple[Fig
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         axes.margins(x=0.08)
-        axes.xaxis.set_major_locator(MaxNLocator(4))  # small differences have long numbers
+        axes.xaxis.set_major_locator(MaxNLocator(3))  # small differences have long numbers
     return drawn, grid

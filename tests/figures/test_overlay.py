@@ -81,13 +81,14 @@ def test_numbers_below_a_map_are_those_of_the_metrics():
     weights = torch.from_numpy(WEIGHTS)
     inside = paibb(weights[None], torch.tensor([[0.25, 0.25, 0.5, 0.5]]), (1.5, 3.0)).item()
     assert words == [
-        f"{WEIGHTS.sum():.2f} on 5/6 cells",
+        "5/6 cells",
         f"Gini {gini(weights.flatten()).item():.2f}",
         f"in box {inside:.2f}",
+        f"mass {WEIGHTS.sum():.2f}",
     ]
-    assert numbers(WEIGHTS, IMAGE) == words[:2]
-    assert numbers(WEIGHTS, IMAGE, box, extent, mass=False) == ["5/6 cells", *words[1:]]  # of maps that are no weights
-    assert numbers(WEIGHTS / WEIGHTS.sum(), IMAGE)[0] == "5/6 cells"
+    assert numbers(WEIGHTS, IMAGE) == [*words[:2], words[3]]
+    assert numbers(WEIGHTS, IMAGE, box, extent, mass=False) == words[:3]  # of maps that are no weights
+    assert numbers(WEIGHTS / WEIGHTS.sum(), IMAGE) == words[:2]
 
 
 def test_a_map_without_weight_says_so():
