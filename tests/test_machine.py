@@ -1,3 +1,5 @@
+"""Where what is made once is kept."""
+
 from detrlib.machine import cache_folder
 
 
