@@ -10,6 +10,7 @@ from detrlib.config import load_config, replace, save_config
 from detrlib.engine import notebooks
 from detrlib.engine.notebooks import execute_notebook, find_notebook, is_executed
 from detrlib.files import write_json
+from detrlib.runs.folder import load_results
 
 NOTEBOOKS = sorted(path.stem for path in notebooks.NOTEBOOKS.glob("*.ipynb"))
 
@@ -81,7 +82,7 @@ class TinyRun:
                 save_config(
                     replace(load_config(folder / "config.yaml"), {"train.seed": number % 2}), folder / "config.yaml"
                 )
-                results = json.loads((folder / "results.json").read_text())
+                results = load_results(folder)
                 results["detection"]["AP"] += 0.01 * number
                 write_json(folder / "results.json", results)
         return [str(self.folder / name) for name in names]

@@ -129,17 +129,16 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("base", None)
     if not isinstance(base, str | None):
         raise ConfigError(f"{path}: base is {base!r}, expected the name of another file such as shapes.yaml")
+    if twice := [key for key, count in Counter(key for key, _ in _flat(values)).items() if count > 1]:
+        raise ConfigError(f"{path}: {twice[0]} is given twice, in a section and by its dotted name; keep one")
     settings = _settings(values, str(path))
     return _over(_read_with_bases(path.parent / base, (*seen, path)), settings) if base else settings
 
 
 def _settings(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Sections within each other, or dotted names, as dotted settings under their names of today."""
-    each, settings, padding = list(_flat(values)), {}, []
-    if twice := [key for key, count in Counter(key for key, _ in each).items() if count > 1]:
-        raise ConfigError(f"{where}: {twice[0]} is given twice, in a section and by its dotted name; keep one")
-    given = dict(each)
-    for key, value in each:
+    given, settings, padding = dict(_flat(values)), {}, []
+    for key, value in given.items():
         _check_known(key, where)
         if key in DOUBLED:
             settings[DOUBLED[key]] = _half(key, value, given, where)

@@ -109,7 +109,6 @@ def test_files_that_are_not_ones_own_are_a_line(cache, write, caplog, monkeypatc
 
         return not_yours
 
-    monkeypatch.setattr(index.zipfile, "ZipFile", lambda path: refuse(path.name)(path))
     monkeypatch.setattr(Path, "open", refuse(cache.name))
     assert read_columns(path).content() == FILE and str(path) in caplog.text
     monkeypatch.setattr(Path, "open", refuse(path.name))

@@ -76,7 +76,7 @@ def test_losses_do_not_depend_on_how_images_share_batches(untrained):
 def test_another_split_has_a_folder_of_its_own(run_dir):
     own = (run_dir / "results.json").read_bytes()
     results = evaluate_run(run_dir, split="train2017")
-    assert results["images"] == 32 and json.loads((run_dir / "train2017" / "results.json").read_text()) == results
+    assert results["images"] == 32 and load_results(run_dir / "train2017") == results
     assert (run_dir / "results.json").read_bytes() == own
     for name in ("checkpoints", ".."):
         with pytest.raises(RunError, match=name):

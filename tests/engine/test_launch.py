@@ -380,7 +380,7 @@ def test_what_several_processes_measure_is_what_one_does(tmp_path, capfd, measur
     same = ("detection", "floor", "images", "alpha", "names")
     assert {name: together["results"][name] for name in same} == {name: alone["results"][name] for name in same}
     near(together["results"] | {"seconds": 0}, alone["results"] | {"seconds": 0})
-    assert json.loads((two / "results.json").read_text()) == together["results"]
+    assert load_results(two) == together["results"]
     assert (two / "predictions.json").read_bytes() == (one / "predictions.json").read_bytes()
     assert len(list((two / "measures" / "sinks").iterdir())) == len(list((two / "maps").iterdir())) == 2
     names = ("sparsity", "located", "sinks", "matches", "annotations", "faithfulness", "faithfulness_curves")

@@ -219,5 +219,5 @@ def test_mistakes_show_before_anything_is_measured(fresh, monkeypatch):
         interventions_frame([fresh])
     (fresh / interventions.RESULTS).parent.mkdir(exist_ok=True)
     (fresh / interventions.RESULTS).write_text("half a table")
-    with pytest.raises(RunError, match=r"interventions.parquet is not readable .* delete it, then: detrlib intervene"):
+    with pytest.raises(RunError, match=r"interventions.parquet is damaged .* delete it, then: detrlib intervene"):
         interventions_frame([fresh])

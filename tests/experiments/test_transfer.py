@@ -106,7 +106,7 @@ def test_results_say_what_was_scored_and_are_a_run_folder(run_dir, elsewhere):
     assert results["unmapped"] == {"cloud": clouds} and clouds > 0
     assert results["unannotated"] == ["triangle", "star", "ring"] and "lower bound" in results["note"]
     assert results["names"] == {str(label): name for label, name in OURS.items()}  # as pictures of detections need
-    assert json.loads((folder / "results.json").read_text()) == results
+    assert load_results(folder) == results
     assert {found["category_id"] for found in json.loads((folder / "predictions.json").read_text())} <= {1, 2, 6}
     dataset = build_dataset(load_config(folder / "config.yaml").data, "val")
     assert dataset.names == {1: "circle", 2: "square", 6: "cross"}

@@ -20,6 +20,7 @@ from detrlib.errors import ConfigError, RunError
 from detrlib.losses import Criterion, match
 from detrlib.metrics import localisation, sinks, sparsity
 from detrlib.metrics.accumulate import SELECTIONS, AttentionMeasures, alphas_in_effect
+from detrlib.runs.folder import load_results
 from detrlib.runs.results import layer_frame, located_table, paibb_table, sparsity_table
 from detrlib.runs.sinks import sinks_table
 
@@ -367,9 +368,9 @@ def run(tmp_path_factory, tiny_config):
     folder, started = tmp_path_factory.mktemp("measures") / "run", {}
     original = training.Trainer.run
 
-    def remember(self, resume):
+    def remember(self):
         started.update({name: value.clone() for name, value in self.state.model.state_dict().items()})
-        return original(self, resume)
+        return original(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.Trainer, "run", remember)
@@ -379,7 +380,7 @@ def run(tmp_path_factory, tiny_config):
 
 
 def test_tables_of_a_run_agree_with_its_results(run):
-    results = json.loads((run.folder / "results.json").read_text())
+    results = load_results(run.folder)
     assert results == run.results
     assert results["evaluate"]["paibb"] == "exact"
     assert results["sparsity"]["decoder_cross"]["alpha"] == [results["alpha"][f"decoder_cross.{i}"] for i in (0, 1)]
