@@ -70,7 +70,7 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
     Args:
         path: a YAML file, relative to the project's root; None for the defaults.
         overrides: dotted settings such as {"train.epochs": 2}. Text is read as YAML, so that "1e-4" becomes a number
-            and "[1, 2]" a list.
+            and "[1, 2]" a list. Of a setting in a section and by its dotted name, the later one counts.
 
     Returns:
         The whole of the settings, checked and frozen.

@@ -167,8 +167,8 @@ def test_ids_with_gaps_are_what_too_many_classes_may_mean():
 def test_a_setting_is_given_once(write):
     with pytest.raises(ConfigError, match=r"twice\.yaml: train\.lr"):
         load_config(write("twice.yaml", "train: {lr: 1e-4}\ntrain.lr: 1e-3"))
-    with pytest.raises(ConfigError, match=r"train\.lr"):
-        load_config(overrides={"train.lr": 1e-4, "train": {"lr": 1e-3}})
+    assert load_config(overrides={"train.lr": 1e-4, "train": {"lr": 1e-3}}).train.lr == 1e-3, "the later one"
+    assert load_config(overrides={"train": {"lr": 1e-3}, "train.lr": 1e-4}).train.lr == 1e-4
 
 
 def test_a_wrong_choice_suggests_the_nearest_one():
