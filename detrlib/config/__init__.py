@@ -6,6 +6,7 @@ from detrlib.config.load import (
     PROJECT,
     changed_settings,
     flat_settings,
+    given_twice,
     known_settings,
     load_config,
     project_path,

@@ -129,10 +129,17 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("base", None)
     if not isinstance(base, str | None):
         raise ConfigError(f"{path}: base is {base!r}, expected the name of another file such as shapes.yaml")
-    if twice := [key for key, count in Counter(key for key, _ in _flat(values)).items() if count > 1]:
-        raise ConfigError(f"{path}: {twice[0]} is given twice, in a section and by its dotted name; keep one")
+    if twice := given_twice(values):
+        raise ConfigError(f"{path}: {twice}")
     settings = _settings(values, str(path))
     return _over(_read_with_bases(path.parent / base, (*seen, path)), settings) if base else settings
+
+
+def given_twice(values: dict[str, Any]) -> str | None:
+    """In words, which setting stands twice in settings of one place, of which nobody can tell what was meant."""
+    counts = Counter(key for key, _ in _flat(values))
+    twice = next((key for key, count in counts.items() if count > 1), None)
+    return f"{twice} is given twice, in a section and by its dotted name; keep one" if twice else None
 
 
 def _settings(values: dict[str, Any], where: str) -> dict[str, Any]:

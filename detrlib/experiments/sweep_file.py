@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detrlib.config import Config, load_config, project_path, read_yaml
+from detrlib.config import Config, given_twice, load_config, project_path, read_yaml
 from detrlib.engine.notebooks import checked_parameters, find_notebook
 from detrlib.errors import ConfigError, RunError, shown
 from detrlib.runs.folder import name_fault
@@ -96,8 +96,12 @@ def _fault(values: dict[str, Any], home: str) -> str | None:
             return f"runs: {fault}"
         if not isinstance(overrides, dict | None):
             return f"runs: {name!r} is {overrides!r}"
+        if twice := given_twice(overrides or {}):
+            return f"runs: {name}: {twice}"
         if fault := _seeds_fault((overrides or {}).get(SEEDS)):
             return f"runs: {name}: {fault}"
+    if twice := given_twice(values.get("overrides") or {}):
+        return f"overrides: {twice}"
     if fault := _seeds_fault(values.get(SEEDS)):
         return fault
     names = [name for name, _ in _repeated(values)]

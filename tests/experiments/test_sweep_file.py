@@ -14,6 +14,12 @@ def test_a_sweep_is_a_config_for_every_run(sweep_file, tiny_config):
     assert configs["one"].model.hidden_dim == tiny_config().model.hidden_dim
 
 
+def test_what_a_run_says_counts_more_than_what_all_say(sweep_file):
+    runs = {"one": {"train.lr": 1e-3}, "two": {"train": {"lr": 1e-2}}, "three": None}
+    configs = read_sweep(sweep_file(overrides={"train": {"lr": 1e-4}}, runs=runs)).configs
+    assert [configs[name].train.lr for name in runs] == [1e-3, 1e-2, 1e-4], "however it is spelt"
+
+
 def test_a_sweep_over_seeds_repeats_every_run(sweep_file):
     runs = {"one": None, "two": {"train.epochs": 3}, "three": {"train.start": "many/one-seed{seed}"}}
     asked = {"measure": {"num_examples": 2}, "report": {"pairs": [["two", "one"]]}}
@@ -60,6 +66,8 @@ def test_a_sweep_over_seeds_repeats_every_run(sweep_file):
         ({"runs": {"one": 3}}, r"many\.yaml: runs: 'one'"),
         ({"override": {}}, r"many\.yaml: unknown override"),
         ({"base": "bass.yaml"}, r"bass\.yaml.*base\.yaml"),
+        ({"runs": {"one": {"train": {"lr": 1e-4}, "train.lr": 1e-3}}}, r"many\.yaml: runs: one: train\.lr is given"),
+        ({"overrides": {"train": {"lr": 1e-4}, "train.lr": 1e-3}}, r"many\.yaml: overrides: train\.lr is given"),
         ({"runs": {"one": {"train.epoch": 3}}}, r"'train\.epoch'.*'train\.epochs'"),
     ],
 )
