@@ -47,8 +47,8 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
     cut_off, options = False, {"cwd": str(PROJECT), "kernel_name": "python3", "log_output": False}
     # Half of it is for leaving in order; a cell that is interrupted has all the time it wants.
     options["config"] = Config({"KernelManager": {"shutdown_wait_time": 2 * GRACE}})
-    # A kernel warns that it is not encrypted; nobody but this process knows the key without which it takes no message.
-    options["extra_arguments"] = ["--log-level=ERROR"]
+    # It warns that it is not encrypted, and of the interrupt by which it is ended. Errors of cells come as messages.
+    options["extra_arguments"] = ["--log-level=CRITICAL"]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with passing_on(lambda: _interrupt_cell(came)) as came:
