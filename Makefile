@@ -68,7 +68,7 @@ lab: .venv/.ready  ## open JupyterLab
 	    if $(PIP) install --quiet uv; then uv=.venv/bin/uv; fi; \
 	fi; \
 	if [ -n "$$uv" ]; then \
-	    { "$$uv" pip install --python $(PY) -r requirements.lock 2>&1 && touch .venv/.pinned; } \
+	    { "$$uv" pip install --compile-bytecode --python $(PY) -r requirements.lock 2>&1 && touch .venv/.pinned; } \
 	        | grep -v -e '^ *[-+~] ' -e '^ Downloaded' -e '^Downloading .*([0-9.]*KiB)' -e '^Downloading .*([0-9]\{1,2\}\.[0-9]*MiB)' || true; \
 	fi; \
 	if [ ! -e .venv/.pinned ]; then uv=; \

@@ -18,9 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import papermill
 import psutil
-from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 from traitlets.config import Config
 
@@ -39,6 +37,9 @@ def execute_notebook(name: str, output: Path, parameters: dict[str, Any], progre
     Raises RunError naming the parameter, the failing cell and its error, or where the copy cannot be written; Stopped
     where a signal came.
     """
+    import papermill  # here: with it comes a grammar of URLs, built for two seconds, which most commands never need
+    from papermill.exceptions import PapermillExecutionError
+
     source = find_notebook(name)
     values = checked_parameters(source, parameters)
     if output.is_dir() or output.suffix != ".ipynb" or output.resolve() == source:
@@ -169,6 +170,8 @@ def checked_parameters(notebook: Path, parameters: dict[str, Any]) -> dict[str, 
 
 
 def _inspect(notebook: Path) -> dict:
+    import papermill
+
     # papermill reports each parameter it cannot infer a type for; we infer types from the values ourselves.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     return papermill.inspect_notebook(str(notebook))
