@@ -13,6 +13,8 @@ from pathlib import Path
 STOPPED = 75  # exit code of a training that a signal has stopped: EX_TEMPFAIL of sysexits.h, "start me again"
 # Of a disk or of rights: no room, not ours, out of reach.
 OUTSIDE = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ENAMETOOLONG", "EMFILE")
+WORKER_GONE = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) ([\w ]+)")
+WORKERS = "a process that prepares images {}; was memory short? Set data.workers: 0, or fewer"
 SHORT_OF_MEMORY = re.compile(r"tried to allocate [\d.]+ \w+|calculation overflowed|(out of|not allocate) memory", re.I)
 
 
@@ -53,11 +55,16 @@ class Stopped(DetrlibError):
 
 
 def fault_of(error: Exception) -> str | None:
-    """What an error says that is one of ours, or of a disk, of rights or of memory; None: it is a defect."""
+    """What an error says that is one of ours, or of a disk, of rights, of memory or of a process that has ended.
+
+    None: it is a defect. PyTorch raises that a process which prepares batches was killed wherever training stands.
+    """
     if isinstance(error, DetrlibError):
         return str(error)
     if errno.errorcode.get(getattr(error, "errno", None)) in OUTSIDE:
         return in_one_line(error)
+    if gone := WORKER_GONE.match(str(error)):
+        return WORKERS.format(gone[1])
     return _memory_fault(error)
 
 

@@ -15,6 +15,7 @@ grow (RLIMIT_FSIZE). Not collected by pytest: it takes as long as it is given.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import resource
@@ -38,6 +39,7 @@ from detrlib.config.attention import QueryTransformName, SiteName, TransformName
 from detrlib.data.shapes import shapes_folder
 from detrlib.errors import STOPPED
 from detrlib.files import load_checkpoint, one_at_a_time
+from detrlib.runs.owner import OWNER
 
 SETTINGS = {
     "data": {"image_size": 64},
@@ -244,6 +246,9 @@ class Disturbance:
         """Another start of the same name, while the processes of the first stand still."""
         first, begin = run.processes_left(), run.log.stat().st_size
         self.send(signal.SIGSTOP, first)
+        if not is_locked(run.path / OWNER):  # whichever comes first owns the run
+            self.send(signal.SIGCONT, first)
+            return "second start too early"
         other = run.open()
         with suppress(subprocess.TimeoutExpired):
             other.wait(run.limit)
@@ -273,6 +278,16 @@ def reference(folder: Path, number: int, source: Path, limit: float) -> tuple[fl
                 raise Fault(f"the run that nothing disturbs ends with {code}: {run.line()}; see {run.log}")
             (kept / "first_step").write_text(str(run.first_step))
     return float((kept / "first_step").read_text()), kept / "disk" / "run"
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds a lock on a file."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def differences(run: Path, expected: Path, lost: int) -> str:

@@ -34,7 +34,7 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 540,
+    ".": 550,
     "config": 1410,
     "attention": 2170,
     "attention/kernels": 1030,
@@ -44,7 +44,7 @@ CEILINGS = {
     "data": 3600,
     "metrics": 2650,
     "runs": 2370,
-    "engine": 3750,
+    "engine": 3780,
     "experiments": 3980,
     "figures": 3440,
     "teaching": 570,

@@ -5,7 +5,6 @@ import logging
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from detrlib.config import Data
 from detrlib.data.augment import LONGEST, PAPER_SIZE, normalised
-from detrlib.errors import ConfigError, DataError, RunError
+from detrlib.errors import WORKER_GONE, WORKERS, ConfigError, DataError, RunError, fault_of
 from detrlib.machine import cores
 
 MOST_WORKERS = 8  # that are taken unasked: each decodes and augments some 200 photographs a second
@@ -221,11 +220,11 @@ def batches(loader: Iterable[Packed]) -> Iterator[Batch]:
     except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
     except RuntimeError as error:
-        if not (found := re.match(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) ([\w ]+)", str(error))):
-            raise
-        raise RunError(
-            f"a process that prepares images {found[1]}; was memory short? Set data.workers: 0, or fewer"
-        ) from None
+        if WORKER_GONE.match(str(error)):
+            raise RunError(fault_of(error)) from None
+        raise
+    except (ConnectionError, EOFError):  # it was killed between a batch and the memory in which that lies
+        raise RunError(WORKERS.format("has ended")) from None
 
 
 class Shared(torch.utils.data.Sampler):

@@ -10,6 +10,7 @@ training was stopped, and its report of a failure, which does not say what it wa
 
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 FAULT = "error: "  # how the line of a foreseeable one begins
 KILLED = "memory may be short (the system's log says so); the same command goes on from what was saved last"
 KILLS = 25  # seconds: torchrun itself kills what has not left 30 after the first process, having told it to
+LOST = 76  # exit code of a process that has lost another one, which is no fault of its own
+ENDED = re.compile(r"(reset|closed) by peer|broken pipe|remote (worker|process)", re.I)  # as gloo and NCCL say it
 LAST_WORDS = 5  # seconds that a process whose fault nobody foresaw waits: it may follow from that of another one
 
 
@@ -42,9 +45,12 @@ def main() -> None:
         except ChildFailedError as error:
             late, every = error.get_first_failure()[1].timestamp + KILLS, error.failures.values()
             codes = {each.exitcode for each in every if each.exitcode != -signal.SIGKILL or each.timestamp < late}
-            ended = {-HANDED_ON, -15}  # by the signal itself, before there was anything to save
+            ended = {-HANDED_ON, -signal.SIGTERM, LOST}  # by the signal itself, before there was anything to save
             stopped = codes <= {STOPPED, *ended} and (came or STOPPED in codes)
             killed = [-code for code in codes if code < 0 and code not in ended]
+            if codes == {LOST} and not came:
+                gone = "processes have lost each other: one ended on another node, or the network failed"
+                raise SystemExit(f"{FAULT}{gone}; the same command goes on from what was saved last") from None
             if killed and 1 not in codes:  # nothing else has failed: there is nobody to say what has happened
                 by = f"signal {killed[0]} ({signal.strsignal(killed[0])})"
                 raise SystemExit(f"{FAULT}{by} has ended a process; {KILLED}") from None
@@ -76,6 +82,8 @@ def started() -> Iterator[None]:
         if fault := fault_of(error):
             raise SystemExit(f"{FAULT}{fault}") from None
         if "TORCHELASTIC_RUN_ID" in os.environ:
+            if isinstance(error, RuntimeError) and ENDED.search(str(error)):
+                raise SystemExit(LOST) from None
             time.sleep(LAST_WORDS)  # in which torchrun ends it, where it only lost another one
         raise
 

@@ -5,16 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
-from detrlib.config import PROJECT
+from detrlib.config import PROJECT, Data
 from detrlib.data import batch as batch_module
 from detrlib.data import build_dataset
 from detrlib.data.batch import EpochSampler, Shared, batches, collate, open_loader, pack, unpack
-from detrlib.errors import ConfigError, DataError, RunError
+from detrlib.errors import ConfigError, DataError, RunError, fault_of
 
 
 def test_collate_pads_below_and_to_the_right_and_masks_padding():
@@ -177,6 +179,38 @@ def test_a_process_that_prepares_images_and_is_killed_is_one_line(tiny_config):
     with pytest.raises(RunError, match=r"^a process .* (killed|exited).*data\.workers") as caught:
         list(batches(loader))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(), EOFError()])
+def test_a_process_that_is_killed_while_it_hands_over_a_batch_is_one_line(error):
+    def loader():
+        raise error
+        yield
+
+    with pytest.raises(RunError, match=r"data\.workers"):
+        list(batches(loader()))
+
+
+class Slow(Torn):
+    """Pictures of which one takes long."""
+
+    def __getitem__(self, index):
+        time.sleep(600 if index else 0)
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), {"image_id": index}
+
+
+def test_that_such_a_process_was_killed_is_one_line_wherever_training_stands():
+    """PyTorch raises it from a signal's handler, not only where the next batch is waited for."""
+    loader = open_loader(Slow(), Data(workers=1), pinned=False, batch_size=1)
+    others = psutil.Process().children()
+    kept = batches(loader)
+    next(kept)
+    for worker in {*psutil.Process().children()} - {*others}:
+        worker.kill()
+    with pytest.raises(RuntimeError) as caught:
+        time.sleep(60)  # as training computes
+    fault = fault_of(caught.value)
+    assert "killed" in fault and "data.workers" in fault and "\n" not in fault
 
 
 KEPT = """

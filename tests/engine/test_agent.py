@@ -69,6 +69,19 @@ def test_a_process_that_was_killed_is_named_in_one_line(ended):
         assert line.startswith(agent.FAULT) and "signal 9" in line and len(line.splitlines()) == 1
 
 
+def test_who_has_lost_another_process_leaves_it_to_that_one_to_say_why(ended, monkeypatch):
+    """However late torchrun ends it: what gloo says of it is long, and not what has happened."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(agent, "follow", list)
+    with pytest.raises(SystemExit) as left, agent.started():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:47253: Connection reset by peer")
+    assert left.value.code == agent.LOST
+    assert "signal 9" in ended([-signal.SIGKILL, agent.LOST]) and ended([1, agent.LOST]) == 1
+    assert ended([STOPPED, agent.LOST]) == STOPPED
+    line = ended([agent.LOST, agent.LOST])  # the other one is on another node
+    assert line.startswith(agent.FAULT) and "lost" in line and len(line.splitlines()) == 1
+
+
 def test_a_signal_before_there_are_processes_stops(monkeypatch):
     monkeypatch.setattr(agent.psutil, "Process", lambda: SimpleNamespace(children=list))
     with pytest.raises(SystemExit) as left:

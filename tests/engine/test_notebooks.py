@@ -180,7 +180,7 @@ def test_an_interrupted_notebook_does_not_count_as_executed(write, tmp_path, mon
     def interrupted(*arguments, **named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(notebooks.papermill, "execute_notebook", interrupted)
+    monkeypatch.setattr("papermill.execute_notebook", interrupted)
     with pytest.raises(Stopped):
         execute_notebook("book", output, {})
     assert not is_executed(output)
@@ -199,7 +199,7 @@ def test_a_signal_without_a_cell_to_interrupt_is_not_lost(write, tmp_path, monke
         if fault:
             raise fault
 
-    monkeypatch.setattr(notebooks.papermill, "execute_notebook", executed)
+    monkeypatch.setattr("papermill.execute_notebook", executed)
     with pytest.raises(Stopped, match="SIGTERM"):
         execute_notebook("book", tmp_path / "out.ipynb", {})
 
@@ -211,7 +211,7 @@ def test_half_a_copy_on_a_full_disk_is_one_line(write, tmp_path, monkeypatch):
         output.write_text('{"cells": [')
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(notebooks.papermill, "execute_notebook", half)
+    monkeypatch.setattr("papermill.execute_notebook", half)
     with pytest.raises(RunError, match="No space left"):
         execute_notebook("book", tmp_path / "out.ipynb", {})
     assert not is_executed(tmp_path / "out.ipynb")
