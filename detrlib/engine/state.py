@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ class TrainingState:
         optimizer = build_optimizer(model, cfg.train)
         factors = lr_factors(optimizer, steps_per_epoch, cfg.train)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        # Of kernels of 1 x 1, whose memory is the same in either layout.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average, self.averaged_steps = copy.deepcopy(self.trained) if cfg.train.ema else None, 0
         self.move_average = get_ema_multi_avg_fn(cfg.train.ema)
