@@ -45,6 +45,7 @@ def evaluate(
     from detrlib.engine.launch import in_processes
     from detrlib.experiments.predictions import evaluate_predictions
     from detrlib.experiments.transfer import evaluate_on, scored_classes
+    from detrlib.figures.page import refresh_viewers
     from detrlib.metrics.detection import UNDEFINED
     from detrlib.runs.folder import run_path
 
@@ -68,7 +69,8 @@ def evaluate(
     if missing:
         typer.echo(f"no objects in this split, and no AP: {listed(missing)}")
     told = [*floor_and_collapse(results), *where_attention_rests(results)]
-    for line in [*told, *([scored_classes(results)] if on else [])]:
+    told += [scored_classes(results)] if on else []
+    for line in [*told, *(f"to look through in a browser: {path}" for path in refresh_viewers(run_path(run)))]:
         typer.echo(line)
 
 

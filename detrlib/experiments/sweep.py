@@ -8,8 +8,9 @@ A sweep file names a `base` config, `overrides` for all runs, and `runs`: a name
 `measure` and `report` hold parameters of the notebooks evaluate and thesis_figures, such as how many images to explain
 and which groups to compare.
 Every run is the notebook train, then evaluate, executed in papermill_runs/<sweep>/<run>/; then attention_maps and
-thesis_figures are executed over all runs and the last becomes report.html. What is finished is skipped, what was
-interrupted goes on. Runs whose `train.start` is another run of the sweep wait for it.
+thesis_figures are executed over all runs and the last becomes report.html, beside viewer.html, its maps to click on.
+What is finished is skipped, what was interrupted goes on. Runs whose `train.start` is another run of the sweep wait for
+it.
 Sweeps that name the same `folder` keep their runs together in it, and one that several of them ask for is trained once;
 each reports in a folder of its own there.
 """
@@ -58,7 +59,7 @@ WHO = ("run_name", "gpus")  # parameters of the notebook that change no results
 MANY = 8  # runs, of which those under way alone are named while it goes on
 SECONDS = 2  # between two looks at the runs where a bar is shown
 LINES = {False: 15, True: 60}  # seconds between two lines elsewhere, before and after the time left is known
-REPORT, LOG = "report.html", "log.txt"
+REPORT, VIEWER, LOG = "report.html", "viewer.html", "log.txt"
 
 
 @dataclass
@@ -154,6 +155,9 @@ def _carry_out(jobs: list[Job], home: Path, parameters: dict[str, Any], parallel
     table = home / "figures" / "main_table.md"
     if table.exists():  # an edited notebook need not write it
         print(table.read_text())
+    viewer = home / "figures" / VIEWER
+    if viewer.exists():
+        print(f"images, detections and maps, to look through in a browser: {viewer.replace(home / VIEWER)}")
     return report_html(executed, report, f"{home.name}: report")
 
 

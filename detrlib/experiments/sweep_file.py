@@ -9,7 +9,8 @@ from detrlib.errors import ConfigError, RunError, shown
 from detrlib.runs.folder import name_fault
 
 SEEDS = "seeds"
-BESIDE = ("figures", "report.html", "log.txt", "notebooks.json", "slurm.json")  # that stand beside the runs of a sweep
+# What stands beside the runs of a sweep.
+BESIDE = ("figures", "report.html", "viewer.html", "log.txt", "notebooks.json", "slurm.json")
 
 
 class Sweep(NamedTuple):

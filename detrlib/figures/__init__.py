@@ -3,7 +3,8 @@
 What statistics say is drawn in `results`, `statistics`, `interventions` and `explanations`, what stands in images in
 `attention`, `queries`, `deformable` and `dataset`, where attention rests in `sinks`, maps by `overlay`; `viewer`
 answers to clicks, whose meaning is in `views`; `tables` are text.
-`predictions` are of pictures of one's own, which `album` puts into a folder and `page` into one file for a browser.
+`predictions` are of pictures of one's own, which `album` puts into a folder. `page` puts them, or what runs store, into
+one file for a browser.
 `figures.save(figure, "name")` writes one for LaTeX.
 """
 

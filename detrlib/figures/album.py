@@ -24,7 +24,7 @@ from PIL import Image
 
 from detrlib.errors import RunError
 from detrlib.figures.explanations import explained
-from detrlib.figures.page import page_picture, write_page
+from detrlib.figures.page import has_room, page_picture, write_page
 from detrlib.figures.predictions import (
     SHEET,
     MapChoice,
@@ -35,11 +35,10 @@ from detrlib.figures.predictions import (
 from detrlib.figures.style import NOTHING, look
 from detrlib.runs.detected import Detected, save_detected
 
-MOST_IN_PAGE = 100  # pictures; a browser opens a page of some 30 megabytes without complaint
 DRAWN = ("pictures", "attention", "explanations")  # folders of drawn pictures
 OURS = "detrlib predict"  # what our own pictures say that they are made by: only those are replaced
 PIXELS = 1024  # longer side of a picture in a figure
-PAGE_PIXELS, THUMBNAIL = 800, 200
+THUMBNAIL = 200
 
 
 class Album:
@@ -88,8 +87,8 @@ class Album:
             if detected.explanations and len(detected):
                 self._save(explained(detected, image), f"explanations/{name}--{self.folders[run]}.png")
             self._detected[run].append(detected.light())
-        if self.pictures < MOST_IN_PAGE:
-            self._pages.append(page_picture(by_run, reduced(image, PAGE_PIXELS)))
+        if has_room(self._pages):
+            self._pages.append(page_picture(by_run, image))
         if self.pictures < SHEET:
             self._thumbnails.append(reduced(image, THUMBNAIL))
         self.pictures += 1
@@ -111,8 +110,8 @@ class Album:
             save_detected(self.folder / self.folders[run], detected)
             thumbnails = list(zip(self._thumbnails, detected, strict=False))
             self._save(contact_sheet(thumbnails), f"{self.folders[run]}/contact_sheet.png")
-        more = self.pictures > MOST_IN_PAGE
-        note = f"The first {MOST_IN_PAGE} of {self.pictures} pictures; all of them are in pictures/." if more else ""
+        here, more = len(self._pages), self.pictures > len(self._pages)
+        note = f"The first {here} of {self.pictures} pictures; all of them are in pictures/." if more else ""
         options = {"title": f"What {' and '.join(self.runs)} detected", "note": note, "score": self.score}
         classes = [detected[0].classes for detected in self._detected.values() if detected]
         write_page(self.page, self._pages, self.runs, classes, **options, view=self.view)

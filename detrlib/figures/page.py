@@ -1,10 +1,13 @@
-"""A page of detections to look through in any browser: one file, without network; its script is in page.html.
+"""A page of detections and of where they look, for any browser: one file, without kernel or network.
 
+page.html is its frame, the SCRIPTS are what it does; here it gets its pictures. Maps are bytes, packed by gzip, and
+unpacked when they are shown; what the library measures of each map stands beside it, and is not computed again.
 Names of files and classes come from outside: the script shows them as text, and here they are escaped.
 
-Legend: n detections of a picture, H heads, h x w cells of a map.
+Legend: n detections of a picture, L layers, H heads, K keys: h x w cells of a map, or the queries of decoder_self.
 """
 
+import gzip
 import io
 import json
 from base64 import b64encode
@@ -15,16 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from detrlib.figures.overlay import DECADES, PALE, map_numbers, overlay, text_colour
-from detrlib.figures.predictions import LAYER_OF, MapChoice, class_colours, views_of
+from detrlib.figures.predictions import MapChoice, class_colours, looks_of, shares_of
+from detrlib.figures.views import sites
+from detrlib.metrics.sinks import LIMITS
+from detrlib.metrics.sparsity import gini
 from detrlib.runs.detected import Detected
+from detrlib.runs.examples import EXAMPLE_SCORE, Example, load_examples
+from detrlib.runs.folder import class_names, load_results, run_labels
+from detrlib.runs.sinks import sink_threshold
 
+VIEWER = "viewer.html"
+SCRIPTS = ("page_known.js", "page_drawing.js", "page.js")  # what is known of maps and detections; drawing; choosing
 LONGEST = 800  # pixels of the longer side of a picture in the page
 CRISP = 256  # up to this side a picture is embedded without loss
-MOST_MAPS = 20  # detections of a picture and run whose maps are embedded, the best ones
-STEPS = 10.5  # codes of a weight for each halving: 1 to 255 reach down to 2 ** -24, in steps of 7 %
+MOST_MAPS = 30  # detections of a picture and run whose maps are embedded: matched ones first, then the best
+MOST_BYTES = 30_000_000  # of pictures: what a browser opens, and most mail takes, without complaint
+STEPS = 10.5  # codes of a weight for each halving: 1 to 255 reach down by 2 ** -24, in steps of 7 %
+NUMBERS = ("top", "gini", "support", "paibb", "mass", "at_sink")  # of each map, in this order
 
 
 def page_picture(picture: Mapping[str, Detected], image: np.ndarray) -> str:
@@ -33,14 +47,93 @@ def page_picture(picture: Mapping[str, Detected], image: np.ndarray) -> str:
     picture: run -> its detections in this picture; image: the picture, [H,W,3] uint8.
     """
     first = next(iter(picture.values()))
-    values = {
-        "title": first.source.title,
-        "name": first.picture,
-        "size": list(first.size),
-        "source": _data_uri(Image.fromarray(image)),
-        "detected": [_one_run(detected) for detected in picture.values()],
-    }
-    return f'<script type="application/json" class="picture">{_embedded(values)}</script>'
+    runs = [
+        _one_run(each.boxes / _corners(each.size), each.scores, each.names, each.example, each.explanations)
+        for each in picture.values()
+    ]
+    return _element({"title": first.source.title, "name": first.picture, "size": first.size}, image, runs)
+
+
+def page_example(picture: Mapping[str, Example | None], names: Mapping[str, Mapping[int, str]]) -> str:
+    """The same of an image of the validation split, with its annotated objects.
+
+    picture: run -> its example, None where the run stores none of this image; names: run -> label -> class.
+    """
+    run, first = next((run, example) for run, example in picture.items() if example is not None)
+    size = first.image.shape[:2]
+    objects = {"boxes": _shares(first.true_boxes, size), "names": _names(first.true_labels, names[run])}
+    runs = [
+        example and _one_run(_in_image(example, "boxes"), example.scores, _names(example.labels, names[run]), example)
+        for run, example in picture.items()
+    ]
+    title = f"image {first.image_id}"
+    return _element({"title": title, "name": str(first.image_id), "size": size, "objects": objects}, first.image, runs)
+
+
+def write_viewer(run_dirs: Iterable[Path], path: Path) -> Path | None:
+    """Write the page of what evaluated runs store: their examples and maps, image by image.
+
+    Args:
+        run_dirs: folders of runs, or of results inside them; those that store no examples are left out.
+        path: of the HTML file; none is there afterwards where no run stores examples.
+
+    Returns:
+        The path, or None where there is nothing to show.
+
+    Raises:
+        RunError: what a run stores is damaged.
+    """
+    labels = {run: label for run, label in run_labels(run_dirs).items() if any((run / "examples").glob("*.npz"))}
+    if not labels:
+        path.unlink(missing_ok=True)
+        return None
+    stored = {label: {each.image_id: each for each in load_examples(run)} for run, label in labels.items()}
+    names = {label: class_names(run) for run, label in labels.items()}
+    images = list(dict.fromkeys(image_id for of_run in stored.values() for image_id in of_run))
+    pictures = []
+    for image_id in images:
+        if has_room(pictures):
+            pictures.append(page_example({run: own.get(image_id) for run, own in stored.items()}, names))
+    fewer = len(pictures) < len(images)
+    write_page(
+        path,
+        pictures,
+        list(stored),
+        names.values(),
+        title=f"Where {', '.join(stored)} look" if len(stored) > 1 else f"Where {next(iter(stored))} looks",
+        note=f"The first {len(pictures)} of {len(images)} stored images." if fewer else "",
+        score=EXAMPLE_SCORE,
+        thresholds=[sink_threshold(load_results(run)) for run in labels],
+    )
+    return path
+
+
+def refresh_viewers(run_dir: Path) -> list[Path]:
+    """Write the viewer of a run, and of results inside it, wherever it is missing or older than the results.
+
+    Returns the paths of those that were written. Raises RunError as `write_viewer`.
+    """
+    written = []
+    for results in sorted(run_dir.rglob("results.json")):
+        path = results.with_name(VIEWER)
+        if not path.exists() or path.stat().st_mtime < results.stat().st_mtime:
+            written.append(write_viewer([results.parent], path))
+    return [path for path in written if path]
+
+
+def has_room(pictures: Sequence[str]) -> bool:
+    """Whether a page with these pictures takes one more."""
+    return sum(map(len, pictures)) < MOST_BYTES
+
+
+def shown(path: Path | None, height: int = 820) -> Any:
+    """The page in a frame for the output of a notebook's cell, which keeps it whole; None shows nothing."""
+    from IPython.display import HTML
+
+    text = escape(path.read_text(encoding="utf-8")) if path else ""
+    look = f"width: 100%; height: {height}px; border: 0"
+    frame = f'<div><iframe title="viewer" style="{look}" srcdoc="{text}"></iframe></div>'
+    return HTML(frame if path else "nothing to show: no run stores examples with attention")
 
 
 def write_page(
@@ -53,47 +146,49 @@ def write_page(
     note: str = "",
     score: float = 0.5,
     view: MapChoice | None = None,
+    thresholds: Sequence[float] = (),
 ) -> None:
     """Write the page.
 
     Args:
         path: of the HTML file.
-        pictures: of each picture what `page_picture` returns.
-        runs: names of the runs that stand side by side.
+        pictures: of each picture what `page_picture` or `page_example` returns.
+        runs: names of the runs, of which two stand side by side.
         classes: label -> class of every run.
         title, note: what stands above and below.
         score: the lowest one that is shown at first.
         view: the map that is shown at first.
+        thresholds: of each run, from which weight on the best key is called a sink.
     """
     view = view or MapChoice()
     settings = {
         "runs": list(runs),
+        "thresholds": list(thresholds) or [LIMITS.threshold] * len(runs),
         "classes": {name: [colour, text_colour(colour)] for name, colour in class_colours(classes).items()},
         "score": score,
         "steps": STEPS,
         "decades": DECADES,
         "colours": _ramp(),
-        "site": LAYER_OF[view.site],
+        "numbers": NUMBERS,
+        "site": view.site,
         "layer": view.layer,
         "head": 0 if view.head == "mean" else view.head + 1,
     }
-    filled = {
-        "TITLE": escape(title),
-        "NOTE": escape(note),
-        "WIDTH": str(max(330 * min(len(runs), 3), 460) + 30),
-        "PALE": str(1 - PALE),
-    }
+    source = files("detrlib.figures")
+    filled = {"TITLE": escape(title), "NOTE": escape(note), "PALE": str(1 - PALE)}
+    filled |= {"SCRIPT": "\n".join(source.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)}
     filled |= {"SETTINGS": _embedded(settings), "PICTURES": "\n".join(pictures)}
-    text = files("detrlib.figures").joinpath("page.html").read_text(encoding="utf-8")
+    text = source.joinpath("page.html").read_text(encoding="utf-8")
     for name, value in filled.items():  # pictures last: what they hold is not looked at
         text = text.replace(f"@{name}@", value)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
-def code_weights(weights: np.ndarray) -> np.ndarray:
-    """Weights in 0..1 as bytes on a logarithmic scale: 0 for exactly no weight, never for any other."""
-    with np.errstate(divide="ignore"):
-        codes = np.round(255 + STEPS * np.log2(weights.astype(np.float64)))
+def code_weights(weights: np.ndarray, top: np.ndarray) -> np.ndarray:
+    """Weights as bytes on a logarithmic scale that ends at `top`: 0 for exactly no weight, never for any other."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.round(255 + STEPS * np.log2(weights.astype(np.float64) / top))
     return np.where(weights > 0, codes.clip(1, 255), 0).astype(np.uint8)
 
 
@@ -103,41 +198,126 @@ def _ramp() -> list[list[int]]:
     return (255 * colours).round().astype(int).tolist()
 
 
-def _one_run(detected: Detected) -> dict[str, Any]:
-    left, top, right, bottom = detected.boxes.reshape(-1, 4).T
-    boxes = np.stack([left, top, right - left, bottom - top], 1)
+# --- one run in one picture ------------------------------------------------------------------------------------
+
+
+def _one_run(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    names: list[str],
+    example: Example | None,
+    explanations: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Boxes [n,4] in 0..1 of the picture; example: the same detections, with their maps."""
+    matched = np.full(len(boxes), -1) if example is None else example.matched
     values = {
-        "boxes": boxes.round(2).tolist(),
-        "scores": detected.scores.round(4).tolist(),
-        "names": detected.names,
+        "boxes": _ltwh(boxes),
+        "scores": scores.round(4).tolist(),
+        "names": names,
+        "matched": matched.tolist(),
     }
-    views = views_of(detected)
-    if not views or not len(detected):
+    if example is None or not len(boxes):
         return values
-    kept = range(min(len(detected), MOST_MAPS))
-    cells = detected.example.shape()[-2:]
-    views = {title: maps for title, maps in views.items() if maps.shape[-2:] == cells}  # one grid to a page
-    widest = max(maps.shape[1] for maps in views.values())
-    sheets = np.zeros((len(kept), len(views), cells[0], widest, cells[1]), dtype=np.uint8)
-    for row, maps in enumerate(views.values()):
-        sheets[:, row, :, : maps.shape[1]] = code_weights(maps[: len(kept)]).swapaxes(1, 2)
-    extent, where = detected.example.extent, (detected.boxes[: len(kept)], detected.size)
-    numbers = [map_numbers(maps[: len(kept)], *where, extent) for maps in views.values()]  # of [n,1+H,3]
-    maps = {
-        "views": list(views),
-        "heads": [maps.shape[1] - 1 for maps in views.values()],
-        "cells": list(cells),
-        "extent": extent.tolist(),
-        "sheets": [_data_uri(Image.fromarray(sheet.reshape(-1, widest * cells[1]))) for sheet in sheets],
-        "numbers": [[of[index].round(3).tolist() for of in numbers] for index in kept],
+    kept = np.sort(np.argsort(matched < 0, kind="stable")[:MOST_MAPS])
+    about = _aims(example)[kept]
+    looks = {site: looks_of(example, site, kept) for site in sites(example)}
+    maps = [_maps(site, each, example, about) for site, each in looks.items()]
+    for method, each in shares_of(explanations or {}).items():
+        among = kept[kept < len(each)]
+        maps.append(_maps(f"explanation: {method}", each[among, None, None], example, about[: len(among)]))
+    queries = {"queries": example.queries.tolist()}
+    return values | queries | {"kept": kept.tolist(), "maps": [each for each in maps if each]}
+
+
+def _maps(site: str, looks: np.ndarray, example: Example, about: np.ndarray) -> dict[str, Any] | None:
+    """Maps [n,L,1+H,...] of a site with what is measured of each, packed; None where there is none.
+
+    about: boxes [n,4] whose share of the weight is told.
+    """
+    if not looks.size:
+        return None
+    flat = looks.reshape(*looks.shape[:3], -1)  # [n,L,1+H,K]
+    top = flat.max(-1)
+    values = {"site": site, "layers": looks.shape[1], "heads": looks.shape[2] - 1, "keys": list(looks.shape[3:])}
+    if site == "decoder_self":
+        weights = torch.from_numpy(flat)
+        told = [gini(weights).numpy(), (flat > 0).sum(-1), np.full(top.shape, np.nan)]
+    else:
+        extent = example.extent_of(looks)
+        support, concentration, inside = np.moveaxis(map_numbers(looks, about, (1, 1), extent), -1, 0)
+        told = [concentration, support, inside]
+        values["extent"] = np.asarray(extent, dtype=float).tolist()
+    at_sink = np.full(top.shape, np.nan)
+    if site in sites(example):
+        weight, key = _sinks(example, site)  # [L,1+H]
+        at_sink = np.take_along_axis(flat, np.broadcast_to(key, top.shape)[..., None], -1)[..., 0]
+        values["sinks"] = {"weights": weight.round(4).tolist(), "keys": key.tolist()}
+    numbers = np.stack([top, *told, flat.sum(-1), at_sink], -1)  # in the order of NUMBERS
+    return values | {
+        "numbers": _packed(numbers.astype("<f4")),
+        "codes": _packed(code_weights(flat, top[..., None])),
     }
-    return values | {"maps": maps}
+
+
+def _sinks(example: Example, site: str) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and number of the key that gets most, mean over all queries, in the mean over heads and in each: [L,1+H].
+
+    See `figures.views.sink_in`.
+    """
+    layers = range(example.shape(site)[0])
+    received = np.stack([example.received(site, layer) for layer in layers])
+    received = received.reshape(*received.shape[:2], -1)
+    received = np.concatenate([received.mean(1, keepdims=True), received], 1)
+    return received.max(-1), received.argmax(-1)
+
+
+def _aims(example: Example) -> np.ndarray:
+    """Boxes [n,4] in 0..1 that attention is measured against: annotated where a query is matched, else predicted."""
+    aims, matched = _in_image(example, "boxes").copy(), example.matched >= 0
+    aims[matched] = _in_image(example, "true_boxes")[example.matched[matched]]
+    return aims
+
+
+def _in_image(example: Example, boxes: str) -> np.ndarray:
+    return getattr(example, boxes).reshape(-1, 4) / _corners(example.image.shape[:2])
+
+
+def _corners(size: tuple[int, ...]) -> np.ndarray:
+    height, width = size
+    return np.array([width, height, width, height], dtype=np.float32)
+
+
+def _shares(boxes: np.ndarray, size: tuple[int, ...]) -> list[list[float]]:
+    return _ltwh(boxes.reshape(-1, 4) / _corners(size))
+
+
+def _ltwh(boxes: np.ndarray) -> list[list[float]]:
+    """Left, top, width and height of boxes [n,4]."""
+    boxes = boxes.reshape(-1, 4)
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).astype(float).round(5).tolist()
+
+
+def _names(labels: np.ndarray, names: Mapping[int, str]) -> list[str]:
+    return [names.get(int(label), str(label)) for label in labels]
+
+
+# --- into the file ---------------------------------------------------------------------------------------------
+
+
+def _element(about: dict[str, Any], image: np.ndarray, runs: list[dict | None]) -> str:
+    reduced = Image.fromarray(image)
+    reduced.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    values = about | {"source": _data_uri(reduced), "detected": runs}
+    return f'<script type="application/json" class="picture">{_embedded(values)}</script>'
+
+
+def _packed(values: np.ndarray) -> str:
+    return b64encode(gzip.compress(np.ascontiguousarray(values).tobytes(), mtime=0)).decode()
 
 
 def _data_uri(image: Image.Image) -> str:
-    """A picture as text: photographs as JPEG, drawings and weights without loss."""
-    content = io.BytesIO()
-    lossless = image.mode == "L" or max(image.size) <= CRISP
+    """A picture as text: photographs as JPEG, drawings without loss."""
+    content, lossless = io.BytesIO(), max(image.size) <= CRISP
     image.save(content, "PNG" if lossless else "JPEG", **({"optimize": True} if lossless else {"quality": 88}))
     return f"data:image/{'png' if lossless else 'jpeg'};base64,{b64encode(content.getvalue()).decode()}"
 

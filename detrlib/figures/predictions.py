@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 
 from detrlib.errors import listed
 from detrlib.figures.attention import FEW, draw_box, draw_image, thinner
-from detrlib.figures.choices import cell_at, cells_ask
+from detrlib.figures.choices import cell_at
 from detrlib.figures.overlay import Panel, draw_maps, room, write_captions
 from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, panels, styled
+from detrlib.figures.views import sites
 from detrlib.runs.detected import Detected
+from detrlib.runs.examples import Example
 
 PANEL = 4.6  # inches, width of a picture beside others
 PROPORTIONS = (0.3, 1.7)  # height / width of a panel at least and at most, however long the picture is
@@ -77,18 +79,37 @@ def views_of(detected: Detected) -> dict[str, np.ndarray]:
     if example is None:
         return views
     for site, title in LAYER_OF.items():
-        if site not in example.sites or (site == "encoder_self" and not cells_ask(example)):
-            continue
-        for layer, maps in enumerate(example.maps(site)):
-            if site == "encoder_self":
-                middle = example.boxes.reshape(-1, 2, 2).mean(1)
-                maps = maps[:, [cell_at(example, x, y) for x, y in middle]]
-            maps = maps.swapaxes(0, 1).astype(np.float32)
-            views[f"{title} {layer + 1}"] = np.concatenate([maps.mean(1, keepdims=True), maps], 1)
-    for method, maps in detected.explanations.items():
-        total = maps.sum((1, 2), keepdims=True)
-        views[f"explanation: {method}"] = np.divide(maps, total, out=np.zeros_like(maps), where=total > 0)[:, None]
-    return views
+        if site in sites(example):
+            for layer, maps in enumerate(looks_of(example, site).swapaxes(0, 1)):
+                views[f"{title} {layer + 1}"] = maps
+    return views | {
+        f"explanation: {method}": maps[:, None] for method, maps in shares_of(detected.explanations).items()
+    }
+
+
+def looks_of(example: Example, site: str, rows: Sequence[int] | None = None) -> np.ndarray:
+    """Where `rows` of an example look (None: all), [n,L,1+H,...]: in each layer the mean over heads, then every head.
+
+    Of the encoder it is the cell in the middle of the detection that asks.
+    """
+    asking = np.arange(len(example.boxes)) if rows is None else np.asarray(rows, dtype=int)
+    if site == "encoder_self":
+        middles = example.boxes[asking].reshape(-1, 2, 2).mean(1)
+        asking = [cell_at(example, x, y) for x, y in middles]
+    layers = []
+    for layer in range(example.shape(site)[0]):
+        maps = example.maps(site, layer)[:, asking].swapaxes(0, 1).astype(np.float32)
+        layers.append(np.concatenate([maps.mean(1, keepdims=True), maps], 1))
+    return np.stack(layers, 1)
+
+
+def shares_of(explanations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Explanations [m,h,w] scaled to sum one, or zero where there is nothing."""
+    totals = {method: maps.sum((1, 2), keepdims=True) for method, maps in explanations.items()}
+    return {
+        method: np.divide(maps, totals[method], out=np.zeros_like(maps), where=totals[method] > 0)
+        for method, maps in explanations.items()
+    }
 
 
 @styled

@@ -1,4 +1,12 @@
-"""What tests of figures share: examples with random maps, and what a figure shows."""
+"""What tests of figures share: examples with random maps, what a figure shows, a run, and a browser."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from detrlib.data.pictures import find_pictures
+from detrlib.engine.loop import train
 from detrlib.runs.detected import Detected
 from detrlib.runs.examples import Example
 
@@ -99,3 +108,125 @@ def boxes_in():
         return [tuple(patch.get_bbox().extents) for patch in wanted]
 
     return boxes_in
+
+
+@pytest.fixture(scope="session")
+def evaluated_once(tmp_path_factory, tiny_config):
+    """The folder of a tiny run whose maps are stored at every site."""
+    folder = tmp_path_factory.mktemp("page") / "sparse"
+    settings = {"model.attention.decoder_cross": "sparsemax", "train.epochs": 1}
+    settings |= {"evaluate.store_sites": ["decoder_cross", "decoder_self", "encoder_self"], "evaluate.examples": 3}
+    train(tiny_config(settings), folder)
+    return folder
+
+
+@pytest.fixture
+def evaluated_run(evaluated_once, tmp_path):
+    """A copy of that run, to be changed."""
+    return Path(shutil.copytree(evaluated_once, tmp_path / "sparse"))
+
+
+# A program whose descriptors 3 and 4 are those given.
+PIPES = """import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3), os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])"""
+
+
+class Browser:
+    """A page in Chromium without a window, told what to do over its pipe for debugging, which needs no library."""
+
+    def __init__(self, program: str, home: Path):
+        to_read, self._to = os.pipe()
+        self._from, to_write = os.pipe()
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={home}"]
+        command = [sys.executable, "-c", PIPES, str(to_read), str(to_write), program, *options, "about:blank"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, pass_fds=(to_read, to_write), **quiet)
+        os.close(to_read), os.close(to_write)
+        self._number, self._read, self._session, self.told = 0, b"", {}, []
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self._session = {"sessionId": self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log"):
+            self.ask(f"{domain}.enable")
+
+    def ask(self, method: str, **parameters) -> dict:
+        """A command of the DevTools protocol, and its answer."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters} | self._session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != self._number:
+            self.told.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def _next(self) -> dict:
+        while b"\0" not in self._read:
+            part = os.read(self._from, 2**20)
+            assert part, "the browser has ended"
+            self._read += part
+        message, _, self._read = self._read.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, address: str, width: int = 1280, height: int = 800) -> None:
+        """Load an address and wait until its script has drawn."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.ask("Emulation.setDeviceMetricsOverride", **size)
+        self.ask("Page.navigate", url="about:blank")
+        self.told.clear()
+        self.ask("Page.navigate", url=address)
+        self.wait("document.querySelector('#panels .panel img')?.complete")
+
+    def value(self, expression: str):
+        """What an expression of JavaScript is, or its promise brings."""
+        options = {"awaitPromise": True, "returnByValue": True}
+        answer = self.ask("Runtime.evaluate", expression=expression, **options)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def wait(self, expression: str, seconds: float = 30) -> None:
+        """Until an expression is true."""
+        end = time.monotonic() + seconds
+        while not self.value(expression):
+            assert time.monotonic() < end, f"not true in {seconds} s: {expression}; {self.faults()}"
+            time.sleep(0.02)
+
+    def settled(self) -> None:
+        """Until what was asked for is drawn: maps are unpacked in their own time."""
+        self.value("new Promise(done => setTimeout(() => requestAnimationFrame(done), 60))")
+
+    def press(self, key: str) -> None:
+        """A key, pressed and let go."""
+        text = {"text": key} if len(key) == 1 else {}
+        self.ask("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
+        self.ask("Input.dispatchKeyEvent", type="keyUp", key=key)
+        self.settled()
+
+    def click(self, x: float, y: float) -> None:
+        """A click of the mouse at a point of the window."""
+        at = {"x": x, "y": y, "button": "left", "clickCount": 1}
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            self.ask("Input.dispatchMouseEvent", type=kind, **at)
+        self.settled()
+
+    def faults(self) -> list[dict]:
+        """Exceptions of the page, and what its policy has refused."""
+        return [told for told in self.told if told["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+
+    def close(self) -> None:
+        self._session = {}
+        self.ask("Browser.close")
+        self.process.wait(20)
+        os.close(self._to), os.close(self._from)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A browser; tests that need one are skipped where there is no Chromium or Chrome."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f"needs one of {', '.join(names)}")
+    browser = Browser(program, tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()

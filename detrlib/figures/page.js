@@ -1,0 +1,186 @@
+// Choosing: controls, keys, clicks, and the address; what is chosen is drawn by page_drawing.js.
+
+let panels = [];
+const say = (x, y) => panels.forEach(panel => panel.say(x, y));
+
+async function draw() {
+  const turn = ++state.turn, {picture} = state;  // maps are unpacked in their own time: only the last word is drawn
+  if (!picture) return;
+  const runs = runsShown(), rows = runs.map(run => corresponding(picture, run));
+  const maps = await Promise.all(runs.map((run, k) => mapOf(picture, run, rows[k])));
+  if (turn !== state.turn) return;
+  const focused = panels.findIndex(({panel}) => panel.contains(document.activeElement));  // it is about to be replaced
+  const tops = maps.map(map => map?.top ?? 0), highest = Math.max(...tops);
+  panels = runs.map((run, k) => panelOf(picture, run, rows[k], maps[k], (checked("shared") ? highest : tops[k]) || 1));
+  control("panels").replaceChildren(...panels.map(({panel}) => panel));
+  for (const {fill} of panels) fill();
+  panels[focused]?.panel.querySelector("[aria-pressed=true]")?.focus({preventScroll: true});
+  control("heading").replaceChildren(picture.title, make("small", {}, ` ${picture.size[1]} × ${picture.size[0]}, ` +
+    `${state.listed.indexOf(picture) + 1} of ${state.listed.length}`));
+}
+
+function choose(run, row) {
+  state.chosen = row === null ? null : {run, row};
+  state.wanted = row !== null;
+  draw();
+}
+
+// Where what was chosen is not seen any more: what stands for it in the first run, or the best detection, unless none
+// was wanted.
+function settle() {
+  const {chosen, picture} = state, [first] = runsShown();
+  if (chosen && runsShown().includes(chosen.run) && rowsOf(picture.detected[chosen.run]).includes(chosen.row)) return;
+  const firsts = runsShown().map(run => ({run, row: rowsOf(picture.detected[run])[0]}));
+  const best = firsts.find(({row}) => row !== undefined);
+  const same = chosen ? corresponding(picture, first) : null;
+  const next = rowsOf(picture.detected[first]).includes(same) ? {run: first, row: same} : best ?? null;
+  state.chosen = state.wanted ? next : null;
+}
+
+function show(picture) {
+  if (!picture) return;
+  if (picture !== state.picture) Object.assign(state, {picture, chosen: null});
+  settle();
+  for (const button of control("list").querySelectorAll("button"))
+    button.setAttribute("aria-current", button.picture === picture);
+  control("list").querySelector("[aria-current=true]")?.scrollIntoView({block: "nearest", inline: "nearest"});
+  draw();
+}
+
+function arrange() {
+  control("least").value = number(chosenIn("score"));
+  const judge = orders[control("order").value][1], ranks = new Map(pictures.map(picture => [picture, judge(picture)]));
+  const detects = picture => runsShown().some(run => seen(picture.detected[run]).length);
+  const has = picture => picture.objects?.names.some(named) || detects(picture);
+  const wanted = pictures.filter(picture => !control("name").value || has(picture));
+  state.listed = wanted.sort((a, b) => ranks.get(b)[0] - ranks.get(a)[0] || a.index - b.index);
+  const total = state.listed.reduce((sum, picture) => sum + seen(picture.detected[chosenIn("run")]).length, 0);
+  control("shown").textContent = `${counted(total)} in ${state.listed.length} of ${pictures.length} images`;
+  control("list").replaceChildren(...state.listed.map(picture => {
+    const thumbnail = make("img", {src: picture.source, alt: "", loading: "lazy"}), said = ranks.get(picture)[1];
+    const words = [make("span", {}, picture.title), make("small", {}, said)];
+    const button = make("button", {type: "button", title: picture.name}, thumbnail, ...words);
+    button.addEventListener("click", () => show(picture));
+    button.picture = picture;
+    return make("li", {}, button);
+  }));
+}
+
+function rearrange() {
+  arrange();
+  show(state.listed.includes(state.picture) ? state.picture : state.listed[0]);
+}
+
+function offer(name, options, value) {
+  control(name).replaceChildren(...options.map(([key, text]) => make("option", {value: key}, text)));
+  if (options.some(([key]) => `${key}` === `${value}`)) control(name).value = value;
+  else if (options.length) control(name).value = options.at(-1)[0];
+}
+
+// Layers and heads that there are of the chosen site in any run.
+function offerMaps() {
+  const site = control("site").value, of = entries.filter(maps => maps.site === site);
+  const layers = Math.max(1, ...of.map(maps => maps.layers)), heads = Math.max(0, ...of.map(maps => maps.heads));
+  const list = (count, first) => Array.from({length: count}, (_, i) => [i + first, `${i + 1}`]);
+  const first = settings.layer < 0 ? layers + settings.layer : settings.layer;
+  offer("layer", list(layers, 0), control("layer").value || first);
+  const head = control("head").value || settings.head;
+  offer("head", [[0, "mean"], ...list(heads, 1)], head > heads ? 0 : head);
+}
+
+// Two runs are never the same: to choose the other one is to swap them.
+function swapped(changed) {
+  const other = changed === "run" ? "beside" : "run";
+  if (control("run").value === control("beside").value) control(other).value = state.runs[changed];
+  state.runs = {run: control("run").value, beside: control("beside").value};
+}
+
+function swap() {
+  if (chosenIn("beside") < 0) return;
+  control("run").value = state.runs.beside;
+  swapped("run");
+  rearrange();
+}
+
+function step(name, by) {
+  const {options, selectedIndex} = control(name), next = (selectedIndex + by + options.length) % options.length;
+  control(name).selectedIndex = next;
+  control(name).dispatchEvent(new Event("input"));
+}
+
+function stepImage(by) {
+  const {listed} = state;
+  show(listed[(listed.indexOf(state.picture) + by + listed.length) % listed.length]);
+}
+
+function stepRow(by) {
+  const run = state.chosen?.run ?? runsShown()[0], rows = rowsOf(state.picture.detected[run]);
+  const at = state.chosen ? rows.indexOf(state.chosen.row) + by : by > 0 ? 0 : rows.length - 1;
+  if (rows.length) choose(run, rows[(at + rows.length) % rows.length]);
+}
+
+function toggle(name) {
+  control(name).checked = !checked(name);
+  draw();
+}
+
+const keys = {
+  ArrowLeft: () => stepImage(-1), ArrowRight: () => stepImage(1), j: () => stepRow(1), k: () => stepRow(-1),
+  "[": () => step("layer", -1), "]": () => step("layer", 1), h: () => step("head", 1), H: () => step("head", -1),
+  s: () => step("site", 1), x: swap, l: () => toggle("linear"), c: () => toggle("shared"),
+  Escape: () => choose(0, null), "?": () => control("help").showModal(),
+};
+
+document.addEventListener("keydown", event => {
+  const typing = event.target.matches?.("select, input[type=range]");  // which have keys of their own
+  if (control("help").open || typing || event.ctrlKey || event.metaKey || event.altKey || !keys[event.key]) return;
+  event.preventDefault();
+  keys[event.key]();
+});
+
+// An address may name a view: viewer.html#image=17&run=sparsemax&beside=softmax&layer=2&head=3
+function fromAddress() {
+  const asked = new URLSearchParams(location.hash.slice(1)), index = name => settings.runs.indexOf(asked.get(name));
+  for (const name of ["run", "beside"]) if (index(name) >= 0) { control(name).value = index(name); swapped(name); }
+  if (entries.some(maps => maps.site === asked.get("site"))) { control("site").value = asked.get("site"); offerMaps(); }
+  if (asked.has("layer")) control("layer").value = asked.get("layer") - 1;
+  if (asked.has("head")) control("head").value = asked.get("head") === "mean" ? 0 : asked.get("head");
+  return pictures.find(picture => picture.name === asked.get("image"));
+}
+
+async function begin() {
+  const runs = settings.runs.map((name, run) => [run, name]), annotated = pictures.some(picture => picture.objects);
+  offer("run", runs, 0);
+  offer("beside", [[-1, "no other run"], ...runs], runs.length > 1 ? 1 : -1);
+  state.runs = {run: control("run").value, beside: control("beside").value};
+  const sites = [...new Set(entries.map(maps => maps.site))];
+  offer("site", sites.map(site => [site, site.replace("_", " ")]), settings.site);
+  offerMaps();
+  Object.assign(control("score"), {min: settings.score, value: settings.score});
+  for (const name of Object.keys(settings.classes)) control("name").append(make("option", {value: name}, name));
+  const lacks = {missed: !annotated, wrong: !annotated, paibb: !annotated || !entries.length, apart: runs.length < 2};
+  const possible = Object.entries(orders).filter(([name]) => !lacks[name]).map(([name, [words]]) => [name, words]);
+  offer("order", possible, annotated ? "missed" : "given");
+  control("two").hidden = control("together").hidden = runs.length < 2;
+  control("attention").hidden = !entries.length;
+  control("annotated").hidden = !annotated;
+  if (!window.DecompressionStream) {
+    control("fault").textContent = "This browser cannot unpack the maps; one of 2023 or newer can.";
+    for (const detected of pictures.flatMap(picture => picture.detected)) delete detected?.maps;
+    entries.length = 0;
+  }
+  for (const maps of entries) maps.measured = await unpacked(maps.numbers, Float32Array);
+  for (const name of ["run", "beside"]) control(name).addEventListener("input", () => { swapped(name); rearrange(); });
+  for (const name of ["score", "name", "order", "layer", "head"]) control(name).addEventListener("input", rearrange);
+  control("site").addEventListener("input", () => { offerMaps(); draw(); });
+  for (const name of ["linear", "shared", "ring", "captions", "truth"]) control(name).addEventListener("input", draw);
+  control("swap").addEventListener("click", swap);
+  control("ask").addEventListener("click", keys["?"]);
+  window.addEventListener("resize", draw);
+  window.addEventListener("hashchange", () => show(fromAddress()));
+  const asked = fromAddress();
+  arrange();
+  show(asked ?? state.listed[0]);
+}
+
+begin();

@@ -1,0 +1,162 @@
+"use strict";
+// What is known: detections, maps, and what went wrong.
+//
+// A picture: title, name, size [height, width], source, objects {boxes, names} where they are annotated, and for each
+// run `detected`: null, or boxes (left, top, width, height in 0..1), scores, names, matched,
+// and maps of the rows `kept`.
+const settings = JSON.parse(document.getElementById("settings").textContent);
+const control = name => document.getElementById(name);
+const chosenIn = name => +control(name).value, checked = name => control(name).checked;
+const number = (value, digits = 2) => value.toFixed(digits);
+const weightText = value => value === 0 ? "0" : value < 0.001 ? value.toExponential(1) : value.toPrecision(2);
+const EVEN = 0.005;  // of the sum of a map: what rounding may have moved
+const REACH = 0.02;  // of the longer side of the picture: how far from a box a click still means it
+const pictures = [...document.querySelectorAll("script.picture")].map((script, index) => {
+  const picture = JSON.parse(script.textContent);
+  script.remove();
+  return Object.assign(picture, {index});
+});
+const entries = pictures.flatMap(picture => picture.detected.flatMap(detected => detected?.maps ?? []));
+const state = {picture: pictures[0], chosen: null, wanted: true, turn: 0, listed: []};
+
+function make(tag, attributes = {}, ...content) {
+  const drawn = ["svg", "rect", "circle", "g", "text", "title"].includes(tag);
+  const node = drawn ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...content);  // names of files and classes are text, never markup
+  return node;
+}
+
+// --- maps ------------------------------------------------------------------------------------------------------
+
+async function unpacked(text, Kind) {
+  const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Kind(await new Response(stream).arrayBuffer());
+}
+
+const weight = (map, cell) => map.codes[cell] ? map.top * 2 ** ((map.codes[cell] - 255) / settings.steps) : 0;
+
+// Where a map of a detection stands among those of its run: {of, index}, or null where there is none.
+function position(picture, run, row, site = control("site").value) {
+  const detected = picture.detected[run], of = detected?.maps?.find(maps => maps.site === site);
+  const at = of ? detected.kept.indexOf(row) : -1;
+  if (at < 0) return null;
+  const layer = Math.min(chosenIn("layer"), of.layers - 1), head = chosenIn("head") > of.heads ? 0 : chosenIn("head");
+  return {of, layer, head, index: (at * of.layers + layer) * (1 + of.heads) + head};
+}
+
+// The numbers of a map by name, as the library has measured them.
+function measured({of, index}) {
+  const width = settings.numbers.length;
+  return Object.fromEntries(settings.numbers.map((name, column) => [name, of.measured[index * width + column]]));
+}
+
+async function mapOf(picture, run, row) {
+  const place = row === null ? null : position(picture, run, row);
+  if (!place) return null;
+  const {of, index} = place, cells = of.keys.reduce((product, side) => product * side);
+  of.unpacked ??= unpacked(of.codes, Uint8Array);
+  const codes = (await of.unpacked).subarray(index * cells, (index + 1) * cells);
+  return codes.length ? {...place, ...measured(place), codes, cells} : null;
+}
+
+// --- what is seen, right and wrong --------------------------------------------------------------------------------
+
+const named = name => !control("name").value || name === control("name").value;
+const counted = count => `${count} detection${count === 1 ? "" : "s"}`;
+const nameOf = (detected, i) => `${detected.names[i]} ${number(detected.scores[i])}`;
+const visible = (detected, i) => detected.scores[i] >= chosenIn("score") && named(detected.names[i]);
+const seen = detected => detected ? detected.scores.map((_, i) => i).filter(i => visible(detected, i)) : [];
+const runsShown = () => [chosenIn("run"), chosenIn("beside")].filter(run => run >= 0);
+
+function overlap(a, b) {
+  const side = k => Math.min(a[k] + a[k + 2], b[k] + b[k + 2]) - Math.max(a[k], b[k]);
+  const inner = Math.max(side(0), 0) * Math.max(side(1), 0);
+  return inner / (a[2] * a[3] + b[2] * b[3] - inner);
+}
+
+// Objects that are missed, and detections that are wrong, as COCO counts them at an IoU of 0.5: the best detection
+// takes the object of its class that it overlaps most, the next one of those that are left.
+function judged(picture, run) {
+  const detected = picture.detected[run], {boxes, names} = picture.objects ?? {boxes: [], names: []};
+  const free = new Set(names.map((_, object) => object).filter(object => named(names[object]))), wrong = [];
+  for (const i of seen(detected)) {
+    let best = -1, most = 0.5;
+    for (const object of free) {
+      const shared = names[object] === detected.names[i] ? overlap(boxes[object], detected.boxes[i]) : 0;
+      if (shared >= most) [best, most] = [object, shared];
+    }
+    if (best < 0) wrong.push(i);
+    else free.delete(best);
+  }
+  return {missed: [...free], wrong};
+}
+
+// The largest difference between two runs in the score of a detection; one that the other has not has score 0 there.
+function disagreement(picture) {
+  let most = 0, what = "";
+  const [a, b] = runsShown().map(run => picture.detected[run]);
+  for (const [one, other] of a && b ? [[a, b], [b, a]] : []) for (const i of seen(one)) {
+    const same = other.boxes.map((box, j) =>
+      other.names[j] === one.names[i] && overlap(box, one.boxes[i]) >= 0.5 ? other.scores[j] : 0);
+    const least = Math.max(0, ...same);
+    if (one.scores[i] - least > most) [most, what] = [one.scores[i] - least, `${nameOf(one, i)}, ${number(least)}`];
+  }
+  return [most, what || "they agree"];
+}
+
+// PAIBB of the matched queries of a picture in the layer and head that are chosen.
+function inside(picture, run) {
+  const detected = picture.detected[run], rows = detected ? detected.matched.map((_, i) => i) : [];
+  const places = rows.filter(i => detected.matched[i] >= 0 && named(detected.names[i]))
+    .map(i => position(picture, run, i, "decoder_cross")).filter(place => place?.of.measured);
+  return places.map(place => measured(place).paibb);
+}
+
+// Of a picture how bad it is, worst first, and in words; by order.
+const orders = {
+  missed: ["missed objects first", picture => {
+    const {missed, wrong} = judged(picture, chosenIn("run"));
+    return [1000 * missed.length + wrong.length, `${missed.length} missed, ${wrong.length} wrong`];
+  }],
+  wrong: ["confident and wrong first", picture => {
+    const detected = picture.detected[chosenIn("run")];
+    const [worst] = judged(picture, chosenIn("run")).wrong;  // rows are in order of their scores
+    return worst === undefined ? [0, "none wrong"] : [detected.scores[worst], nameOf(detected, worst)];
+  }],
+  paibb: ["PAIBB zero first", picture => {
+    const shares = inside(picture, chosenIn("run")), none = shares.filter(share => share < 1e-6).length;
+    if (!shares.length) return [-1, "no maps"];
+    const lowest = Math.min(...shares);
+    return [none + 1 - lowest, none ? `${none} of ${shares.length} zero` : `lowest ${number(lowest)}`];
+  }],
+  apart: ["largest disagreement first", disagreement],
+  given: ["in the order of the file", picture => [0, counted(seen(picture.detected[chosenIn("run")]).length)]],
+  most: ["most detections first", picture => {
+    const count = seen(picture.detected[chosenIn("run")]).length;
+    return [count, counted(count)];
+  }],
+  unsure: ["least sure first", picture => {
+    const detected = picture.detected[chosenIn("run")], [first] = seen(detected), best = detected?.scores[first] ?? 0;
+    return [-best, best ? `best ${number(best)}` : "nothing"];
+  }],
+};
+
+// The detection of another run that stands for the chosen one: of the same object, or that of the largest overlap.
+function corresponding(picture, run) {
+  const detected = picture.detected[run];
+  if (!state.chosen || !detected) return null;
+  const origin = picture.detected[state.chosen.run], {row} = state.chosen;
+  if (run === state.chosen.run) return row;
+  const same = origin.matched[row] >= 0 ? detected.matched.indexOf(origin.matched[row]) : -1;
+  if (same >= 0) return same;
+  const ious = detected.boxes.map(box => overlap(box, origin.boxes[row])), best = ious.indexOf(Math.max(...ious));
+  return best >= 0 && ious[best] > 0.3 ? best : null;
+}
+
+// Rows that can be chosen: what is seen, and the queries matched to objects of the class, whatever their score.
+function rowsOf(detected) {
+  const choosable = i => visible(detected, i) || (detected.matched[i] >= 0 && named(detected.names[i]));
+  return detected ? detected.scores.map((_, i) => i).filter(choosable) : [];
+}
