@@ -96,6 +96,7 @@ STYLE = {
 }
 
 
+SCREENS = {"page": STYLE["figure.dpi"], "class": 180}  # pixels per inch on a screen, see `use`
 SCALED = ("axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
 
 
@@ -107,6 +108,16 @@ def look() -> dict:
     own = {name: value for name, value in STYLE.items() if plt.rcParams[name] == plt.rcParamsDefault[name]}
     scale = plt.rcParams["font.size"] / STYLE["font.size"] if "font.size" not in own else 1
     return own | {name: scale * own[name] for name in SCALED if name in own}
+
+
+def use(screen: str) -> None:
+    """Draw what follows for a "page" or for a "class": there larger on the screen, letters and lines with it.
+
+    Saved files stay as they are. Raises ValueError for any other screen.
+    """
+    if screen not in SCREENS:
+        raise ValueError(f"figures are drawn for {' or '.join(SCREENS)}, not for {screen!r}")
+    plt.rcParams["figure.dpi"] = SCREENS[screen]
 
 
 class Nothing(ValueError):

@@ -77,8 +77,7 @@ def curves(
     size = (0.75, 0.55) if len(panels) == 1 else (1.0, 0.4)
     drawn, grid = figure(*size, ncols=len(panels), sharey=shared)
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
-    known = any(transform in name for transform in COLOURS for name in names)
-    colours, lines = run_colours(names) if known else dict(zip(names, cycle(PALETTE), strict=False)), {}
+    colours, lines = _colours(names), {}
     for axes, (title, series), (x_label, y_label) in zip(np.atleast_1d(grid), panels.items(), labels, strict=True):
         for name, (x, y) in series.items():
             dashes = DASHES[names.index(name) % len(DASHES)]
@@ -212,7 +211,7 @@ def grouped_bars(groups: Mapping[str, Mapping[str, float]], title: str, label: s
     """For every group a bar per name, its value written on it."""
     drawn, axes = figure(0.8, 0.42)
     names = list(next(iter(groups.values())))
-    colours, width = run_colours(names), 0.8 / len(names)
+    colours, width = _colours(names), 0.8 / len(names)
     for number, name in enumerate(names):
         positions = np.arange(len(groups)) + (number - (len(names) - 1) / 2) * width
         bars = axes.bar(
@@ -278,6 +277,12 @@ def resting_places(rows: Mapping[str, Mapping[str, tuple[np.ndarray, float | Non
     for axes, name in zip(panels[0], columns, strict=True):
         axes.set_title(name, loc="left")
     return drawn
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """Those of the transforms in the names; where there are none, the first of the palette."""
+    known = any(transform in name for transform in COLOURS for name in names)
+    return run_colours(names) if known else dict(zip(names, cycle(PALETTE), strict=False))
 
 
 def _triangle(axes: Axes) -> None:

@@ -1,6 +1,6 @@
-"""Pictures of single steps of DETR: maps over its grid, the matching, pairs of boxes, a loss.
+"""Pictures of single steps of DETR: queries and keys, norms, maps over its grid, the matching, boxes and their ways.
 
-Legend: B images, n panels, h x w cells of the feature map, Q queries, T boxes of an image. Boxes are xyxy.
+Legend: B images, n panels, h x w cells of the feature map, K keys, Q queries, T boxes of an image. Boxes are xyxy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from detrlib.figures.attention import draw_box, draw_image
+from detrlib.figures.attention import draw_box, draw_image, thinner
 from detrlib.figures.style import MUTED, PALETTE, class_colour, figure, styled
 
 
@@ -30,6 +30,78 @@ def grid_maps(
         axes.set_title(title, loc="left")
         axes.set(xticks=[], yticks=[])
     drawn.colorbar(shown, ax=panels.ravel().tolist(), shrink=0.8, label=label)
+    return drawn
+
+
+@styled
+def query_and_keys(query: np.ndarray, keys: np.ndarray, scores: np.ndarray) -> Figure:
+    """A query [2] and keys [K,2] as arrows of a plane, and beside them the score [K] of each key as a bar."""
+    drawn, (left, right) = figure(0.8, 0.45, ncols=2)
+    reach = 1.2 * max(np.abs(keys).max(), np.abs(query).max())
+    for number, key in enumerate(keys, 1):
+        _arrow(left, key, PALETTE[0])
+        _beyond(left, key, f"key {number}", PALETTE[0])
+    _arrow(left, query, PALETTE[1])
+    _beyond(left, query, "query", PALETTE[1])
+    left.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel="channel 1", ylabel="channel 2")
+    left.grid(True)
+    bars = right.bar(range(1, len(scores) + 1), scores, 0.7, color=PALETTE[0])
+    right.bar_label(bars, fmt="%.2f", padding=2)
+    right.axhline(0, color=MUTED, linewidth=0.6)
+    right.margins(y=0.15)
+    right.set(xticks=range(1, len(scores) + 1), xlabel="key", ylabel="score z")
+    return drawn
+
+
+@styled
+def normalised_together(groups: Mapping[str, np.ndarray], images: int) -> Figure:
+    """A panel per norm: numbers of a batch, tokens of all images down and channels across, [B*K,E].
+
+    Each group of numbers that have a mean of their own has a shade of its own, and the first one is framed. images: B,
+    divided by lines. groups: norm -> the group [B*K,E] of every number.
+    """
+    drawn, panels = figure(0.8, 0.5, ncols=len(groups), sharey=True)
+    for axes, (title, group) in zip(panels, groups.items(), strict=True):
+        tokens, channels = group.shape
+        axes.imshow(group % 4, cmap="Blues", vmin=-1, vmax=6, aspect="auto", extent=(0, channels, tokens, 0))
+        rows, columns = np.nonzero(group == 0)
+        size = columns.max() + 1, rows.max() + 1
+        axes.add_patch(Rectangle((0, 0), *size, fill=False, edgecolor=PALETTE[1], linewidth=2.5, clip_on=False))
+        for image in range(1, images):
+            axes.axhline(image * tokens / images, color="black", linewidth=1.2)
+        axes.set_title(title, loc="left")
+        axes.set(xlabel="channel", xticks=[], yticks=[])
+    shown = [f"tokens of\nimage {image + 1}" for image in range(images)]
+    panels[0].set_yticks([(image + 0.5) * tokens / images for image in range(images)], shown)
+    return drawn
+
+
+@styled
+def box_steps(
+    image: np.ndarray, steps: Mapping[str, np.ndarray], colours: Sequence[str] = PALETTE, truth: np.ndarray = ()
+) -> Figure:
+    """A panel per step with the boxes [n,4] of the same queries; arrows show how their centres came from the last one.
+
+    image: [H,W,3]; colours: of the boxes, repeated where there are more; truth: dashed boxes [T,4] of every panel.
+    """
+    size = min(1.0, 0.32 * len(steps))
+    drawn, panels = figure(size, 1.12 * image.shape[0] / image.shape[1] / len(steps), ncols=len(steps), squeeze=False)
+    before = None
+    for axes, (title, boxes) in zip(panels[0], steps.items(), strict=True):
+        draw_image(axes, image, title, alpha=0.45)
+        for box in truth:
+            draw_box(axes, box, "black", dashed=True)
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        for number, (box, centre) in enumerate(zip(boxes, centres, strict=True)):
+            colour = colours[number % len(colours)]
+            draw_box(axes, box, colour, width=thinner(len(boxes)))
+            axes.plot(*centre, "o", color=colour, markersize=3, markeredgecolor="white", markeredgewidth=0.5)
+            if before is not None:
+                look = {"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
+                axes.annotate("", centre, before[number], arrowprops=look)
+        height, width = image.shape[:2]
+        axes.set(xlim=(-0.08 * width, 1.08 * width), ylim=(1.08 * height, -0.08 * height))  # boxes reach out of it
+        before = centres
     return drawn
 
 
@@ -90,8 +162,22 @@ def boxes_before_and_after(
             for box, label, score in zip(*detected, strict=True):
                 words = f"{names.get(int(label), '-')} {score:.2f}"
                 draw_box(axes, box, class_colour(int(label), names), caption=words)
-        row[0].set_title(title, loc="left", fontweight="bold")
+        # Beside the row: above it, captions of boxes at the upper edge would run into the words.
+        row[0].annotate(
+            title, (-0.14, 0.5), xycoords="axes fraction", rotation=90, ha="right", va="center", fontweight="bold"
+        )
     return drawn
+
+
+def _arrow(axes: Axes, end: np.ndarray, colour: str) -> None:
+    """From the origin to `end` (x, y)."""
+    axes.annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "linewidth": 1.6})
+
+
+def _beyond(axes: Axes, end: np.ndarray, words: str, colour: str) -> None:
+    """Words beyond the end of an arrow, so that they do not lie on it."""
+    offset = 14 * end / np.linalg.norm(end)
+    axes.annotate(words, end, offset, textcoords="offset points", ha="center", va="center", color=colour)
 
 
 def _hatch(axes: Axes, hidden: np.ndarray) -> None:

@@ -82,6 +82,18 @@ def test_what_the_user_has_set_wins():
             assert plt.rcParams["xtick.labelsize"] == 14 and plt.rcParams["font.size"] == 16
 
 
+def test_figures_for_a_class_are_larger_on_the_screen():
+    with plt.rc_context():
+        style.use("class")
+        large, _ = style.figure()
+        style.use("page")
+        small, _ = style.figure()
+    assert large.dpi > 1.5 * small.dpi == 1.5 * style.STYLE["figure.dpi"]
+    assert list(large.get_size_inches()) == list(small.get_size_inches())
+    with pytest.raises(ValueError, match="page or class"):
+        style.use("wall")
+
+
 def test_drawing_functions_keep_what_the_user_has_set():
     @style.styled
     def draw():

@@ -48,3 +48,34 @@ def test_boxes_before_and_after_have_a_row_per_stage(texts):
     truth, predicted = drawn.axes[1].patches[1::2]
     assert predicted.get_bbox().extents.tolist() == [3, 4, 10, 13]
     assert to_hex(truth.get_edgecolor()) == to_hex(predicted.get_edgecolor()) == class_colour(1, names).lower()
+
+
+def test_query_and_keys_draw_an_arrow_and_a_score_for_each_key(texts):
+    drawn = walkthrough.query_and_keys(np.array([1.0, 0]), np.array([[1.0, 1], [0, -2]]), np.array([0.7, 0.0]))
+    left, right = drawn.axes
+    ends = {text.get_text(): text.xy for text in left.texts if text.get_text()}
+    assert {name: tuple(end) for name, end in ends.items()} == {"key 1": (1, 1), "key 2": (0, -2), "query": (1, 0)}
+    assert [bar.get_height() for bar in right.patches] == [0.7, 0.0] and {"0.70", "score z"} <= set(texts(drawn))
+
+
+def test_what_is_normalised_together_is_framed(texts):
+    token, channel = np.indices((4, 3))
+    drawn = walkthrough.normalised_together({"LayerNorm": token, "BatchNorm": channel}, 2)
+    frames = [axes.patches[0].get_bbox().extents.tolist() for axes in drawn.axes]
+    assert frames == [[0, 0, 3, 1], [0, 0, 1, 4]]  # a token, a channel of both images
+    assert {"LayerNorm", "tokens of\nimage 2", "channel"} <= set(texts(drawn))
+    assert drawn.axes[0].get_lines()[0].get_ydata() == [2, 2]
+
+
+def test_box_steps_follow_the_centre_from_panel_to_panel(texts):
+    drawn = walkthrough.box_steps(
+        IMAGES[0], {"reference": BOX, "layer 1": BOX + np.array([4, 2, 4, 2])}, ["red"], BOX + 1
+    )
+    first, second = drawn.axes
+    assert {"reference", "layer 1"} <= set(texts(drawn))
+    assert first.get_xlim() == second.get_xlim() and not first.texts
+    (arrow,) = second.texts
+    assert (arrow.xyann, tuple(arrow.xy)) == (pytest.approx((5.5, 7.5)), (9.5, 9.5))
+    truth, box = second.patches[1:4:2]
+    assert truth.get_linestyle() != "-" and box.get_bbox().extents.tolist() == [6, 5, 13, 14]
+    assert to_hex(box.get_edgecolor()) == to_hex("red")
