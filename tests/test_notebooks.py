@@ -42,6 +42,7 @@ class TinyRun:
                 "timed_ratios": [0.1, 1.0],
                 "repeats": 1,
             },
+            "05_measures": {"updates": 20},
             "06_train": run | {"config": str(self.config), "overrides": {"train.epochs": 1}, "gpus": 0},
             "07_evaluate": run
             | {"num_examples": 1, "untrained": True, "explained_images": 2, "explained_by": ["raw", "odam", "box"]}

@@ -36,6 +36,7 @@ def test_check_says_what_is_wrong(attempt, verdict):
         ("02_detr_walkthrough", [], 6),
         ("03_attention_transforms", ["names = "], 6),
         ("04_deformable_and_sparse", ["dim, heads, ", "grids = [(16, 24)"], 3),
+        ("05_measures", [], 6),
     ],
 )
 def test_every_solution_passes(notebook, needed, exercises, capsys):
