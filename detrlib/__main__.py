@@ -23,6 +23,7 @@ COMMANDS = {  # as help lists them
     "predict": using.predict,
     "explain": measuring.explain,
     "intervene": measuring.intervene,
+    "figures": measuring.figures,
     "sweep": training.sweep,
     "notebook": training.notebook,
     "import": using.import_weights,

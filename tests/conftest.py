@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -366,6 +367,23 @@ def texts():
         return [text.get_text() for text in drawn.findobj(lambda item: hasattr(item, "get_text")) if text.get_text()]
 
     return texts
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    engine = next(filter(shutil.which, ("tectonic", "pdflatex")), None)
+    if engine is None:
+        pytest.skip("no LaTeX here: tectonic, or texlive-latex-extra with lmodern, compiles documents")
+
+    def compiled(path: Path) -> str:
+        """What LaTeX has to say of a document, which it turns into a PDF beside it; twice, for references."""
+        options = ["--keep-logs"] if engine == "tectonic" else ["-interaction=nonstopmode", "-halt-on-error"]
+        for _ in range(2):
+            done = subprocess.run([engine, *options, path.name], cwd=path.parent, capture_output=True, timeout=300)
+            assert done.returncode == 0, done.stdout.decode(errors="replace")[-3000:]
+        return path.with_suffix(".log").read_text(errors="replace").replace("\n", "")
+
+    return compiled
 
 
 @pytest.fixture(scope="session")

@@ -486,7 +486,7 @@ def test_a_benchmark_is_a_file_with_a_function_main(tmp_path, monkeypatch):
 
 def test_every_command_has_a_line_of_help():
     shown = detrlib("--help")
-    names = "train evaluate predict explain intervene sweep notebook import unrel costs huggingface"
+    names = "train evaluate predict explain intervene figures sweep notebook import unrel costs huggingface"
     for command in names.split():
         assert f"\n  {command} " in shown
         assert "Usage" in detrlib(command, "--help")

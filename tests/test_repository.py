@@ -156,6 +156,14 @@ def test_the_lock_leaves_platform_wheels_to_torch():
     assert not re.search(r"^(nvidia-|cuda-|triton)", (PROJECT / "requirements.lock").read_text(), re.MULTILINE)
 
 
+def test_the_citation_agrees_with_licence_and_package():
+    citation = yaml.safe_load((PROJECT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()  # what the format asks for
+    holder = re.search(r"Copyright \(c\) \d+ (.*)", (PROJECT / "LICENSE").read_text())[1]
+    assert citation["authors"] == [{"name": holder}] and citation["license"] == project_metadata()["license"]
+    assert citation["title"].startswith(project_metadata()["name"])
+
+
 def test_no_large_file_is_committed():
     listing = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True)
     if listing.returncode:

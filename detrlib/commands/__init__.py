@@ -1,7 +1,7 @@
 """The commands, each a function whose signature is its options and which calls one function of the library.
 
     training    train, check, sweep, notebook
-    measuring   evaluate, explain, intervene, huggingface
+    measuring   evaluate, explain, intervene, figures, huggingface
     using       predict, import, export
     tools       costs, benchmark, unrel
 

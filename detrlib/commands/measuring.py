@@ -151,6 +151,35 @@ def intervene(
     typer.echo(table.drop(columns=["site", "checkpoint"]).round(4).to_string(index=False, na_rep=""))
 
 
+def figures(
+    names: Annotated[list[str], Argument(metavar="RUN...", help="folders under papermill_runs/, seeds too")],
+    out: Annotated[Path, Option(help="folder for them, for thesis.tex and for the executed notebook")],
+    parameters: Annotated[list[str], Option("-p", metavar="NAME=VALUE...", help="others of 09_thesis_figures")] = [],  # noqa: B006
+) -> None:
+    """Every figure (PDF, PNG) and table (LaTeX, Markdown) of finished runs, and a LaTeX document of them all.
+
+    They are those of notebook 09_thesis_figures, which is executed; its copy lies beside them.
+    """
+    from detrlib import runs
+    from detrlib.engine.notebooks import execute_notebook, find_notebook
+    from detrlib.figures.album import check_folder
+    from detrlib.figures.thesis import DOCUMENT, left_out
+
+    values = pairs(parameters, "-p", "resamples=200")
+    if own := values.keys() & {"run_names", "output"}:
+        raise ConfigError(f"-p {min(own)}: runs are given as arguments, the folder as --out")
+    run_dirs = runs.find_runs(names)
+    for run_dir in run_dirs:
+        runs.load_results(run_dir)  # says what is missing, before a minute has passed
+    check_folder(out)
+    folder, notebook = out.resolve(), find_notebook("thesis_figures").name
+    values |= {"run_names": [runs.run_name(run_dir) for run_dir in run_dirs], "output": runs.within_project(folder)}
+    execute_notebook("thesis_figures", folder / notebook, values, progress=True)
+    for line in left_out(folder):
+        typer.echo(f"nothing to show: {line}")
+    typer.echo(folder / DOCUMENT)
+
+
 def huggingface(
     models: Annotated[
         list[str] | None, Argument(metavar="MODEL...", help="ids, folders; types: random weights")

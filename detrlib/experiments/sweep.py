@@ -150,7 +150,7 @@ def _carry_out(jobs: list[Job], home: Path, parameters: dict[str, Any], parallel
         logs = "; ".join(f"{log}: {last_line(log)}" for log in failed)
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {logs}. Call again to retry them.")
     print("drawing figures and tables", flush=True)
-    executed = _draw(home, [_within_project(job.folder) for job in jobs], parameters)
+    executed = _draw(home, [runs.within_project(job.folder) for job in jobs], parameters)
     shrink_pictures(executed)
     table = home / "figures" / "main_table.md"
     if table.exists():  # an edited notebook need not write it
@@ -202,11 +202,11 @@ def waves(jobs: list[Job]) -> list[list[Job]]:
 
 def _draw(folder: Path, names: list[str], asked: dict[str, Any]) -> Path:
     """Execute the notebooks on maps, of one run of each group, and on figures side by side; the second, the report."""
-    of_groups = [_within_project(path) for path in first_of_groups(map(runs.run_path, names))]
+    of_groups = [runs.within_project(path) for path in first_of_groups(map(runs.run_path, names))]
     write_json(folder / ASKED, {"attention_maps": {"run_names": of_groups}})
     maps, log, report = _begin(folder), folder / LOG, find_notebook("thesis_figures").name
     try:
-        parameters = {**asked, "run_names": names, "output": _within_project(folder / "figures")}
+        parameters = {**asked, "run_names": names, "output": runs.within_project(folder / "figures")}
         executed = execute_notebook("thesis_figures", folder / report, parameters)
         if maps.wait():
             raise RunError(f"{log}: {last_line(log)}. Call again to draw what is missing.")
@@ -306,16 +306,11 @@ def _begin(folder: Path, environment: dict[str, str] | None = None) -> subproces
 
 def _asked(job: Job, gpus: int | None) -> dict[str, dict[str, Any]]:
     """The notebooks that are left of a run, and their parameters."""
-    name = {"run_name": _within_project(job.folder), "gpus": gpus}
+    name = {"run_name": runs.within_project(job.folder), "gpus": gpus}
     asked = {"train": {"config": str(job.folder / "sweep.yaml")} | name, "evaluate": job.measure | name}
     if runs.is_finished(job.folder):
         del asked["train"]
     return asked
-
-
-def _within_project(path: Path) -> str:
-    """`path` from the project root where it lies in it: an executed notebook should not name the machine."""
-    return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
 
 
 def _report(jobs: list[Job], slots: int, start: float, bar: tqdm) -> bool:

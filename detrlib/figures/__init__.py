@@ -2,7 +2,7 @@
 
 What statistics say is drawn in `results`, `statistics`, `interventions` and `explanations`, what stands in images in
 `attention`, `queries`, `deformable` and `dataset`, where attention rests in `sinks`, maps by `overlay`; `viewer`
-answers to clicks, whose meaning is in `views`; `tables` are text.
+answers to clicks, whose meaning is in `views`; `tables` are text, `thesis` is a document of them and of figures.
 `predictions` are of pictures of one's own, which `album` puts into a folder. `page` puts them, or what runs store, into
 one file for a browser.
 `figures.save(figure, "name")` writes one for LaTeX.
@@ -25,5 +25,6 @@ from detrlib.figures import (
     statistics,
     style,
     tables,
+    thesis,
 )
 from detrlib.figures.style import save

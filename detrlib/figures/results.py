@@ -26,6 +26,22 @@ ALPHA_LIMITS = (1.0, 2.0)  # softmax and sparsemax, the ends of the entmax famil
 HOLLOW = {"linestyle": (0, (2, 1.5)), "markerfacecolor": "white"}
 
 
+CURVES = {  # of a training, by name in metrics.jsonl: what to write above them
+    "epoch/loss": "total loss",
+    "epoch/loss_class": "class loss",
+    "epoch/loss_bbox": "L1 loss",
+    "epoch/loss_giou": "GIoU loss",
+    "epoch/class_error": "class error of matched queries, %",
+    "epoch/cardinality_error": "cardinality error",
+    "detection/AP": "AP",
+    "detection/AP50": "AP50",
+    "detection/AP75": "AP75",
+    "detection/AP_small": "AP, small",
+    "detection/AP_medium": "AP, medium",
+    "detection/AP_large": "AP, large",
+}
+
+
 @styled
 def training_curves(frame: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] | None = None) -> Figure:
     """One panel per metric, one line per run, over epochs: columns run, epoch, metric, value.

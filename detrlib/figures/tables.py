@@ -11,6 +11,9 @@ from pandas.io.formats.style import Styler
 from detrlib.errors import ConfigError
 from detrlib.figures.style import DASH
 
+LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"}
+LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$"}
+
 
 def markdown_table(table: pd.DataFrame, formats: Mapping[str, str], **ranking) -> str:
     """`table` in Markdown, its index first. Arguments and bold values as in `latex_table`."""
@@ -31,7 +34,7 @@ def latex_table(
     lower_is_better: Collection[str] = (),
     unranked: Collection[str] = (),
 ) -> str:
-    r"""`table` as a LaTeX table (needs \usepackage{booktabs}), its index first and the best of each column in bold.
+    r"""`table` as a LaTeX table (needs booktabs and adjustbox), its index first and the best of each column in bold.
 
     formats: column -> format specification such as ".1f"; other columns are written as they are. The highest
     number is best, but the lowest in `lower_is_better`; `unranked` columns and text have no best. Values that look
@@ -42,13 +45,22 @@ def latex_table(
     named = texts.rename_axis(table.index.name or "").reset_index()
     styler = named.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
     bold = np.where(best, "textbf:--rwrap;", "")
-    return styler.apply(lambda _: bold, axis=None, subset=texts.columns).to_latex(
+    written = styler.apply(lambda _: bold, axis=None, subset=texts.columns).to_latex(
         column_format="l" + "r" * len(texts.columns),
         caption=caption,
         label=label,
         hrules=True,
         position_float="centering",
     )
+    box = r"{adjustbox}{max width=\linewidth}"  # of many columns, smaller than the text
+    written = written.replace(r"\begin{tabular}", rf"\begin{box}" "\n" r"\begin{tabular}")
+    written = written.replace(r"\end{tabular}", r"\end{tabular}" "\n" r"\end{adjustbox}")
+    return written.replace("−", "$-$")  # which pdflatex has in formulas alone
+
+
+def escaped(text: str) -> str:
+    """Text for LaTeX in which no sign has a meaning."""
+    return "".join(LATEX.get(letter, letter) for letter in text)
 
 
 def _plain(text: str) -> str:

@@ -24,6 +24,7 @@ from detrlib.runs.folder import (
     save_tables,
     training_starts,
     truncate_metrics,
+    within_project,
 )
 from detrlib.runs.maps import AttentionStore
 from detrlib.runs.opening import (

@@ -148,6 +148,11 @@ def run_name(run_dir: Path) -> str:
     return str(run_dir.relative_to(RUNS)) if run_dir.is_relative_to(RUNS) else str(run_dir)
 
 
+def within_project(path: Path) -> str:
+    """`path` from the project root where it lies in it: an executed notebook should not name the machine."""
+    return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
+
+
 def _finished(run_dir: Path) -> str:
     path = run_dir / "checkpoints" / "last.pt"
     if standing := _results_if_any(run_dir).get("unfinished"):
