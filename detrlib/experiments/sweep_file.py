@@ -43,8 +43,12 @@ def read_sweep(path: Path) -> Sweep:
     for pair in parameters["report"].get("pairs", []):
         if not (isinstance(pair, list) and len(pair) == 2 and all(str(name) in values["runs"] for name in pair)):
             raise ConfigError(f"{path}: report: pairs: {pair!r} is not two of the runs, {', '.join(values['runs'])}")
-    base = path.parent / values["base"]
-    configs = {name: load_config(base, {**shared, **overrides}) for name, overrides in _repeated(values)}
+    base, configs = path.parent / values["base"], {}
+    for name, overrides in _repeated(values):
+        try:
+            configs[name] = load_config(base, {**shared, **overrides})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: runs: {name}: {error}") from None
     return Sweep(configs, **parameters, folder=values.get("folder"))
 
 

@@ -68,7 +68,8 @@ def test_a_sweep_over_seeds_repeats_every_run(sweep_file):
         ({"base": "bass.yaml"}, r"bass\.yaml.*base\.yaml"),
         ({"runs": {"one": {"train": {"lr": 1e-4}, "train.lr": 1e-3}}}, r"many\.yaml: runs: one: train\.lr is given"),
         ({"overrides": {"train": {"lr": 1e-4}, "train.lr": 1e-3}}, r"many\.yaml: overrides: train\.lr is given"),
-        ({"runs": {"one": {"train.epoch": 3}}}, r"'train\.epoch'.*'train\.epochs'"),
+        ({"runs": {"one": {"train.epoch": 3}}}, r"many\.yaml: runs: one: .*'train\.epoch'.*'train\.epochs'"),
+        ({"runs": {"one": None, "two": {"train.lr": -1}}}, r"many\.yaml: runs: two: .*train\.lr"),
     ],
 )
 def test_a_sweep_file_that_is_none(sweep_file, changes, message):
