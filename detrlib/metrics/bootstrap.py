@@ -36,36 +36,33 @@ def average_precision(matches: Matches) -> dict[str, float]:
 class RankedDetections:
     """Detections sorted once, best first in each class, to compute AP under any weights of the images.
 
-    A weight is how many times an image is there. Detections are those of one or several lists; image n of list l has
-    the weight in column l * N + n.
+    A weight is how many times an image is there, with its detections and annotations. These are those of one or several
+    lists of the same images; image n of list l has the weight in column l * N + n.
     """
 
     def __init__(self, *lists: Matches):
-        annotations = lists[0].annotations
-        self.image_ids = np.unique(annotations["image_id"])
-        counted = annotations[annotations["category_id"] != NO_CATEGORY]
-        self.category_ids = np.unique(counted["category_id"])
-        image = np.searchsorted(self.image_ids, counted["image_id"])
-        category = np.searchsorted(self.category_ids, counted["category_id"])
-        shape = len(self.image_ids), len(self.category_ids)
-        self.counts = [sparse.csr_array((counted[area], (image, category)), shape) for area in AREAS]  # A times [N,C]
+        self.image_ids = np.unique(lists[0].annotations["image_id"])
+        counted = pd.concat([self._numbered(one.annotations, number) for number, one in enumerate(lists)])
+        counted = counted[counted["category_id"] != NO_CATEGORY]
+        self.category_ids, category = np.unique(counted["category_id"], return_inverse=True)
+        shape = len(lists) * len(self.image_ids), len(self.category_ids)
+        entries = counted["column"], category
+        self.counts = [sparse.csr_array((counted[area], entries), shape) for area in AREAS]  # A times [columns,C]
         tables = [self._numbered(one.detections, number) for number, one in enumerate(lists)]
         table = pd.concat(tables).sort_values(["category_id", "image_id"], kind="stable")
         table = table.iloc[np.lexsort((-table["score"], table["category_id"]))]
         self.classes = dict(iter(table.groupby("category_id")))
 
-    def _numbered(self, detections: pd.DataFrame, number: int) -> pd.DataFrame:
-        column = np.searchsorted(self.image_ids, detections["image_id"]) + number * len(self.image_ids)
-        return detections.assign(column=column)
+    def _numbered(self, table: pd.DataFrame, number: int) -> pd.DataFrame:
+        column = np.searchsorted(self.image_ids, table["image_id"]) + number * len(self.image_ids)
+        return table.assign(column=column)
 
-    def ap(self, weights: np.ndarray, metrics: Sequence[str], images: np.ndarray | None = None) -> dict:
-        """{metric: [R]}, NaN where nothing is to be detected; weights [R,columns] of detections, images [R,N] of the
-        annotations if these differ."""
-        images = weights if images is None else images
+    def ap(self, weights: np.ndarray, metrics: Sequence[str]) -> dict:
+        """{metric: [R]}, NaN where nothing is to be detected; weights [R,columns] of detections and annotations."""
         wanted = {name: _cut(name) for name in metrics}
         sums = {name: np.zeros(len(weights)) for name in wanted}
         defined = {name: np.zeros(len(weights), int) for name in wanted}
-        totals = [(count.T @ images.T).T for count in self.counts]  # A times [R,C]
+        totals = [(count.T @ weights.T).T for count in self.counts]  # A times [R,C]
         for position, category in enumerate(self.category_ids):
             values = {}
             if category in self.classes:

@@ -179,43 +179,64 @@ def match_detections(ground_truth: Mapping | str | PathLike, detections: Sequenc
     Raises:
         DataError: a detection belongs to an image that the ground truth does not list.
     """
+    table, annotated, image_ids = match_boxes(ground_truth, detections)
+    return Matches(table.drop(columns=[*BOX, "annotation"]), count_objects(annotated, image_ids))
+
+
+def match_boxes(
+    ground_truth: Mapping | str | PathLike, detections: Sequence[Mapping] | pd.DataFrame
+) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
+    """As `match_detections`, with boxes: what is matched with what.
+
+    Returns:
+        `Matches.detections` with the box x, y, w, h of each and `annotation`, the row of the annotation that it has
+        taken at an IoU of 0.5 (-1: none); the annotations, by image and class, with their boxes, area, iscrowd and, for
+        each area range, whether they are to be detected (0 or 1); and the ids of all images.
+
+    Raises:
+        DataError: a detection belongs to an image that the ground truth does not list.
+    """
     truth = _boxes_only(ground_truth)
     image_ids = np.unique([image["id"] for image in truth["images"]])
     category_ids = np.unique([category["id"] for category in truth["categories"]])
     detected = box_table(detections)
     _check_images(image_ids, detected)
     annotated = box_table(truth["annotations"], ("area", "iscrowd"))
-    annotated = annotated[annotated["category_id"].isin(category_ids)]
+    annotated = annotated[annotated["category_id"].isin(category_ids) & annotated["image_id"].isin(image_ids)]
     annotated = annotated.sort_values(["image_id", "category_id"], kind="stable", ignore_index=True)
     skipped = _outside(annotated["area"]) | (annotated["iscrowd"] != 0).to_numpy()[:, None]  # [G,A]
     detected = detected[detected["category_id"].isin(category_ids)].sort_values("image_id", kind="stable")
     later = image_ids[IMAGES_AT_ONCE::IMAGES_AT_ONCE]
     blocks = (np.split(np.arange(len(one)), np.searchsorted(one["image_id"], later)) for one in (detected, annotated))
     table = pd.concat(
-        [_judged(detected.iloc[d], annotated.iloc[g], skipped[g]) for d, g in zip(*blocks, strict=True)],
+        [_judged(detected.iloc[d], annotated.iloc[g], skipped[g], g) for d, g in zip(*blocks, strict=True)],
         ignore_index=True,
     )
-    counts = annotated[["image_id", "category_id"]].assign(
-        **{area: (~skipped[:, a]).astype(np.int32) for a, area in enumerate(AREAS)}
-    )
+    counts = {area: (~skipped[:, a]).astype(np.int32) for a, area in enumerate(AREAS)}
+    return table, annotated.assign(**counts), image_ids
+
+
+def count_objects(annotated: pd.DataFrame, image_ids: np.ndarray) -> pd.DataFrame:
+    """`Matches.annotations` of annotations as of `match_boxes`."""
+    counts = annotated.groupby(["image_id", "category_id"], as_index=False)[list(AREAS)].sum()
     bare = np.setdiff1d(image_ids, annotated["image_id"])
     empty = pd.DataFrame({"image_id": bare, "category_id": NO_CATEGORY, **dict.fromkeys(AREAS, np.int32(0))})
-    counts = pd.concat([counts.groupby(["image_id", "category_id"], as_index=False).sum(), empty])
-    counts = counts.sort_values(["image_id", "category_id"], ignore_index=True)
-    return Matches(table, counts.astype(COMPACT | dict.fromkeys(AREAS, np.int32)))
+    counts = pd.concat([counts, empty]).sort_values(["image_id", "category_id"], ignore_index=True)
+    return counts.astype(COMPACT | dict.fromkeys(AREAS, np.int32))
 
 
-def _judged(detected: pd.DataFrame, annotated: pd.DataFrame, skipped: np.ndarray) -> pd.DataFrame:
-    """`Matches.detections` of some images, of which nothing else is kept."""
+def _judged(detected: pd.DataFrame, annotated: pd.DataFrame, skipped: np.ndarray, rows: np.ndarray) -> pd.DataFrame:
+    """Detections of `match_boxes` of some images, of which nothing else is kept; rows: of all annotations, theirs."""
     detected = detected.astype(dict.fromkeys((*BOX, "score"), float)).assign(area=lambda table: table["w"] * table["h"])
     # Equal scores keep their order.
     order = np.lexsort((-detected["score"], detected["category_id"], detected["image_id"]))
     detected = detected.iloc[order]
     rank = detected.groupby(["image_id", "category_id"]).cumcount()
     detected = detected[rank < DETECTIONS_PER_CLASS].reset_index(drop=True)
-    flags = _match(detected, annotated, skipped)
+    flags, taken = _match(detected, annotated, skipped)
     columns = {f"{kind}_{area}": flags[kind][:, a] for kind in flags for a, area in enumerate(AREAS)}
-    return detected[["image_id", "category_id", "score"]].assign(**columns).astype(COMPACT)
+    columns["annotation"] = np.append(rows, -1)[taken]
+    return detected[["image_id", "category_id", "score", *BOX]].assign(**columns).astype(COMPACT)
 
 
 def errors_by_image(matches: Matches, min_score: float = 0.3) -> pd.DataFrame:
@@ -246,15 +267,19 @@ def _outside(areas: pd.Series) -> np.ndarray:
     return (areas.to_numpy()[:, None] < low) | (areas.to_numpy()[:, None] > high)
 
 
-def _match(detected: pd.DataFrame, annotated: pd.DataFrame, skipped: np.ndarray) -> dict[str, np.ndarray]:
-    """ "true" and "ignored" [D,A] of sorted tables, bits over IoU thresholds; skipped [G,A].
+def _match(
+    detected: pd.DataFrame, annotated: pd.DataFrame, skipped: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """ "true" and "ignored" [D,A] of sorted tables, bits over IoU thresholds, and [D] the annotation taken at the first
+    threshold, whatever the areas, -1 where none is; skipped [G,A].
 
     All images and classes advance together: first their best detections choose, then their second best.
     """
     every = np.uint16(2 ** len(IOU_THRESHOLDS) - 1)
     outside = _outside(detected["area"])
     flags = {"true": np.zeros_like(outside, np.uint16), "ignored": np.where(outside, every, np.uint16(0))}
-    detection, annotation, iou = _overlapping(detected, annotated)
+    own = np.full(len(detected), -1)
+    detection, annotation, iou = overlapping(detected, annotated)
     # In falling order of preference, last first: of equal IoU the later annotation is taken.
     order = np.lexsort((annotation, iou, detection))
     detection, annotation, iou = detection[order], annotation[order], iou[order]
@@ -273,18 +298,22 @@ def _match(detected: pd.DataFrame, annotated: pd.DataFrame, skipped: np.ndarray)
         taken, took = offered[(best - 1) % len(now)], best > 0
         _, area, threshold = np.nonzero(took)
         free[taken[took], area, threshold] = crowd[taken[took]]
+        own[taker[first]] = np.where(took[:, 0, 0], taken[:, 0, 0], -1)
         unused = took & skipped[taken, np.arange(len(AREAS))[:, None]]
         flags["true"][taker[first]] = ((took & ~unused) * bits).sum(-1)
         flags["ignored"][taker[first]] = ((unused | ~took & outside[taker[first], :, None]) * bits).sum(-1)
-    return flags
+    return flags, own
 
 
-def _overlapping(detected: pd.DataFrame, annotated: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row numbers of detections and annotations of one image and class with an IoU of at least 0.5, and that IoU.
+def overlapping(
+    detected: pd.DataFrame, annotated: pd.DataFrame, within: Sequence[str] = ("image_id", "category_id"), least=0.5
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row numbers of detections and annotations with an IoU of at least `least`, and that IoU.
 
-    The IoU with a crowd is the share of the detection that lies inside it.
+    Both tables are sorted by the columns `within`, whose values the two of a pair share. The IoU with a crowd is the
+    share of the detection that lies inside it.
     """
-    names = ["image_id", "category_id"]
+    names = list(within)
     groups = pd.concat([detected[names], annotated[names]]).groupby(names).ngroup().to_numpy()
     group, groups = groups[: len(detected)], groups[len(detected) :]
     begin = np.searchsorted(groups, group)
@@ -302,6 +331,6 @@ def _overlapping(detected: pd.DataFrame, annotated: pd.DataFrame) -> tuple[np.nd
         area, other = a[:, 2] * a[:, 3], b[:, 2] * b[:, 3]
         union = np.where(crowd[g], area, area + other - inside)
         iou = np.divide(inside, union, out=np.zeros_like(inside), where=inside > 0)
-        keep = iou >= IOU_THRESHOLDS[0]
+        keep = iou >= least
         parts.append((d[keep], g[keep], iou[keep]))
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))

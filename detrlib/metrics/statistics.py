@@ -67,7 +67,7 @@ def compare(
     if isinstance(first, Matches):
         return _compare_ap(first, second, metric, resamples, seed, samples)
     a, b = (_per_image(table, metric) for table in (first, second))
-    _same_images(a.index, b.index)
+    same_images(a.index, b.index)
     if len(a) < 2:
         raise DataError(f"{metric} is defined for {len(a)} images; a comparison over images needs two at least")
     gaps = (a - b).to_numpy()
@@ -89,7 +89,7 @@ def _per_image(table: pd.DataFrame | pd.Series, metric: str) -> pd.Series:
     return table.dropna().groupby(level=0).mean()
 
 
-def _same_images(first: Iterable[int], second: Iterable[int]) -> None:
+def same_images(first: Iterable[int], second: Iterable[int]) -> None:
     others = set(first) ^ set(second)
     if others:
         raise DataError(
@@ -106,7 +106,7 @@ def _compare_ap(
     samples: tuple[pd.Series, pd.Series] | None,
 ) -> dict:
     a, b = (one.annotations.sort_values(["image_id", "category_id"], ignore_index=True) for one in (first, second))
-    _same_images(a["image_id"], b["image_id"])
+    same_images(a["image_id"], b["image_id"])
     if not a.equals(b):
         raise DataError("the annotations of the runs differ; evaluate both again on the same annotation file")
     before, after = (average_precision(one)[metric] for one in (first, second))
@@ -115,24 +115,26 @@ def _compare_ap(
         return result | {"difference": np.nan, "low": np.nan, "high": np.nan, "p": np.nan}
     drawn = samples or [bootstrap_ap(one, resamples, seed, (metric,))[metric] for one in (first, second)]
     ends = within_reach(interval(before - after, drawn[0] - drawn[1]), metric)
-    exchanged = _exchanged(first, second, metric, resamples, seed)
-    # The difference itself is one of the exchanges (nothing exchanged), so p is never 0. Rounding makes no exception.
-    extreme = np.count_nonzero(np.abs(exchanged) >= abs(before - after) - 1e-12)
-    return result | ends | {"p": (1 + extreme) / (1 + resamples)}
+    p = p_value(before - after, exchanged(first, second, metric, resamples, seed))
+    return result | ends | {"p": p}
 
 
-def _exchanged(first: Matches, second: Matches, metric: str, resamples: int, seed: int) -> np.ndarray:
+def exchanged(first: Matches, second: Matches, metric: str, resamples: int, seed: int) -> np.ndarray:
     """[R] differences of AP after each image has been exchanged between the runs with probability 1/2."""
     ranked, random = RankedDetections(first, second), np.random.default_rng(seed)
     images, parts = len(ranked.image_ids), []
     for count in batches(resamples, images):
         kept = random.integers(0, 2, (count, images), dtype=np.int32)
-        once = np.ones_like(kept)
-        one, other = (
-            ranked.ap(np.hstack([chosen, 1 - chosen]), (metric,), once)[metric] for chosen in (kept, 1 - kept)
-        )
+        one, other = (ranked.ap(np.hstack([chosen, 1 - chosen]), (metric,))[metric] for chosen in (kept, 1 - kept))
         parts.append(one - other)
     return np.concatenate(parts)
+
+
+def p_value(difference: float, exchanged: np.ndarray) -> float:
+    """Two-sided, from differences [R] after exchanges."""
+    # The difference itself is one of the exchanges (nothing exchanged), so p is never 0. Rounding makes no exception.
+    extreme = np.count_nonzero(np.abs(exchanged) >= abs(difference) - 1e-12)
+    return np.nan if np.isnan(difference) else (1 + extreme) / (1 + len(exchanged))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
