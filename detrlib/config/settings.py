@@ -118,6 +118,7 @@ class Tracking(Section):
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "sparse-attention-detr"
     group: str | None = None
+    artifacts: bool = True  # at the end examples with maps, the last checkpoint and results go to W&B too
     # Further services, through Accelerate; those that write files do so in the folder tracking of the run.
     also: tuple[
         Literal["tensorboard", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"], ...

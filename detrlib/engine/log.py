@@ -26,12 +26,15 @@ class Log:
     ):
         self.every, self.run_dir, self.accelerator = cfg.train.log_every, run_dir, accelerator
         self.state, self.weights = state, weights
+        self.norms = tracking.GradientNorms(state.trained, state.optimizer.param_groups)
         self.alpha_gradients: dict[str, float] = {}  # of the last step that is logged
+        self.gradient_norms = torch.zeros(0)  # likewise, still on the device
 
     def watch(self) -> None:
-        """Gradients of alpha before clipping, of steps that are logged: is it still learning?"""
+        """Gradients before clipping, of steps that are logged: of each alpha, and norms by layer and group."""
         if (self.state.global_step + 1) % self.every == 0:
             self.alpha_gradients = tracking.alpha_gradients(self.state.trained)
+            self.gradient_norms = self.norms.measure()
 
     def step(self, terms: dict[str, Tensor], times: dict[str, float]) -> None:
         """One step: the means of its terms over the processes, learning rates, and what it has taken."""
@@ -41,7 +44,8 @@ class Log:
             memory = {"extra/memory_mb": torch.cuda.max_memory_allocated() / 2**20}
         means = self.accelerator.reduce(torch.stack(list(terms.values())), "mean").tolist()
         losses = {f"train/{name}": mean for name, mean in zip(terms, means, strict=True)}
-        self.write(losses | times | memory | rates | self.alpha_gradients)
+        norms = dict(zip(self.norms.members, self.gradient_norms.tolist(), strict=False))  # none were watched
+        self.write(losses | times | memory | rates | norms | self.alpha_gradients)
 
     def write(self, values: dict[str, float]) -> None:
         """A record, with what transforms have learned so far."""

@@ -40,6 +40,7 @@ from detrlib.engine.evaluate import evaluate, keep_fixed_boxes, run_floor, save_
 from detrlib.engine.log import Log
 from detrlib.engine.memory import SMALLER, Plan, keep_freed_memory
 from detrlib.engine.pace import Pace
+from detrlib.engine.presented import present
 from detrlib.engine.ready import ready
 from detrlib.engine.space import checkpoint_space
 from detrlib.engine.start import initial_model, learns_from_crops, record_start, starting_model
@@ -177,6 +178,7 @@ class Trainer:
         self._warn(results)
         if self.accelerator.is_main_process:
             save_results(self.run_dir, results, detections, self.val_set.ground_truth)
+            present(self.accelerator, self.cfg, self.run_dir)
             self.say(state.best_so_far(self.run_dir))
         self.accelerator.wait_for_everyone()
         return results

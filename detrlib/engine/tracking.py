@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, WandBTracker, get_available_trackers, on_main_process
 from torch import Tensor, nn
@@ -169,6 +170,39 @@ def alpha_gradients(model: nn.Module) -> dict[str, float]:
         site, number = layer.split(".")
         values[f"pre_alpha_gradient_norm/{site}.layer_{number}"] = gradient.norm().item()
     return values
+
+
+class GradientNorms:
+    """Norms of the gradients of a model, by layer and by group of the optimiser, from one pass over all of them.
+
+    groups: of the optimiser, which say what is trained.
+    """
+
+    def __init__(self, model: nn.Module, groups: Iterable[Mapping[str, Any]]):
+        group_of = {id(parameter): group["name"] for group in groups for parameter in group["params"]}
+        trained = {name: each for name, each in model.named_parameters() if id(each) in group_of}
+        self.parameters, members = list(trained.values()), {}
+        for number, (name, parameter) in enumerate(trained.items()):
+            for entry in (f"gradient_norm/{layer_of(name)}", f"gradient_norm_group/{group_of[id(parameter)]}"):
+                members.setdefault(entry, []).append(number)
+        device = next(model.parameters()).device
+        self.members = {entry: torch.tensor(numbers, device=device) for entry, numbers in members.items()}
+
+    def measure(self) -> Tensor:
+        """Norms in the order of `members`, on the device of the model; nobody waits for them."""
+        gradients = [torch.zeros((), device=p.device) if p.grad is None else p.grad for p in self.parameters]
+        squares = torch.stack(torch._foreach_norm(gradients)).square()
+        return torch.stack([squares[numbers].sum() for numbers in self.members.values()]).sqrt()
+
+
+def layer_of(name: str) -> str:
+    """The layer of a parameter: decoder.layer_0, backbone.layer_4, heads, ...; "other" where it has none of its own."""
+    if found := re.search(r"(encoder|decoder)\.(?:layers\.)?(\d+)\.|(backbone)\..*?layers?\.?(\d+)\.", name):
+        part, number = (each for each in found.groups() if each)
+        return f"{part}.layer_{number}"
+    if re.search(r"(class|bbox)_\w+", name):
+        return "heads"
+    return next((part for part in ("backbone", "encoder", "decoder") if f"{part}." in name), "other")
 
 
 def _by_head(what: str, layer: str, values: Tensor) -> dict[str, float]:

@@ -67,6 +67,7 @@ def test_tracking_offline_needs_no_account_and_groups_metrics(tmp_path, wandb, t
         *("train-epoch-main-metrics", "train-epoch-metrics"),
         *("val-epoch-metrics", "val-AP", "spread", "lr"),
         *("alpha", "pre_alpha", "pre_alpha_gradient", "pre_alpha_gradient_norm"),
+        *("gradient_norm", "gradient_norm_group"),
     }
     names = {name for record in wandb.logged for name in record}
     assert {"train-main-metrics/loss_giou", "train-metrics/loss_giou_0", "val-AP/AP50", "lr/alpha"} <= names
@@ -182,6 +183,36 @@ def test_a_service_that_cannot_be_reached_makes_the_run_an_offline_one(
     assert "no route to host" in caplog.text
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_norms_of_gradients_by_layer_and_by_group_are_parts_of_that_of_all(tmp_path, tiny_config):
+    train(tiny_config({"model.attention.decoder_cross": "alpha_entmax", "train.epochs": 1}), tmp_path / "run")
+    for record in runs.read_metrics(tmp_path / "run"):
+        if "train/loss" not in record:
+            continue
+        parts = {"gradient_norm/": [], "gradient_norm_group/": []}
+        for name, value in record.items():
+            parts.get(name.partition("/")[0] + "/", []).append(value)
+        assert len(parts["gradient_norm/"]) >= 8 and len(parts["gradient_norm_group/"]) == 3  # rest, backbone, alpha
+        for norms in parts.values():
+            assert math.hypot(*norms) == pytest.approx(record["train/grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, layer",
+    {
+        "transformer.decoder.layers.1.self_attn.in_proj_weight": "decoder.layer_1",
+        "model.model.encoder.layers.0.fc1.weight": "encoder.layer_0",
+        "transformer.decoder.box_position.layers.0.weight": "decoder",
+        "backbone.body.layer4.0.conv1.weight": "backbone.layer_4",
+        "backbone.body.layers.2.blocks.0.mlp.fc1.weight": "backbone.layer_2",
+        "backbone.body.conv1.weight": "backbone",
+        "bbox_embed.2.layers.0.weight": "heads",
+        "input_proj.weight": "other",
+    }.items(),
+)
+def test_a_parameter_belongs_to_a_layer(name, layer):
+    assert tracking.layer_of(name) == layer
 
 
 def _track(run_dir, timeout, **environment):
