@@ -6,6 +6,7 @@ const say = (x, y) => panels.forEach(panel => panel.say(x, y));
 async function draw() {
   const turn = ++state.turn, {picture} = state;  // maps are unpacked in their own time: only the last word is drawn
   if (!picture) return;
+  control("panels").setAttribute("aria-busy", "true");
   const runs = runsShown(), rows = runs.map(run => corresponding(picture, run));
   const maps = await Promise.all(runs.map((run, k) => mapOf(picture, run, rows[k])));
   if (turn !== state.turn) return;
@@ -15,6 +16,7 @@ async function draw() {
   control("panels").replaceChildren(...panels.map(({panel}) => panel));
   for (const {fill} of panels) fill();
   panels[focused]?.panel.querySelector("[aria-pressed=true]")?.focus({preventScroll: true});
+  control("panels").setAttribute("aria-busy", "false");
   control("heading").replaceChildren(picture.title, make("small", {}, ` ${picture.size[1]} × ${picture.size[0]}, ` +
     `${state.listed.indexOf(picture) + 1} of ${state.listed.length}`));
 }

@@ -175,7 +175,7 @@ class Browser:
         self.ask("Page.navigate", url="about:blank")
         self.told.clear()
         self.ask("Page.navigate", url=address)
-        self.wait("document.querySelector('#panels .panel img')?.complete")
+        self.wait("document.querySelector('#panels[aria-busy=false] img')?.complete")
 
     def value(self, expression: str):
         """What an expression of JavaScript is, or its promise brings."""
@@ -193,7 +193,8 @@ class Browser:
 
     def settled(self) -> None:
         """Until what was asked for is drawn: maps are unpacked in their own time."""
-        self.value("new Promise(done => setTimeout(() => requestAnimationFrame(done), 60))")
+        self.value("new Promise(done => setTimeout(done))")
+        self.wait("document.querySelector('#panels[aria-busy=false]') !== null")
 
     def press(self, key: str) -> None:
         """A key, pressed and let go."""

@@ -1,0 +1,263 @@
+"""The page in a real browser: clicks and keys change what is drawn, and what is drawn and told is the library's."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from detrlib.figures.overlay import overlay, scale_of
+from detrlib.figures.page import page_example, page_picture, shown, write_page, write_viewer
+from detrlib.figures.views import View, query_in
+from detrlib.metrics.detection import errors_by_image
+from detrlib.metrics.sparsity import gini
+from detrlib.runs.examples import EXAMPLE_SCORE
+from detrlib.runs.results import load_matches
+
+NAMES = {1: "circle", 2: "square"}
+RUNS = ("first", "second")
+PANEL = "document.querySelectorAll('.panel')[{}]"
+CANVAS = PANEL + ".querySelector('canvas')"
+BADGES = "[...document.querySelectorAll('#list small')].map(badge => badge.textContent)"
+LISTED = "[...document.querySelectorAll('#list button')].map(button => button.title)"
+CHOSEN = "[...document.querySelectorAll('.rows [aria-pressed=true]')].map(button => button.firstChild.textContent)"
+
+
+@pytest.fixture
+def see(browser):
+    """What the page shows, and what is done to it."""
+
+    class See:
+        def map(self, panel=0):
+            """Pixels [h,w,4] of the map of a panel."""
+            here = CANVAS.format(panel)
+            values = browser.value(f"[...{here}.getContext('2d').getImageData(0, 0, {here}.width, {here}.height).data]")
+            return np.array(values).reshape(browser.value(f"{here}.height"), -1, 4)
+
+        def numbers(self, panel=0):
+            """What is told of a map: term -> text."""
+            terms = f"[...{PANEL.format(panel)}.querySelectorAll('dt')]"
+            return dict(browser.value(f"{terms}.map(term => [term.textContent, term.nextSibling.textContent])"))
+
+        def choose(self, control, value):
+            """Choose in a menu, or set a switch."""
+            here, name = f"document.getElementById('{control}')", "checked" if isinstance(value, bool) else "value"
+            browser.value(f"{here}.{name} = {str(value).lower() if isinstance(value, bool) else repr(str(value))}")
+            browser.value(f"{here}.dispatchEvent(new Event('input'))")
+            browser.settled()
+
+        def click(self, x, y, panel=0):
+            """A click into the picture of a panel, at shares of its width and height."""
+            here = f"{PANEL.format(panel)}.querySelector('.picture')"
+            browser.value(f"{here}.scrollIntoView()")
+            box = browser.value(f"(({{x, y, width, height}}) => [x, y, width, height])({here}.getBoundingClientRect())")
+            browser.click(box[0] + x * box[2], box[1] + y * box[3])
+
+        chosen = staticmethod(lambda: browser.value(CHOSEN))
+        press = staticmethod(browser.press)
+        value = staticmethod(browser.value)
+        heading = staticmethod(lambda: browser.value("document.getElementById('heading').textContent"))
+
+    return See()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Writes a page of examples by run, opens it and returns it."""
+
+    def opened(stored, address="", width=1280):
+        names = dict.fromkeys(stored, NAMES)
+        images = dict.fromkeys(image_id for of_run in stored.values() for image_id in of_run)
+        pictures = [page_example({run: own.get(image) for run, own in stored.items()}, names) for image in images]
+        path = tmp_path / "viewer.html"
+        write_page(path, pictures, list(stored), names.values(), score=EXAMPLE_SCORE)
+        browser.open(path.as_uri() + address, width)
+        browser.settled()
+        assert browser.faults() == []
+        return path
+
+    return opened
+
+
+def colours(weights, *compared):
+    """RGBA in 0..255 that figures give to a map, on one scale with others."""
+    return 255 * overlay(weights, scale_of([weights, *compared]))
+
+
+def assert_drawn(drawn, weights, *compared):
+    assert np.array_equal(drawn[..., 3] > 0, weights > 0), "a cell without colour is exactly one without weight"
+    assert np.abs(drawn - colours(weights, *compared))[weights > 0].max() < 12  # weights are told in steps of 7 %
+
+
+def test_a_click_chooses_the_smallest_box_and_shows_where_its_query_looked(see, opened, stored):
+    opened({"first": stored["first"]}, "#image=7")
+    example = stored["first"][7]
+    for x, y, row in ((5, 35, 0), (15, 15, 1), (70, 15, 2)):  # the second lies within the first
+        see.click(x / 96, y / 64)
+        assert see.chosen() == [f"{NAMES[example.labels[row]]} {example.scores[row]:.2f}"]
+        weights = example.maps(layer=-1)[:, row].mean(0)
+        assert_drawn(see.map(), weights)
+        assert see.numbers()["Gini"] == f"{gini(torch.from_numpy(weights.ravel())):.3f}"
+    see.click(50 / 96, 60 / 64)
+    assert see.chosen() == [] and see.numbers() == {} and see.value(f"{CANVAS.format(0)} === null")
+
+
+def test_layers_heads_and_sites_are_those_of_the_library(see, opened, stored):
+    opened({"first": stored["first"]}, "#image=7")
+    example = stored["first"][7]
+    for layer in (0, 1):
+        for head in (0, 2):
+            see.choose("layer", layer), see.choose("head", head)
+            maps = example.maps(layer=layer)[:, 0]
+            weights = maps[head - 1] if head else maps.mean(0)
+            assert_drawn(see.map(), weights)
+            zeros, _, rest = see.numbers()["zeros"].partition(" ")
+            assert abs(float(zeros) - (weights == 0).mean()) < 6e-4 and rest.startswith(f"({(weights > 0).sum()} of 24")
+    see.choose("site", "decoder_self")
+    weights = example.maps("decoder_self", 1)[1, 0]
+    assert "PAIBB" not in see.numbers() and see.value(f"{CANVAS.format(0)} === null")
+    fills = see.value("[...document.querySelectorAll('.picture .box:not(.object)')].map(box => box.style.fill)")
+    wanted = colours(weights[None])[0][::-1]  # the best detection is drawn last
+    for fill, colour in zip(fills, wanted, strict=True):
+        assert np.abs(np.array([float(part) for part in fill[5:-1].split(",")])[:3] - colour[:3]).max() < 12
+
+
+def test_two_runs_share_their_colours_unless_each_has_its_own_and_can_be_swapped(see, opened, stored):
+    opened(stored, "#image=7&layer=1")
+    view = View("first", 7, "second", origin="first", query=0)
+    rows = [query_in(view, stored, run) for run in RUNS]
+    maps = [stored[run][7].maps(layer=0)[:, row].mean(0) for run, row in zip(RUNS, rows, strict=True)]
+    for panel, other in ((0, 1), (1, 0)):
+        assert_drawn(see.map(panel), maps[panel], maps[other])
+    see.press("c")
+    for panel in (0, 1):
+        assert_drawn(see.map(panel), maps[panel])
+    see.press("x")
+    assert see.value("[...document.querySelectorAll('.panel h3')].map(title => title.firstChild.data)") == [*RUNS[::-1]]
+    assert_drawn(see.map(0), maps[1])
+    see.choose("run", 0)  # the one beside it: both stay, in the other order
+    assert_drawn(see.map(0), maps[0]), assert_drawn(see.map(1), maps[1])
+    see.choose("beside", -1)
+    assert see.value("document.querySelectorAll('.panel').length") == 1
+
+
+def test_keys_go_through_images_detections_layers_and_heads(see, opened, stored):
+    opened(stored)
+    see.choose("order", "given")
+    see.value("document.querySelector('#list button').click()")
+    assert see.heading().startswith("image 7")
+    for key, wanted in (("ArrowRight", "image 8"), ("ArrowRight", "image 7"), ("ArrowLeft", "image 8")):
+        see.press(key)
+        assert see.heading().startswith(wanted)
+    for key, control, wanted in (("[", "layer", "0"), ("]", "layer", "1"), ("h", "head", "1"), ("H", "head", "0")):
+        see.press(key)
+        assert see.value(f"document.getElementById('{control}').value") == wanted
+    first = see.chosen()
+    see.press("j")
+    assert see.chosen() != first
+    see.press("k")
+    assert see.chosen() == first
+    see.press("Escape")
+    assert see.chosen() == []
+    see.press("?")
+    assert see.value("document.getElementById('help').open")
+
+
+def test_the_pointer_tells_the_weight_of_a_cell_in_both_runs(see, opened, stored, browser):
+    opened({"first": stored["first"]}, "#image=7&layer=2&head=1")
+    example = stored["first"][7]
+    see.click(5 / 96, 35 / 64)  # the first detection, in the third row and the first column
+    weights = example.maps(layer=1)[0, 0]
+    for row in range(4):
+        for column in range(6):
+            at = f"pointAt({(column + 0.5) / 6}, {(row + 0.5) / 4})"
+            browser.value(f"globalThis.pointAt = (x, y) => {{ say(x, y); }}; {at}")
+            place, _, told = see.value("document.querySelector('.readout').textContent").partition(": ")
+            assert place == f"row {row + 1}, column {column + 1}"
+            assert (told == "0") == (weights[row, column] == 0)
+            assert abs(float(told) - weights[row, column]) <= 0.06 * weights[row, column]
+
+
+def test_faults_are_counted_as_the_library_counts_them_and_the_worst_come_first(see, browser, evaluated_once, tmp_path):
+    runs = [shutil.copytree(evaluated_once, tmp_path / run) for run in RUNS]
+    browser.open(write_viewer(runs, tmp_path / "viewer.html").as_uri())
+    browser.settled()
+    wanted = errors_by_image(load_matches(runs[0]), EXAMPLE_SCORE)
+    pictures = see.value(LISTED)
+    wanted = wanted.loc[[int(picture) for picture in sorted(pictures, key=int)]]
+    wanted = wanted.sort_values(["missed", "false_positives"], ascending=False, kind="stable")
+    assert pictures == [str(image_id) for image_id in wanted.index]
+    assert see.value(BADGES) == [f"{row.missed} missed, {row.false_positives} wrong" for row in wanted.itertuples()]
+
+
+def test_every_order_puts_its_own_images_first(see, opened, make_example):
+    """Images: one as it should be, one with a confident mistake, one whose attention is elsewhere."""
+    images = {number: make_example(number, matched=(-1, 0, 1)) for number in (1, 2, 3)}
+    for example in images.values():
+        example.scores, example.labels = np.array([0.35, 0.9, 0.8]), np.array([2, 1, 2])
+    images[2].scores[0] = 0.95
+    images[3].stored["decoder_cross"][:, :, 2] = 0
+    images[3].stored["decoder_cross"][:, :, 2, 3, 0] = 1  # the lower left; its object is at the upper right
+    other = {number: make_example(number, matched=(-1, 0, 1)) for number in (1, 2, 3)}
+    for example in other.values():
+        example.scores, example.labels = np.array([0.35, 0.9, 0.8]), np.array([2, 1, 2])
+    other[1].scores[2] = 0.4
+    other[2].scores[0] = 0.9
+    opened({"first": images, "second": other})
+    for order, first, badge in (
+        ("wrong", "2", "square 0.95"),
+        ("paibb", "3", "1 of 2 zero"),
+        ("apart", "1", "square 0.80, 0.40"),
+        ("most", "1", "3 detections"),
+    ):
+        see.choose("order", order)
+        assert (see.value(LISTED)[0], see.value(BADGES)[0]) == (first, badge), order
+    see.choose("order", "missed")
+    see.choose("score", 0.85)  # now every square is missed
+    assert see.value(BADGES) == ["1 missed, 1 wrong", "1 missed, 0 wrong", "1 missed, 0 wrong"]
+    see.choose("name", "circle")
+    assert set(see.value(BADGES)) == {"0 missed, 0 wrong"}
+
+
+def test_an_image_that_a_run_has_not_stored_and_one_without_detections(see, opened, make_example):
+    nothing = make_example(9)
+    for name in ("boxes", "labels", "scores", "matched", "queries"):
+        setattr(nothing, name, getattr(make_example(), name)[:0])
+    nothing.stored = {"decoder_cross": nothing.stored["decoder_cross"][:, :, :0]}
+    opened({"first": {7: make_example(7), 9: nothing}, "second": {7: make_example(7)}}, "#image=9")
+    assert "not stored of this run" in see.value(f"{PANEL.format(1)}.textContent")
+    assert "0 detections, 2 missed" in see.value(f"{PANEL.format(0)}.textContent")
+    see.press("ArrowRight")
+    assert see.heading().startswith("image 7") and len(see.chosen()) == 2
+
+
+def test_pictures_of_ones_own_have_no_objects_and_explanations_are_maps(see, browser, make_detected, tmp_path):
+    explained = make_detected(matched=(-1, -1, -1))
+    explained.explanations = {"odam": np.arange(48, dtype=np.float32).reshape(2, 4, 6)}
+    picture = page_picture({"run": explained}, np.zeros((64, 96, 3), dtype=np.uint8))
+    write_page(tmp_path / "index.html", [picture], ["run"], [NAMES], score=0.3)
+    browser.open((tmp_path / "index.html").as_uri())
+    assert see.value("[...document.getElementById('order').options].map(o => o.value)") == ["given", "most", "unsure"]
+    assert see.value("document.getElementById('two').hidden && document.getElementById('annotated').hidden")
+    see.choose("site", "explanation: odam")
+    see.press("j")
+    weights = explained.explanations["odam"][1]
+    assert_drawn(see.map(), weights / weights.sum())
+    see.press("j")
+    assert see.numbers()["map"] == "none is kept of this detection"  # the two best are explained
+    assert browser.faults() == []
+
+
+def test_it_works_in_the_frame_of_a_notebook(browser, opened, stored, tmp_path):
+    path = opened(stored)
+    (tmp_path / "notebook.html").write_text(f"<!doctype html><title>n</title>{shown(path).data}", encoding="utf-8")
+    browser.ask("Page.navigate", url=(tmp_path / "notebook.html").as_uri())
+    browser.wait("document.querySelector('iframe')?.contentDocument.querySelectorAll('.panel canvas').length === 2")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window(see, opened, stored, width):
+    opened(stored, width=width)
+    assert see.value("document.documentElement.scrollWidth <= window.innerWidth")
+    widths = see.value("[...document.querySelectorAll('.panel')].map(panel => panel.getBoundingClientRect().right)")
+    assert max(widths) <= width
