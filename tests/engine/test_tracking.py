@@ -67,7 +67,7 @@ def test_tracking_offline_needs_no_account_and_groups_metrics(tmp_path, wandb, t
         *("train-epoch-main-metrics", "train-epoch-metrics"),
         *("val-epoch-metrics", "val-AP", "spread", "lr"),
         *("alpha", "pre_alpha", "pre_alpha_gradient", "pre_alpha_gradient_norm"),
-        *("gradient_norm", "gradient_norm_group"),
+        *("gradient_norm", "gradient_norm_group", "examples"),
     }
     names = {name for record in wandb.logged for name in record}
     assert {"train-main-metrics/loss_giou", "train-metrics/loss_giou_0", "val-AP/AP50", "lr/alpha"} <= names
