@@ -38,7 +38,8 @@ class TinyRun:
             "03_attention_transforms": {},
             "02_detr_walkthrough": {},
             "04_deformable_and_sparse": {
-                "run_name": str(self.folder / "absent"),  # weights are random where there is no such run
+                "run_name": str(self.folder / "absent"),  # images are learned by heart where there is no such run
+                "updates": 4,
                 "config": "papermill_runs/configs/shapes-sparse.yaml",
                 "overrides": {"data.shapes.train": 32, "data.shapes.val": 13},
                 "batch": 4,

@@ -17,6 +17,7 @@ derived term by term, since the tools behind them are public; the file says whic
   would cost 3 to 4 % more.) The tool prints the mean over 100 images but returns the count of the last one.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -46,15 +47,15 @@ def published_model(name: str) -> nn.Module:
         return build_model(load_config(path, OF_COCO | setting).model)
 
 
-def published_costs() -> pd.DataFrame:
-    """Our count beside published numbers, one row per model.
+def published_costs(names: Sequence[str] = ()) -> pd.DataFrame:
+    """Our count beside published numbers, one row per model: of those named, without names of all.
 
     gflops: what our model spends on an image of `height` x `width`. as_published: the same, counted as the tool behind
     the published number does, with what the published code computes twice; `difference` from `published_gflops` is in
     percent. Parameters are in millions.
     """
     rows = {}
-    for name, row in PUBLISHED.iterrows():
+    for name, row in PUBLISHED.loc[list(names) or PUBLISHED.index].iterrows():
         model, size = published_model(name), (row.height, row.width)
         rows[name] = {
             "parameters": sum(count for count, _ in count_parameters(model).values()) / 1e6,

@@ -38,7 +38,8 @@ def build_model(settings: Model, backbone_weights: str | Path | None = None) -> 
 
     Args:
         settings: the section `model` of a config.
-        backbone_weights: stands in for the settings' own: "none", "imagenet", or a file (see engine/pretrain.py).
+        backbone_weights: used in place of `backbone.weights` of the settings: "none", "imagenet", or a file (see
+            engine/pretrain.py); None: what the settings say.
 
     Returns:
         A `DETR`, a `DeformableDETR` or a `HuggingFaceDetector`, by the architecture of the settings, on the CPU and in

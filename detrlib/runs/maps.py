@@ -237,8 +237,8 @@ class AttentionStore:
         Args:
             image_id: one of `images`.
             site: one of `sites(image_id)`.
-            layers, heads, queries: a number, several, or a slice, negative ones from the end; None: all. A number
-                keeps its axis.
+            layers, heads, queries: a number, several, or a slice, negative ones from the end; None: all. With a single
+                number the result still has that axis, of length one.
 
         Returns:
             float32 [L,H,n,h,w], of decoder_self [L,H,n,Q].

@@ -90,7 +90,7 @@ def cost_against_ratio(
     for (name, values), colour in zip(parts.items(), [MUTED, *PALETTE], strict=False):
         left.bar(range(count), values, 0.8, bottom=bottom, color=colour, label=name)
         bottom = bottom + values
-    left.set_xticks(range(count), [*(f"{(n + 1) / count:.1f}" for n in range(count - 1)), "dense"])
+    left.set_xticks(range(count), [*(f"{(n + 1) / count:g}" for n in range(count - 1)), "dense"])
     left.set(xlabel="share of tokens kept", ylabel="GFLOPs", ylim=(0, 1.5 * bottom.max()))
     handles, names = left.get_legend_handles_labels()
     left.legend(handles[::-1], names[::-1], loc="upper left", ncols=2)

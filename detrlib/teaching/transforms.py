@@ -201,7 +201,7 @@ def newton_steps(panels: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, 
             if number == 0 or at - steps[number - 1] > room:
                 axes.annotate(number, (at, 0), (0, -4), textcoords="offset points", ha="center", va="top")
         axes.set_title(title, loc="left")
-        axes.set(xlabel="threshold tau", ylabel="norm - 1", ylim=(-0.22 * float(value.max()), None))
+        axes.set(xlabel="threshold tau", ylabel="f(tau)", ylim=(-0.22 * float(value.max()), None))
         axes.grid(True)
     return drawn
 

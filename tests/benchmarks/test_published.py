@@ -68,3 +68,7 @@ def test_costs_of_sparse_detr_are_linear_in_kept_tokens():
 def test_published_parameters(name):
     trained = sum(count for count, _ in count_parameters(published_model(name)).values())
     assert trained / 1e6 == pytest.approx(PUBLISHED.parameters[name], rel=0.015)
+
+
+def test_models_can_be_named():
+    assert list(published_costs(["DETR R50"]).index) == ["DETR R50"]
