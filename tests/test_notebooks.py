@@ -1,12 +1,13 @@
 """Every notebook from its first to its last cell, the checks on parameters, and sweeps of runs."""
 
 import json
+import re
 import shutil
 
 import nbformat
 import pytest
 
-from detrlib.config import load_config, replace, save_config
+from detrlib.config import PROJECT, load_config, replace, save_config
 from detrlib.engine import notebooks
 from detrlib.engine.notebooks import execute_notebook, find_notebook, is_executed
 from detrlib.files import write_json
@@ -131,3 +132,53 @@ def test_the_shared_run_was_trained_and_evaluated(tiny_run):
     results = json.loads((run_dir / "results.json").read_text())
     assert results["images"] == 13 and len(list((run_dir / "examples").glob("*.npz"))) == 2
     assert is_executed(tiny_run.folder / "07_evaluate.ipynb")
+
+
+# --- the course as pages ---------------------------------------------------------------------------------------
+
+FORMULA = r"Half: $\frac{1}{2}$." + "\n\n" + r"$$p_j = \big(e^{z_j}\big), \dots$$"
+FIGURE = "%matplotlib inline\nfrom detrlib.figures.statistics import spread\nimport pandas as pd\n"
+FIGURE += "spread(pd.DataFrame({'group': ['a', 'b'], 'AP': [0.1, 0.2]}), ['AP'])"
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """From the text of a first and a second notebook to the folder of their pages, made as `make course` does."""
+    pytest.importorskip("myst_nb", reason="needs the extra course, which `make course` installs")
+    build = pytest.importorskip("sphinx.cmd.build").build_main
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+
+    def make(**cells):
+        source = tmp_path / "source"
+        for name, (text, code) in cells.items():
+            made = [nbformat.v4.new_markdown_cell(f"# {name}\n\n{text}"), nbformat.v4.new_code_cell(code)]
+            nbformat.write(nbformat.v4.new_notebook(cells=made), tmp_path / f"{name}.ipynb")
+            execute_notebook(name, source / f"{name}.ipynb", {})
+        (source / "index.md").write_text("# Start\n\n```{toctree}\n" + "\n".join(cells) + "\n```\n")
+        arguments = ["-q", "-W", "-c", str(PROJECT / "notebooks"), str(source), str(tmp_path / "html")]
+        assert build(arguments) == 0
+        return tmp_path / "html"
+
+    return make
+
+
+def test_pages_have_formulas_pictures_folds_search_and_an_order_without_network(pages):
+    folded = "<details><summary>Solution</summary>\n\n```python\nx = 1\n```\n</details>"
+    made = pages(first=(f"{FORMULA}\n\n{folded}", FIGURE), second=("Needle", "1 + 1"))
+    first, second = ((made / f"{name}.html").read_text() for name in ("first", "second"))
+    assert first.count("<math") == 2 and "<mfrac>" in first and "$" not in re.sub(r"<pre>.*?</pre>", "", first)
+    (alternative,) = re.findall(r'<img alt="([^"]*)"\s+src="_images', first)
+    assert "one dot per seed" in alternative and "AP" in alternative
+    assert re.search(r"<details><summary>Solution</summary>.*?x.*?</details>", first, re.DOTALL)
+    assert 'rel="next" title="second" href="second.html"' in first and "first.html" in second
+    assert "needl" in (made / "searchindex.js").read_text()
+    loaded = [
+        link for page in (first, second) for link in re.findall(r'<(?:link|script|img)[^>]*(?:src|href)="([^"]*)', page)
+    ]
+    assert loaded and not [link for link in loaded if link.startswith(("http", "//"))]
+
+
+def test_a_formula_that_cannot_be_drawn_stops_the_site_and_is_named(pages, capsys):
+    with pytest.raises(AssertionError):
+        pages(first=(r"$\nosuchcommand{1}$", "1"))
+    assert "nosuchcommand" in capsys.readouterr().err
