@@ -14,6 +14,7 @@ from sphinx.errors import ExtensionError
 project = "Sparse attention in detection transformers"
 html_title, html_theme = project, "furo"
 extensions = ["myst_nb"]
+exclude_patterns = ["html", "jupyter_execute"]  # what is made of the pages stands beside them
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # they are executed already, as any other notebook of the project
@@ -35,7 +36,7 @@ def setup(app):
     """Called by Sphinx."""
     app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))
     app.connect("source-read", describe_pictures)
-    app.connect("html-page-context", set_look)
+    app.connect("html-page-context", finish)
 
 
 def inline_formula(writer, node):
@@ -72,6 +73,8 @@ def describe_pictures(app, docname, source):
     source[0] = json.dumps(notebook)
 
 
-def set_look(app, pagename, templatename, context, doctree):
-    """LOOK, on every page."""
+def finish(app, pagename, templatename, context, doctree):
+    """LOOK on every page, and code and tables wider than the screen within reach of the keyboard, to be scrolled."""
     context["metatags"] = context.get("metatags", "") + f"<style>{LOOK}</style>"
+    body = context.get("body", "").replace("<pre>", '<pre tabindex="0">')
+    context["body"] = body.replace('class="dataframe"', 'class="dataframe" tabindex="0"')
