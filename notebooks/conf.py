@@ -23,11 +23,11 @@ html_copy_source = html_show_copyright = html_show_sphinx = False
 html_math_renderer = "mathml"
 # Lines of code are 120 letters long; a table of numbers needs no lines between its cells.
 LOOK = """
-body { --code-font-size: 0.75em; }
-@media (min-width: 80em) { .content { width: 56em; } }
-table.dataframe { display: block; overflow-x: auto; border: 0; border-collapse: collapse; font-size: 0.875em; }
-table.dataframe :is(th, td) { border: 0; padding: 0.2em 0.7em; text-align: right; }
-table.dataframe thead tr:last-child th { border-bottom: 1px solid var(--color-foreground-border); }
+html body { --code-font-size: 0.75em; }
+@media (min-width: 80em) { html .content { width: 56em; } }
+html table.dataframe { display: block; overflow-x: auto; border: 0; border-collapse: collapse; font-size: 0.875em; }
+html table.dataframe :is(th, td) { border: 0; padding: 0.2em 0.7em; text-align: right; }
+html table.dataframe thead tr:last-child th { border-bottom: 1px solid var(--color-foreground-border); }
 """
 suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure"]
 
