@@ -5,12 +5,13 @@ PY   := .venv/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check
 UV   := $(shell command -v uv 2>/dev/null)
 NB   ?= $(filter-out notebooks/09_%,$(sort $(wildcard notebooks/*.ipynb)))
+COURSE := $(sort $(wildcard notebooks/0[1-5]_*.ipynb))
 ARGS ?=
 PARTS ?= where sinks how when
 # Keeps the kernel's language and cell tags, which papermill needs; takes out what papermill leaves behind.
 STRIP := $(PY) -m nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill"
 
-.PHONY: help setup quickstart study test lint format notebooks bench lab
+.PHONY: help setup quickstart study test lint format notebooks course bench lab
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -40,12 +41,24 @@ notebooks: .venv/.ready  ## execute all notebooks into build/notebooks; make not
 	@mkdir -p build/notebooks
 	@for f in $(NB); do echo "$$f"; $(PY) -m detrlib notebook "$$f" "build/$$f" || exit 1; done
 
+course: .venv/.course  ## execute notebooks 01 to 05 and make pages of them: build/course/html/index.html
+	@mkdir -p build/course
+	@for f in $(COURSE); do echo "$$f"; $(PY) -m detrlib notebook "$$f" "build/course/$${f##*/}" || exit 1; done
+	@cp notebooks/*.md build/course/
+	$(PY) -m sphinx -q -W --keep-going -c notebooks build/course build/course/html
+
 bench: .venv/.ready  ## execute the benchmark notebook into build/notebooks; make bench ARGS="-p threads=1"
 	@mkdir -p build/notebooks
 	$(PY) -m detrlib notebook 10_benchmarks build/notebooks/10_benchmarks.ipynb $(ARGS)
 
 lab: .venv/.ready  ## open JupyterLab
 	GOMP_SPINCOUNT=1000 $(PY) -m jupyter lab $(ARGS)
+
+.venv/.course: .venv/.ready pyproject.toml
+	@echo "Installing what makes pages of notebooks, once."
+	@if [ -n "$(UV)" ]; then "$(UV)" pip install --quiet --python $(PY) -c requirements.lock -e '.[course]'; \
+	else $(PIP) install --quiet -c requirements.lock -e '.[course]'; fi
+	@touch $@
 
 # The stamp is written last, so an interrupted installation starts afresh.
 .venv/.ready: pyproject.toml requirements.lock

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from detrlib import __main__ as commands
-from detrlib.config import load_config, replace, save_config
+from detrlib.config import PROJECT, load_config, replace, save_config
 from detrlib.engine import notebooks
 from detrlib.engine.notebooks import execute_notebook, find_notebook, is_executed
 from detrlib.figures import thesis
@@ -138,42 +138,5 @@ def test_the_shared_run_was_trained_and_evaluated(tiny_run):
     assert is_executed(tiny_run.folder / "07_evaluate.ipynb")
 
 
-@pytest.mark.slow
-def test_all_figures_and_tables_are_in_a_document_that_compiles_within_its_margins(tiny_run, compiled):
-    tiny_run.execute("09_thesis_figures")
-    folder = tiny_run.folder / "figures"
-    document = (folder / thesis.DOCUMENT).read_text()
-    for path in [*folder.glob("*.pdf"), *folder.glob("*.tex")]:
-        assert path.name == thesis.DOCUMENT or f"{{{path.name}}}" in document
-    captions = re.findall(r"\\caption\{(.*)\}", document)
-    assert len(captions) == len(list(folder.glob("*.pdf"))) and all(len(caption) > 20 for caption in captions)
-    log = compiled(folder / thesis.DOCUMENT)
-    assert [float(points) for points in re.findall(r"Overfull .hbox \(([\d.]+)pt", log) if float(points) > 2] == []
-    assert "undefined" not in log
-
-
-def test_the_command_for_figures_says_what_is_missing_before_anything_runs(tmp_path, monkeypatch):
-    executed, run_dir, out = [], tmp_path / "run", tmp_path / "new"
-    run_dir.mkdir()
-    write_json(run_dir / "results.json", {})
-
-    def execute(*given, **named):
-        executed.append(given)
-        (out / thesis.DOCUMENT).write_text(f"{thesis.LEFT_OUT}fig:alpha_sweep (no interventions)\n")
-
-    def detrlib(*words):
-        done = CliRunner().invoke(commands.app, ["figures", *map(str, words)])
-        assert done.exit_code == int(done.output.startswith("error: ")), done.output
-        return done.output
-
-    monkeypatch.setattr(notebooks.papermill, "execute_notebook", execute)
-    assert "no results.json" in detrlib(run_dir, tmp_path / "none", "--out", out)
-    assert "/proc/none" in detrlib(run_dir, "--out", "/proc/none")
-    assert "--out" in detrlib(run_dir, "--out", run_dir / "results.json")
-    assert "-p output" in detrlib(run_dir, "--out", out, "-p", "output=there")
-    assert "'resample'" in detrlib(run_dir, "--out", out, "-p", "resample=5")
-    assert executed == [] and not out.exists()
-    shown = detrlib(run_dir, "--out", out, "-p", "resamples=50").splitlines()
-    assert shown == ["nothing to show: fig:alpha_sweep (no interventions)", str(out / thesis.DOCUMENT)]
-    source, copy = find_notebook("thesis_figures"), out / "09_thesis_figures.ipynb"
-    assert executed == [(source, copy, {"resamples": 50, "run_names": [str(run_dir)], "output": str(out)})]
+from detrlib import __main__ as commands
+from detrlib.config import PROJECT, load_config, replace, save_config

@@ -5,6 +5,7 @@ function whose data hold nothing of what it draws (`raise Nothing(why)`) returns
 """
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, wraps
@@ -18,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
+from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from detrlib.runs.folder import RUNS
@@ -120,6 +122,23 @@ def use(screen: str) -> None:
     plt.rcParams["figure.dpi"] = SCREENS[screen]
 
 
+class Described(Figure):
+    """A figure that says what it shows to those who cannot see it, in notebooks and pages made of them."""
+
+    subject = ""  # what is drawn; `styled` knows
+
+    def alternative(self) -> str:
+        """What is drawn, in a sentence, and the words at its panels: titles, axes, legends."""
+        axes = [text for one in self.axes for text in (one.get_title("left"), one.get_xlabel(), one.get_ylabel())]
+        legends = [text.get_text() for legend in self.findobj(Legend) for text in legend.get_texts()]
+        words = dict.fromkeys(" ".join(text.split()) for text in (*axes, *legends) if text.strip())
+        return " ".join(filter(None, [self.subject, "; ".join(words)]))
+
+    def _repr_mimebundle_(self, **_) -> tuple[dict, dict]:
+        """To IPython: the picture is the format's own, its metadata are these."""
+        return {}, {"image/png": {"alt": self.alternative()}}
+
+
 class Nothing(ValueError):
     """There is nothing to draw; the message says why."""
 
@@ -134,6 +153,9 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
                 result = draw(*arguments, **named)
             except Nothing as reason:
                 result = _note(f"Nothing to show: {reason}.")
+        if isinstance(result, Described):
+            subject = " ".join((draw.__doc__ or "").partition("\n\n")[0].split())
+            result.subject = re.sub(r" \[[^\]]*\]", "", subject)  # shapes are for those who call the function
         for figure in (result, *arguments):
             if isinstance(figure, Figure):
                 _as_they_stand(figure)
@@ -175,7 +197,8 @@ def figure(width: float = 1.0, aspect: float = 0.6, **subplots_arguments):
     """
     size = (width * TEXT_WIDTH, width * TEXT_WIDTH * aspect)
     with plt.rc_context(look()):
-        drawn, axes = plt.subplots(figsize=size, **({"layout": "constrained"} | subplots_arguments))
+        options = {"layout": "constrained", "FigureClass": Described} | subplots_arguments
+        drawn, axes = plt.subplots(figsize=size, **options)
     plt.close(drawn)
     return drawn, axes
 

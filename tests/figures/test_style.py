@@ -6,6 +6,7 @@ import sys
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from IPython.core.formatters import DisplayFormatter
 
 from detrlib import figures
 from detrlib.config import PROJECT
@@ -179,3 +180,21 @@ def test_characters_that_no_font_has_are_said_once(monkeypatch, caplog):
     style._say_fonts.cache_clear()
     names_drawn("实验")
     assert len(caplog.records) == 1
+
+
+def test_a_figure_says_in_words_what_it_shows():
+    """In notebooks and their pages, where IPython puts it beside the picture."""
+
+    @style.styled
+    def rising():
+        """How AP [n] rises."""
+        drawn, axes = style.figure(0.5)
+        axes.plot([0, 1], label="softmax")
+        axes.set_title("AP of\none run", loc="left")
+        axes.set(xlabel="epoch")
+        axes.legend()
+        return drawn
+
+    data, metadata = DisplayFormatter().format(rising())
+    assert metadata["image/png"]["alt"] == "How AP rises. AP of one run; epoch; softmax"
+    assert "image/png" not in data  # which the notebook's own formatter adds
