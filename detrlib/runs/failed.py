@@ -15,7 +15,7 @@ import pandas as pd
 from detrlib.data import CocoDataset, build_dataset
 from detrlib.errors import DamagedFile, DataError, RunError, in_one_line
 from detrlib.metrics.coco_format import box_table
-from detrlib.metrics.failures import Failures, find_failures, lost_ap
+from detrlib.metrics.failures import CAUSES, TOTALS, Failures, find_failures, lost_ap
 from detrlib.runs.folder import group_of, load_results, run_config, run_labels
 
 logger = logging.getLogger(__name__)
@@ -89,4 +89,5 @@ def lost_frame(run_dirs: Iterable[Path], runs: dict[str, FailedRun]) -> pd.DataF
     """
     labels = {label: run_dir for run_dir, label in run_labels(run_dirs).items() if label in runs}
     names = [{"run": run, "group": group_of(run), "seed": run_config(labels[run]).train.seed} for run in labels]
-    return pd.DataFrame([name | lost_ap(runs[name["run"]].failures).to_dict() for name in names])
+    rows = [name | lost_ap(runs[name["run"]].failures).to_dict() for name in names]
+    return pd.DataFrame(rows, columns=["run", "group", "seed", *CAUSES, *TOTALS])
