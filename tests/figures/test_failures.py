@@ -3,12 +3,14 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from detrlib.errors import ConfigError
 from detrlib.figures import failures as drawing
 from detrlib.figures.style import NOTHING
 from detrlib.metrics.coco_format import coco_detections
+from detrlib.metrics.curves import ALL, BACKGROUND
 from detrlib.metrics.failures import find_failures, lost_samples, lost_table
 
 
@@ -47,3 +49,36 @@ def test_the_images_behind_a_share_show_what_failed(failed, texts):
     assert drawing.behind_share(failed, "duplicate").get_label() == NOTHING
     with pytest.raises(ConfigError, match="posture"):
         drawing.behind_share(failed, "posture")
+
+
+def test_curves_are_drawn_by_size_and_by_class(half_curves, texts):
+    curves = half_curves
+    by_size = drawing.precision_recall(curves)
+    assert [axes.get_title(loc="left") for axes in by_size.axes] == ["all", "small"]
+    line = by_size.axes[0].get_lines()[0]
+    assert line.get_ydata() == pytest.approx(curves[(curves["class"] == ALL) & (curves["size"] == "all")]["precision"])
+    assert {"ant", "softmax"} <= set(texts(drawing.precision_recall(curves, by="class")))
+    assert len(drawing.precision_recall(curves, by="class", most=1).axes) == 1
+    assert drawing.precision_recall(curves[:0]).get_label() == NOTHING
+
+
+@pytest.fixture
+def half_curves():
+    """Half of the ants found, one after a false one, of one run."""
+    rows = [(ALL, "all"), (ALL, "small"), ("ant", "all"), ("ant", "small")]
+    precision = np.where(np.linspace(0, 1, 101) <= 0.5, 0.5, 0.0)
+    parts = [
+        pd.DataFrame({"class": name, "size": size, "recall": np.linspace(0, 1, 101), "precision": precision})
+        for name, size in rows
+    ]
+    return pd.concat(parts).assign(run="softmax")
+
+
+def test_confusion_is_written_as_shares_of_rows(texts):
+    labels = ["ant", "bee", "cat", BACKGROUND]
+    counts = pd.DataFrame([[3, 1, 0, 0], [0, 2, 0, 2], [0, 0, 5, 0], [0, 1, 0, 0]], labels, labels)
+    told = texts(drawing.confusion_matrix(counts))
+    assert {"0.75", "0.25", "0.50", "ant (4)", "bee (4)", "background (1)"} <= set(told)
+    fewer = texts(drawing.confusion_matrix(counts, most=2))
+    assert "cat (5)" not in fewer and "bee (4)" in fewer
+    assert drawing.confusion_matrix(counts * 0).get_label() == NOTHING

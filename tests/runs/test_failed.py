@@ -8,8 +8,9 @@ import pytest
 
 from detrlib.errors import DamagedFile, RunError
 from detrlib.experiments.predictions import evaluate_predictions
+from detrlib.metrics.curves import ALL
 from detrlib.metrics.failures import CAUSES, TOTALS, find_failures, lost_ap
-from detrlib.runs.failed import failed_runs, lost_frame, open_failures
+from detrlib.runs.failed import curves_frame, failed_runs, lost_frame, open_failures
 
 
 @pytest.fixture
@@ -40,6 +41,8 @@ def test_a_run_is_opened_again(evaluated):
     assert run.categories == {category["id"]: category["name"] for category in truth["categories"]}
     image = truth["images"][0]
     assert run.image(image["id"]).shape == (image["height"], image["width"], 3)
+    curves = curves_frame([run_dir], failed_runs([run_dir]))
+    assert set(curves["run"]) == {"mine"} and set(curves["class"]) - {ALL} <= set(run.categories.values())
     frame = lost_frame([run_dir], failed_runs([run_dir]))
     assert frame["run"].tolist() == ["mine"] and set(frame.columns) == {"run", "group", "seed", *CAUSES, *TOTALS}
 
@@ -49,7 +52,7 @@ def test_runs_without_their_data_are_left_out(evaluated, caplog):
     shutil.rmtree(run_dir.parent / "data")
     with caplog.at_level(logging.WARNING):
         assert failed_runs([run_dir]) == {} and "mine" in caplog.text
-    assert lost_frame([run_dir], {}).empty
+    assert lost_frame([run_dir], {}).empty and curves_frame([run_dir], {}).empty
 
 
 def test_missing_and_damaged_predictions_are_named(evaluated):
