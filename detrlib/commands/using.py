@@ -78,15 +78,26 @@ def import_weights(
 def export(
     run: Annotated[str, Argument(metavar="RUN|NAME", help="a run, or whatever import takes")],
     path: Annotated[
-        Path, Argument(help="FILE.safetensors, .pth (official), .pt2 or .onnx, or a folder (Hugging Face)")
+        Path, Argument(help="FILE.safetensors, .pth (official), .pt2 or .onnx, or a folder (Hugging Face, detections)")
     ],
     layout: Annotated[
-        Literal["safetensors", "official", "huggingface", "program", "onnx"] | None, Option("--format")
+        Literal["safetensors", "official", "huggingface", "program", "onnx", "detections"] | None, Option("--format")
     ] = None,
     checkpoint: Checkpoint = "last",
 ) -> None:
-    """Write a model for others: safetensors, the official layout, Hugging Face's, or a program of PyTorch's or ONNX."""
+    """Write a model for others: safetensors, the official layout, Hugging Face's, or a program of PyTorch's or ONNX.
+
+    Or, as --format detections, what an evaluated run detects, with the objects, for FiftyOne and supervision.
+    """
     from detrlib.checkpoints.export import export as write
+    from detrlib.runs.exported import export_detections
+    from detrlib.runs.folder import run_path
     from detrlib.runs.sources import open_source
+
+    if layout == "detections":
+        if checkpoint != "last":
+            raise ConfigError("--format detections writes those that are stored; evaluate --checkpoint chooses whose")
+        typer.echo(export_detections(run_path(run), path))
+        return
 
     typer.echo(write(open_source(run, checkpoint), path, layout))

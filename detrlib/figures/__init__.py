@@ -1,10 +1,10 @@
 """Figures as functions: data in, a matplotlib Figure out. Nothing here computes results or reads a model.
 
-What statistics say is drawn in `results`, `statistics`, `interventions` and `explanations`, what stands in images in
-`attention`, `queries`, `deformable` and `dataset`, where attention rests in `sinks`, maps by `overlay`; `viewer`
-answers to clicks, whose meaning is in `views`; `tables` are text, `thesis` is a document of them and of figures.
-`predictions` are of pictures of one's own, which `album` puts into a folder. `page` puts them, or what runs store, into
-one file for a browser.
+What statistics say is drawn in `results`, `statistics`, `interventions` and `explanations`, what went wrong in
+`failures`, what stands in images in `attention`, `queries`, `deformable` and `dataset`, where attention rests in
+`sinks`, maps by `overlay`; `viewer` answers to clicks, whose meaning is in `views`; `tables` are text, `thesis` is a
+document of them and of figures. `predictions` are of pictures of one's own, which `album` puts into a folder. `page`
+puts them, or what runs store, into one file for a browser.
 `figures.save(figure, "name")` writes one for LaTeX.
 """
 
@@ -15,6 +15,7 @@ from detrlib.figures import (
     dataset,
     deformable,
     explanations,
+    failures,
     interventions,
     overlay,
     page,

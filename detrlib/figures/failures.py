@@ -1,16 +1,20 @@
-"""What goes wrong: the AP that is lost to each cause, and the images behind it."""
+"""What goes wrong: the AP that is lost to each cause, the images behind it, curves of precision, and confusion."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from detrlib.figures.attention import draw_box, draw_image, thinner
 from detrlib.figures.overlay import write_captions
+from detrlib.figures.results import draw_cells, draw_runs
 from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, Nothing, figure, panels, run_colours, styled
+from detrlib.metrics.curves import ALL, BACKGROUND
 from detrlib.metrics.detection import BOX
 from detrlib.metrics.failures import CAUSES, TOTALS, failures_of, worst_images
 from detrlib.runs.failed import FailedRun
@@ -62,6 +66,52 @@ def _draw_shares(axes: Axes, shares: Mapping[str, pd.DataFrame], colours: Mappin
     axes.tick_params(axis="y", length=0)
     axes.axvline(0, color=MUTED, lw=0.6)
     axes.grid(axis="x")
+
+
+@styled
+def precision_recall(curves: pd.DataFrame, by: Literal["size", "class"] = "size", most: int = 12) -> Figure:
+    """A panel per size of objects or per class, and a line per run: the highest precision from each recall on.
+
+    Args:
+        curves: of one or several runs, as of `metrics.curves.precision_recall`, with a column run.
+        by: "size", means over classes; or "class", of objects of all sizes.
+        most: classes, those whose area under the curve is smallest.
+    """
+    chosen = curves[curves["class"] == ALL] if by == "size" else curves[curves["size"] == "all"]
+    if chosen.empty:
+        raise Nothing("no run was evaluated on objects")
+    names = chosen[by].unique() if by == "size" else chosen.groupby(by)["precision"].mean().nsmallest(most).index
+    colours = run_colours(chosen["run"])
+    drawn, grid = panels(len(names), 4, height=1.75, sharex=True, sharey=True)
+    for axes, name in zip(grid, names, strict=True):
+        draw_runs(axes, chosen[chosen[by] == name], "recall", "precision", colours)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+        axes.set_title(name, loc="left")
+    handles = [Line2D([], [], color=colour, label=run) for run, colour in colours.items()]
+    drawn.legend(handles=handles, loc="outside lower left", ncols=min(len(colours), 5))
+    return drawn
+
+
+@styled
+def confusion_matrix(counts: pd.DataFrame, most: int = 15) -> Figure:
+    """The share of each class's objects that are taken for each class, and, in the last column, that are not found.
+
+    The last row says of detections on no object which classes they are of. Cells hold shares of their row.
+
+    counts: as of `metrics.curves.confusion`; of more than `most` classes those with most objects taken for others.
+    """
+    wrong = counts.sum(axis=1) - np.diag(counts)
+    classes = [name for name in counts.index[:-1] if name in wrong[:-1].nlargest(most).index]
+    if not counts.to_numpy().any():
+        raise Nothing("there are neither objects nor detections of such scores")
+    shares = counts.div(counts.sum(axis=1), axis=0).loc[[*classes, BACKGROUND], [*classes, BACKGROUND]]
+    side = min(1.0, 0.3 + 0.06 * len(shares))
+    drawn, axes = figure(side, 0.75)
+    draw_cells(axes, shares, "Blues", (0, 1), ".2f" if len(shares) <= 10 else ".1f")
+    axes.tick_params(axis="x", rotation=45 if len(shares) > 6 else 0)
+    axes.set(xlabel="detected as", ylabel="object")
+    axes.set_yticks(axes.get_yticks(), [f"{name} ({counts.loc[name].sum()})" for name in shares.index])
+    return drawn
 
 
 @styled

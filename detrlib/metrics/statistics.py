@@ -90,6 +90,7 @@ def _per_image(table: pd.DataFrame | pd.Series, metric: str) -> pd.Series:
 
 
 def same_images(first: Iterable[int], second: Iterable[int]) -> None:
+    """Raises DataError where the images of two runs are not the same."""
     others = set(first) ^ set(second)
     if others:
         raise DataError(

@@ -1,7 +1,7 @@
 """The run folder, the contract between training and all that reads it: `folder`, `opening` (may training begin or go on
 in it?), `trained` (from which checkpoint?), `examples`, `maps`, `history` (what training has logged). `results`,
-`sinks` and `explained` are what several runs say, as tables. `sources` finds models by any name, `detected` is what
-they see in other pictures.
+`sinks`, `explained` and `failed` are what several runs say, as tables. `sources` finds models by any name, `detected`
+is what they see in other pictures.
 """
 
 from detrlib.runs.examples import Example, load_examples

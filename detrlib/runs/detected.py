@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from detrlib.data.pictures import Picture
 from detrlib.errors import ConfigError, listed
@@ -77,16 +78,24 @@ class Detected:
 
         Raises ConfigError where that package is not installed.
         """
-        try:
-            import supervision
-        except ImportError:
-            raise ConfigError("supervision is not installed; pip install supervision, or use to_frame()") from None
-        return supervision.Detections(
-            xyxy=self.boxes.reshape(-1, 4).astype(np.float32),
-            confidence=self.scores.astype(np.float32),
-            class_id=self.labels.astype(int),
-            data={"class_name": np.array(self.names, dtype=str)},
-        )
+        return supervision_detections(self.boxes, self.scores, self.labels, self.names)
+
+
+def supervision_detections(boxes: ArrayLike, scores: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> Any:
+    """n detections as `supervision.Detections`: boxes [n,4] xyxy in pixels, scores, labels and names of classes [n].
+
+    Raises ConfigError where that package is not installed.
+    """
+    try:
+        import supervision
+    except ImportError:
+        raise ConfigError("supervision is not installed; pip install supervision, or use to_frame()") from None
+    return supervision.Detections(
+        xyxy=np.asarray(boxes, dtype=np.float32).reshape(-1, 4),
+        confidence=np.asarray(scores, dtype=np.float32),
+        class_id=np.asarray(labels, dtype=int),
+        data={"class_name": np.array(names, dtype=str)},
+    )
 
 
 def save_detected(folder: Path, detected: Sequence[Detected]) -> None:

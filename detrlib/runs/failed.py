@@ -5,7 +5,7 @@ Nothing is stored for it and no model is built, so that runs of any age have it 
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +15,10 @@ import pandas as pd
 from detrlib.data import CocoDataset, build_dataset
 from detrlib.errors import DamagedFile, DataError, RunError, in_one_line
 from detrlib.metrics.coco_format import box_table
-from detrlib.metrics.failures import Failures, find_failures, lost_ap
+from detrlib.metrics.curves import precision_recall
+from detrlib.metrics.failures import CAUSES, TOTALS, Failures, find_failures, lost_ap
 from detrlib.runs.folder import group_of, load_results, run_config, run_labels
+from detrlib.runs.results import load_matches
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,28 @@ def failed_runs(run_dirs: Iterable[Path]) -> dict[str, FailedRun]:
     return runs
 
 
-def lost_frame(run_dirs: Iterable[Path], runs: dict[str, FailedRun]) -> pd.DataFrame:
+def curves_frame(run_dirs: Iterable[Path], runs: Mapping[str, FailedRun], iou: float = 0.5) -> pd.DataFrame:
+    """Precision over recall of each run, from the matches that its evaluation has stored.
+
+    Args:
+        run_dirs: folders of the runs.
+        runs: as of `failed_runs`; those that lack there are left out.
+        iou: from which a detection is true.
+
+    Returns:
+        Rows of `metrics.curves.precision_recall` with a column run.
+
+    Raises:
+        RunError: a run was evaluated without matches, or they are damaged.
+    """
+    parts = [pd.DataFrame(columns=["run", "class", "size", "recall", "precision", "score"])]
+    for run_dir, label in run_labels(run_dirs).items():
+        if label in runs:
+            parts.append(precision_recall(load_matches(run_dir), runs[label].categories, iou).assign(run=label))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
+
+
+def lost_frame(run_dirs: Iterable[Path], runs: Mapping[str, FailedRun]) -> pd.DataFrame:
     """What AP50 loses in each run, for statistics over seeds.
 
     Args:
@@ -89,4 +112,5 @@ def lost_frame(run_dirs: Iterable[Path], runs: dict[str, FailedRun]) -> pd.DataF
     """
     labels = {label: run_dir for run_dir, label in run_labels(run_dirs).items() if label in runs}
     names = [{"run": run, "group": group_of(run), "seed": run_config(labels[run]).train.seed} for run in labels]
-    return pd.DataFrame([name | lost_ap(runs[name["run"]].failures).to_dict() for name in names])
+    rows = [name | lost_ap(runs[name["run"]].failures).to_dict() for name in names]
+    return pd.DataFrame(rows, columns=["run", "group", "seed", *CAUSES, *TOTALS])
