@@ -147,7 +147,8 @@ function panelOf(picture, run, row, map, top) {
     holder.append(make("img", {src: picture.source, alt}), ...(map?.of.extent ? [cellsOf(map, top)] : []));
     holder.append(boxesOf(picture, run, row, map, top, [holder.clientWidth, holder.clientHeight]));
   };
-  const hint = map ? "point at the picture to read a weight" : "";
+  const choosable = row === null && detected.maps && texts.length ? "click a detection, or choose it below" : "";
+  const hint = map ? "point at the picture to read a weight" : choosable;
   readout.textContent = hint;
   return {panel, fill, say: (x, y) => { readout.textContent = map && under(detected, map, x, y) || hint; }};
 }
