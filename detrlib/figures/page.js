@@ -43,9 +43,14 @@ function show(picture) {
   if (!picture) return;
   if (picture !== state.picture) Object.assign(state, {picture, chosen: null});
   settle();
-  for (const button of control("list").querySelectorAll("button"))
+  const list = control("list"), around = list.getBoundingClientRect();
+  for (const button of list.querySelectorAll("button")) {
     button.setAttribute("aria-current", button.picture === picture);
-  control("list").querySelector("[aria-current=true]")?.scrollIntoView({block: "nearest", inline: "nearest"});
+    if (button.picture !== picture) continue;
+    const at = button.getBoundingClientRect();  // the list is scrolled, and the page stays where it is
+    if (at.top < around.top || at.bottom > around.bottom) list.scrollTop += at.top - around.top;
+    if (at.left < around.left || at.right > around.right) list.scrollLeft += at.left - around.left;
+  }
   draw();
 }
 

@@ -90,7 +90,7 @@ function numbersOf(picture, run, row, map) {
   if (map.of.extent) told.push([object >= 0 ? "PAIBB" : "in its box", number(map.paibb, 3)]);
   if (map.of.sinks) {
     const shared = map.of.sinks.weights[map.layer][map.head];
-    const rests = shared > settings.thresholds[run] ? "a sink" : "no sink";
+    const limit = settings.thresholds[run], rests = shared > limit ? `a sink, above ${limit}` : `none, below ${limit}`;
     const own = number(map.at_sink / map.mass, 3);
     told.push(["sink", `${own} of this map, ${number(shared, 3)} of all queries' (${rests})`]);
   }
@@ -147,7 +147,10 @@ function panelOf(picture, run, row, map, top) {
     holder.append(make("img", {src: picture.source, alt}), ...(map?.of.extent ? [cellsOf(map, top)] : []));
     holder.append(boxesOf(picture, run, row, map, top, [holder.clientWidth, holder.clientHeight]));
   };
-  return {panel, fill, say: (x, y) => { readout.textContent = map ? under(detected, map, x, y) : ""; }};
+  const choosable = row === null && detected.maps && texts.length ? "click a detection, or choose it below" : "";
+  const hint = map ? "point at the picture to read a weight" : choosable;
+  readout.textContent = hint;
+  return {panel, fill, say: (x, y) => { readout.textContent = map && under(detected, map, x, y) || hint; }};
 }
 
 const shareAt = (holder, event) => {
