@@ -356,7 +356,7 @@ def test_a_damaged_table_of_interventions_is_named_before_anything_is_measured(r
 
 def test_notebook(tmp_path, monkeypatch):
     executed = []
-    monkeypatch.setattr(notebooks.papermill, "execute_notebook", lambda *given, **named: executed.append(given))
+    monkeypatch.setattr("papermill.execute_notebook", lambda *given, **named: executed.append(given))
     output = tmp_path / "new" / "out.ipynb"
     assert detrlib("notebook", "evaluate", output, "-p", "run_name=007", "-p", "num_examples=5").strip() == str(output)
     assert executed == [(notebooks.find_notebook("evaluate"), output, {"run_name": "007", "num_examples": 5})]

@@ -138,5 +138,93 @@ def test_the_shared_run_was_trained_and_evaluated(tiny_run):
     assert is_executed(tiny_run.folder / "07_evaluate.ipynb")
 
 
-from detrlib import __main__ as commands
-from detrlib.config import PROJECT, load_config, replace, save_config
+@pytest.mark.slow
+def test_all_figures_and_tables_are_in_a_document_that_compiles_within_its_margins(tiny_run, compiled):
+    tiny_run.execute("09_thesis_figures")
+    folder = tiny_run.folder / "figures"
+    document = (folder / thesis.DOCUMENT).read_text()
+    for path in [*folder.glob("*.pdf"), *folder.glob("*.tex")]:
+        assert path.name == thesis.DOCUMENT or f"{{{path.name}}}" in document
+    captions = re.findall(r"\\caption\{(.*)\}", document)
+    assert len(captions) == len(list(folder.glob("*.pdf"))) and all(len(caption) > 20 for caption in captions)
+    log = compiled(folder / thesis.DOCUMENT)
+    assert [float(points) for points in re.findall(r"Overfull .hbox \(([\d.]+)pt", log) if float(points) > 2] == []
+    assert "undefined" not in log
+
+
+def test_the_command_for_figures_says_what_is_missing_before_anything_runs(tmp_path, monkeypatch):
+    executed, run_dir, out = [], tmp_path / "run", tmp_path / "new"
+    run_dir.mkdir()
+    write_json(run_dir / "results.json", {})
+
+    def execute(*given, **named):
+        executed.append(given)
+        (out / thesis.DOCUMENT).write_text(f"{thesis.LEFT_OUT}fig:alpha_sweep (no interventions)\n")
+
+    def detrlib(*words):
+        done = CliRunner().invoke(commands.app, ["figures", *map(str, words)])
+        assert done.exit_code == int(done.output.startswith("error: ")), done.output
+        return done.output
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    assert "no results.json" in detrlib(run_dir, tmp_path / "none", "--out", out)
+    assert "/proc/none" in detrlib(run_dir, "--out", "/proc/none")
+    assert "--out" in detrlib(run_dir, "--out", run_dir / "results.json")
+    assert "-p output" in detrlib(run_dir, "--out", out, "-p", "output=there")
+    assert "'resample'" in detrlib(run_dir, "--out", out, "-p", "resample=5")
+    assert executed == [] and not out.exists()
+    shown = detrlib(run_dir, "--out", out, "-p", "resamples=50").splitlines()
+    assert shown == ["nothing to show: fig:alpha_sweep (no interventions)", str(out / thesis.DOCUMENT)]
+    source, copy = find_notebook("thesis_figures"), out / "09_thesis_figures.ipynb"
+    assert executed == [(source, copy, {"resamples": 50, "run_names": [str(run_dir)], "output": str(out)})]
+
+
+# --- the course as pages ---------------------------------------------------------------------------------------
+
+FORMULA = r"Half: $\frac{1}{2}$." + "\n\n" + r"$$p_j = \big(e^{z_j}\big), \dots$$"
+FIGURE = "%matplotlib inline\nfrom detrlib.figures.statistics import spread\nimport pandas as pd\n"
+FIGURE += "spread(pd.DataFrame({'group': ['a', 'b'], 'AP': [0.1, 0.2]}), ['AP'])"
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """From the text of a first and a second notebook to the folder of their pages, made as `make course` does."""
+    pytest.importorskip("myst_nb", reason="needs the extra course, which `make course` installs")
+    build = pytest.importorskip("sphinx.cmd.build").build_main
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+
+    def make(**cells):
+        source = tmp_path / "source"
+        for name, (text, code) in cells.items():
+            made = [nbformat.v4.new_markdown_cell(f"# {name}\n\n{text}"), nbformat.v4.new_code_cell(code)]
+            nbformat.write(nbformat.v4.new_notebook(cells=made), tmp_path / f"{name}.ipynb")
+            execute_notebook(name, source / f"{name}.ipynb", {})
+        (source / "index.md").write_text("# Start\n\n```{toctree}\n" + "\n".join(cells) + "\n```\n")
+        arguments = ["-q", "-W", "-c", str(PROJECT / "notebooks"), str(source), str(source / "html")]
+        assert [build(arguments), build(["-E", *arguments])] == [0, 0]  # again, beside what the first time left
+        return source / "html"
+
+    return make
+
+
+def test_pages_have_formulas_pictures_folds_search_and_an_order_without_network(pages):
+    folded = "<details><summary>Solution</summary>\n\n```python\nx = 1\n```\n</details>"
+    made = pages(first=(f"{FORMULA}\n\n{folded}", FIGURE), second=("Needle", "1 + 1"))
+    first, second = ((made / f"{name}.html").read_text() for name in ("first", "second"))
+    assert first.count("<math") == 2 and "<mfrac>" in first and "$" not in re.sub(r"<pre>.*?</pre>", "", first)
+    (alternative,) = re.findall(r'<img alt="([^"]*)"\s+src="_images', first)
+    assert "one dot per seed" in alternative and "AP" in alternative
+    assert re.search(r"<details><summary>Solution</summary>.*?x.*?</details>", first, re.DOTALL)
+    assert 'rel="next" title="second" href="second.html"' in first and "first.html" in second
+    assert "needl" in (made / "searchindex.js").read_text()
+    loaded = [
+        link for page in (first, second) for link in re.findall(r'<(?:link|script|img)[^>]*(?:src|href)="([^"]*)', page)
+    ]
+    assert '<pre tabindex="0">' in first  # what scrolls is in reach of the keyboard
+    assert loaded and not [link for link in loaded if link.startswith(("http", "//"))]
+
+
+def test_a_formula_that_cannot_be_drawn_stops_the_site_and_is_named(pages, capsys):
+    with pytest.raises(AssertionError):
+        pages(first=(r"$\nosuchcommand{1}$", "1"))
+    assert "nosuchcommand" in capsys.readouterr().err
