@@ -201,6 +201,7 @@ class AttentionViewer(ipywidgets.VBox):
             control.value = getattr(self.view, name)
         self._writing = False
         self.panels = draw_view(self.figure, self.view, self.stored, self.names)
+        self.canvas.manager.set_window_title(f"{self.view.run} {self.view.image_id}")  # the name of a saved picture
         self.canvas.manager.toolbar.update()  # "home" is the whole of this picture, not of the one before
         self.canvas.draw_idle()
 
@@ -208,8 +209,9 @@ class AttentionViewer(ipywidgets.VBox):
         if self._writing:
             return
         self.hint.value = HINT
+        swapped = {"beside": self.view.run} if name == "run" and value == self.view.beside else {}
         try:
-            self.show(changed(self.view, **{name: value}))
+            self.show(changed(self.view, **{name: value}, **swapped))
         except DetrlibError as error:  # of an image that cannot be computed; a widget's errors appear nowhere
             self.hint.value = escape(str(error))
             self.show(self.view)

@@ -104,6 +104,14 @@ def test_the_widget_follows_mouse_and_controls(stored, texts):
     assert viewer.controls["site"].value == "decoder_cross"
 
 
+def test_the_second_run_chosen_as_the_first_changes_places_with_it(stored):
+    viewer = AttentionViewer({run: list(found.values()) for run, found in stored.items()}, NAMES, image_id=7)
+    assert viewer.canvas._figure_label == "first 7"  # what a saved picture is called
+    viewer.controls["run"].value = "second"
+    assert (viewer.view.run, viewer.view.beside) == ("second", "first") and list(viewer.panels) == ["second", "first"]
+    assert viewer.controls["beside"].value == "first" and viewer.canvas._figure_label.startswith("second")
+
+
 def test_without_a_browser_it_is_a_picture(stored):
     viewer = AttentionViewer({run: list(found.values()) for run, found in stored.items()}, NAMES)
     bundle = viewer._repr_mimebundle_()
