@@ -190,6 +190,7 @@ def test_evaluate(run_dir):
     assert shown.startswith("AP ") and "AR_100" in shown and "AP_large –" in shown  # 64 pixels: none is large
     results = json.loads((run_dir / "untrained" / "results.json").read_text())
     assert results["evaluate"]["paibb"] == "thesis" and results["epoch"] == 0
+    assert f"browser: {run_dir / 'untrained' / 'viewer.html'}" in shown
     detrlib("evaluate", run_dir, "--split", "train2017")
     assert json.loads((run_dir / "train2017" / "results.json").read_text())["images"] == 32
 

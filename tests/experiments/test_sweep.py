@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,9 @@ def stand_ins(monkeypatch, tmp_path):
     def draw(name, output, parameters):
         executed.append((name, parameters))
         output.write_text('{"cells": []}')
+        viewer = Path(parameters["output"]) / "viewer.html"
+        viewer.parent.mkdir(exist_ok=True)
+        viewer.touch()
         return output
 
     monkeypatch.setattr(sweep.subprocess, "Popen", popen)
@@ -80,6 +84,7 @@ def test_a_failing_run_is_reported_with_its_log_and_the_others_finish(sweep_file
     names = [str(folder / name) for name in read_sweep(path).configs]
     figures = ("thesis_figures", {"run_names": names, "output": str(folder / "figures")})
     assert stand_ins == ["two", "many", figures]  # maps and figures side by side
+    assert [path.parent for path in folder.rglob("viewer.html")] == [folder], "it stands beside the report"
     assert json.loads((folder / "notebooks.json").read_text()) == {"attention_maps": {"run_names": names}}
     assert "one done  three done  two waiting" in capsys.readouterr().out
 
