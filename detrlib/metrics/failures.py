@@ -227,7 +227,7 @@ def compare_lost(
     Args:
         runs: failures by name.
         causes: some of CAUSES and TOTALS.
-        pairs: names of the runs to compare; None, or none: all.
+        pairs: names of the runs to compare, of which those that `runs` lacks are left out; None, or none: all.
         resamples, seed: of the bootstrap and the permutations.
         samples: by name, as of `lost_samples` with these `resamples` and `seed`, where they are drawn already.
 
@@ -238,7 +238,7 @@ def compare_lost(
     Raises:
         DataError: the images of two runs differ.
     """
-    pairs = list(pairs or combinations(runs, 2))
+    pairs = [tuple(pair) for pair in pairs or combinations(runs, 2) if set(pair) <= set(runs)]
     compared = {name: runs[name] for name in dict.fromkeys(name for pair in pairs for name in pair)}
     drawn = {name: (samples or {}).get(name) for name in compared}
     drawn |= {name: lost_samples(compared[name], resamples, seed) for name, own in drawn.items() if own is None}

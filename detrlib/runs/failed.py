@@ -66,12 +66,15 @@ def read_predictions(run_dir: Path) -> pd.DataFrame:
 
 
 def failed_runs(run_dirs: Iterable[Path]) -> dict[str, FailedRun]:
-    """`open_failures` of several runs by name; those whose data are not on this machine are left out and logged.
+    """`open_failures` of several runs by name; those whose detections or data are not here are left out and logged.
 
     Raises RunError as `open_failures`.
     """
     runs = {}
     for run_dir, label in run_labels(run_dirs).items():
+        if not (run_dir / "predictions.json").exists():
+            logger.warning("what went wrong in %s is not known: its predictions.json is not here", label)
+            continue
         try:
             runs[label] = open_failures(run_dir)
         except DataError as error:

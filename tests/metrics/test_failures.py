@@ -234,6 +234,7 @@ def test_differences_between_runs(random_detection_task, worse):
     assert moved["difference"] == pytest.approx(lost_ap(runs["good"])["place"] - lost_ap(runs["moved"])["place"])
     assert moved["high"] < 0 and moved["verdict"] == "established" and moved["images"] == 12
     assert compare_lost({"good": runs["good"]}).empty
+    assert compare_lost({"good": runs["good"]}, pairs=[("good", "lacking")]).empty
     fewer = find_failures(truth | {"images": truth["images"][:-1]}, [one for one in detections if one["image_id"] < 21])
     with pytest.raises(DataError, match="evaluate both runs on the same images"):
         compare_lost({"good": runs["good"], "fewer": fewer}, resamples=5)

@@ -61,5 +61,6 @@ def test_missing_and_damaged_predictions_are_named(evaluated):
     with pytest.raises(DamagedFile, match=r"predictions\.json"):
         open_failures(evaluated[0])
     path.unlink()
+    assert failed_runs([evaluated[0]]) == {}
     with pytest.raises(RunError, match=r"predictions\.json"):
         open_failures(evaluated[0])
