@@ -203,6 +203,7 @@ OF_NO_MODULE = {
     "tests/test_notebooks.py",
     "tests/test_main.py",
     "tests/experiments/test_slurm.py",
+    "tests/figures/test_page_in_browser.py",
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from detrlib import runs
 from detrlib.boxes import xyxy_to_cxcywh
@@ -66,6 +66,31 @@ def _present(run, cfg: Config, run_dir: Path) -> None:
             measured.add_file(str(run_dir / name))
     run.log_artifact(model, aliases=["last"])
     run.log_artifact(measured)
+
+
+def present_report(cfg: Config, home: Path, report: Path) -> None:
+    """Log the report of a sweep in `home` and its folder of figures as an artifact, to a W&B run of the sweep itself.
+
+    cfg: of its runs, which say whether there is W&B. Where it fails a warning says why.
+    """
+    settings = cfg.train.tracking
+    if settings.wandb == "disabled" or not settings.artifacts:
+        return
+    import wandb
+
+    try:
+        PartialState(cpu=True)  # which trackers ask whether this is the main process
+        tracker = WandB(cfg, home)
+        tracker.init_kwargs |= {"config": {"runs": sorted(path.parent.name for path in home.glob("*/config.yaml"))}}
+        tracker.start()
+        artifact = wandb.Artifact(f"report-{tracker.run.id}", "report")
+        artifact.add_file(str(report))
+        if (home / "figures").is_dir():
+            artifact.add_dir(str(home / "figures"), name="figures")
+        tracker.run.log_artifact(artifact)
+        tracker.finish()
+    except (OSError, wandb.Error) as error:
+        log.warning("Weights & Biases: the report was not logged (%s)", error)
 
 
 def boxes_on_image(

@@ -44,6 +44,7 @@ from detrlib.engine.notebooks import (
     report_html,
     shrink_pictures,
 )
+from detrlib.engine.presented import present_report
 from detrlib.engine.pretrain import backbone_weights
 from detrlib.engine.tracking import duration
 from detrlib.errors import ConfigError, RunError
@@ -158,7 +159,9 @@ def _carry_out(jobs: list[Job], home: Path, parameters: dict[str, Any], parallel
     viewer = home / "figures" / VIEWER
     if viewer.exists():
         print(f"images, detections and maps, to look through in a browser: {viewer.replace(home / VIEWER)}")
-    return report_html(executed, report, f"{home.name}: report")
+    report_html(executed, report, f"{home.name}: report")
+    present_report(jobs[0].cfg, home, report)
+    return report
 
 
 def _measured_otherwise(job: Job) -> str:

@@ -119,6 +119,20 @@ def test_nothing_of_it_without_being_asked_for_and_a_fault_leaves_the_run_finish
     assert "no space left" in caplog.text and runs.is_finished(tmp_path / "full")
 
 
+def test_the_report_of_a_sweep_is_an_artifact_of_the_sweep(tmp_path, offline, tiny_config):
+    home = tmp_path / "sweep"
+    (home / "figures").mkdir(parents=True)
+    (home / "figures" / "layers.pdf").write_text("%PDF")
+    (home / "report.html").write_text("<html>")
+    presented.present_report(tiny_config(), home, home / "report.html")
+    assert not (home / "wandb").exists()  # not asked for
+    presented.present_report(tiny_config({"train.tracking.wandb": "offline"}), home, home / "report.html")
+    (path,) = home.glob("wandb/offline-run-*-sweep/*.wandb")
+    (artifact,) = [record.artifact for record in records(path) if record.HasField("artifact")]
+    assert artifact.name == "report-sweep"
+    assert {entry.path for entry in artifact.manifest.contents} == {"report.html", "figures/layers.pdf"}
+
+
 def test_a_row_says_what_its_map_shows(example):
     pytest.importorskip("wandb")
     (row,) = presented.rows_of(example, NAMES)

@@ -9,11 +9,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from detrlib import runs
-from detrlib.config import PROJECT
+from detrlib.config import PROJECT, save_config
 from detrlib.engine import tracking
 from detrlib.engine.loop import train
 from detrlib.engine.tracking import MAIN, panels
@@ -251,6 +252,36 @@ def test_online_tracking_with_an_account_but_no_network_goes_on_offline(tmp_path
     done = _track(tmp_path / "run", timeout=120, WANDB_API_KEY="0" * 40, WANDB_INIT_TIMEOUT="5")
     assert done.returncode == 0, done.stderr
     assert "mode: offline" in done.stdout
+
+
+def test_an_agent_of_a_sweep_hands_out_settings_to_a_run_of_its_id(tmp_path, wandb, monkeypatch, tiny_config):
+    """With the file in the README, and the agent's own code, but for the server that would say what to run."""
+    (text,) = re.findall(r"```yaml\n(program.*?)```", (PROJECT / "papermill_runs/README.md").read_text(), re.DOTALL)
+    save_config(tiny_config({"train.epochs": 1}), tmp_path / "tiny.yaml")
+    for theirs, ours in {
+        ".venv/bin/detrlib": f"{sys.executable} -m detrlib",
+        "papermill_runs/configs/shapes.yaml": str(tmp_path / "tiny.yaml"),
+        "lr-search/": f"{tmp_path}/lr-search/",
+    }.items():
+        assert theirs in text
+        text = text.replace(theirs, ours)
+    sweep = yaml.safe_load(text)
+    assert sweep["metric"]["name"] == next(iter(panels({"detection/AP": 0.5}, {})))
+    given = {"train.lr": 1e-05, "model.attention.decoder_cross": "sparsemax", "train.tracking.wandb": "offline"}
+    assert given.keys() == sweep["parameters"].keys()
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_DIR", "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
+        monkeypatch.setenv(name, str(tmp_path) if name == "WANDB_DIR" else "mine")
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    agent = wandb.wandb_agent.Agent(api=None, queue=None, sweep_id="mine")
+    agent._sweep_command = sweep["command"]
+    handed_out = {name: {"value": value} for name, value in given.items()}
+    agent._command_run({"program": sweep["program"], "run_id": "first1", "args": handed_out})
+    assert agent._run_processes["first1"].wait() == 0
+    run_dir = tmp_path / "lr-search" / "first1"
+    cfg = runs.run_config(run_dir)
+    assert cfg.train.lr == 1e-05 and cfg.model.attention.decoder_cross == "sparsemax"
+    assert list(run_dir.glob("wandb/offline-run-*-first1/*.wandb"))  # by W&B's own id, under which an agent resumes
 
 
 def test_ids_of_wandb_are_taken_by_it_and_differ_as_names_do():
