@@ -75,12 +75,13 @@ def precision_recall(curves: pd.DataFrame, by: Literal["size", "class"] = "size"
     Args:
         curves: of one or several runs, as of `metrics.curves.precision_recall`, with a column run.
         by: "size", means over classes; or "class", of objects of all sizes.
-        most: classes, those whose area under the curve is smallest.
+        most: panels: the mean over classes, then those whose area under the curve is smallest.
     """
     chosen = curves[curves["class"] == ALL] if by == "size" else curves[curves["size"] == "all"]
     if chosen.empty:
         raise Nothing("no run was evaluated on objects")
-    names = chosen[by].unique() if by == "size" else chosen.groupby(by)["precision"].mean().nsmallest(most).index
+    means = chosen.groupby("class")["precision"].mean().drop(ALL, errors="ignore")
+    names = chosen[by].unique() if by == "size" else [ALL, *means.nsmallest(most - 1).index]
     colours = run_colours(chosen["run"])
     drawn, grid = panels(len(names), 4, height=1.75, sharex=True, sharey=True)
     for axes, name in zip(grid, names, strict=True):
