@@ -8,6 +8,7 @@ import io
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import replace as changed
+from functools import partial
 from html import escape
 
 import ipywidgets
@@ -109,6 +110,10 @@ def _draw_weights(figure: Figure, view: View, looks: Sequence[tuple[Panel, np.nd
     panels = [panel for panel, _ in looks]
     if view.site != "decoder_self":
         draw_maps(figure, panels, view.scale, view.logarithmic)
+        for panel in panels:
+            panel.axes.format_coord = partial(weight_at, panel)  # shown below the picture
+            for image in panel.axes.images:
+                image.mouseover = False  # whose colours say nothing more
         return
     scale = scale_of([panel.weights for panel in panels], view.logarithmic)
     for panel, boxes in looks:
@@ -117,6 +122,14 @@ def _draw_weights(figure: Figure, view: View, looks: Sequence[tuple[Panel, np.nd
             panel.axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor="none", zorder=0.5))
     if looks:
         colour_bar(figure, [panel.axes for panel in panels], scale, "weight")
+
+
+def weight_at(panel: Panel, x: float, y: float) -> str:
+    """The cell of a map that lies below a point of its image, in pixels, and its weight, in words."""
+    height, width = panel.image.shape[:2] / np.asarray(panel.extent)  # pixels of a cell
+    row, column = int((y + 0.5) // height), int((x + 0.5) // width)
+    inside = 0 <= row < panel.weights.shape[0] and 0 <= column < panel.weights.shape[1]
+    return f"row {row + 1}, column {column + 1}: weight {panel.weights[row, column]:.3g}" if inside else ""
 
 
 # --- the widget ------------------------------------------------------------------------------------------------
@@ -249,7 +262,7 @@ def _clickable_figure(click):
     plt.switch_backend(backend)  # importing ipympl makes it the backend of all figures
     figure = Figure(dpi=look().get("figure.dpi"), layout="constrained")
     canvas = Canvas(figure)
-    canvas.header_visible = canvas.footer_visible = canvas.resizable = False
+    canvas.header_visible = canvas.resizable = False  # the footer tells what lies below the mouse
     canvas.toolbar_position = "right"  # on the left it would cover what a panel says
     FigureManager(canvas, 0)
     canvas.mpl_connect("button_press_event", click)

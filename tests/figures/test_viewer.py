@@ -41,6 +41,16 @@ def test_queries_without_weight_have_boxes_without_colour(stored):
     assert filled[0] > 0.5 and filled[1:] == [0, 0]
 
 
+def test_the_mouse_tells_the_cell_below_it_and_its_weight(stored):
+    view = consistent(View("first", 7, origin="first", query=1), stored)
+    (axes,) = draw_view(Figure(layout="constrained"), view, stored, NAMES).values()
+    weights = weights_in(view, stored["first"][7], 1)
+    for row, column in ((0, 0), (2, 5)):  # cells are 16 pixels wide and high
+        told = axes.format_coord(16 * column + 1, 16 * row + 14)
+        assert told == f"row {row + 1}, column {column + 1}: weight {weights[row, column]:.3g}"
+    assert axes.format_coord(-20, 0) == "" and not any(image.mouseover for image in axes.images)
+
+
 @pytest.mark.parametrize("sink", [True, False])
 @pytest.mark.parametrize("site", ["decoder_cross", "encoder_self", "decoder_self"])
 def test_the_sink_is_ringed_where_keys_are_cells(stored, site, sink):
