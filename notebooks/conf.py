@@ -54,8 +54,8 @@ def displayed_formula(writer, node):
 def mathml(node, block):
     """The formula of a node; what is no TeX that can be drawn stops the site, in place of a page that shows TeX."""
     tex = node.astext()
-    try:  # docutils knows neither \big nor \dots
-        return tex2mathml(re.sub(r"\\big(?=[(\[)\]])", "", tex).replace(r"\dots", r"\ldots"), as_block=block)
+    try:  # docutils knows neither \dots nor the sizes of brackets
+        return tex2mathml(re.sub(r"\\[bB]igg?[lr]?(?![a-zA-Z])", "", tex).replace(r"\dots", r"\ldots"), as_block=block)
     except MathError as error:
         raise ExtensionError(f"{node.source}: formula {tex}: {error}") from None
 

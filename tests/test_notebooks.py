@@ -181,7 +181,7 @@ def test_the_command_for_figures_says_what_is_missing_before_anything_runs(tmp_p
 
 # --- the course as pages ---------------------------------------------------------------------------------------
 
-FORMULA = r"Half: $\frac{1}{2}$." + "\n\n" + r"$$p_j = \big(e^{z_j}\big), \dots$$"
+FORMULA = r"Half: $\frac{1}{2}$." + "\n\n" + r"$$p_j = \big(e^{z_j}\big)\,\Big[\bigl\{1\bigr\}\Big], \dots$$"
 FIGURE = "%matplotlib inline\nfrom detrlib.figures.statistics import spread\nimport pandas as pd\n"
 FIGURE += "spread(pd.DataFrame({'group': ['a', 'b'], 'AP': [0.1, 0.2]}), ['AP'])"
 
