@@ -49,8 +49,16 @@ def open_failures(run_dir: Path) -> FailedRun:
     """
     load_results(run_dir)  # raises where there are none
     detections = read_predictions(run_dir)
-    dataset = build_dataset(run_config(run_dir).data, "val")
+    dataset = evaluated_data(run_dir)
     return FailedRun(find_failures(dataset.ground_truth, detections), dataset)
+
+
+def evaluated_data(run_dir: Path) -> CocoDataset:
+    """The data that a run was evaluated on. Raises DataError, which names its settings, where they are not here."""
+    try:
+        return build_dataset(run_config(run_dir).data, "val")
+    except DataError as error:
+        raise DataError(f"{error}; of data that have moved, in {run_dir / 'config.yaml'}") from error
 
 
 def read_predictions(run_dir: Path) -> pd.DataFrame:

@@ -51,7 +51,7 @@ def test_runs_without_their_data_are_left_out(evaluated, caplog):
     run_dir = evaluated[0]
     shutil.rmtree(run_dir.parent / "data")
     with caplog.at_level(logging.WARNING):
-        assert failed_runs([run_dir]) == {} and "mine" in caplog.text
+        assert failed_runs([run_dir]) == {} and f"data that have moved, in {run_dir / 'config.yaml'}" in caplog.text
     assert lost_frame([run_dir], {}).empty and curves_frame([run_dir], {}).empty
 
 
