@@ -311,16 +311,14 @@ def _by_image(stored: Mapping[str, list[Example]]) -> list[dict[str, Example]]:
         for example in examples:
             known = images.setdefault(example.image_id, [])
             mine = next((own for own in known if _alike(next(iter(own.values())).image, example.image)), {})
-            if not mine:
-                known.append(mine)
+            known += [] if mine else [mine]
             mine[run] = example
     return [image for known in images.values() for image in known]
 
 
 def _alike(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two pictures [H,W,3] are one, in whatever size: as thumbnails they differ by 1 in 255, others by 15."""
-    size, box = (8, 8), Image.Resampling.BOX
-    a, b = (np.asarray(Image.fromarray(image).resize(size, box), dtype=float) for image in (first, second))
+    a, b = (np.asarray(Image.fromarray(one).resize((8, 8), Image.Resampling.BOX), float) for one in (first, second))
     return np.abs(a - b).mean() < 5
 
 
