@@ -87,13 +87,13 @@ def write_viewer(run_dirs: Iterable[Path], path: Path) -> Path | None:
     if not labels:
         path.unlink(missing_ok=True)
         return None
-    stored = {label: {each.image_id: each for each in load_examples(run)} for run, label in labels.items()}
+    stored = {label: load_examples(run) for run, label in labels.items()}
     names = {label: class_names(run) for run, label in labels.items()}
-    images = list(dict.fromkeys(image_id for of_run in stored.values() for image_id in of_run))
+    images = _by_image(stored)
     pictures = []
-    for image_id in images:
+    for image in images:
         if has_room(pictures):
-            pictures.append(page_example({run: own.get(image_id) for run, own in stored.items()}, names))
+            pictures.append(page_example({run: image.get(run) for run in stored}, names))
     fewer = len(pictures) < len(images)
     write_page(
         path,
@@ -302,6 +302,24 @@ def _names(labels: np.ndarray, names: Mapping[int, str]) -> list[str]:
 
 
 # --- into the file ---------------------------------------------------------------------------------------------
+
+
+def _by_image(stored: Mapping[str, list[Example]]) -> list[dict[str, Example]]:
+    """What runs store of each image, by run; images of other data may have the same number, and are other images."""
+    images = {}
+    for run, examples in stored.items():
+        for example in examples:
+            known = images.setdefault(example.image_id, [])
+            mine = next((own for own in known if _alike(next(iter(own.values())).image, example.image)), {})
+            known += [] if mine else [mine]
+            mine[run] = example
+    return [image for known in images.values() for image in known]
+
+
+def _alike(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two pictures [H,W,3] are one, in whatever size: as thumbnails they differ by 1 in 255, others by 15."""
+    a, b = (np.asarray(Image.fromarray(one).resize((8, 8), Image.Resampling.BOX), float) for one in (first, second))
+    return np.abs(a - b).mean() < 5
 
 
 def _element(about: dict[str, Any], image: np.ndarray, runs: list[dict | None]) -> str:

@@ -27,6 +27,9 @@ PREAMBLE = rf"""% Any class will do: \input the tables, and \includegraphics the
 \usepackage[textwidth={style.TEXT_WIDTH}in,textheight=9.7in]{{geometry}}
 \usepackage{{iftex}}
 \ifPDFTeX\usepackage[T1]{{fontenc}}\usepackage{{lmodern}}\else\usepackage{{fontspec}}\fi
+% Letters that these fonts lack, as of other scripts, are printed by their numbers: [U+4E2D].
+\makeatletter\def\UTFviii@undefined@err#1{{[\expandafter\numbered\string#1\relax]}}
+\def\numbered#1:#2\relax{{\UTFviii@hexcodepoint{{\decode@UTFviii#2\relax}}}}\makeatother
 \usepackage{{graphicx,booktabs,placeins}}
 \usepackage[export]{{adjustbox}}  % wider or higher than a page: made smaller
 \usepackage[font=small,skip=4pt]{{caption}}

@@ -186,10 +186,11 @@ def compare_runs(
 
     def row(pair: tuple[str, str]) -> dict:
         own = tuple(drawn[name][metric] for name in pair) if drawn else None
-        return dict(zip(("first", "second"), pair, strict=True)) | {
-            "metric": metric,
-            **compare(*(runs[name] for name in pair), metric, resamples, seed, own),
-        }
+        try:
+            told = compare(*(runs[name] for name in pair), metric, resamples, seed, own)
+        except DataError as error:
+            raise DataError(f"{' and '.join(pair)}: {error}") from error
+        return dict(zip(("first", "second"), pair, strict=True)) | {"metric": metric, **told}
 
     with ThreadPoolExecutor(cores()) as pool:
         rows = list(pool.map(row, pairs))

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from detrlib.data import build_dataset
+from detrlib.errors import DataError
 from detrlib.files import write_atomic, write_json
 from detrlib.metrics.coco_format import BOX
 from detrlib.runs.detected import supervision_detections
-from detrlib.runs.failed import read_predictions
-from detrlib.runs.folder import run_config
+from detrlib.runs.failed import evaluated_data, read_predictions
+from detrlib.runs.folder import load_results
 
 HOW = """\
 # FiftyOne
@@ -41,8 +41,8 @@ def export_detections(run_dir: Path, folder: Path) -> str:
         RunError: the run was not evaluated, or a file cannot be written.
         DataError: its data are not on this machine.
     """
-    read_predictions(run_dir)  # raises where they are missing or damaged
-    dataset = build_dataset(run_config(run_dir).data, "val")
+    load_results(run_dir), read_predictions(run_dir)  # raise where they are missing or damaged
+    dataset = evaluated_data(run_dir)
     paths = {name: folder / f"{name}.json" for name in ("labels", "predictions")}
     write_json(paths["labels"], dict(dataset.ground_truth))
     write_atomic(paths["predictions"], partial(shutil.copyfile, run_dir / "predictions.json"))
@@ -55,10 +55,13 @@ def to_supervision(run_dir: Path) -> dict[str, Any]:
     Classes are numbered as `supervision.DetectionDataset.from_coco` numbers those of labels.json: from 0 in the order
     of category ids. A picture without detections has an empty entry.
 
-    Raises ConfigError where that package is not installed, otherwise as `export_detections`.
+    Raises ConfigError where that package is not installed, DataError where the data lack a class that was detected,
+    otherwise as `export_detections`.
     """
-    table, dataset = read_predictions(run_dir), build_dataset(run_config(run_dir).data, "val")
+    table, dataset = read_predictions(run_dir), evaluated_data(run_dir)
     categories = {entry["id"]: entry["name"] for entry in dataset.ground_truth["categories"]}
+    if unknown := {*table["category_id"]} - {*categories}:
+        raise DataError(f"{run_dir / 'predictions.json'} has class {min(unknown)}, which its data lack; evaluate again")
     positions = {id: number for number, id in enumerate(sorted(categories))}
     corner, sides = np.hsplit(table[BOX].to_numpy(float), 2)
     boxes = np.hstack([corner, corner + sides])

@@ -16,9 +16,10 @@ from detrlib.data import CocoDataset, build_dataset
 from detrlib.errors import DamagedFile, DataError, RunError, in_one_line
 from detrlib.metrics.coco_format import box_table
 from detrlib.metrics.curves import precision_recall
+from detrlib.metrics.detection import match_detections
 from detrlib.metrics.failures import CAUSES, TOTALS, Failures, find_failures, lost_ap
 from detrlib.runs.folder import group_of, load_results, run_config, run_labels
-from detrlib.runs.results import load_matches
+from detrlib.runs.results import having, load_matches
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,16 @@ def open_failures(run_dir: Path) -> FailedRun:
     """
     load_results(run_dir)  # raises where there are none
     detections = read_predictions(run_dir)
-    dataset = build_dataset(run_config(run_dir).data, "val")
+    dataset = evaluated_data(run_dir)
     return FailedRun(find_failures(dataset.ground_truth, detections), dataset)
+
+
+def evaluated_data(run_dir: Path) -> CocoDataset:
+    """The data that a run was evaluated on. Raises DataError, which names its settings, where they are not here."""
+    try:
+        return build_dataset(run_config(run_dir).data, "val")
+    except DataError as error:
+        raise DataError(f"{error}; of data that have moved, in {run_dir / 'config.yaml'}") from error
 
 
 def read_predictions(run_dir: Path) -> pd.DataFrame:
@@ -83,7 +92,7 @@ def failed_runs(run_dirs: Iterable[Path]) -> dict[str, FailedRun]:
 
 
 def curves_frame(run_dirs: Iterable[Path], runs: Mapping[str, FailedRun], iou: float = 0.5) -> pd.DataFrame:
-    """Precision over recall of each run, from the matches that its evaluation has stored.
+    """Precision over recall of each run, from the matches that its evaluation has stored, or those of its detections.
 
     Args:
         run_dirs: folders of the runs.
@@ -94,12 +103,15 @@ def curves_frame(run_dirs: Iterable[Path], runs: Mapping[str, FailedRun], iou: f
         Rows of `metrics.curves.precision_recall` with a column run.
 
     Raises:
-        RunError: a run was evaluated without matches, or they are damaged.
+        RunError: matches or detections are damaged.
     """
     parts = [pd.DataFrame(columns=["run", "class", "size", "recall", "precision", "score"])]
     for run_dir, label in run_labels(run_dirs).items():
         if label in runs:
-            parts.append(precision_recall(load_matches(run_dir), runs[label].categories, iou).assign(run=label))
+            own, stored = runs[label], having([run_dir], "matches")
+            truth = own.dataset.ground_truth
+            matches = load_matches(run_dir) if stored else match_detections(truth, read_predictions(run_dir))
+            parts.append(precision_recall(matches, own.categories, iou).assign(run=label))
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 

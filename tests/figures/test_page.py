@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,16 @@ import torch
 
 from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.figures.choices import cell_at
-from detrlib.figures.page import NUMBERS, STEPS, code_weights, page_picture, refresh_viewers, shown, write_page
+from detrlib.figures.page import (
+    NUMBERS,
+    STEPS,
+    code_weights,
+    page_picture,
+    refresh_viewers,
+    shown,
+    write_page,
+    write_viewer,
+)
 from detrlib.figures.predictions import MapChoice, views_of
 from detrlib.metrics.localisation import paibb
 from detrlib.metrics.sparsity import sparsity
@@ -143,3 +153,15 @@ def test_a_viewer_is_written_again_after_an_evaluation_and_goes_with_its_example
     os.utime(evaluated_run / "results.json", (path.stat().st_mtime + 9,) * 2)
     assert refresh_viewers(evaluated_run) == [] and not path.exists()
     assert "no run stores examples" in shown(None).data
+
+
+def test_images_of_other_data_are_no_images_of_these_though_their_numbers_are(evaluated_run, tmp_path):
+    other, same = (Path(shutil.copytree(evaluated_run, tmp_path / name)) for name in ("other", "same"))
+    for path in (other / "examples").glob("*.npz"):
+        stored = dict(np.load(path))
+        np.savez(path, **stored | {"image": np.rot90(255 - stored["image"])})
+    text = write_viewer([evaluated_run, same, other], tmp_path / "viewer.html").read_text(encoding="utf-8")
+    pictures = scripts(text, 'class="picture"')
+    shows = sorted(tuple(detected is not None for detected in picture["detected"]) for picture in pictures)
+    number = len(load_examples(evaluated_run))
+    assert shows == [(False, False, True)] * number + [(True, True, False)] * number

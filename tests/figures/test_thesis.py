@@ -8,7 +8,7 @@ import pytest
 from detrlib.config import save_config
 from detrlib.figures import style, tables, thesis
 
-HOSTILE = r"50% of a_b & $c$ #1 \d {e} ~f ^g"  # each of which means something to LaTeX
+HOSTILE = r"50% of a_b & $c$ #1 \d {e} ~f ^g 中😀"  # means something to LaTeX, but for the last, which its fonts lack
 
 
 @pytest.fixture

@@ -85,6 +85,8 @@ def test_runs_on_other_images_are_not_compared(random_detection_task):
     values = pd.Series([0.1, 0.2, 0.3], index=[1, 2, 3])
     with pytest.raises(DataError, match="1 images are in one run only, such as 3"):
         compare(values, values.replace(0.3, np.nan))
+    with pytest.raises(DataError, match="mine and yours: 1 images"):
+        compare_runs({"mine": values.to_frame("gini"), "yours": values[:2].to_frame("gini")}, "gini")
     with pytest.raises(DataError, match="defined for 1 images"):
         compare(values[:1], values[:1])
     with pytest.raises(ConfigError, match="zeros"):

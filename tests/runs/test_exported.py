@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from detrlib.__main__ import app
-from detrlib.errors import RunError
+from detrlib.errors import DataError, RunError
 from detrlib.experiments.predictions import evaluate_predictions
 from detrlib.metrics.detection import coco_ap
 from detrlib.runs.exported import export_detections, to_supervision
@@ -40,8 +40,14 @@ def test_what_is_written_has_the_ap_of_the_run(run, tmp_path):
     labels = json.loads((tmp_path / "out" / "labels.json").read_text())
     names = {image["id"]: image["file_name"] for image in truth["images"]}
     assert {image["id"]: image["file_name"] for image in labels["images"]} == names
-    with pytest.raises(RunError, match=r"predictions\.json"):
+    with pytest.raises(RunError, match="not a run"):
         export_detections(tmp_path / "none", tmp_path / "out")
+
+
+def test_a_class_that_the_data_lack_is_named(run):
+    (run[0] / "predictions.json").write_text(json.dumps([run[2][0] | {"category_id": 77}]))
+    with pytest.raises(DataError, match="class 77"):
+        to_supervision(run[0])
 
 
 def test_supervision_reads_it_back(run, tmp_path):

@@ -44,6 +44,7 @@ def test_check_says_what_is_wrong(attempt, verdict):
 def test_every_solution_passes(notebook, needed, exercises, capsys):
     cells = json.loads((PROJECT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells]
+    assert "figure_size = " in sources[1] and any("style.use(figure_size)" in source for source in sources)
     names = {}
     beginnings = [next(source for source in sources if source.startswith(words)) for words in needed]
     with plt.rc_context():
