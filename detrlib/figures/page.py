@@ -51,7 +51,8 @@ def page_picture(picture: Mapping[str, Detected], image: np.ndarray) -> str:
         _one_run(each.boxes / _corners(each.size), each.scores, each.names, each.example, each.explanations)
         for each in picture.values()
     ]
-    return _element({"title": first.source.title, "name": first.picture, "size": first.size}, image, runs)
+    title = first.source.title  # not its path: a page is there to be sent
+    return _element({"title": title, "name": title, "size": first.size}, image, runs)
 
 
 def page_example(picture: Mapping[str, Example | None], names: Mapping[str, Mapping[int, str]]) -> str:

@@ -64,6 +64,7 @@ def test_names_are_text_and_never_markup(page):
     assert "alert(1)</script>" not in page and "<img src=x" not in page
     (picture,), (settings,) = scripts(page, 'class="picture"'), scripts(page, 'id="settings"')
     assert picture["detected"][0]["names"] == [HOSTILE, "circle", "square"] and "alert(1)" in picture["title"]
+    assert picture["name"] == picture["title"]  # no folder of the machine it was made on
     assert settings["runs"] == ["first", HOSTILE] and set(settings["classes"]) == {"circle", HOSTILE}
     assert page.count("innerHTML") == 0 and "node.append(...content)" in page
 
