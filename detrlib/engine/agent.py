@@ -48,7 +48,7 @@ def main() -> None:
             ended = {-HANDED_ON, -signal.SIGTERM, LOST}  # by the signal itself, before there was anything to save
             stopped = codes <= {STOPPED, *ended} and (came or STOPPED in codes)
             killed = [-code for code in codes if code < 0 and code not in ended]
-            if codes == {LOST} and not came:
+            if LOST in codes and codes <= ended and not came:  # torchrun may have ended the others
                 gone = "processes have lost each other: one ended on another node, or the network failed"
                 raise SystemExit(f"{FAULT}{gone}; the same command goes on from what was saved last") from None
             if killed and 1 not in codes:  # nothing else has failed: there is nobody to say what has happened
