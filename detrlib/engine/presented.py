@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 RESULTS = ("results.json", "config.yaml", "environment.json", "data.json", "predictions.json", "metrics.jsonl")
 COLUMNS = ("image_id", "image", "query", "class", "score", "object", "map", "gini", "zeros", "paibb")
+PRESENTED = 8  # images of those stored: each query of each is uploaded as two pictures
 INK = np.array([213, 94, 0])  # of cells with weight, on pale grey
 DECADES = 3  # of weights, from those with the faintest colour to those with the densest
 
@@ -50,7 +51,7 @@ def _present(run, cfg: Config, run_dir: Path) -> None:
     import wandb
 
     results, names = runs.load_results(run_dir), runs.class_names(run_dir)
-    examples = runs.load_examples(run_dir) if cfg.evaluate.examples else []
+    examples = runs.load_examples(run_dir)[:PRESENTED] if cfg.evaluate.examples else []
     shown = {"global_step": results["global_step"]}
     if examples:
         shown["examples/detections"] = [boxes_on_image(example, names) for example in examples]

@@ -27,13 +27,14 @@ function choose(run, row) {
   draw();
 }
 
-// Where what was chosen is not seen any more: what stands for it in the first run, or the best detection, unless none
-// was wanted.
+// Where what was chosen is not seen any more: what stands for it in the first run, or what the order is about, or the
+// best detection, unless none was wanted.
 function settle() {
   const {chosen, picture} = state, [first] = runsShown();
   if (chosen && runsShown().includes(chosen.run) && rowsOf(picture.detected[chosen.run]).includes(chosen.row)) return;
+  const about = orders[control("order").value][1](picture)[2];
   const firsts = runsShown().map(run => ({run, row: rowsOf(picture.detected[run])[0]}));
-  const best = firsts.find(({row}) => row !== undefined);
+  const best = about === undefined ? firsts.find(({row}) => row !== undefined) : {run: first, row: about};
   const same = chosen ? corresponding(picture, first) : null;
   const next = rowsOf(picture.detected[first]).includes(same) ? {run: first, row: same} : best ?? null;
   state.chosen = state.wanted ? next : null;
@@ -145,14 +146,21 @@ document.addEventListener("keydown", event => {
   keys[event.key]();
 });
 
-// An address may name a view: viewer.html#image=17&run=sparsemax&beside=softmax&layer=2&head=3
+// An address may name a view: viewer.html#image=17&run=sparsemax&beside=softmax&layer=2&head=3&order=duplicate
 function fromAddress() {
   const asked = new URLSearchParams(location.hash.slice(1)), index = name => settings.runs.indexOf(asked.get(name));
   for (const name of ["run", "beside"]) if (index(name) >= 0) { control(name).value = index(name); swapped(name); }
   if (entries.some(maps => maps.site === asked.get("site"))) { control("site").value = asked.get("site"); offerMaps(); }
+  if (orders[asked.get("order")]) control("order").value = asked.get("order");
   if (asked.has("layer")) control("layer").value = asked.get("layer") - 1;
   if (asked.has("head")) control("head").value = asked.get("head") === "mean" ? 0 : asked.get("head");
   return pictures.find(picture => picture.name === asked.get("image"));
+}
+
+function follow() {
+  const asked = fromAddress();
+  arrange();
+  show(asked ?? state.listed[0]);
 }
 
 async function begin() {
@@ -166,6 +174,7 @@ async function begin() {
   Object.assign(control("score"), {min: settings.score, value: settings.score});
   for (const name of Object.keys(settings.classes)) control("name").append(make("option", {value: name}, name));
   const lacks = {missed: !annotated, wrong: !annotated, paibb: !annotated || !entries.length, apart: runs.length < 2};
+  for (const cause of Object.keys(settings.causes)) lacks[cause] = !annotated;
   const possible = Object.entries(orders).filter(([name]) => !lacks[name]).map(([name, [words]]) => [name, words]);
   offer("order", possible, annotated ? "missed" : "given");
   control("two").hidden = control("together").hidden = runs.length < 2;
@@ -178,16 +187,15 @@ async function begin() {
   }
   for (const maps of entries) maps.measured = await unpacked(maps.numbers, Float32Array);
   for (const name of ["run", "beside"]) control(name).addEventListener("input", () => { swapped(name); rearrange(); });
-  for (const name of ["score", "name", "order", "layer", "head"]) control(name).addEventListener("input", rearrange);
+  control("order").addEventListener("input", () => { arrange(); state.chosen = null; show(state.listed[0]); });
+  for (const name of ["score", "name", "layer", "head"]) control(name).addEventListener("input", rearrange);
   control("site").addEventListener("input", () => { offerMaps(); draw(); });
   for (const name of ["linear", "shared", "ring", "captions", "truth"]) control(name).addEventListener("input", draw);
   control("swap").addEventListener("click", swap);
   control("ask").addEventListener("click", keys["?"]);
   window.addEventListener("resize", draw);
-  window.addEventListener("hashchange", () => show(fromAddress()));
-  const asked = fromAddress();
-  arrange();
-  show(asked ?? state.listed[0]);
+  window.addEventListener("hashchange", follow);
+  follow();
 }
 
 begin();

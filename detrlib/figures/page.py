@@ -24,6 +24,7 @@ from PIL import Image
 from detrlib.figures.overlay import DECADES, PALE, map_numbers, overlay, text_colour
 from detrlib.figures.predictions import MapChoice, class_colours, looks_of, shares_of
 from detrlib.figures.views import sites
+from detrlib.metrics.failures import CAUSES
 from detrlib.metrics.sinks import LIMITS
 from detrlib.metrics.sparsity import gini
 from detrlib.runs.detected import Detected
@@ -166,6 +167,7 @@ def write_page(
         "runs": list(runs),
         "thresholds": list(thresholds) or [LIMITS.threshold] * len(runs),
         "classes": {name: [colour, text_colour(colour)] for name, colour in class_colours(classes).items()},
+        "causes": CAUSES,
         "score": score,
         "steps": STEPS,
         "decades": DECADES,

@@ -46,7 +46,7 @@ function boxesOf(picture, run, row, map, top, [width, height]) {
   });
   const order = rowsOf(detected).filter(i => visible(detected, i) || i === row);
   const boxes = new Map(order.map(i => [i, scaled(detected.boxes[i])]));
-  const mark = i => picture.objects && wrong.includes(i) ? " ✗" : "";
+  const mark = i => picture.objects && wrong.has(i) ? " ✗" : "";
   const texts = new Map(order.map(i => [i, `${nameOf(detected, i)}${mark(i)}`]));
   const written = row === null ? boxes : new Map([[row, boxes.get(row)]]);
   const places = checked("captions") ? captions(texts, written, width) : new Map();
@@ -81,6 +81,8 @@ function numbersOf(picture, run, row, map) {
   const detected = picture.detected[run], object = detected.matched[row];
   const to = object >= 0 ? `object ${object + 1} (${picture.objects.names[object]})` : "no object";
   const told = [["query", nameOf(detected, row) + (picture.objects ? `, matched to ${to}` : "")]];
+  const cause = picture.objects && judged(picture, run).wrong.get(row);
+  if (cause) told.push(["wrong", `${cause}: ${settings.causes[cause]}`]);
   if (!map) return [...told, ["map", "none is kept of this detection"]];
   const by = map.head ? `head ${map.head}` : map.of.heads ? "mean over heads" : map.of.site;
   told.push(["map", map.of.layers > 1 ? `layer ${map.layer + 1}, ${by}` : by]);
@@ -111,8 +113,8 @@ function rowButtons(picture, run, row) {
   const detected = picture.detected[run], {wrong} = judged(picture, run);
   const list = make("ul", {class: "rows", "aria-label": `detections of ${settings.runs[run]}`});
   for (const i of rowsOf(detected)) {
-    const isWrong = picture.objects && wrong.includes(i);
-    const fault = make("small", {}, !visible(detected, i) ? " matched, score too low" : isWrong ? " wrong" : "");
+    const cause = picture.objects && wrong.get(i);
+    const fault = make("small", {}, !visible(detected, i) ? " matched, score too low" : cause ? ` ${cause}` : "");
     const button = make("button", {type: "button", "aria-pressed": i === row}, nameOf(detected, i), fault);
     button.addEventListener("click", () => choose(run, i === row ? null : i));
     list.append(make("li", {}, button));
@@ -132,7 +134,7 @@ function panelOf(picture, run, row, map, top) {
   }
   const texts = seen(detected).map(i => nameOf(detected, i)), [height, width] = picture.size;
   const {missed, wrong} = judged(picture, run), readout = make("p", {class: "readout"});
-  const faults = picture.objects ? `, ${missed.length} missed, ${wrong.length} wrong` : "";
+  const faults = picture.objects ? `, ${missed.length} missed, ${wrong.size} wrong` : "";
   about.textContent = ` ${counted(texts.length)}${faults}`;
   const holder = make("div", {class: map?.of.extent ? "picture mapped" : "picture"});
   holder.style.cssText = `aspect-ratio: ${width} / ${height}; max-width: ${50 * width / height}vh`;

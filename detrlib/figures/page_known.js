@@ -10,6 +10,7 @@ const chosenIn = name => +control(name).value, checked = name => control(name).c
 const number = (value, digits = 2) => value.toFixed(digits);
 const weightText = value => value === 0 ? "0" : value < 0.001 ? value.toExponential(1) : value.toPrecision(2);
 const EVEN = 0.005;  // of the sum of a map: what rounding may have moved
+const [NEAR, HALF] = [0.1, 0.5];  // IoU from which a detection is about an object, and has it
 const REACH = 0.02;  // of the longer side of the picture: how far from a box a click still means it
 const pictures = [...document.querySelectorAll("script.picture")].map((script, index) => {
   const picture = JSON.parse(script.textContent);
@@ -76,21 +77,39 @@ function overlap(a, b) {
   return inner / (a[2] * a[3] + b[2] * b[3] - inner);
 }
 
-// Objects that are missed, and detections that are wrong, as COCO counts them at an IoU of 0.5: the best detection
-// takes the object of its class that it overlaps most, the next one of those that are left.
+// Why a detection that is not true is wrong, in the words of metrics/failures.py, and the object that it is about.
+function causeOf(objects, box, name) {
+  const ious = objects.boxes.map(object => overlap(object, box));
+  const best = same => ious.reduce((most, iou, object) =>
+    (objects.names[object] === name) === same && iou > most.iou ? {iou, object} : most, {iou: 0, object: -1});
+  const own = best(true), other = best(false);
+  if (own.iou >= NEAR && own.iou < HALF) return {cause: "place", object: own.object};
+  if (other.iou >= HALF) return {cause: "class", object: other.object};
+  if (own.iou >= HALF) return {cause: "duplicate", object: own.object};
+  return {cause: other.iou >= NEAR ? "both" : "background", object: -1};
+}
+
+// Of what is seen, objects without a detection, `missed`; those of them that none misjudges either, `unseen`; and
+// detections that are `wrong`, by row with their cause. As COCO counts them at an IoU of 0.5: the best detection takes
+// the object of its class that it overlaps most, the next one of those that are left.
 function judged(picture, run) {
-  const detected = picture.detected[run], {boxes, names} = picture.objects ?? {boxes: [], names: []};
-  const free = new Set(names.map((_, object) => object).filter(object => named(names[object]))), wrong = [];
-  for (const i of seen(detected)) {
-    let best = -1, most = 0.5;
+  const detected = picture.detected[run], objects = picture.objects ?? {boxes: [], names: []}, {boxes, names} = objects;
+  const free = new Set(names.keys()), failed = new Map();
+  for (const i of detected ? detected.scores.keys() : []) {
+    if (detected.scores[i] < chosenIn("score")) continue;
+    let best = -1, most = HALF;
     for (const object of free) {
       const shared = names[object] === detected.names[i] ? overlap(boxes[object], detected.boxes[i]) : 0;
       if (shared >= most) [best, most] = [object, shared];
     }
-    if (best < 0) wrong.push(i);
+    if (best < 0) failed.set(i, causeOf(objects, detected.boxes[i], detected.names[i]));
     else free.delete(best);
   }
-  return {missed: [...free], wrong};
+  const misjudges = ({cause}) => cause === "class" || cause === "place";
+  const misjudged = new Set([...failed.values()].filter(misjudges).map(({object}) => object));
+  const missed = [...free].filter(object => named(names[object]));
+  const wrong = [...failed].filter(([i]) => named(detected.names[i])).map(([i, {cause}]) => [i, cause]);
+  return {missed, unseen: missed.filter(object => !misjudged.has(object)), wrong: new Map(wrong)};
 }
 
 // The largest difference between two runs in the score of a detection; one that the other has not has score 0 there.
@@ -114,16 +133,16 @@ function inside(picture, run) {
   return places.map(place => measured(place).paibb);
 }
 
-// Of a picture how bad it is, worst first, and in words; by order.
+// Of a picture how bad it is, worst first, in words, and the row that this is about, if it is one; by order.
 const orders = {
   missed: ["missed objects first", picture => {
     const {missed, wrong} = judged(picture, chosenIn("run"));
-    return [1000 * missed.length + wrong.length, `${missed.length} missed, ${wrong.length} wrong`];
+    return [1000 * missed.length + wrong.size, `${missed.length} missed, ${wrong.size} wrong`];
   }],
   wrong: ["confident and wrong first", picture => {
     const detected = picture.detected[chosenIn("run")];
-    const [worst] = judged(picture, chosenIn("run")).wrong;  // rows are in order of their scores
-    return worst === undefined ? [0, "none wrong"] : [detected.scores[worst], nameOf(detected, worst)];
+    const [worst] = judged(picture, chosenIn("run")).wrong.keys();  // rows are in order of their scores
+    return worst === undefined ? [0, "none wrong"] : [detected.scores[worst], nameOf(detected, worst), worst];
   }],
   paibb: ["PAIBB zero first", picture => {
     const shares = inside(picture, chosenIn("run")), none = shares.filter(share => share < 1e-6).length;
@@ -142,6 +161,15 @@ const orders = {
     return [-best, best ? `best ${number(best)}` : "nothing"];
   }],
 };
+
+// The images behind each share of AP that is lost, in the order of metrics/failures.py.
+for (const cause of Object.keys(settings.causes)) orders[cause] = [`lost to ${cause}`, picture => {
+  const detected = picture.detected[chosenIn("run")], {unseen, wrong} = judged(picture, chosenIn("run"));
+  if (cause === "miss") return [unseen.length, unseen.length ? `${unseen.length} missed` : "none"];
+  const rows = [...wrong.keys()].filter(i => wrong.get(i) === cause), [first] = rows;
+  if (!rows.length) return [0, "none"];
+  return [detected.scores[first] + rows.length / 1e6, `${rows.length}, ${nameOf(detected, first)}`, first];
+}];
 
 // The detection of another run that stands for the chosen one: of the same object, or that of the largest overlap.
 function corresponding(picture, run) {

@@ -10,8 +10,9 @@ from detrlib.figures.overlay import overlay, scale_of
 from detrlib.figures.page import page_example, page_picture, shown, write_page, write_viewer
 from detrlib.figures.views import View, query_in
 from detrlib.metrics.detection import errors_by_image
+from detrlib.metrics.failures import CAUSES, find_failures, worst_images
 from detrlib.metrics.sparsity import gini
-from detrlib.runs.examples import EXAMPLE_SCORE
+from detrlib.runs.examples import EXAMPLE_SCORE, Example
 from detrlib.runs.results import load_matches
 
 NAMES = {1: "circle", 2: "square"}
@@ -217,6 +218,63 @@ def test_every_order_puts_its_own_images_first(see, opened, make_example):
     assert see.value(BADGES) == ["1 missed, 1 wrong", "1 missed, 0 wrong", "1 missed, 0 wrong"]
     see.choose("name", "circle")
     assert set(see.value(BADGES)) == {"0 missed, 0 wrong"}
+
+
+@pytest.fixture
+def crowded():
+    """Makes images whose detections are moved objects, of which some have another class, and what COCO knows of it."""
+
+    def make(count, objects=4, detections=14, size=(64, 96)):
+        random, examples, annotations, detected = np.random.default_rng(5), {}, [], []
+        for image_id in range(1, count + 1):
+            corners = np.stack([random.uniform(0, 60, objects), random.uniform(0, 30, objects)], 1)
+            true = np.hstack([corners, corners + random.uniform(12, 30, (objects, 2))]).astype(np.float32)
+            labels, of = random.integers(1, 3, objects), random.integers(0, objects, detections)
+            boxes = true[of] + random.normal(0, 1, (detections, 4)) * random.choice([1, 6, 15], (detections, 1))
+            boxes = np.hstack([boxes[:, :2], np.maximum(boxes[:, 2:], boxes[:, :2] + 3)]).astype(np.float32)
+            scores = np.sort(random.uniform(0.31, 1, detections).round(4))[::-1]
+            found = np.where(random.random(detections) < 0.3, 3 - labels[of], labels[of])
+            none = {"matched": np.full(detections, -1), "stored": {}, "extent": np.array([4.0, 6.0])}
+            own = {"boxes": boxes, "labels": found, "scores": scores, "queries": np.arange(detections)}
+            image = np.full((*size, 3), 20 * image_id, np.uint8)
+            examples[image_id] = Example(image_id, image, true_boxes=true, true_labels=labels, **own, **none)
+            for box, label in zip(np.hstack([true[:, :2], true[:, 2:] - true[:, :2]]).tolist(), labels, strict=True):
+                area = {"area": box[2] * box[3], "iscrowd": 0, "id": len(annotations) + 1}
+                annotations.append({"image_id": image_id, "category_id": int(label), "bbox": box} | area)
+            for box, label, score in zip(boxes, found, scores, strict=True):
+                ltwh = [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]
+                one = {"image_id": image_id, "category_id": int(label), "bbox": ltwh, "score": float(score)}
+                detected.append(one)
+        images = [{"id": image_id, "height": size[0], "width": size[1]} for image_id in examples]
+        categories = [{"id": label, "name": name} for label, name in NAMES.items()]
+        return examples, {"images": images, "annotations": annotations, "categories": categories}, detected
+
+    return make
+
+
+def test_images_behind_each_share_are_those_of_the_library_and_an_address_names_them(see, browser, opened, crowded):
+    examples, truth, detected = crowded(6)
+    path = opened({"first": examples})
+    failures = find_failures(truth, detected)
+    for cause in CAUSES:
+        see.choose("order", cause)
+        wanted = worst_images(failures, cause)
+        assert len(wanted) > 1, "images of each cause are there to be found"
+        told = dict(zip(map(int, see.value(LISTED)), see.value(BADGES), strict=True))
+        counts = {image: int(badge.replace(",", " ").split()[0]) for image, badge in told.items() if badge != "none"}
+        assert counts == wanted["failures"].to_dict()
+        if cause != "miss":
+            assert list(told)[: len(wanted)] == list(wanted.index)
+            assert see.heading().startswith(f"image {wanted.index[0]}")  # the first of them, and what failed in it
+            assert see.numbers()["wrong"] == f"{cause}: {CAUSES[cause]}"
+    browser.open(path.as_uri() + "#order=duplicate")
+    browser.settled()
+    assert see.heading().startswith(f"image {worst_images(failures, 'duplicate').index[0]}")
+    see.value("location.hash = 'order=class'")
+    browser.wait(
+        f"document.getElementById('heading').textContent.startsWith('image "
+        f"{worst_images(failures, 'class').index[0]} ')"
+    )
 
 
 def test_an_image_that_a_run_has_not_stored_and_one_without_detections(see, opened, make_example):
