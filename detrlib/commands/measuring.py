@@ -45,7 +45,7 @@ def evaluate(
     from detrlib.engine.launch import in_processes
     from detrlib.experiments.predictions import evaluate_predictions
     from detrlib.experiments.transfer import evaluate_on, scored_classes
-    from detrlib.figures.page import refresh_viewers
+    from detrlib.figures.viewer import refresh_viewers
     from detrlib.metrics.detection import UNDEFINED
     from detrlib.runs.folder import run_path
 

@@ -43,6 +43,8 @@ class ValidationImages(Mapping[int, Example]):
         RunError: the run was not evaluated, or what it stores is damaged.
     """
 
+    annotated = True  # objects are known
+
     def __init__(self, run_dir: Path, sites: Sequence[Site] | None = None):
         self.run_dir, self.cfg = run_dir, load_config(run_dir / "config.yaml")
         self.sites = tuple(sites or self.cfg.evaluate.store_sites)
@@ -81,15 +83,6 @@ class ValidationImages(Mapping[int, Example]):
                 del self._computed[earliest]
         return self._computed[image_id]
 
-    def title(self, image_id: int) -> str:
-        """What went wrong in an image, in a few words; empty where that is not known."""
-        return self._titles.get(image_id, "")
-
-    @cached_property
-    def _titles(self) -> dict[int, str]:
-        rows = self.errors.itertuples() if "missed" in self.errors else ()
-        return {row.Index: f"{row.missed} of {row.objects} missed, {row.false_positives} false" for row in rows}
-
     @cached_property
     def _model_and_data(self) -> tuple[nn.Module, CocoDataset]:
         # Results inside a run are made of its checkpoint.
@@ -115,6 +108,8 @@ class OwnPictures(Mapping[int, Example]):
     They are examples without annotated objects, for all figures of examples. Arguments and faults are those of
     `predict`; sites: whose maps are wanted, None: decoder_cross.
     """
+
+    annotated = False
 
     def __init__(self, model: str | Path, pictures: Any, sites: Sequence[Site] | None = None):
         self.detected = predict(model, pictures, min_score=EXAMPLE_SCORE, attention=sites or True)

@@ -2,9 +2,9 @@
 
 What statistics say is drawn in `results`, `statistics`, `interventions` and `explanations`, what went wrong in
 `failures`, what stands in images in `attention`, `queries`, `deformable` and `dataset`, where attention rests in
-`sinks`, maps by `overlay`; `viewer` answers to clicks, whose meaning is in `views`; `tables` are text, `thesis` is a
-document of them and of figures. `predictions` are of pictures of one's own, which `album` puts into a folder. `page`
-puts them, or what runs store, into one file for a browser.
+`sinks`, maps by `overlay`; `tables` are text, `thesis` is a document of them and of figures. `predictions` are of
+pictures of one's own, which `album` puts into a folder. `page` puts them, or what runs store, into one file for a
+browser: `viewer` beside runs, and `widget` into a notebook, whose kernel it asks for more.
 `figures.save(figure, "name")` writes one for LaTeX.
 """
 
@@ -27,5 +27,6 @@ from detrlib.figures import (
     style,
     tables,
     thesis,
+    viewer,
 )
 from detrlib.figures.style import save

@@ -1,4 +1,4 @@
-"""What is meant by a click, a class, or the same object in another run: choices among examples, without drawing.
+"""What is meant by a place, a class, or the same object in another run: choices among examples, without drawing.
 
 Legend: n queries of an example, best first; h x w cells of the feature map. Boxes are xyxy in pixels of the image.
 """
@@ -13,20 +13,6 @@ from torchvision.ops import box_iou
 
 from detrlib.errors import ConfigError
 from detrlib.runs.examples import Example
-
-
-def clicked_query(boxes: np.ndarray, x: float, y: float, reach: float) -> int | None:
-    """Which of boxes [n,4] a click at (x, y) means: the nearest, of several that contain it the smallest.
-
-    Clicks outside all boxes count for one at most `reach` pixels away, since small ones are hard to hit; None: no box.
-    """
-    if not len(boxes):
-        return None
-    point, low, high = np.array([x, y]), boxes[:, :2], boxes[:, 2:]
-    distance = np.linalg.norm(np.maximum(0, np.maximum(low - point, point - high)), axis=1)
-    area = (high - low).prod(1)
-    best = int(np.lexsort((area, distance))[0])
-    return best if distance[best] <= reach else None
 
 
 def detection(example: Example, query: int, names: Mapping[int, str]) -> str:
@@ -75,6 +61,11 @@ def cells_ask(example: Example) -> bool:
         return False
     _, _, queries, rows, columns = example.shape("encoder_self")
     return queries == rows * columns
+
+
+def sites(example: Example) -> list[str]:
+    """The sites of which maps can be shown: what is stored, the encoder's only where cells of one level ask."""
+    return [site for site in example.sites if site != "encoder_self" or cells_ask(example)]
 
 
 def cell_at(example: Example, x: float, y: float) -> int:

@@ -7,7 +7,7 @@ async function draw() {
   const turn = ++state.turn, {picture} = state;  // maps are unpacked in their own time: only the last word is drawn
   if (!picture) return;
   control("panels").setAttribute("aria-busy", "true");
-  const runs = runsShown(), rows = runs.map(run => corresponding(picture, run));
+  const runs = runsShown(), rows = runs.map(run => asking() ? null : corresponding(picture, run));
   const maps = await Promise.all(runs.map((run, k) => mapOf(picture, run, rows[k])));
   if (turn !== state.turn) return;
   const focused = panels.findIndex(({panel}) => panel.contains(document.activeElement));  // it is about to be replaced
@@ -21,9 +21,8 @@ async function draw() {
     `${state.listed.indexOf(picture) + 1} of ${state.listed.length}`));
 }
 
-function choose(run, row) {
-  state.chosen = row === null ? null : {run, row};
-  state.wanted = row !== null;
+function choose(run, row, cell = null) {
+  Object.assign(state, {chosen: row === null ? null : {run, row}, cell, wanted: row !== null});
   draw();
 }
 
@@ -40,8 +39,17 @@ function settle() {
   state.chosen = state.wanted ? next : null;
 }
 
-function show(picture) {
+async function show(picture) {
   if (!picture) return;
+  state.going = picture;
+  if (picture.pending) {
+    control("heading").textContent = `${picture.title}: asked of the notebook's kernel …`;
+    await fetched(picture);
+    if (state.going !== picture) return;  // another one was asked for meanwhile
+    if (picture.pending) return control("heading").textContent = `${picture.title}: ${control("fault").textContent}`;
+    const entry = [...control("list").children].find(({firstChild}) => firstChild.picture === picture);
+    entry?.replaceWith(entryOf(picture, ranked(picture)[1]));  // where it stands: the order is not changed on the way
+  }
   if (picture !== state.picture) Object.assign(state, {picture, chosen: null});
   settle();
   const list = control("list"), around = list.getBoundingClientRect();
@@ -57,21 +65,25 @@ function show(picture) {
 
 function arrange() {
   control("least").value = number(chosenIn("score"));
-  const judge = orders[control("order").value][1], ranks = new Map(pictures.map(picture => [picture, judge(picture)]));
+  const ranks = new Map(pictures.map(picture => [picture, ranked(picture)]));
   const detects = picture => runsShown().some(run => seen(picture.detected[run]).length);
   const has = picture => picture.objects?.names.some(named) || detects(picture);
   const wanted = pictures.filter(picture => !control("name").value || has(picture));
   state.listed = wanted.sort((a, b) => ranks.get(b)[0] - ranks.get(a)[0] || a.index - b.index);
   const total = state.listed.reduce((sum, picture) => sum + seen(picture.detected[chosenIn("run")]).length, 0);
-  control("shown").textContent = `${counted(total)} in ${state.listed.length} of ${pictures.length} images`;
-  control("list").replaceChildren(...state.listed.map(picture => {
-    const thumbnail = make("img", {src: picture.source, alt: "", loading: "lazy"}), said = ranks.get(picture)[1];
-    const words = [make("span", {}, picture.title), make("small", {}, said)];
-    const button = make("button", {type: "button", title: picture.name}, thumbnail, ...words);
-    button.addEventListener("click", () => show(picture));
-    button.picture = picture;
-    return make("li", {}, button);
-  }));
+  const here = pictures.filter(({pending}) => !pending).length, listed = `${state.listed.length} of ${pictures.length}`;
+  const among = here < pictures.length ? `the ${here} images looked at, of ${pictures.length}` : `${listed} images`;
+  control("shown").textContent = `${counted(total)} in ${among}`;
+  control("list").replaceChildren(...state.listed.map(picture => entryOf(picture, ranks.get(picture)[1])));
+}
+
+function entryOf(picture, said) {
+  const thumbnail = make("img", {...picture.source && {src: picture.source}, alt: "", loading: "lazy"});
+  const words = [make("span", {}, picture.title), make("small", {}, said)];
+  const button = make("button", {type: "button", title: picture.name}, thumbnail, ...words);
+  button.addEventListener("click", () => show(picture));
+  button.picture = picture;
+  return make("li", {}, button);
 }
 
 function rearrange() {
@@ -154,7 +166,14 @@ function fromAddress() {
   if (orders[asked.get("order")]) control("order").value = asked.get("order");
   if (asked.has("layer")) control("layer").value = asked.get("layer") - 1;
   if (asked.has("head")) control("head").value = asked.get("head") === "mean" ? 0 : asked.get("head");
-  return pictures.find(picture => picture.name === asked.get("image"));
+  return pictures.find(picture => picture.name === (asked.get("image") ?? settings.image));
+}
+
+// What is quick to have is fetched beforehand, so that every order knows it.
+async function gather() {
+  const quick = pictures.filter(({pending, stored}) => pending && stored);
+  for (const picture of quick) await fetched(picture);
+  if (quick.length) rearrange();
 }
 
 function follow() {
@@ -196,6 +215,7 @@ async function begin() {
   window.addEventListener("resize", draw);
   window.addEventListener("hashchange", follow);
   follow();
+  if (kernel) gather();
 }
 
 begin();

@@ -21,18 +21,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from detrlib.figures.choices import cell_at, cell_box, sites
 from detrlib.figures.overlay import DECADES, PALE, map_numbers, overlay, text_colour
-from detrlib.figures.predictions import MapChoice, class_colours, looks_of, shares_of
-from detrlib.figures.views import sites
+from detrlib.figures.predictions import MapChoice, class_colours, looks_from, looks_of, shares_of
 from detrlib.metrics.failures import CAUSES
 from detrlib.metrics.sinks import LIMITS
 from detrlib.metrics.sparsity import gini
 from detrlib.runs.detected import Detected
-from detrlib.runs.examples import EXAMPLE_SCORE, Example, load_examples
-from detrlib.runs.folder import class_names, load_results, run_labels
-from detrlib.runs.sinks import sink_threshold
+from detrlib.runs.examples import Example
 
-VIEWER = "viewer.html"
 SCRIPTS = ("page_known.js", "page_drawing.js", "page.js")  # what is known of maps and detections; drawing; choosing
 LONGEST = 800  # pixels of the longer side of a picture in the page
 CRISP = 256  # up to this side a picture is embedded without loss
@@ -43,7 +40,7 @@ NUMBERS = ("top", "gini", "support", "paibb", "mass", "at_sink")  # of each map,
 
 
 def page_picture(picture: Mapping[str, Detected], image: np.ndarray) -> str:
-    """A picture with what every run detected in it, as the script element that the page reads.
+    """A picture with what every run detected in it, as JSON that the page reads.
 
     picture: run -> its detections in this picture; image: the picture, [H,W,3] uint8.
     """
@@ -53,13 +50,14 @@ def page_picture(picture: Mapping[str, Detected], image: np.ndarray) -> str:
         for each in picture.values()
     ]
     title = first.source.title  # not its path: a page is there to be sent
-    return _element({"title": title, "name": title, "size": first.size}, image, runs)
+    return _as_json({"title": title, "name": title, "size": first.size}, image, runs)
 
 
-def page_example(picture: Mapping[str, Example | None], names: Mapping[str, Mapping[int, str]]) -> str:
+def page_example(picture: Mapping[str, Example | None], names: Mapping[str, Mapping[int, str]], own: str = "") -> str:
     """The same of an image of the validation split, with its annotated objects.
 
-    picture: run -> its example, None where the run stores none of this image; names: run -> label -> class.
+    picture: run -> its example, None where the run stores none of this image; names: run -> label -> class; own: the
+    title of a picture of one's own, of whose objects nothing is known.
     """
     run, first = next((run, example) for run, example in picture.items() if example is not None)
     size = first.image.shape[:2]
@@ -68,59 +66,30 @@ def page_example(picture: Mapping[str, Example | None], names: Mapping[str, Mapp
         example and _one_run(_in_image(example, "boxes"), example.scores, _names(example.labels, names[run]), example)
         for run, example in picture.items()
     ]
-    title = f"image {first.image_id}"
-    return _element({"title": title, "name": str(first.image_id), "size": size, "objects": objects}, first.image, runs)
+    about = {"title": own or f"image {first.image_id}", "name": str(first.image_id), "size": size}
+    return _as_json(about | ({} if own else {"objects": objects}), first.image, runs)
 
 
-def write_viewer(run_dirs: Iterable[Path], path: Path) -> Path | None:
-    """Write the page of what evaluated runs store: their examples and maps, image by image.
+def page_pending(image_id: int, faults: Sequence[tuple[int, int] | None], stored: bool, own: str = "") -> str:
+    """The same of an image that a notebook's kernel is asked for when it is wanted.
 
-    Args:
-        run_dirs: folders of runs, or of results inside them; those that store no examples are left out.
-        path: of the HTML file; none is there afterwards where no run stores examples.
-
-    Returns:
-        The path, or None where there is nothing to show.
-
-    Raises:
-        RunError: what a run stores is damaged.
+    faults: of each run how many objects it missed and how many detections are wrong, None where that is not known;
+    stored: whether the image is quick to have; own: as of `page_example`.
     """
-    labels = {run: label for run, label in run_labels(run_dirs).items() if any((run / "examples").glob("*.npz"))}
-    if not labels:
-        path.unlink(missing_ok=True)
-        return None
-    stored = {label: load_examples(run) for run, label in labels.items()}
-    names = {label: class_names(run) for run, label in labels.items()}
-    images = _by_image(stored)
-    pictures = []
-    for image in images:
-        if has_room(pictures):
-            pictures.append(page_example({run: image.get(run) for run in stored}, names))
-    fewer = len(pictures) < len(images)
-    write_page(
-        path,
-        pictures,
-        list(stored),
-        names.values(),
-        title=f"Where {', '.join(stored)} look" if len(stored) > 1 else f"Where {next(iter(stored))} looks",
-        note=f"The first {len(pictures)} of {len(images)} stored images." if fewer else "",
-        score=EXAMPLE_SCORE,
-        thresholds=[sink_threshold(load_results(run)) for run in labels],
-    )
-    return path
+    about = {"title": own or f"image {image_id}", "name": str(image_id), "faults": list(faults), "stored": stored}
+    return _embedded(about | {"pending": True, "detected": [None] * len(faults)})
 
 
-def refresh_viewers(run_dir: Path) -> list[Path]:
-    """Write the viewer of a run, and of results inside it, wherever it is missing or older than the results.
+def page_cell(example: Example, x: float, y: float) -> dict[str, Any]:
+    """Where the cell of the encoder at (x, y), in shares of the picture, looks: as `maps` of a detection, and its box.
 
-    Returns the paths of those that were written. Raises RunError as `write_viewer`.
+    Raises KeyError where the example has no such maps.
     """
-    written = []
-    for results in sorted(run_dir.rglob("results.json")):
-        path = results.with_name(VIEWER)
-        if not path.exists() or path.stat().st_mtime < results.stat().st_mtime:
-            written.append(write_viewer([results.parent], path))
-    return [path for path in written if path]
+    height, width = example.image.shape[:2]
+    cell = cell_at(example, x * width - 0.5, y * height - 0.5)
+    box = (cell_box(example, cell)[None] + 0.5) / _corners((height, width))
+    maps = _maps("encoder_self", looks_from(example, "encoder_self", [cell]), example, box)
+    return {"maps": maps, "box": _ltwh(box)[0], "columns": maps["keys"][1], "cell": cell}
 
 
 def has_room(pictures: Sequence[str]) -> bool:
@@ -128,18 +97,14 @@ def has_room(pictures: Sequence[str]) -> bool:
     return sum(map(len, pictures)) < MOST_BYTES
 
 
-def shown(path: Path | None, height: int = 820) -> Any:
-    """The page in a frame for the output of a notebook's cell, which keeps it whole; None shows nothing."""
-    from IPython.display import HTML
-
-    text = escape(path.read_text(encoding="utf-8")) if path else ""
-    look = f"width: 100%; height: {height}px; border: 0"
-    frame = f'<div><iframe title="viewer" style="{look}" srcdoc="{text}"></iframe></div>'
-    return HTML(frame if path else "nothing to show: no run stores examples with attention")
+def write_page(path: Path, *args: Any, **kwargs: Any) -> None:
+    """Write the page; arguments: of `page_text`."""
+    text = page_text(*args, **kwargs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
-def write_page(
-    path: Path,
+def page_text(
     pictures: Iterable[str],
     runs: Sequence[str],
     classes: Iterable[Mapping[int, str]],
@@ -149,18 +114,19 @@ def write_page(
     score: float = 0.5,
     view: MapChoice | None = None,
     thresholds: Sequence[float] = (),
-) -> None:
-    """Write the page.
+    image: str = "",
+) -> str:
+    """The page as HTML.
 
     Args:
-        path: of the HTML file.
-        pictures: of each picture what `page_picture` or `page_example` returns.
+        pictures: of each picture what `page_picture`, `page_example` or `page_pending` returns.
         runs: names of the runs, of which two stand side by side.
         classes: label -> class of every run.
         title, note: what stands above and below.
         score: the lowest one that is shown at first.
         view: the map that is shown at first.
         thresholds: of each run, from which weight on the best key is called a sink.
+        image: the name of the picture that is shown at first; none: the first in order.
     """
     view = view or MapChoice()
     settings = {
@@ -173,6 +139,7 @@ def write_page(
         "decades": DECADES,
         "colours": _ramp(),
         "numbers": NUMBERS,
+        "image": image,
         "site": view.site,
         "layer": view.layer,
         "head": 0 if view.head == "mean" else view.head + 1,
@@ -180,12 +147,12 @@ def write_page(
     source = files("detrlib.figures")
     filled = {"TITLE": escape(title), "NOTE": escape(note), "PALE": str(1 - PALE)}
     filled |= {"SCRIPT": "\n".join(source.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)}
-    filled |= {"SETTINGS": _embedded(settings), "PICTURES": "\n".join(pictures)}
+    elements = [f'<script type="application/json" class="picture">{picture}</script>' for picture in pictures]
+    filled |= {"SETTINGS": _embedded(settings), "PICTURES": "\n".join(elements)}
     text = source.joinpath("page.html").read_text(encoding="utf-8")
     for name, value in filled.items():  # pictures last: what they hold is not looked at
         text = text.replace(f"@{name}@", value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    return text
 
 
 def code_weights(weights: np.ndarray, top: np.ndarray) -> np.ndarray:
@@ -263,10 +230,7 @@ def _maps(site: str, looks: np.ndarray, example: Example, about: np.ndarray) -> 
 
 
 def _sinks(example: Example, site: str) -> tuple[np.ndarray, np.ndarray]:
-    """Weight and number of the key that gets most, mean over all queries, in the mean over heads and in each: [L,1+H].
-
-    See `figures.views.sink_in`.
-    """
+    """Weight and number of the key that gets most of all queries, in the mean over heads and in each: [L,1+H]."""
     layers = range(example.shape(site)[0])
     received = np.stack([example.received(site, layer) for layer in layers])
     received = received.reshape(*received.shape[:2], -1)
@@ -307,29 +271,10 @@ def _names(labels: np.ndarray, names: Mapping[int, str]) -> list[str]:
 # --- into the file ---------------------------------------------------------------------------------------------
 
 
-def _by_image(stored: Mapping[str, list[Example]]) -> list[dict[str, Example]]:
-    """What runs store of each image, by run; images of other data may have the same number, and are other images."""
-    images = {}
-    for run, examples in stored.items():
-        for example in examples:
-            known = images.setdefault(example.image_id, [])
-            mine = next((own for own in known if _alike(next(iter(own.values())).image, example.image)), {})
-            known += [] if mine else [mine]
-            mine[run] = example
-    return [image for known in images.values() for image in known]
-
-
-def _alike(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two pictures [H,W,3] are one, in whatever size: as thumbnails they differ by 1 in 255, others by 15."""
-    a, b = (np.asarray(Image.fromarray(one).resize((8, 8), Image.Resampling.BOX), float) for one in (first, second))
-    return np.abs(a - b).mean() < 5
-
-
-def _element(about: dict[str, Any], image: np.ndarray, runs: list[dict | None]) -> str:
+def _as_json(about: dict[str, Any], image: np.ndarray, runs: list[dict | None]) -> str:
     reduced = Image.fromarray(image)
     reduced.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
-    values = about | {"source": _data_uri(reduced), "detected": runs}
-    return f'<script type="application/json" class="picture">{_embedded(values)}</script>'
+    return _embedded(about | {"source": _data_uri(reduced), "detected": runs})
 
 
 def _packed(values: np.ndarray) -> str:

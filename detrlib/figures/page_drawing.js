@@ -63,6 +63,7 @@ function boxesOf(picture, run, row, map, top, [width, height]) {
     }
     svg.append(group);
   }
+  if (map?.cell) svg.append(rect(scaled(map.cell.box), {class: "rim"}), rect(scaled(map.cell.box), {class: "cell"}));
   if (map?.of.extent && map.of.sinks && checked("ring")) svg.append(...ringOf(map, width, height));
   return svg;
 }
@@ -75,21 +76,29 @@ function ringOf({of, layer, head}, width, height) {
   return [make("circle", {...at, class: "rim"}), make("circle", {...at, class: "sink"})];
 }
 
-// What is said of a map: term and text, one after the other.
-function numbersOf(picture, run, row, map) {
-  if (row === null) return [];
+const cellText = (cell, columns) => `row ${Math.floor(cell / columns) + 1}, column ${cell % columns + 1}`;
+
+// What is said of a detection: what its query is matched to, and why it is wrong.
+function subjectOf(picture, run, row) {
   const detected = picture.detected[run], object = detected.matched[row];
   const to = object >= 0 ? `object ${object + 1} (${picture.objects.names[object]})` : "no object";
-  const told = [["query", nameOf(detected, row) + (picture.objects ? `, matched to ${to}` : "")]];
   const cause = picture.objects && judged(picture, run).wrong.get(row);
-  if (cause) told.push(["wrong", `${cause}: ${settings.causes[cause]}`]);
+  return [["query", nameOf(detected, row) + (picture.objects ? `, matched to ${to}` : "")],
+    ...(cause ? [["wrong", `${cause}: ${settings.causes[cause]}`]] : [])];
+}
+
+// What is said of a map: term and text, one after the other.
+function numbersOf(picture, run, row, map) {
+  if (row === null && !map?.cell) return [];
+  const told = map?.cell ? [["cell", cellText(map.cell.cell, map.cell.columns)]] : subjectOf(picture, run, row);
+  const inside = picture.detected[run].matched[row] >= 0 ? "PAIBB" : "in its box";
   if (!map) return [...told, ["map", "none is kept of this detection"]];
   const by = map.head ? `head ${map.head}` : map.of.heads ? "mean over heads" : map.of.site;
   told.push(["map", map.of.layers > 1 ? `layer ${map.layer + 1}, ${by}` : by]);
   if (!map.mass) return [...told, ["weight", "none on any cell"]];
   told.push(["Gini", number(map.gini, 3)]);
   told.push(["zeros", `${number(1 - map.support / map.cells, 3)} (${map.support} of ${map.cells} have weight)`]);
-  if (map.of.extent) told.push([object >= 0 ? "PAIBB" : "in its box", number(map.paibb, 3)]);
+  if (map.of.extent && !map.cell) told.push([inside, number(map.paibb, 3)]);
   if (map.of.sinks) {
     const shared = map.of.sinks.weights[map.layer][map.head];
     const limit = settings.thresholds[run], rests = shared > limit ? `a sink, above ${limit}` : `none, below ${limit}`;
@@ -139,7 +148,11 @@ function panelOf(picture, run, row, map, top) {
   const holder = make("div", {class: map?.of.extent ? "picture mapped" : "picture"});
   holder.style.cssText = `aspect-ratio: ${width} / ${height}; max-width: ${50 * width / height}vh`;
   holder.addEventListener("pointermove", event => say(...shareAt(holder, event)));
-  holder.addEventListener("click", event => choose(run, rowAt(detected, picture, ...shareAt(holder, event))));
+  const cellsAsk = kernel && map?.of.site === "encoder_self";
+  holder.addEventListener("click", event => {
+    const at = shareAt(holder, event);
+    choose(run, cellsAsk ? null : rowAt(detected, picture, ...at), cellsAsk ? at : null);
+  });
   const said = ([term, text]) => [make("dt", {}, term), make("dd", {}, text)];
   const told = numbersOf(picture, run, row, map).flatMap(said);
   panel.append(holder, map ? scaleOf(top) : make("div", {class: "scale"}), readout,
@@ -150,7 +163,7 @@ function panelOf(picture, run, row, map, top) {
     holder.append(boxesOf(picture, run, row, map, top, [holder.clientWidth, holder.clientHeight]));
   };
   const choosable = row === null && detected.maps && texts.length ? "click a detection, or choose it below" : "";
-  const hint = map ? "point at the picture to read a weight" : choosable;
+  const hint = cellsAsk ? "click any cell" : map ? "point at the picture to read a weight" : choosable;
   readout.textContent = hint;
   return {panel, fill, say: (x, y) => { readout.textContent = map && under(detected, map, x, y) || hint; }};
 }
@@ -178,5 +191,6 @@ function under(detected, map, x, y) {
   }
   const [row, column] = [Math.floor(y * map.of.extent[0]), Math.floor(x * map.of.extent[1])];
   if (row < 0 || column < 0 || row >= map.of.keys[0] || column >= map.of.keys[1]) return "";
-  return `row ${row + 1}, column ${column + 1}: ${weightText(weight(map, row * map.of.keys[1] + column))}`;
+  const cell = row * map.of.keys[1] + column;
+  return `${cellText(cell, map.of.keys[1])}: ${weightText(weight(map, cell))}`;
 }

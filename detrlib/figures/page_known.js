@@ -3,7 +3,7 @@
 //
 // A picture: title, name, size [height, width], source, objects {boxes, names} where they are annotated, and for each
 // run `detected`: null, or boxes (left, top, width, height in 0..1), scores, names, matched,
-// and maps of the rows `kept`.
+// and maps of the rows `kept`. One that is `pending` is not here yet, but `kernel` can be asked for it.
 const settings = JSON.parse(document.getElementById("settings").textContent);
 const control = name => document.getElementById(name);
 const chosenIn = name => +control(name).value, checked = name => control(name).checked;
@@ -18,7 +18,9 @@ const pictures = [...document.querySelectorAll("script.picture")].map((script, i
   return Object.assign(picture, {index});
 });
 const entries = pictures.flatMap(picture => picture.detected.flatMap(detected => detected?.maps ?? []));
-const state = {picture: pictures[0], chosen: null, wanted: true, turn: 0, listed: []};
+// In a notebook the frame of this page has a way to the kernel; elsewhere the page is alone.
+const kernel = window.frameElement?.ask;
+const state = {picture: pictures[0], chosen: null, cell: null, wanted: true, turn: 0, listed: []};
 
 function make(tag, attributes = {}, ...content) {
   const drawn = ["svg", "rect", "circle", "g", "text", "title"].includes(tag);
@@ -43,6 +45,10 @@ function position(picture, run, row, site = control("site").value) {
   const detected = picture.detected[run], of = detected?.maps?.find(maps => maps.site === site);
   const at = of ? detected.kept.indexOf(row) : -1;
   if (at < 0) return null;
+  return chosenMap(of, at);
+}
+
+function chosenMap(of, at) {
   const layer = Math.min(chosenIn("layer"), of.layers - 1), head = chosenIn("head") > of.heads ? 0 : chosenIn("head");
   return {of, layer, head, index: (at * of.layers + layer) * (1 + of.heads) + head};
 }
@@ -54,12 +60,47 @@ function measured({of, index}) {
 }
 
 async function mapOf(picture, run, row) {
-  const place = row === null ? null : position(picture, run, row);
+  const place = asking() ? await mapOfCell(picture, run) : row === null ? null : position(picture, run, row);
   if (!place) return null;
   const {of, index} = place, cells = of.keys.reduce((product, side) => product * side);
   of.unpacked ??= unpacked(of.codes, Uint8Array);
   const codes = (await of.unpacked).subarray(index * cells, (index + 1) * cells);
   return codes.length ? {...place, ...measured(place), codes, cells} : null;
+}
+
+// --- what the kernel is asked for ----------------------------------------------------------------------------------
+
+// The cell of the encoder that asks, in shares of the picture, or null where a detection does.
+const asking = () => control("site").value === "encoder_self" ? state.cell : null;
+const asked = new Map();
+
+function fromKernel(question) {
+  const key = JSON.stringify(question);
+  if (!asked.has(key)) asked.set(key, kernel(question).then(async answer => {
+    control("fault").textContent = answer.fault ?? "";
+    if (answer.fault) asked.delete(key);  // it may be mended
+    if (answer.maps) answer.maps.measured = await unpacked(answer.maps.numbers, Float32Array);
+    return answer;
+  }));
+  return asked.get(key);
+}
+
+async function mapOfCell(picture, run) {
+  if (!picture.detected[run]?.maps?.some(maps => maps.site === "encoder_self")) return null;
+  const answer = await fromKernel({image: picture.name, run: settings.runs[run], cell: asking()});
+  return answer.maps ? {...chosenMap(answer.maps, 0), cell: answer} : null;
+}
+
+// Fetches a picture that is pending; whether it is here now.
+async function fetched(picture) {
+  const {picture: text} = picture.pending ? await fromKernel({image: picture.name}) : {};
+  if (text && picture.pending) {
+    Object.assign(picture, JSON.parse(text), {pending: false});
+    const maps = picture.detected.flatMap(detected => detected?.maps ?? []);
+    for (const of of maps) of.measured = await unpacked(of.numbers, Float32Array);
+    entries.push(...maps);
+  }
+  return !picture.pending;
 }
 
 // --- what is seen, right and wrong --------------------------------------------------------------------------------
@@ -170,6 +211,14 @@ for (const cause of Object.keys(settings.causes)) orders[cause] = [`lost to ${ca
   if (!rows.length) return [0, "none"];
   return [detected.scores[first] + rows.length / 1e6, `${rows.length}, ${nameOf(detected, first)}`, first];
 }];
+
+// The same of any picture: one that is pending stands where its known faults put it, in other orders behind the others.
+function ranked(picture) {
+  const order = control("order").value, faults = picture.faults?.[chosenIn("run")];
+  if (!picture.pending) return orders[order][1](picture);
+  if (order === "missed" && faults) return [1000 * faults[0] + faults[1], `${faults[0]} missed, ${faults[1]} wrong`];
+  return [order === "given" ? 0 : -Infinity, "not looked at yet"];
+}
 
 // The detection of another run that stands for the chosen one: of the same object, or that of the largest overlap.
 function corresponding(picture, run) {

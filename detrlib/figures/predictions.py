@@ -14,10 +14,9 @@ from matplotlib.figure import Figure
 
 from detrlib.errors import listed
 from detrlib.figures.attention import FEW, draw_box, draw_image, thinner
-from detrlib.figures.choices import cell_at
+from detrlib.figures.choices import cell_at, sites
 from detrlib.figures.overlay import Panel, draw_maps, room, write_captions
 from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, panels, styled
-from detrlib.figures.views import sites
 from detrlib.runs.detected import Detected
 from detrlib.runs.examples import Example
 
@@ -96,6 +95,11 @@ def looks_of(example: Example, site: str, rows: Sequence[int] | None = None) -> 
     if site == "encoder_self":
         middles = example.boxes[asking].reshape(-1, 2, 2).mean(1)
         asking = [cell_at(example, x, y) for x, y in middles]
+    return looks_from(example, site, asking)
+
+
+def looks_from(example: Example, site: str, asking: Sequence[int]) -> np.ndarray:
+    """The same of rows of the maps as they are stored: queries of an example, or cells of an encoder."""
     layers = []
     for layer in range(example.shape(site)[0]):
         maps = example.maps(site, layer)[:, asking].swapaxes(0, 1).astype(np.float32)

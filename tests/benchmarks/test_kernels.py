@@ -13,8 +13,8 @@ from itertools import islice
 import pytest
 
 LACKING = (
-    *("papermill", "wandb", "jupyterlab", "nbconvert", "nbformat", "nbclient", "ipykernel", "IPython", "ipywidgets"),
-    *("ipympl", "entmax", "adasplash", "pycocotools"),
+    *("papermill", "wandb", "jupyterlab", "nbconvert", "nbformat", "nbclient", "ipykernel", "IPython", "anywidget"),
+    *("entmax", "adasplash", "pycocotools"),
 )
 CHECKS = {"check_rows": 9, "check_fused": 4, "check_fused_half": 4, "check_deformable": 4}
 TIMES = {"machine": 3, "time_rows": 3, "time_fused": 3, "time_deformable": 2}

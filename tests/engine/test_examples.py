@@ -63,17 +63,15 @@ def test_stored_images_need_neither_model_nor_data(without_examples):
         images[other]
 
 
-def test_the_worst_come_first_and_say_so(run_dir):
+def test_the_worst_come_first(run_dir):
     images, errors = ValidationImages(run_dir), errors_by_image(load_matches(run_dir))
     assert list(images) == errors.index.tolist() and errors["missed"].is_monotonic_decreasing
-    row = errors.iloc[0]
-    assert images.title(errors.index[0]) == f"{row.missed} of {row.objects} missed, {row.false_positives} false"
 
 
 def test_runs_without_matches_have_their_stored_images(without_examples):
     shutil.rmtree(without_examples / "measures")
     images = ValidationImages(without_examples)
-    assert list(images) == list(images.stored) and images.title(next(iter(images))) == ""
+    assert list(images) == list(images.stored)
 
 
 def test_other_sites_are_computed_and_the_last_images_are_kept(run_dir, tiny_config, tmp_path, monkeypatch):

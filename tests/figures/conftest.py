@@ -1,7 +1,10 @@
 """What tests of figures share: examples with random maps, what a figure shows, a run, and a browser."""
 
+import base64
+import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from matplotlib.patches import Rectangle
 
 from detrlib.data.pictures import find_pictures
 from detrlib.engine.loop import train
+from detrlib.figures.page import NUMBERS, STEPS
 from detrlib.runs.detected import Detected
 from detrlib.runs.examples import Example
 
@@ -124,6 +128,32 @@ def evaluated_once(tmp_path_factory, tiny_config):
 def evaluated_run(evaluated_once, tmp_path):
     """A copy of that run, to be changed."""
     return Path(shutil.copytree(evaluated_once, tmp_path / "sparse"))
+
+
+@pytest.fixture
+def scripts():
+    """What a page holds as JSON, of elements with some attribute."""
+
+    def scripts(text: str, kind: str) -> list:
+        found = re.findall(rf'<script type="application/json" {kind}>(.*?)</script>', text)
+        return [json.loads(one) for one in found]
+
+    return scripts
+
+
+@pytest.fixture
+def unpacked():
+    """Weights [n,L,1+H,K] and numbers by name [n,L,1+H] of the maps of a site, as the page reads them."""
+
+    def unpacked(maps: dict) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        codes, numbers = (gzip.decompress(base64.b64decode(maps[name])) for name in ("codes", "numbers"))
+        shape = (-1, maps["layers"], 1 + maps["heads"])
+        measured = np.frombuffer(numbers, "<f4").reshape(*shape, len(NUMBERS))
+        codes = np.frombuffer(codes, np.uint8).reshape(*shape, int(np.prod(maps["keys"])))
+        weights = np.where(codes > 0, measured[..., :1] * 2.0 ** ((codes.astype(float) - 255) / STEPS), 0)
+        return weights, dict(zip(NUMBERS, np.moveaxis(measured, -1, 0), strict=True))
+
+    return unpacked
 
 
 # A program whose descriptors 3 and 4 are those given.

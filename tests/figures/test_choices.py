@@ -1,4 +1,4 @@
-"""What a click, a cell or a class means."""
+"""What a cell, a class or the same object means."""
 
 import numpy as np
 import pytest
@@ -7,15 +7,6 @@ from detrlib.errors import ConfigError
 from detrlib.figures import choices
 
 NAMES = {1: "circle", 2: "square"}
-
-
-def test_a_click_means_the_smallest_box_that_holds_it_or_one_in_reach(make_example):
-    boxes = make_example().boxes
-    assert choices.clicked_query(boxes, 15, 15, 1) == 1
-    assert choices.clicked_query(boxes, 30, 30, 1) == 0
-    assert choices.clicked_query(boxes, 81, 10, 2) == 2
-    assert choices.clicked_query(boxes, 90, 60, 2) is None
-    assert choices.clicked_query(boxes[:0], 1, 1, 5) is None
 
 
 def test_the_same_object_in_another_run_is_that_of_the_match_or_of_the_overlap(make_example):

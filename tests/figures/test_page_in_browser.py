@@ -1,14 +1,20 @@
 """The page in a real browser: clicks and keys change what is drawn, and what is drawn and told is the library's."""
 
+import json
 import shutil
+from importlib.resources import files
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from detrlib.errors import RunError
+from detrlib.figures.choices import corresponding_query
 from detrlib.figures.overlay import overlay, scale_of
-from detrlib.figures.page import page_example, page_picture, shown, write_page, write_viewer
-from detrlib.figures.views import View, query_in
+from detrlib.figures.page import page_example, page_picture, write_page
+from detrlib.figures.viewer import shown, write_viewer
+from detrlib.figures.widget import AttentionViewer
 from detrlib.metrics.detection import errors_by_image
 from detrlib.metrics.failures import CAUSES, find_failures, worst_images
 from detrlib.metrics.sparsity import gini
@@ -125,8 +131,7 @@ def test_layers_heads_and_sites_are_those_of_the_library(see, opened, stored):
 
 def test_two_runs_share_their_colours_unless_each_has_its_own_and_can_be_swapped(see, opened, stored):
     opened(stored, "#image=7&layer=1")
-    view = View("first", 7, "second", origin="first", query=0)
-    rows = [query_in(view, stored, run) for run in RUNS]
+    rows = [0, corresponding_query(stored["first"][7], 0, stored["second"][7])]
     maps = [stored[run][7].maps(layer=0)[:, row].mean(0) for run, row in zip(RUNS, rows, strict=True)]
     for panel, other in ((0, 1), (1, 0)):
         assert_drawn(see.map(panel), maps[panel], maps[other])
@@ -304,6 +309,114 @@ def test_pictures_of_ones_own_have_no_objects_and_explanations_are_maps(see, bro
     see.press("j")
     assert see.numbers()["map"] == "none is kept of this detection"  # the two best are explained
     assert browser.faults() == []
+
+
+# The frame of a notebook, whose kernel is this test.
+KERNEL = """{
+  globalThis.sent = [];
+  const waiting = [];
+  const ask = asked => new Promise(done => sent.push({number: waiting.push(done) - 1, asked}));
+  globalThis.answer = ({number, answer}) => waiting[number](answer);
+  Object.defineProperty(window, "frameElement", {value: {ask}});
+}"""
+
+
+@pytest.fixture
+def live(browser, monkeypatch, tmp_path):
+    """Opens the page of a widget, and answers with it what the page asks for until it asks no more."""
+    script = browser.ask("Page.addScriptToEvaluateOnNewDocument", source=KERNEL)["identifier"]
+
+    def answer(viewer):
+        monkeypatch.setattr(viewer, "send", lambda reply: browser.value(f"answer({json.dumps(reply)})"))
+        while messages := browser.value("sent.splice(0)"):
+            for message in messages:
+                viewer._handle_custom_msg(message, [])
+            browser.value("new Promise(done => setTimeout(done, 30))")
+        browser.settled()
+
+    def live(viewer):
+        (tmp_path / "live.html").write_text(viewer.page, encoding="utf-8")
+        browser.open((tmp_path / "live.html").as_uri())
+        answer(viewer)
+        return lambda: answer(viewer)
+
+    yield live
+    browser.ask("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+
+
+class Kernel(dict):
+    """Images of a run by number, of which some are stored and one cannot be computed."""
+
+    stored = (8,)
+    errors = pd.DataFrame({"missed": [0, 0, 9], "false_positives": [0, 1, 0]}, index=[7, 8, 9])
+
+    def get(self, image_id, default=None):
+        if image_id == 9:
+            raise RunError("no checkpoint <last.pt>")
+        return super().get(image_id, default)
+
+
+def test_a_kernel_is_asked_for_images_and_its_faults_are_told(see, live, stored, browser):
+    images = Kernel(stored["first"] | {9: None})
+    answer = live(AttentionViewer({"first": images}, NAMES, image_id=7))
+    assert see.heading().startswith("image 7")
+    assert (see.value(LISTED)[0], see.value(BADGES)[0]) == ("9", "9 missed, 0 wrong")  # as the run has it
+    see.choose("order", "given")
+    assert see.value(BADGES) == ["3 detections", "3 detections", "not looked at yet"]  # the stored one has come
+    browser.value("document.querySelectorAll('#list button')[1].click()")
+    answer()
+    assert see.heading().startswith("image 8") and see.chosen()
+    assert_drawn(see.map(), images[8].maps(layer=-1)[:, 0].mean(0))
+    browser.value("document.querySelectorAll('#list button')[2].click()")
+    answer()
+    assert see.heading() == "image 9: no checkpoint <last.pt>"
+    see.press("ArrowLeft")
+    assert see.heading().startswith("image 7")
+    assert browser.faults() == []
+
+
+def test_any_cell_of_an_encoder_shows_where_it_looks_in_every_run(see, live, stored, browser):
+    stored["second"][7] = stored["first"][7]
+    answer = live(AttentionViewer(stored, NAMES, image_id=7))
+    see.choose("site", "encoder_self")
+    see.value(
+        "(({x, y, width, height}) => document.querySelector('.picture').dispatchEvent(new MouseEvent('click',"
+        " {clientX: x + 0.95 * width, clientY: y + 0.3 * height})))"
+        "(document.querySelector('.picture').getBoundingClientRect())"
+    )  # the panels are drawn when the kernel has answered, and not before
+    answer()
+    example = stored["first"][7]
+    for head in (0, 2):
+        see.choose("head", head)
+        maps = example.maps("encoder_self", 0)[:, 11]
+        for panel in (0, 1):
+            assert_drawn(see.map(panel), maps[head - 1] if head else maps.mean(0))
+            assert see.numbers(panel)["cell"] == "row 2, column 6" and see.chosen() == []
+    see.choose("site", "decoder_cross")
+    assert see.numbers() == {}
+    see.press("j")
+    see.choose("site", "encoder_self")
+    assert "cell" not in see.numbers() and len(see.chosen()) == 2
+    assert browser.faults() == []
+
+
+def test_the_frame_of_a_widget_passes_questions_and_answers_on(browser, stored, tmp_path):
+    viewer = AttentionViewer({"first": Kernel(stored["first"])}, NAMES, image_id=7)
+    replies, messages = [], "globalThis.sent = [], globalThis.handlers = []"
+    viewer.send = replies.append
+    model = "{get: name => values[name], send: message => sent.push(message), on: (_, f) => handlers.push(f), off() {}}"
+    values = json.dumps({"page": viewer.page, "height": 400}).replace("<", "\\u003c")
+    script = files("detrlib.figures").joinpath("page_frame.js").read_text()
+    script = script.replace("export default {render};", f"render({{model: {model}, el: document.body}});")
+    page = f"<!doctype html><title>n</title><body><script>const values = {values}; {messages};</script>"
+    (tmp_path / "notebook.html").write_text(f"{page}<script>{script}</script>", encoding="utf-8")
+    browser.ask("Page.navigate", url=(tmp_path / "notebook.html").as_uri())
+    browser.wait("globalThis.sent?.length === 1")
+    viewer._handle_custom_msg(browser.value("sent[0]"), [])
+    assert "picture" in replies[0]["answer"]
+    browser.value(f"handlers.forEach(handler => handler({json.dumps(replies[0])}))")
+    shown = "document.querySelector('iframe').contentDocument"
+    browser.wait(f"[...{shown}.querySelectorAll('#list img')].every(image => image.src)")
 
 
 def test_it_works_in_the_frame_of_a_notebook(browser, opened, stored, tmp_path):

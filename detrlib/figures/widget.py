@@ -1,0 +1,98 @@
+"""The viewer with a kernel: the page in a notebook, which asks for whatever it does not hold."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+
+from detrlib.errors import DetrlibError
+from detrlib.figures.page import page_cell, page_example, page_pending, page_text
+from detrlib.figures.predictions import MapChoice
+from detrlib.figures.viewer import HEIGHT, frame_of
+from detrlib.metrics.sinks import LIMITS
+from detrlib.runs.examples import EXAMPLE_SCORE, Example
+
+
+class AttentionViewer(anywidget.AnyWidget):
+    """The page in a notebook with a kernel: of every image, stored or not, and of every cell of an encoder.
+
+    Args:
+        images: by the name of the run: id -> example, which may be computed when it is asked for, as of
+            `engine.examples.open_images`. What those say of themselves is told: `errors`, `stored`, `title`,
+            `annotated` and `sink_threshold`.
+        names: label -> class.
+        image_id: shown first; None: the first one.
+        layer: the decoder layer shown first, negative ones from the end.
+
+    Where no kernel answers (an executed notebook on a web page, as HTML or in a report) it is the page of the first
+    image alone.
+    """
+
+    _esm = Path(__file__).with_name("page_frame.js")
+    page = traitlets.Unicode().tag(sync=True)
+    height = traitlets.Int(HEIGHT).tag(sync=True)
+
+    def __init__(
+        self,
+        images: Mapping[str, Mapping[int, Example]],
+        names: Mapping[int, str],
+        image_id: int | None = None,
+        layer: int = -1,
+    ):
+        self.images, self.names = images, dict.fromkeys(images, names)
+        first = next(iter(images.values()))
+        self._ids = {str(number): number for number in first}
+        start = str(next(iter(first)) if image_id is None else image_id)
+        self._first = self._picture(start)
+        waiting = {name: self._pending(name) for name in self._ids}
+        super().__init__(page=self._page((waiting | {start: self._first}).values(), start, layer))
+        self._alone = self._page([self._first], start, layer)
+        self.on_msg(self._asked)
+
+    def _page(self, pictures: Iterable[str], start: str, layer: int) -> str:
+        thresholds = [getattr(images, "sink_threshold", LIMITS.threshold) for images in self.images.values()]
+        more = {"view": MapChoice(layer=layer), "thresholds": thresholds, "image": start}
+        title = f"Where {', '.join(self.images)} look{'' if len(self.images) > 1 else 's'}"
+        return page_text(pictures, list(self.images), self.names.values(), title=title, score=EXAMPLE_SCORE, **more)
+
+    def _own(self, name: str) -> str:
+        """The title of a picture of one's own, empty of images with annotated objects."""
+        first = next(iter(self.images.values()))
+        return "" if getattr(first, "annotated", True) else first.title(self._ids[name])
+
+    def _picture(self, name: str) -> str:
+        picture = {run: images.get(self._ids[name]) for run, images in self.images.items()}
+        return page_example(picture, self.names, self._own(name))
+
+    def _pending(self, name: str) -> str:
+        image_id, first = self._ids[name], next(iter(self.images.values()))
+        faults = [_faults(images, image_id) for images in self.images.values()]
+        return page_pending(image_id, faults, image_id in getattr(first, "stored", ()), self._own(name))
+
+    def _asked(self, widget: Any, content: Mapping[str, Any], buffers: Any) -> None:
+        """Answer what the page asks for; a fault is an answer, since errors of a widget appear nowhere."""
+        asked = content["asked"]
+        try:
+            if "cell" in asked:
+                answer = page_cell(self.images[asked["run"]][self._ids[asked["image"]]], *asked["cell"])
+            else:
+                answer = {"picture": self._picture(asked["image"])}
+        except DetrlibError as error:  # of an image that cannot be computed
+            answer = {"fault": str(error)}
+        self.send({"number": content["number"], "answer": answer})
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict] | None:
+        shown = super()._repr_mimebundle_(**kwargs)
+        shown[0].update({"text/html": frame_of(self._alone), "text/plain": "AttentionViewer"})
+        return shown
+
+
+def _faults(images: Mapping[int, Example], image_id: int) -> tuple[int, int] | None:
+    """Missed objects and wrong detections of an image, where they are known before it is computed."""
+    errors = getattr(images, "errors", None)
+    if errors is None or "missed" not in errors or image_id not in errors.index:
+        return None
+    row = errors.loc[image_id]
+    return int(row["missed"]), int(row["false_positives"])
