@@ -131,10 +131,12 @@ def shown(path: Path | None, height: int = 820) -> Any:
     """The page in a frame for the output of a notebook's cell, which keeps it whole; None shows nothing."""
     from IPython.display import HTML
 
-    text = escape(path.read_text(encoding="utf-8")) if path else ""
-    look = f"width: 100%; height: {height}px; border: 0"
-    frame = f'<div><iframe title="viewer" style="{look}" srcdoc="{text}"></iframe></div>'
-    return HTML(frame if path else "nothing to show: no run stores examples with attention")
+    if path is None:
+        return HTML("nothing to show: no run stores examples with attention")
+    look, text = f"width: 100%; height: {height}px; border: 0", escape(path.read_text(encoding="utf-8"))
+    # What stands inside is left where JupyterLab does not trust a notebook, and takes frames out of it.
+    remedy = f"to see the viewer, press Ctrl+Shift+C and choose Trust Notebook, or open {escape(path.name)}"
+    return HTML(f'<div><iframe title="viewer" style="{look}" srcdoc="{text}">{remedy}</iframe></div>')
 
 
 def write_page(
