@@ -4,8 +4,6 @@ What is shown is a `views.View`; what that means are plain functions there. Here
 and to the mouse.
 """
 
-import io
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import replace as changed
 from functools import partial
@@ -142,7 +140,7 @@ class AttentionViewer(ipywidgets.VBox):
     (`engine.examples.ValidationImages`); names: label -> class; image_id: shown first, None for the first one; layer:
     the decoder layer shown first, negative ones from the end.
 
-    Where no browser shows widgets (an executed notebook on a web page, as HTML or in a report) it is a picture.
+    Without a kernel (an executed notebook on a web page, as HTML, in a report or in JupyterLab) it is a picture.
     """
 
     def __init__(
@@ -237,10 +235,8 @@ class AttentionViewer(ipywidgets.VBox):
                 self.show(clicked(self.view, self.stored, run, event.xdata, event.ydata))
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
-        picture = io.BytesIO()
-        self.figure.savefig(picture, format="png", dpi="figure")
-        bundle = super()._repr_mimebundle_(**kwargs)
-        return bundle | {"text/plain": "AttentionViewer", "image/png": b64encode(picture.getvalue()).decode()}
+        picture = self.canvas._repr_mimebundle_()["image/png"]  # and what a copy shows that has no kernel
+        return super()._repr_mimebundle_(**kwargs) | {"text/plain": "AttentionViewer", "image/png": picture}
 
 
 def _by_id(examples: Sequence[Example] | Mapping[int, Example]) -> Mapping[int, Example]:

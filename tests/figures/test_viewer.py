@@ -127,6 +127,8 @@ def test_without_a_browser_it_is_a_picture(stored):
     bundle = viewer._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert base64.b64decode(bundle["image/png"])[:8] == b"\x89PNG\r\n\x1a\n"
+    stored = viewer.canvas.get_state()["_data_url"]  # the controls of an executed copy are shown, and their canvas
+    assert stored == f"data:image/png;base64,{bundle['image/png']}"
 
 
 class Lazy(Mapping):
