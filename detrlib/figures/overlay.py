@@ -151,8 +151,9 @@ def map_numbers(
 
 
 def text_colour(background: str) -> str:
-    """Black or white, whichever is easier to read."""
-    return "black" if np.dot(to_rgb(background), LUMINANCE) > 0.6 else "white"
+    """Black or white, whichever has more contrast by WCAG 2's relative luminance: 4.5 to 1 or more on any colour."""
+    light = np.power(to_rgb(background), 2.2) @ (0.2126, 0.7152, 0.0722)
+    return "black" if light > 0.179 else "white"
 
 
 def write_captions(

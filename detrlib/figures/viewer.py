@@ -72,14 +72,17 @@ def shown(path: Path | None) -> Any:
     """The page in a frame for the output of a notebook's cell, which keeps it whole; None shows nothing."""
     from IPython.display import HTML
 
-    nothing = "nothing to show: no run stores examples with attention"
-    return HTML(frame_of(path.read_text(encoding="utf-8")) if path else nothing)
+    if path is None:
+        return HTML("nothing to show: no run stores examples with attention")
+    return HTML(frame_of(path.read_text(encoding="utf-8"), f", or open {path.name}"))
 
 
-def frame_of(page: str) -> str:
-    """The text of a page as an element of another page."""
+def frame_of(page: str, otherwise: str = "") -> str:
+    """The text of a page as an element of another page; otherwise: what else can be done where it is not shown."""
     look = f"width: 100%; height: {HEIGHT}px; border: 0"
-    return f'<div><iframe title="viewer" style="{look}" srcdoc="{escape(page)}"></iframe></div>'
+    # What stands inside is left where JupyterLab does not trust a notebook, and takes frames out of it.
+    remedy = f"to see the viewer, press Ctrl+Shift+C and choose Trust Notebook{escape(otherwise)}"
+    return f'<div><iframe title="viewer" style="{look}" srcdoc="{escape(page)}">{remedy}</iframe></div>'
 
 
 def _by_image(stored: Mapping[str, list[Example]]) -> list[dict[str, Example]]:

@@ -68,6 +68,3 @@ def test_codes_of_weights_are_exact_about_zero_and_close_elsewhere():
         assert codes[0] == 0 and (codes[1:] > 0).all() and codes[-1] == 255
         assert np.allclose(top * 2.0 ** ((codes[2:].astype(float) - 255) / STEPS), weights[2:], rtol=0.04)
     assert not code_weights(np.zeros(3), np.array(0.0)).any()
-
-
-# --- of runs ---------------------------------------------------------------------------------------------------

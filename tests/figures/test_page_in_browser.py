@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from html import escape
 from importlib.resources import files
 
 import numpy as np
@@ -424,6 +425,25 @@ def test_it_works_in_the_frame_of_a_notebook(browser, opened, stored, tmp_path):
     (tmp_path / "notebook.html").write_text(f"<!doctype html><title>n</title>{shown(path).data}", encoding="utf-8")
     browser.ask("Page.navigate", url=(tmp_path / "notebook.html").as_uri())
     browser.wait("document.querySelector('iframe')?.contentDocument.querySelectorAll('.panel canvas').length === 2")
+
+
+def test_where_scripts_are_not_run_it_says_what_to_do_and_nothing_else(see, browser, opened, stored, tmp_path):
+    """As JupyterLab opens a file that is not trusted: in a frame that may not run anything."""
+    path = opened(stored)
+    assert see.value("document.getElementById('unscripted') === null")
+    frame = f'<!doctype html><title>n</title><iframe sandbox="allow-same-origin" srcdoc="{escape(path.read_text())}">'
+    (tmp_path / "untrusted.html").write_text(frame, encoding="utf-8")
+    browser.ask("Page.navigate", url=(tmp_path / "untrusted.html").as_uri())
+    inside = "document.querySelector('iframe')?.contentDocument"
+    browser.wait(f"{inside}?.querySelector('dialog') !== null && {inside}.readyState === 'complete'")
+    assert "Trust HTML" in see.value(f"{inside}.body.innerText")
+    assert see.value(f"[...{inside}.body.children].filter(part => part.checkVisibility()).length") == 1
+
+
+def test_two_runs_stand_side_by_side_in_a_window_beside_which_files_are_listed(see, opened, stored):
+    opened(stored, width=960)
+    tops = see.value("[...document.querySelectorAll('.panel')].map(panel => panel.getBoundingClientRect().top)")
+    assert len(tops) == 2 and tops[0] == tops[1]
 
 
 @pytest.mark.parametrize("width", [390, 1280])

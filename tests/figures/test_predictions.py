@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 
 from detrlib.figures import predictions
 from detrlib.figures.overlay import overlay, text_colour
@@ -82,7 +82,10 @@ def test_a_class_has_one_colour_in_all_runs_and_text_that_can_be_read():
     assert list(colours) == ["circle", "square", "star"] and colours["circle"] != colours["square"]
     assert colours == predictions.class_colours([first, second, first])
     assert all(to_hex(colour).lower() == colour.lower() for colour in colours.values())
-    assert text_colour("#88CCEE") == "black" and text_colour("#0072B2") == "white"
+    for colour in predictions.class_colours([{label: str(label) for label in range(24)}]).values():
+        red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(colour))
+        light = 0.05 + 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        assert {"white": 1.05 / light, "black": light / 0.05}[text_colour(colour)] > 4.5, colour
 
 
 def test_a_crowd_has_thin_lines_captions_that_can_be_read_and_counts(make_detected, titles, boxes_in):

@@ -57,6 +57,7 @@ def test_a_viewer_is_written_again_after_an_evaluation_and_goes_with_its_example
     assert refresh_viewers(evaluated_run) == [path]
     frame = shown(path).data
     assert 'srcdoc="' in frame and frame.count('"') == 6, "a quotation mark of the page would end it"
+    assert "Trust Notebook, or open viewer.html</iframe>" in frame
     for example in (evaluated_run / "examples").glob("*.npz"):
         example.unlink()
     os.utime(evaluated_run / "results.json", (path.stat().st_mtime + 9,) * 2)
