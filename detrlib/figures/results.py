@@ -187,6 +187,20 @@ def alpha_heatmap(alphas: Mapping[str, ArrayLike]) -> Figure:
     return drawn
 
 
+@styled
+def paibb_heatmap(paibb: Mapping[str, ArrayLike | None]) -> Figure:
+    """PAIBB of every head, one panel per run, with the value written in each cell.
+
+    paibb: {run: [layers, heads]}, None where it was not measured.
+    """
+    measured = {run: grid for run, grid in paibb.items() if grid is not None}
+    if not measured:
+        raise Nothing("PAIBB was measured of none of the runs")
+    drawn, scale = head_maps(measured, "cividis", (0.0, 1.0), ".2f")
+    scale.set_label("PAIBB")
+    return drawn
+
+
 def head_maps(
     values: Mapping[str, ArrayLike], colours: str, limits: tuple[float, float], text: str
 ) -> tuple[Figure, Colorbar]:

@@ -155,3 +155,10 @@ def test_labels_of_close_lines_are_moved_apart_as_little_as_needed():
 def test_runs_without_attention_or_alphas_have_nothing_to_show(draw, texts):
     (words,) = texts(draw())
     assert words.startswith("Nothing to show: ") and "none of the runs has" in words.replace("\n", " ")
+
+
+def test_paibb_of_heads_is_written_in_their_cells_where_it_was_measured(titles, texts):
+    drawn = results.paibb_heatmap({"a": [[0.25, None], [0.5, 1.0]], "b": None})
+    assert titles(drawn)[0] == "a" and {"0.25", "–", "0.50", "1.00"} <= set(texts(drawn))
+    assert drawn.axes[0].collections[0].get_clim() == (0, 1)
+    assert "Nothing to show" in texts(results.paibb_heatmap({"b": None}))[0]
