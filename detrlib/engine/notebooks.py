@@ -96,7 +96,10 @@ def execute_asked(folder: Path) -> None:
 
 
 def _correct_notes(output: Path, cut_off: bool) -> None:
-    """What papermill notes: paths from the project root, since a copy is there to be shared; that it was cut off."""
+    """What papermill notes: paths from the project root, since a copy is there to be shared; that it was cut off.
+
+    And bars of progress are left out, which would stand at 0 % wherever the copy is read.
+    """
     try:
         notebook = json.loads(output.read_text())
     except ValueError:  # half of one, which does not count as executed: papermill could not write it to its end
@@ -104,9 +107,17 @@ def _correct_notes(output: Path, cut_off: bool) -> None:
     noted = notebook["metadata"].setdefault("papermill", {})
     for name in {"input_path", "output_path"} & noted.keys():
         noted[name] = noted[name].removeprefix(f"{PROJECT}/")
+    for cell in notebook["cells"]:
+        if "outputs" in cell:
+            cell["outputs"] = [output for output in cell["outputs"] if not _is_bar(output)]
     if cut_off:  # papermill notes a cell that failed, but takes this one for completed
         noted["exception"] = True
     _save(notebook, output)
+
+
+def _is_bar(output: dict) -> bool:
+    data = output.get("data", {})
+    return "application/vnd.jupyter.widget-view+json" in data and "%|" in "".join(data.get("text/plain", ""))
 
 
 def _save(notebook: dict, path: Path) -> None:

@@ -30,7 +30,7 @@ ORDERS = {  # of queries that are ablated
 
 @styled
 def alpha_sweep(frame: pd.DataFrame) -> Figure:
-    """AP above exact zeros of the weights, over the alpha a model is evaluated with (kind alpha); a line per run.
+    """AP above exact zeros of the weights, over the alpha a model is evaluated with; a line per run.
 
     A ring marks each run as it was trained, at its own alpha or the mean of those it has learned; runs of transforms
     outside the family (tvmax) have none.
@@ -44,7 +44,7 @@ def alpha_sweep(frame: pd.DataFrame) -> Figure:
         draw_runs(axes, swept.assign(shown=scale * swept[measure]), "alpha", "shown", colours, marker="o")
         for run, colour in colours.items():
             axes.plot(own.loc[run, "trained_alpha"], scale * own.loc[run, measure], **_ring(colour))
-    panels[0].set_ylabel("AP")
+    panels[0].set_ylabel("AP, points")
     panels[1].set(ylabel="share of weights that are zero", xlabel="alpha in evaluation (1 softmax, 2 sparsemax)")
     panels[1].set_ylim(-0.03, 1.03)
     lines = panels[0].get_lines()[: len(colours)]
@@ -58,7 +58,7 @@ def _ring(colour: str) -> dict:
 
 @styled
 def transform_swap(frame: pd.DataFrame) -> Figure:
-    """AP of models trained with one transform (rows) and evaluated with another (columns, kind transform).
+    """AP of models trained with one transform (rows) and evaluated with another (columns).
 
     Cells of models as trained are framed. Runs trained with the same transform are averaged.
     """
@@ -75,13 +75,13 @@ def transform_swap(frame: pd.DataFrame) -> Figure:
     for row, name in enumerate(table.index):
         corner = columns.index(name) + 0.04, row + 0.04
         axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="black", linewidth=1.3))
-    axes.set(xlabel="evaluated with", ylabel="trained with", title="AP")
+    axes.set(xlabel="evaluated with", ylabel="trained with", title="AP, points")
     return drawn
 
 
 @styled
 def head_pruning(frame: pd.DataFrame) -> Figure:
-    """AP over the number of heads that are pruned, least important first (kind heads); a line per run."""
+    """AP over the number of heads that are pruned, least important first; a line per run."""
     own, pruned = _own(frame), _rows(frame, "heads")
     whole = own.loc[pruned["run"].unique()].reset_index().assign(value=0)
     rows = pd.concat([whole, pruned], ignore_index=True)
@@ -89,7 +89,7 @@ def head_pruning(frame: pd.DataFrame) -> Figure:
     colours = run_colours(pruned["run"])
     drawn, axes = figure(width=0.75, aspect=0.5)
     draw_runs(axes, rows, "heads", "AP", colours, marker="o")
-    axes.set(xlabel="heads pruned, least important first", ylim=(0, None))
+    axes.set(xlabel="heads pruned, least important first", ylabel="AP, points", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawn.legend(axes.get_lines(), colours, loc="outside right upper")
     return drawn
@@ -135,7 +135,7 @@ def query_removal(frame: pd.DataFrame, kind: str = "queries") -> Figure:
         for order, look in ORDERS.items():
             rows = pd.concat([whole, gone[gone["order"] == order]], ignore_index=True)
             draw_runs(axes, rows.assign(shown=scale * rows[measure]), "share", "shown", colours, marker="o", **look)
-        axes.set(ylabel={"AP": "AP", "paibb": "PAIBB"}[measure], ylim=(0, None))
+        axes.set(ylabel={"AP": "AP, points", "paibb": "PAIBB"}[measure], ylim=(0, None))
     what = "removed" if kind == "queries" else "whose embedding is zero"
     grid[1].set_xlabel(f"share of queries {what}")
     lines = [Line2D([], [], color=MUTED, linestyle=look["linestyle"]) for look in ORDERS.values()]
@@ -146,7 +146,7 @@ def query_removal(frame: pd.DataFrame, kind: str = "queries") -> Figure:
 
 @styled
 def query_importance(frame: pd.DataFrame) -> Figure:
-    """AP points lost when one query alone is gone (kind query), those that cost most first; a line per run."""
+    """AP points lost when one query alone is gone, those that cost most first; a line per run."""
     _own(frame)
     alone = _rows(frame, "query")
     ranked = alone.assign(rank=alone.groupby("run")["AP_lost"].rank(ascending=False, method="first"))

@@ -16,7 +16,7 @@ from detrlib.errors import listed
 from detrlib.figures.attention import FEW, draw_box, draw_image, thinner
 from detrlib.figures.choices import cell_at, sites
 from detrlib.figures.overlay import Panel, draw_maps, room, write_captions
-from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, panels, styled
+from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, image_panels, panels, readable, styled
 from detrlib.runs.detected import Detected
 from detrlib.runs.examples import Example
 
@@ -184,7 +184,7 @@ def maps_by_detection(
             colour = colours.get(detected.names[index], MUTED)
             draw_box(axes, boxes[index], colour)
             title = f"{detected.names[index]} {detected.scores[index]:.2f}"
-            axes.set_title(title, loc="left", color=colour)
+            axes.set_title(title, loc="left", color=readable(colour))
             extent = detected.example.extent_of(maps[index])
             looks.append(Panel(axes, image, maps[index], extent, boxes[index]))
     draw_maps(drawn, looks)

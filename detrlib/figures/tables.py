@@ -105,11 +105,17 @@ def save_table(table: pd.DataFrame, name: str, caption: str, folder: str | Path,
 def shown(table: pd.DataFrame, decimals: int = 3, reason: str = "no rows") -> Styler | Markdown:
     """The table as a notebook shows it, missing values as a dash; or a line with the reason why it has no rows.
 
-    decimals: of numbers that are not whole.
+    decimals: of numbers below ten that are not whole; larger ones have fewer, and as many digits.
     """
     if table.empty:
         return Markdown(f"*Nothing to show: {reason}.*")
-    styler = table.style.format(precision=decimals, na_rep=DASH, escape="html")
+
+    def words(value: object) -> object:
+        if not isinstance(value, float) or not np.isfinite(value):
+            return value
+        return f"{value:.{max(decimals - int(np.log10(max(abs(value), 1))), 0)}f}"
+
+    styler = table.style.format(words, na_rep=DASH, escape="html")
     return styler.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from detrlib.figures.attention import draw_box, draw_image, thinner
-from detrlib.figures.style import MUTED, PALETTE, class_colour, figure, styled
+from detrlib.figures.style import MUTED, PALETTE, class_colour, figure, readable, styled
 
 
 @styled
@@ -177,7 +177,7 @@ def _arrow(axes: Axes, end: np.ndarray, colour: str) -> None:
 def _beyond(axes: Axes, end: np.ndarray, words: str, colour: str) -> None:
     """Words beyond the end of an arrow, so that they do not lie on it."""
     offset = 14 * end / np.linalg.norm(end)
-    axes.annotate(words, end, offset, textcoords="offset points", ha="center", va="center", color=colour)
+    axes.annotate(words, end, offset, textcoords="offset points", ha="center", va="center", color=readable(colour))
 
 
 def _hatch(axes: Axes, hidden: np.ndarray) -> None:

@@ -158,6 +158,13 @@ def test_notebooks_run_from_the_project_root(write, tmp_path):
     assert nbformat.read(output, as_version=4).cells[-1].outputs[0].text == f"{PROJECT} 5\n"
 
 
+def test_bars_of_progress_are_not_part_of_a_copy(write, tmp_path):
+    bar = "from tqdm.notebook import tqdm\nfor _ in tqdm(range(2), leave=False): pass\nprint('done')"
+    write("book", "n = 1", bar, "import ipywidgets; ipywidgets.IntSlider()")
+    *_, first, second = nbformat.read(execute_notebook("book", tmp_path / "out.ipynb", {}), as_version=4).cells
+    assert [output.output_type for output in first.outputs] == ["stream"] and len(second.outputs) == 1
+
+
 def test_pictures_shrink_and_stay_pictures(write, tmp_path):
     code = "import numpy as np\nfrom PIL import Image\n"
     write("book", "n = 1", code + "Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8))")

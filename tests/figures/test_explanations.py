@@ -87,7 +87,9 @@ def test_curves_are_drawn_by_run(texts):
     values = torch.rand(3, 2, 1, 5, 3, generator=torch.Generator().manual_seed(0))
     frame = mean_curves(values, ["raw"], torch.linspace(0, 1, 5) ** 2)
     both = pd.concat([frame.assign(run="softmax-1"), frame.assign(run="sparsemax-1")])
-    assert {"softmax-1", "sparsemax-1"} <= set(texts(explanations.deletion_insertion_curves(both, by="run")))
+    drawn = explanations.deletion_insertion_curves(both, by="run")
+    assert {"softmax-1", "sparsemax-1"} <= set(texts(drawn))
+    assert len({line.get_marker() for line in drawn.axes[0].get_lines()}) == 2  # not by their colours alone
     with pytest.raises(ConfigError, match="several curves for one method"):
         explanations.deletion_insertion_curves(both)
     with pytest.raises(ConfigError, match="no curves of 'AP'; there are"):

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from IPython.core.formatters import DisplayFormatter
+from seaborn.utils import relative_luminance
 
 from detrlib import figures
 from detrlib.config import PROJECT
@@ -137,6 +138,15 @@ def test_a_class_has_its_colour_whatever_else_is_shown():
     assert style.class_colour(0, names) == style.MUTED  # no class
     many = dict.fromkeys(range(91), "class")
     assert style.class_colour(90, many) in style.CLASS_COLOURS
+
+
+@pytest.mark.parametrize("colour", [*style.COLOURS.values(), *style.CLASS_COLOURS, *style.PALETTE])
+def test_letters_on_white_are_dark_enough_to_be_read_and_change_no_more_than_needed(colour):
+    def contrast(shade):
+        return 1.05 / (0.05 + relative_luminance(shade))
+
+    letters = style.readable(colour)
+    assert contrast(letters) >= 4.45 and (contrast(letters) < 5.1 or letters == colour.lower())
 
 
 def test_figures_come_with_their_folder_and_the_package_itself_stays_small():

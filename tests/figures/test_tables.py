@@ -1,5 +1,7 @@
 """Tables in Markdown and LaTeX: numbers to the letter, the best in bold, names escaped."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -63,6 +65,13 @@ def test_a_table_is_shown_or_the_reason_why_it_has_no_rows():
     written = tables.shown(table(), 2).to_html()
     assert "0.41" in written and "0.412" not in written and "–" in written  # the missing loss
     assert tables.shown(table()[:0], reason="no runs").data == "*Nothing to show: no runs.*"
+
+
+def test_large_numbers_are_shown_with_as_many_digits_as_small_ones():
+    numbers = pd.DataFrame({"n": [0.12345, -9.87654, 12.3456, 123.456, 12345.6, np.nan], "k": 12345})
+    written = tables.shown(numbers).to_html()
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", written)
+    assert cells[::2] == ["0.123", "-9.877", "12.35", "123.5", "12346", "–"] and set(cells[1::2]) == {"12345"}
 
 
 def test_names_are_text_and_never_markup():
