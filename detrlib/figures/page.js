@@ -43,7 +43,7 @@ async function show(picture) {
   if (!picture) return;
   state.going = picture;
   if (picture.pending) {
-    control("heading").textContent = `${picture.title}: asked of the notebook's kernel …`;
+    control("heading").textContent = `${picture.title}: asked of the kernel (without one, run the cell again)`;
     await fetched(picture);
     if (state.going !== picture) return;  // another one was asked for meanwhile
     if (picture.pending) return control("heading").textContent = `${picture.title}: ${control("fault").textContent}`;
@@ -72,7 +72,7 @@ function arrange() {
   state.listed = wanted.sort((a, b) => ranks.get(b)[0] - ranks.get(a)[0] || a.index - b.index);
   const total = state.listed.reduce((sum, picture) => sum + seen(picture.detected[chosenIn("run")]).length, 0);
   const here = pictures.filter(({pending}) => !pending).length, listed = `${state.listed.length} of ${pictures.length}`;
-  const among = here < pictures.length ? `the ${here} images looked at, of ${pictures.length}` : `${listed} images`;
+  const among = here < pictures.length ? `${here} images looked at, of ${pictures.length}` : `${listed} images`;
   control("shown").textContent = `${counted(total)} in ${among}`;
   control("list").replaceChildren(...state.listed.map(picture => entryOf(picture, ranks.get(picture)[1])));
 }
