@@ -46,7 +46,7 @@ CEILINGS = {
     "runs": 2590,
     "engine": 3980,
     "experiments": 4000,
-    "figures": 4020,
+    "figures": 3800,
     "teaching": 790,
     "benchmarks": 2460,
     "commands": 560,

@@ -129,8 +129,8 @@ function step(name, by) {
 }
 
 function stepImage(by) {
-  const {listed} = state;
-  show(listed[(listed.indexOf(state.picture) + by + listed.length) % listed.length]);
+  const {listed, going} = state;  // which may still be on its way
+  show(listed[(listed.indexOf(going) + by + listed.length) % listed.length]);
 }
 
 function stepRow(by) {

@@ -372,7 +372,7 @@ def test_a_kernel_is_asked_for_images_and_its_faults_are_told(see, live, stored,
     answer()
     assert see.heading() == "image 9: no checkpoint <last.pt>"
     see.press("ArrowLeft")
-    assert see.heading().startswith("image 7")
+    assert see.heading().startswith("image 8")
     assert browser.faults() == []
 
 
