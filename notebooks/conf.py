@@ -25,10 +25,21 @@ html_math_renderer = "mathml"
 LOOK = """
 html body { --code-font-size: 0.75em; }
 @media (min-width: 80em) { html .content { width: 56em; } }
+html div.math { overflow-y: hidden; padding: 0.3em 0; }
 html table.dataframe { display: block; overflow-x: auto; border: 0; border-collapse: collapse; font-size: 0.875em; }
 html table.dataframe :is(th, td) { border: 0; padding: 0.2em 0.7em; text-align: right; }
 html table.dataframe thead tr:last-child th { border-bottom: 1px solid var(--color-foreground-border); }
 """
+# TeX that docutils does not know or reads otherwise, and what it draws the same with: sizes of brackets, two digits of
+# a fraction, what stands below a name, and bars, which have no space within when they are a pair.
+TEX = {
+    r"\\[bB]igg?[lr]?(?![a-zA-Z])": "",
+    r"\\dots(?![a-zA-Z])": r"\\ldots",
+    r"\\([td]?frac)(\d)(\d)": r"\\\1{\2}{\3}",
+    r"\\operatorname\*\{(\w+)\}_\{([^{}]*)\}": r"\\underset{\2}{\\operatorname{\1}}",
+    r"\\(lvert|lVert)": r"\\left\\\1",
+    r"\\(rvert|rVert)": r"\\right\\\1",
+}
 suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure"]
 
 
@@ -54,8 +65,10 @@ def displayed_formula(writer, node):
 def mathml(node, block):
     """The formula of a node; what is no TeX that can be drawn stops the site, in place of a page that shows TeX."""
     tex = node.astext()
-    try:  # docutils knows neither \dots nor the sizes of brackets
-        return tex2mathml(re.sub(r"\\[bB]igg?[lr]?(?![a-zA-Z])", "", tex).replace(r"\dots", r"\ldots"), as_block=block)
+    for pattern, known in TEX.items():
+        tex = re.sub(pattern, known, tex)
+    try:
+        return tex2mathml(tex, as_block=block)
     except MathError as error:
         raise ExtensionError(f"{node.source}: formula {tex}: {error}") from None
 

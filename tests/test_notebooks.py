@@ -224,6 +224,17 @@ def test_pages_have_formulas_pictures_folds_search_and_an_order_without_network(
     assert loaded and not [link for link in loaded if link.startswith(("http", "//"))]
 
 
+def test_formulas_say_what_tex_says(pages):
+    """Of two digits TeX takes one as the numerator; a star puts the set below the name; bars in pairs are brackets."""
+    tex = r"$$\operatorname*{argmin}_{p \in S} \tfrac12 \lVert p \rVert^2 + \lvert x \rvert$$"
+    page = re.sub(r"\s+", "", (pages(first=(tex, "1")) / "first.html").read_text())
+    (formula,) = re.findall("<math.*?</math>", page)
+    assert "<mn>1</mn><mn>2</mn></mfrac>" in formula and '<munder><mrow><mimathvariant="normal">argmin</mi>' in formula
+    assert "*" not in formula
+    for bar, inside in ("‖p", "|x"):
+        assert f"<mrow><mo>{bar}</mo><mi>{inside}</mi><mo>{bar}</mo></mrow>" in formula
+
+
 def test_a_formula_that_cannot_be_drawn_stops_the_site_and_is_named(pages, capsys):
     with pytest.raises(AssertionError):
         pages(first=(r"$\nosuchcommand{1}$", "1"))
