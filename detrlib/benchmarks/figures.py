@@ -9,12 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from detrlib.benchmarks.measure import BOTH, FORWARD, KEPT
+from detrlib.figures.overlay import text_colour
 from detrlib.figures.style import MUTED, figure, run_colours, save, styled
-from detrlib.figures.tables import markdown_table
+from detrlib.figures.tables import in_digits, markdown_table
 from detrlib.files import write_json
 
 PASSES = (FORWARD, BOTH)
 TO_SOFTMAX, TO_LIBRARY = "time / softmax", "entmax library / time"
+LIBRARIES = {"entmax": "entmax library", "adasplash": "AdaSplash"}  # in words; "entmax" is a transform too
 MARKERS = {"detrlib": "o", "torch": "d", "entmax": "s", "adasplash": "^"}
 
 
@@ -104,10 +106,10 @@ def save_results(results: pd.DataFrame, folder: Path, known: dict) -> list[str]:
     write_json(folder / "environment.json", known)
     results.to_csv(folder / "benchmarks.csv", index=False)
     tables = {
-        "Transforms": transform_table(results).round(2),
+        "Transforms": transform_table(results).map(in_digits, na_action="ignore", decimals=2),
         "Errors": error_table(results),
-        "TVMax": ratio_table(results, "tvmax", "detrlib").round(3),
-        "Training step": ratio_table(results, "step", "softmax").round(3),
+        "TVMax": ratio_table(results, "tvmax", "detrlib").map(in_digits, decimals=3),
+        "Training step": ratio_table(results, "step", "softmax").map(in_digits, decimals=3),
         "Targets": check_targets(results),
     }
     text = ""
@@ -142,9 +144,9 @@ def transform_times(results: pd.DataFrame) -> Figure:
         top.set_title(case, loc="left")
         bottom.set_xlabel("milliseconds")
     sources = [source for source in MARKERS if source in timed.source.values]
-    drawn.legend(
-        [Line2D([], [], **_marker(s, MUTED)) for s in sources], sources, loc="outside upper right", ncols=len(sources)
-    )
+    handles = [Line2D([], [], **_marker(source, MUTED)) for source in sources]
+    names = [LIBRARIES.get(source, source) for source in sources]
+    drawn.legend(handles, names, loc="outside upper right", ncols=len(sources))
     return drawn
 
 
@@ -167,7 +169,8 @@ def step_ratios(results: pd.DataFrame) -> Figure:
         quartiles = rows[["quartile 1 [s]", "quartile 3 [s]"]].to_numpy().T / rows["median [s]"].iloc[0]
         whiskers = {"yerr": np.abs(quartiles - heights), "error_kw": {"elinewidth": 0.8}}
         bars = axes.bar(names, heights, 0.6, color=[run_colours(names)[name] for name in names], **whiskers)
-        axes.bar_label(bars, fmt="%.2f", label_type="center", color="white")
+        for bar, words in zip(bars, axes.bar_label(bars, fmt="%.2f", label_type="center"), strict=True):
+            words.set_color(text_colour(bar.get_facecolor()))
         axes.axhline(1, color=MUTED, linewidth=0.6, zorder=0)
         axes.set_title(case, loc="left")
     panels[0][0].set_ylabel("time of a step / softmax")

@@ -142,7 +142,7 @@ def faithfulness_run(
         nothing = f"{run_dir}: no detection with a score of {min_score} in {images} images"
         if not allow_empty:
             raise RunError(f"{nothing}; lower min_score (--min-score)")
-        logger.warning("%s; lower min_score", nothing)
+        logger.warning("%s; detrlib explain has --min-score for lower ones", nothing)
         return pd.DataFrame()
     settings = {"images": images, "methods": methods, "steps": steps, "checkpoint": checkpoint, "unit": unit}
     settings |= {"replacement": replacement, "min_score": min_score, "matched": matched, "device": str(device)}

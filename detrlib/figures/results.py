@@ -156,10 +156,8 @@ def alpha_family(alphas: np.ndarray, weights: np.ndarray) -> Figure:
     """The entmax family: weights [n,K] of every key against alpha [n], and the number of keys with weight."""
     drawn, (left, right) = figure(1.0, 0.4, ncols=2)
     for key, values in enumerate(np.transpose(weights), 1):
-        colour = PALETTE[(key - 1) % len(PALETTE)]
-        left.plot(alphas, values, color=colour, linewidth=1.8)
-        words = {"color": readable(colour), "ha": "right", "va": "center", "fontsize": 7}
-        left.text(alphas[0] - 0.02, values[0], f"key {key}", **words)
+        left.plot(alphas, values, color=PALETTE[(key - 1) % len(PALETTE)], linewidth=1.8, label=f"key {key}")
+    _label_lines(left, at=0)
     left.set_title("weights: weak keys reach zero one by one", loc="left")
     left.yaxis.tick_right()
     left.spines["left"].set_visible(False)
@@ -273,16 +271,17 @@ def _short(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
 
 
-def _label_lines(axes: Axes, size: float = 7) -> None:
-    """Write each solid line's label beside its end, in its colour, moved apart where ends lie close together."""
+def _label_lines(axes: Axes, size: float = 7, at: int = -1) -> None:
+    """Write each solid line's label beside its end, or its start (`at` 0), in its colour, moved apart where close."""
     lines = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)  # labels refer to the limits as they are now
-    ends = np.array([(line.get_ydata()[-1] - low) / (high - low) for line in lines])
+    ends = np.array([(line.get_ydata()[at] - low) / (high - low) for line in lines])
     height = axes.get_position().height * axes.figure.get_figheight()
     for line, position in zip(lines, _spread(ends, LABEL_HEIGHT * size / height), strict=True):
         look = {"va": "center", "fontsize": size, "color": readable(line.get_color())}
-        axes.text(1.03, position, line.get_label(), transform=axes.transAxes, **look)
+        beside = {"x": 1.03, "ha": "left"} if at else {"x": -0.01, "ha": "right"}
+        axes.text(**beside, y=position, s=line.get_label(), transform=axes.transAxes, **look)
 
 
 def _spread(positions: np.ndarray, gap: float) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Tables of results as text, for a page (Markdown) and for a thesis (LaTeX)."""
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,18 +106,19 @@ def save_table(table: pd.DataFrame, name: str, caption: str, folder: str | Path,
 def shown(table: pd.DataFrame, decimals: int = 3, reason: str = "no rows") -> Styler | Markdown:
     """The table as a notebook shows it, missing values as a dash; or a line with the reason why it has no rows.
 
-    decimals: of numbers below ten that are not whole; larger ones have fewer, and as many digits.
+    decimals: as of `in_digits`.
     """
     if table.empty:
         return Markdown(f"*Nothing to show: {reason}.*")
-
-    def words(value: object) -> object:
-        if not isinstance(value, float) or not np.isfinite(value):
-            return value
-        return f"{value:.{max(decimals - int(np.log10(max(abs(value), 1))), 0)}f}"
-
-    styler = table.style.format(words, na_rep=DASH, escape="html")
+    styler = table.style.format(partial(in_digits, decimals=decimals), na_rep=DASH, escape="html")
     return styler.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
+
+
+def in_digits(value: object, decimals: int) -> object:
+    """A number that is not whole as text, with as many digits at any size: below ten these are its decimals."""
+    if not isinstance(value, float) or not np.isfinite(value):
+        return value
+    return f"{value:.{max(decimals - int(np.log10(max(abs(value), 1))), 0)}f}"
 
 
 def with_spread(spread: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:

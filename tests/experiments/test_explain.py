@@ -73,7 +73,7 @@ def test_a_run_that_finds_nothing_may_have_an_empty_table(run_dir, caplog):
     before = (run_dir / "measures" / "faithfulness.parquet").read_bytes()
     with caplog.at_level(logging.WARNING):
         frame = faithfulness_run(run_dir, 2, min_score=1.1, allow_empty=True)
-    assert frame.empty and "tiny" in caplog.text and "min_score" in caplog.text
+    assert frame.empty and "tiny" in caplog.text and "--min-score" in caplog.text
     assert (run_dir / "measures" / "faithfulness.parquet").read_bytes() == before
 
 
