@@ -55,6 +55,10 @@ def write_atomic(path: Path, write: Callable[[Path], None], before: Path | None 
         reach_disk(path.parent)
     # torch.save turns a full disk into a RuntimeError of its own.
     except (OSError, RuntimeError) as error:
+        if path.is_dir():
+            raise RunError(
+                f"could not write {path}, where a folder is; move that away, or choose another place"
+            ) from error
         fault = f"could not write {path}: {in_one_line(error)}. What was there before is intact"
         raise RunError(f"{fault}; is the disk full, or the folder not yours?") from error
     finally:

@@ -23,7 +23,10 @@ BAR = 0.13  # inches of a bar
 ACROSS = 3  # pictures side by side
 BOXES = 5  # failed detections of a picture that are drawn: those of low score cost little, and there are many
 TRUTH = "black"  # of objects, which are dashed
-NO_RUN = "of no run the detections and the data are here"
+NO_RUN = (
+    "of no run there are both its detections (predictions.json, as an evaluation writes it) and its data; where data "
+    "have moved, say so in data.root of its config.yaml"
+)
 
 
 @styled
@@ -79,7 +82,7 @@ def precision_recall(curves: pd.DataFrame, by: Literal["size", "class"] = "size"
     """
     chosen = curves[curves["class"] == ALL] if by == "size" else curves[curves["size"] == "all"]
     if chosen.empty:
-        raise Nothing("no run was evaluated on objects")
+        raise Nothing(NO_RUN if curves.empty else "no run was evaluated on objects")
     means = chosen.groupby("class")["precision"].mean().drop(ALL, errors="ignore")
     names = chosen[by].unique() if by == "size" else [ALL, *means.nsmallest(most - 1).index]
     colours = run_colours(chosen["run"])
