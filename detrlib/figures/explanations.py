@@ -34,6 +34,7 @@ TITLES = {"grad_attention": "grad × attn", "odam": "ODAM", "odam_box": "ODAM + 
 METHOD_COLOURS = dict(zip(("raw", "rollout", "relevance", "grad_attention", "odam", "gradient"), PALETTE, strict=False))
 METHOD_COLOURS |= {"odam_box": "#882255", "drise": "#999933", "box": "#000000", "random": MUTED}
 DIRECTIONS = (("deletion", "lower", "deleted"), ("insertion", "higher", "inserted"))
+UNTESTED = "no explanations were tested (detrlib explain RUN)"
 BAND = norm.ppf(0.975)  # standard errors either side of a mean that hold 95 % of a normal distribution
 
 
@@ -92,7 +93,9 @@ def explained(detected: Detected, image: np.ndarray | None = None) -> Figure:
 def deletion_insertion_curves(
     frame: pd.DataFrame, by: str = "method", measure: str = "similarity", method: str | None = None
 ) -> Figure:
-    """Mean curves of deletion and of insertion, a line for each value of the column `by`, with 95 % bands over images.
+    """Mean curves of deletion and of insertion, a line for each method or run, with 95 % bands over images.
+
+    by: the column whose values have lines, "method" or "run".
 
     frame: as `measures/faithfulness_curves.parquet` has it (columns method, direction, fraction, measure, mean,
     standard_error), of one run; or, for by="run", those of several runs with a column run, and the method to show.
@@ -100,7 +103,7 @@ def deletion_insertion_curves(
     ConfigError where a line would be several.
     """
     if frame.empty:
-        raise Nothing("no explanations were tested")
+        raise Nothing(UNTESTED)
     lines = frame[frame["measure"] == measure].sort_values("fraction")
     lines = lines if method is None else lines[lines["method"] == method]
     if lines.duplicated([by, "direction", "fraction"]).any():
@@ -164,7 +167,7 @@ def faithfulness_by_group(explained: pd.DataFrame, methods: Sequence[str] = ()) 
     explained: as of `runs.explained.explained_frame`; methods: those shown, in this order; (): all.
     """
     if explained.empty:
-        raise Nothing("no explanations were tested")
+        raise Nothing(UNTESTED)
     shown = list(methods or dict.fromkeys(explained["method"]))
     groups = list(dict.fromkeys(explained["group"]))
     each = 0.09 if len(groups) <= 6 else 0.06  # inches of a method; a dozen groups should fit on a page

@@ -138,7 +138,9 @@ def behind_share(run: FailedRun, cause: str, most: int = 6) -> Figure:
     drawn, grid = panels(len(pictures), columns, inches * min(proportion, 1.5) + 0.25, columns / ACROSS)
     failed = failures_of(run.failures, cause)
     for axes, picture, row in zip(grid, pictures, images.itertuples(), strict=True):
-        draw_image(axes, picture, f"image {row.Index}: {row.failures} of {cause}")
+        what = "missed" if cause == "miss" else "failure" if row.failures == 1 else "failures"
+        shown = f", {BOXES} shown" if cause != "miss" and row.failures > BOXES else ""
+        draw_image(axes, picture, f"image {row.Index}: {row.failures} {what}{shown}")
         axes.set(xlim=(-0.5, picture.shape[1] - 0.5), ylim=(picture.shape[0] - 0.5, -0.5))
         _draw_failed(axes, run, cause, failed[failed["image_id"] == row.Index], picture.shape[:2], inches)
     return drawn

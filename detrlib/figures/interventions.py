@@ -30,10 +30,10 @@ ORDERS = {  # of queries that are ablated
 
 @styled
 def alpha_sweep(frame: pd.DataFrame) -> Figure:
-    """AP above exact zeros of the weights, over the alpha a model is evaluated with (kind alpha); a line per run.
+    """AP above exact zeros of the weights, over the alpha a model is evaluated with; a line per run.
 
-    A ring marks each run as it was trained, at its own alpha or the mean of those it has learned; runs of transforms
-    outside the family (tvmax) have none.
+    Of rows of the kind alpha. A ring marks each run as it was trained, at its own alpha or the mean of those it has
+    learned; runs of transforms outside the family (tvmax) have none.
     """
     own = _own(frame)
     swept = _rows(frame, "alpha").assign(alpha=lambda rows: rows["value"].astype(float))
@@ -58,9 +58,10 @@ def _ring(colour: str) -> dict:
 
 @styled
 def transform_swap(frame: pd.DataFrame) -> Figure:
-    """AP of models trained with one transform (rows) and evaluated with another (columns, kind transform).
+    """AP of models trained with one transform (rows) and evaluated with another (columns).
 
-    Cells of models as trained are framed. Runs trained with the same transform are averaged.
+    Of rows of the kind transform. Cells of models as trained are framed. Runs trained with the same transform are
+    averaged.
     """
     own, swapped = _own(frame), _rows(frame, "transform")
     table = swapped.pivot_table(index="trained", columns="value", values="AP", sort=False)
@@ -81,7 +82,7 @@ def transform_swap(frame: pd.DataFrame) -> Figure:
 
 @styled
 def head_pruning(frame: pd.DataFrame) -> Figure:
-    """AP over the number of heads that are pruned, least important first (kind heads); a line per run."""
+    """AP over the number of heads that are pruned, least important first; a line per run: rows of the kind heads."""
     own, pruned = _own(frame), _rows(frame, "heads")
     whole = own.loc[pruned["run"].unique()].reset_index().assign(value=0)
     rows = pd.concat([whole, pruned], ignore_index=True)
@@ -146,7 +147,7 @@ def query_removal(frame: pd.DataFrame, kind: str = "queries") -> Figure:
 
 @styled
 def query_importance(frame: pd.DataFrame) -> Figure:
-    """AP points lost when one query alone is gone (kind query), those that cost most first; a line per run."""
+    """AP points lost when one query alone is gone, those that cost most first; a line per run: rows of kind query."""
     _own(frame)
     alone = _rows(frame, "query")
     ranked = alone.assign(rank=alone.groupby("run")["AP_lost"].rank(ascending=False, method="first"))
@@ -213,7 +214,7 @@ def _rows(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
 def _own(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of models as they were trained, by run."""
     if frame.empty:
-        raise Nothing("no interventions were measured")
+        raise Nothing("no interventions were measured (detrlib intervene RUN)")
     if frame["site"].nunique() > 1:
         raise ConfigError(f"the table holds several sites, {_listed(frame['site'])}; choose the rows of one")
     return frame[frame["kind"] == "none"].set_index("run")

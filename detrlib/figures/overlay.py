@@ -39,7 +39,7 @@ PALE = 0.55  # how much of the way to white the grey image goes
 BAR_WIDTH, BAR_HEIGHT = 0.55, 2.4  # inches of a colour bar with its numbers, and of its length at most
 FONT = 5.5  # points, of captions at boxes
 ROUNDING = 0.005  # of the sum of a stored map
-WIDE = 6  # columns in which two numbers fit beside each other
+WIDE, NARROW = 4, 8  # columns in which two numbers fit beside each other; from which on their font is smaller
 
 
 class Scale(NamedTuple):
@@ -197,7 +197,7 @@ def room(columns: int, scale: Sharing = "shared") -> dict[str, float]:
 
 def _numbers_look(columns: int) -> tuple[int, int]:
     """How many numbers fit beside each other below a panel, and the size of their font in points."""
-    return 2 if columns <= WIDE else 1, 5 if columns > WIDE // 2 else 6
+    return 2 if columns <= WIDE else 1, 7 if columns < NARROW else 6
 
 
 class Panel(NamedTuple):

@@ -30,7 +30,7 @@ def matching(example: Example, names: Mapping[int, str]) -> Figure:
     lines = max(len(example.true_boxes), len(example.boxes)) + 1
     inches = max(panel * height / width + 0.25, lines * LINE_HEIGHT)
     drawn, (picture, lists) = figure(aspect=inches / TEXT_WIDTH, ncols=2, gridspec_kw={"width_ratios": [0.42, 0.58]})
-    draw_image(picture, example.image)
+    draw_image(picture, example.image, f"image {example.image_id}")
     width = thinner(lines)
     for query in np.flatnonzero(example.matched < 0):
         draw_box(picture, example.boxes[query], MUTED, width=width)
@@ -50,7 +50,7 @@ def _draw_lists(axes: Axes, example: Example, names: Mapping[int, str], colours:
     left, right = 0.33, 0.52
     annotated = len(example.true_boxes) > 0
     axes.text(0.0, 0, "object" if annotated else "no annotated objects", fontweight="bold", va="center")
-    about = "query: class, score" + ", IoU with the object" * annotated
+    about = "#query: class, score" + ", IoU with object" * annotated
     axes.text(right + 0.02, 0, about, fontweight="bold", va="center")
     for number, label in enumerate(example.true_labels):
         _badge(axes, (0.03, number + 1), number, colours[number])

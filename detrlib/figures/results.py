@@ -31,7 +31,7 @@ CURVES = {  # of a training, by name in metrics.jsonl: what to write above them
     "epoch/loss_class": "class loss",
     "epoch/loss_bbox": "L1 loss",
     "epoch/loss_giou": "GIoU loss",
-    "epoch/class_error": "class error of matched queries, %",
+    "epoch/class_error": "class error, %",
     "epoch/cardinality_error": "cardinality error",
     "detection/AP": "AP",
     "detection/AP50": "AP50",
@@ -44,15 +44,16 @@ CURVES = {  # of a training, by name in metrics.jsonl: what to write above them
 
 @styled
 def training_curves(frame: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] | None = None) -> Figure:
-    """One panel per metric, one line per run, over epochs: columns run, epoch, metric, value.
+    """One panel per metric, one line per run, over epochs.
 
-    Several values of a run and epoch, such as those of several seeds, are drawn as their mean and a band from the
-    lowest to the highest. labels: what to write above a panel instead of the name of the metric. Metrics that the
-    frame lacks have no panel; a line below names them.
+    frame: columns run, epoch, metric, value. Several values of a run and epoch, such as those of several seeds, are
+    drawn as their mean and a band from the lowest to the highest. labels: what to write above a panel instead of the
+    name of the metric. Metrics that the frame lacks have no panel; a line below names them.
     """
     there = list(frame["metric"].unique())
-    titles = {metric: (labels or {}).get(metric, metric) for metric in metrics if metric in there}
-    missing = f"no values of {', '.join(metric for metric in metrics if metric not in there)}"
+    words = {metric: (labels or {}).get(metric, metric) for metric in metrics}
+    titles = {metric: title for metric, title in words.items() if metric in there}
+    missing = f"no values of {', '.join(title for metric, title in words.items() if metric not in there)}"
     if not titles:
         raise Nothing(f"{missing}; there are {', '.join(there) or 'none at all'}")
     drawn, grid = panels(len(titles), 3, height=1.8)
@@ -67,11 +68,12 @@ def training_curves(frame: pd.DataFrame, metrics: Sequence[str], labels: Mapping
 
 @styled
 def per_layer(frame: pd.DataFrame, metrics: Mapping[str, str]) -> Figure:
-    """One panel per metric ({name in the frame: what to write above it}), one line per run, over decoder layers.
+    """One panel per metric, one line per run, over decoder layers.
 
-    frame: columns run, metric, layer (from 0), value, and optionally `state`: values of the first state are drawn
-    solid, those of a second one, such as models before training, dashed. Several values of a run and layer (seeds, or
-    images) are drawn as their mean and a band of one standard deviation.
+    metrics: by the name in the frame what to write above a panel; frame: columns run, metric, layer (from 0), value,
+    and optionally `state`: values of the first state are drawn solid, those of a second one, such as models before
+    training, dashed. Several values of a run and layer (seeds, or images) are drawn as their mean and a band of one
+    standard deviation.
     """
     if frame.empty:
         raise Nothing(f"no values of {', '.join(metrics)}, none of the runs has attention")
@@ -120,9 +122,9 @@ def draw_runs(axes: Axes, rows: pd.DataFrame, x: str, y: str, colours: Mapping[s
 
 @styled
 def bars(table: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] | None = None) -> Figure:
-    """One panel per metric (a column of `table`), one bar per run (its index), with the value written on each bar.
+    """One panel per metric, one bar per run, with the value written on each bar.
 
-    Missing values read as a dash.
+    table: a row per run, named by the index, and a column per metric. Missing values read as a dash.
     """
     colours = run_colours(table.index)
     drawn, grid = panels(len(metrics), 4, height=0.65 + 0.2 * len(table), sharey=True)
@@ -148,7 +150,10 @@ def draw_bars(axes: Axes, values: pd.Series, texts: Sequence[str], colours: Sequ
 
 @styled
 def alpha_family(alphas: np.ndarray, weights: np.ndarray) -> Figure:
-    """The entmax family: weights [n,K] of every key against alpha [n], and the number of keys with weight."""
+    """The entmax family: the weight of every key against alpha, and the number of keys with weight.
+
+    alphas: [n]; weights: [n,K].
+    """
     drawn, (left, right) = figure(1.0, 0.4, ncols=2)
     for key, values in enumerate(np.transpose(weights), 1):
         colour = PALETTE[(key - 1) % len(PALETTE)]
@@ -170,9 +175,9 @@ def alpha_family(alphas: np.ndarray, weights: np.ndarray) -> Figure:
 
 @styled
 def alpha_heatmap(alphas: Mapping[str, ArrayLike]) -> Figure:
-    """Learned alpha of every head, one panel per run: {run: [layers, heads]}, with the value written in each cell.
+    """Learned alpha of every head, a panel of layers and heads per run, with the value written in each cell.
 
-    The colour scale is the same for all figures, from 1 (softmax) to 2 (sparsemax).
+    alphas: by run [layers, heads]. The colour scale is the same for all figures, from 1 (softmax) to 2 (sparsemax).
     """
     if not alphas:
         raise Nothing("none of the runs has learnable alphas")
@@ -214,10 +219,10 @@ def draw_cells(axes: Axes, table: pd.DataFrame, colours: str, limits: tuple[floa
 def heads_over_training(
     frame: pd.DataFrame, quantity: str = "alpha", limits: tuple[float, float] | None = ALPHA_LIMITS
 ) -> Figure:
-    """A quantity of every head over epochs: columns run, epoch, layer, head (both from 0), value, and perhaps site.
+    """A quantity of every head over epochs, such as its alpha: a column of panels per layer, a line per head.
 
-    A row of panels per run, and per site where there are several, a column per layer, a line per head. limits: of the
-    quantity, None where it has none.
+    frame: columns run, epoch, layer, head (both from 0), value, and perhaps site. A row of panels per run, and per site
+    where there are several. limits: of the quantity, None where it has none.
     """
     if frame.empty:
         raise Nothing(f"no {quantity} of heads was logged, none of the runs has learnable alphas")
@@ -227,10 +232,12 @@ def heads_over_training(
     rows, layers = named["row"].unique(), sorted(named["layer"].unique())
     heads = [f"head {head + 1}" for head in range(frame["head"].max() + 1)]
     colours = dict(zip(heads, sns.color_palette("turbo", len(heads)), strict=True))
+    dashes = {head: [(), (5, 1.5), (1, 1)][number % 3] for number, head in enumerate(heads)}  # neighbours differ
     drawn, grid = panels(len(rows) * len(layers), len(layers), height=1.45, sharex=True, sharey=True)
     for axes, (row, layer) in zip(grid, product(rows, layers), strict=True):
         lines = named[(named["row"] == row) & (named["layer"] == layer)]
-        sns.lineplot(lines, x="epoch", y="value", hue="head", palette=colours, lw=1, legend=False, ax=axes)
+        each = {"hue": "head", "palette": colours, "style": "head", "dashes": dashes}
+        sns.lineplot(lines, x="epoch", y="value", **each, lw=1, legend=False, ax=axes)
         axes.set(xlabel="")
         axes.set_ylabel(f"{row}\n{quantity}" if layer == layers[0] else "", fontsize=7)
         axes.set_title(f"layer {layer + 1}" if row == rows[0] else "")
@@ -239,8 +246,8 @@ def heads_over_training(
     if limits:
         grid[0].set(ylim=(limits[0] - 0.04, limits[1] + 0.04), yticks=[limits[0], sum(limits) / 2, limits[1]])
     drawn.supxlabel("epoch", fontsize=8)
-    handles = [Line2D([], [], color=colour, lw=1) for colour in colours.values()]
-    drawn.legend(handles, colours, loc="outside right center", handlelength=1.2)
+    handles = [Line2D([], [], color=colours[head], lw=1, ls=(0, dashes[head] or None)) for head in heads]
+    drawn.legend(handles, heads, loc="outside right center", handlelength=2)
     return drawn
 
 

@@ -154,14 +154,19 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
             except Nothing as reason:
                 result = _note(f"Nothing to show: {reason}.")
         if isinstance(result, Described):
-            subject = " ".join((draw.__doc__ or "").partition("\n\n")[0].split())
-            result.subject = re.sub(r" \[[^\]]*\]", "", subject)  # shapes are for those who call the function
+            result.subject = subject_of(draw)
         for figure in (result, *arguments):
             if isinstance(figure, Figure):
                 _as_they_stand(figure)
         return result
 
     return drawn
+
+
+def subject_of(draw: Callable[..., Figure]) -> str:
+    """What a function draws, as its docstring begins; shapes of its arguments are for those who call it."""
+    subject = " ".join((draw.__doc__ or "").partition("\n\n")[0].split())
+    return re.sub(r" \[[^\]]*\]", "", subject)
 
 
 def _as_they_stand(figure: Figure) -> None:
@@ -216,6 +221,8 @@ def panels(
     drawn, grid = figure(width, aspect, nrows=rows, ncols=columns, squeeze=False, **subplots_arguments)
     for axes in grid.flat[count:]:
         axes.remove()
+    for axes in grid.flat[count - columns : count]:  # with a shared axis, that of panels above an empty place too
+        axes.tick_params(labelbottom=True)
     return drawn, list(grid.flat[:count])
 
 

@@ -236,11 +236,13 @@ class AttentionViewer(ipywidgets.VBox):
             if event.inaxes is axes and self.view.image_id in self.stored[run]:
                 self.show(clicked(self.view, self.stored, run, event.xdata, event.ydata))
 
-    def _repr_mimebundle_(self, **kwargs) -> dict:
+    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         picture = io.BytesIO()
         self.figure.savefig(picture, format="png", dpi="figure")
         bundle = super()._repr_mimebundle_(**kwargs)
-        return bundle | {"text/plain": "AttentionViewer", "image/png": b64encode(picture.getvalue()).decode()}
+        bundle |= {"text/plain": "AttentionViewer", "image/png": b64encode(picture.getvalue()).decode()}
+        about = "; ".join(" ".join(axes.get_title(loc="left").split()) for axes in self.panels.values())
+        return bundle, {"image/png": {"alt": f"An image with its detections, and where one of them looked: {about}"}}
 
 
 def _by_id(examples: Sequence[Example] | Mapping[int, Example]) -> Mapping[int, Example]:

@@ -43,7 +43,7 @@ def test_bars_are_the_shares_in_points(failed, texts):
 
 def test_the_images_behind_a_share_show_what_failed(failed, texts):
     told = texts(drawing.behind_share(failed, "class"))
-    assert "image 4: 1 of class" in told and "bee for ant 0.75" in told
+    assert "image 4: 1 failure" in told and "bee for ant 0.75" in told
     assert "ant 0.50" in texts(drawing.behind_share(failed, "background"))
     assert "ant" in texts(drawing.behind_share(failed, "miss"))
     assert drawing.behind_share(failed, "duplicate").get_label() == NOTHING

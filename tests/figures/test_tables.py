@@ -1,8 +1,12 @@
 """Tables in Markdown and LaTeX: numbers to the letter, the best in bold, names escaped."""
 
+import importlib
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from detrlib.errors import ConfigError
 from detrlib.figures import tables
@@ -47,7 +51,7 @@ def test_tables_without_a_winner_have_no_bold_and_unknown_columns_are_refused():
 
 def test_saved_tables_have_a_label_and_a_note_and_are_returned(tmp_path):
     shown = tables.save_table(table(), "main", "All runs.", tmp_path / "new", "made here", lower_is_better=["loss"])
-    assert shown.data == (tmp_path / "new" / "main.md").read_text()
+    assert shown.data == "**All runs.**\n\n" + (tmp_path / "new" / "main.md").read_text()
     assert "| soft_max | **0.412** | 1.500 | 5 | x |" in shown.data
     latex = (tmp_path / "new" / "main.tex").read_text()
     assert r"\label{tab:main}" in latex and r"\textbf{0.412}" in latex and r"\caption{All runs.}" in latex
@@ -63,6 +67,19 @@ def test_a_table_is_shown_or_the_reason_why_it_has_no_rows():
     written = tables.shown(table(), 2).to_html()
     assert "0.41" in written and "0.412" not in written and "–" in written  # the missing loss
     assert tables.shown(table()[:0], reason="no runs").data == "*Nothing to show: no runs.*"
+
+
+def test_notebooks_show_tables_without_empty_headers():
+    """Of pandas: the corner, and the row of the index's name."""
+    shell = InteractiveShell.instance()
+    try:
+        importlib.reload(tables)
+        for shown in (table(), table().rename_axis("run"), table().rename_axis("run").style):
+            html = shell.display_formatter.format(shown)[0]["text/html"]
+            assert "<th" in html and not re.search(r"<th[^>]*>(\s|&nbsp;)*</th>", html)
+            assert "soft_max" in html and "0.41" in html
+    finally:
+        InteractiveShell.clear_instance()
 
 
 def test_names_are_text_and_never_markup():
