@@ -94,9 +94,9 @@ def query_matrix(
     for (row, column), value in np.ndenumerate(among):
         words = "" if value == 0 else "<1" if value < 0.5 else f"{value:.0f}"
         colour = "white" if scale.norm()(value) > 0.5 else "black"
-        axes.text(column, row, words, ha="center", va="center", fontsize=6, color=colour)
+        axes.text(column, row, words, ha="center", va="center", fontsize=7, color=colour)
     for row, value in enumerate(rest):
-        axes.text(count, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=MUTED)
+        axes.text(count, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=MUTED)
     labels = [f"{names.get(int(k), k)} #{query}" for k, query in zip(example.labels[shown], columns, strict=True)]
     axes.set(xlim=(-0.5, count + 0.5))
     axes.set_yticks(range(count), labels)

@@ -29,6 +29,7 @@ def test_training_curves_have_a_panel_per_metric_and_a_line_per_run(titles, text
 def test_training_curves_name_metrics_without_values(titles, texts):
     drawn = results.training_curves(history(), ["AP", "AR"])
     assert titles(drawn) == ["AP"] and "no values of AR" in texts(drawn)
+    assert "no values of recall" in texts(results.training_curves(history(), ["AP", "AR"], {"AR": "recall"}))
     (words,) = texts(results.training_curves(history(), ["AR"]))
     assert "no values of AR; there are AP, loss" in words.replace("\n", " ")
 
