@@ -26,7 +26,7 @@ from detrlib.figures.choices import (
     matched_query,
     same_detection,
 )
-from detrlib.figures.overlay import Panel, Sharing, draw_maps, room
+from detrlib.figures.overlay import Panel, Sharing, draw_maps, room, text_colour
 from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, styled
 from detrlib.runs.examples import Example
 
@@ -46,8 +46,8 @@ def draw_box(
             Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=line_width, linestyle=style)
         )
     if caption:
-        box = {"facecolor": colour, "lw": 0, "pad": 0.8}
-        axes.text(x0, y0, caption, fontsize=6, color="white", va="top", bbox=box)
+        look = {"color": text_colour(colour), "bbox": {"facecolor": colour, "lw": 0, "pad": 0.8}}
+        axes.text(x0, y0, caption, fontsize=6, va="top", **look)
 
 
 def thinner(boxes: int, width: float = 1.3) -> float:

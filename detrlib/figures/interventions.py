@@ -82,7 +82,10 @@ def transform_swap(frame: pd.DataFrame) -> Figure:
 
 @styled
 def head_pruning(frame: pd.DataFrame) -> Figure:
-    """AP over the number of heads that are pruned, least important first; a line per run: rows of the kind heads."""
+    """AP over the number of heads that are pruned, least important first; a line per run.
+
+    Of rows of the kind heads.
+    """
     own, pruned = _own(frame), _rows(frame, "heads")
     whole = own.loc[pruned["run"].unique()].reset_index().assign(value=0)
     rows = pd.concat([whole, pruned], ignore_index=True)
@@ -147,7 +150,10 @@ def query_removal(frame: pd.DataFrame, kind: str = "queries") -> Figure:
 
 @styled
 def query_importance(frame: pd.DataFrame) -> Figure:
-    """AP points lost when one query alone is gone, those that cost most first; a line per run: rows of kind query."""
+    """AP points lost when one query alone is gone, those that cost most first; a line per run.
+
+    Of rows of the kind query.
+    """
     _own(frame)
     alone = _rows(frame, "query")
     ranked = alone.assign(rank=alone.groupby("run")["AP_lost"].rank(ascending=False, method="first"))

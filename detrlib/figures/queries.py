@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 
 from detrlib.figures.attention import draw_box, draw_image, thinner
 from detrlib.figures.choices import detection
-from detrlib.figures.overlay import colour_bar, overlay, scale_of
+from detrlib.figures.overlay import colour_bar, overlay, scale_of, text_colour
 from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, figure, styled
 from detrlib.runs.examples import Example
 
@@ -67,7 +67,14 @@ def _draw_lists(axes: Axes, example: Example, names: Mapping[int, str], colours:
 def _badge(axes: Axes, position: tuple[float, float], number: int, colour: str) -> None:
     """The number of an object, from 1, on its colour."""
     box = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "white", "linewidth": 0.6}
-    look = {"color": "white", "fontsize": 6, "fontweight": "bold", "ha": "center", "va": "center", "bbox": box}
+    look = {
+        "color": text_colour(colour),
+        "fontsize": 6,
+        "fontweight": "bold",
+        "ha": "center",
+        "va": "center",
+        "bbox": box,
+    }
     axes.text(*position, number + 1, **look)
 
 

@@ -157,8 +157,10 @@ def alpha_family(alphas: np.ndarray, weights: np.ndarray) -> Figure:
     drawn, (left, right) = figure(1.0, 0.4, ncols=2)
     for key, values in enumerate(np.transpose(weights), 1):
         colour = PALETTE[(key - 1) % len(PALETTE)]
-        left.plot(alphas, values, color=colour, linewidth=1.8)
-        left.text(alphas[0] - 0.02, values[0], f"key {key}", color=colour, ha="right", va="center", fontsize=7)
+        left.plot(alphas, values, color=colour, linewidth=1.8, label=f"key {key}")
+    for line, position in zip(left.get_lines(), _apart(left, weights[0]), strict=True):
+        look = {"color": line.get_color(), "ha": "right", "va": "center", "fontsize": 7}
+        left.text(alphas[0] - 0.02, position, line.get_label(), transform=left.get_xaxis_transform(), **look)
     left.set_title("weights: weak keys reach zero one by one", loc="left")
     left.yaxis.tick_right()
     left.spines["left"].set_visible(False)
@@ -261,13 +263,17 @@ def _short(value: float) -> str:
 def _label_lines(axes: Axes) -> None:
     """Write each solid line's label beside its end, in its colour, moved apart where ends lie close together."""
     lines = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)  # labels refer to the limits as they are now
-    ends = np.array([(line.get_ydata()[-1] - low) / (high - low) for line in lines])
-    height = axes.get_position().height * axes.figure.get_figheight()
-    for line, position in zip(lines, _spread(ends, LABEL_HEIGHT / height), strict=True):
+    for line, position in zip(lines, _apart(axes, [line.get_ydata()[-1] for line in lines]), strict=True):
         look = {"va": "center", "fontsize": 7, "color": line.get_color()}
         axes.text(1.03, position, line.get_label(), transform=axes.transAxes, **look)
+
+
+def _apart(axes: Axes, values: Sequence[float]) -> np.ndarray:
+    """Where labels of values stand beside an axis, in 0..1 of its height."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)  # labels refer to the limits as they are now
+    height = axes.get_position().height * axes.figure.get_figheight()
+    return _spread((np.asarray(values) - low) / (high - low), LABEL_HEIGHT / height)
 
 
 def _spread(positions: np.ndarray, gap: float) -> np.ndarray:

@@ -153,7 +153,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
                 result = draw(*arguments, **named)
             except Nothing as reason:
                 result = _note(f"Nothing to show: {reason}.")
-        if isinstance(result, Described):
+        if isinstance(result, Described) and result.get_label() != NOTHING:
             result.subject = subject_of(draw)
         for figure in (result, *arguments):
             if isinstance(figure, Figure):
@@ -186,9 +186,10 @@ def _say_fonts() -> None:
 
 def _note(text: str) -> Figure:
     """A strip with a text in place of a figure; `save` writes none."""
-    text = fill(text, 110)
+    subject, text = text, fill(text, 110)
     drawn, axes = figure(1.0, 0.04 * (2 + text.count("\n")))
     drawn.set_label(NOTHING)
+    drawn.subject = subject
     axes.axis("off")
     axes.text(0, 0.5, text, color=MUTED, va="center")
     return drawn

@@ -146,6 +146,7 @@ def test_a_figure_of_nothing_says_why_and_is_not_saved(tmp_path, texts):
 
     drawn = draw()
     assert texts(drawn) == ["Nothing to show: no run has attention."]
+    assert drawn.alternative() == "Nothing to show: no run has attention.", "and no picture that is not there"
     assert style.save(drawn, "layers", tmp_path, "note") is drawn and not list(tmp_path.iterdir())
 
 
