@@ -44,7 +44,7 @@ def alpha_sweep(frame: pd.DataFrame) -> Figure:
         draw_runs(axes, swept.assign(shown=scale * swept[measure]), "alpha", "shown", colours, marker="o")
         for run, colour in colours.items():
             axes.plot(own.loc[run, "trained_alpha"], scale * own.loc[run, measure], **_ring(colour))
-    panels[0].set_ylabel("AP")
+    panels[0].set_ylabel("AP, points")
     panels[1].set(ylabel="share of weights that are zero", xlabel="alpha in evaluation (1 softmax, 2 sparsemax)")
     panels[1].set_ylim(-0.03, 1.03)
     lines = panels[0].get_lines()[: len(colours)]
@@ -76,7 +76,7 @@ def transform_swap(frame: pd.DataFrame) -> Figure:
     for row, name in enumerate(table.index):
         corner = columns.index(name) + 0.04, row + 0.04
         axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="black", linewidth=1.3))
-    axes.set(xlabel="evaluated with", ylabel="trained with", title="AP")
+    axes.set(xlabel="evaluated with", ylabel="trained with", title="AP, points")
     return drawn
 
 
@@ -93,7 +93,7 @@ def head_pruning(frame: pd.DataFrame) -> Figure:
     colours = run_colours(pruned["run"])
     drawn, axes = figure(width=0.75, aspect=0.5)
     draw_runs(axes, rows, "heads", "AP", colours, marker="o")
-    axes.set(xlabel="heads pruned, least important first", ylim=(0, None))
+    axes.set(xlabel="heads pruned, least important first", ylabel="AP, points", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawn.legend(axes.get_lines(), colours, loc="outside right upper")
     return drawn
@@ -139,7 +139,7 @@ def query_removal(frame: pd.DataFrame, kind: str = "queries") -> Figure:
         for order, look in ORDERS.items():
             rows = pd.concat([whole, gone[gone["order"] == order]], ignore_index=True)
             draw_runs(axes, rows.assign(shown=scale * rows[measure]), "share", "shown", colours, marker="o", **look)
-        axes.set(ylabel={"AP": "AP", "paibb": "PAIBB"}[measure], ylim=(0, None))
+        axes.set(ylabel={"AP": "AP, points", "paibb": "PAIBB"}[measure], ylim=(0, None))
     what = "removed" if kind == "queries" else "whose embedding is zero"
     grid[1].set_xlabel(f"share of queries {what}")
     lines = [Line2D([], [], color=MUTED, linestyle=look["linestyle"]) for look in ORDERS.values()]
