@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from detrlib.errors import RunError
 from detrlib.figures.overlay import DECADES, PALE, map_numbers, overlay, text_colour
 from detrlib.figures.predictions import MapChoice, class_colours, looks_of, shares_of
 from detrlib.figures.views import sites
-from detrlib.files import write_atomic
 from detrlib.metrics.sinks import LIMITS
 from detrlib.metrics.sparsity import gini
 from detrlib.runs.detected import Detected
@@ -183,7 +183,11 @@ def write_page(
     text = source.joinpath("page.html").read_text(encoding="utf-8")
     for name, value in filled.items():  # pictures last: what they hold is not looked at
         text = text.replace(f"@{name}@", value)
-    write_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 def code_weights(weights: np.ndarray, top: np.ndarray) -> np.ndarray:
