@@ -38,7 +38,7 @@ DECADES = 4  # of a logarithmic scale; weights below them have the colour of its
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue
 PALE = 0.55  # how much of the way to white the grey image goes
 BAR_WIDTH, BAR_HEIGHT = 0.55, 2.4  # inches of a colour bar with its numbers, and of its length at most
-FONT = 5.5  # points, of captions at boxes
+FONT = 6  # points, of captions at boxes
 ROUNDING = 0.005  # of the sum of a stored map
 WIDE, NARROW = 4, 8  # columns in which two numbers fit beside each other; from which on their font is smaller
 

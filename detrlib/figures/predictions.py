@@ -210,7 +210,7 @@ def contact_sheet(pictures: Sequence[tuple[np.ndarray, Detected]]) -> Figure:
         draw_detections(axes, image, detected, class_colours([detected.classes]), captions=False)
         title = detected.source.title
         short = title if len(title) <= 22 else f"{title[:10]}…{title[-10:]}"
-        axes.set_title(f"{short}: {len(detected)}", loc="left", fontsize=5.5, color=MUTED, parse_math=False)
+        axes.set_title(f"{short}: {len(detected)}", loc="left", fontsize=6, color=MUTED, parse_math=False)
         axes.set_anchor("NW")
     return drawn
 

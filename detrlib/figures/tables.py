@@ -100,7 +100,7 @@ def _cells(table, formats, lower_is_better=(), unranked=()) -> tuple[pd.DataFram
 def save_table(table: pd.DataFrame, name: str, caption: str, folder: str | Path, note: str, **ranking) -> Markdown:
     """Write <name>.md, <name>.tex (labelled tab:<name>) and <name>.txt to `folder`, and return the table to be shown.
 
-    It is shown below its caption. Numbers get three decimals; note: where the table comes from; ranking:
+    It is shown below its caption, a text. Numbers get three decimals; note: where the table comes from; ranking:
     `lower_is_better` and `unranked` as of `latex_table`. Of a table without rows nothing is written.
     """
     if table.empty:
@@ -110,7 +110,7 @@ def save_table(table: pd.DataFrame, name: str, caption: str, folder: str | Path,
     folder.mkdir(parents=True, exist_ok=True)
     written = markdown_table(table, formats, **ranking)
     (folder / f"{name}.md").write_text(written)
-    (folder / f"{name}.tex").write_text(latex_table(table, formats, caption, f"tab:{name}", **ranking))
+    (folder / f"{name}.tex").write_text(latex_table(table, formats, escaped(caption), f"tab:{name}", **ranking))
     (folder / f"{name}.txt").write_text(note.rstrip("\n") + "\n")
     return Markdown(f"**{_plain(caption)}**\n\n{written}")
 

@@ -58,6 +58,13 @@ def test_saved_tables_have_a_label_and_a_note_and_are_returned(tmp_path):
     assert (tmp_path / "new" / "main.txt").read_text() == "made here\n"
 
 
+def test_captions_of_saved_tables_are_text(tmp_path):
+    """A per cent sign would hide the rest of its line from LaTeX, and break the whole document."""
+    shown = tables.save_table(table(), "main", "Runs & <95 % intervals>.", tmp_path, "")
+    assert r"\caption{Runs \& <95 \% intervals>.}" in (tmp_path / "main.tex").read_text()
+    assert shown.data.startswith("**Runs & &lt;95 % intervals>.**")
+
+
 def test_a_table_without_rows_says_so_and_is_not_saved(tmp_path):
     assert "All runs. Nothing to show" in tables.save_table(table()[:0], "main", "All runs.", tmp_path, "").data
     assert not list(tmp_path.iterdir())
