@@ -38,7 +38,7 @@ PREAMBLE = rf"""% Any class will do: \input the tables, and \includegraphics the
 \makeatletter\renewcommand{{\fps@figure}}{{!htbp}}\renewcommand{{\fps@table}}{{!htbp}}\makeatother
 \renewcommand{{\topfraction}}{{1}}\renewcommand{{\bottomfraction}}{{1}}\renewcommand{{\textfraction}}{{0}}
 \setcounter{{topnumber}}{{9}}\setcounter{{bottomnumber}}{{9}}\setcounter{{totalnumber}}{{9}}
-\makeatletter\setlength{{\@fptop}}{{0pt}}\makeatother\extrafloats{{200}}
+\makeatletter\setlength{{\@fptop}}{{0pt}}\makeatother\extrafloats{{200}}\maxdeadcycles=1000
 """
 FIGURE = r"""\begin{{figure}}
 \centering
