@@ -27,7 +27,7 @@ from detrlib.figures.choices import (
     same_detection,
 )
 from detrlib.figures.overlay import Panel, Sharing, draw_maps, room, text_colour
-from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, styled
+from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, readable, styled
 from detrlib.runs.examples import Example
 
 WIDEST_PANEL = 1.7  # inches
@@ -46,8 +46,8 @@ def draw_box(
             Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=line_width, linestyle=style)
         )
     if caption:
-        look = {"color": text_colour(colour), "bbox": {"facecolor": colour, "lw": 0, "pad": 0.8}}
-        axes.text(x0, y0, caption, fontsize=6, va="top", **look)
+        box = {"facecolor": colour, "lw": 0, "pad": 0.8}
+        axes.text(x0, y0, caption, fontsize=6, color=text_colour(colour), va="top", bbox=box)
 
 
 def thinner(boxes: int, width: float = 1.3) -> float:
@@ -92,10 +92,10 @@ def detections_with_attention(
     scale: Sharing = "shared",
     logarithmic: bool = True,
 ) -> Figure:
-    """The image with its detections and ground truth, then where the query of each of the best detections looked.
+    """The image with its detections and ground truth, then where each of the best queries looked.
 
-    Maps are those of one decoder layer, mean over heads. names: label -> class; scale, logarithmic: of the colours, as
-    of `overlay.draw_maps`.
+    Maps are those of one decoder layer, mean over heads, of at most `max_queries`. names: label -> class; scale,
+    logarithmic: of the colours, as of `overlay.draw_maps`.
     """
     shown = min(max_queries, len(example.boxes))
     drawn, panels = image_panels(example.image, 1, max_queries + 1, WIDEST_PANEL, **room(max_queries + 1, scale))
@@ -108,7 +108,7 @@ def detections_with_attention(
         colour = _colour(example, query, names)
         draw_box(first, example.boxes[query], colour, caption=str(query + 1))
         draw_box(axes, example.boxes[query], colour)
-        axes.set_title(f"{query + 1} {detection(example, query, names)}", loc="left", color=colour)
+        axes.set_title(f"{query + 1} {detection(example, query, names)}", loc="left", color=readable(colour))
     for axes in rest[shown:]:
         axes.remove()
     looks = [_look(axes, example, query, layer) for query, axes in enumerate(rest[:shown])]
@@ -157,7 +157,7 @@ def objects_by_run(
             else:
                 draw_box(row[0], example.boxes[query], given, caption=str(number))
             draw_box(axes, example.boxes[query], given)
-            axes.set_title(f"{number} {detection(example, query, names)}", loc="left", color=given)
+            axes.set_title(f"{number} {detection(example, query, names)}", loc="left", color=readable(given))
             looks.append(_look(axes, example, query, layer, truth if annotated else None))
     draw_maps(drawn, looks, scale, logarithmic)
     return drawn
@@ -216,7 +216,7 @@ def chosen_classes(
     for number, (row, picture, (first, *rest)) in enumerate(zip(rows, pictures, panels, strict=True)):
         example, query = row.queries[row.best]
         colour = class_colour(row.label, names)
-        draw_image(first, picture, names.get(row.label, str(row.label)), fontweight="bold", color=colour)
+        draw_image(first, picture, names.get(row.label, str(row.label)), fontweight="bold", color=readable(colour))
         draw_box(first, example.boxes[query], colour)
         for axes, run in zip(rest, runs, strict=True):
             example, query = row.queries[run]

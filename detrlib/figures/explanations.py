@@ -4,6 +4,7 @@ Legend: n detections, h x w cells of an explanation. Boxes are xyxy in pixels of
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ TITLES = {"grad_attention": "grad × attn", "odam": "ODAM", "odam_box": "ODAM + 
 METHOD_COLOURS = dict(zip(("raw", "rollout", "relevance", "grad_attention", "odam", "gradient"), PALETTE, strict=False))
 METHOD_COLOURS |= {"odam_box": "#882255", "drise": "#999933", "box": "#000000", "random": MUTED}
 DIRECTIONS = (("deletion", "lower", "deleted"), ("insertion", "higher", "inserted"))
-UNTESTED = "no explanations were tested (detrlib explain RUN)"
+MARKS = "os^DvPX*"  # of lines, which colours alone would not tell apart for everybody
 BAND = norm.ppf(0.975)  # standard errors either side of a mean that hold 95 % of a normal distribution
 
 
@@ -93,17 +94,17 @@ def explained(detected: Detected, image: np.ndarray | None = None) -> Figure:
 def deletion_insertion_curves(
     frame: pd.DataFrame, by: str = "method", measure: str = "similarity", method: str | None = None
 ) -> Figure:
-    """Mean curves of deletion and of insertion, a line for each method or run, with 95 % bands over images.
+    """Mean curves of deletion and of insertion, a line for each method, or each run, with 95 % bands over images.
 
-    by: the column whose values have lines, "method" or "run".
+    Shares of pixels are drawn as square roots, as they were taken, so that the first per cent have room. Raises
+    ConfigError where a line would be several.
 
     frame: as `measures/faithfulness_curves.parquet` has it (columns method, direction, fraction, measure, mean,
     standard_error), of one run; or, for by="run", those of several runs with a column run, and the method to show.
-    Shares of pixels are drawn as square roots, as they were taken, so that the first per cent have room. Raises
-    ConfigError where a line would be several.
+    by: the column whose values have a line each.
     """
     if frame.empty:
-        raise Nothing(UNTESTED)
+        raise Nothing("no explanations were tested (detrlib explain RUN)")
     lines = frame[frame["measure"] == measure].sort_values("fraction")
     lines = lines if method is None else lines[lines["method"] == method]
     if lines.duplicated([by, "direction", "fraction"]).any():
@@ -114,12 +115,10 @@ def deletion_insertion_curves(
     colours = METHOD_COLOURS if by == "method" else run_colours(names)
     drawn, grid = panels(2, 2, height=0.38 * TEXT_WIDTH, sharey=True)
     for axes, (direction, better, done) in zip(grid, DIRECTIONS, strict=True):
-        for name in sorted(names, key=list(colours).index):
+        for name, mark in zip(sorted(names, key=list(colours).index), cycle(MARKS), strict=False):
             line = lines[(lines[by] == name) & (lines["direction"] == direction)]
-            style = "dashed" if name in ("box", "random") else "solid"
-            axes.plot(
-                line["fraction"], line["mean"], color=colours[name], label=TITLES.get(name, name), linestyle=style
-            )
+            look = {"marker": mark, "markevery": 3} if name not in ("box", "random") else {"linestyle": "dashed"}
+            axes.plot(line["fraction"], line["mean"], color=colours[name], label=TITLES.get(name, name), **look)
             low, high = ((line["mean"] + sign * BAND * line["standard_error"]).clip(0, 1) for sign in (-1, 1))
             axes.fill_between(line["fraction"], low, high, color=colours[name], alpha=0.15, lw=0)
         axes.set_xscale("function", functions=(np.sqrt, np.square))
@@ -128,7 +127,7 @@ def deletion_insertion_curves(
         axes.set_title(f"{direction}: {better} is better", loc="left")
         axes.grid(axis="y")
     grid[0].set_ylabel({"iou": "IoU"}.get(measure, measure))
-    drawn.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", handlelength=1.4)
+    drawn.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", handlelength=2)
     return drawn
 
 
@@ -167,7 +166,7 @@ def faithfulness_by_group(explained: pd.DataFrame, methods: Sequence[str] = ()) 
     explained: as of `runs.explained.explained_frame`; methods: those shown, in this order; (): all.
     """
     if explained.empty:
-        raise Nothing(UNTESTED)
+        raise Nothing("no explanations were tested (detrlib explain RUN)")
     shown = list(methods or dict.fromkeys(explained["method"]))
     groups = list(dict.fromkeys(explained["group"]))
     each = 0.09 if len(groups) <= 6 else 0.06  # inches of a method; a dozen groups should fit on a page

@@ -32,8 +32,8 @@ ORDERS = {  # of queries that are ablated
 def alpha_sweep(frame: pd.DataFrame) -> Figure:
     """AP above exact zeros of the weights, over the alpha a model is evaluated with; a line per run.
 
-    Of rows of the kind alpha. A ring marks each run as it was trained, at its own alpha or the mean of those it has
-    learned; runs of transforms outside the family (tvmax) have none.
+    A ring marks each run as it was trained, at its own alpha or the mean of those it has learned; runs of transforms
+    outside the family (tvmax) have none.
     """
     own = _own(frame)
     swept = _rows(frame, "alpha").assign(alpha=lambda rows: rows["value"].astype(float))
@@ -60,8 +60,7 @@ def _ring(colour: str) -> dict:
 def transform_swap(frame: pd.DataFrame) -> Figure:
     """AP of models trained with one transform (rows) and evaluated with another (columns).
 
-    Of rows of the kind transform. Cells of models as trained are framed. Runs trained with the same transform are
-    averaged.
+    Cells of models as trained are framed. Runs trained with the same transform are averaged.
     """
     own, swapped = _own(frame), _rows(frame, "transform")
     table = swapped.pivot_table(index="trained", columns="value", values="AP", sort=False)
@@ -82,10 +81,7 @@ def transform_swap(frame: pd.DataFrame) -> Figure:
 
 @styled
 def head_pruning(frame: pd.DataFrame) -> Figure:
-    """AP over the number of heads that are pruned, least important first; a line per run.
-
-    Of rows of the kind heads.
-    """
+    """AP over the number of heads that are pruned, least important first; a line per run."""
     own, pruned = _own(frame), _rows(frame, "heads")
     whole = own.loc[pruned["run"].unique()].reset_index().assign(value=0)
     rows = pd.concat([whole, pruned], ignore_index=True)
@@ -150,10 +146,7 @@ def query_removal(frame: pd.DataFrame, kind: str = "queries") -> Figure:
 
 @styled
 def query_importance(frame: pd.DataFrame) -> Figure:
-    """AP points lost when one query alone is gone, those that cost most first; a line per run.
-
-    Of rows of the kind query.
-    """
+    """AP points lost when one query alone is gone, those that cost most first; a line per run."""
     _own(frame)
     alone = _rows(frame, "query")
     ranked = alone.assign(rank=alone.groupby("run")["AP_lost"].rank(ascending=False, method="first"))

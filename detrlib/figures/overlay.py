@@ -19,10 +19,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
-from seaborn.utils import relative_luminance
 
 from detrlib.boxes import xyxy_to_cxcywh
 from detrlib.figures.style import MUTED
@@ -38,7 +37,7 @@ DECADES = 4  # of a logarithmic scale; weights below them have the colour of its
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue
 PALE = 0.55  # how much of the way to white the grey image goes
 BAR_WIDTH, BAR_HEIGHT = 0.55, 2.4  # inches of a colour bar with its numbers, and of its length at most
-FONT = 6  # points, of captions at boxes
+FONT = 6  # points, of captions at boxes, and of numbers below maps of which NARROW or more are beside each other
 ROUNDING = 0.005  # of the sum of a stored map
 WIDE, NARROW = 4, 8  # columns in which two numbers fit beside each other; from which on their font is smaller
 
@@ -152,8 +151,9 @@ def map_numbers(
 
 
 def text_colour(background: str) -> str:
-    """Black or white, whichever has more contrast: at least 4.5 to 1, as WCAG 2 asks for."""
-    return "black" if relative_luminance(background) > 0.179 else "white"
+    """Black or white, whichever has more contrast by WCAG 2's relative luminance: 4.5 to 1 or more on any colour."""
+    light = np.power(to_rgb(background), 2.2) @ (0.2126, 0.7152, 0.0722)
+    return "black" if light > 0.179 else "white"
 
 
 def write_captions(
@@ -191,14 +191,18 @@ def write_captions(
 
 def room(columns: int, scale: Sharing = "shared") -> dict[str, float]:
     """What `style.image_panels` leaves free for the numbers and the bar of `draw_maps`."""
-    per_line, size = _numbers_look(columns)
-    lines = -(-(3 if scale == "shared" else 4) // per_line)
-    return {"footer": 0.04 + 1.4 * size / 72 * lines, "beside": BAR_WIDTH}
+    lines = -(-(3 if scale == "shared" else 4) // _numbers_beside(columns))
+    return {"footer": 0.04 + 1.4 * _numbers_font(columns) / 72 * lines, "beside": BAR_WIDTH}
 
 
-def _numbers_look(columns: int) -> tuple[int, int]:
-    """How many numbers fit beside each other below a panel, and the size of their font in points."""
-    return 2 if columns <= WIDE else 1, 7 if columns < NARROW else 6
+def _numbers_beside(columns: int) -> int:
+    """How many numbers fit beside each other below a panel."""
+    return 2 if columns <= WIDE else 1
+
+
+def _numbers_font(columns: int) -> int:
+    """The size of their letters in points."""
+    return FONT + 1 if columns < NARROW else FONT
 
 
 class Panel(NamedTuple):
@@ -238,7 +242,7 @@ def draw_maps(
         draw_map(panel.axes, panel.image, panel.weights, panel.extent, colours)
         what = panel.weights, panel.image, panel.box, panel.extent
         words = numbers(*what, mass=label == "weight") if measured else []
-        write_numbers(panel.axes, words if shared else [*words, f"highest {colours.high:.2g}"])
+        write_numbers(panel.axes, words if shared else [*words, f"max {colours.high:.1g}"])
     shares = scale_of([np.ones(1)], logarithmic)
     words = label if shared else f"{label} / highest of its map"
     colour_bar(drawn, [panel.axes for panel in panels], shared or shares, words)
@@ -246,12 +250,13 @@ def draw_maps(
 
 def write_numbers(axes: Axes, words: Sequence[str]) -> None:
     """Write numbers below a map, in the room left there."""
-    count, size = _numbers_look(axes.get_subplotspec().get_gridspec().ncols)
+    columns = axes.get_subplotspec().get_gridspec().ncols
+    count = _numbers_beside(columns)
     lines = [", ".join(words[start : start + count]) for start in range(0, len(words), count)]
     drawn = axes.get_figure()
     # A text of the figure, not of the axes: images need not make way for it, and notebooks, which crop, keep it.
     below = axes.transAxes + ScaledTranslation(0, -2 / 72, drawn.dpi_scale_trans)
-    drawn.text(0, 0, "\n".join(lines), transform=below, va="top", fontsize=size, color=MUTED)
+    drawn.text(0, 0, "\n".join(lines), transform=below, va="top", fontsize=_numbers_font(columns), color=MUTED)
     axes.set_anchor("N")
 
 

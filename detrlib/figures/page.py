@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from detrlib.errors import RunError
 from detrlib.figures.overlay import DECADES, PALE, map_numbers, overlay, text_colour
 from detrlib.figures.predictions import MapChoice, class_colours, looks_of, shares_of
 from detrlib.figures.views import sites
@@ -183,11 +182,8 @@ def write_page(
     text = source.joinpath("page.html").read_text(encoding="utf-8")
     for name, value in filled.items():  # pictures last: what they hold is not looked at
         text = text.replace(f"@{name}@", value)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def code_weights(weights: np.ndarray, top: np.ndarray) -> np.ndarray:

@@ -13,16 +13,17 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from scipy.optimize import isotonic_regression
 
-from detrlib.figures.style import DASH, MUTED, PALETTE, Nothing, figure, panels, run_colours, styled
+from detrlib.figures.style import DASH, MUTED, PALETTE, Nothing, figure, panels, readable, run_colours, styled
 from detrlib.metrics.bootstrap import highest
 
-LABEL_HEIGHT = 0.14  # inches taken by one line of a direct label
+LABEL_HEIGHT = 0.017  # inches that a direct label takes for each point of its size
+FEW_POINTS = 12  # of a curve, which are marked: that of AP has one where it was measured
 ALPHA_LIMITS = (1.0, 2.0)  # softmax and sparsemax, the ends of the entmax family that heads choose from
+HEAD_SIZE = 6  # points of the numbers of heads, of which many stand below each other
 HOLLOW = {"linestyle": (0, (2, 1.5)), "markerfacecolor": "white"}
 
 
@@ -32,7 +33,7 @@ CURVES = {  # of a training, by name in metrics.jsonl: what to write above them
     "epoch/loss_bbox": "L1 loss",
     "epoch/loss_giou": "GIoU loss",
     "epoch/class_error": "class error, %",
-    "epoch/cardinality_error": "cardinality error",
+    "epoch/cardinality_error": "cardinality error, objects",
     "detection/AP": "AP",
     "detection/AP50": "AP50",
     "detection/AP75": "AP75",
@@ -44,22 +45,23 @@ CURVES = {  # of a training, by name in metrics.jsonl: what to write above them
 
 @styled
 def training_curves(frame: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] | None = None) -> Figure:
-    """One panel per metric, one line per run, over epochs.
+    """Curves of training: one panel per metric, one line per run, over epochs.
 
-    frame: columns run, epoch, metric, value. Several values of a run and epoch, such as those of several seeds, are
-    drawn as their mean and a band from the lowest to the highest. labels: what to write above a panel instead of the
-    name of the metric. Metrics that the frame lacks have no panel; a line below names them.
+    Several values of a run and epoch, such as those of several seeds, are drawn as their mean and a band from the
+    lowest to the highest. Metrics that the frame lacks have no panel; a line below names them.
+
+    frame: columns run, epoch, metric, value; labels: what to write above a panel instead of the name of the metric.
     """
     there = list(frame["metric"].unique())
     words = {metric: (labels or {}).get(metric, metric) for metric in metrics}
     titles = {metric: title for metric, title in words.items() if metric in there}
-    missing = f"no values of {', '.join(title for metric, title in words.items() if metric not in there)}"
+    missing = f"no values of {'; '.join(title for metric, title in words.items() if metric not in there)}"
     if not titles:
         raise Nothing(f"{missing}; there are {', '.join(there) or 'none at all'}")
     drawn, grid = panels(len(titles), 3, height=1.8)
     _lines_of_metrics(grid, titles, frame, "epoch", errorbar=("pi", 100))  # from the lowest to the highest
     _label_lines(grid[:3][-1])
-    for line in (line for axes in grid for line in axes.get_lines() if len(line.get_xdata()) == 1):
+    for line in (line for axes in grid for line in axes.get_lines() if len(line.get_xdata()) <= FEW_POINTS):
         line.set_marker("o")
     if len(titles) < len(metrics):
         drawn.supxlabel(missing, fontsize=7, color=MUTED)
@@ -70,10 +72,11 @@ def training_curves(frame: pd.DataFrame, metrics: Sequence[str], labels: Mapping
 def per_layer(frame: pd.DataFrame, metrics: Mapping[str, str]) -> Figure:
     """One panel per metric, one line per run, over decoder layers.
 
-    metrics: by the name in the frame what to write above a panel; frame: columns run, metric, layer (from 0), value,
-    and optionally `state`: values of the first state are drawn solid, those of a second one, such as models before
-    training, dashed. Several values of a run and layer (seeds, or images) are drawn as their mean and a band of one
-    standard deviation.
+    Values of the first state are drawn solid, those of a second one, such as models before training, dashed. Several
+    values of a run and layer (seeds, or images) are drawn as their mean and a band of one standard deviation.
+
+    frame: columns run, metric, layer (from 0), value, and optionally `state`; metrics: {name in the frame: what to
+    write above its panel}.
     """
     if frame.empty:
         raise Nothing(f"no values of {', '.join(metrics)}, none of the runs has attention")
@@ -124,7 +127,7 @@ def draw_runs(axes: Axes, rows: pd.DataFrame, x: str, y: str, colours: Mapping[s
 def bars(table: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, str] | None = None) -> Figure:
     """One panel per metric, one bar per run, with the value written on each bar.
 
-    table: a row per run, named by the index, and a column per metric. Missing values read as a dash.
+    Metrics are columns of `table`, runs its index. Missing values read as a dash.
     """
     colours = run_colours(table.index)
     drawn, grid = panels(len(metrics), 4, height=0.65 + 0.2 * len(table), sharey=True)
@@ -150,17 +153,13 @@ def draw_bars(axes: Axes, values: pd.Series, texts: Sequence[str], colours: Sequ
 
 @styled
 def alpha_family(alphas: np.ndarray, weights: np.ndarray) -> Figure:
-    """The entmax family: the weight of every key against alpha, and the number of keys with weight.
-
-    alphas: [n]; weights: [n,K].
-    """
+    """The entmax family: weights [n,K] of every key against alpha [n], and the number of keys with weight."""
     drawn, (left, right) = figure(1.0, 0.4, ncols=2)
     for key, values in enumerate(np.transpose(weights), 1):
         colour = PALETTE[(key - 1) % len(PALETTE)]
-        left.plot(alphas, values, color=colour, linewidth=1.8, label=f"key {key}")
-    for line, position in zip(left.get_lines(), _apart(left, weights[0]), strict=True):
-        look = {"color": line.get_color(), "ha": "right", "va": "center", "fontsize": 7}
-        left.text(alphas[0] - 0.02, position, line.get_label(), transform=left.get_xaxis_transform(), **look)
+        left.plot(alphas, values, color=colour, linewidth=1.8)
+        words = {"color": readable(colour), "ha": "right", "va": "center", "fontsize": 7}
+        left.text(alphas[0] - 0.02, values[0], f"key {key}", **words)
     left.set_title("weights: weak keys reach zero one by one", loc="left")
     left.yaxis.tick_right()
     left.spines["left"].set_visible(False)
@@ -177,14 +176,28 @@ def alpha_family(alphas: np.ndarray, weights: np.ndarray) -> Figure:
 
 @styled
 def alpha_heatmap(alphas: Mapping[str, ArrayLike]) -> Figure:
-    """Learned alpha of every head, a panel of layers and heads per run, with the value written in each cell.
+    """Learned alpha of every head, one panel per run, with the value written in each cell.
 
-    alphas: by run [layers, heads]. The colour scale is the same for all figures, from 1 (softmax) to 2 (sparsemax).
+    alphas: {run: [layers, heads]}. The colour scale is the same for all figures, from 1 (softmax) to 2 (sparsemax).
     """
     if not alphas:
         raise Nothing("none of the runs has learnable alphas")
     drawn, scale = head_maps(alphas, "cividis", ALPHA_LIMITS, ".2f")
     scale.set_ticks([1, 1.5, 2], labels=["1 softmax", "1.5", "2 sparsemax"])
+    return drawn
+
+
+@styled
+def paibb_heatmap(paibb: Mapping[str, ArrayLike | None]) -> Figure:
+    """PAIBB of every head, one panel per run, with the value written in each cell.
+
+    paibb: {run: [layers, heads]}, None where it was not measured.
+    """
+    measured = {run: grid for run, grid in paibb.items() if grid is not None}
+    if not measured:
+        raise Nothing("PAIBB was measured of none of the runs")
+    drawn, scale = head_maps(measured, "cividis", (0.0, 1.0), ".2f")
+    scale.set_label("PAIBB")
     return drawn
 
 
@@ -221,35 +234,35 @@ def draw_cells(axes: Axes, table: pd.DataFrame, colours: str, limits: tuple[floa
 def heads_over_training(
     frame: pd.DataFrame, quantity: str = "alpha", limits: tuple[float, float] | None = ALPHA_LIMITS
 ) -> Figure:
-    """A quantity of every head over epochs, such as its alpha: a column of panels per layer, a line per head.
+    """A quantity of every head over epochs: a row of panels per run and site, a column per layer, a line per head.
 
-    frame: columns run, epoch, layer, head (both from 0), value, and perhaps site. A row of panels per run, and per site
-    where there are several. limits: of the quantity, None where it has none.
+    The numbers of heads stand at the ends of their lines. frame: columns run, epoch, layer, head (both from 0), value,
+    and perhaps site; limits: of the quantity, None where it has none.
     """
     if frame.empty:
         raise Nothing(f"no {quantity} of heads was logged, none of the runs has learnable alphas")
     several = "site" in frame and frame["site"].nunique() > 1
     named = frame.assign(row=frame["run"] + "\n" + frame["site"] if several else frame["run"])
-    named = named.assign(head=[f"head {head + 1}" for head in frame["head"]])
-    rows, layers = named["row"].unique(), sorted(named["layer"].unique())
-    heads = [f"head {head + 1}" for head in range(frame["head"].max() + 1)]
+    rows, layers, heads = named["row"].unique(), sorted(named["layer"].unique()), sorted(named["head"].unique())
     colours = dict(zip(heads, sns.color_palette("turbo", len(heads)), strict=True))
-    dashes = {head: [(), (5, 1.5), (1, 1)][number % 3] for number, head in enumerate(heads)}  # neighbours differ
-    drawn, grid = panels(len(rows) * len(layers), len(layers), height=1.45, sharex=True, sharey=True)
+    height = max(1.45, 0.7 + LABEL_HEIGHT * HEAD_SIZE * len(heads))
+    drawn, grid = panels(len(rows) * len(layers), len(layers), height, sharex=True, sharey=True)
     for axes, (row, layer) in zip(grid, product(rows, layers), strict=True):
         lines = named[(named["row"] == row) & (named["layer"] == layer)]
-        each = {"hue": "head", "palette": colours, "style": "head", "dashes": dashes}
-        sns.lineplot(lines, x="epoch", y="value", **each, lw=1, legend=False, ax=axes)
+        sns.lineplot(lines, x="epoch", y="value", hue="head", palette=colours, lw=1, legend=False, ax=axes)
+        for line, head in zip(axes.get_lines(), sorted(lines["head"].unique()), strict=True):
+            line.set_label(head + 1)
         axes.set(xlabel="")
         axes.set_ylabel(f"{row}\n{quantity}" if layer == layers[0] else "", fontsize=7)
         axes.set_title(f"layer {layer + 1}" if row == rows[0] else "")
         axes.grid(axis="y")
-        axes.xaxis.set_major_locator(MaxNLocator(2, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     if limits:
         grid[0].set(ylim=(limits[0] - 0.04, limits[1] + 0.04), yticks=[limits[0], sum(limits) / 2, limits[1]])
-    drawn.supxlabel("epoch", fontsize=8)
-    handles = [Line2D([], [], color=colours[head], lw=1, ls=(0, dashes[head] or None)) for head in heads]
-    drawn.legend(handles, heads, loc="outside right center", handlelength=2)
+    drawn.supxlabel("epoch; at the ends of lines the numbers of heads", fontsize=8)
+    drawn.draw_without_rendering()  # which gives panels the height that labels share
+    for axes in grid:
+        _label_lines(axes, HEAD_SIZE)
     return drawn
 
 
@@ -260,20 +273,16 @@ def _short(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
 
 
-def _label_lines(axes: Axes) -> None:
+def _label_lines(axes: Axes, size: float = 7) -> None:
     """Write each solid line's label beside its end, in its colour, moved apart where ends lie close together."""
     lines = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
-    for line, position in zip(lines, _apart(axes, [line.get_ydata()[-1] for line in lines]), strict=True):
-        look = {"va": "center", "fontsize": 7, "color": line.get_color()}
-        axes.text(1.03, position, line.get_label(), transform=axes.transAxes, **look)
-
-
-def _apart(axes: Axes, values: Sequence[float]) -> np.ndarray:
-    """Where labels of values stand beside an axis, in 0..1 of its height."""
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)  # labels refer to the limits as they are now
+    ends = np.array([(line.get_ydata()[-1] - low) / (high - low) for line in lines])
     height = axes.get_position().height * axes.figure.get_figheight()
-    return _spread((np.asarray(values) - low) / (high - low), LABEL_HEIGHT / height)
+    for line, position in zip(lines, _spread(ends, LABEL_HEIGHT * size / height), strict=True):
+        look = {"va": "center", "fontsize": size, "color": readable(line.get_color())}
+        axes.text(1.03, position, line.get_label(), transform=axes.transAxes, **look)
 
 
 def _spread(positions: np.ndarray, gap: float) -> np.ndarray:

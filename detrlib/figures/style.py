@@ -17,10 +17,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.legend import Legend
 from matplotlib.text import Text
+from seaborn.utils import relative_luminance
 
 from detrlib.runs.folder import RUNS
 
@@ -262,6 +264,14 @@ def class_colour(label: int, names: Mapping[int, str]) -> str:
     names: label -> class, of all classes of the data.
     """
     return CLASS_COLOURS[sorted(names).index(label) % len(CLASS_COLOURS)] if label in names else MUTED
+
+
+def readable(colour: str) -> str:
+    """The colour of letters on white: darker where it is too pale to be read, to WCAG's contrast of 4.5 to 1."""
+    shares = np.array(to_rgb(colour))
+    while relative_luminance(shares) > 1.05 / 4.5 - 0.05:
+        shares *= 0.95
+    return to_hex(shares)
 
 
 def run_colours(runs: Iterable[str]) -> dict[str, str]:

@@ -236,13 +236,11 @@ class AttentionViewer(ipywidgets.VBox):
             if event.inaxes is axes and self.view.image_id in self.stored[run]:
                 self.show(clicked(self.view, self.stored, run, event.xdata, event.ydata))
 
-    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
+    def _repr_mimebundle_(self, **kwargs) -> dict:
         picture = io.BytesIO()
         self.figure.savefig(picture, format="png", dpi="figure")
         bundle = super()._repr_mimebundle_(**kwargs)
-        bundle |= {"text/plain": "AttentionViewer", "image/png": b64encode(picture.getvalue()).decode()}
-        about = "; ".join(" ".join(axes.get_title(loc="left").split()) for axes in self.panels.values())
-        return bundle, {"image/png": {"alt": f"An image with its detections, and where one of them looked: {about}"}}
+        return bundle | {"text/plain": "AttentionViewer", "image/png": b64encode(picture.getvalue()).decode()}
 
 
 def _by_id(examples: Sequence[Example] | Mapping[int, Example]) -> Mapping[int, Example]:

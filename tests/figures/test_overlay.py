@@ -72,7 +72,7 @@ def test_the_bar_says_which_weights_colours_are(draw, texts):
     drawn, _ = draw(WEIGHTS / 5, WEIGHTS, scale="own", logarithmic=False)
     assert drawn.axes[-1].get_ylim() == (0, 1)
     assert "weight / highest of its map" in texts(drawn)
-    assert any("highest 0.06" in text for text in texts(drawn))
+    assert any("max 0.06" in text for text in texts(drawn))
 
 
 def test_numbers_below_a_map_are_those_of_the_metrics():

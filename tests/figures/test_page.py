@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from detrlib.boxes import xyxy_to_cxcywh
-from detrlib.errors import RunError
 from detrlib.figures.choices import cell_at
 from detrlib.figures.page import (
     NUMBERS,
@@ -155,12 +154,6 @@ def test_a_viewer_is_written_again_after_an_evaluation_and_goes_with_its_example
     os.utime(evaluated_run / "results.json", (path.stat().st_mtime + 9,) * 2)
     assert refresh_viewers(evaluated_run) == [] and not path.exists()
     assert "no run stores examples" in shown(None).data
-
-
-def test_a_folder_where_the_page_goes_is_one_line(tmp_path):
-    (tmp_path / "viewer.html").mkdir()
-    with pytest.raises(RunError, match=r"viewer\.html: cannot be written \(Is a directory\)"):
-        write_page(tmp_path / "viewer.html", [], ["a"], [{}])
 
 
 def test_images_of_other_data_are_no_images_of_these_though_their_numbers_are(evaluated_run, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 from detrlib.figures import results, style
 
@@ -27,9 +28,8 @@ def test_training_curves_have_a_panel_per_metric_and_a_line_per_run(titles, text
 
 
 def test_training_curves_name_metrics_without_values(titles, texts):
-    drawn = results.training_curves(history(), ["AP", "AR"])
-    assert titles(drawn) == ["AP"] and "no values of AR" in texts(drawn)
-    assert "no values of recall" in texts(results.training_curves(history(), ["AP", "AR"], {"AR": "recall"}))
+    drawn = results.training_curves(history(), ["AP", "AR"], {"AR": "recall"})
+    assert titles(drawn) == ["AP"] and "no values of recall" in texts(drawn)
     (words,) = texts(results.training_curves(history(), ["AR"]))
     assert "no values of AR; there are AP, loss" in words.replace("\n", " ")
 
@@ -47,6 +47,16 @@ def test_training_curves_reach_from_the_lowest_seed_to_the_highest():
     assert np.allclose(axes.get_lines()[0].get_ydata(), [1.3, 2.3])
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((1.1, 2.6))
+
+
+def test_titles_of_curves_do_not_run_into_each_other():
+    rows = [("a", epoch, name, epoch) for epoch in (1, 2) for name in results.CURVES]
+    frame = pd.DataFrame(rows, columns=["run", "epoch", "metric", "value"])
+    drawn = results.training_curves(frame, list(results.CURVES), results.CURVES)
+    drawn.draw_without_rendering()
+    for axes, title in zip(drawn.axes, results.CURVES.values(), strict=True):
+        (words,) = axes.findobj(lambda part, title=title: isinstance(part, Text) and part.get_text() == title)
+        assert words.get_window_extent().x1 <= axes.bbox.x1
 
 
 def test_bars_carry_their_values(titles, texts):
@@ -109,7 +119,10 @@ def test_alpha_over_training_has_a_row_per_run_and_a_column_per_layer(texts):
     ]
     drawn = results.heads_over_training(pd.DataFrame(rows, columns=["run", "epoch", "layer", "head", "value"]))
     assert len(drawn.axes) == 4 and all(len(axes.get_lines()) == 4 for axes in drawn.axes)
-    assert {"layer 1", "layer 2", "head 1", "head 4", "epoch"} <= set(texts(drawn))
+    assert {"layer 1", "layer 2", "epoch; at the ends of lines the numbers of heads"} <= set(texts(drawn))
+    for axes in drawn.axes:  # the heads were drawn in the order of their values
+        numbers = sorted(axes.texts, key=lambda text: text.get_position()[1])
+        assert [text.get_text() for text in numbers] == ["1", "2", "3", "4"]
     assert [axes.get_ylabel() for axes in drawn.axes] == [f"{RUNS[0]}\nalpha", "", f"{RUNS[1]}\nalpha", ""]
 
 
@@ -142,3 +155,10 @@ def test_labels_of_close_lines_are_moved_apart_as_little_as_needed():
 def test_runs_without_attention_or_alphas_have_nothing_to_show(draw, texts):
     (words,) = texts(draw())
     assert words.startswith("Nothing to show: ") and "none of the runs has" in words.replace("\n", " ")
+
+
+def test_paibb_of_heads_is_written_in_their_cells_where_it_was_measured(titles, texts):
+    drawn = results.paibb_heatmap({"a": [[0.25, None], [0.5, 1.0]], "b": None})
+    assert titles(drawn)[0] == "a" and {"0.25", "–", "0.50", "1.00"} <= set(texts(drawn))
+    assert drawn.axes[0].collections[0].get_clim() == (0, 1)
+    assert "Nothing to show" in texts(results.paibb_heatmap({"b": None}))[0]

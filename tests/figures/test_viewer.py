@@ -124,8 +124,7 @@ def test_the_second_run_chosen_as_the_first_changes_places_with_it(stored):
 
 def test_without_a_browser_it_is_a_picture(stored):
     viewer = AttentionViewer({run: list(found.values()) for run, found in stored.items()}, NAMES)
-    bundle, about = viewer._repr_mimebundle_()
-    assert "first" in about["image/png"]["alt"] and "second" in about["image/png"]["alt"], "for those who cannot see it"
+    bundle = viewer._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert base64.b64decode(bundle["image/png"])[:8] == b"\x89PNG\r\n\x1a\n"
 
