@@ -9,7 +9,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from IPython.core.formatters import DisplayFormatter
-from matplotlib.figure import Figure
 
 from detrlib import figures, teaching
 from detrlib.config import PROJECT
@@ -53,7 +52,7 @@ def test_what_a_figure_shows_is_said_in_words_without_code():
     packages = (figures, teaching)
     modules = [importlib.import_module(f"{p.__name__}.{m.name}") for p in packages for m in iter_modules(p.__path__)]
     drawing = {draw for module in modules for draw in vars(module).values() if hasattr(draw, "__wrapped__")}
-    drawing = [draw for draw in drawing if getattr(draw, "__annotations__", {}).get("return") is Figure]
+    drawing = [draw for draw in drawing if getattr(draw, "__annotations__", {}).get("return") is plt.Figure]
     assert len(drawing) > 40
     assert [style.subject_of(draw) for draw in drawing if set("`{}[]") & set(style.subject_of(draw))] == []
 

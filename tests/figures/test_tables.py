@@ -1,6 +1,5 @@
 """Tables in Markdown and LaTeX: numbers to the letter, the best in bold, names escaped."""
 
-import importlib
 import re
 
 import numpy as np
@@ -58,6 +57,21 @@ def test_saved_tables_have_a_label_and_a_note_and_are_returned(tmp_path):
     assert (tmp_path / "new" / "main.txt").read_text() == "made here\n"
 
 
+def test_notebooks_show_tables_without_empty_headers():
+    """Of pandas: the corner, and the row of the index's name."""
+    from importlib import reload  # what is done once in a notebook is done again here
+
+    shell = InteractiveShell.instance()
+    try:
+        reload(tables)
+        for shown in (table(), table().rename_axis("run"), table().rename_axis("run").style):
+            html = shell.display_formatter.format(shown)[0]["text/html"]
+            assert "<th" in html and not re.search(r"<th[^>]*>(\s|&nbsp;)*</th>", html)
+            assert "soft_max" in html and "0.41" in html
+    finally:
+        InteractiveShell.clear_instance()
+
+
 def test_captions_of_saved_tables_are_text(tmp_path):
     """A per cent sign would hide the rest of its line from LaTeX, and break the whole document."""
     shown = tables.save_table(table(), "main", "Runs & <95 % intervals>.", tmp_path, "")
@@ -74,19 +88,6 @@ def test_a_table_is_shown_or_the_reason_why_it_has_no_rows():
     written = tables.shown(table(), 2).to_html()
     assert "0.41" in written and "0.412" not in written and "–" in written  # the missing loss
     assert tables.shown(table()[:0], reason="no runs").data == "*Nothing to show: no runs.*"
-
-
-def test_notebooks_show_tables_without_empty_headers():
-    """Of pandas: the corner, and the row of the index's name."""
-    shell = InteractiveShell.instance()
-    try:
-        importlib.reload(tables)
-        for shown in (table(), table().rename_axis("run"), table().rename_axis("run").style):
-            html = shell.display_formatter.format(shown)[0]["text/html"]
-            assert "<th" in html and not re.search(r"<th[^>]*>(\s|&nbsp;)*</th>", html)
-            assert "soft_max" in html and "0.41" in html
-    finally:
-        InteractiveShell.clear_instance()
 
 
 def test_names_are_text_and_never_markup():
