@@ -13,6 +13,7 @@ from pathlib import Path
 STOPPED = 75  # exit code of a training that a signal has stopped: EX_TEMPFAIL of sysexits.h, "start me again"
 # Of a disk or of rights: no room, not ours, out of reach.
 OUTSIDE = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO", "ESTALE", "ENAMETOOLONG", "EMFILE")
+TAKEN = (IsADirectoryError, NotADirectoryError, FileExistsError)  # something else is at the place of a file or folder
 WORKER_GONE = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) ([\w ]+)")
 WORKERS = "a process that prepares images {}; was memory short? Set data.workers: 0, or fewer"
 SHORT_OF_MEMORY = re.compile(r"tried to allocate [\d.]+ \w+|calculation overflowed|(out of|not allocate) memory", re.I)
@@ -61,6 +62,8 @@ def fault_of(error: Exception) -> str | None:
     """
     if isinstance(error, DetrlibError):
         return str(error)
+    if isinstance(error, TAKEN):
+        return f"{in_one_line(error)}; move that away, or choose another place"
     if errno.errorcode.get(getattr(error, "errno", None)) in OUTSIDE:
         return in_one_line(error)
     if gone := WORKER_GONE.match(str(error)):

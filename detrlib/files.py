@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from detrlib.errors import DamagedFile, RunError, fault_of, in_one_line, listed
+from detrlib.errors import TAKEN, DamagedFile, RunError, fault_of, in_one_line, listed
 
 if TYPE_CHECKING:  # what only executes notebooks need not wait for torch
     import torch
@@ -55,6 +55,9 @@ def write_atomic(path: Path, write: Callable[[Path], None], before: Path | None 
         reach_disk(path.parent)
     # torch.save turns a full disk into a RuntimeError of its own.
     except (OSError, RuntimeError) as error:
+        if isinstance(error, TAKEN):
+            what = "a folder is in its place" if path.is_dir() else "a file is in the place of its folder"
+            raise RunError(f"could not write {path}: {what}; move that away, or choose another place") from error
         fault = f"could not write {path}: {in_one_line(error)}. What was there before is intact"
         raise RunError(f"{fault}; is the disk full, or the folder not yours?") from error
     finally:

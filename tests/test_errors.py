@@ -34,6 +34,13 @@ def test_faults_of_a_disk_or_of_rights_are_foreseen_wherever_they_come_from():
     assert errors.fault_of(FileNotFoundError(errno.ENOENT, "x")) is errors.fault_of(ValueError("x")) is None
 
 
+def test_a_folder_at_the_place_of_a_file_is_foreseen_with_a_remedy(tmp_path):
+    (tmp_path / "viewer.html").mkdir()
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "viewer.html").write_text("a page")
+    assert "viewer.html" in errors.fault_of(caught.value) and "another place" in errors.fault_of(caught.value)
+
+
 def test_a_message_is_one_line():
     assert errors.in_one_line(ValueError("one\n  two\n")) == "one two"
     assert errors.in_one_line(KeyboardInterrupt()) == "KeyboardInterrupt"

@@ -65,6 +65,16 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_names_the_file(tmp_path, monk
     assert files(tmp_path) == ["last.pt"]
 
 
+def test_a_folder_at_the_place_of_a_file_is_said_to_be_one(tmp_path):
+    (tmp_path / "results.json").mkdir()
+    with pytest.raises(RunError, match=r"results\.json: a folder is in its place"):
+        write_json(tmp_path / "results.json", {})
+    assert files(tmp_path) == ["results.json"]
+    (tmp_path / "run").touch()
+    with pytest.raises(RunError, match=r"results\.json: a file is in the place of its folder"):
+        write_json(tmp_path / "run" / "results.json", {})
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_disk_that_is_really_full(tmp_path):
     write_json(tmp_path / "results.json", {"AP": 0.5})

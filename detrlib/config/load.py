@@ -12,6 +12,7 @@ import typing
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -125,7 +126,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: 'base' refers back to itself through {', '.join(p.name for p in seen)}")
     values = read_yaml(path)
     if "runs" in values:
-        raise ConfigError(f"{path}: a sweep of several runs, no settings of one; use detrlib sweep {path}")
+        raise ConfigError(f"{path}: a sweep of several runs, no settings of one; use detrlib sweep {quote(str(path))}")
     base = values.pop("base", None)
     if not isinstance(base, str | None):
         raise ConfigError(f"{path}: base is {base!r}, expected the name of another file such as shapes.yaml")

@@ -16,6 +16,7 @@ import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO
 
 from pydantic_core import to_json
@@ -213,7 +214,8 @@ def _nothing_in(root: Path) -> str:
         *([root] if any(map(is_picture, root.iterdir())) else []),
     ]
     if unannotated:
-        return f"pictures without annotations can be predicted on (detrlib predict RUN {unannotated[0]}), not more"
+        remedy = f"detrlib predict RUN {quote(str(unannotated[0]))}"
+        return f"pictures without annotations can be predicted on ({remedy}), not more"
     return f"no data set of a known layout: looked for {LOOKED_FOR}; {_neighbours(root)}"
 
 

@@ -18,7 +18,7 @@ from detrlib.engine.optimizer import build_optimizer, lr_factors
 from detrlib.errors import ConfigError, DamagedFile
 from detrlib.files import load_checkpoint, load_weights, write_checkpoint
 from detrlib.models import set_alphas
-from detrlib.runs.folder import run_name
+from detrlib.runs.folder import run_name, to_measure
 from detrlib.runs.trained import read_trained, write_trained
 
 
@@ -161,7 +161,7 @@ class TrainingState:
             epoch = load_checkpoint(path, ["epoch"])["epoch"]
         except DamagedFile as error:  # which does not undo what else was trained
             return f"warning: {error}"
-        measure = f"detrlib evaluate {run_name(run_dir)} --checkpoint best"
+        measure = f"{to_measure(run_dir)} --checkpoint best"
         return f"best epoch: {epoch} of {self.epoch}, AP {self.best:.3f}; to measure it: {measure}"
 
     def restore(self, folder: Path) -> str:

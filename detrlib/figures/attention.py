@@ -31,7 +31,7 @@ from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, re
 from detrlib.runs.examples import Example
 
 WIDEST_PANEL = 1.7  # inches
-NAME = 16  # letters of the name of a run in a line: as many as fit above a panel
+NAME = 14  # letters of the name of a run in a line: as many as fit above a panel
 FEW = 15  # boxes in a picture that need no thinner lines
 
 
@@ -130,7 +130,7 @@ def objects_by_run(
     Each panel shows the map (mean over heads) of the query matched to the object, its box and the class it gave; "in
     box" is the share of the weight inside the annotated box, which is dashed: PAIBB. In a picture without annotated
     objects a column is a detection of the first run, the best one first, and what other runs have in its place. scale,
-    logarithmic: of the colours, as of `overlay.draw_maps`.
+    logarithmic: of the colours, as of `overlay.draw_maps`. Objects have the numbers that `queries.matching` gives them.
     """
     if not examples:
         raise Nothing("no run has stored examples with attention")
@@ -141,8 +141,9 @@ def objects_by_run(
     drawn, panels = image_panels(first.image, len(examples), columns, WIDEST_PANEL, **room(columns, scale))
     looks = []
     for row, (run, example) in zip(panels, examples.items(), strict=True):
-        draw_image(row[0], example.image, fill(run, NAME), fontweight="bold", fontsize=6)
-        for number, (axes, index) in enumerate(zip(row[1:], objects, strict=True), start=1):
+        draw_image(row[0], example.image, fill(run, NAME), fontweight="bold", fontsize=7)
+        for axes, index in zip(row[1:], objects, strict=True):
+            number = index + 1
             query = matched_query(example, index) if annotated else same_detection(first, index, example)
             if annotated:
                 truth, colour = example.true_boxes[index], class_colour(int(example.true_labels[index]), names)
@@ -305,7 +306,10 @@ def single_map(
     logarithmic: bool = True,
     colour: str = MUTED,
 ) -> Figure:
-    """The image with a query's box, and its map [h,w] beside it; logarithmic: of the colours; colour: of the box."""
+    """The image with a query's box, and its map beside it.
+
+    weights: [h,w]; logarithmic: of the colours; colour: of the box.
+    """
     drawn, panels = image_panels(image, 1, 2, WIDEST_PANEL, width=0.7, **room(2))
     left, right = panels[0]
     draw_image(left, image, title)

@@ -42,9 +42,9 @@ STRIPES = (205, 232)  # two greys of the padding; no photograph is striped like 
 
 @styled
 def class_histogram(frame: pd.DataFrame, most: int = 25, classes: Iterable[str] = ()) -> Figure:
-    """Objects per class, the `most` frequent classes in order of frequency; a line below counts those left out.
+    """Objects per class, the most frequent classes in order of frequency; a line below counts those left out.
 
-    classes: names of all that there are, of which those without objects are named below.
+    most: classes that are drawn; classes: names of all that there are, of which those without objects are named below.
     """
     counts = _objects(frame)["category"].value_counts()
     shown, rest = counts[:most], counts[most:]
@@ -128,10 +128,11 @@ def annotated_images(
     names: Mapping[int, str],
     titles: Sequence[str] = (),
 ) -> Figure:
-    """Images uint8 [H,W,3] of any sizes with their boxes [n,4] in the colour of their class, labels [n].
+    """Images of any sizes with their boxes in the colour of their class.
 
-    names: label -> class. The classes stand in a legend while each has a colour of its own, otherwise at the boxes.
-    titles: what to write above each image instead of its size and number of objects.
+    images: uint8 [H,W,3], with boxes [n,4] and labels [n]; names: label -> class. The classes stand in a legend while
+    each has a colour of its own, otherwise at the boxes. titles: what to write above each image instead of its size and
+    number of objects.
     """
     present = sorted({int(label) for of_image in labels for label in of_image})
     colour_of = {label: class_colour(label, names) for label in present}
@@ -156,10 +157,10 @@ def images_with_padding(
     labels: Sequence[np.ndarray],
     names: Mapping[int, str],
 ) -> Figure:
-    """What the model receives: images uint8 [B,H,W,3], padding_mask [B,H,W] (True = padding, striped), and B times
-    boxes [n,4] and labels [n], named.
+    """What the model receives: images of one size, whose padding is striped, with their named boxes.
 
-    Above each image its own size and the share of the batch's pixels that it fills.
+    images: uint8 [B,H,W,3]; padding_mask: [B,H,W], True = padding; boxes, labels: B times [n,4] and [n]. Above each
+    image its own size and the share of the batch's pixels that it fills.
     """
     drawn, grid = _gallery(images)
     height, width = padding_mask.shape[1:]

@@ -72,9 +72,10 @@ def sampling_points(
 def boxes_on_image(
     image: np.ndarray, panels: Mapping[str, tuple], colours: Mapping[str, Sequence[str]] | None = None
 ) -> Figure:
-    """A panel per title with (boxes [n,4], captions of length n).
+    """The image in a panel per title, each with boxes of its own and their captions.
 
-    colours: by title, those of the boxes' classes (`style.class_colour`); boxes of no class differ from one another.
+    panels: by title boxes [n,4] and n captions; colours: by title, those of the boxes' classes (`style.class_colour`);
+    boxes of no class differ from one another.
     """
     drawn, grid = image_panels(image, 1, len(panels), WIDEST_PANEL)
     for axes, (title, (boxes, captions)) in zip(grid[0], panels.items(), strict=True):
@@ -92,9 +93,10 @@ def level_maps(
     extents: Sequence[np.ndarray],
     marked: Sequence[np.ndarray] | None = None,
 ) -> Figure:
-    """A row per title with the map [h,w] of every level laid over the image; dots on the cells `marked` [h,w].
+    """A row per title with the map of every level laid over the image; dots on marked cells.
 
-    extents: height and width of the image in cells of each level. Each row has a linear scale of its own.
+    maps, marked: [h,w] of each level; extents: height and width of the image in cells of each level. Each row has a
+    linear scale of its own.
     """
     drawn, panels = image_panels(image, len(maps), len(extents), WIDEST_PANEL, beside=BAR_WIDTH)
     size = np.array(image.shape[1::-1])
@@ -111,7 +113,10 @@ def level_maps(
 
 @styled
 def kept_tokens(image: np.ndarray, kept: Mapping[str, Sequence[np.ndarray]], extents: Sequence[np.ndarray]) -> Figure:
-    """A row per title: of every level only the cells that are True in its mask [h,w] show the image."""
+    """A row per title: of every level only the cells that are kept show the image.
+
+    kept: by title masks [h,w], True = kept.
+    """
     drawn, panels = image_panels(image, len(kept), len(extents), WIDEST_PANEL)
     for row, (title, masks) in zip(panels, kept.items(), strict=True):
         for number, (axes, mask, extent) in enumerate(zip(row, masks, extents, strict=True)):

@@ -104,7 +104,7 @@ def deletion_insertion_curves(
     by: the column whose values have a line each.
     """
     if frame.empty:
-        raise Nothing("no explanations were tested")
+        raise Nothing("no explanations were tested (detrlib explain RUN)")
     lines = frame[frame["measure"] == measure].sort_values("fraction")
     lines = lines if method is None else lines[lines["method"] == method]
     if lines.duplicated([by, "direction", "fraction"]).any():
@@ -166,7 +166,7 @@ def faithfulness_by_group(explained: pd.DataFrame, methods: Sequence[str] = ()) 
     explained: as of `runs.explained.explained_frame`; methods: those shown, in this order; (): all.
     """
     if explained.empty:
-        raise Nothing("no explanations were tested")
+        raise Nothing("no explanations were tested (detrlib explain RUN)")
     shown = list(methods or dict.fromkeys(explained["method"]))
     groups = list(dict.fromkeys(explained["group"]))
     each = 0.09 if len(groups) <= 6 else 0.06  # inches of a method; a dozen groups should fit on a page

@@ -23,7 +23,10 @@ BAR = 0.13  # inches of a bar
 ACROSS = 3  # pictures side by side
 BOXES = 5  # failed detections of a picture that are drawn: those of low score cost little, and there are many
 TRUTH = "black"  # of objects, which are dashed
-NO_RUN = "of no run the detections and the data are here"
+NO_RUN = (
+    "of no run there are both its detections (predictions.json, as an evaluation writes it) and its data; where data "
+    "have moved, say so in data.root of its config.yaml"
+)
 
 
 @styled
@@ -79,7 +82,7 @@ def precision_recall(curves: pd.DataFrame, by: Literal["size", "class"] = "size"
     """
     chosen = curves[curves["class"] == ALL] if by == "size" else curves[curves["size"] == "all"]
     if chosen.empty:
-        raise Nothing("no run was evaluated on objects")
+        raise Nothing(NO_RUN if curves.empty else "no run was evaluated on objects")
     means = chosen.groupby("class")["precision"].mean().drop(ALL, errors="ignore")
     names = chosen[by].unique() if by == "size" else [ALL, *means.nsmallest(most - 1).index]
     colours = run_colours(chosen["run"])
@@ -135,7 +138,9 @@ def behind_share(run: FailedRun, cause: str, most: int = 6) -> Figure:
     drawn, grid = panels(len(pictures), columns, inches * min(proportion, 1.5) + 0.25, columns / ACROSS)
     failed = failures_of(run.failures, cause)
     for axes, picture, row in zip(grid, pictures, images.itertuples(), strict=True):
-        draw_image(axes, picture, f"image {row.Index}: {row.failures} of {cause}")
+        what = "missed" if cause == "miss" else "failure" if row.failures == 1 else "failures"
+        shown = f", {BOXES} shown" if cause != "miss" and row.failures > BOXES else ""
+        draw_image(axes, picture, f"image {row.Index}: {row.failures} {what}{shown}")
         axes.set(xlim=(-0.5, picture.shape[1] - 0.5), ylim=(picture.shape[0] - 0.5, -0.5))
         _draw_failed(axes, run, cause, failed[failed["image_id"] == row.Index], picture.shape[:2], inches)
     return drawn

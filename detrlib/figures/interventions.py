@@ -213,7 +213,7 @@ def _rows(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
 def _own(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of models as they were trained, by run."""
     if frame.empty:
-        raise Nothing("no interventions were measured")
+        raise Nothing("no interventions were measured (detrlib intervene RUN)")
     if frame["site"].nunique() > 1:
         raise ConfigError(f"the table holds several sites, {_listed(frame['site'])}; choose the rows of one")
     return frame[frame["kind"] == "none"].set_index("run")

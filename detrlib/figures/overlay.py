@@ -37,9 +37,9 @@ DECADES = 4  # of a logarithmic scale; weights below them have the colour of its
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue
 PALE = 0.55  # how much of the way to white the grey image goes
 BAR_WIDTH, BAR_HEIGHT = 0.55, 2.4  # inches of a colour bar with its numbers, and of its length at most
-FONT = 6  # points, of captions at boxes and of numbers below maps
+FONT = 6  # points, of captions at boxes, and of numbers below maps of which NARROW or more are beside each other
 ROUNDING = 0.005  # of the sum of a stored map
-WIDE = 4  # columns in which two numbers fit beside each other
+WIDE, NARROW = 4, 8  # columns in which two numbers fit beside each other; from which on their font is smaller
 
 
 class Scale(NamedTuple):
@@ -192,12 +192,17 @@ def write_captions(
 def room(columns: int, scale: Sharing = "shared") -> dict[str, float]:
     """What `style.image_panels` leaves free for the numbers and the bar of `draw_maps`."""
     lines = -(-(3 if scale == "shared" else 4) // _numbers_beside(columns))
-    return {"footer": 0.04 + 1.4 * FONT / 72 * lines, "beside": BAR_WIDTH}
+    return {"footer": 0.04 + 1.4 * _numbers_font(columns) / 72 * lines, "beside": BAR_WIDTH}
 
 
 def _numbers_beside(columns: int) -> int:
     """How many numbers fit beside each other below a panel."""
     return 2 if columns <= WIDE else 1
+
+
+def _numbers_font(columns: int) -> int:
+    """The size of their letters in points."""
+    return FONT + 1 if columns < NARROW else FONT
 
 
 class Panel(NamedTuple):
@@ -245,12 +250,13 @@ def draw_maps(
 
 def write_numbers(axes: Axes, words: Sequence[str]) -> None:
     """Write numbers below a map, in the room left there."""
-    count = _numbers_beside(axes.get_subplotspec().get_gridspec().ncols)
+    columns = axes.get_subplotspec().get_gridspec().ncols
+    count = _numbers_beside(columns)
     lines = [", ".join(words[start : start + count]) for start in range(0, len(words), count)]
     drawn = axes.get_figure()
     # A text of the figure, not of the axes: images need not make way for it, and notebooks, which crop, keep it.
     below = axes.transAxes + ScaledTranslation(0, -2 / 72, drawn.dpi_scale_trans)
-    drawn.text(0, 0, "\n".join(lines), transform=below, va="top", fontsize=FONT, color=MUTED)
+    drawn.text(0, 0, "\n".join(lines), transform=below, va="top", fontsize=_numbers_font(columns), color=MUTED)
     axes.set_anchor("N")
 
 

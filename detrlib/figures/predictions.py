@@ -158,10 +158,10 @@ def _crowd(detected: Detected, named: int) -> str:
 def maps_by_detection(
     picture: Mapping[str, Detected], view: MapChoice | None = None, image: np.ndarray | None = None, most: int = MOST
 ) -> Figure:
-    """Where the best `most` detections of a picture looked: a row is a run, the same colour is the same weight.
+    """Where the best detections of a picture looked: a row is a run, the same colour is the same weight.
 
-    Over the picture stand the means over its detections and heads, below each map its own numbers, of which the last
-    is the share of the weight inside the box. picture, image: as of `detections_by_run`.
+    most: detections that are drawn. Over the picture stand the means over its detections and heads, below each map its
+    own numbers, of which the last is the share of the weight inside the box. picture, image: as of `detections_by_run`.
     """
     view, image, colours = view or MapChoice(), _image(picture, image), _colours(picture)
     rows = {run: detected for run, detected in picture.items() if len(detected) and views_of(detected)}
@@ -203,7 +203,7 @@ def _means(detected: Detected, title: str) -> str:
 
 @styled
 def contact_sheet(pictures: Sequence[tuple[np.ndarray, Detected]]) -> Figure:
-    """The first `SHEET` pictures, small [H,W,3], with what one run detected in them."""
+    """The first pictures, small, with what one run detected in them."""
     if not pictures:
         raise Nothing("there are no pictures")
     shown = pictures[:SHEET]
@@ -214,7 +214,7 @@ def contact_sheet(pictures: Sequence[tuple[np.ndarray, Detected]]) -> Figure:
         draw_detections(axes, image, detected, class_colours([detected.classes]), captions=False)
         title = detected.source.title
         short = title if len(title) <= 22 else f"{title[:10]}…{title[-10:]}"
-        axes.set_title(f"{short}: {len(detected)}", loc="left", fontsize=5.5, color=MUTED, parse_math=False)
+        axes.set_title(f"{short}: {len(detected)}", loc="left", fontsize=6, color=MUTED, parse_math=False)
         axes.set_anchor("NW")
     return drawn
 

@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 
 from detrlib.figures.attention import draw_box, draw_image, thinner
 from detrlib.figures.choices import detection
-from detrlib.figures.overlay import colour_bar, overlay, scale_of
+from detrlib.figures.overlay import colour_bar, overlay, scale_of, text_colour
 from detrlib.figures.style import MUTED, TEXT_WIDTH, Nothing, class_colour, figure, styled
 from detrlib.runs.examples import Example
 
@@ -30,7 +30,7 @@ def matching(example: Example, names: Mapping[int, str]) -> Figure:
     lines = max(len(example.true_boxes), len(example.boxes)) + 1
     inches = max(panel * height / width + 0.25, lines * LINE_HEIGHT)
     drawn, (picture, lists) = figure(aspect=inches / TEXT_WIDTH, ncols=2, gridspec_kw={"width_ratios": [0.42, 0.58]})
-    draw_image(picture, example.image)
+    draw_image(picture, example.image, f"image {example.image_id}")
     width = thinner(lines)
     for query in np.flatnonzero(example.matched < 0):
         draw_box(picture, example.boxes[query], MUTED, width=width)
@@ -50,7 +50,7 @@ def _draw_lists(axes: Axes, example: Example, names: Mapping[int, str], colours:
     left, right = 0.33, 0.52
     annotated = len(example.true_boxes) > 0
     axes.text(0.0, 0, "object" if annotated else "no annotated objects", fontweight="bold", va="center")
-    about = "query: class, score" + ", IoU with the object" * annotated
+    about = "#query: class, score" + ", IoU with object" * annotated
     axes.text(right + 0.02, 0, about, fontweight="bold", va="center")
     for number, label in enumerate(example.true_labels):
         _badge(axes, (0.03, number + 1), number, colours[number])
@@ -67,7 +67,14 @@ def _draw_lists(axes: Axes, example: Example, names: Mapping[int, str], colours:
 def _badge(axes: Axes, position: tuple[float, float], number: int, colour: str) -> None:
     """The number of an object, from 1, on its colour."""
     box = {"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "white", "linewidth": 0.6}
-    look = {"color": "white", "fontsize": 6, "fontweight": "bold", "ha": "center", "va": "center", "bbox": box}
+    look = {
+        "color": text_colour(colour),
+        "fontsize": 6,
+        "fontweight": "bold",
+        "ha": "center",
+        "va": "center",
+        "bbox": box,
+    }
     axes.text(*position, number + 1, **look)
 
 
@@ -94,9 +101,9 @@ def query_matrix(
     for (row, column), value in np.ndenumerate(among):
         words = "" if value == 0 else "<1" if value < 0.5 else f"{value:.0f}"
         colour = "white" if scale.norm()(value) > 0.5 else "black"
-        axes.text(column, row, words, ha="center", va="center", fontsize=6, color=colour)
+        axes.text(column, row, words, ha="center", va="center", fontsize=7, color=colour)
     for row, value in enumerate(rest):
-        axes.text(count, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=MUTED)
+        axes.text(count, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=MUTED)
     labels = [f"{names.get(int(k), k)} #{query}" for k, query in zip(example.labels[shown], columns, strict=True)]
     axes.set(xlim=(-0.5, count + 0.5))
     axes.set_yticks(range(count), labels)

@@ -41,8 +41,10 @@ def differences(comparisons: pd.DataFrame, labels: Mapping[str, str] | None = No
             axes.plot(row.difference, y, **_mark(row.verdict == "established"))
         axes.set_title((labels or {}).get(metric, metric), loc="left")
         axes.set_xlabel("first − second")
-    marks = [Line2D([], [], **_mark(established)) for established in (True, False)]
-    drawn.legend(marks, ["established", "not established"], loc="outside lower right", ncols=2)
+    legend = {True: "established", False: "not established"}
+    there = [established for established in legend if established in set(named["verdict"] == "established")]
+    marks = [Line2D([], [], **_mark(established)) for established in there]
+    drawn.legend(marks, [legend[established] for established in there], loc="outside lower right", ncols=2)
     return drawn
 
 
@@ -78,10 +80,10 @@ def spread(results: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, s
 
 
 def _rows_of_panels(count: int, names: Sequence[str], extra: float) -> tuple[Figure, list[Axes]]:
-    """At most three panels beside each other, which share their rows; extra: inches of a panel beside them."""
+    """Two or three panels beside each other, which share their rows; extra: inches of a panel beside them."""
     width = 1.0 if count > 1 else 0.7
     row = ROW if len(names) <= MANY else MANY_ROWS
-    drawn, grid = panels(count, 3, row * len(names) + extra, width, sharey=True)
+    drawn, grid = panels(count, 2 if count == 4 else 3, row * len(names) + extra, width, sharey=True)
     for axes in grid:
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)  # the first on top

@@ -155,15 +155,20 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
                 result = draw(*arguments, **named)
             except Nothing as reason:
                 result = _note(f"Nothing to show: {reason}.")
-        if isinstance(result, Described):
-            subject = " ".join((draw.__doc__ or "").partition("\n\n")[0].split())
-            result.subject = re.sub(r" \[[^\]]*\]", "", subject)  # shapes are for those who call the function
+        if isinstance(result, Described) and result.get_label() != NOTHING:
+            result.subject = subject_of(draw)
         for figure in (result, *arguments):
             if isinstance(figure, Figure):
                 _as_they_stand(figure)
         return result
 
     return drawn
+
+
+def subject_of(draw: Callable[..., Figure]) -> str:
+    """What a function draws, as its docstring begins; shapes of its arguments are for those who call it."""
+    subject = " ".join((draw.__doc__ or "").partition("\n\n")[0].split())
+    return re.sub(r" \[[^\]]*\]", "", subject)
 
 
 def _as_they_stand(figure: Figure) -> None:
@@ -183,9 +188,10 @@ def _say_fonts() -> None:
 
 def _note(text: str) -> Figure:
     """A strip with a text in place of a figure; `save` writes none."""
-    text = fill(text, 110)
+    subject, text = text, fill(text, 110)
     drawn, axes = figure(1.0, 0.04 * (2 + text.count("\n")))
     drawn.set_label(NOTHING)
+    drawn.subject = subject
     axes.axis("off")
     axes.text(0, 0.5, text, color=MUTED, va="center")
     return drawn
@@ -218,6 +224,8 @@ def panels(
     drawn, grid = figure(width, aspect, nrows=rows, ncols=columns, squeeze=False, **subplots_arguments)
     for axes in grid.flat[count:]:
         axes.remove()
+    for axes in grid.flat[count - columns : count]:  # with a shared axis, that of panels above an empty place too
+        axes.tick_params(labelbottom=True)
     return drawn, list(grid.flat[:count])
 
 

@@ -1,11 +1,13 @@
 """Tables of results as text, for a page (Markdown) and for a thesis (LaTeX)."""
 
+import re
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from IPython import get_ipython
 from IPython.display import Markdown
 from pandas.io.formats.style import Styler
 
@@ -64,6 +66,17 @@ def escaped(text: str) -> str:
     return "".join(LATEX.get(letter, letter) for letter in text)
 
 
+def _for_everyone(table: pd.DataFrame | Styler) -> str | None:
+    """A table of pandas as HTML in which empty cells are no headers, which would be read aloud and name nothing."""
+    html = table._repr_html_()
+    return html and re.sub(r"<th([^>]*)>(?:\s|&nbsp;)*</th>", r"<td\1></td>", html)
+
+
+if shell := get_ipython():  # a notebook: for all that it shows
+    for kind in (pd.DataFrame, Styler):
+        shell.display_formatter.formatters["text/html"].for_type(kind, _for_everyone)
+
+
 def _plain(text: str) -> str:
     """Text that stays what it is in a table of Markdown: no name ends a cell, or begins a tag of HTML."""
     return text.replace("<", "&lt;").replace("|", "\\|")
@@ -88,8 +101,8 @@ def _cells(table, formats, lower_is_better=(), unranked=()) -> tuple[pd.DataFram
 def save_table(table: pd.DataFrame, name: str, caption: str, folder: str | Path, note: str, **ranking) -> Markdown:
     """Write <name>.md, <name>.tex (labelled tab:<name>) and <name>.txt to `folder`, and return the table to be shown.
 
-    Numbers get three decimals; note: where the table comes from; ranking: `lower_is_better` and `unranked` as of
-    `latex_table`. Of a table without rows nothing is written.
+    It is shown below its caption, a text. Numbers get three decimals; note: where the table comes from; ranking:
+    `lower_is_better` and `unranked` as of `latex_table`. Of a table without rows nothing is written.
     """
     if table.empty:
         return Markdown(f"*{caption} Nothing to show.*")
@@ -98,9 +111,9 @@ def save_table(table: pd.DataFrame, name: str, caption: str, folder: str | Path,
     folder.mkdir(parents=True, exist_ok=True)
     written = markdown_table(table, formats, **ranking)
     (folder / f"{name}.md").write_text(written)
-    (folder / f"{name}.tex").write_text(latex_table(table, formats, caption, f"tab:{name}", **ranking))
+    (folder / f"{name}.tex").write_text(latex_table(table, formats, escaped(caption), f"tab:{name}", **ranking))
     (folder / f"{name}.txt").write_text(note.rstrip("\n") + "\n")
-    return Markdown(written)
+    return Markdown(f"**{_plain(caption)}**\n\n{written}")
 
 
 def shown(table: pd.DataFrame, decimals: int = 3, reason: str = "no rows") -> Styler | Markdown:

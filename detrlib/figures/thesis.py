@@ -38,7 +38,7 @@ PREAMBLE = rf"""% Any class will do: \input the tables, and \includegraphics the
 \makeatletter\renewcommand{{\fps@figure}}{{!htbp}}\renewcommand{{\fps@table}}{{!htbp}}\makeatother
 \renewcommand{{\topfraction}}{{1}}\renewcommand{{\bottomfraction}}{{1}}\renewcommand{{\textfraction}}{{0}}
 \setcounter{{topnumber}}{{9}}\setcounter{{bottomnumber}}{{9}}\setcounter{{totalnumber}}{{9}}
-\makeatletter\setlength{{\@fptop}}{{0pt}}\makeatother\extrafloats{{200}}
+\makeatletter\setlength{{\@fptop}}{{0pt}}\makeatother\extrafloats{{200}}\maxdeadcycles=1000
 """
 FIGURE = r"""\begin{{figure}}
 \centering
@@ -56,8 +56,9 @@ class Thesis:
     """
 
     def __init__(self, run_dirs: Sequence[Path], folder: Path, first: Sequence[str] = ()):
-        names = shlex.join(runs.run_name(run_dir) for run_dir in run_dirs)
-        self.note = runs.provenance(run_dirs, f"detrlib figures {names} --out {runs.within_project(folder)}")
+        names = map(runs.run_name, run_dirs)
+        command = shlex.join(["detrlib", "figures", *names, "--out", runs.within_project(folder)])
+        self.note = runs.provenance(run_dirs, command)
         self.folder, self.first, self.runs = folder, first, list(runs.run_labels(run_dirs).values())
         self._kept, self._left_out = {}, {}  # by label: its environment in LaTeX; why there is none
 

@@ -29,7 +29,7 @@ CAUSES = {
     "place": "the right class near an object, but an IoU below 0.5",
     "both": "near an object of another class, at an IoU below 0.5",
     "duplicate": "on an object that a detection of higher score has",
-    "background": "near nothing",
+    "background": "an IoU below 0.1 with every object",
     "miss": "an object that no detection has, and none misjudges in class or place",
 }
 # What all false positives cost, whatever their cause, and all objects that no detection has.

@@ -18,7 +18,7 @@ from detrlib.metrics.coco_format import box_table
 from detrlib.metrics.curves import precision_recall
 from detrlib.metrics.detection import match_detections
 from detrlib.metrics.failures import CAUSES, TOTALS, Failures, find_failures, lost_ap
-from detrlib.runs.folder import group_of, load_results, run_config, run_labels
+from detrlib.runs.folder import group_of, load_results, run_config, run_labels, to_measure
 from detrlib.runs.results import having, load_matches
 
 logger = logging.getLogger(__name__)
@@ -66,11 +66,11 @@ def read_predictions(run_dir: Path) -> pd.DataFrame:
     """The table of the detections that an evaluation has stored. Raises RunError where they are missing or damaged."""
     path = run_dir / "predictions.json"
     if not path.exists():
-        raise RunError(f"no {path}; measure the run (again): detrlib evaluate {run_dir}")
+        raise RunError(f"no {path}; measure the run (again): {to_measure(run_dir)}")
     try:
         return box_table(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = f"delete it, then: detrlib evaluate {run_dir}"
+        remedy = f"delete it, then: {to_measure(run_dir)}"
         raise DamagedFile(f"{path} is damaged ({in_one_line(error)}); {remedy}") from error
 
 

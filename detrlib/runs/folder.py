@@ -26,6 +26,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import pandas as pd
@@ -148,6 +149,11 @@ def run_name(run_dir: Path) -> str:
     return str(run_dir.relative_to(RUNS)) if run_dir.is_relative_to(RUNS) else str(run_dir)
 
 
+def to_measure(run_dir: Path, command: str = "detrlib evaluate") -> str:
+    """The command that measures a run, as a shell takes it, whatever the run is called."""
+    return f"{command} {quote(run_name(run_dir))}"
+
+
 def within_project(path: Path) -> str:
     """`path` from the project root where it lies in it: an executed notebook should not name the machine."""
     return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
@@ -230,14 +236,14 @@ def truncate_metrics(run_dir: Path, last_step: int, epoch: int) -> None:
 
 def load_results(run_dir: Path) -> dict:
     """results.json of a run that was evaluated. Raises RunError when it was not, or the file is damaged."""
-    path = run_dir / "results.json"
+    path, again = run_dir / "results.json", to_measure(run_dir)
     if not path.exists():
         kept = next((name for name in ("best", "last") if (run_dir / "checkpoints" / f"{name}.pt").exists()), None)
-        measure = f", or measure it as it is: detrlib evaluate {run_name(run_dir)} --checkpoint {kept}" if kept else ""
+        measure = f", or measure it as it is: {again} --checkpoint {kept}" if kept else ""
         raise RunError(
             f"{run_dir} has no results.json: not a run, or not finished; start it again to continue{measure}"
         )
-    return load_json(path, f"delete it, then start the run again, or: detrlib evaluate {run_name(run_dir)}")
+    return load_json(path, f"delete it, then start the run again, or: {again}")
 
 
 def run_labels(run_dirs: Iterable[Path]) -> dict[Path, str]:
@@ -308,12 +314,13 @@ def load_table(run_dir: Path, name: str, made_by: str = "detrlib evaluate") -> p
     """
     path = _table_path(run_dir, name)
     if not path.exists():
-        raise RunError(f"no {path}; measure the run (again): {made_by} {run_dir}")
+        raise RunError(f"no {path}; measure the run (again): {to_measure(run_dir, made_by)}")
     parts = part_files(path)  # raises where some are missing
     try:
         table = read_table(path)
     except Exception as error:  # pyarrow has many
-        raise RunError(f"{path} is damaged ({in_one_line(error)}); delete it, then: {made_by} {run_dir}") from error
+        remedy = f"delete it, then: {to_measure(run_dir, made_by)}"
+        raise RunError(f"{path} is damaged ({in_one_line(error)}); {remedy}") from error
     # Processes have every other batch each.
     return table.sort_values("image_id", kind="stable", ignore_index=True) if len(parts) > 1 else table
 

@@ -17,7 +17,7 @@ from detrlib.config.attention import SiteName
 from detrlib.errors import RunError
 from detrlib.metrics.detection import UNDEFINED, Matches
 from detrlib.metrics.sinks import MEASURES as SINKS
-from detrlib.runs.folder import class_names, group_of, has_table, load_results, load_table, run_labels
+from detrlib.runs.folder import class_names, group_of, has_table, load_results, load_table, run_labels, to_measure
 
 MADE_BY = "detrlib intervene"
 NO_OBJECTS = "no objects in this split"
@@ -31,7 +31,7 @@ def _evaluated(run_dir: Path) -> dict:
     """
     results = load_results(run_dir)
     if "imported" in results:
-        raise RunError(f"{run_dir} is made of {results['imported']} and not evaluated yet: detrlib evaluate {run_dir}")
+        raise RunError(f"{run_dir} is made of {results['imported']} and not evaluated yet: {to_measure(run_dir)}")
     return results | {name: _defined(results.get(name, {})) for name in ("detection", "floor")}
 
 
@@ -314,7 +314,9 @@ def interventions_frame(run_dirs: Iterable[Path], images: int | None = None, che
         table = table[(table["checkpoint"] == checkpoint) & (table["images"] == (images or table["images"]))]
         if table.empty:
             asked = f"checkpoint {checkpoint}" + (f" on {images} images" if images else "")
-            raise RunError(f"{run_dir}: no interventions of {asked} are stored; measure them: {MADE_BY}")
+            raise RunError(
+                f"{run_dir}: no interventions of {asked} are stored; measure them: {to_measure(run_dir, MADE_BY)}"
+            )
         trained = {site: _trained(run_dir, site) for site in table["site"].unique()}
         table = table.replace({name: {UNDEFINED: np.nan} for name in ("AP", "AP50")})
         names, alphas = ([trained[site][part] for site in table["site"]] for part in (0, 1))

@@ -15,7 +15,10 @@ from detrlib.figures.style import MUTED, PALETTE, figure, styled
 
 @styled
 def growth(lines: Mapping[str, tuple], marks: Mapping[str, float], labels: tuple[str, str]) -> Figure:
-    """Lines {name: (x [n], y [n])} on logarithmic axes, named `labels`; marks: text -> x of a vertical line."""
+    """Lines of what grows, on logarithmic axes.
+
+    lines: by name (x [n], y [n]); labels: of the axes; marks: text -> x of a vertical line.
+    """
     drawn, axes = figure(0.8, 0.5)
     for (name, (x, y)), colour in zip(lines.items(), PALETTE, strict=False):
         axes.plot(x, y, color=colour, label=name)
@@ -57,7 +60,10 @@ def locations_on_levels(locations: np.ndarray, reference: np.ndarray, shapes: Se
 
 @styled
 def cell_shares(panels: Mapping[str, np.ndarray], location: Sequence[float]) -> Figure:
-    """A panel per title: numbers [h,w] in shaded cells, dots at centres, a cross at `location` (x, y) in cells."""
+    """A panel per title: numbers [h,w] in shaded cells, dots at centres, a cross at the location.
+
+    location: (x, y) in cells.
+    """
     drawn, grid = figure(min(1.0, 0.3 * len(panels)), 1.12 / len(panels), ncols=len(panels), squeeze=False)
     top = max(values.max() for values in panels.values())
     for axes, (title, values) in zip(grid[0], panels.items(), strict=True):

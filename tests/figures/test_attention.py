@@ -41,13 +41,13 @@ def test_objects_by_run_has_a_row_per_run_and_a_column_per_object(make_example, 
     drawn = attention.objects_by_run({"one": make_example(), "two": make_example(matched=(-1, -1, 1))}, NAMES)
     assert titles(drawn) == [
         "one",
-        "1 dog 0.40",
-        "2 cat 0.80",
+        "2 dog 0.40",
+        "1 cat 0.80",
         "two",
-        "1 dog 0.40",
-        "2 no query left",
+        "2 dog 0.40",
+        "1 no query left",
         "",
-    ]  # largest object first
+    ]  # largest object first, with the numbers of the annotations, as where they are matched
     assert len(drawn.axes[5].images) == 1  # nothing was matched to that object: no map
     maps = make_example().maps(layer=-1).mean(0)[[2, 1]]  # of the queries matched to either
     assert shows(drawn.axes[1], maps[0], *maps) and shows(drawn.axes[2], maps[1], *maps)

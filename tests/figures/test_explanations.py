@@ -107,7 +107,7 @@ def test_one_method_of_several_runs_is_chosen():
 
 def test_without_tested_explanations_there_is_nothing_to_show(texts):
     assert texts(explanations.deletion_insertion_curves(pd.DataFrame())) == [
-        "Nothing to show: no explanations were tested."
+        "Nothing to show: no explanations were tested (detrlib explain RUN)."
     ]
     assert explanations.faithfulness_table({}).empty
 

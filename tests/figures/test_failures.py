@@ -43,7 +43,7 @@ def test_bars_are_the_shares_in_points(failed, texts):
 
 def test_the_images_behind_a_share_show_what_failed(failed, texts):
     told = texts(drawing.behind_share(failed, "class"))
-    assert "image 4: 1 of class" in told and "bee for ant 0.75" in told
+    assert "image 4: 1 failure" in told and "bee for ant 0.75" in told
     assert "ant 0.50" in texts(drawing.behind_share(failed, "background"))
     assert "ant" in texts(drawing.behind_share(failed, "miss"))
     assert drawing.behind_share(failed, "duplicate").get_label() == NOTHING
@@ -59,7 +59,8 @@ def test_curves_are_drawn_by_size_and_by_class(half_curves, texts):
     assert line.get_ydata() == pytest.approx(curves[(curves["class"] == ALL) & (curves["size"] == "all")]["precision"])
     assert {"ant", "softmax"} <= set(texts(drawing.precision_recall(curves, by="class")))
     assert len(drawing.precision_recall(curves, by="class", most=1).axes) == 1
-    assert drawing.precision_recall(curves[:0]).get_label() == NOTHING
+    nothing = drawing.precision_recall(curves[:0])
+    assert nothing.get_label() == NOTHING and "predictions.json" in texts(nothing)[0], "where the data may have gone"
 
 
 @pytest.fixture

@@ -110,6 +110,8 @@ def test_figures_say_what_a_table_lacks(texts):
     assert words == "Nothing to show: no interventions of the kind 'heads' were measured, only 'none', 'alpha'."
     draws = (figures.alpha_sweep, figures.transform_swap, figures.head_pruning, figures.head_importance)
     draws += (figures.query_removal, figures.query_importance, figures.part_importance, figures.sink_importance)
-    assert {texts(draw(FRAME[:0]))[0] for draw in draws} == {"Nothing to show: no interventions were measured."}
+    assert {texts(draw(FRAME[:0]))[0] for draw in draws} == {
+        "Nothing to show: no interventions were measured (detrlib intervene RUN)."
+    }
     with pytest.raises(ConfigError, match="several sites, decoder_cross, encoder_self"):
         figures.alpha_sweep(pd.concat([FRAME, FRAME.assign(site="encoder_self")]))

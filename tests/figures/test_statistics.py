@@ -33,6 +33,7 @@ def test_differences_are_hollow_where_not_established(texts):
     assert {"a − b", "a − c", "b − c", "average precision", "established", "not established"} <= set(texts(drawn))
     missing = with_verdicts(table.assign(difference=np.nan, p=np.nan))
     assert " –" in texts(differences(missing))
+    assert "not established" in texts(differences(missing)) and "established" not in texts(differences(missing))
 
 
 def test_one_run_or_group_has_no_differences(texts):

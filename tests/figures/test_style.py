@@ -1,7 +1,9 @@
 """One look for every figure: colours of transforms, sizes, panels, what is saved, and what is said where nothing is."""
 
+import importlib
 import subprocess
 import sys
+from pkgutil import iter_modules
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from IPython.core.formatters import DisplayFormatter
 from seaborn.utils import relative_luminance
 
-from detrlib import figures
+from detrlib import figures, teaching
 from detrlib.config import PROJECT
 from detrlib.figures import style
 
@@ -44,6 +46,22 @@ def test_runs_of_one_transform_get_different_colours():
 def test_more_runs_than_a_figure_holds_are_drawn_in_parts():
     assert style.in_parts({"a": 1, "b": 2, "c": 3}, 2) == {"": {"a": 1, "b": 2}, "_2": {"c": 3}}
     assert style.in_parts({}, 2) == {"": {}}
+
+
+def test_what_a_figure_shows_is_said_in_words_without_code():
+    """To those who cannot see it; what the arguments are stands further below."""
+    packages = (figures, teaching)
+    modules = [importlib.import_module(f"{p.__name__}.{m.name}") for p in packages for m in iter_modules(p.__path__)]
+    drawing = {draw for module in modules for draw in vars(module).values() if hasattr(draw, "__wrapped__")}
+    drawing = [draw for draw in drawing if getattr(draw, "__annotations__", {}).get("return") is plt.Figure]
+    assert len(drawing) > 40
+    assert [style.subject_of(draw) for draw in drawing if set("`{}[]") & set(style.subject_of(draw))] == []
+
+
+def test_panels_above_an_empty_place_keep_the_numbers_of_a_shared_axis():
+    drawn, axes = style.panels(4, 3, 1.0, sharex=True)
+    drawn.canvas.draw()
+    assert [axis.xaxis.get_tick_params()["labelbottom"] for axis in axes] == [False, True, True, True]
 
 
 def test_figures_are_as_wide_as_asked_and_styled_for_themselves_only():
@@ -128,6 +146,7 @@ def test_a_figure_of_nothing_says_why_and_is_not_saved(tmp_path, texts):
 
     drawn = draw()
     assert texts(drawn) == ["Nothing to show: no run has attention."]
+    assert drawn.alternative() == "Nothing to show: no run has attention.", "and no picture that is not there"
     assert style.save(drawn, "layers", tmp_path, "note") is drawn and not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from detrlib.errors import ConfigError
 from detrlib.figures import tables
@@ -49,11 +50,33 @@ def test_tables_without_a_winner_have_no_bold_and_unknown_columns_are_refused():
 
 def test_saved_tables_have_a_label_and_a_note_and_are_returned(tmp_path):
     shown = tables.save_table(table(), "main", "All runs.", tmp_path / "new", "made here", lower_is_better=["loss"])
-    assert shown.data == (tmp_path / "new" / "main.md").read_text()
+    assert shown.data == "**All runs.**\n\n" + (tmp_path / "new" / "main.md").read_text()
     assert "| soft_max | **0.412** | 1.500 | 5 | x |" in shown.data
     latex = (tmp_path / "new" / "main.tex").read_text()
     assert r"\label{tab:main}" in latex and r"\textbf{0.412}" in latex and r"\caption{All runs.}" in latex
     assert (tmp_path / "new" / "main.txt").read_text() == "made here\n"
+
+
+def test_notebooks_show_tables_without_empty_headers():
+    """Of pandas: the corner, and the row of the index's name."""
+    from importlib import reload  # what is done once in a notebook is done again here
+
+    shell = InteractiveShell.instance()
+    try:
+        reload(tables)
+        for shown in (table(), table().rename_axis("run"), table().rename_axis("run").style):
+            html = shell.display_formatter.format(shown)[0]["text/html"]
+            assert "<th" in html and not re.search(r"<th[^>]*>(\s|&nbsp;)*</th>", html)
+            assert "soft_max" in html and "0.41" in html
+    finally:
+        InteractiveShell.clear_instance()
+
+
+def test_captions_of_saved_tables_are_text(tmp_path):
+    """A per cent sign would hide the rest of its line from LaTeX, and break the whole document."""
+    shown = tables.save_table(table(), "main", "Runs & <95 % intervals>.", tmp_path, "")
+    assert r"\caption{Runs \& <95 \% intervals>.}" in (tmp_path / "main.tex").read_text()
+    assert shown.data.startswith("**Runs & &lt;95 % intervals>.**")
 
 
 def test_a_table_without_rows_says_so_and_is_not_saved(tmp_path):

@@ -54,6 +54,14 @@ def test_it_compiles_within_its_margins_and_its_figures_are_at_their_size(book, 
     assert float(width) == style.TEXT_WIDTH  # figures are neither enlarged nor made smaller
 
 
+def test_it_compiles_whatever_is_kept(book, compiled):
+    """LaTeX gives up where many floats wait for text that would part them."""
+    for number in range(80):
+        book.table(pd.DataFrame({"AP": range(20)}), f"table_{number}", "With 95 % intervals.")
+    book.close()
+    assert "undefined" not in compiled(book.folder / thesis.DOCUMENT)
+
+
 def test_text_means_nothing_to_latex():
     assert tables.escaped("a_1 & 50%") == r"a\_1 \& 50\%"
     assert not re.search(r"(?<!\\)[%&#_]", tables.escaped(HOSTILE))

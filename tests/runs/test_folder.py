@@ -98,6 +98,13 @@ def test_truncating_forgets_later_steps_and_a_line_cut_short(tmp_path):
     assert runs.read_metrics(tmp_path) == [record(1, 0), record(2, 0), record(2, 1), record(3, 2)]
 
 
+def test_commands_in_messages_can_be_typed_whatever_a_run_is_called():
+    with pytest.raises(RunError, match=r"detrlib evaluate 'my study/a run'$"):
+        runs.load_table(folder.RUNS / "my study" / "a run", "sparsity")
+    with pytest.raises(RunError, match=r"detrlib intervene a-run$"):
+        runs.load_table(folder.RUNS / "a-run", "interventions", "detrlib intervene")
+
+
 def test_tables_are_files_or_folders_of_parts(tmp_path):
     frame = pd.DataFrame({"image_id": [1, 2], "gini": [0.5, 0.25]})
     assert not has_table(tmp_path, "sparsity")
