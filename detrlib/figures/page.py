@@ -83,7 +83,7 @@ def page_pending(image_id: int, faults: Sequence[tuple[int, int] | None], stored
 def page_cell(example: Example, x: float, y: float) -> dict[str, Any]:
     """Where the cell of the encoder at (x, y), in shares of the picture, looks: as `maps` of a detection, and its box.
 
-    Raises KeyError where the example has no such maps.
+    Raises RunError where the example has no such maps.
     """
     height, width = example.image.shape[:2]
     cell = cell_at(example, x * width - 0.5, y * height - 0.5)
@@ -145,12 +145,12 @@ def page_text(
         "head": 0 if view.head == "mean" else view.head + 1,
     }
     source = files("detrlib.figures")
-    filled = {"TITLE": escape(title), "NOTE": escape(note), "PALE": str(1 - PALE)}
+    filled = {"TITLE": _as_text(title), "NOTE": _as_text(note), "PALE": str(1 - PALE)}
     filled |= {"SCRIPT": "\n".join(source.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)}
     elements = [f'<script type="application/json" class="picture">{picture}</script>' for picture in pictures]
     filled |= {"SETTINGS": _embedded(settings), "PICTURES": "\n".join(elements)}
     text = source.joinpath("page.html").read_text(encoding="utf-8")
-    for name, value in filled.items():  # pictures last: what they hold is not looked at
+    for name, value in filled.items():
         text = text.replace(f"@{name}@", value)
     return text
 
@@ -286,6 +286,11 @@ def _data_uri(image: Image.Image) -> str:
     content, lossless = io.BytesIO(), max(image.size) <= CRISP
     image.save(content, "PNG" if lossless else "JPEG", **({"optimize": True} if lossless else {"quality": 88}))
     return f"data:image/{'png' if lossless else 'jpeg'};base64,{b64encode(content.getvalue()).decode()}"
+
+
+def _as_text(text: str) -> str:
+    """Text that is neither markup nor, as @NAME@, a place of page.html to be filled."""
+    return escape(text).replace("@", "&#64;")
 
 
 def _embedded(values: Any) -> str:

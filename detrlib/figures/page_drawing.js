@@ -44,7 +44,7 @@ function boxesOf(picture, run, row, map, top, [width, height]) {
     const box = scaled(picture.objects.boxes[object]), lost = missed.includes(object) ? " chosen" : "";
     svg.append(rect(box, {class: "rim"}), rect(box, {class: `box object${lost}`, stroke: look(name)[0]}));
   });
-  const order = rowsOf(detected).filter(i => visible(detected, i) || i === row);
+  const order = [...detected.scores.keys()].filter(i => visible(detected, i) || i === row);
   const boxes = new Map(order.map(i => [i, scaled(detected.boxes[i])]));
   const mark = i => picture.objects && wrong.has(i) ? " ✗" : "";
   const texts = new Map(order.map(i => [i, `${nameOf(detected, i)}${mark(i)}`]));

@@ -7,7 +7,7 @@ from typing import Any
 import anywidget
 import traitlets
 
-from detrlib.errors import DetrlibError
+from detrlib.errors import in_one_line
 from detrlib.figures.page import page_cell, page_example, page_pending, page_text
 from detrlib.figures.predictions import MapChoice
 from detrlib.figures.viewer import HEIGHT, frame_of
@@ -79,8 +79,8 @@ class AttentionViewer(anywidget.AnyWidget):
                 answer = page_cell(self.images[asked["run"]][self._ids[asked["image"]]], *asked["cell"])
             else:
                 answer = {"picture": self._picture(asked["image"])}
-        except DetrlibError as error:  # of an image that cannot be computed
-            answer = {"fault": str(error)}
+        except Exception as error:  # of an image that cannot be computed, whatever the reason: memory, a file, the run
+            answer = {"fault": in_one_line(error)}
         self.send({"number": content["number"], "answer": answer})
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict] | None:

@@ -295,6 +295,49 @@ def test_an_image_that_a_run_has_not_stored_and_one_without_detections(see, open
     assert see.heading().startswith("image 7") and len(see.chosen()) == 2
 
 
+def test_what_a_run_has_not_stored_is_neither_missed_nor_agreed_on(see, opened, make_example):
+    opened({"first": {7: make_example(7)}, "second": {7: make_example(7), 8: make_example(8)}})
+    assert see.value(BADGES) == ["0 missed, 1 wrong", "not stored of this run"]
+    see.choose("order", "miss")
+    assert see.value(BADGES)[1] == "not stored of this run"
+    see.press("x")
+    see.choose("order", "apart")
+    assert see.value(BADGES) == ["they agree", "not in two runs"]
+
+
+@pytest.mark.parametrize("address", ["order=apart", "order=constructor", "layer=99&head=99", "site=x&run=x&image=x"])
+def test_an_address_that_names_what_is_not_there_shows_the_rest(see, opened, stored, address):
+    opened({"first": stored["first"]}, f"#{address}")
+    menus = ("order", "layer", "head", "site")
+    assert see.value(f"{[*menus]}.map(name => control(name).value)") == ["missed", "1", "0", "decoder_cross"]
+    assert_drawn(see.map(), stored["first"][7].maps(layer=-1)[:, 0].mean(0))
+
+
+def test_the_other_run_shows_its_detection_whatever_its_score_or_class(see, opened, make_example, browser):
+    first, second = make_example(matched=(-1, -1, -1)), make_example(matched=(-1, -1, -1))
+    second.scores, second.labels = np.array([0.5, 0.45, 0.4]), np.array([1, 1, 1])
+    opened({"first": {7: first}, "second": {7: second}})
+    see.choose("score", 0.85)
+    assert see.chosen() == ["square 0.90"] and see.numbers(1)["query"].startswith("circle 0.50")
+    see.choose("score", 0.3)
+    see.choose("name", "square")
+    assert see.numbers(1)["query"].startswith("circle 0.50")
+    assert_drawn(see.map(1), second.maps(layer=-1)[:, 0].mean(0), first.maps(layer=-1)[:, 0].mean(0))
+    assert browser.faults() == []
+
+
+def test_a_class_that_no_image_has_leaves_nothing_shown(see, opened, make_example, browser):
+    example = make_example(matched=(-1, -1, -1))
+    example.labels, example.true_labels = np.array([2, 2, 2]), np.array([2, 2])
+    opened({"first": {7: example}})
+    see.choose("name", "circle")
+    for key in ("j", "ArrowRight", "l"):
+        see.press(key)
+    assert see.heading() == "no image with this class" and see.value("document.querySelectorAll('.panel').length") == 0
+    see.choose("name", "square")
+    assert see.heading().startswith("image 7") and see.chosen() and browser.faults() == []
+
+
 def test_pictures_of_ones_own_have_no_objects_and_explanations_are_maps(see, browser, make_detected, tmp_path):
     explained = make_detected(matched=(-1, -1, -1))
     explained.explanations = {"odam": np.arange(48, dtype=np.float32).reshape(2, 4, 6)}
@@ -335,10 +378,11 @@ def live(browser, monkeypatch, tmp_path):
             browser.value("new Promise(done => setTimeout(done, 30))")
         browser.settled()
 
-    def live(viewer):
+    def live(viewer, at_once=True):
         (tmp_path / "live.html").write_text(viewer.page, encoding="utf-8")
         browser.open((tmp_path / "live.html").as_uri())
-        answer(viewer)
+        if at_once:
+            answer(viewer)
         return lambda: answer(viewer)
 
     yield live
@@ -374,6 +418,49 @@ def test_a_kernel_is_asked_for_images_and_its_faults_are_told(see, live, stored,
     see.press("ArrowLeft")
     assert see.heading().startswith("image 8")
     assert browser.faults() == []
+
+
+def test_what_is_wanted_is_shown_though_other_images_arrive_meanwhile(see, live, stored, browser, make_example):
+    images = Kernel(stored["first"] | {5: make_example(5)})
+    answer = live(AttentionViewer({"first": images}, NAMES, image_id=7), at_once=False)
+    browser.value("show(pictures.find(picture => picture.name === '5')), 0")  # and the stored one is on its way
+    answer()
+    assert see.heading().startswith("image 5") and see.chosen()
+    assert browser.faults() == []
+
+
+def test_of_images_that_are_passed_by_the_last_one_alone_is_asked_for(see, live, stored, browser, make_example):
+    images = Kernel({7: stored["first"][7]} | {number: make_example(number) for number in (3, 4, 5)})
+    answer = live(AttentionViewer({"first": images}, NAMES, image_id=7))
+    see.choose("order", "given")
+    browser.value(
+        "globalThis.asked_for = [], ask = kernel, sent.push = (one) => { asked_for.push(one.asked.image); "
+        "return Array.prototype.push.call(sent, one); }, 0"
+    )
+    for _ in range(3):
+        see.press("ArrowRight")
+    answer()
+    assert see.heading().startswith("image 5") and see.chosen()
+    assert see.value("asked_for") == ["3", "5"]
+
+
+def test_known_faults_are_those_of_all_classes_and_scores(see, live, stored):
+    live(AttentionViewer({"first": Kernel(stored["first"] | {9: None})}, NAMES, image_id=7))
+    see.choose("score", 0.5)
+    assert dict(zip(see.value(LISTED), see.value(BADGES), strict=True))["9"] == "not looked at yet"
+
+
+def test_maps_are_offered_though_the_first_image_has_none(see, live, stored, make_example, browser):
+    nothing = make_example(5)
+    for name in ("boxes", "labels", "scores", "matched", "queries"):
+        setattr(nothing, name, getattr(nothing, name)[:0])
+    nothing.stored = {}
+    answer = live(AttentionViewer({"first": Kernel({5: nothing} | {7: stored["first"][7]})}, NAMES, image_id=5))
+    assert see.value("document.getElementById('attention').hidden")
+    see.press("ArrowRight")
+    answer()
+    assert see.heading().startswith("image 7") and see.value("control('layer').value") == "1"
+    assert_drawn(see.map(), stored["first"][7].maps(layer=-1)[:, 0].mean(0))
 
 
 def test_any_cell_of_an_encoder_shows_where_it_looks_in_every_run(see, live, stored, browser):

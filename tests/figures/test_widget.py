@@ -66,6 +66,15 @@ def test_images_are_computed_when_they_are_asked_for(make_example, ask, scripts)
     assert ask(viewer, image="9") == {"fault": "no checkpoint <last.pt>"}
 
 
+def test_a_fault_of_any_kind_is_an_answer(make_example, ask):
+    def short_of_memory(image_id):
+        if image_id == 7:
+            raise MemoryError
+        return make_example(image_id)
+
+    assert ask(AttentionViewer({"run": Lazy(short_of_memory)}, NAMES), image="7") == {"fault": "MemoryError"}
+
+
 def test_known_faults_are_told_before_an_image_is_computed(make_example, scripts):
     errors = pd.DataFrame({"missed": [3], "false_positives": [1]}, index=[7])
     viewer = AttentionViewer({"run": Lazy(make_example, errors=errors), "other": Lazy(make_example)}, NAMES, 8)
