@@ -66,6 +66,13 @@ def test_images_are_computed_when_they_are_asked_for(make_example, ask, scripts)
     assert ask(viewer, image="9") == {"fault": "no checkpoint <last.pt>"}
 
 
+def test_an_image_of_other_data_with_the_same_number_is_not_shown_beside_it(make_example, scripts):
+    other = make_example(7)
+    other.true_boxes = other.true_boxes[:1]
+    (picture,) = scripts(AttentionViewer({"first": {7: make_example(7)}, "other": {7: other}}, NAMES).page, PICTURE)
+    assert [detected is None for detected in picture["detected"]] == [False, True]
+
+
 def test_a_fault_of_any_kind_is_an_answer(make_example, ask):
     def short_of_memory(image_id):
         if image_id == 7:
