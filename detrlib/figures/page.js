@@ -239,7 +239,7 @@ async function begin() {
   for (const name of ["run", "beside"]) control(name).addEventListener("input", () => { swapped(name); rearrange(); });
   control("order").addEventListener("input", () => { arrange(); state.chosen = null; show(state.listed[0]); });
   for (const name of ["score", "name", "layer", "head"]) control(name).addEventListener("input", rearrange);
-  control("site").addEventListener("input", () => { offerMaps(); draw(); });
+  control("site").addEventListener("input", () => { offerMaps(); rearrange(); });
   for (const name of ["linear", "shared", "ring", "captions", "truth"]) control(name).addEventListener("input", draw);
   control("swap").addEventListener("click", swap);
   control("ask").addEventListener("click", keys["?"]);

@@ -61,7 +61,7 @@ def page_example(picture: Mapping[str, Example | None], names: Mapping[str, Mapp
     """
     run, first = next((run, example) for run, example in picture.items() if example is not None)
     size = first.image.shape[:2]
-    objects = {"boxes": _shares(first.true_boxes, size), "names": _names(first.true_labels, names[run])}
+    objects = {"boxes": _ltwh(_in_image(first, "true_boxes")), "names": _names(first.true_labels, names[run])}
     runs = [
         example and _one_run(_in_image(example, "boxes"), example.scores, _names(example.labels, names[run]), example)
         for run, example in picture.items()
@@ -252,10 +252,6 @@ def _in_image(example: Example, boxes: str) -> np.ndarray:
 def _corners(size: tuple[int, ...]) -> np.ndarray:
     height, width = size
     return np.array([width, height, width, height], dtype=np.float32)
-
-
-def _shares(boxes: np.ndarray, size: tuple[int, ...]) -> list[list[float]]:
-    return _ltwh(boxes.reshape(-1, 4) / _corners(size))
 
 
 def _ltwh(boxes: np.ndarray) -> list[list[float]]:

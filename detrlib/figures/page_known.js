@@ -12,6 +12,7 @@ const number = (value, digits = 2) => value.toFixed(digits);
 const weightText = value => value === 0 ? "0" : value < 0.001 ? value.toExponential(1) : value.toPrecision(2);
 const EVEN = 0.005;  // of the sum of a map: what rounding may have moved
 const [NEAR, HALF] = [0.1, 0.5];  // IoU from which a detection is about an object, and has it
+const SAME = 0.3;  // IoU above which detections of two runs stand for each other, where no object tells
 const REACH = 0.02;  // of the longer side of the picture: how far from a box a click still means it
 const pictures = [...document.querySelectorAll("script.picture")].map((script, index) => {
   const picture = JSON.parse(script.textContent);
@@ -21,10 +22,14 @@ const pictures = [...document.querySelectorAll("script.picture")].map((script, i
 const allMaps = pictures.flatMap(picture => picture.detected.flatMap(detected => detected?.maps ?? []));
 // In a notebook the frame of this page has a way to the kernel; elsewhere the page is alone.
 const kernel = window.frameElement?.ask;
-const state = {picture: pictures[0], chosen: null, cell: null, wanted: true, turn: 0, listed: []};
+// The picture that is shown; of it the detection {run, row} that is chosen, and whether one is wanted, or a cell of the
+// encoder; the number of the last drawing; pictures as they are listed; the picture that was gone to last, and the one
+// that the kernel is waited for.
+const state = {picture: pictures[0], chosen: null, wanted: true, cell: null, turn: 0, listed: [], going: null,
+  awaited: null};
 
 function make(tag, attributes = {}, ...content) {
-  const drawn = ["svg", "rect", "circle", "g", "text", "title"].includes(tag);
+  const drawn = ["svg", "rect", "circle", "g", "text"].includes(tag);
   const node = drawn ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...content);  // names of files and classes are text, never markup
@@ -163,7 +168,7 @@ function disagreement(picture) {
   if (!a || !b) return [-1, "not in two runs"];
   for (const [one, other] of [[a, b], [b, a]]) for (const i of seen(one)) {
     const same = other.boxes.map((box, j) =>
-      other.names[j] === one.names[i] && overlap(box, one.boxes[i]) >= 0.5 ? other.scores[j] : 0);
+      other.names[j] === one.names[i] && overlap(box, one.boxes[i]) >= HALF ? other.scores[j] : 0);
     const least = Math.max(0, ...same);
     if (one.scores[i] - least > most) [most, what] = [one.scores[i] - least, `${nameOf(one, i)}, ${number(least)}`];
   }
@@ -235,7 +240,7 @@ function corresponding(picture, run) {
   const same = origin.matched[row] >= 0 ? detected.matched.indexOf(origin.matched[row]) : -1;
   if (same >= 0) return same;
   const ious = detected.boxes.map(box => overlap(box, origin.boxes[row])), best = ious.indexOf(Math.max(...ious));
-  return best >= 0 && ious[best] > 0.3 ? best : null;
+  return best >= 0 && ious[best] > SAME ? best : null;
 }
 
 // Rows that can be chosen: what is seen, and the queries matched to objects of the class, whatever their score.

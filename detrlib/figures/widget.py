@@ -81,7 +81,7 @@ class AttentionViewer(anywidget.AnyWidget):
                 answer = page_cell(self.images[asked["run"]][self._ids[asked["image"]]], *asked["cell"])
             else:
                 answer = {"picture": self._picture(asked["image"])}
-        except Exception as error:  # of an image that cannot be computed, whatever the reason: memory, a file, the run
+        except (Exception, KeyboardInterrupt) as error:  # memory, a file, the run, or who waited too long
             answer = {"fault": in_one_line(error)}
         self.send({"number": content["number"], "answer": answer})
 

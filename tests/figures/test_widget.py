@@ -73,13 +73,14 @@ def test_an_image_of_other_data_with_the_same_number_is_not_shown_beside_it(make
     assert [detected is None for detected in picture["detected"]] == [False, True]
 
 
-def test_a_fault_of_any_kind_is_an_answer(make_example, ask):
-    def short_of_memory(image_id):
+@pytest.mark.parametrize("kind", [MemoryError, OSError, KeyboardInterrupt])  # the last: who waited too long
+def test_a_fault_of_any_kind_is_an_answer(make_example, ask, kind):
+    def faulty(image_id):
         if image_id == 7:
-            raise MemoryError
+            raise kind
         return make_example(image_id)
 
-    assert ask(AttentionViewer({"run": Lazy(short_of_memory)}, NAMES), image="7") == {"fault": "MemoryError"}
+    assert ask(AttentionViewer({"run": Lazy(faulty)}, NAMES), image="7") == {"fault": kind.__name__}
 
 
 def test_known_faults_are_told_before_an_image_is_computed(make_example, scripts):
