@@ -17,6 +17,7 @@ async function draw() {
   for (const {fill} of panels) fill();
   panels[focused]?.panel.querySelector("[aria-pressed=true]")?.focus({preventScroll: true});
   control("panels").setAttribute("aria-busy", "false");
+  if (state.awaited) return;  // which the heading tells
   control("heading").replaceChildren(picture.title, make("small", {}, ` ${picture.size[1]} × ${picture.size[0]}, ` +
     `${state.listed.indexOf(picture) + 1} of ${state.listed.length}`));
 }
@@ -51,7 +52,7 @@ async function arrived(picture) {
 }
 
 async function show(picture) {
-  state.going = picture;
+  Object.assign(state, {going: picture, awaited: null});
   if (!picture) return showNothing();
   if (picture.pending) {
     if (!await arrived(picture)) return;  // another one was asked for meanwhile

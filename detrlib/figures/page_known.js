@@ -83,7 +83,8 @@ const asked = new Map();
 
 function fromKernel(question) {
   const key = JSON.stringify(question);
-  if (!asked.has(key)) asked.set(key, kernel(question).catch(error => ({fault: `${error}`})).then(async answer => {
+  const unheard = ({message}) => ({fault: `no kernel was reached, run the cell again (${message})`});  // restarted ones
+  if (!asked.has(key)) asked.set(key, kernel(question).catch(unheard).then(async answer => {
     control("fault").textContent = answer.fault ?? "";
     if (answer.fault || answer.picture) asked.delete(key);  // one may be mended, the other is kept as a picture
     if (answer.maps) answer.maps.measured = await unpacked(answer.maps.numbers, Float32Array);

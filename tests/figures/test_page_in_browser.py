@@ -429,6 +429,19 @@ def test_what_is_wanted_is_shown_though_other_images_arrive_meanwhile(see, live,
     assert browser.faults() == []
 
 
+def test_the_heading_tells_what_is_awaited_until_one_goes_elsewhere(see, live, stored, browser, make_example):
+    images = Kernel(stored["first"] | {5: make_example(5)})
+    answer = live(AttentionViewer({"first": images}, NAMES, image_id=7))
+    by_name = "show(pictures.find(picture => picture.name === '{}'))"
+    browser.value(f"{by_name.format(8)}, {by_name.format(5)}, 0")  # the first is here, and is drawn meanwhile
+    browser.settled()
+    assert see.heading().startswith("image 5: asked of the kernel")
+    browser.value(f"{by_name.format(7)}, 0")
+    see.choose("score", 0.35)
+    answer()
+    assert see.heading().startswith("image 7") and browser.faults() == []
+
+
 def test_of_images_that_are_passed_by_the_last_one_alone_is_asked_for(see, live, stored, browser, make_example):
     images = Kernel({7: stored["first"][7]} | {number: make_example(number) for number in (3, 4, 5)})
     answer = live(AttentionViewer({"first": images}, NAMES, image_id=7))
@@ -442,6 +455,17 @@ def test_of_images_that_are_passed_by_the_last_one_alone_is_asked_for(see, live,
     answer()
     assert see.heading().startswith("image 5") and see.chosen()
     assert see.value("asked_for") == ["3", "5"]
+
+
+def test_a_kernel_that_is_not_reached_is_told_and_can_be_asked_again(see, live, stored, browser, make_example):
+    images = Kernel({7: stored["first"][7], 5: make_example(5)})
+    answer = live(AttentionViewer({"first": images}, NAMES, image_id=7))
+    see.press("ArrowRight")
+    browser.value("answer({number: sent.pop().number, answer: Promise.reject(Error('Cannot send'))})")
+    browser.wait("document.getElementById('heading').textContent.includes('run the cell again (Cannot send)')")
+    browser.value("show(state.going), 0")
+    answer()
+    assert see.heading().startswith("image 5") and see.chosen() and browser.faults() == []
 
 
 def test_known_faults_are_those_of_all_classes_and_scores(see, live, stored):
