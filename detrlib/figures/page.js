@@ -17,6 +17,7 @@ async function draw() {
   for (const {fill} of panels) fill();
   panels[focused]?.panel.querySelector("[aria-pressed=true]")?.focus({preventScroll: true});
   control("panels").setAttribute("aria-busy", "false");
+  if (state.awaited) return;  // which the heading tells
   control("heading").replaceChildren(picture.title, make("small", {}, ` ${picture.size[1]} × ${picture.size[0]}, ` +
     `${state.listed.indexOf(picture) + 1} of ${state.listed.length}`));
 }
@@ -39,13 +40,22 @@ function settle() {
   state.chosen = state.wanted ? next : null;
 }
 
+let line = Promise.resolve();  // one image at a time is asked for: keys that are held down want the last one alone
+
+async function arrived(picture) {
+  control("heading").textContent = `${picture.title}: asked of the kernel (without one, run the cell again)`;
+  state.awaited = picture;
+  await (line = line.then(() => state.going === picture && fetched(picture)));
+  if (state.awaited === picture) state.awaited = null;
+  offerSites();  // the first picture may have had no maps
+  return state.going === picture;
+}
+
 async function show(picture) {
-  if (!picture) return;
-  state.going = picture;
+  Object.assign(state, {going: picture, awaited: null});
+  if (!picture) return showNothing();
   if (picture.pending) {
-    control("heading").textContent = `${picture.title}: asked of the kernel (without one, run the cell again)`;
-    await fetched(picture);
-    if (state.going !== picture) return;  // another one was asked for meanwhile
+    if (!await arrived(picture)) return;  // another one was asked for meanwhile
     if (picture.pending) return control("heading").textContent = `${picture.title}: ${control("fault").textContent}`;
     const entry = [...control("list").children].find(({firstChild}) => firstChild.picture === picture);
     entry?.replaceWith(entryOf(picture, ranked(picture)[1]));  // where it stands: the order is not changed on the way
@@ -61,6 +71,14 @@ async function show(picture) {
     if (at.left < around.left || at.right > around.right) list.scrollLeft += at.left - around.left;
   }
   draw();
+}
+
+function showNothing() {
+  Object.assign(state, {picture: null, chosen: null, turn: state.turn + 1});
+  panels = [];
+  control("panels").replaceChildren();
+  control("panels").setAttribute("aria-busy", "false");
+  control("heading").textContent = "no image with this class";
 }
 
 function arrange() {
@@ -88,18 +106,34 @@ function entryOf(picture, said) {
 
 function rearrange() {
   arrange();
-  show(state.listed.includes(state.picture) ? state.picture : state.listed[0]);
+  const {awaited, picture, listed} = state;
+  show([awaited, picture].find(one => listed.includes(one)) ?? listed[0]);
+}
+
+// Chooses in a menu what there is in it; whether it is there.
+function pick(name, value) {
+  const there = [...control(name).options].some(option => option.value === `${value}`);
+  if (there) control(name).value = value;
+  return there;
 }
 
 function offer(name, options, value) {
   control(name).replaceChildren(...options.map(([key, text]) => make("option", {value: key}, text)));
-  if (options.some(([key]) => `${key}` === `${value}`)) control(name).value = value;
-  else if (options.length) control(name).value = options.at(-1)[0];
+  if (!pick(name, value) && options.length) control(name).value = options.at(-1)[0];
+}
+
+// Sites that there are in any picture that is here.
+function offerSites() {
+  const sites = [...new Set(allMaps.map(maps => maps.site))];
+  control("attention").hidden = !sites.length;
+  if (!sites.length) return;
+  offer("site", sites.map(site => [site, site.replace("_", " ")]), control("site").value || settings.site);
+  offerMaps();
 }
 
 // Layers and heads that there are of the chosen site in any run.
 function offerMaps() {
-  const site = control("site").value, of = entries.filter(maps => maps.site === site);
+  const site = control("site").value, of = allMaps.filter(maps => maps.site === site);
   const layers = Math.max(1, ...of.map(maps => maps.layers)), heads = Math.max(0, ...of.map(maps => maps.heads));
   const list = (count, first) => Array.from({length: count}, (_, i) => [i + first, `${i + 1}`]);
   const first = settings.layer < 0 ? layers + settings.layer : settings.layer;
@@ -134,7 +168,7 @@ function stepImage(by) {
 }
 
 function stepRow(by) {
-  const run = state.chosen?.run ?? runsShown()[0], rows = rowsOf(state.picture.detected[run]);
+  const run = state.chosen?.run ?? runsShown()[0], rows = rowsOf(state.picture?.detected[run]);
   const at = state.chosen ? rows.indexOf(state.chosen.row) + by : by > 0 ? 0 : rows.length - 1;
   if (rows.length) choose(run, rows[(at + rows.length) % rows.length]);
 }
@@ -160,55 +194,53 @@ document.addEventListener("keydown", event => {
 
 // An address may name a view: viewer.html#image=17&run=sparsemax&beside=softmax&layer=2&head=3&order=duplicate
 function fromAddress() {
-  const asked = new URLSearchParams(location.hash.slice(1)), index = name => settings.runs.indexOf(asked.get(name));
-  for (const name of ["run", "beside"]) if (index(name) >= 0) { control(name).value = index(name); swapped(name); }
-  if (entries.some(maps => maps.site === asked.get("site"))) { control("site").value = asked.get("site"); offerMaps(); }
-  if (orders[asked.get("order")]) control("order").value = asked.get("order");
-  if (asked.has("layer")) control("layer").value = asked.get("layer") - 1;
-  if (asked.has("head")) control("head").value = asked.get("head") === "mean" ? 0 : asked.get("head");
-  return pictures.find(picture => picture.name === (asked.get("image") ?? settings.image));
+  const address = new URLSearchParams(location.hash.slice(1)), run = name => settings.runs.indexOf(address.get(name));
+  for (const name of ["run", "beside"]) if (run(name) >= 0 && pick(name, run(name))) swapped(name);
+  if (pick("site", address.get("site"))) offerMaps();
+  pick("order", address.get("order"));
+  pick("layer", address.get("layer") - 1);
+  pick("head", address.get("head") === "mean" ? 0 : address.get("head"));
+  return pictures.find(picture => picture.name === (address.get("image") ?? settings.image));
 }
 
 // What is quick to have is fetched beforehand, so that every order knows it.
 async function gather() {
   const quick = pictures.filter(({pending, stored}) => pending && stored);
   for (const picture of quick) await fetched(picture);
+  offerSites();
   if (quick.length) rearrange();
 }
 
 function follow() {
-  const asked = fromAddress();
+  const wanted = fromAddress();
   arrange();
-  show(asked ?? state.listed[0]);
+  show(wanted ?? state.listed[0]);
 }
 
 async function begin() {
+  if (!window.DecompressionStream) {
+    control("fault").textContent = "This browser cannot unpack the maps; one of 2023 or newer can.";
+    for (const detected of pictures.flatMap(picture => picture.detected)) delete detected?.maps;
+    allMaps.length = 0;
+  }
   const runs = settings.runs.map((name, run) => [run, name]), annotated = pictures.some(picture => picture.objects);
   offer("run", runs, 0);
   offer("beside", [[-1, "no other run"], ...runs], runs.length > 1 ? 1 : -1);
   state.runs = {run: control("run").value, beside: control("beside").value};
-  const sites = [...new Set(entries.map(maps => maps.site))];
-  offer("site", sites.map(site => [site, site.replace("_", " ")]), settings.site);
-  offerMaps();
+  offerSites();
   Object.assign(control("score"), {min: settings.score, value: settings.score});
   for (const name of Object.keys(settings.classes)) control("name").append(make("option", {value: name}, name));
-  const lacks = {missed: !annotated, wrong: !annotated, paibb: !annotated || !entries.length, apart: runs.length < 2};
-  for (const cause of Object.keys(settings.causes)) lacks[cause] = !annotated;
+  const lacks = {paibb: !annotated || !(allMaps.length || kernel), apart: runs.length < 2};
+  for (const name of ["missed", "wrong", ...Object.keys(settings.causes)]) lacks[name] = !annotated;
   const possible = Object.entries(orders).filter(([name]) => !lacks[name]).map(([name, [words]]) => [name, words]);
   offer("order", possible, annotated ? "missed" : "given");
   control("two").hidden = control("together").hidden = runs.length < 2;
-  control("attention").hidden = !entries.length;
   control("annotated").hidden = !annotated;
-  if (!window.DecompressionStream) {
-    control("fault").textContent = "This browser cannot unpack the maps; one of 2023 or newer can.";
-    for (const detected of pictures.flatMap(picture => picture.detected)) delete detected?.maps;
-    entries.length = 0;
-  }
-  for (const maps of entries) maps.measured = await unpacked(maps.numbers, Float32Array);
+  for (const maps of allMaps) maps.measured = await unpacked(maps.numbers, Float32Array);
   for (const name of ["run", "beside"]) control(name).addEventListener("input", () => { swapped(name); rearrange(); });
   control("order").addEventListener("input", () => { arrange(); state.chosen = null; show(state.listed[0]); });
   for (const name of ["score", "name", "layer", "head"]) control(name).addEventListener("input", rearrange);
-  control("site").addEventListener("input", () => { offerMaps(); draw(); });
+  control("site").addEventListener("input", () => { offerMaps(); rearrange(); });
   for (const name of ["linear", "shared", "ring", "captions", "truth"]) control(name).addEventListener("input", draw);
   control("swap").addEventListener("click", swap);
   control("ask").addEventListener("click", keys["?"]);

@@ -61,7 +61,7 @@ def page_example(picture: Mapping[str, Example | None], names: Mapping[str, Mapp
     """
     run, first = next((run, example) for run, example in picture.items() if example is not None)
     size = first.image.shape[:2]
-    objects = {"boxes": _shares(first.true_boxes, size), "names": _names(first.true_labels, names[run])}
+    objects = {"boxes": _ltwh(_in_image(first, "true_boxes")), "names": _names(first.true_labels, names[run])}
     runs = [
         example and _one_run(_in_image(example, "boxes"), example.scores, _names(example.labels, names[run]), example)
         for run, example in picture.items()
@@ -83,7 +83,7 @@ def page_pending(image_id: int, faults: Sequence[tuple[int, int] | None], stored
 def page_cell(example: Example, x: float, y: float) -> dict[str, Any]:
     """Where the cell of the encoder at (x, y), in shares of the picture, looks: as `maps` of a detection, and its box.
 
-    Raises KeyError where the example has no such maps.
+    Raises RunError where the example has no such maps.
     """
     height, width = example.image.shape[:2]
     cell = cell_at(example, x * width - 0.5, y * height - 0.5)
@@ -145,12 +145,12 @@ def page_text(
         "head": 0 if view.head == "mean" else view.head + 1,
     }
     source = files("detrlib.figures")
-    filled = {"TITLE": escape(title), "NOTE": escape(note), "PALE": str(1 - PALE)}
+    filled = {"TITLE": _as_text(title), "NOTE": _as_text(note), "PALE": str(1 - PALE)}
     filled |= {"SCRIPT": "\n".join(source.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)}
     elements = [f'<script type="application/json" class="picture">{picture}</script>' for picture in pictures]
     filled |= {"SETTINGS": _embedded(settings), "PICTURES": "\n".join(elements)}
     text = source.joinpath("page.html").read_text(encoding="utf-8")
-    for name, value in filled.items():  # pictures last: what they hold is not looked at
+    for name, value in filled.items():
         text = text.replace(f"@{name}@", value)
     return text
 
@@ -254,10 +254,6 @@ def _corners(size: tuple[int, ...]) -> np.ndarray:
     return np.array([width, height, width, height], dtype=np.float32)
 
 
-def _shares(boxes: np.ndarray, size: tuple[int, ...]) -> list[list[float]]:
-    return _ltwh(boxes.reshape(-1, 4) / _corners(size))
-
-
 def _ltwh(boxes: np.ndarray) -> list[list[float]]:
     """Left, top, width and height of boxes [n,4]."""
     boxes = boxes.reshape(-1, 4)
@@ -286,6 +282,11 @@ def _data_uri(image: Image.Image) -> str:
     content, lossless = io.BytesIO(), max(image.size) <= CRISP
     image.save(content, "PNG" if lossless else "JPEG", **({"optimize": True} if lossless else {"quality": 88}))
     return f"data:image/{'png' if lossless else 'jpeg'};base64,{b64encode(content.getvalue()).decode()}"
+
+
+def _as_text(text: str) -> str:
+    """Text that is neither markup nor, as @NAME@, a place of page.html to be filled."""
+    return escape(text).replace("@", "&#64;")
 
 
 def _embedded(values: Any) -> str:

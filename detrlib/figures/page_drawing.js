@@ -44,7 +44,7 @@ function boxesOf(picture, run, row, map, top, [width, height]) {
     const box = scaled(picture.objects.boxes[object]), lost = missed.includes(object) ? " chosen" : "";
     svg.append(rect(box, {class: "rim"}), rect(box, {class: `box object${lost}`, stroke: look(name)[0]}));
   });
-  const order = rowsOf(detected).filter(i => visible(detected, i) || i === row);
+  const order = [...detected.scores.keys()].filter(i => visible(detected, i) || i === row);
   const boxes = new Map(order.map(i => [i, scaled(detected.boxes[i])]));
   const mark = i => picture.objects && wrong.has(i) ? " ✗" : "";
   const texts = new Map(order.map(i => [i, `${nameOf(detected, i)}${mark(i)}`]));
@@ -91,14 +91,14 @@ function subjectOf(picture, run, row) {
 function numbersOf(picture, run, row, map) {
   if (row === null && !map?.cell) return [];
   const told = map?.cell ? [["cell", cellText(map.cell.cell, map.cell.columns)]] : subjectOf(picture, run, row);
-  const inside = picture.detected[run].matched[row] >= 0 ? "PAIBB" : "in its box";
+  const share = picture.detected[run].matched[row] >= 0 ? "PAIBB" : "in its box";
   if (!map) return [...told, ["map", "none is kept of this detection"]];
   const by = map.head ? `head ${map.head}` : map.of.heads ? "mean over heads" : map.of.site;
   told.push(["map", map.of.layers > 1 ? `layer ${map.layer + 1}, ${by}` : by]);
   if (!map.mass) return [...told, ["weight", "none on any cell"]];
   told.push(["Gini", number(map.gini, 3)]);
   told.push(["zeros", `${number(1 - map.support / map.cells, 3)} (${map.support} of ${map.cells} have weight)`]);
-  if (map.of.extent && !map.cell) told.push([inside, number(map.paibb, 3)]);
+  if (map.of.extent && !map.cell) told.push([share, number(map.paibb, 3)]);
   if (map.of.sinks) {
     const shared = map.of.sinks.weights[map.layer][map.head];
     const limit = settings.thresholds[run], rests = shared > limit ? `a sink, above ${limit}` : `none, below ${limit}`;

@@ -3,7 +3,8 @@
 //
 // A picture: title, name, size [height, width], source, objects {boxes, names} where they are annotated, and for each
 // run `detected`: null, or boxes (left, top, width, height in 0..1), scores, names, matched,
-// and maps of the rows `kept`. One that is `pending` is not here yet, but `kernel` can be asked for it.
+// queries and maps of the rows `kept`. One that is `pending` is not here yet, but `kernel` can be asked for it: of each
+// run `faults` are known, or null, and `stored` ones are quick to have.
 const settings = JSON.parse(document.getElementById("settings").textContent);
 const control = name => document.getElementById(name);
 const chosenIn = name => +control(name).value, checked = name => control(name).checked;
@@ -11,19 +12,24 @@ const number = (value, digits = 2) => value.toFixed(digits);
 const weightText = value => value === 0 ? "0" : value < 0.001 ? value.toExponential(1) : value.toPrecision(2);
 const EVEN = 0.005;  // of the sum of a map: what rounding may have moved
 const [NEAR, HALF] = [0.1, 0.5];  // IoU from which a detection is about an object, and has it
+const SAME = 0.3;  // IoU above which detections of two runs stand for each other, where no object tells
 const REACH = 0.02;  // of the longer side of the picture: how far from a box a click still means it
 const pictures = [...document.querySelectorAll("script.picture")].map((script, index) => {
   const picture = JSON.parse(script.textContent);
   script.remove();
   return Object.assign(picture, {index});
 });
-const entries = pictures.flatMap(picture => picture.detected.flatMap(detected => detected?.maps ?? []));
+const allMaps = pictures.flatMap(picture => picture.detected.flatMap(detected => detected?.maps ?? []));
 // In a notebook the frame of this page has a way to the kernel; elsewhere the page is alone.
 const kernel = window.frameElement?.ask;
-const state = {picture: pictures[0], chosen: null, cell: null, wanted: true, turn: 0, listed: []};
+// The picture that is shown; of it the detection {run, row} that is chosen, and whether one is wanted, or a cell of the
+// encoder; the number of the last drawing; pictures as they are listed; the picture that was gone to last, and the one
+// that the kernel is waited for.
+const state = {picture: pictures[0], chosen: null, wanted: true, cell: null, turn: 0, listed: [], going: null,
+  awaited: null};
 
 function make(tag, attributes = {}, ...content) {
-  const drawn = ["svg", "rect", "circle", "g", "text", "title"].includes(tag);
+  const drawn = ["svg", "rect", "circle", "g", "text"].includes(tag);
   const node = drawn ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...content);  // names of files and classes are text, never markup
@@ -40,7 +46,7 @@ async function unpacked(text, Kind) {
 
 const weight = (map, cell) => map.codes[cell] ? map.top * 2 ** ((map.codes[cell] - 255) / settings.steps) : 0;
 
-// Where a map of a detection stands among those of its run: {of, index}, or null where there is none.
+// Where the chosen map of a detection stands among those of its run, as `chosenMap`; null where there is none.
 function position(picture, run, row, site = control("site").value) {
   const detected = picture.detected[run], of = detected?.maps?.find(maps => maps.site === site);
   const at = of ? detected.kept.indexOf(row) : -1;
@@ -48,6 +54,7 @@ function position(picture, run, row, site = control("site").value) {
   return chosenMap(of, at);
 }
 
+// The chosen layer and head of the asking detection or cell number `at`: {of: maps of a site, layer, head, index}.
 function chosenMap(of, at) {
   const layer = Math.min(chosenIn("layer"), of.layers - 1), head = chosenIn("head") > of.heads ? 0 : chosenIn("head");
   return {of, layer, head, index: (at * of.layers + layer) * (1 + of.heads) + head};
@@ -76,9 +83,10 @@ const asked = new Map();
 
 function fromKernel(question) {
   const key = JSON.stringify(question);
-  if (!asked.has(key)) asked.set(key, kernel(question).then(async answer => {
+  const unheard = ({message}) => ({fault: `no kernel was reached, run the cell again (${message})`});  // restarted ones
+  if (!asked.has(key)) asked.set(key, kernel(question).catch(unheard).then(async answer => {
     control("fault").textContent = answer.fault ?? "";
-    if (answer.fault) asked.delete(key);  // it may be mended
+    if (answer.fault || answer.picture) asked.delete(key);  // one may be mended, the other is kept as a picture
     if (answer.maps) answer.maps.measured = await unpacked(answer.maps.numbers, Float32Array);
     return answer;
   }));
@@ -94,11 +102,11 @@ async function mapOfCell(picture, run) {
 // Fetches a picture that is pending; whether it is here now.
 async function fetched(picture) {
   const {picture: text} = picture.pending ? await fromKernel({image: picture.name}) : {};
-  if (text && picture.pending) {
-    Object.assign(picture, JSON.parse(text), {pending: false});
-    const maps = picture.detected.flatMap(detected => detected?.maps ?? []);
+  if (text) {
+    const here = JSON.parse(text), maps = here.detected.flatMap(detected => detected?.maps ?? []);
     for (const of of maps) of.measured = await unpacked(of.numbers, Float32Array);
-    entries.push(...maps);
+    if (picture.pending) allMaps.push(...maps);  // it may have been asked for twice
+    if (picture.pending) Object.assign(picture, here, {pending: false});
   }
   return !picture.pending;
 }
@@ -134,7 +142,8 @@ function causeOf(objects, box, name) {
 // detections that are `wrong`, by row with their cause. As COCO counts them at an IoU of 0.5: the best detection takes
 // the object of its class that it overlaps most, the next one of those that are left.
 function judged(picture, run) {
-  const detected = picture.detected[run], objects = picture.objects ?? {boxes: [], names: []}, {boxes, names} = objects;
+  const detected = picture.detected[run];
+  const objects = detected && picture.objects || {boxes: [], names: []}, {boxes, names} = objects;
   const free = new Set(names.keys()), failed = new Map();
   for (const i of detected ? detected.scores.keys() : []) {
     if (detected.scores[i] < chosenIn("score")) continue;
@@ -157,9 +166,10 @@ function judged(picture, run) {
 function disagreement(picture) {
   let most = 0, what = "";
   const [a, b] = runsShown().map(run => picture.detected[run]);
-  for (const [one, other] of a && b ? [[a, b], [b, a]] : []) for (const i of seen(one)) {
+  if (!a || !b) return [-1, "not in two runs"];
+  for (const [one, other] of [[a, b], [b, a]]) for (const i of seen(one)) {
     const same = other.boxes.map((box, j) =>
-      other.names[j] === one.names[i] && overlap(box, one.boxes[i]) >= 0.5 ? other.scores[j] : 0);
+      other.names[j] === one.names[i] && overlap(box, one.boxes[i]) >= HALF ? other.scores[j] : 0);
     const least = Math.max(0, ...same);
     if (one.scores[i] - least > most) [most, what] = [one.scores[i] - least, `${nameOf(one, i)}, ${number(least)}`];
   }
@@ -212,12 +222,14 @@ for (const cause of Object.keys(settings.causes)) orders[cause] = [`lost to ${ca
   return [detected.scores[first] + rows.length / 1e6, `${rows.length}, ${nameOf(detected, first)}`, first];
 }];
 
-// The same of any picture: one that is pending stands where its known faults put it, in other orders behind the others.
+// The same of any picture: one that is pending stands where its known faults put it, which are those of all classes
+// from the lowest score on, and otherwise behind those that are here.
 function ranked(picture) {
-  const order = control("order").value, faults = picture.faults?.[chosenIn("run")];
-  if (!picture.pending) return orders[order][1](picture);
-  if (order === "missed" && faults) return [1000 * faults[0] + faults[1], `${faults[0]} missed, ${faults[1]} wrong`];
-  return [order === "given" ? 0 : -Infinity, "not looked at yet"];
+  const order = control("order").value, run = chosenIn("run"), faults = picture.faults?.[run];
+  if (picture.detected[run]) return orders[order][1](picture);
+  const known = order === "missed" && faults && chosenIn("score") === settings.score && !control("name").value;
+  if (known && picture.pending) return [1000 * faults[0] + faults[1], `${faults[0]} missed, ${faults[1]} wrong`];
+  return [order === "given" ? 0 : -Infinity, picture.pending ? "not looked at yet" : "not stored of this run"];
 }
 
 // The detection of another run that stands for the chosen one: of the same object, or that of the largest overlap.
@@ -229,7 +241,7 @@ function corresponding(picture, run) {
   const same = origin.matched[row] >= 0 ? detected.matched.indexOf(origin.matched[row]) : -1;
   if (same >= 0) return same;
   const ious = detected.boxes.map(box => overlap(box, origin.boxes[row])), best = ious.indexOf(Math.max(...ious));
-  return best >= 0 && ious[best] > 0.3 ? best : null;
+  return best >= 0 && ious[best] > SAME ? best : null;
 }
 
 // Rows that can be chosen: what is seen, and the queries matched to objects of the class, whatever their score.

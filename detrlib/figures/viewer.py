@@ -91,13 +91,20 @@ def _by_image(stored: Mapping[str, list[Example]]) -> list[dict[str, Example]]:
     for run, examples in stored.items():
         for example in examples:
             known = images.setdefault(example.image_id, [])
-            mine = next((own for own in known if _alike(next(iter(own.values())).image, example.image)), {})
+            mine = next((own for own in known if same_image(next(iter(own.values())), example)), {})
             known += [] if mine else [mine]
             mine[run] = example
     return [image for known in images.values() for image in known]
 
 
-def _alike(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two pictures [H,W,3] are one, in whatever size: as thumbnails they differ by 1 in 255, others by 15."""
-    a, b = (np.asarray(Image.fromarray(one).resize((8, 8), Image.Resampling.BOX), float) for one in (first, second))
-    return np.abs(a - b).mean() < 5
+def same_image(first: Example, second: Example) -> bool:
+    """Whether two examples are of one picture, in whatever size, with the same objects.
+
+    As thumbnails one picture differs from itself by 1 in 255, from others by 15.
+    """
+    a, b = (
+        np.asarray(Image.fromarray(one.image).resize((8, 8), Image.Resampling.BOX), float) for one in (first, second)
+    )
+    boxes = [one.true_boxes.reshape(-1, 4) / np.tile(one.image.shape[1::-1], 2) for one in (first, second)]
+    annotated = len(boxes[0]) == len(boxes[1]) and np.allclose(*boxes, atol=0.02)
+    return annotated and np.abs(a - b).mean() < 5

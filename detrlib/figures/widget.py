@@ -7,10 +7,10 @@ from typing import Any
 import anywidget
 import traitlets
 
-from detrlib.errors import DetrlibError
+from detrlib.errors import in_one_line
 from detrlib.figures.page import page_cell, page_example, page_pending, page_text
 from detrlib.figures.predictions import MapChoice
-from detrlib.figures.viewer import HEIGHT, frame_of
+from detrlib.figures.viewer import HEIGHT, frame_of, same_image
 from detrlib.metrics.sinks import LIMITS
 from detrlib.runs.examples import EXAMPLE_SCORE, Example
 
@@ -64,6 +64,8 @@ class AttentionViewer(anywidget.AnyWidget):
 
     def _picture(self, name: str) -> str:
         picture = {run: images.get(self._ids[name]) for run, images in self.images.items()}
+        first = next(example for example in picture.values() if example is not None)
+        picture = {run: each if each is not None and same_image(first, each) else None for run, each in picture.items()}
         return page_example(picture, self.names, self._own(name))
 
     def _pending(self, name: str) -> str:
@@ -79,8 +81,8 @@ class AttentionViewer(anywidget.AnyWidget):
                 answer = page_cell(self.images[asked["run"]][self._ids[asked["image"]]], *asked["cell"])
             else:
                 answer = {"picture": self._picture(asked["image"])}
-        except DetrlibError as error:  # of an image that cannot be computed
-            answer = {"fault": str(error)}
+        except (Exception, KeyboardInterrupt) as error:  # memory, a file, the run, or who waited too long
+            answer = {"fault": in_one_line(error)}
         self.send({"number": content["number"], "answer": answer})
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict] | None:

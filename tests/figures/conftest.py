@@ -20,11 +20,13 @@ from matplotlib.patches import Rectangle
 
 from detrlib.data.pictures import find_pictures
 from detrlib.engine.loop import train
+from detrlib.figures.overlay import overlay, scale_of
 from detrlib.figures.page import NUMBERS, STEPS
 from detrlib.runs.detected import Detected
 from detrlib.runs.examples import Example
 
 CLASSES = {1: "circle", 2: "square"}
+PANEL = "document.querySelectorAll('.panel')[{}]"
 BOXES = np.array([[0, 0, 40, 40], [10, 10, 20, 20], [60, 5, 80, 30]], dtype=np.float32)
 
 
@@ -261,3 +263,62 @@ def browser(tmp_path_factory):
     browser = Browser(program, tmp_path_factory.mktemp("browser"))
     yield browser
     browser.close()
+
+
+@pytest.fixture
+def see(browser):
+    """What the page shows, and what is done to it."""
+
+    class See:
+        def map(self, panel=0):
+            """Pixels [h,w,4] of the map of a panel."""
+            here = f"{PANEL.format(panel)}.querySelector('canvas')"
+            values = browser.value(f"[...{here}.getContext('2d').getImageData(0, 0, {here}.width, {here}.height).data]")
+            return np.array(values).reshape(browser.value(f"{here}.height"), -1, 4)
+
+        def numbers(self, panel=0):
+            """What is told of a map: term -> text."""
+            terms = f"[...{PANEL.format(panel)}.querySelectorAll('dt')]"
+            return dict(browser.value(f"{terms}.map(term => [term.textContent, term.nextSibling.textContent])"))
+
+        def choose(self, control, value):
+            """Choose in a menu, or set a switch."""
+            here, name = f"document.getElementById('{control}')", "checked" if isinstance(value, bool) else "value"
+            browser.value(f"{here}.{name} = {str(value).lower() if isinstance(value, bool) else repr(str(value))}")
+            browser.value(f"{here}.dispatchEvent(new Event('input'))")
+            browser.settled()
+
+        def click(self, x, y, panel=0):
+            """A click into the picture of a panel, at shares of its width and height."""
+            here = f"{PANEL.format(panel)}.querySelector('.picture')"
+            browser.value(f"{here}.scrollIntoView()")
+            box = browser.value(f"(({{x, y, width, height}}) => [x, y, width, height])({here}.getBoundingClientRect())")
+            browser.click(box[0] + x * box[2], box[1] + y * box[3])
+
+        def badges(self):
+            """What is said of each image in the list."""
+            return browser.value("[...document.querySelectorAll('#list small')].map(badge => badge.textContent)")
+
+        def listed(self):
+            """Names of the images in the list."""
+            return browser.value("[...document.querySelectorAll('#list button')].map(button => button.title)")
+
+        def chosen(self):
+            """Names of the detections that are chosen."""
+            chosen = "[...document.querySelectorAll('.rows [aria-pressed=true]')]"
+            return browser.value(f"{chosen}.map(button => button.firstChild.textContent)")
+
+        def colours(self, weights, *compared):
+            """RGBA in 0..255 that figures give to a map, on one scale with others."""
+            return 255 * overlay(weights, scale_of([weights, *compared]))
+
+        def assert_drawn(self, drawn, weights, *compared):
+            """That a map is drawn as figures draw it; weights are told in steps of 7 %."""
+            assert np.array_equal(drawn[..., 3] > 0, weights > 0), "a cell without colour has exactly no weight"
+            assert np.abs(drawn - self.colours(weights, *compared))[weights > 0].max() < 12
+
+        press = staticmethod(browser.press)
+        value = staticmethod(browser.value)
+        heading = staticmethod(lambda: browser.value("document.getElementById('heading').textContent"))
+
+    return See()

@@ -1,21 +1,15 @@
 """The page in a real browser: clicks and keys change what is drawn, and what is drawn and told is the library's."""
 
-import json
 import shutil
 from html import escape
-from importlib.resources import files
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from detrlib.errors import RunError
 from detrlib.figures.choices import corresponding_query
-from detrlib.figures.overlay import overlay, scale_of
 from detrlib.figures.page import page_example, page_picture, write_page
 from detrlib.figures.viewer import shown, write_viewer
-from detrlib.figures.widget import AttentionViewer
 from detrlib.metrics.detection import errors_by_image
 from detrlib.metrics.failures import CAUSES, find_failures, worst_images
 from detrlib.metrics.sparsity import gini
@@ -26,47 +20,6 @@ NAMES = {1: "circle", 2: "square"}
 RUNS = ("first", "second")
 PANEL = "document.querySelectorAll('.panel')[{}]"
 CANVAS = PANEL + ".querySelector('canvas')"
-BADGES = "[...document.querySelectorAll('#list small')].map(badge => badge.textContent)"
-LISTED = "[...document.querySelectorAll('#list button')].map(button => button.title)"
-CHOSEN = "[...document.querySelectorAll('.rows [aria-pressed=true]')].map(button => button.firstChild.textContent)"
-
-
-@pytest.fixture
-def see(browser):
-    """What the page shows, and what is done to it."""
-
-    class See:
-        def map(self, panel=0):
-            """Pixels [h,w,4] of the map of a panel."""
-            here = CANVAS.format(panel)
-            values = browser.value(f"[...{here}.getContext('2d').getImageData(0, 0, {here}.width, {here}.height).data]")
-            return np.array(values).reshape(browser.value(f"{here}.height"), -1, 4)
-
-        def numbers(self, panel=0):
-            """What is told of a map: term -> text."""
-            terms = f"[...{PANEL.format(panel)}.querySelectorAll('dt')]"
-            return dict(browser.value(f"{terms}.map(term => [term.textContent, term.nextSibling.textContent])"))
-
-        def choose(self, control, value):
-            """Choose in a menu, or set a switch."""
-            here, name = f"document.getElementById('{control}')", "checked" if isinstance(value, bool) else "value"
-            browser.value(f"{here}.{name} = {str(value).lower() if isinstance(value, bool) else repr(str(value))}")
-            browser.value(f"{here}.dispatchEvent(new Event('input'))")
-            browser.settled()
-
-        def click(self, x, y, panel=0):
-            """A click into the picture of a panel, at shares of its width and height."""
-            here = f"{PANEL.format(panel)}.querySelector('.picture')"
-            browser.value(f"{here}.scrollIntoView()")
-            box = browser.value(f"(({{x, y, width, height}}) => [x, y, width, height])({here}.getBoundingClientRect())")
-            browser.click(box[0] + x * box[2], box[1] + y * box[3])
-
-        chosen = staticmethod(lambda: browser.value(CHOSEN))
-        press = staticmethod(browser.press)
-        value = staticmethod(browser.value)
-        heading = staticmethod(lambda: browser.value("document.getElementById('heading').textContent"))
-
-    return See()
 
 
 @pytest.fixture
@@ -87,16 +40,6 @@ def opened(browser, tmp_path):
     return opened
 
 
-def colours(weights, *compared):
-    """RGBA in 0..255 that figures give to a map, on one scale with others."""
-    return 255 * overlay(weights, scale_of([weights, *compared]))
-
-
-def assert_drawn(drawn, weights, *compared):
-    assert np.array_equal(drawn[..., 3] > 0, weights > 0), "a cell without colour is exactly one without weight"
-    assert np.abs(drawn - colours(weights, *compared))[weights > 0].max() < 12  # weights are told in steps of 7 %
-
-
 def test_a_click_chooses_the_smallest_box_and_shows_where_its_query_looked(see, opened, stored):
     opened({"first": stored["first"]}, "#image=7")
     example = stored["first"][7]
@@ -104,7 +47,7 @@ def test_a_click_chooses_the_smallest_box_and_shows_where_its_query_looked(see, 
         see.click(x / 96, y / 64)
         assert see.chosen() == [f"{NAMES[example.labels[row]]} {example.scores[row]:.2f}"]
         weights = example.maps(layer=-1)[:, row].mean(0)
-        assert_drawn(see.map(), weights)
+        see.assert_drawn(see.map(), weights)
         assert see.numbers()["Gini"] == f"{gini(torch.from_numpy(weights.ravel())):.3f}"
     see.click(50 / 96, 60 / 64)
     assert see.chosen() == [] and see.numbers() == {} and see.value(f"{CANVAS.format(0)} === null")
@@ -118,14 +61,14 @@ def test_layers_heads_and_sites_are_those_of_the_library(see, opened, stored):
             see.choose("layer", layer), see.choose("head", head)
             maps = example.maps(layer=layer)[:, 0]
             weights = maps[head - 1] if head else maps.mean(0)
-            assert_drawn(see.map(), weights)
+            see.assert_drawn(see.map(), weights)
             zeros, _, rest = see.numbers()["zeros"].partition(" ")
             assert abs(float(zeros) - (weights == 0).mean()) < 6e-4 and rest.startswith(f"({(weights > 0).sum()} of 24")
     see.choose("site", "decoder_self")
     weights = example.maps("decoder_self", 1)[1, 0]
     assert "PAIBB" not in see.numbers() and see.value(f"{CANVAS.format(0)} === null")
     fills = see.value("[...document.querySelectorAll('.picture .box:not(.object)')].map(box => box.style.fill)")
-    wanted = colours(weights[None])[0][::-1]  # the best detection is drawn last
+    wanted = see.colours(weights[None])[0][::-1]  # the best detection is drawn last
     for fill, colour in zip(fills, wanted, strict=True):
         assert np.abs(np.array([float(part) for part in fill[5:-1].split(",")])[:3] - colour[:3]).max() < 12
 
@@ -135,15 +78,15 @@ def test_two_runs_share_their_colours_unless_each_has_its_own_and_can_be_swapped
     rows = [0, corresponding_query(stored["first"][7], 0, stored["second"][7])]
     maps = [stored[run][7].maps(layer=0)[:, row].mean(0) for run, row in zip(RUNS, rows, strict=True)]
     for panel, other in ((0, 1), (1, 0)):
-        assert_drawn(see.map(panel), maps[panel], maps[other])
+        see.assert_drawn(see.map(panel), maps[panel], maps[other])
     see.press("c")
     for panel in (0, 1):
-        assert_drawn(see.map(panel), maps[panel])
+        see.assert_drawn(see.map(panel), maps[panel])
     see.press("x")
     assert see.value("[...document.querySelectorAll('.panel h3')].map(title => title.firstChild.data)") == [*RUNS[::-1]]
-    assert_drawn(see.map(0), maps[1])
+    see.assert_drawn(see.map(0), maps[1])
     see.choose("run", 0)  # the one beside it: both stay, in the other order
-    assert_drawn(see.map(0), maps[0]), assert_drawn(see.map(1), maps[1])
+    see.assert_drawn(see.map(0), maps[0]), see.assert_drawn(see.map(1), maps[1])
     see.choose("beside", -1)
     assert see.value("document.querySelectorAll('.panel').length") == 1
 
@@ -190,11 +133,11 @@ def test_faults_are_counted_as_the_library_counts_them_and_the_worst_come_first(
     browser.open(write_viewer(runs, tmp_path / "viewer.html").as_uri())
     browser.settled()
     wanted = errors_by_image(load_matches(runs[0]), EXAMPLE_SCORE)
-    pictures = see.value(LISTED)
+    pictures = see.listed()
     wanted = wanted.loc[[int(picture) for picture in sorted(pictures, key=int)]]
     wanted = wanted.sort_values(["missed", "false_positives"], ascending=False, kind="stable")
     assert pictures == [str(image_id) for image_id in wanted.index]
-    assert see.value(BADGES) == [f"{row.missed} missed, {row.false_positives} wrong" for row in wanted.itertuples()]
+    assert see.badges() == [f"{row.missed} missed, {row.false_positives} wrong" for row in wanted.itertuples()]
 
 
 def test_every_order_puts_its_own_images_first(see, opened, make_example):
@@ -218,12 +161,12 @@ def test_every_order_puts_its_own_images_first(see, opened, make_example):
         ("most", "1", "3 detections"),
     ):
         see.choose("order", order)
-        assert (see.value(LISTED)[0], see.value(BADGES)[0]) == (first, badge), order
+        assert (see.listed()[0], see.badges()[0]) == (first, badge), order
     see.choose("order", "missed")
     see.choose("score", 0.85)  # now every square is missed
-    assert see.value(BADGES) == ["1 missed, 1 wrong", "1 missed, 0 wrong", "1 missed, 0 wrong"]
+    assert see.badges() == ["1 missed, 1 wrong", "1 missed, 0 wrong", "1 missed, 0 wrong"]
     see.choose("name", "circle")
-    assert set(see.value(BADGES)) == {"0 missed, 0 wrong"}
+    assert set(see.badges()) == {"0 missed, 0 wrong"}
 
 
 @pytest.fixture
@@ -266,7 +209,7 @@ def test_images_behind_each_share_are_those_of_the_library_and_an_address_names_
         see.choose("order", cause)
         wanted = worst_images(failures, cause)
         assert len(wanted) > 1, "images of each cause are there to be found"
-        told = dict(zip(map(int, see.value(LISTED)), see.value(BADGES), strict=True))
+        told = dict(zip(map(int, see.listed()), see.badges(), strict=True))
         counts = {image: int(badge.replace(",", " ").split()[0]) for image, badge in told.items() if badge != "none"}
         assert counts == wanted["failures"].to_dict()
         if cause != "miss":
@@ -295,6 +238,49 @@ def test_an_image_that_a_run_has_not_stored_and_one_without_detections(see, open
     assert see.heading().startswith("image 7") and len(see.chosen()) == 2
 
 
+def test_what_a_run_has_not_stored_is_neither_missed_nor_agreed_on(see, opened, make_example):
+    opened({"first": {7: make_example(7)}, "second": {7: make_example(7), 8: make_example(8)}})
+    assert see.badges() == ["0 missed, 1 wrong", "not stored of this run"]
+    see.choose("order", "miss")
+    assert see.badges()[1] == "not stored of this run"
+    see.press("x")
+    see.choose("order", "apart")
+    assert see.badges() == ["they agree", "not in two runs"]
+
+
+@pytest.mark.parametrize("address", ["order=apart", "order=constructor", "layer=99&head=99", "site=x&run=x&image=x"])
+def test_an_address_that_names_what_is_not_there_shows_the_rest(see, opened, stored, address):
+    opened({"first": stored["first"]}, f"#{address}")
+    menus = ("order", "layer", "head", "site")
+    assert see.value(f"{[*menus]}.map(name => control(name).value)") == ["missed", "1", "0", "decoder_cross"]
+    see.assert_drawn(see.map(), stored["first"][7].maps(layer=-1)[:, 0].mean(0))
+
+
+def test_the_other_run_shows_its_detection_whatever_its_score_or_class(see, opened, make_example, browser):
+    first, second = make_example(matched=(-1, -1, -1)), make_example(matched=(-1, -1, -1))
+    second.scores, second.labels = np.array([0.5, 0.45, 0.4]), np.array([1, 1, 1])
+    opened({"first": {7: first}, "second": {7: second}})
+    see.choose("score", 0.85)
+    assert see.chosen() == ["square 0.90"] and see.numbers(1)["query"].startswith("circle 0.50")
+    see.choose("score", 0.3)
+    see.choose("name", "square")
+    assert see.numbers(1)["query"].startswith("circle 0.50")
+    see.assert_drawn(see.map(1), second.maps(layer=-1)[:, 0].mean(0), first.maps(layer=-1)[:, 0].mean(0))
+    assert browser.faults() == []
+
+
+def test_a_class_that_no_image_has_leaves_nothing_shown(see, opened, make_example, browser):
+    example = make_example(matched=(-1, -1, -1))
+    example.labels, example.true_labels = np.array([2, 2, 2]), np.array([2, 2])
+    opened({"first": {7: example}})
+    see.choose("name", "circle")
+    for key in ("j", "ArrowRight", "l"):
+        see.press(key)
+    assert see.heading() == "no image with this class" and see.value("document.querySelectorAll('.panel').length") == 0
+    see.choose("name", "square")
+    assert see.heading().startswith("image 7") and see.chosen() and browser.faults() == []
+
+
 def test_pictures_of_ones_own_have_no_objects_and_explanations_are_maps(see, browser, make_detected, tmp_path):
     explained = make_detected(matched=(-1, -1, -1))
     explained.explanations = {"odam": np.arange(48, dtype=np.float32).reshape(2, 4, 6)}
@@ -306,118 +292,10 @@ def test_pictures_of_ones_own_have_no_objects_and_explanations_are_maps(see, bro
     see.choose("site", "explanation: odam")
     see.press("j")
     weights = explained.explanations["odam"][1]
-    assert_drawn(see.map(), weights / weights.sum())
+    see.assert_drawn(see.map(), weights / weights.sum())
     see.press("j")
     assert see.numbers()["map"] == "none is kept of this detection"  # the two best are explained
     assert browser.faults() == []
-
-
-# The frame of a notebook, whose kernel is this test.
-KERNEL = """{
-  globalThis.sent = [];
-  const waiting = [];
-  const ask = asked => new Promise(done => sent.push({number: waiting.push(done) - 1, asked}));
-  globalThis.answer = ({number, answer}) => waiting[number](answer);
-  Object.defineProperty(window, "frameElement", {value: {ask}});
-}"""
-
-
-@pytest.fixture
-def live(browser, monkeypatch, tmp_path):
-    """Opens the page of a widget, and answers with it what the page asks for until it asks no more."""
-    script = browser.ask("Page.addScriptToEvaluateOnNewDocument", source=KERNEL)["identifier"]
-
-    def answer(viewer):
-        monkeypatch.setattr(viewer, "send", lambda reply: browser.value(f"answer({json.dumps(reply)})"))
-        while messages := browser.value("sent.splice(0)"):
-            for message in messages:
-                viewer._handle_custom_msg(message, [])
-            browser.value("new Promise(done => setTimeout(done, 30))")
-        browser.settled()
-
-    def live(viewer):
-        (tmp_path / "live.html").write_text(viewer.page, encoding="utf-8")
-        browser.open((tmp_path / "live.html").as_uri())
-        answer(viewer)
-        return lambda: answer(viewer)
-
-    yield live
-    browser.ask("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
-
-
-class Kernel(dict):
-    """Images of a run by number, of which some are stored and one cannot be computed."""
-
-    stored = (8,)
-    errors = pd.DataFrame({"missed": [0, 0, 9], "false_positives": [0, 1, 0]}, index=[7, 8, 9])
-
-    def get(self, image_id, default=None):
-        if image_id == 9:
-            raise RunError("no checkpoint <last.pt>")
-        return super().get(image_id, default)
-
-
-def test_a_kernel_is_asked_for_images_and_its_faults_are_told(see, live, stored, browser):
-    images = Kernel(stored["first"] | {9: None})
-    answer = live(AttentionViewer({"first": images}, NAMES, image_id=7))
-    assert see.heading().startswith("image 7")
-    assert (see.value(LISTED)[0], see.value(BADGES)[0]) == ("9", "9 missed, 0 wrong")  # as the run has it
-    see.choose("order", "given")
-    assert see.value(BADGES) == ["3 detections", "3 detections", "not looked at yet"]  # the stored one has come
-    browser.value("document.querySelectorAll('#list button')[1].click()")
-    answer()
-    assert see.heading().startswith("image 8") and see.chosen()
-    assert_drawn(see.map(), images[8].maps(layer=-1)[:, 0].mean(0))
-    browser.value("document.querySelectorAll('#list button')[2].click()")
-    answer()
-    assert see.heading() == "image 9: no checkpoint <last.pt>"
-    see.press("ArrowLeft")
-    assert see.heading().startswith("image 8")
-    assert browser.faults() == []
-
-
-def test_any_cell_of_an_encoder_shows_where_it_looks_in_every_run(see, live, stored, browser):
-    stored["second"][7] = stored["first"][7]
-    answer = live(AttentionViewer(stored, NAMES, image_id=7))
-    see.choose("site", "encoder_self")
-    see.value(
-        "(({x, y, width, height}) => document.querySelector('.picture').dispatchEvent(new MouseEvent('click',"
-        " {clientX: x + 0.95 * width, clientY: y + 0.3 * height})))"
-        "(document.querySelector('.picture').getBoundingClientRect())"
-    )  # the panels are drawn when the kernel has answered, and not before
-    answer()
-    example = stored["first"][7]
-    for head in (0, 2):
-        see.choose("head", head)
-        maps = example.maps("encoder_self", 0)[:, 11]
-        for panel in (0, 1):
-            assert_drawn(see.map(panel), maps[head - 1] if head else maps.mean(0))
-            assert see.numbers(panel)["cell"] == "row 2, column 6" and see.chosen() == []
-    see.choose("site", "decoder_cross")
-    assert see.numbers() == {}
-    see.press("j")
-    see.choose("site", "encoder_self")
-    assert "cell" not in see.numbers() and len(see.chosen()) == 2
-    assert browser.faults() == []
-
-
-def test_the_frame_of_a_widget_passes_questions_and_answers_on(browser, stored, tmp_path):
-    viewer = AttentionViewer({"first": Kernel(stored["first"])}, NAMES, image_id=7)
-    replies, messages = [], "globalThis.sent = [], globalThis.handlers = []"
-    viewer.send = replies.append
-    model = "{get: name => values[name], send: message => sent.push(message), on: (_, f) => handlers.push(f), off() {}}"
-    values = json.dumps({"page": viewer.page, "height": 400}).replace("<", "\\u003c")
-    script = files("detrlib.figures").joinpath("page_frame.js").read_text()
-    script = script.replace("export default {render};", f"render({{model: {model}, el: document.body}});")
-    page = f"<!doctype html><title>n</title><body><script>const values = {values}; {messages};</script>"
-    (tmp_path / "notebook.html").write_text(f"{page}<script>{script}</script>", encoding="utf-8")
-    browser.ask("Page.navigate", url=(tmp_path / "notebook.html").as_uri())
-    browser.wait("globalThis.sent?.length === 1")
-    viewer._handle_custom_msg(browser.value("sent[0]"), [])
-    assert "picture" in replies[0]["answer"]
-    browser.value(f"handlers.forEach(handler => handler({json.dumps(replies[0])}))")
-    shown = "document.querySelector('iframe').contentDocument"
-    browser.wait(f"[...{shown}.querySelectorAll('#list img')].every(image => image.src)")
 
 
 def test_it_works_in_the_frame_of_a_notebook(browser, opened, stored, tmp_path):

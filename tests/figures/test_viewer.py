@@ -66,12 +66,16 @@ def test_a_viewer_is_written_again_after_an_evaluation_and_goes_with_its_example
 
 
 def test_images_of_other_data_are_no_images_of_these_though_their_numbers_are(evaluated_run, tmp_path, scripts):
-    other, same = (Path(shutil.copytree(evaluated_run, tmp_path / name)) for name in ("other", "same"))
+    other, same, more = (Path(shutil.copytree(evaluated_run, tmp_path / name)) for name in ("other", "same", "more"))
     for path in (other / "examples").glob("*.npz"):
         stored = dict(np.load(path))
         np.savez(path, **stored | {"image": np.rot90(255 - stored["image"])})
-    text = write_viewer([evaluated_run, same, other], tmp_path / "viewer.html").read_text(encoding="utf-8")
+    for path in (more / "examples").glob("*.npz"):  # the same pictures, in which other things are annotated
+        stored = dict(np.load(path))
+        np.savez(path, **stored | {"true_boxes": stored["true_boxes"] / 2})
+    text = write_viewer([evaluated_run, same, other, more], tmp_path / "viewer.html").read_text(encoding="utf-8")
     pictures = scripts(text, 'class="picture"')
     shows = sorted(tuple(detected is not None for detected in picture["detected"]) for picture in pictures)
     number = len(load_examples(evaluated_run))
-    assert shows == [(False, False, True)] * number + [(True, True, False)] * number
+    each = [(False, False, False, True), (False, False, True, False), (True, True, False, False)]
+    assert shows == [one for one in each for _ in range(number)]
