@@ -34,7 +34,7 @@ function settle() {
   if (chosen && runsShown().includes(chosen.run) && rowsOf(picture.detected[chosen.run]).includes(chosen.row)) return;
   const about = orders[control("order").value][1](picture)[2];
   const firsts = runsShown().map(run => ({run, row: rowsOf(picture.detected[run])[0]}));
-  const best = about === undefined ? firsts.find(({row}) => row !== undefined) : {run: first, row: about};
+  const best = about ?? firsts.find(({row}) => row !== undefined);
   const same = chosen ? corresponding(picture, first) : null;
   const next = rowsOf(picture.detected[first]).includes(same) ? {run: first, row: same} : best ?? null;
   state.chosen = state.wanted ? next : null;

@@ -118,6 +118,7 @@ const counted = count => `${count} detection${count === 1 ? "" : "s"}`;
 const nameOf = (detected, i) => `${detected.names[i]} ${number(detected.scores[i])}`;
 const visible = (detected, i) => detected.scores[i] >= chosenIn("score") && named(detected.names[i]);
 const seen = detected => detected ? detected.scores.map((_, i) => i).filter(i => visible(detected, i)) : [];
+const ofFirst = row => ({run: chosenIn("run"), row});
 const runsShown = () => [chosenIn("run"), chosenIn("beside")].filter(run => run >= 0);
 
 function overlap(a, b) {
@@ -164,27 +165,27 @@ function judged(picture, run) {
 
 // The largest difference between two runs in the score of a detection; one that the other has not has score 0 there.
 function disagreement(picture) {
-  let most = 0, what = "";
-  const [a, b] = runsShown().map(run => picture.detected[run]);
+  let most = 0, what = "they agree", about;
+  const runs = runsShown(), [a, b] = runs.map(run => picture.detected[run]);
   if (!a || !b) return [-1, "not in two runs"];
-  for (const [one, other] of [[a, b], [b, a]]) for (const i of seen(one)) {
+  for (const [one, other, run] of [[a, b, runs[0]], [b, a, runs[1]]]) for (const row of seen(one)) {
     const same = other.boxes.map((box, j) =>
-      other.names[j] === one.names[i] && overlap(box, one.boxes[i]) >= HALF ? other.scores[j] : 0);
-    const least = Math.max(0, ...same);
-    if (one.scores[i] - least > most) [most, what] = [one.scores[i] - least, `${nameOf(one, i)}, ${number(least)}`];
+      other.names[j] === one.names[row] && overlap(box, one.boxes[row]) >= HALF ? other.scores[j] : 0);
+    const least = Math.max(0, ...same), gap = one.scores[row] - least;
+    if (gap > most) [most, what, about] = [gap, `${nameOf(one, row)}, ${number(least)}`, {run, row}];
   }
-  return [most, what || "they agree"];
+  return [most, what, about];
 }
 
-// PAIBB of the matched queries of a picture in the layer and head that are chosen.
+// PAIBB of the matched queries of a picture in the layer and head that are chosen: [share, row], the lowest first.
 function inside(picture, run) {
   const detected = picture.detected[run], rows = detected ? detected.matched.map((_, i) => i) : [];
   const places = rows.filter(i => detected.matched[i] >= 0 && named(detected.names[i]))
-    .map(i => position(picture, run, i, "decoder_cross")).filter(place => place?.of.measured);
-  return places.map(place => measured(place).paibb);
+    .map(i => [position(picture, run, i, "decoder_cross"), i]).filter(([place]) => place?.of.measured);
+  return places.map(([place, i]) => [measured(place).paibb, i]).sort(([a], [b]) => a - b);
 }
 
-// Of a picture how bad it is, worst first, in words, and the row that this is about, if it is one; by order.
+// Of a picture how bad it is, worst first, in words, and the detection that this is about, if it is one; by order.
 const orders = {
   missed: ["missed objects first", picture => {
     const {missed, wrong} = judged(picture, chosenIn("run"));
@@ -193,13 +194,13 @@ const orders = {
   wrong: ["confident and wrong first", picture => {
     const detected = picture.detected[chosenIn("run")];
     const [worst] = judged(picture, chosenIn("run")).wrong.keys();  // rows are in order of their scores
-    return worst === undefined ? [0, "none wrong"] : [detected.scores[worst], nameOf(detected, worst), worst];
+    return worst === undefined ? [0, "none wrong"] : [detected.scores[worst], nameOf(detected, worst), ofFirst(worst)];
   }],
   paibb: ["PAIBB zero first", picture => {
-    const shares = inside(picture, chosenIn("run")), none = shares.filter(share => share < 1e-6).length;
+    const shares = inside(picture, chosenIn("run")), none = shares.filter(([share]) => share < 1e-6).length;
     if (!shares.length) return [-1, "no maps"];
-    const lowest = Math.min(...shares);
-    return [none + 1 - lowest, none ? `${none} of ${shares.length} zero` : `lowest ${number(lowest)}`];
+    const [[lowest, row]] = shares;
+    return [none + 1 - lowest, none ? `${none} of ${shares.length} zero` : `lowest ${number(lowest)}`, ofFirst(row)];
   }],
   apart: ["largest disagreement first", disagreement],
   given: ["in the order of the file", picture => [0, counted(seen(picture.detected[chosenIn("run")]).length)]],
@@ -219,7 +220,7 @@ for (const cause of Object.keys(settings.causes)) orders[cause] = [`lost to ${ca
   if (cause === "miss") return [unseen.length, unseen.length ? `${unseen.length} missed` : "none"];
   const rows = [...wrong.keys()].filter(i => wrong.get(i) === cause), [first] = rows;
   if (!rows.length) return [0, "none"];
-  return [detected.scores[first] + rows.length / 1e6, `${rows.length}, ${nameOf(detected, first)}`, first];
+  return [detected.scores[first] + rows.length / 1e6, `${rows.length}, ${nameOf(detected, first)}`, ofFirst(first)];
 }];
 
 // The same of any picture: one that is pending stands where its known faults put it, which are those of all classes

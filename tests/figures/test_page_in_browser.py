@@ -154,14 +154,14 @@ def test_every_order_puts_its_own_images_first(see, opened, make_example):
     other[1].scores[2] = 0.4
     other[2].scores[0] = 0.9
     opened({"first": images, "second": other})
-    for order, first, badge in (
-        ("wrong", "2", "square 0.95"),
-        ("paibb", "3", "1 of 2 zero"),
-        ("apart", "1", "square 0.80, 0.40"),
-        ("most", "1", "3 detections"),
+    for order, first, badge, about in (
+        ("wrong", "2", "square 0.95", "square 0.95"),
+        ("paibb", "3", "1 of 2 zero", "square 0.80"),
+        ("apart", "1", "square 0.80, 0.40", "square 0.80"),
+        ("most", "1", "3 detections", "square 0.35"),
     ):
         see.choose("order", order)
-        assert (see.listed()[0], see.badges()[0]) == (first, badge), order
+        assert (see.listed()[0], see.badges()[0], see.chosen()[0]) == (first, badge, about), order
     see.choose("order", "missed")
     see.choose("score", 0.85)  # now every square is missed
     assert see.badges() == ["1 missed, 1 wrong", "1 missed, 0 wrong", "1 missed, 0 wrong"]
