@@ -62,6 +62,11 @@ class ValidationImages(Mapping[int, Example]):
         objects = {image_id: len(example.true_boxes) for image_id, example in self.stored.items()}
         return pd.Series(objects, name="objects", dtype=int).rename_axis("image_id").to_frame()
 
+    @property
+    def at_once(self) -> set[int]:
+        """Ids of the images that need not be computed."""
+        return {image_id for image_id, example in self.stored.items() if set(self.sites) <= set(example.sites)}
+
     def __iter__(self) -> Iterator[int]:
         return iter(self.errors.index.tolist())
 
@@ -114,6 +119,7 @@ class OwnPictures(Mapping[int, Example]):
     def __init__(self, model: str | Path, pictures: Any, sites: Sequence[Site] | None = None):
         self.detected = predict(model, pictures, min_score=EXAMPLE_SCORE, attention=sites or True)
         self.stored = {one.image_id: one.example for one in self.detected}
+        self.at_once = set(self.stored)
         evaluated = isinstance(model, Path) and (model / "results.json").exists()
         self.sink_threshold = sink_threshold(load_results(model) if evaluated else {})
         rows = [(one.image_id, 0, len(one), one.picture) for one in self.detected]

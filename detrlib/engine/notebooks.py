@@ -28,6 +28,7 @@ from detrlib.errors import ConfigError, RunError, Stopped
 from detrlib.files import load_json, write_atomic
 
 NOTEBOOKS = PROJECT / "notebooks"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 ASKED = "notebooks.json"  # in a folder: {notebook: its parameters}, what is to be executed there
 
 
@@ -98,7 +99,8 @@ def execute_asked(folder: Path) -> None:
 def _correct_notes(output: Path, cut_off: bool) -> None:
     """What papermill notes: paths from the project root, since a copy is there to be shared; that it was cut off.
 
-    And bars of progress are left out, which would stand at 0 % wherever the copy is read.
+    And widgets are left out where a copy is better without, since they live with a kernel only: bars of progress, which
+    would stand at 0 %, and those beside which stands what is shown without, such as the viewer's page.
     """
     try:
         notebook = json.loads(output.read_text())
@@ -109,15 +111,22 @@ def _correct_notes(output: Path, cut_off: bool) -> None:
         noted[name] = noted[name].removeprefix(f"{PROJECT}/")
     for cell in notebook["cells"]:
         if "outputs" in cell:
-            cell["outputs"] = [output for output in cell["outputs"] if not _is_bar(output)]
+            cell["outputs"] = [shown for shown in map(_without_widget, cell["outputs"]) if shown]
+    if not any(WIDGET in shown.get("data", {}) for cell in notebook["cells"] for shown in cell.get("outputs", [])):
+        notebook["metadata"].pop("widgets", None)  # their states
     if cut_off:  # papermill notes a cell that failed, but takes this one for completed
         noted["exception"] = True
     _save(notebook, output)
 
 
-def _is_bar(output: dict) -> bool:
+def _without_widget(output: dict) -> dict | None:
+    """An output without a widget that a copy does not need; None of a bar of progress."""
     data = output.get("data", {})
-    return "application/vnd.jupyter.widget-view+json" in data and "%|" in "".join(data.get("text/plain", ""))
+    if WIDGET in data and "%|" in "".join(data.get("text/plain", "")):
+        return None
+    if "text/html" in data:
+        data.pop(WIDGET, None)
+    return output
 
 
 def _save(notebook: dict, path: Path) -> None:

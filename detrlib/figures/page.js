@@ -7,6 +7,7 @@ async function draw() {
   const turn = ++state.turn, {picture} = state;  // maps are unpacked in their own time: only the last word is drawn
   if (!picture) return;
   control("panels").setAttribute("aria-busy", "true");
+  if (asking()) control("heading").textContent = `this cell: asked of the kernel (without one, run the cell again)`;
   const runs = runsShown(), rows = runs.map(run => asking() ? null : corresponding(picture, run));
   const maps = await Promise.all(runs.map((run, k) => mapOf(picture, run, rows[k])));
   if (turn !== state.turn) return;
@@ -145,7 +146,9 @@ function offerMaps() {
 // Two runs are never the same: to choose the other one is to swap them.
 function swapped(changed) {
   const other = changed === "run" ? "beside" : "run";
-  if (control("run").value === control("beside").value) control(other).value = state.runs[changed];
+  const before = state.runs[changed], taken = control(changed).value;  // of no run beside: any other one
+  const free = before === "-1" ? settings.runs.findIndex((_, run) => `${run}` !== taken) : before;
+  if (control("run").value === control("beside").value) control(other).value = free;
   state.runs = {run: control("run").value, beside: control("beside").value};
 }
 
@@ -197,7 +200,7 @@ function fromAddress() {
   const address = new URLSearchParams(location.hash.slice(1)), run = name => settings.runs.indexOf(address.get(name));
   for (const name of ["run", "beside"]) if (run(name) >= 0 && pick(name, run(name))) swapped(name);
   if (pick("site", address.get("site"))) offerMaps();
-  pick("order", address.get("order"));
+  if (pick("order", address.get("order"))) state.chosen = null;
   pick("layer", address.get("layer") - 1);
   pick("head", address.get("head") === "mean" ? 0 : address.get("head"));
   return pictures.find(picture => picture.name === (address.get("image") ?? settings.image));
@@ -225,7 +228,7 @@ async function begin() {
   }
   const runs = settings.runs.map((name, run) => [run, name]), annotated = pictures.some(picture => picture.objects);
   offer("run", runs, 0);
-  offer("beside", [[-1, "no other run"], ...runs], runs.length > 1 ? 1 : -1);
+  offer("beside", [[-1, "no other run"], ...(runs.length > 1 ? runs : [])], runs.length > 1 ? 1 : -1);
   state.runs = {run: control("run").value, beside: control("beside").value};
   offerSites();
   Object.assign(control("score"), {min: settings.score, value: settings.score});

@@ -138,7 +138,7 @@ function panelOf(picture, run, row, map, top) {
   const about = make("small"), heading = make("h3", {}, settings.runs[run], about);
   panel.append(heading);
   if (!detected) {
-    panel.append(make("p", {}, "this image is not stored of this run"));
+    panel.append(make("p", {}, kernel ? "this run has not this image" : "this image is not stored of this run"));
     return {panel, fill() {}, say() {}};
   }
   const texts = seen(detected).map(i => nameOf(detected, i)), [height, width] = picture.size;
@@ -148,7 +148,7 @@ function panelOf(picture, run, row, map, top) {
   const holder = make("div", {class: map?.of.extent ? "picture mapped" : "picture"});
   holder.style.cssText = `aspect-ratio: ${width} / ${height}; max-width: ${50 * width / height}vh`;
   holder.addEventListener("pointermove", event => say(...shareAt(holder, event)));
-  const cellsAsk = kernel && map?.of.site === "encoder_self";
+  const cellsAsk = kernel && control("site").value === "encoder_self";
   holder.addEventListener("click", event => {
     const at = shareAt(holder, event);
     choose(run, cellsAsk ? null : rowAt(detected, picture, ...at), cellsAsk ? at : null);

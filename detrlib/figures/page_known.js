@@ -94,7 +94,8 @@ function fromKernel(question) {
 }
 
 async function mapOfCell(picture, run) {
-  if (!picture.detected[run]?.maps?.some(maps => maps.site === "encoder_self")) return null;
+  const maps = pictures.flatMap(({detected}) => detected[run]?.maps ?? []);  // an image without detections has none
+  if (!picture.detected[run] || !maps.some(({site}) => site === "encoder_self")) return null;
   const answer = await fromKernel({image: picture.name, run: settings.runs[run], cell: asking()});
   return answer.maps ? {...chosenMap(answer.maps, 0), cell: answer} : null;
 }
@@ -230,7 +231,8 @@ function ranked(picture) {
   if (picture.detected[run]) return orders[order][1](picture);
   const known = order === "missed" && faults && chosenIn("score") === settings.score && !control("name").value;
   if (known && picture.pending) return [1000 * faults[0] + faults[1], `${faults[0]} missed, ${faults[1]} wrong`];
-  return [order === "given" ? 0 : -Infinity, picture.pending ? "not looked at yet" : "not stored of this run"];
+  const lacking = kernel ? "not of this run" : "not stored of this run";
+  return [order === "given" ? 0 : -Infinity, picture.pending ? "not looked at yet" : lacking];
 }
 
 // The detection of another run that stands for the chosen one: of the same object, or that of the largest overlap.

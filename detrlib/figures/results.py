@@ -248,7 +248,7 @@ def heads_over_training(
     for axes, (row, layer) in zip(grid, product(rows, layers), strict=True):
         lines = named[(named["row"] == row) & (named["layer"] == layer)]
         sns.lineplot(lines, x="epoch", y="value", hue="head", palette=colours, lw=1, legend=False, ax=axes)
-        for line, head in zip(axes.get_lines(), sorted(lines["head"].unique()), strict=True):
+        for line, head in zip(axes.get_lines(), sorted(lines.dropna(subset="value")["head"].unique()), strict=True):
             line.set_label(head + 1)
         axes.set(xlabel="")
         axes.set_ylabel(f"{row}\n{quantity}" if layer == layers[0] else "", fontsize=7)

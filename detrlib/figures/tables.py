@@ -131,7 +131,8 @@ def in_digits(value: object, decimals: int) -> object:
     """A number that is not whole as text, with as many digits at any size: below ten these are its decimals."""
     if not isinstance(value, float) or not np.isfinite(value):
         return value
-    return f"{value:.{max(decimals - int(np.log10(max(abs(value), 1))), 0)}f}"
+    size = int(np.log10(max(abs(round(value, decimals)), 1)))
+    return f"{value:.{max(decimals - size, 0)}f}"
 
 
 def with_spread(spread: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:

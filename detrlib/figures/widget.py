@@ -1,5 +1,6 @@
 """The viewer with a kernel: the page in a notebook, which asks for whatever it does not hold."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import anywidget
 import traitlets
 
-from detrlib.errors import in_one_line
+from detrlib.errors import fault_of, in_one_line
 from detrlib.figures.page import page_cell, page_example, page_pending, page_text
 from detrlib.figures.predictions import MapChoice
 from detrlib.figures.viewer import HEIGHT, frame_of, same_image
 from detrlib.metrics.sinks import LIMITS
 from detrlib.runs.examples import EXAMPLE_SCORE, Example
+
+logger = logging.getLogger(__name__)
 
 
 class AttentionViewer(anywidget.AnyWidget):
@@ -20,7 +23,7 @@ class AttentionViewer(anywidget.AnyWidget):
 
     Args:
         images: by the name of the run: id -> example, which may be computed when it is asked for, as of
-            `engine.examples.open_images`. What those say of themselves is told: `errors`, `stored`, `title`,
+            `engine.examples.open_images`. What those say of themselves is told: `errors`, `at_once`, `title`,
             `annotated` and `sink_threshold`.
         names: label -> class.
         image_id: shown first; None: the first one.
@@ -45,10 +48,10 @@ class AttentionViewer(anywidget.AnyWidget):
         first = next(iter(images.values()))
         self._ids = {str(number): number for number in first}
         start = str(next(iter(first)) if image_id is None else image_id)
-        self._first = self._picture(start)
-        waiting = {name: self._pending(name) for name in self._ids}
-        super().__init__(page=self._page((waiting | {start: self._first}).values(), start, layer))
-        self._alone = self._page([self._first], start, layer)
+        here, at_once = self._picture(start), getattr(first, "at_once", ())
+        waiting = {name: self._pending(name, number in at_once) for name, number in self._ids.items()}
+        super().__init__(page=self._page((waiting | {start: here}).values(), start, layer))
+        self._alone = self._page([here], start, layer)
         self.on_msg(self._asked)
 
     def _page(self, pictures: Iterable[str], start: str, layer: int) -> str:
@@ -63,15 +66,15 @@ class AttentionViewer(anywidget.AnyWidget):
         return "" if getattr(first, "annotated", True) else first.title(self._ids[name])
 
     def _picture(self, name: str) -> str:
-        picture = {run: images.get(self._ids[name]) for run, images in self.images.items()}
-        first = next(example for example in picture.values() if example is not None)
-        picture = {run: each if each is not None and same_image(first, each) else None for run, each in picture.items()}
-        return page_example(picture, self.names, self._own(name))
+        image_id = self._ids[name]
+        there = {run: images[image_id] for run, images in self.images.items() if image_id in images}
+        first = next(iter(there.values()))
+        same = {run: example for run, example in there.items() if same_image(first, example)}
+        return page_example({run: same.get(run) for run in self.images}, self.names, self._own(name))
 
-    def _pending(self, name: str) -> str:
-        image_id, first = self._ids[name], next(iter(self.images.values()))
-        faults = [_faults(images, image_id) for images in self.images.values()]
-        return page_pending(image_id, faults, image_id in getattr(first, "stored", ()), self._own(name))
+    def _pending(self, name: str, at_once: bool) -> str:
+        faults = [_faults(images, self._ids[name]) for images in self.images.values()]
+        return page_pending(self._ids[name], faults, at_once, self._own(name))
 
     def _asked(self, widget: Any, content: Mapping[str, Any], buffers: Any) -> None:
         """Answer what the page asks for; a fault is an answer, since errors of a widget appear nowhere."""
@@ -81,8 +84,12 @@ class AttentionViewer(anywidget.AnyWidget):
                 answer = page_cell(self.images[asked["run"]][self._ids[asked["image"]]], *asked["cell"])
             else:
                 answer = {"picture": self._picture(asked["image"])}
-        except (Exception, KeyboardInterrupt) as error:  # memory, a file, the run, or who waited too long
-            answer = {"fault": in_one_line(error)}
+        except KeyboardInterrupt:  # who waited too long
+            answer = {"fault": "interrupted; choose another image, or this one again"}
+        except Exception as error:  # memory, a file, the run; or a defect
+            if fault_of(error) is None:
+                logger.exception("the viewer's question %s has no answer", asked)
+            answer = {"fault": fault_of(error) or in_one_line(error)}
         self.send({"number": content["number"], "answer": answer})
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict] | None:

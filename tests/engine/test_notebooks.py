@@ -165,6 +165,18 @@ def test_bars_of_progress_are_not_part_of_a_copy(write, tmp_path):
     assert [output.output_type for output in first.outputs] == ["stream"] and len(second.outputs) == 1
 
 
+def test_a_copy_shows_the_page_that_stands_beside_a_widget_and_keeps_no_states(write, tmp_path):
+    shown = (
+        "import ipywidgets\nclass Page(ipywidgets.IntSlider):\n    def _repr_mimebundle_(self, **kwargs):\n"
+        "        return super()._repr_mimebundle_(**kwargs) | {'text/html': '<p>the page</p>'}\nPage()"
+    )
+    write("book", "n = 1", shown)
+    path = execute_notebook("book", tmp_path / "out.ipynb", {})
+    copy = nbformat.read(path, as_version=4)
+    assert copy.cells[-1].outputs[0].data.keys() == {"text/html", "text/plain"} and "widgets" not in copy.metadata
+    assert "<p>the page</p>" in notebooks.report_html(path, tmp_path / "report.html", "copy").read_text()
+
+
 def test_pictures_shrink_and_stay_pictures(write, tmp_path):
     code = "import numpy as np\nfrom PIL import Image\n"
     write("book", "n = 1", code + "Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8))")

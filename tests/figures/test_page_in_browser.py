@@ -89,6 +89,8 @@ def test_two_runs_share_their_colours_unless_each_has_its_own_and_can_be_swapped
     see.assert_drawn(see.map(0), maps[0]), see.assert_drawn(see.map(1), maps[1])
     see.choose("beside", -1)
     assert see.value("document.querySelectorAll('.panel').length") == 1
+    see.choose("beside", 0)  # the run that is shown alone: another one takes its place
+    assert see.value("[...document.querySelectorAll('.panel h3')].map(title => title.firstChild.data)") == [*RUNS[::-1]]
 
 
 def test_keys_go_through_images_detections_layers_and_heads(see, opened, stored):
