@@ -43,7 +43,7 @@ CEILINGS = {
     "checkpoints": 1420,
     "data": 3610,
     "metrics": 3050,
-    "runs": 2600,
+    "runs": 2610,
     "engine": 3990,
     "experiments": 4000,
     "figures": 3820,

@@ -169,11 +169,12 @@ function disagreement(picture) {
   let most = 0, what = "they agree", about;
   const runs = runsShown(), [a, b] = runs.map(run => picture.detected[run]);
   if (!a || !b) return [-1, "not in two runs"];
-  for (const [one, other, run] of [[a, b, runs[0]], [b, a, runs[1]]]) for (const row of seen(one)) {
-    const same = other.boxes.map((box, j) =>
-      other.names[j] === one.names[row] && overlap(box, one.boxes[row]) >= HALF ? other.scores[j] : 0);
+  for (const [one, beside, run] of [[a, b, runs[0]], [b, a, runs[1]]]) for (const row of seen(one)) {
+    const same = beside.boxes.map((box, j) =>
+      beside.names[j] === one.names[row] && overlap(box, one.boxes[row]) >= HALF ? beside.scores[j] : 0);
     const least = Math.max(0, ...same), gap = one.scores[row] - least;
-    if (gap > most) [most, what, about] = [gap, `${nameOf(one, row)}, ${number(least)}`, {run, row}];
+    const other = settings.runs[runs.find(shown => shown !== run)];
+    if (gap > most) [most, what, about] = [gap, `${nameOf(one, row)}, in ${other} ${number(least)}`, {run, row}];
   }
   return [most, what, about];
 }
@@ -197,7 +198,7 @@ const orders = {
     const [worst] = judged(picture, chosenIn("run")).wrong.keys();  // rows are in order of their scores
     return worst === undefined ? [0, "none wrong"] : [detected.scores[worst], nameOf(detected, worst), ofFirst(worst)];
   }],
-  paibb: ["PAIBB zero first", picture => {
+  paibb: ["PAIBB zero, or lowest, first", picture => {
     const shares = inside(picture, chosenIn("run")), none = shares.filter(([share]) => share < 1e-6).length;
     if (!shares.length) return [-1, "no maps"];
     const [[lowest, row]] = shares;

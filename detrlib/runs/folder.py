@@ -19,6 +19,7 @@ Files are written to a temporary neighbour and renamed, so a reader or a resumed
 metrics.jsonl are appended, and one that is cut short or damaged is left out.
 """
 
+import difflib
 import json
 import logging
 import os
@@ -126,10 +127,14 @@ def find_runs(names: Sequence[str] = (), seeds: bool = False) -> list[Path]:
         Their folders, the newest first where none are named.
 
     Raises:
-        RunError: no run is named, and none is finished.
+        RunError: there is no run of a name; or none is named, and none is finished.
     """
     if names:
-        return [run_path(name) for name in names]
+        run_dirs = [run_path(name) for name in names]
+        for run_dir in run_dirs:
+            if not run_dir.is_dir():
+                raise RunError(f"there is no run {run_name(run_dir)}; {_meant(run_dir) or 'correct the name'}")
+        return run_dirs
     newest, chosen = newest_run(), {}
     for run_dir in finished_runs():
         if run_dir == newest or run_dir.parent == newest.parent != RUNS:
@@ -177,12 +182,21 @@ def is_finished(run_dir: Path) -> bool:
 def run_config(run_dir: Path) -> Config:
     """The settings of a run, finished or not. Raises RunError for a folder that is no run."""
     if not (run_dir / "config.yaml").exists():
-        raise RunError(
-            f"{run_dir} has no config.yaml: not a run, or it has lost that; put it back, or correct the name"
-        )
+        remedy = _meant(run_dir) or "put it back, or correct the name"
+        raise RunError(f"{run_dir} has no config.yaml: not a run, or it has lost that; {remedy}")
     if not (run_dir / "config.yaml").stat().st_size:  # which would be read as the defaults
         raise DamagedFile(f"{run_dir / 'config.yaml'} is empty; put back the settings that the run was begun with")
     return load_config(run_dir / "config.yaml")
+
+
+def _meant(run_dir: Path) -> str:
+    """What may be meant by the name of a folder that is no run: runs in it, or one of like name; empty: nothing."""
+    runs = [run_name(file.parent) for file in sorted(RUNS.glob("**/config.yaml")) if file.parent.name not in RESERVED]
+    name = run_name(run_dir)
+    if inside := [run for run in runs if run.startswith(f"{name}/")]:
+        return f"a folder of runs: {listed(inside)}"
+    near = difflib.get_close_matches(name, runs, 2, 0.6)
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def class_names(run_dir: Path) -> dict[int, str]:

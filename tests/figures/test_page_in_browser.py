@@ -159,7 +159,7 @@ def test_every_order_puts_its_own_images_first(see, opened, make_example):
     for order, first, badge, about in (
         ("wrong", "2", "square 0.95", "square 0.95"),
         ("paibb", "3", "1 of 2 zero", "square 0.80"),
-        ("apart", "1", "square 0.80, 0.40", "square 0.80"),
+        ("apart", "1", "square 0.80, in second 0.40", "square 0.80"),
         ("most", "1", "3 detections", "square 0.35"),
     ):
         see.choose("order", order)

@@ -48,7 +48,6 @@ def test_what_a_file_system_takes_is_a_name(name):
 
 def test_a_number_is_a_name_as_papermill_hands_it_over():
     assert runs.run_path(2024) == runs.find_run(2024) == runs.RUNS / "2024"
-    assert runs.find_runs([7]) == [runs.RUNS / "7"]
 
 
 def test_a_name_that_is_a_file_s_is_refused(tmp_path):
@@ -179,10 +178,21 @@ def test_the_newest_finished_run_is_found_in_sweeps_too(finished):
     assert said.endswith("others: sweep/b-seed2, sweep/b-seed1, single")
 
 
+def test_of_a_name_that_no_run_has_the_one_that_is_meant_is_named(finished):
+    for name in ("single", "sweep/a"):
+        (finished / name / "config.yaml").touch()
+    with pytest.raises(RunError, match="there is no run sinlge; did you mean single"):
+        runs.find_runs(["sweep/a", "sinlge"])
+    with pytest.raises(RunError, match="a folder of runs: sweep/a"):
+        runs.run_config(finished / "sweep")
+    with pytest.raises(RunError, match="there is no run else; correct the name"):
+        runs.find_runs(["else"])
+
+
 def test_several_runs_are_those_of_the_newest_sweep(finished):
     assert [run_dir.name for run_dir in runs.find_runs()] == ["a", "b-seed2"]
     assert [run_dir.name for run_dir in runs.find_runs(seeds=True)] == ["a", "b-seed2", "b-seed1"]
-    assert runs.find_runs(["single", "x"]) == [finished / "single", finished / "x"]
+    assert runs.find_runs(["single", "sweep/a"]) == [finished / "single", finished / "sweep" / "a"]
     shutil.rmtree(finished / "sweep")
     assert runs.find_runs() == [finished / "single"]
     assert runs.looking_at(runs.find_runs()).endswith("others: none")
