@@ -24,7 +24,7 @@ from PIL import Image
 from detrlib.figures.choices import cell_at, cell_box, sites
 from detrlib.figures.overlay import DECADES, PALE, map_numbers, overlay, text_colour
 from detrlib.figures.predictions import MapChoice, class_colours, looks_from, looks_of, shares_of
-from detrlib.metrics.failures import CAUSES
+from detrlib.metrics.failures import CAUSES, NEAR
 from detrlib.metrics.sinks import LIMITS
 from detrlib.metrics.sparsity import gini
 from detrlib.runs.detected import Detected
@@ -134,6 +134,7 @@ def page_text(
         "thresholds": list(thresholds) or [LIMITS.threshold] * len(runs),
         "classes": {name: [colour, text_colour(colour)] for name, colour in class_colours(classes).items()},
         "causes": CAUSES,
+        "near": NEAR,
         "score": score,
         "steps": STEPS,
         "decades": DECADES,

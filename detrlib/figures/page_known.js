@@ -11,7 +11,7 @@ const chosenIn = name => +control(name).value, checked = name => control(name).c
 const number = (value, digits = 2) => value.toFixed(digits);
 const weightText = value => value === 0 ? "0" : value < 0.001 ? value.toExponential(1) : value.toPrecision(2);
 const EVEN = 0.005;  // of the sum of a map: what rounding may have moved
-const [NEAR, HALF] = [0.1, 0.5];  // IoU from which a detection is about an object, and has it
+const [NEAR, HALF] = [settings.near, 0.5];  // IoU from which a detection is about an object, and has it
 const SAME = 0.3;  // IoU above which detections of two runs stand for each other, where no object tells
 const REACH = 0.02;  // of the longer side of the picture: how far from a box a click still means it
 const pictures = [...document.querySelectorAll("script.picture")].map((script, index) => {

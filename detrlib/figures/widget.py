@@ -103,5 +103,4 @@ def _faults(images: Mapping[int, Example], image_id: int) -> tuple[int, int] | N
     errors = getattr(images, "errors", None)
     if errors is None or "missed" not in errors or image_id not in errors.index:
         return None
-    row = errors.loc[image_id]
-    return int(row["missed"]), int(row["false_positives"])
+    return tuple(map(int, errors.loc[image_id, ["missed", "false_positives"]]))

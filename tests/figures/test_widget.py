@@ -214,7 +214,7 @@ def test_of_images_that_are_passed_by_the_last_one_alone_is_asked_for(see, live,
     answer = live(AttentionViewer({"first": images}, NAMES, image_id=7))
     see.choose("order", "given")
     browser.value(
-        "globalThis.asked_for = [], ask = kernel, sent.push = (one) => { asked_for.push(one.asked.image); "
+        "globalThis.asked_for = [], sent.push = (one) => { asked_for.push(one.asked.image); "
         "return Array.prototype.push.call(sent, one); }, 0"
     )
     for _ in range(3):
