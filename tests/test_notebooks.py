@@ -153,8 +153,9 @@ def test_all_figures_and_tables_are_in_a_document_that_compiles_within_its_margi
 
 
 def test_the_command_for_figures_says_what_is_missing_before_anything_runs(tmp_path, monkeypatch):
-    executed, run_dir, out = [], tmp_path / "run", tmp_path / "new"
+    executed, run_dir, unfinished, out = [], tmp_path / "run", tmp_path / "unfinished", tmp_path / "new"
     run_dir.mkdir()
+    unfinished.mkdir()
     write_json(run_dir / "results.json", {})
 
     def execute(*given, **named):
@@ -167,7 +168,8 @@ def test_the_command_for_figures_says_what_is_missing_before_anything_runs(tmp_p
         return done.output
 
     monkeypatch.setattr("papermill.execute_notebook", execute)
-    assert "no results.json" in detrlib(run_dir, tmp_path / "none", "--out", out)
+    assert f"no run {tmp_path / 'none'}" in detrlib(run_dir, tmp_path / "none", "--out", out)
+    assert f"{unfinished} has no results.json" in detrlib(run_dir, unfinished, "--out", out)
     assert "/proc/none" in detrlib(run_dir, "--out", "/proc/none")
     assert "--out" in detrlib(run_dir, "--out", run_dir / "results.json")
     assert "-p output" in detrlib(run_dir, "--out", out, "-p", "output=there")
