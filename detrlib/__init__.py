@@ -3,7 +3,7 @@
 An image's way is `data`, `models` (with `attention` inside), `losses`, `engine`; that of an attention map is
 `models.outputs`, `metrics`, `runs`, `figures`. A file imports only from folders to its left:
 
-    errors, files, machine, boxes, config < data, attention < models < losses, checkpoints < metrics < runs < engine
+    errors, files, boxes, config < data, attention < models < losses, checkpoints < metrics < runs < engine
         < experiments < figures < teaching, benchmarks < commands < __main__
 """
 

@@ -14,7 +14,7 @@ CONFIGS = sorted((PROJECT / "papermill_runs" / "configs").rglob("*.yaml"))
 
 # Lowest first: a file imports from rows above its own, and freely within its folder; figures from a few only.
 ORDER = (
-    {"errors", "files", "machine", "boxes", "config"},
+    {"errors", "files", "boxes", "config"},
     {"data", "attention"},
     {"models"},
     {"losses", "checkpoints"},
@@ -34,8 +34,8 @@ PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processe
 
 # Lines of code in each folder, so that growth is a decision: raise a number here, with a reason in the commit.
 CEILINGS = {
-    ".": 560,
-    "config": 1420,
+    ".": 540,
+    "config": 1430,
     "attention": 2170,
     "attention/kernels": 1030,
     "models": 3190,

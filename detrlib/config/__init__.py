@@ -1,4 +1,7 @@
-"""Typed, frozen settings (`settings`, `model`, ...), and how files (`yaml_text`) and overrides become them (`load`)."""
+"""Typed, frozen settings (`settings`, `model`, ...), and how files (`yaml_text`) and overrides become them (`load`).
+
+What the machine settles, cores and the folder of what is made once, is asked of `machine`.
+"""
 
 from detrlib.config.attention import TransformName
 from detrlib.config.huggingface import HuggingFace

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detrlib.config import Data
+from detrlib.config.machine import cores
 from detrlib.data.augment import LONGEST, PAPER_SIZE, normalised
 from detrlib.errors import WORKER_GONE, WORKERS, ConfigError, DataError, RunError, fault_of
-from detrlib.machine import cores
 
 MOST_WORKERS = 8  # that are taken unasked: each decodes and augments some 200 photographs a second
 SHARED, AHEAD = Path("/dev/shm"), 3  # where batches of workers lie, and how many of each: two are prepared ahead

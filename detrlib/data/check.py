@@ -16,6 +16,7 @@ from typing import Literal
 import pandas as pd
 from tqdm.auto import tqdm
 
+from detrlib.config.machine import cache_folder, cores
 from detrlib.data.coco import CocoDataset
 from detrlib.data.decoding import (
     UNREADABLE,
@@ -29,7 +30,6 @@ from detrlib.data.decoding import (
 from detrlib.data.pictures import unreadable
 from detrlib.errors import DataError, RunError
 from detrlib.files import write_atomic
-from detrlib.machine import cache_folder, cores
 
 logger = logging.getLogger(__name__)
 

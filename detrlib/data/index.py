@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from pydantic_core import from_json, to_json
 
+from detrlib.config.machine import cache_folder
 from detrlib.data.annotations import read_annotations
 from detrlib.data.blocks import OddFile, Twice, read_blocks
 from detrlib.data.columns import BoxColumns, Columns, ImageColumns, Names
 from detrlib.data.formats import open_content
 from detrlib.errors import DataError, RunError
 from detrlib.files import damage, one_at_a_time, write_checkpoint
-from detrlib.machine import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from detrlib.config import Shapes
+from detrlib.config.machine import cache_folder, cores
 from detrlib.errors import DataError, RunError
 from detrlib.files import one_at_a_time
-from detrlib.machine import cache_folder, cores
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop
 from tqdm.auto import tqdm
 
 from detrlib.config import Backbone
+from detrlib.config.machine import cache_folder
 from detrlib.data import CocoDataset
 from detrlib.data.augment import PAPER_SIZE, TRAINING_SIZES, normalised
 from detrlib.files import damage, one_at_a_time, write_checkpoint
-from detrlib.machine import cache_folder
 from detrlib.models.backbone import build_body, stage_channels
 
 log = logging.getLogger(__name__)

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from detrlib import runs
 from detrlib.config import PROJECT, Config, save_config
+from detrlib.config.machine import cores
 from detrlib.data import build_dataset, look_over, open_splits
 from detrlib.engine.children import end, interrupt, passing_on, stopped, with_parent
 from detrlib.engine.notebooks import (
@@ -51,7 +52,6 @@ from detrlib.errors import ConfigError, RunError
 from detrlib.experiments.sweep_file import read_sweep
 from detrlib.experiments.time_left import Course, seconds_left
 from detrlib.files import write_atomic, write_json
-from detrlib.machine import cores
 from detrlib.runs.owner import owned
 from detrlib.runs.results import first_of_groups
 

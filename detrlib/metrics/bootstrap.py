@@ -15,8 +15,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import sparse
 
+from detrlib.config.machine import cores
 from detrlib.errors import ConfigError
-from detrlib.machine import cores
 from detrlib.metrics.detection import AREAS, IOU_THRESHOLDS, METRICS, NO_CATEGORY, Matches
 
 AP_METRICS = METRICS[:6]

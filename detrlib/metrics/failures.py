@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from detrlib.config.machine import cores
 from detrlib.errors import ConfigError
-from detrlib.machine import cores
 from detrlib.metrics.bootstrap import RankedDetections, bootstrap_runs, interval
 from detrlib.metrics.detection import AREAS, BOX, IOU_THRESHOLDS, Matches, count_objects, match_boxes, overlapping
 from detrlib.metrics.statistics import NO_ROWS, exchanged, p_value, same_images, with_verdicts

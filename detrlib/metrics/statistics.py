@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from detrlib.config.machine import cores
 from detrlib.errors import ConfigError, DataError
-from detrlib.machine import cores
 from detrlib.metrics.bootstrap import (
     LEVEL,
     RankedDetections,

@@ -1,6 +1,6 @@
 """Where what is made once is kept."""
 
-from detrlib.machine import cache_folder
+from detrlib.config.machine import cache_folder
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
