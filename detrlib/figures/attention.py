@@ -22,9 +22,9 @@ from detrlib.figures.choices import (
     cell_box,
     cells_ask,
     chosen_labels,
+    corresponding_query,
     detection,
     matched_query,
-    same_detection,
 )
 from detrlib.figures.overlay import Panel, Sharing, draw_maps, room, text_colour
 from detrlib.figures.style import MUTED, Nothing, class_colour, image_panels, readable, styled
@@ -144,12 +144,13 @@ def objects_by_run(
         draw_image(row[0], example.image, fill(run, NAME), fontweight="bold", fontsize=7)
         for axes, index in zip(row[1:], objects, strict=True):
             number = index + 1
-            query = matched_query(example, index) if annotated else same_detection(first, index, example)
+            query = matched_query(example, index) if annotated else corresponding_query(first, index, example)
             if annotated:
                 truth, colour = example.true_boxes[index], class_colour(int(example.true_labels[index]), names)
                 draw_box(row[0], truth, colour, dashed=True, caption=str(number))
             if query is None:
-                draw_image(axes, example.image, f"{number} no query left", alpha=0.3, color=MUTED)
+                missing = "no query left" if annotated else "not detected"
+                draw_image(axes, example.image, f"{number} {missing}", alpha=0.3, color=MUTED)
                 continue
             given = _colour(example, query, names)
             if annotated:

@@ -14,6 +14,8 @@ from torchvision.ops import box_iou
 from detrlib.errors import ConfigError
 from detrlib.runs.examples import Example
 
+SAME = 0.3  # IoU above which detections of two runs stand for each other, where no object tells
+
 
 def detection(example: Example, query: int, names: Mapping[int, str]) -> str:
     """The class and score of a query in words; names: label -> class."""
@@ -24,26 +26,23 @@ def detection(example: Example, query: int, names: Mapping[int, str]) -> str:
 def corresponding_query(example: Example, query: int, other: Example) -> int | None:
     """The query of `other`, the same image in another run, that stands for the same object as `query` of `example`.
 
-    It is the one matched to the same object; where `query` is matched to none, the one with the highest IoU, and None
-    if nothing overlaps. Images may be of different sizes.
+    It is `query` in its own example, else the one matched to the same object; where there is none, that of the highest
+    IoU, and None where this is 0.3 or less. Images may be of different sizes.
     """
+    if other is example:
+        return query
     matched = example.matched[query]
     same = np.flatnonzero(other.matched == matched)
     if matched >= 0 and len(same):
         return int(same[0])
     overlap = box_iou(_shares(example)[query, None], _shares(other))[0]
-    return int(overlap.argmax()) if len(overlap) and overlap.max() > 0 else None
+    return int(overlap.argmax()) if len(overlap) and overlap.max() > SAME else None
 
 
 def matched_query(example: Example, index: int) -> int | None:
     """The query matched to annotated object number `index`, None if there was none left for it."""
     matched = np.flatnonzero(example.matched == index)
     return int(matched[0]) if len(matched) else None
-
-
-def same_detection(example: Example, query: int, other: Example) -> int | None:
-    """`query` itself in its own example, the corresponding one in another."""
-    return query if other is example else corresponding_query(example, query, other)
 
 
 def _shares(example: Example) -> torch.Tensor:
@@ -127,14 +126,11 @@ def best_of_class(examples: Mapping[str, Sequence[Example]], label: int) -> ByCl
         for run, stored in by_image.items()
         for image_id in stored
         if image_id in shared
-        for query in np.flatnonzero(stored[image_id].labels == label)
+        for query in np.flatnonzero(stored[image_id].labels == label).tolist()
     ]
     if not candidates:
         return None
     _, best, image_id, query = max(candidates, key=lambda candidate: candidate[0])
     origin = by_image[best][image_id]
-    queries = {
-        run: (stored[image_id], corresponding_query(origin, query, stored[image_id]))
-        for run, stored in by_image.items()
-    }
-    return ByClass(label, queries | {best: (origin, int(query))}, best)
+    queries = {run: (own[image_id], corresponding_query(origin, query, own[image_id])) for run, own in by_image.items()}
+    return ByClass(label, queries, best)

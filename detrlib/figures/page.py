@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from detrlib.figures.choices import cell_at, cell_box, sites
+from detrlib.figures.choices import SAME, cell_at, cell_box, sites
 from detrlib.figures.overlay import DECADES, PALE, map_numbers, overlay, text_colour
 from detrlib.figures.predictions import MapChoice, class_colours, looks_from, looks_of, shares_of
 from detrlib.metrics.failures import CAUSES, NEAR
@@ -135,6 +135,7 @@ def page_text(
         "classes": {name: [colour, text_colour(colour)] for name, colour in class_colours(classes).items()},
         "causes": CAUSES,
         "near": NEAR,
+        "same": SAME,
         "score": score,
         "steps": STEPS,
         "decades": DECADES,

@@ -12,7 +12,6 @@ const number = (value, digits = 2) => value.toFixed(digits);
 const weightText = value => value === 0 ? "0" : value < 0.001 ? value.toExponential(1) : value.toPrecision(2);
 const EVEN = 0.005;  // of the sum of a map: what rounding may have moved
 const [NEAR, HALF] = [settings.near, 0.5];  // IoU from which a detection is about an object, and has it
-const SAME = 0.3;  // IoU above which detections of two runs stand for each other, where no object tells
 const REACH = 0.02;  // of the longer side of the picture: how far from a box a click still means it
 const pictures = [...document.querySelectorAll("script.picture")].map((script, index) => {
   const picture = JSON.parse(script.textContent);
@@ -245,7 +244,7 @@ function corresponding(picture, run) {
   const same = origin.matched[row] >= 0 ? detected.matched.indexOf(origin.matched[row]) : -1;
   if (same >= 0) return same;
   const ious = detected.boxes.map(box => overlap(box, origin.boxes[row])), best = ious.indexOf(Math.max(...ious));
-  return best >= 0 && ious[best] > SAME ? best : null;
+  return best >= 0 && ious[best] > settings.same ? best : null;
 }
 
 // Rows that can be chosen: what is seen, and the queries matched to objects of the class, whatever their score.

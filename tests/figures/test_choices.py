@@ -12,9 +12,16 @@ NAMES = {1: "circle", 2: "square"}
 def test_the_same_object_in_another_run_is_that_of_the_match_or_of_the_overlap(make_example):
     example, other = make_example(), make_example(shift=1)
     assert [choices.corresponding_query(example, query, other) for query in range(3)] == [1, 2, 0]
+    assert choices.corresponding_query(example, 0, example) == 0
     away = make_example(matched=(-1, -1, -1))
     away.boxes = away.boxes + 200
     assert choices.corresponding_query(example, 1, away) is None
+    width = example.boxes[1, 2] - example.boxes[1, 0]
+    for share, found in ((0.5, 1), (0.6, None)):  # boxes moved by this much of their width: an IoU of 1/3, of 1/4
+        beside = make_example(matched=(-1, -1, -1))
+        beside.boxes = np.tile(example.boxes[1] + 1000, (3, 1))
+        beside.boxes[1] = example.boxes[1] + np.array([share * width, 0, share * width, 0])
+        assert choices.corresponding_query(example, 1, beside) == found
 
 
 def test_cells_are_numbered_row_by_row_and_cut_at_the_border(make_example):
