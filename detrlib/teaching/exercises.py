@@ -21,11 +21,11 @@ def check(attempt: Callable, reference: Callable, cases: Iterable[tuple]) -> str
             )
             if result is None:
                 return "Not solved yet: the function returns None."
-            result = torch.as_tensor(result, dtype=wanted.dtype)
+            result = torch.as_tensor(result)
         except Exception as error:
             return f"Not yet: {type(error).__name__}: {error}\nfor {arguments}"
         if result.shape != wanted.shape:
             return f"Not yet: the shape is {list(result.shape)}, wanted {list(wanted.shape)}\nfor {arguments}"
-        if not torch.allclose(result, wanted, rtol=1e-4, atol=1e-5):
+        if not torch.allclose(result.double(), wanted.double(), rtol=1e-4, atol=1e-5):
             return f"Not yet: {result}\nwanted {wanted}\nfor {arguments}"
     return f"Correct, in all {len(cases)} cases."

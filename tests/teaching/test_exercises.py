@@ -31,6 +31,12 @@ def test_check_says_what_is_wrong(attempt, verdict):
     assert torch.equal(CASES[0][0], torch.tensor([1.0, 2.0]))
 
 
+@pytest.mark.parametrize(("result", "wanted", "said"), [(5.9, 5, "5.9"), (0.3, True, "0.3"), (0.123, 0, "0.123")])
+def test_numbers_are_not_cut_to_the_kind_that_is_wanted(result, wanted, said):
+    assert said in check(lambda: result, lambda: wanted, [()])
+    assert "Correct" in check(lambda: float(wanted), lambda: wanted, [()])
+
+
 @pytest.mark.parametrize(
     ("notebook", "needed", "exercises"),
     [
