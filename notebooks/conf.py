@@ -31,14 +31,16 @@ html table.dataframe :is(th, td) { border: 0; padding: 0.2em 0.7em; text-align: 
 html table.dataframe thead tr:last-child th { border-bottom: 1px solid var(--color-foreground-border); }
 """
 # TeX that docutils does not know or reads otherwise, and what it draws the same with: sizes of brackets, two digits of
-# a fraction, what stands below a name, and bars, which have no space within when they are a pair.
+# a fraction, what stands below a name, brackets that are as high as what they hold, and the space around a logarithm.
 TEX = {
     r"\\[bB]igg?[lr]?(?![a-zA-Z])": "",
     r"\\dots(?![a-zA-Z])": r"\\ldots",
     r"\\([td]?frac)(\d)(\d)": r"\\\1{\2}{\3}",
     r"\\operatorname\*\{(\w+)\}_\{([^{}]*)\}": r"\\underset{\2}{\\operatorname{\1}}",
-    r"\\(lvert|lVert)": r"\\left\\\1",
-    r"\\(rvert|rVert)": r"\\right\\\1",
+    r"\\(lvert|lVert|langle)": r"\\left\\\1",
+    r"\\(rvert|rVert|rangle)": r"\\right\\\1",
+    r"(?<=[\w})])\s*\\log(?![a-zA-Z])": r"\\,\\log",
+    r"\\log\s+(?=[\w\\])": r"\\log\\,",
 }
 suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure"]
 
