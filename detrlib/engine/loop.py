@@ -215,7 +215,7 @@ class Trainer:
         so_far.begin()
         self.sampler.epoch, self.sampler.first = state.epoch, so_far.steps
         state.model.train()
-        bar = tracking.progress(self.loader, f"epoch {state.epoch + 1}/{cfg.epochs}", initial=so_far.steps)
+        bar = tracking.progress(self.loader, f"epoch {state.epoch + 1}/{cfg.epochs}", initial=so_far.steps, lines=False)
         clock = time.perf_counter()
         for batch in batches(bar):
             waited, padding = time.perf_counter() - clock, batch.padding

@@ -22,13 +22,13 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from detrlib.checkpoints.weights import ELSEWHERE, PUBLISHED
 from detrlib.config import Config
 from detrlib.data import Batch, collate
 from detrlib.data.augment import build_augmentation
 from detrlib.data.pictures import SUFFIXES, Picture, are_pictures, find_pictures, readable, unreadable
+from detrlib.engine import tracking
 from detrlib.engine.evaluate import DETECTIONS_PER_IMAGE, autocast
 from detrlib.errors import ConfigError, DataError, ModelError, WeightsError, listed
 from detrlib.metrics.sparsity import sparsity
@@ -129,7 +129,7 @@ def predict_each(
     if not 0 <= min_score <= 1 or batch_size < 1:
         raise ConfigError(f"min_score {min_score}, batch_size {batch_size}: a score is in 0..1, a batch 1 or more")
     check_sites(detectors, sites)
-    with tqdm(total=len(pictures), desc="predicting", unit="picture", disable=not progress or None) as bar:
+    with tracking.progress(None, "predicting", progress, total=len(pictures), unit="picture") as bar:
         for first in range(0, len(pictures), batch_size):
             readable = []
             for picture in pictures[first : first + batch_size]:

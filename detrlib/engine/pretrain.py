@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop
-from tqdm.auto import tqdm
 
 from detrlib.config import Backbone
 from detrlib.config.machine import cache_folder
 from detrlib.data import CocoDataset
 from detrlib.data.augment import PAPER_SIZE, TRAINING_SIZES, normalised
+from detrlib.engine import tracking
 from detrlib.files import damage, one_at_a_time, write_checkpoint
 from detrlib.models.backbone import build_body, stage_channels
 
@@ -91,7 +91,7 @@ def train_classifier(settings: Backbone, dataset: CocoDataset, image_size: int) 
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     model.train()
-    for _ in tqdm(range(steps), desc="pretraining the backbone on crops", disable=None):
+    for _ in tracking.progress(range(steps), "pretraining the backbone on crops"):
         index = torch.randint(len(train_crops), (BATCH,))
         images = _augment(train_crops[index].to(device)).contiguous(memory_format=torch.channels_last)
         logits = model(images)

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, WandBTracker, get_available_trackers, on_main_process
 from torch import Tensor, nn
+from tqdm import std
 from tqdm.auto import tqdm
 
 from detrlib.config import PROJECT, Config, flat_settings
@@ -23,16 +24,24 @@ log = logging.getLogger(__name__)
 
 TRACKING = "tracking"  # folder in a run for the files of services
 PROGRESS = "DETRLIB_PROGRESS"  # in the environment of processes whose launcher has a terminal, to which it passes bars
+EVERY = 60  # seconds between lines, where there is no terminal for a bar
+LINE = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, about {remaining} left\n"
 MAIN = ("loss", "loss_class", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 
 
-def progress(items: Iterable | None, what: str, shown: bool = True, **options: Any) -> tqdm:
+def progress(items: Iterable | None, what: str, shown: bool = True, lines: bool = True, **options: Any) -> std.tqdm:
     """A bar over items, in the main process, on a terminal: its own, or that of the launcher, which passes it on.
 
-    options: others of tqdm.
+    lines: where there is none, say every minute how far it is. options: others of tqdm.
     """
-    hidden = not (shown and is_main_process()) or (False if PROGRESS in os.environ else None)
-    return tqdm(items, desc=what, leave=False, disable=hidden, **options)
+    shown = shown and is_main_process()
+    bar = tqdm(
+        items, desc=what, leave=False, disable=not shown or (False if PROGRESS in os.environ else None), **options
+    )
+    if shown and lines and bar.disable:
+        options |= {"delay": EVERY, "mininterval": EVERY, "maxinterval": EVERY, "bar_format": LINE}
+        return std.tqdm(items, desc=what, leave=False, **options)
+    return bar
 
 
 def say(accelerator: Accelerator, *lines: object) -> None:

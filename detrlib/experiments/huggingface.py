@@ -27,7 +27,6 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm.auto import tqdm
 
 from detrlib.attention import build_transform
 from detrlib.checkpoints.adapted import adapted_source
@@ -38,6 +37,7 @@ from detrlib.data import CocoDataset, build_dataset
 from detrlib.data.classes import match_classes
 from detrlib.data.index import read_columns
 from detrlib.data.pictures import Picture, find_pictures, readable, unreadable
+from detrlib.engine import tracking
 from detrlib.engine.evaluate import autocast, evaluate
 from detrlib.engine.predict import Detector
 from detrlib.errors import ConfigError, DataError, WeightsError, listed
@@ -144,7 +144,7 @@ def attention_passes(
     if faults:
         raise DataError(unreadable(faults))
     accelerator = Accelerator(cpu=cpu)
-    for name in tqdm(models, desc="models", unit="model", disable=not progress or None):
+    for name in tracking.progress(models, "models", progress, unit="model"):
         detector = open_detector(name, size, device=accelerator.device)
         spread = SHARPEN if sharpen is None and name in KINDS else sharpen
         with TemporaryDirectory() as folder:

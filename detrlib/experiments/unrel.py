@@ -17,10 +17,10 @@ from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, NonNegative
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-from tqdm.auto import tqdm
 
 from detrlib.data.annotations import first_fault
 from detrlib.data.decoding import UNREADABLE
+from detrlib.engine import tracking
 from detrlib.errors import DataError
 from detrlib.files import write_json
 
@@ -188,7 +188,7 @@ def _sizes(photographs: list[Photograph], images: Path) -> tuple[dict[int, tuple
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"{images / missing[0]}{more}: no such picture; is {images} UnRel's folder of images?")
     sizes, unreadable = {}, []
-    for one in tqdm(photographs, desc="pictures", disable=None, leave=False):
+    for one in tracking.progress(photographs, "pictures"):
         try:
             with Image.open(images / one.filename) as file:
                 file.load()

@@ -35,6 +35,14 @@ def test_one_process_shows_a_bar_where_there_is_a_terminal_its_own_or_that_of_th
     assert not shown()
 
 
+def test_without_a_terminal_a_line_says_now_and_then_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "EVERY", 0)
+    assert list(tracking.progress(range(3), "counting")) == [0, 1, 2]
+    assert re.search(r"counting: 2 of 3 after [\d:]+, about [\d:]+ left\n", capsys.readouterr().err)
+    for quiet in ({"shown": False}, {"lines": False}):
+        assert list(tracking.progress(range(3), "counting", **quiet)) == [0, 1, 2] and not capsys.readouterr().err
+
+
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
     """The real library, without an account, and with everything it is given recorded."""
