@@ -47,6 +47,7 @@ from detrlib.engine.notebooks import (
 )
 from detrlib.engine.presented import present_report
 from detrlib.engine.pretrain import backbone_weights
+from detrlib.engine.start import learns_from_crops
 from detrlib.engine.tracking import duration
 from detrlib.errors import ConfigError, RunError
 from detrlib.experiments.sweep_file import read_sweep
@@ -221,11 +222,12 @@ def _draw(folder: Path, names: list[str], asked: dict[str, Any]) -> Path:
 
 def _prepare(jobs: list[Job]) -> None:
     """Draw data, decode pictures and pretrain backbones once, before runs that would wait for each other ask for it."""
-    needed = {(job.cfg.data, getattr(job.cfg.model, "backbone", None)) for job in jobs if not job.finished}
+    waiting = [job.cfg for job in jobs if not job.finished]
+    needed = {(cfg.data, cfg.model.backbone if learns_from_crops(cfg) else None) for cfg in waiting}
     for data, backbone in needed:
         splits = open_splits(data)
         look_over(splits, check=data.check)  # raises what no run can be trained with
-        if backbone is not None and backbone.weights == "crops":
+        if backbone is not None:
             backbone_weights(backbone, splits["train"], data.image_size)
 
 

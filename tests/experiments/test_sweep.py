@@ -117,6 +117,16 @@ def test_a_run_waits_for_the_one_it_starts_from(sweep_file, stand_ins, tmp_path)
         sweep.sweep(sweep_file(runs=runs), circle)
 
 
+@pytest.mark.parametrize(("start", "pretrained"), [(None, ["tiny"]), ("other-run", [])])
+def test_a_backbone_is_pretrained_for_runs_that_begin_with_it(start, pretrained, tiny_config, monkeypatch):
+    asked, cfg = [], tiny_config({"model.backbone.weights": "crops", "train.start": start})
+    monkeypatch.setattr(sweep, "open_splits", lambda data: {"train": None})
+    monkeypatch.setattr(sweep, "look_over", lambda splits, check: None)
+    monkeypatch.setattr(sweep, "backbone_weights", lambda backbone, *_: asked.append(backbone.name))
+    sweep._prepare([SimpleNamespace(cfg=cfg, finished=finished) for finished in (True, False)])
+    assert asked == pretrained
+
+
 def test_runs_of_earlier_versions_count_as_finished(sweep_file, stand_ins, tmp_path):
     """Their notebook of evaluation had another number."""
     for name in ("one", "two", "three"):
