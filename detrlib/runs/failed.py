@@ -91,6 +91,12 @@ def failed_runs(run_dirs: Iterable[Path]) -> dict[str, FailedRun]:
     return runs
 
 
+def objects_frame(runs: Mapping[str, FailedRun]) -> pd.DataFrame:
+    """The objects that the first of the runs was evaluated on, as of `CocoDataset.frame`; of no run none."""
+    none = pd.DataFrame(columns=["image_id", "category", "area", "crowd"])
+    return next((run.dataset.frame() for run in runs.values()), none)
+
+
 def curves_frame(run_dirs: Iterable[Path], runs: Mapping[str, FailedRun], iou: float = 0.5) -> pd.DataFrame:
     """Precision over recall of each run, from the matches that its evaluation has stored, or those of its detections.
 

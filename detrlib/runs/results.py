@@ -17,7 +17,7 @@ from detrlib.config.attention import SiteName
 from detrlib.errors import RunError
 from detrlib.metrics.detection import UNDEFINED, Matches
 from detrlib.metrics.sinks import MEASURES as SINKS
-from detrlib.runs.folder import class_names, group_of, has_table, load_results, load_table, run_labels, to_measure
+from detrlib.runs.folder import group_of, has_table, load_results, load_table, run_labels, to_measure
 
 MADE_BY = "detrlib intervene"
 NO_OBJECTS = "no objects in this split"
@@ -249,23 +249,6 @@ def located_table(run_dirs: Iterable[Path]) -> pd.DataFrame:
         RunError: a run was evaluated without, or the table is damaged.
     """
     return measures(run_dirs, "located")
-
-
-def objects_frame(run_dirs: Iterable[Path]) -> pd.DataFrame:
-    """List the objects that the first of the runs with measures was evaluated on.
-
-    Args:
-        run_dirs: folders of runs.
-
-    Returns:
-        A row per object: image_id, area (of the box), category, crowd (never). Objects of an image beyond the number of
-        queries are matched to none, and missing; no rows where no run was measured.
-    """
-    for run_dir in having(run_dirs, "located"):
-        names, located = class_names(run_dir), load_table(run_dir, "located")
-        once = located[(located["layer"] == 0) & (located["head"] == -1)]
-        return once[["image_id", "area"]].assign(category=[names[label] for label in once["label"]], crowd=False)
-    return pd.DataFrame(columns=["image_id", "area", "category", "crowd"])
 
 
 def measures(run_dirs: Iterable[Path], name: str) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from detrlib.errors import DamagedFile, RunError
 from detrlib.experiments.predictions import evaluate_predictions
 from detrlib.metrics.curves import ALL
 from detrlib.metrics.failures import CAUSES, TOTALS, find_failures, lost_ap
-from detrlib.runs.failed import curves_frame, failed_runs, lost_frame, open_failures
+from detrlib.runs.failed import curves_frame, failed_runs, lost_frame, objects_frame, open_failures
 
 
 @pytest.fixture
@@ -45,6 +45,12 @@ def test_a_run_is_opened_again(evaluated):
     assert set(curves["run"]) == {"mine"} and set(curves["class"]) - {ALL} <= set(run.categories.values())
     (run_dir / "measures" / "matches.parquet").unlink()  # as of evaluations that stored none
     assert curves_frame([run_dir], failed_runs([run_dir])).equals(curves)
+    objects = objects_frame(failed_runs([run_dir]))
+    assert (
+        objects["area"].tolist() == [one["bbox"][2] * one["bbox"][3] for one in truth["annotations"]]
+        and not objects["crowd"].any()
+    )
+    assert objects["category"].tolist() == [run.categories[one["category_id"]] for one in truth["annotations"]]
     frame = lost_frame([run_dir], failed_runs([run_dir]))
     assert frame["run"].tolist() == ["mine"] and set(frame.columns) == {"run", "group", "seed", *CAUSES, *TOTALS}
 
@@ -54,7 +60,7 @@ def test_runs_without_their_data_are_left_out(evaluated, caplog):
     shutil.rmtree(run_dir.parent / "data")
     with caplog.at_level(logging.WARNING):
         assert failed_runs([run_dir]) == {} and f"data that have moved, in {run_dir / 'config.yaml'}" in caplog.text
-    assert lost_frame([run_dir], {}).empty and curves_frame([run_dir], {}).empty
+    assert lost_frame([run_dir], {}).empty and objects_frame({}).empty and curves_frame([run_dir], {}).empty
 
 
 def test_missing_and_damaged_predictions_are_named(evaluated):

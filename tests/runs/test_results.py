@@ -89,18 +89,6 @@ def test_runs_are_chosen_by_what_they_have_and_by_group(tmp_path):
     assert frames.measures(folders[1:2], "located").to_dict("list") == {"run": ["a-seed2"], "x": [1]}
 
 
-def test_objects_come_once(tmp_path):
-    write_results(tmp_path, [0.5], [0.5])
-    rows = [(7, 3, 64.0, layer, head) for layer in (0, 1) for head in (-1, 0)]
-    located = pd.DataFrame(rows, columns=["image_id", "label", "area", "layer", "head"])
-    runs.save_tables(tmp_path, {"located": located})
-    save_config(load_config(), tmp_path / "config.yaml")
-    assert frames.objects_frame([tmp_path / "none", tmp_path]).to_dict("records") == [
-        {"image_id": 7, "area": 64.0, "category": "cup", "crowd": False}
-    ]
-    assert frames.objects_frame([]).empty
-
-
 def test_matches_come_back_as_they_were_stored(tmp_path):
     box = {"image_id": 1, "category_id": 3, "bbox": [4.0, 5.0, 40.0, 30.0]}
     truth = {"images": [{"id": 1}, {"id": 2}], "categories": [{"id": 3, "name": "cup"}]}
