@@ -15,7 +15,7 @@ from detrlib.figures.overlay import write_captions
 from detrlib.figures.results import draw_cells, draw_runs
 from detrlib.figures.style import MUTED, PALETTE, TEXT_WIDTH, Nothing, figure, panels, run_colours, styled
 from detrlib.metrics.curves import ALL, BACKGROUND
-from detrlib.metrics.detection import BOX
+from detrlib.metrics.detection import AREAS, BOX
 from detrlib.metrics.failures import CAUSES, TOTALS, failures_of, worst_images
 from detrlib.runs.failed import FailedRun
 
@@ -84,7 +84,9 @@ def precision_recall(curves: pd.DataFrame, by: Literal["size", "class"] = "size"
     if chosen.empty:
         raise Nothing(NO_RUN if curves.empty else "no run was evaluated on objects")
     means = chosen.groupby("class")["precision"].mean().drop(ALL, errors="ignore")
-    names = chosen[by].unique() if by == "size" else [ALL, *means.nsmallest(most - 1).index]
+    names = (
+        [size for size in AREAS if size in {*chosen[by]}] if by == "size" else [ALL, *means.nsmallest(most - 1).index]
+    )
     colours = run_colours(chosen["run"])
     drawn, grid = panels(len(names), 4, height=1.75, sharex=True, sharey=True)
     for axes, name in zip(grid, names, strict=True):

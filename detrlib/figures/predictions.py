@@ -197,7 +197,7 @@ def _means(detected: Detected, title: str) -> str:
     table, layer = detected.sparsity, int(title.rpartition(" ")[2]) - 1
     rows = table[(table["site"] == site) & (table["layer"] == layer)]
     row = rows.iloc[-1]  # of the detections in the decoder, of all cells in the encoder
-    numbers = f"Gini {row['gini']:.2f}, {row['zeros']:.0%} zeros"
+    numbers = f"Gini {row['gini']:.2f}, {row['zeros']:.1%} zeros"
     return f"each head: {row['support']:.1f} of {row['keys']} keys,\n{numbers}"
 
 

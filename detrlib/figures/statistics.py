@@ -41,6 +41,7 @@ def differences(comparisons: pd.DataFrame, labels: Mapping[str, str] | None = No
             axes.plot(row.difference, y, **_mark(row.verdict == "established"))
         axes.set_title((labels or {}).get(metric, metric), loc="left")
         axes.set_xlabel("first − second")
+        _settle(axes)
     legend = {True: "established", False: "not established"}
     there = [established for established in legend if established in set(named["verdict"] == "established")]
     marks = [Line2D([], [], **_mark(established)) for established in there]
@@ -76,7 +77,17 @@ def spread(results: pd.DataFrame, metrics: Sequence[str], labels: Mapping[str, s
         )
         axes.set(xlabel="", ylabel="")
         axes.set_title((labels or {}).get(metric, metric), loc="left")
+        _settle(axes)
     return drawn
+
+
+def _settle(axes: Axes) -> None:
+    """Let x span no less than a hundredth of its largest value, and 0.001: closer up there is only rounding to see."""
+    low, high = axes.get_xlim()
+    lacking = max(0.01 * max(abs(low), abs(high)), 1e-3) - (high - low)
+    if lacking > 0:
+        axes.set_xlim(low - lacking / 2, high + lacking / 2)
+    axes.ticklabel_format(axis="x", useOffset=False)
 
 
 def _rows_of_panels(count: int, names: Sequence[str], extra: float) -> tuple[Figure, list[Axes]]:

@@ -63,3 +63,18 @@ def test_the_comparison_in_markdown():
     header, _, row = markdown_table(table, {}).splitlines()
     assert header == "| pair | metric | difference | 95 % interval | paired by seed | p (Holm) | verdict |"
     assert row.startswith("| a − b | AP | −0.213 | −0.245 to −0.182 | ") and row.endswith("| established (3 seeds) |")
+
+
+def test_panels_do_not_zoom_into_rounding_or_leave_numbers_to_add(texts):
+    near, far = (spread(seeds(a=[3.644], b=[value]), ["AP"]) for value in (3.6441, 4.5))
+    low, high = near.axes[0].get_xlim()
+    assert high - low >= 0.036 and low < 3.644 < high
+    assert np.diff(far.axes[0].get_xlim()) < 1.1
+    nothing = with_verdicts(
+        pd.DataFrame(
+            [{"first": "a", "second": "b", "metric": "AP", "difference": -1e-17, "low": 0, "high": 0, "p": 1.0}]
+        )
+    )
+    drawn = differences(nothing)
+    drawn.canvas.draw()
+    assert np.diff(drawn.axes[0].get_xlim()) >= 1e-3 and not drawn.axes[0].xaxis.get_offset_text().get_text()
