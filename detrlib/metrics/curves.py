@@ -67,7 +67,7 @@ def confusion(failures: Failures, names: Mapping[int, str], min_score: float = 0
 
     Detections and objects of an image are paired one to one, whatever their classes, where their IoU is at least `iou`:
     pairs of one class first, so that no object that is detected counts as confused, then the others, each in falling
-    order of IoU.
+    order of IoU, and of one box with several classes by score.
 
     Args:
         failures: of one run, as of `find_failures`; what is ignored there does not count.
@@ -87,7 +87,7 @@ def confusion(failures: Failures, names: Mapping[int, str], min_score: float = 0
     guess, truth = (table["category_id"].map(position).to_numpy(int) for table in (found, objects))
     pair = np.full(len(found), -1)  # the object of each detection
     taken = np.zeros(len(objects), bool)
-    for one in np.lexsort((-overlap, guess[d] != truth[g])):
+    for one in np.lexsort((-found["score"].to_numpy()[d], -overlap, guess[d] != truth[g])):
         if pair[d[one]] < 0 and not taken[g[one]]:
             pair[d[one]], taken[g[one]] = g[one], True
     counts = np.zeros((len(names) + 1, len(names) + 1), int)

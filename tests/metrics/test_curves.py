@@ -77,6 +77,10 @@ def test_confusion_by_eye():
     assert cells == expected
     assert confusion(failures, NAMES, 0.1).loc["cat", "cat"] == 1
     assert confusion(failures, NAMES, 0.3, 0.99).loc["bee", BACKGROUND] == 1
+    # A box with two classes, as sigmoids give it, where neither is the object's: the surer one is what it is taken for.
+    for scores, taken in (([0.4, 0.6], "cat"), ([0.6, 0.4], "ant")):
+        twice = find_failures(truth, coco_detections(1, [boxes[1]] * 2, scores, [3, 9]))
+        assert confusion(twice, NAMES).loc["bee", taken] == 1
 
 
 def test_every_object_and_detection_is_counted_once(crowded_task):
