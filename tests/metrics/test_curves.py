@@ -77,6 +77,9 @@ def test_confusion_by_eye():
     assert cells == expected
     assert confusion(failures, NAMES, 0.1).loc["cat", "cat"] == 1
     assert confusion(failures, NAMES, 0.3, 0.99).loc["bee", BACKGROUND] == 1
+    for iou in (0, 50, float("nan")):
+        with pytest.raises(ConfigError, match=f"iou {iou}"):
+            confusion(failures, NAMES, iou=iou)
 
 
 def test_every_object_and_detection_is_counted_once(crowded_task):
