@@ -113,8 +113,9 @@ def test_from_the_terminal_to_the_end(tmp_path, config, metrics_without_times):
     assert [line[:11] for line in epochs] == ["epoch   1/3", "epoch   2/3", "epoch   3/3"]
     assert all("loss" in line and "AP50" in line for line in epochs)
     assert [" left" in line for line in epochs] == [True, True, False]
-    assert lines[-2].startswith("best epoch: ") and f"detrlib evaluate {run_dir} --checkpoint best" in lines[-2]
-    assert lines[-1].startswith("AP 0.") and lines[-1].endswith(str(run_dir))
+    assert lines[-3].startswith("best epoch: ") and f"detrlib evaluate {run_dir} --checkpoint best" in lines[-3]
+    assert lines[-2].startswith("AP 0.") and lines[-2].endswith(str(run_dir))
+    assert lines[-1].endswith(f": {run_dir / 'viewer.html'}") and (run_dir / "viewer.html").stat().st_size > 10_000
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     assert metrics_without_times(run_dir)[0]["lr/rest"] == 1e-4
     environment = json.loads((run_dir / "environment.json").read_text())

@@ -23,7 +23,7 @@ NOTEBOOKS = sorted(path.stem for path in notebooks.NOTEBOOKS.glob("*.ipynb"))
 
 
 class TinyRun:
-    """One run that the notebooks share: trained by 05, evaluated by 06, whichever test comes first."""
+    """One run that the notebooks share: trained by 06, evaluated by 07, whichever test comes first."""
 
     def __init__(self, folder, settings):
         self.folder, self.name = folder, str(folder / "run")

@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from detrlib.commands import Gpus, Processes, Settings, in_words, pairs
-from detrlib.errors import ConfigError
+from detrlib.errors import ConfigError, is_main_process
 
 
 def train(
@@ -23,6 +23,7 @@ def train(
     from detrlib.config import load_config
     from detrlib.engine.launch import launch
     from detrlib.experiments.cluster import train_in_job
+    from detrlib.figures.viewer import refresh_viewers
     from detrlib.runs.folder import run_path
 
     cfg = load_config(config, pairs(settings, "--set", "train.epochs=2"))
@@ -31,6 +32,8 @@ def train(
     known = floor and floor["AP"] >= 0
     beside = f"  (floor {floor['AP']:.3f}, {floor['AP50']:.3f})" if known else ""
     typer.echo(f"{in_words({cut: numbers[cut] for cut in ('AP', 'AP50') if cut in numbers})}{beside}  {run_path(name)}")
+    for path in refresh_viewers(run_path(name)) if is_main_process() else ():
+        typer.echo(f"to look through in a browser: {path}")
 
 
 def check(

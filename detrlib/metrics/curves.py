@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from detrlib.errors import ConfigError
-from detrlib.metrics.bootstrap import RECALLS
+from detrlib.metrics.bootstrap import RECALLS, RankedDetections
 from detrlib.metrics.detection import AREAS, IOU_THRESHOLDS, NO_CATEGORY, Matches, overlapping
 from detrlib.metrics.failures import Failures
 
@@ -35,9 +35,7 @@ def precision_recall(matches: Matches, names: Mapping[int, str], iou: float = 0.
         raise ConfigError(f"iou {iou} is none of {', '.join(f'{one:.2f}' for one in IOU_THRESHOLDS)}")
     counted = matches.annotations[matches.annotations["category_id"] != NO_CATEGORY]
     totals = counted.groupby("category_id")[list(AREAS)].sum()
-    ranked = matches.detections.sort_values(["category_id", "image_id"], kind="stable")
-    ranked = dict(iter(ranked.sort_values("score", ascending=False, kind="stable").groupby("category_id")))
-    rows = []
+    ranked, rows = RankedDetections(matches).classes, []
     for category_id, count in totals.iterrows():
         table = ranked.get(category_id, matches.detections[:0])
         for size in AREAS:
@@ -78,7 +76,12 @@ def confusion(failures: Failures, names: Mapping[int, str], min_score: float = 0
     Returns:
         A row per class of object and a column per class of detection, in the order of `names`, with `BACKGROUND` last:
         the column counts objects without a detection, the row detections without an object.
+
+    Raises:
+        ConfigError: the IoU is another.
     """
+    if not 0.05 <= iou <= 1:
+        raise ConfigError(f"iou {iou} is not in 0.05..1")
     found = failures.detections
     found = found[(found["score"] >= min_score) & (found["cause"] != "ignored")].reset_index(drop=True)
     objects = failures.annotations[failures.annotations["fate"] != "ignored"].reset_index(drop=True)

@@ -20,7 +20,7 @@ import pandas as pd
 
 from detrlib.config.machine import cores
 from detrlib.errors import ConfigError
-from detrlib.metrics.bootstrap import RankedDetections, bootstrap_runs, interval
+from detrlib.metrics.bootstrap import LEVEL, RankedDetections, bootstrap_runs, interval
 from detrlib.metrics.detection import AREAS, BOX, IOU_THRESHOLDS, Matches, count_objects, match_boxes, overlapping
 from detrlib.metrics.statistics import NO_ROWS, exchanged, p_value, same_images, with_verdicts
 
@@ -228,12 +228,13 @@ def compare_lost(
         runs: failures by name.
         causes: some of CAUSES and TOTALS.
         pairs: names of the runs to compare, of which those that `runs` lacks are left out; None, or none: all.
-        resamples, seed: of the bootstrap and the permutations.
+        resamples, seed: of the bootstrap and the permutations. Of these there are 40 for each row at least: with fewer,
+            of many rows none could be established, whatever the difference.
         samples: by name, as of `lost_samples` with these `resamples` and `seed`, where they are drawn already.
 
     Returns:
-        A row per cause and pair, as of `statistics.compare_runs`; p values are adjusted over the pairs of a cause
-        (Holm).
+        A row per cause and pair, as of `statistics.compare_runs`; p values are adjusted over all rows (Holm), since
+        whoever looks for what differs looks at all causes.
 
     Raises:
         DataError: the images of two runs differ.
@@ -245,9 +246,10 @@ def compare_lost(
     oracles, lost = ({name: make(one) for name, one in compared.items()} for make in (mended, lost_ap))
     for first, second in pairs:
         same_images(compared[first].image_ids, compared[second].image_ids)
+    permutations = max(resamples, round(2 / LEVEL) * len(causes) * len(pairs))
 
     def swapped(task: tuple[tuple[str, str], str]) -> np.ndarray:
-        return exchanged(*(oracles[name][task[1]] for name in task[0]), "AP50", resamples, seed)
+        return exchanged(*(oracles[name][task[1]] for name in task[0]), "AP50", permutations, seed)
 
     def row(pair: tuple[str, str], cause: str) -> dict:
         (one, other), gap = (drawn[name][cause] for name in pair), lost[pair[0]][cause] - lost[pair[1]][cause]
@@ -259,5 +261,5 @@ def compare_lost(
     tasks = list(product(pairs, ("AP50", *causes)))
     with ThreadPoolExecutor(cores()) as pool:
         swaps = dict(zip(tasks, pool.map(swapped, tasks), strict=True))
-    tables = [with_verdicts(pd.DataFrame([row(pair, cause) for pair in pairs])) for cause in causes if pairs]
-    return pd.concat(tables or [with_verdicts(NO_ROWS)], ignore_index=True)
+    rows = [row(pair, cause) for cause in causes for pair in pairs]
+    return with_verdicts(pd.DataFrame(rows) if rows else NO_ROWS)

@@ -204,7 +204,8 @@ def gains(frame: pd.DataFrame, measure: str = "similarity", references: Sequence
     Args:
         frame: of one run, as of `faithfulness_run`.
         measure: score, iou or similarity.
-        references: methods that all others are compared with; those that were not measured are left out.
+        references: methods that all others are compared with, each pair once: a later reference with an earlier one.
+            Those that were not measured are left out.
 
     Returns:
         Rows as of `metrics.statistics.compare_runs`, of paired bootstrap and permutation over images: first (a method),
@@ -213,7 +214,9 @@ def gains(frame: pd.DataFrame, measure: str = "similarity", references: Sequence
     """
     better = {"deletion": -1, "insertion": 1}
     means = {method: own.mul(better).add_suffix(" gain") for method, own in means_by_method(frame, measure).items()}
-    pairs = [(name, one) for one in references if one in means for name in means if name != one]
+    # Between two references there is one test, not one in either direction: Holm would count it twice.
+    others = {one: [name for name in means if name not in references[: n + 1]] for n, one in enumerate(references)}
+    pairs = [(name, one) for one in references if one in means for name in others[one]]
     if not pairs or len(next(iter(means.values()))) < 2:
         return NO_ROWS.assign(p_adjusted=[], verdict=[])
     return pd.concat([compare_runs(means, f"{name} gain", pairs) for name in better], ignore_index=True)

@@ -16,14 +16,16 @@ from detrlib.runs.folder import load_results
 
 HOW = """\
 # FiftyOne
+import json, fiftyone, fiftyone.utils.coco
 categories = json.load(open({labels!r}))["categories"]
 data = fiftyone.Dataset.from_dir(
     dataset_type=fiftyone.types.COCODetectionDataset, data_path={pictures!r}, labels_path={labels!r}, include_id=True
 )
 fiftyone.utils.coco.add_coco_labels(data, "predictions", {predictions!r}, categories, coco_id_field="coco_id")
 # supervision
+import pathlib, supervision, detrlib.runs.exported
 data = supervision.DetectionDataset.from_coco({pictures!r}, {labels!r})
-detections = detrlib.runs.exported.to_supervision(Path({run!r}))"""
+detections = detrlib.runs.exported.to_supervision(pathlib.Path({run!r}))"""
 
 
 def export_detections(run_dir: Path, folder: Path) -> str:
@@ -35,7 +37,7 @@ def export_detections(run_dir: Path, folder: Path) -> str:
             predictions.json.
 
     Returns:
-        In words, how FiftyOne and supervision read them.
+        Lines of Python with which FiftyOne and supervision read them, wherever they are run.
 
     Raises:
         RunError: the run was not evaluated, or a file cannot be written.
@@ -43,7 +45,7 @@ def export_detections(run_dir: Path, folder: Path) -> str:
     """
     load_results(run_dir), read_predictions(run_dir)  # raise where they are missing or damaged
     dataset = evaluated_data(run_dir)
-    paths = {name: folder / f"{name}.json" for name in ("labels", "predictions")}
+    paths = {name: folder.absolute() / f"{name}.json" for name in ("labels", "predictions")}
     write_json(paths["labels"], dict(dataset.ground_truth))
     write_atomic(paths["predictions"], partial(shutil.copyfile, run_dir / "predictions.json"))
     return HOW.format(pictures=str(dataset.images_path), run=str(run_dir), **{n: str(p) for n, p in paths.items()})
@@ -65,11 +67,10 @@ def to_supervision(run_dir: Path) -> dict[str, Any]:
     positions = {id: number for number, id in enumerate(sorted(categories))}
     corner, sides = np.hsplit(table[BOX].to_numpy(float), 2)
     boxes = np.hstack([corner, corner + sides])
-    rows = table.groupby("image_id").indices
+    numbers, names = (table["category_id"].map(known).to_numpy() for known in (positions, categories))
+    columns, rows = (boxes, table["score"].to_numpy(), numbers, names), table.groupby("image_id").indices
     detections = {}
     for image_id, name in zip(dataset.image_ids, dataset.file_names, strict=True):
-        own = rows.get(image_id, np.array([], int))
-        ids = table["category_id"].to_numpy()[own].tolist()
-        numbers, names = [positions[id] for id in ids], [categories[id] for id in ids]
-        detections[name] = supervision_detections(boxes[own], table["score"].to_numpy()[own], numbers, names)
+        own = rows.get(image_id, [])
+        detections[name] = supervision_detections(*(column[own] for column in columns))
     return detections

@@ -81,6 +81,9 @@ def test_confusion_by_eye():
     for scores, taken in (([0.4, 0.6], "cat"), ([0.6, 0.4], "ant")):
         twice = find_failures(truth, coco_detections(1, [boxes[1]] * 2, scores, [3, 9]))
         assert confusion(twice, NAMES).loc["bee", taken] == 1
+    for iou in (0, 50, float("nan")):
+        with pytest.raises(ConfigError, match=f"iou {iou}"):
+            confusion(failures, NAMES, iou=iou)
 
 
 def test_every_object_and_detection_is_counted_once(crowded_task):

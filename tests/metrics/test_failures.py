@@ -22,6 +22,7 @@ from detrlib.metrics.failures import (
     worst_images,
 )
 from detrlib.metrics.seeds import compare_groups
+from detrlib.metrics.statistics import holm
 
 SHARES = [*CAUSES, *TOTALS]
 
@@ -233,11 +234,22 @@ def test_differences_between_runs(random_detection_task, worse):
     moved = rows.query("first == 'good' and second == 'moved' and metric == 'place'").iloc[0]
     assert moved["difference"] == pytest.approx(lost_ap(runs["good"])["place"] - lost_ap(runs["moved"])["place"])
     assert moved["high"] < 0 and moved["verdict"] == "established" and moved["images"] == 12
+    assert rows["p_adjusted"].tolist() == pytest.approx(holm(rows["p"]))  # over both causes and all pairs
     assert compare_lost({"good": runs["good"]}).empty
     assert compare_lost({"good": runs["good"]}, pairs=[("good", "lacking")]).empty
     fewer = find_failures(truth | {"images": truth["images"][:-1]}, [one for one in detections if one["image_id"] < 21])
     with pytest.raises(DataError, match="evaluate both runs on the same images"):
         compare_lost({"good": runs["good"], "fewer": fewer}, resamples=5)
+
+
+def test_what_is_certain_is_established_among_many_comparisons(random_detection_task, worse):
+    """A p value cannot be below 1 / (1 + permutations), and Holm multiplies it by the number of rows."""
+    truth, detections = random_detection_task(4)
+    runs = {"good": detections, "again": detections, "moved": worse(worse(detections, 1.0), 1.0)}
+    runs = {name: find_failures(truth, own) for name, own in runs.items()}
+    rows = compare_lost(runs, ["place", "miss", "both"], resamples=20)
+    assert len(rows) == 9
+    assert rows.query("metric == 'place' and second == 'moved'")["verdict"].tolist() == ["established", "established"]
 
 
 def test_shares_are_compared_over_seeds_too(confused_task):

@@ -290,15 +290,24 @@ def test_image_means_count_an_image_once():
 def test_gains_are_over_references_on_the_same_images():
     frame = areas()
     table = gains(frame).set_index("metric")
-    assert list(table.index) == ["deletion gain", "deletion gain", "insertion gain", "insertion gain"]
-    one = table[table["second"] == "box"].loc["deletion gain"]
-    assert one["first"] == "raw" and one["images"] == 3
+    assert list(table.index) == ["deletion gain", "insertion gain"]
+    one = table.loc["deletion gain"]
+    assert (one["first"], one["second"], one["images"]) == ("raw", "box", 3)
     assert one["difference"] == pytest.approx(0.5 / 3)  # raw has 0.2, 0.2, 0.1 and the box twice that: lower is better
     assert one["low"] < one["difference"] < one["high"] and one["p"] > 0.05
-    other = table[table["second"] == "raw"].loc["insertion gain"]
+    other = gains(frame, references=("raw", "box")).set_index("metric").loc["insertion gain"]
+    assert (other["first"], other["second"]) == ("box", "raw")
     assert other["difference"] == pytest.approx(-0.5 / 3) and other["verdict"] == "not established"
     assert gains(frame, references=("relevance",)).empty
     assert gains(frame[frame["image_id"] == 1]).empty
+
+
+def test_two_references_are_one_test_of_holms():
+    third = areas(0.05)[lambda frame: frame["method"] == "raw"].assign(method="odam")
+    table = gains(pd.concat([areas(), third]))
+    for _, rows in table.groupby("metric"):
+        assert [*zip(rows["first"], rows["second"], strict=True)] == [("raw", "box"), ("odam", "box"), ("odam", "raw")]
+        assert rows["p_adjusted"].min() == pytest.approx(min(1, 3 * rows["p"].min()))
 
 
 def test_intervals_of_means_are_those_of_resampled_images():

@@ -1,6 +1,8 @@
 """The detections of a run as other programs read them."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,21 +52,49 @@ def test_a_class_that_the_data_lack_is_named(run):
         to_supervision(run[0])
 
 
-def test_supervision_reads_it_back(run, tmp_path):
-    supervision = pytest.importorskip("supervision", reason="supervision is not installed")
-    run_dir, _, found = run
-    export_detections(run_dir, tmp_path / "out")
-    pictures = next(path for path in (tmp_path / "data").rglob("*val2017") if path.is_dir())
-    read = supervision.DetectionDataset.from_coco(str(pictures), str(tmp_path / "out" / "labels.json"))
-    detections = to_supervision(run_dir)
+@pytest.fixture
+def lines(run, tmp_path, monkeypatch):
+    """What is told of each program, as lines of Python."""
+    monkeypatch.chdir(tmp_path)
+    told = export_detections(run[0], Path("out"))
+    names, parts = zip(*re.findall(r"# (\w+)\n([^#]*)", told), strict=True)
+    assert names == ("FiftyOne", "supervision")
+    monkeypatch.chdir(tmp_path.parent)  # they are run anywhere
+    return dict(zip(names, parts, strict=True))
+
+
+def test_supervision_reads_it_back(run, lines):
+    pytest.importorskip("supervision", reason="supervision is not installed: pip install supervision")
+    exec(lines["supervision"], told := {})
+    read, detections = told["data"], told["detections"]
     assert len(detections) == len(read) == 3
-    assert sum(map(len, detections.values())) == len(found)
+    assert sum(map(len, detections.values())) == len(run[2])
     for path, _, objects in read:
         own = detections[path.rpartition("/")[2]]
         if len(own):  # of the last image there is none
             sure = own[own.confidence > 0.5]
             assert np.allclose(sure.xyxy, objects.xyxy) and sure.class_id.tolist() == objects.class_id.tolist()
             assert sure["class_name"].tolist() == [read.classes[label] for label in objects.class_id]
+
+
+def test_fiftyone_reads_it_back(run, lines, tmp_path, monkeypatch):
+    monkeypatch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path / "database"))
+    monkeypatch.setenv("FIFTYONE_DO_NOT_TRACK", "true")
+    pytest.importorskip("fiftyone", reason="fiftyone, 1 GB with a database, is not installed: pip install fiftyone")
+    exec(lines["FiftyOne"], told := {})
+    _, truth, found = run
+    names = {entry["id"]: entry["name"] for entry in truth["categories"]}
+    samples = {Path(sample.filepath).name: sample for sample in told["data"]}
+    assert len(samples) == len(truth["images"]) == 3
+    for image in truth["images"]:
+        sample = samples[image["file_name"]]
+        for field, entries in (("detections", truth["annotations"]), ("predictions", found)):
+            read = [] if sample[field] is None else sample[field].detections
+            given = [entry for entry in entries if entry["image_id"] == image["id"]]
+            assert [one.label for one in read] == [names[entry["category_id"]] for entry in given]
+            assert [one.confidence for one in read] == [entry.get("score") for entry in given]
+            boxes = np.array([one.bounding_box for one in read]).reshape(-1, 4)  # relative to the picture
+            assert np.allclose(boxes * [48, 40, 48, 40], np.reshape([entry["bbox"] for entry in given], (-1, 4)))
 
 
 def test_the_command_writes_and_says_how_to_read(run, tmp_path, capsys):
