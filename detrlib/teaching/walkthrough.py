@@ -86,7 +86,7 @@ def box_steps(
     """
     size = min(1.0, 0.32 * len(steps))
     drawn, panels = figure(size, 1.12 * image.shape[0] / image.shape[1] / len(steps), ncols=len(steps), squeeze=False)
-    before = None
+    before, (height, width) = None, image.shape[:2]
     for axes, (title, boxes) in zip(panels[0], steps.items(), strict=True):
         draw_image(axes, image, title, alpha=0.45)
         for box in truth:
@@ -97,9 +97,10 @@ def box_steps(
             draw_box(axes, box, colour, width=thinner(len(boxes)))
             axes.plot(*centre, "o", color=colour, markersize=3, markeredgecolor="white", markeredgewidth=0.5)
             if before is not None:
-                look = {"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
+                # A head is no longer than its arrow, so that a small move looks small.
+                reach = 128 * np.hypot(*(centre - before[number])) / width
+                look = {"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0, "mutation_scale": min(7, reach)}
                 axes.annotate("", centre, before[number], arrowprops=look)
-        height, width = image.shape[:2]
         axes.set(xlim=(-0.08 * width, 1.08 * width), ylim=(1.08 * height, -0.08 * height))  # boxes reach out of it
         before = centres
     return drawn
