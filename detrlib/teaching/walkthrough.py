@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from detrlib.figures.attention import draw_box, draw_image, thinner
+from detrlib.figures.overlay import write_captions
 from detrlib.figures.style import MUTED, PALETTE, class_colour, figure, readable, styled
 
 
@@ -156,13 +157,16 @@ def boxes_before_and_after(
     """
     drawn, panels = figure(0.7, 0.5 * len(stages), nrows=len(stages), ncols=len(images), squeeze=False)
     for row, (title, detections) in zip(panels, stages.items(), strict=True):
-        for axes, image, detected, wanted in zip(row, images, detections, truth, strict=True):
+        for axes, image, (boxes, labels, scores), wanted in zip(row, images, detections, truth, strict=True):
             draw_image(axes, image)
             for box, label in zip(*wanted, strict=True):
                 draw_box(axes, box, class_colour(int(label), names), dashed=True)
-            for box, label, score in zip(*detected, strict=True):
-                words = f"{names.get(int(label), '-')} {score:.2f}"
-                draw_box(axes, box, class_colour(int(label), names), caption=words)
+            colours = [class_colour(int(label), names) for label in labels]
+            for box, colour in zip(boxes, colours, strict=True):
+                draw_box(axes, box, colour)
+            words = [f"{names.get(int(label), '-')} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+            height, width = image.shape[:2]
+            write_captions(axes, boxes, words, colours, (height, width), 1.9 * width / max(height, width))
         # Beside the row: above it, captions of boxes at the upper edge would run into the words.
         row[0].annotate(
             title, (-0.14, 0.5), xycoords="axes fraction", rotation=90, ha="right", va="center", fontweight="bold"
