@@ -170,7 +170,7 @@ def write_captions(
     (height, width), taken = size, np.zeros((0, 4))
     point = width / inches / 72  # pixels
     line = 1.6 * FONT * point
-    for (x0, y0, x1, y1), text, colour in zip(boxes, texts, colours, strict=True):
+    for (x0, y0, x1, y1), text, colour in zip(np.clip(boxes, 0, (width, height) * 2), texts, colours, strict=True):
         if len(taken) == most:
             break
         look = {"color": text_colour(colour), "bbox": {"facecolor": colour, "lw": 0, "pad": 1}}
@@ -179,10 +179,10 @@ def write_captions(
         within = *np.arange(y0 + line, y1, line / 2), y1
         heights = (y0, *within, y1 + line) if y1 - y0 > 3 * line else (y0, y1 + line, *within)  # small ones stay seen
         for y, x in product(heights, (x0, x1 - length)):
-            x, y = np.clip(x, 0, max(width - length, 0)), np.clip(y, line, height)
+            x = np.clip(x, 0, max(width - length, 0))
             own = np.array([x, y - line, x + length, y])
             apart = (taken[:, :2] >= own[2:]) | (taken[:, 2:] <= own[:2])
-            if apart.any(1).all():
+            if line <= y <= height and apart.any(1).all():
                 taken = np.vstack([taken, own])
                 caption.set_position((x, y))
                 break

@@ -163,3 +163,11 @@ def test_few_captions_find_room_at_their_own_boxes(texts):
     for text, (x0, y0, x1, y1) in zip(axes.texts, boxes, strict=True):
         x, y = text.get_position()
         assert x0 - 1 <= x <= x1 and y0 <= y <= y1
+
+
+def test_a_caption_at_the_edge_does_not_cover_a_small_box():
+    _, axes = style.figure(0.35, 1.0, layout=None)
+    small = np.array([[60, 2, 70, 8.0]])
+    assert overlay.write_captions(axes, small, ["star"], ["#0072B2"], (128, 128), 2.3) == 1
+    line = 1.6 * overlay.FONT * 128 / 2.3 / 72
+    assert axes.texts[0].get_position()[1] - line >= 8 - 1e-9
