@@ -140,7 +140,7 @@ def annotated_images(
     drawn, grid = _gallery(images, LEGEND_HEIGHT if distinct else 0)
     for number, (axes, image) in enumerate(zip(grid, images, strict=True)):
         count = len(labels[number])
-        size = f"{image.shape[0]} × {image.shape[1]}, {count} object{'s' * (count != 1)}"
+        size = f"{image.shape[0]} high, {image.shape[1]} wide; {count} object{'s' * (count != 1)}"
         draw_image(axes, image, titles[number] if titles else size)
         _draw_objects(axes, image, boxes[number], labels[number], names, captions=not distinct)
     if distinct and present:
@@ -170,10 +170,10 @@ def images_with_padding(
         axes.imshow(np.where(padding[..., None], stripes[..., None], image))
         _draw_objects(axes, image, *objects, names)
         inner_height, inner_width = (int((~padding).any(axis=axis).sum()) for axis in (1, 0))
-        axes.set_title(f"{inner_height} × {inner_width}, fills {np.mean(~padding):.0%}", loc="left")
+        axes.set_title(f"{inner_height} high, {inner_width} wide; fills {np.mean(~padding):.0%}", loc="left")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(True)
-    drawn.supxlabel(f"padded to {height} × {width}", fontsize=8)
+    drawn.supxlabel(f"padded: {height} high, {width} wide", fontsize=8)
     return drawn
 
 

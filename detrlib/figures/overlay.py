@@ -11,6 +11,7 @@ Legend: h x w cells of a map; boxes are xyxy in pixels of the image.
 """
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Literal, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -85,11 +86,7 @@ def pale_grey(image: np.ndarray) -> np.ndarray:
 
 
 def draw_map(
-    axes: Axes,
-    image: np.ndarray,
-    weights: np.ndarray,
-    extent: np.ndarray | None = None,
-    scale: Scale | None = None,
+    axes: Axes, image: np.ndarray, weights: np.ndarray, extent: np.ndarray | None = None, scale: Scale | None = None
 ) -> None:
     """Lay a map [h,w] over a pale grey version of `image` [H,W,3]; extent: as of `lay_cells`, scale: of `overlay`."""
     axes.imshow(pale_grey(image), cmap="gray", vmin=0, vmax=1)
@@ -165,7 +162,7 @@ def write_captions(
     inches: float,
     most: int = 30,
 ) -> int:
-    """Write captions at the first `most` of the boxes [n,4] that have room for one: above, below, or within at the top.
+    """Write captions at the first `most` of the boxes [n,4] that have room for one: above, within, or below.
 
     They keep inside the picture and off each other. size: height and width of the picture, which is `inches` wide.
     Returns how many were written.
@@ -173,19 +170,24 @@ def write_captions(
     (height, width), taken = size, np.zeros((0, 4))
     point = width / inches / 72  # pixels
     line = 1.6 * FONT * point
-    for (x0, y0, _, y1), text, colour in zip(boxes, texts, colours, strict=True):
-        length = (0.62 * FONT * len(text) + 2) * point
-        x = np.clip(x0, 0, max(width - length, 0))
+    for (x0, y0, x1, y1), text, colour in zip(np.clip(boxes, 0, (width, height) * 2), texts, colours, strict=True):
         if len(taken) == most:
             break
-        for y in (y0, y1 + line, y0 + line):
+        look = {"color": text_colour(colour), "bbox": {"facecolor": colour, "lw": 0, "pad": 1}}
+        caption = axes.text(0, 0, text, fontsize=FONT, va="bottom", parse_math=False, **look)
+        length = (72 / axes.get_figure().dpi * caption.get_window_extent().width + 2) * point
+        within = *np.arange(y0 + line, y1, line / 2), y1
+        heights = (y0, *within, y1 + line) if y1 - y0 > 3 * line else (y0, y1 + line, *within)  # small ones stay seen
+        for y, x in product(heights, (x0, x1 - length)):
+            x = np.clip(x, 0, max(width - length, 0))
             own = np.array([x, y - line, x + length, y])
             apart = (taken[:, :2] >= own[2:]) | (taken[:, 2:] <= own[:2])
             if line <= y <= height and apart.any(1).all():
-                taken, look = np.vstack([taken, own]), {"facecolor": colour, "lw": 0, "pad": 1}
-                ink = text_colour(colour)
-                axes.text(x, y, text, fontsize=FONT, color=ink, va="bottom", bbox=look, parse_math=False)
+                taken = np.vstack([taken, own])
+                caption.set_position((x, y))
                 break
+        else:
+            caption.remove()
     return len(taken)
 
 

@@ -49,11 +49,11 @@ def row_of_images(
     boxes: Sequence[np.ndarray] = (),
     maps: Sequence[np.ndarray] = (),
 ) -> Figure:
-    """Images [H,W,3] in rows of at most eight, with a dashed box xyxy in each if given, and maps [h,w] over them.
+    """Images [H,W,3] in rows of at most five, with a dashed box xyxy in each if given, and maps [h,w] over them.
 
     Colours of maps are logarithmic, of one scale for all; a cell without colour has a weight of exactly zero.
     """
-    columns = min(8, len(images))
+    columns = min(5, len(images))  # more of them could not be read from the back of a room
     drawn, panels = image_panels(images[0], -(-len(images) // columns), columns, widest=1.6)
     scale = scale_of(list(maps))
     for number, axes in enumerate(panels.flat):

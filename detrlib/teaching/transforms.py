@@ -179,8 +179,9 @@ def portrait(name: str, scores: np.ndarray, weights: np.ndarray, plane: Plane, j
     _draw_jacobian(right, jacobian, np.abs(jacobian).max() or 1.0)
     right.set_title("J", loc="left")
     right.set_ylabel("weight of key")
-    patches = [Patch(facecolor=c, edgecolor=MUTED, linewidth=0.5) for c in SUPPORT_COLOURS]
-    drawn.legend(patches, ["no key has weight", "1 key", "2 keys", "3 keys"], loc="outside lower center", ncols=4)
+    counts = ["no key has weight", "1 key", "2 keys", "3 keys"]
+    patches = {counts[n]: Patch(fc=SUPPORT_COLOURS[n], ec=MUTED, lw=0.5) for n in np.unique(plane.support)}
+    drawn.legend(patches.values(), patches, loc="outside lower center", ncols=4)
     return drawn
 
 
@@ -258,7 +259,7 @@ def resting_places(rows: Mapping[str, Mapping[str, tuple[np.ndarray, float | Non
     the null key into a cell beside the map; None: there is no null key.
     """
     columns = list(next(iter(rows.values())))
-    drawn, panels = figure(0.85, 0.31 * len(rows), nrows=len(rows), ncols=len(columns), squeeze=False)
+    drawn, panels = figure(0.95, 0.27 * len(rows), nrows=len(rows), ncols=len(columns), squeeze=False)
     for axes, (null, own) in zip(panels, rows.items(), strict=True):
         axes[0].set_ylabel(null)
         for panel, (weights, mass) in zip(axes, own.values(), strict=True):
@@ -276,6 +277,7 @@ def resting_places(rows: Mapping[str, Mapping[str, tuple[np.ndarray, float | Non
             panel.spines[:].set_visible(False)
     for axes, name in zip(panels[0], columns, strict=True):
         axes.set_title(name, loc="left")
+    colour_bar(drawn, panels.ravel(), UP_TO_ONE, "mean weight")
     return drawn
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from detrlib.figures.attention import draw_box, draw_image, thinner
+from detrlib.figures.overlay import write_captions
 from detrlib.figures.style import MUTED, PALETTE, class_colour, figure, readable, styled
 
 
@@ -86,7 +87,7 @@ def box_steps(
     """
     size = min(1.0, 0.32 * len(steps))
     drawn, panels = figure(size, 1.12 * image.shape[0] / image.shape[1] / len(steps), ncols=len(steps), squeeze=False)
-    before = None
+    before, (height, width) = None, image.shape[:2]
     for axes, (title, boxes) in zip(panels[0], steps.items(), strict=True):
         draw_image(axes, image, title, alpha=0.45)
         for box in truth:
@@ -97,9 +98,10 @@ def box_steps(
             draw_box(axes, box, colour, width=thinner(len(boxes)))
             axes.plot(*centre, "o", color=colour, markersize=3, markeredgecolor="white", markeredgewidth=0.5)
             if before is not None:
-                look = {"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
+                # A head is no longer than its arrow, so that a small move looks small.
+                head = min(7, 128 * np.hypot(*(centre - before[number])) / width)
+                look = {"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0, "mutation_scale": head}
                 axes.annotate("", centre, before[number], arrowprops=look)
-        height, width = image.shape[:2]
         axes.set(xlim=(-0.08 * width, 1.08 * width), ylim=(1.08 * height, -0.08 * height))  # boxes reach out of it
         before = centres
     return drawn
@@ -155,13 +157,16 @@ def boxes_before_and_after(
     """
     drawn, panels = figure(0.7, 0.5 * len(stages), nrows=len(stages), ncols=len(images), squeeze=False)
     for row, (title, detections) in zip(panels, stages.items(), strict=True):
-        for axes, image, detected, wanted in zip(row, images, detections, truth, strict=True):
+        for axes, image, (boxes, labels, scores), wanted in zip(row, images, detections, truth, strict=True):
             draw_image(axes, image)
             for box, label in zip(*wanted, strict=True):
                 draw_box(axes, box, class_colour(int(label), names), dashed=True)
-            for box, label, score in zip(*detected, strict=True):
-                words = f"{names.get(int(label), '-')} {score:.2f}"
-                draw_box(axes, box, class_colour(int(label), names), caption=words)
+            colours = [class_colour(int(label), names) for label in labels]
+            for box, colour in zip(boxes, colours, strict=True):
+                draw_box(axes, box, colour)
+            words = [f"{names.get(int(label), '-')} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+            height, width = image.shape[:2]
+            write_captions(axes, boxes, words, colours, (height, width), 1.9 * width / max(height, width))
         # Beside the row: above it, captions of boxes at the upper edge would run into the words.
         row[0].annotate(
             title, (-0.14, 0.5), xycoords="axes fraction", rotation=90, ha="right", va="center", fontweight="bold"

@@ -77,7 +77,12 @@ def test_a_set_without_objects_has_nothing_to_show(draw, texts):
 def test_annotated_images_show_boxes_in_the_colour_of_their_class(boxes_in, titles):
     images = [IMAGE, IMAGE[:20], IMAGE, IMAGE]
     drawn = dataset.annotated_images(images, [BOXES, BOXES[:1], BOXES[:0], BOXES], [[1, 2], [2], [], [2, 2]], NAMES)
-    assert titles(drawn) == ["48 × 64, 2 objects", "20 × 64, 1 object", "48 × 64, 0 objects", "48 × 64, 2 objects"]
+    assert titles(drawn) == [
+        "48 high, 64 wide; 2 objects",
+        "20 high, 64 wide; 1 object",
+        "48 high, 64 wide; 0 objects",
+        "48 high, 64 wide; 2 objects",
+    ]
     cat, dog = (style.class_colour(label, NAMES) for label in NAMES)
     assert boxes_in(drawn.axes[0], cat) == [tuple(BOXES[0])] and boxes_in(drawn.axes[0], dog) == [tuple(BOXES[1])]
     assert boxes_in(drawn.axes[2]) == [] and len(boxes_in(drawn.axes[3], dog)) == 2
@@ -109,11 +114,11 @@ def test_images_with_padding_covers_padding_and_nothing_else(boxes_in, titles, t
     mask = np.ones((2, 48, 64), dtype=bool)
     mask[0, :48, :64] = mask[1, :30, :32] = False
     drawn = dataset.images_with_padding(np.stack([IMAGE, IMAGE]), mask, [BOXES, BOXES[:1]], [[1, 2], [2]], NAMES)
-    assert titles(drawn) == ["48 × 64, fills 100%", "30 × 32, fills 31%"]
+    assert titles(drawn) == ["48 high, 64 wide; fills 100%", "30 high, 32 wide; fills 31%"]
     for axes, padding in zip(drawn.axes, mask, strict=True):
         shown = np.asarray(axes.images[0].get_array())
         assert (shown[~padding] == IMAGE[~padding]).all()
         assert set(np.unique(shown[padding])) == (set(dataset.STRIPES) if padding.any() else set())
     dog = style.class_colour(2, NAMES)
     assert [len(boxes_in(axes, dog)) for axes in drawn.axes] == [1, 1] and {"cat", "dog"} <= set(texts(drawn))
-    assert "padded to 48 × 64" in texts(drawn)
+    assert "padded: 48 high, 64 wide" in texts(drawn)

@@ -149,3 +149,25 @@ def test_captions_of_a_crowd_keep_inside_the_picture_and_off_each_other(texts):
     inside = drawn.bbox.padded(1)
     assert all(inside.contains(*corner) for place in places for corner in place.corners())
     assert overlay.write_captions(axes, boxes[:1], *(part[:1] for part in given[1:3]), (200, 200), 6) == 1
+
+
+def test_few_captions_find_room_at_their_own_boxes(texts):
+    """At the upper edge within, beside a neighbour's caption further down: never at a box of another class."""
+    boxes = np.array([[26, 41, 97, 110], [13, 0, 77, 54], [1, 39, 39, 98], [11, 103, 35, 126.0]])
+    drawn, axes = style.figure(0.35, 1.0, layout=None)
+    axes.set_position((0, 0, 1, 1))
+    axes.imshow(np.zeros((128, 128, 3), np.uint8))
+    names = ["star 0.83", "ring 0.80", "triangle 0.79", "ring 0.85"]
+    assert overlay.write_captions(axes, boxes, names, ["#0072B2"] * 4, (128, 128), 0.35 * style.TEXT_WIDTH) == 4
+    assert texts(drawn) == names
+    for text, (x0, y0, x1, y1) in zip(axes.texts, boxes, strict=True):
+        x, y = text.get_position()
+        assert x0 - 1 <= x <= x1 and y0 <= y <= y1
+
+
+def test_a_caption_at_the_edge_does_not_cover_a_small_box():
+    _, axes = style.figure(0.35, 1.0, layout=None)
+    small = np.array([[60, 2, 70, 8.0]])
+    assert overlay.write_captions(axes, small, ["star"], ["#0072B2"], (128, 128), 2.3) == 1
+    line = 1.6 * overlay.FONT * 128 / 2.3 / 72
+    assert axes.texts[0].get_position()[1] - line >= 8 - 1e-9

@@ -29,7 +29,7 @@ def test_images_stand_in_a_row_with_their_boxes_and_maps(maps, texts):
 
 def test_many_images_take_several_rows():
     drawn = measures.row_of_images(IMAGES * 4, list("abcdefghijkl"))
-    assert len(drawn.axes) == 12 and drawn.axes[0].get_gridspec().get_geometry() == (2, 8)
+    assert len(drawn.axes) == 12 and drawn.axes[0].get_gridspec().get_geometry() == (3, 5)
 
 
 def test_resampled_values_stand_under_their_interval(texts):

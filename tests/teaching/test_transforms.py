@@ -88,7 +88,8 @@ def test_a_portrait_shows_row_plane_and_jacobian(texts, of_scores):
     jacobian = np.array([[0.2, 0.0, -0.1], [0.0, 0.0, 0.0], [-0.1, 0.0, 0.2]])
     drawn = transforms.portrait("softpick", np.array([1.0, 0, -1]), np.array([0.5, 0.0, 0.2]), plane, jacobian)
     left, middle, right = drawn.axes
-    assert {"softpick\n2 of 3 keys, sum 0.70", "no key has weight", "3 keys"} <= set(texts(drawn))
+    assert {"softpick\n2 of 3 keys, sum 0.70", "no key has weight", "1 key", "2 keys"} <= set(texts(drawn))
+    assert "3 keys" not in texts(drawn)  # no point of this plane has so many
     assert [bar.get_height() for bar in left.patches[:3]] == [0.5, 0.0, 0.2]
     assert sum(bar.get_height() for bar in left.patches[3:]) == pytest.approx(1)  # softmax
     assert list(left.get_lines()[0].get_xdata()) == [2]  # exactly zero
@@ -101,7 +102,7 @@ def test_resting_places_write_the_largest_weight_and_what_the_null_key_has(texts
     corner, nothing = np.array([[0.8, 0.1], [0.1, 0.0]]), np.zeros((2, 2))
     rows = {"without": {"softmax": (corner, None)}, "with": {"softmax": (nothing, 1.0)}}
     drawn = transforms.resting_places(rows)
-    assert {"softmax", ".80", "without", ".00", "1.00", "null", "with"} == {text for text in texts(drawn) if text}
+    assert {"softmax", ".80", "without", ".00", "1.00", "null", "with", "mean weight"} <= set(texts(drawn))
     assert len(drawn.axes[0].get_images()) == 1 and len(drawn.axes[1].get_images()) == 2
 
 

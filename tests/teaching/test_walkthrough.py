@@ -79,3 +79,11 @@ def test_box_steps_follow_the_centre_from_panel_to_panel(texts):
     truth, box = second.patches[1:4:2]
     assert truth.get_linestyle() != "-" and box.get_bbox().extents.tolist() == [6, 5, 13, 14]
     assert to_hex(box.get_edgecolor()) == to_hex("red")
+
+
+def test_a_small_step_has_no_head_larger_than_itself():
+    steps = {"before": BOX, "after": BOX + 0.1, "later": BOX + 4}
+    small, large = (
+        axes.texts[0].arrow_patch.get_mutation_scale() for axes in walkthrough.box_steps(IMAGES[0], steps).axes[1:]
+    )
+    assert small < 1 and large == 7
