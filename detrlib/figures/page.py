@@ -24,6 +24,7 @@ from PIL import Image
 from detrlib.figures.choices import SAME, cell_at, cell_box, sites
 from detrlib.figures.overlay import DECADES, PALE, map_numbers, overlay, text_colour
 from detrlib.figures.predictions import MapChoice, class_colours, looks_from, looks_of, shares_of
+from detrlib.files import write_atomic
 from detrlib.metrics.failures import CAUSES, NEAR
 from detrlib.metrics.sinks import LIMITS
 from detrlib.metrics.sparsity import gini
@@ -98,10 +99,9 @@ def has_room(pictures: Sequence[str]) -> bool:
 
 
 def write_page(path: Path, *args: Any, **kwargs: Any) -> None:
-    """Write the page; arguments: of `page_text`."""
+    """Write the page, whole or not at all; arguments: of `page_text`. Raises RunError on a full disk."""
     text = page_text(*args, **kwargs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def page_text(
