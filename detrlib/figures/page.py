@@ -158,7 +158,7 @@ def page_text(
 
 
 def code_weights(weights: np.ndarray, top: np.ndarray) -> np.ndarray:
-    """Weights as bytes on a logarithmic scale that ends at `top`: 0 for exactly no weight, never for any other."""
+    """Weights as bytes on a logarithmic scale that ends at `top`: 0 for exactly no weight, 1 for the least."""
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.round(255 + STEPS * np.log2(weights.astype(np.float64) / top))
     return np.where(weights > 0, codes.clip(1, 255), 0).astype(np.uint8)

@@ -187,10 +187,10 @@ function rowAt(detected, picture, x, y) {
 function under(detected, map, x, y) {
   if (!map.of.extent) {
     const at = detected.boxes.findIndex(([left, top, w, h]) => x >= left && x <= left + w && y >= top && y <= top + h);
-    return at < 0 ? "" : `${nameOf(detected, at)} gets ${weightText(weight(map, detected.queries[at]))}`;
+    return at < 0 ? "" : `${nameOf(detected, at)} gets ${exactly(map, detected.queries[at])}`;
   }
   const [row, column] = [Math.floor(y * map.of.extent[0]), Math.floor(x * map.of.extent[1])];
   if (row < 0 || column < 0 || row >= map.of.keys[0] || column >= map.of.keys[1]) return "";
   const cell = row * map.of.keys[1] + column;
-  return `${cellText(cell, map.of.keys[1])}: ${weightText(weight(map, cell))}`;
+  return `${cellText(cell, map.of.keys[1])}: ${exactly(map, cell)}`;
 }

@@ -9,7 +9,8 @@ const settings = JSON.parse(document.getElementById("settings").textContent);
 const control = name => document.getElementById(name);
 const chosenIn = name => +control(name).value, checked = name => control(name).checked;
 const number = (value, digits = 2) => value.toFixed(digits);
-const weightText = value => value === 0 ? "0" : value < 0.001 ? value.toExponential(1) : value.toPrecision(2);
+const weightText = (value, digits = 2) =>
+  value === 0 ? "0" : value < 0.001 ? value.toExponential(digits - 1) : value.toPrecision(digits);
 const EVEN = 0.005;  // of the sum of a map: what rounding may have moved
 const [NEAR, HALF] = [settings.near, 0.5];  // IoU from which a detection is about an object, and has it
 const REACH = 0.02;  // of the longer side of the picture: how far from a box a click still means it
@@ -44,6 +45,8 @@ async function unpacked(text, Kind) {
 }
 
 const weight = (map, cell) => map.codes[cell] ? map.top * 2 ** ((map.codes[cell] - 255) / settings.steps) : 0;
+// In words, to 4 %: half a step of the codes, and half of the third digit. The lowest code is that of all below it, too.
+const exactly = (map, cell) => `${map.codes[cell] === 1 ? "≤ " : ""}${weightText(weight(map, cell), 3)}`;
 
 // Where the chosen map of a detection stands among those of its run, as `chosenMap`; null where there is none.
 function position(picture, run, row, site = control("site").value) {
