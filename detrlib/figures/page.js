@@ -242,8 +242,10 @@ async function begin() {
   for (const maps of allMaps) maps.measured = await unpacked(maps.numbers, Float32Array);
   for (const name of ["run", "beside"]) control(name).addEventListener("input", () => { swapped(name); rearrange(); });
   control("order").addEventListener("input", () => { arrange(); state.chosen = null; show(state.listed[0]); });
-  for (const name of ["score", "name", "layer", "head"]) control(name).addEventListener("input", rearrange);
-  control("site").addEventListener("input", () => { offerMaps(); rearrange(); });
+  for (const name of ["score", "name"]) control(name).addEventListener("input", rearrange);
+  const another = () => control("order").value === "paibb" ? rearrange() : draw();  // other orders are of no map
+  for (const name of ["layer", "head"]) control(name).addEventListener("input", another);
+  control("site").addEventListener("input", () => { offerMaps(); another(); });
   for (const name of ["linear", "shared", "ring", "captions", "truth"]) control(name).addEventListener("input", draw);
   control("swap").addEventListener("click", swap);
   control("ask").addEventListener("click", keys["?"]);

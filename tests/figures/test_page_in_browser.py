@@ -206,6 +206,21 @@ def crowded():
     return make
 
 
+def test_a_long_list_has_a_place_for_every_image_and_stays_while_maps_change(see, opened, make_example):
+    opened({"first": {number: make_example(number) for number in range(1, 31)}})
+    assert see.value("new Set([...control('list').children].map(entry => entry.offsetHeight)).size") == 1
+    see.press("ArrowLeft")  # to the last one, which is scrolled to
+    ends = "{}.getBoundingClientRect().bottom"
+    last, whole = (see.value(ends.format(f"control('list'){end}")) for end in (".lastChild", ""))
+    assert 0 < last <= whole
+    first = "control('list').firstChild"
+    for order, stays in (("missed", True), ("paibb", False)):  # which depends on the map that is chosen
+        see.choose("order", order)
+        see.value(f"globalThis.before = {first}, 0")
+        see.press("[")
+        assert see.value(f"{first} === before") == stays
+
+
 def test_images_behind_each_share_are_those_of_the_library_and_an_address_names_them(see, browser, opened, crowded):
     examples, truth, detected = crowded(6)
     path = opened({"first": examples})
