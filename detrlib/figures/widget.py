@@ -49,7 +49,11 @@ class AttentionViewer(anywidget.AnyWidget):
         self._ids = {str(number): number for number in first}
         start = str(next(iter(first)) if image_id is None else image_id)
         here, at_once = self._picture(start), getattr(first, "at_once", ())
-        waiting = {name: self._pending(name, number in at_once) for name, number in self._ids.items()}
+        faults = [_faults(own) for own in images.values()]
+        waiting = {
+            name: page_pending(number, [known.get(number) for known in faults], number in at_once, self._own(name))
+            for name, number in self._ids.items()
+        }
         super().__init__(page=self._page((waiting | {start: here}).values(), start, layer))
         self._alone = self._page([here], start, layer)
         self.on_msg(self._asked)
@@ -71,10 +75,6 @@ class AttentionViewer(anywidget.AnyWidget):
         first = next(iter(there.values()))
         same = {run: example for run, example in there.items() if same_image(first, example)}
         return page_example({run: same.get(run) for run in self.images}, self.names, self._own(name))
-
-    def _pending(self, name: str, at_once: bool) -> str:
-        faults = [_faults(images, self._ids[name]) for images in self.images.values()]
-        return page_pending(self._ids[name], faults, at_once, self._own(name))
 
     def _asked(self, widget: Any, content: Mapping[str, Any], buffers: Any) -> None:
         """Answer what the page asks for; a fault is an answer, since errors of a widget appear nowhere."""
@@ -98,9 +98,8 @@ class AttentionViewer(anywidget.AnyWidget):
         return shown
 
 
-def _faults(images: Mapping[int, Example], image_id: int) -> tuple[int, int] | None:
-    """Missed objects and wrong detections of an image, where they are known before it is computed."""
-    errors = getattr(images, "errors", None)
-    if errors is None or "missed" not in errors or image_id not in errors.index:
-        return None
-    return tuple(map(int, errors.loc[image_id, ["missed", "false_positives"]]))
+def _faults(images: Mapping[int, Example]) -> dict[int, list[int]]:
+    """How many objects each image missed and detections are wrong, where that is known before it is computed."""
+    errors = getattr(images, "errors", ())
+    rows = errors[["missed", "false_positives"]].itertuples(name=None) if "missed" in errors else ()
+    return {image_id: faults for image_id, *faults in rows}
