@@ -25,7 +25,7 @@ class AttentionViewer(anywidget.AnyWidget):
         images: by the name of the run: id -> example, which may be computed when it is asked for, as of
             `engine.examples.open_images`. What those say of themselves is told: `errors`, `at_once`, `title`,
             `annotated` and `sink_threshold`.
-        names: label -> class.
+        names: label -> class, or run -> label -> class, since runs may number their classes in ways of their own.
         image_id: shown first; None: the first one.
         layer: the decoder layer shown first, negative ones from the end.
 
@@ -40,11 +40,11 @@ class AttentionViewer(anywidget.AnyWidget):
     def __init__(
         self,
         images: Mapping[str, Mapping[int, Example]],
-        names: Mapping[int, str],
+        names: Mapping[int, str] | Mapping[str, Mapping[int, str]],
         image_id: int | None = None,
         layer: int = -1,
     ):
-        self.images, self.names = images, dict.fromkeys(images, names)
+        self.images, self.names = images, {run: names.get(run, names) for run in images}
         first = next(iter(images.values()))
         self._ids = {str(number): number for number in first}
         start = str(next(iter(first)) if image_id is None else image_id)
