@@ -181,12 +181,14 @@ function disagreement(picture) {
   return [most, what, about];
 }
 
-// PAIBB of the matched queries of a picture in the layer and head that are chosen: [share, row], the lowest first.
+// PAIBB of the matched queries of a picture in the layer and head that are chosen, of those whose maps are here:
+// `shares`, [share, row], the lowest first, and in words how many of them these are.
 function inside(picture, run) {
-  const detected = picture.detected[run], rows = detected ? detected.matched.map((_, i) => i) : [];
-  const places = rows.filter(i => detected.matched[i] >= 0 && named(detected.names[i]))
-    .map(i => [position(picture, run, i, "decoder_cross"), i]).filter(([place]) => place?.of.measured);
-  return places.map(([place, i]) => [measured(place).paibb, i]).sort(([a], [b]) => a - b);
+  const detected = picture.detected[run], all = detected ? [...detected.matched.keys()] : [];
+  const rows = all.filter(i => detected.matched[i] >= 0 && named(detected.names[i]));
+  const places = rows.map(i => [position(picture, run, i, "decoder_cross"), i]).filter(([place]) => place?.of.measured);
+  const shares = places.map(([place, i]) => [measured(place).paibb, i]).sort(([a], [b]) => a - b);
+  return {shares, among: `${shares.length}${shares.length < rows.length ? " with maps" : ""}`};
 }
 
 // Of a picture how bad it is, worst first, in words, and the detection that this is about, if it is one; by order.
@@ -201,10 +203,10 @@ const orders = {
     return worst === undefined ? [0, "none wrong"] : [detected.scores[worst], nameOf(detected, worst), ofFirst(worst)];
   }],
   paibb: ["PAIBB zero, or lowest, first", picture => {
-    const shares = inside(picture, chosenIn("run")), none = shares.filter(([share]) => share < 1e-6).length;
+    const {shares, among} = inside(picture, chosenIn("run")), none = shares.filter(([share]) => share < 1e-6).length;
     if (!shares.length) return [-1, "no maps"];
     const [[lowest, row]] = shares;
-    return [none + 1 - lowest, none ? `${none} of ${shares.length} zero` : `lowest ${number(lowest)}`, ofFirst(row)];
+    return [none + 1 - lowest, none ? `${none} of ${among} zero` : `lowest ${number(lowest)} of ${among}`, ofFirst(row)];
   }],
   apart: ["largest disagreement first", disagreement],
   given: ["in the order of the file", picture => [0, counted(seen(picture.detected[chosenIn("run")]).length)]],

@@ -174,6 +174,16 @@ def test_every_order_puts_its_own_images_first(see, opened, make_example):
     assert set(see.badges()) == {"0 missed, 0 wrong"}
 
 
+def test_the_order_by_paibb_says_of_how_many_maps_it_is(see, opened, make_example, monkeypatch):
+    example = make_example()
+    example.stored["decoder_cross"][:, :, 1] = np.eye(24)[18].reshape(4, 6)  # of the first object, which lies elsewhere
+    for kept, badge in ((30, "1 of 2 zero"), (1, "1 of 1 with maps zero")):  # both objects are matched
+        monkeypatch.setattr("detrlib.figures.page.MOST_MAPS", kept)
+        opened({"first": {7: example}})
+        see.choose("order", "paibb")
+        assert see.badges() == [badge]
+
+
 @pytest.fixture
 def crowded():
     """Makes images whose detections are moved objects, of which some have another class, and what COCO knows of it."""
