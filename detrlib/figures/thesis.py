@@ -100,8 +100,7 @@ class Thesis:
             *rest,
             "\\end{document}\n",
         ]
-        text = "\n".join(part for part in body if part)
-        write_atomic(self.folder / DOCUMENT, lambda file: file.write_text(text))
+        write_atomic(self.folder / DOCUMENT, lambda file: file.write_text("\n".join(filter(None, body))))
         return Markdown(f"`{self.folder / DOCUMENT}`\n```\n{self.note}\n```")
 
 

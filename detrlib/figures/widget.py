@@ -11,7 +11,7 @@ import traitlets
 from detrlib.errors import fault_of, in_one_line
 from detrlib.figures.page import page_cell, page_example, page_pending, page_text
 from detrlib.figures.predictions import MapChoice
-from detrlib.figures.viewer import HEIGHT, frame_of, same_image
+from detrlib.figures.viewer import HEIGHT, frame_of, same_image, title_of
 from detrlib.metrics.sinks import LIMITS
 from detrlib.runs.examples import EXAMPLE_SCORE, Example
 
@@ -61,8 +61,8 @@ class AttentionViewer(anywidget.AnyWidget):
     def _page(self, pictures: Iterable[str], start: str, layer: int) -> str:
         thresholds = [getattr(images, "sink_threshold", LIMITS.threshold) for images in self.images.values()]
         more = {"view": MapChoice(layer=layer), "thresholds": thresholds, "image": start}
-        title = f"Where {', '.join(self.images)} look{'' if len(self.images) > 1 else 's'}"
-        return page_text(pictures, list(self.images), self.names.values(), title=title, score=EXAMPLE_SCORE, **more)
+        more |= {"title": title_of(self.images), "score": EXAMPLE_SCORE}
+        return page_text(pictures, list(self.images), self.names.values(), **more)
 
     def _own(self, name: str) -> str:
         """The title of a picture of one's own, empty of images with annotated objects."""
