@@ -354,6 +354,26 @@ def test_two_runs_stand_side_by_side_in_a_window_beside_which_files_are_listed(s
     assert len(tops) == 2 and tops[0] == tops[1]
 
 
+@pytest.mark.parametrize("matched", [(-1, 0, 1), (-1, -1, -1)])
+def test_names_that_are_markup_are_shown_as_text(see, browser, make_example, tmp_path, matched):
+    hostile = '</script><script>ran = 1</script><img src=x onerror="ran = 2">@NOTE@'
+    picture = dict.fromkeys((hostile, "second"), make_example(sites=("decoder_self",), matched=matched))
+    own = "" if max(matched) >= 0 else hostile  # the name of a picture of one's own
+    names = {run: {1: hostile, 2: "square"} for run in picture}
+    path, said = tmp_path / "viewer.html", {"title": hostile, "note": hostile}
+    write_page(path, [page_example(picture, names, own)], list(picture), names.values(), **said)
+    browser.open(path.as_uri())
+    for control in ("order", "site", "name"):
+        for value in see.value(f"[...control('{control}').options].map(option => option.value)"):
+            see.choose(control, value)
+    see.choose("name", ""), see.press("Escape")
+    titled = ["#heading", "#list span"] if own else []
+    for part in ("h1", ".panel h3", "#run option", "#name", ".rows", "footer", "svg", *titled):
+        assert hostile in see.value(f"document.querySelector('{part}').textContent"), part
+    assert see.value("document.title") == hostile and see.value("document.querySelectorAll('[onerror]').length") == 0
+    assert see.value("globalThis.ran") is None and browser.faults() == []
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_is_wider_than_the_window(see, opened, stored, width):
     opened(stored, width=width)
