@@ -190,6 +190,7 @@ const keys = {
 
 document.addEventListener("keydown", event => {
   const typing = event.target.matches?.("select, input[type=range]");  // which have keys of their own
+  if (event.key.length === 1 && !checked("letters")) return;  // who dictates, or types by accident, has none of them
   if (control("help").open || typing || event.ctrlKey || event.metaKey || event.altKey || !keys[event.key]) return;
   event.preventDefault();
   keys[event.key]();

@@ -113,6 +113,12 @@ def test_keys_go_through_images_detections_layers_and_heads(see, opened, stored)
     assert see.chosen() == []
     see.press("?")
     assert see.value("document.getElementById('help').open")
+    see.value("control('letters').click(), control('help').close()")
+    for key, nothing in (("j", see.chosen), ("?", lambda: see.value("control('help').open"))):
+        see.press(key)
+        assert not nothing(), "letters can be switched off"
+    see.press("ArrowRight")
+    assert see.heading().startswith("image 7")
 
 
 def test_the_pointer_tells_the_weight_of_a_cell_in_both_runs(see, opened, stored, browser):
