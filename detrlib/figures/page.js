@@ -12,11 +12,12 @@ async function draw() {
   const maps = await Promise.all(runs.map((run, k) => mapOf(picture, run, rows[k])));
   if (turn !== state.turn) return;
   const focused = panels.findIndex(({panel}) => panel.contains(document.activeElement));  // it is about to be replaced
+  const alike = document.activeElement.matches(".picture") ? ".picture" : "[aria-pressed=true]";
   const tops = maps.map(map => map?.top ?? 0), highest = Math.max(...tops);
   panels = runs.map((run, k) => panelOf(picture, run, rows[k], maps[k], (checked("shared") ? highest : tops[k]) || 1));
   control("panels").replaceChildren(...panels.map(({panel}) => panel));
   for (const {fill} of panels) fill();
-  panels[focused]?.panel.querySelector("[aria-pressed=true]")?.focus({preventScroll: true});
+  panels[focused]?.panel.querySelector(alike)?.focus({preventScroll: true});
   control("panels").setAttribute("aria-busy", "false");
   if (state.awaited) return;  // which the heading tells
   control("heading").replaceChildren(picture.title, make("small", {}, ` ${picture.size[1]} × ${picture.size[0]}, ` +
@@ -61,7 +62,7 @@ async function show(picture) {
     const entry = [...control("list").children].find(({firstChild}) => firstChild.picture === picture);
     entry?.replaceWith(entryOf(picture, ranked(picture)[1]));  // where it stands: the order is not changed on the way
   }
-  if (picture !== state.picture) Object.assign(state, {picture, chosen: null});
+  if (picture !== state.picture) Object.assign(state, {picture, chosen: null, at: null});
   settle();
   const list = control("list"), around = list.getBoundingClientRect();
   for (const button of list.querySelectorAll("button")) {

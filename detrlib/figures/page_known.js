@@ -23,9 +23,9 @@ const allMaps = pictures.flatMap(picture => picture.detected.flatMap(detected =>
 // In a notebook the frame of this page has a way to the kernel; elsewhere the page is alone.
 const kernel = window.frameElement?.ask;
 // The picture that is shown; of it the detection {run, row} that is chosen, and whether one is wanted, or a cell of the
-// encoder; the number of the last drawing; pictures as they are listed; the picture that was gone to last, and the one
+// encoder; the point that keys have gone to; the number of the last drawing; pictures as they are listed; the picture that was gone to last, and the one
 // that the kernel is waited for.
-const state = {picture: pictures[0], chosen: null, wanted: true, cell: null, turn: 0, listed: [], going: null,
+const state = {picture: pictures[0], chosen: null, wanted: true, cell: null, at: null, turn: 0, listed: [], going: null,
   awaited: null};
 
 function make(tag, attributes = {}, ...content) {

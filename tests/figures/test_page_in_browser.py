@@ -139,6 +139,29 @@ def test_the_pointer_tells_the_weight_of_a_cell_in_both_runs(see, opened, stored
             assert abs(float(told.removeprefix("≤ ")) - least) <= 0.04 * least
 
 
+def test_arrow_keys_in_a_picture_tell_the_weight_of_one_cell_after_another_and_enter_chooses(see, opened, stored):
+    opened(stored, "#image=7&layer=2&head=1")
+    weights = stored["first"][7].maps(layer=1)[0, 0]
+    see.value("document.querySelector('.picture').focus()")
+    read = "[...document.querySelectorAll('.readout')].map(readout => readout.textContent)"
+    for key, row, column in (("ArrowUp", 1, 3), ("ArrowLeft", 1, 2), *(("ArrowDown", at, 2) for at in (2, 3, 3))):
+        see.press(key)
+        told = see.value(read)
+        assert all(one.startswith(f"row {row + 1}, column {column + 1}: ") for one in told) and len(told) == 2
+        assert abs(float(told[0].split()[-1]) - weights[row, column]) <= 0.04 * weights[row, column]
+    mark, picture = (
+        see.value(f"(({{x, y, width}}) => [x, y, width])(document.querySelector('{it}').getBoundingClientRect())")
+        for it in (".at", ".picture")
+    )
+    assert np.allclose(mark[:2], [picture[0] + picture[2] / 3, picture[1] + picture[2] * 2 / 3 * 3 / 4], atol=1)
+    see.press("h")  # another map, of which the same cell is told
+    assert see.value(read)[0].startswith("row 4, column 3: ") and see.heading().startswith("image 7")
+    for key in ("ArrowUp", "ArrowUp", "ArrowUp", "ArrowRight", "ArrowRight", "Enter"):
+        see.press(key)
+    assert see.chosen()[0] == "square 0.40"  # the box at the upper right
+    assert see.value("document.activeElement.matches('.picture')")
+
+
 def test_faults_are_counted_as_the_library_counts_them_and_the_worst_come_first(see, browser, evaluated_once, tmp_path):
     runs = [shutil.copytree(evaluated_once, tmp_path / run) for run in RUNS]
     browser.open(write_viewer(runs, tmp_path / "viewer.html").as_uri())

@@ -281,6 +281,11 @@ def test_any_cell_of_an_encoder_shows_where_it_looks_in_every_run(see, live, sto
         for panel in (0, 1):
             see.assert_drawn(see.map(panel), maps[head - 1] if head else maps.mean(0))
             assert see.numbers(panel)["cell"] == "row 2, column 6" and see.chosen() == []
+    key = "document.querySelector('.picture').dispatchEvent(new KeyboardEvent('keydown', {{key: '{}'}}))"
+    see.value(key.format("ArrowLeft")), see.value(key.format("Enter"))
+    answer()
+    assert see.numbers()["cell"] == "row 2, column 5"
+    see.assert_drawn(see.map(), example.maps("encoder_self", 0)[1, 10])
     see.choose("site", "decoder_cross")
     assert see.numbers() == {}
     see.press("j")
