@@ -28,7 +28,7 @@ ORDER = (
     {"__main__"},
 )
 RANK = {name: number for number, names in enumerate(ORDER) for name in names}
-FIGURES_MAY_IMPORT = {"boxes", "errors", "models.outputs", "metrics", "runs", "figures"}
+FIGURES_MAY_IMPORT = {"boxes", "errors", "files", "models.outputs", "metrics", "runs", "figures"}
 ATTENTION_MAY_IMPORT = {"torch", "triton"} | set(sys.stdlib_module_names)
 PRINTS = {"__main__", "engine.launch", "experiments.sweep"}  # and what processes of theirs say
 

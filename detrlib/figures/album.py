@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -33,6 +34,7 @@ from detrlib.figures.predictions import (
     maps_by_detection,
 )
 from detrlib.figures.style import NOTHING, look
+from detrlib.files import write_atomic
 from detrlib.runs.detected import Detected, save_detected
 
 DRAWN = ("pictures", "attention", "explanations")  # folders of drawn pictures
@@ -129,14 +131,9 @@ class Album:
     def _save(self, drawn: Figure, name: str) -> None:
         if drawn.get_label() == NOTHING:
             return
-        path = self.folder / name
-        try:
-            path.parent.mkdir(exist_ok=True)
-            with plt.rc_context(look()), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Glyph")  # file names may be in any script
-                drawn.savefig(path, metadata={"Software": OURS})
-        except OSError as error:
-            raise RunError(f"{path}: cannot be written ({error.strerror}); choose another folder (--out)") from None
+        with plt.rc_context(look()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # file names may be in any script
+            write_atomic(self.folder / name, partial(drawn.savefig, format="png", metadata={"Software": OURS}))
 
 
 def check_folder(folder: Path) -> None:

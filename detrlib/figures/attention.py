@@ -119,7 +119,7 @@ def detections_with_attention(
 @styled
 def objects_by_run(
     examples: Mapping[str, Example],
-    names: Mapping[int, str],
+    names: Mapping[int, str] | Mapping[str, Mapping[int, str]],
     layer: int = -1,
     max_objects: int = 5,
     scale: Sharing = "shared",
@@ -129,8 +129,9 @@ def objects_by_run(
 
     Each panel shows the map (mean over heads) of the query matched to the object, its box and the class it gave; "in
     box" is the share of the weight inside the annotated box, which is dashed: PAIBB. In a picture without annotated
-    objects a column is a detection of the first run, the best one first, and what other runs have in its place. scale,
-    logarithmic: of the colours, as of `overlay.draw_maps`. Objects have the numbers that `queries.matching` gives them.
+    objects a column is a detection of the first run, the best one first, and what other runs have in its place. names:
+    label -> class, or run -> label -> class; scale, logarithmic: of the colours, as of `overlay.draw_maps`. Objects
+    have the numbers that `queries.matching` gives them.
     """
     if not examples:
         raise Nothing("no run has stored examples with attention")
@@ -141,24 +142,25 @@ def objects_by_run(
     drawn, panels = image_panels(first.image, len(examples), columns, WIDEST_PANEL, **room(columns, scale))
     looks = []
     for row, (run, example) in zip(panels, examples.items(), strict=True):
+        own = names.get(run, names)
         draw_image(row[0], example.image, fill(run, NAME), fontweight="bold", fontsize=7)
         for axes, index in zip(row[1:], objects, strict=True):
             number = index + 1
             query = matched_query(example, index) if annotated else corresponding_query(first, index, example)
             if annotated:
-                truth, colour = example.true_boxes[index], class_colour(int(example.true_labels[index]), names)
+                truth, colour = example.true_boxes[index], class_colour(int(example.true_labels[index]), own)
                 draw_box(row[0], truth, colour, dashed=True, caption=str(number))
             if query is None:
                 missing = "no query left" if annotated else "not detected"
                 draw_image(axes, example.image, f"{number} {missing}", alpha=0.3, color=MUTED)
                 continue
-            given = _colour(example, query, names)
+            given = _colour(example, query, own)
             if annotated:
                 draw_box(axes, truth, colour, dashed=True)
             else:
                 draw_box(row[0], example.boxes[query], given, caption=str(number))
             draw_box(axes, example.boxes[query], given)
-            axes.set_title(f"{number} {detection(example, query, names)}", loc="left", color=readable(given))
+            axes.set_title(f"{number} {detection(example, query, own)}", loc="left", color=readable(given))
             looks.append(_look(axes, example, query, layer, truth if annotated else None))
     draw_maps(drawn, looks, scale, logarithmic)
     return drawn
@@ -194,7 +196,7 @@ def queries_by_layer(
 @styled
 def chosen_classes(
     examples: Mapping[str, Sequence[Example]],
-    names: Mapping[int, str],
+    names: Mapping[int, str] | Mapping[str, Mapping[int, str]],
     classes: Sequence[str] = (),
     layer: int = -1,
     scale: Sharing = "shared",
@@ -202,10 +204,13 @@ def chosen_classes(
 ) -> Figure:
     """A row per class: the image with its best detection, then the map (mean over heads) in every run.
 
-    examples: those stored of every run; names: label -> class; classes: which to show, () for the first three. Each
-    run's panel has the box and the class of its own query. scale, logarithmic: of the colours, as of
-    `overlay.draw_maps`. Raises ConfigError for a class that does not exist.
+    examples: those stored of every run; names: label -> class, or run -> label -> class, which must be the same in all;
+    classes: which to show, () for the first three. Each run's panel has the box and the class of its own query. scale,
+    logarithmic: of the colours, as of `overlay.draw_maps`. Raises ConfigError for a class that does not exist.
     """
+    names, *others = [names.get(run, names) for run in examples] or [names]
+    if any(other != names for other in others):
+        raise Nothing(f"the classes of {', '.join(examples)}, or their numbers, are not the same")
     labels = chosen_labels(classes, names) if classes else list(names)[:3]
     rows = [row for row in (best_of_class(examples, label) for label in labels) if row is not None]
     if not rows:

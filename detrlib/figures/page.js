@@ -12,11 +12,12 @@ async function draw() {
   const maps = await Promise.all(runs.map((run, k) => mapOf(picture, run, rows[k])));
   if (turn !== state.turn) return;
   const focused = panels.findIndex(({panel}) => panel.contains(document.activeElement));  // it is about to be replaced
+  const alike = document.activeElement.matches(".picture") ? ".picture" : "[aria-pressed=true]";
   const tops = maps.map(map => map?.top ?? 0), highest = Math.max(...tops);
   panels = runs.map((run, k) => panelOf(picture, run, rows[k], maps[k], (checked("shared") ? highest : tops[k]) || 1));
   control("panels").replaceChildren(...panels.map(({panel}) => panel));
   for (const {fill} of panels) fill();
-  panels[focused]?.panel.querySelector("[aria-pressed=true]")?.focus({preventScroll: true});
+  panels[focused]?.panel.querySelector(alike)?.focus({preventScroll: true});
   control("panels").setAttribute("aria-busy", "false");
   if (state.awaited) return;  // which the heading tells
   control("heading").replaceChildren(picture.title, make("small", {}, ` ${picture.size[1]} × ${picture.size[0]}, ` +
@@ -61,7 +62,7 @@ async function show(picture) {
     const entry = [...control("list").children].find(({firstChild}) => firstChild.picture === picture);
     entry?.replaceWith(entryOf(picture, ranked(picture)[1]));  // where it stands: the order is not changed on the way
   }
-  if (picture !== state.picture) Object.assign(state, {picture, chosen: null});
+  if (picture !== state.picture) Object.assign(state, {picture, chosen: null, at: null});
   settle();
   const list = control("list"), around = list.getBoundingClientRect();
   for (const button of list.querySelectorAll("button")) {
@@ -190,6 +191,7 @@ const keys = {
 
 document.addEventListener("keydown", event => {
   const typing = event.target.matches?.("select, input[type=range]");  // which have keys of their own
+  if (event.key.length === 1 && !checked("letters")) return;  // who dictates, or types by accident, has none of them
   if (control("help").open || typing || event.ctrlKey || event.metaKey || event.altKey || !keys[event.key]) return;
   event.preventDefault();
   keys[event.key]();
@@ -242,8 +244,10 @@ async function begin() {
   for (const maps of allMaps) maps.measured = await unpacked(maps.numbers, Float32Array);
   for (const name of ["run", "beside"]) control(name).addEventListener("input", () => { swapped(name); rearrange(); });
   control("order").addEventListener("input", () => { arrange(); state.chosen = null; show(state.listed[0]); });
-  for (const name of ["score", "name", "layer", "head"]) control(name).addEventListener("input", rearrange);
-  control("site").addEventListener("input", () => { offerMaps(); rearrange(); });
+  for (const name of ["score", "name"]) control(name).addEventListener("input", rearrange);
+  const another = () => control("order").value === "paibb" ? rearrange() : draw();  // other orders are of no map
+  for (const name of ["layer", "head"]) control(name).addEventListener("input", another);
+  control("site").addEventListener("input", () => { offerMaps(); another(); });
   for (const name of ["linear", "shared", "ring", "captions", "truth"]) control(name).addEventListener("input", draw);
   control("swap").addEventListener("click", swap);
   control("ask").addEventListener("click", keys["?"]);

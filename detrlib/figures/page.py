@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from detrlib.errors import RunError
 from detrlib.figures.choices import SAME, cell_at, cell_box, sites
 from detrlib.figures.overlay import DECADES, PALE, map_numbers, overlay, text_colour
 from detrlib.figures.predictions import MapChoice, class_colours, looks_from, looks_of, shares_of
+from detrlib.files import write_atomic
 from detrlib.metrics.failures import CAUSES, NEAR
 from detrlib.metrics.sinks import LIMITS
 from detrlib.metrics.sparsity import gini
@@ -42,13 +44,14 @@ NUMBERS = ("top", "gini", "support", "paibb", "mass", "at_sink")  # of each map,
 def page_picture(picture: Mapping[str, Detected], image: np.ndarray) -> str:
     """A picture with what every run detected in it, as JSON that the page reads.
 
-    picture: run -> its detections in this picture; image: the picture, [H,W,3] uint8.
+    picture: run -> its detections in this picture; image: the picture, [H,W,3] uint8. Raises RunError naming the run
+    whose detections or maps are not finite.
     """
     first = next(iter(picture.values()))
-    runs = [
-        _one_run(each.boxes / _corners(each.size), each.scores, each.names, each.example, each.explanations)
-        for each in picture.values()
-    ]
+    runs = {
+        run: _one_run(each.boxes / _corners(each.size), each.scores, each.names, each.example, each.explanations)
+        for run, each in picture.items()
+    }
     title = first.source.title  # not its path: a page is there to be sent
     return _as_json({"title": title, "name": title, "size": first.size}, image, runs)
 
@@ -57,15 +60,15 @@ def page_example(picture: Mapping[str, Example | None], names: Mapping[str, Mapp
     """The same of an image of the validation split, with its annotated objects.
 
     picture: run -> its example, None where the run stores none of this image; names: run -> label -> class; own: the
-    title of a picture of one's own, of whose objects nothing is known.
+    title of a picture of one's own, of whose objects nothing is known. Raises RunError as `page_picture`.
     """
     run, first = next((run, example) for run, example in picture.items() if example is not None)
     size = first.image.shape[:2]
     objects = {"boxes": _ltwh(_in_image(first, "true_boxes")), "names": _names(first.true_labels, names[run])}
-    runs = [
-        example and _one_run(_in_image(example, "boxes"), example.scores, _names(example.labels, names[run]), example)
-        for run, example in picture.items()
-    ]
+    runs = {
+        run: one and _one_run(_in_image(one, "boxes"), one.scores, _names(one.labels, names[run]), one)
+        for run, one in picture.items()
+    }
     about = {"title": own or f"image {first.image_id}", "name": str(first.image_id), "size": size}
     return _as_json(about | ({} if own else {"objects": objects}), first.image, runs)
 
@@ -98,10 +101,9 @@ def has_room(pictures: Sequence[str]) -> bool:
 
 
 def write_page(path: Path, *args: Any, **kwargs: Any) -> None:
-    """Write the page; arguments: of `page_text`."""
+    """Write the page, whole or not at all; arguments: of `page_text`. Raises RunError on a full disk."""
     text = page_text(*args, **kwargs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def page_text(
@@ -158,10 +160,10 @@ def page_text(
 
 
 def code_weights(weights: np.ndarray, top: np.ndarray) -> np.ndarray:
-    """Weights as bytes on a logarithmic scale that ends at `top`: 0 for exactly no weight, never for any other."""
+    """Weights as bytes on a logarithmic scale that ends at `top`: 0 for exactly no weight, 1 for the least."""
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.round(255 + STEPS * np.log2(weights.astype(np.float64) / top))
-    return np.where(weights > 0, codes.clip(1, 255), 0).astype(np.uint8)
+        return np.where(weights > 0, codes.clip(1, 255), 0).astype(np.uint8)
 
 
 def _ramp() -> list[list[int]]:
@@ -182,12 +184,7 @@ def _one_run(
 ) -> dict[str, Any]:
     """Boxes [n,4] in 0..1 of the picture; example: the same detections, with their maps."""
     matched = np.full(len(boxes), -1) if example is None else example.matched
-    values = {
-        "boxes": _ltwh(boxes),
-        "scores": scores.round(4).tolist(),
-        "names": names,
-        "matched": matched.tolist(),
-    }
+    values = {"boxes": _ltwh(boxes), "scores": scores.round(4).tolist(), "names": names, "matched": matched.tolist()}
     if example is None or not len(boxes):
         return values
     kept = np.sort(np.argsort(matched < 0, kind="stable")[:MOST_MAPS])
@@ -197,8 +194,7 @@ def _one_run(
     for method, each in shares_of(explanations or {}).items():
         among = kept[kept < len(each)]
         maps.append(_maps(f"explanation: {method}", each[among, None, None], example, about[: len(among)]))
-    queries = {"queries": example.queries.tolist()}
-    return values | queries | {"kept": kept.tolist(), "maps": [each for each in maps if each]}
+    return values | {"queries": example.queries.tolist(), "kept": kept.tolist(), "maps": list(filter(None, maps))}
 
 
 def _maps(site: str, looks: np.ndarray, example: Example, about: np.ndarray) -> dict[str, Any] | None:
@@ -269,10 +265,15 @@ def _names(labels: np.ndarray, names: Mapping[int, str]) -> list[str]:
 # --- into the file ---------------------------------------------------------------------------------------------
 
 
-def _as_json(about: dict[str, Any], image: np.ndarray, runs: list[dict | None]) -> str:
-    reduced = Image.fromarray(image)
+def _as_json(about: dict[str, Any], image: np.ndarray, runs: Mapping[str, dict | None]) -> str:
+    reduced, detected = Image.fromarray(image), []
     reduced.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
-    return _embedded(about | {"source": _data_uri(reduced), "detected": runs})
+    for run, values in runs.items():
+        try:
+            detected.append(_embedded(values))
+        except ValueError:  # of JSON, which has no NaN
+            raise RunError(f"{run}: detections or maps of {about['title']} are not finite; evaluate it again") from None
+    return _embedded(about | {"source": _data_uri(reduced)})[:-1] + f',"detected":[{",".join(detected)}]}}'
 
 
 def _packed(values: np.ndarray) -> str:

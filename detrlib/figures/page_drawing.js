@@ -76,7 +76,24 @@ function ringOf({of, layer, head}, width, height) {
   return [make("circle", {...at, class: "rim"}), make("circle", {...at, class: "sink"})];
 }
 
-const cellText = (cell, columns) => `row ${Math.floor(cell / columns) + 1}, column ${cell % columns + 1}`;
+const placeText = ([row, column]) => `row ${row + 1}, column ${column + 1}`;
+const cellText = (cell, columns) => placeText([Math.floor(cell / columns), cell % columns]);
+
+// Row and column of the cell at a point of the picture; null where there is none.
+function cellAt({extent, keys}, x, y) {
+  const at = [Math.floor(y * extent[0]), Math.floor(x * extent[1])];
+  return at.every((place, k) => place >= 0 && place < keys[k]) ? at : null;
+}
+
+// What keys in a picture with a map do: rows and columns to go on by; Enter is a click.
+const steps = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Enter: [0, 0]};
+
+// The middle of the cell that lies so many rows and columns from a point of the picture.
+function beside({extent, keys}, [x, y], by) {
+  const place = k => Math.floor([y, x][k] * extent[k]) + by[k];
+  const middle = k => (Math.min(Math.max(place(k), 0), keys[k] - 1) + 0.5) / extent[k];
+  return [middle(1), middle(0)];
+}
 
 // What is said of a detection: what its query is matched to, and why it is wrong.
 function subjectOf(picture, run, row) {
@@ -142,30 +159,49 @@ function panelOf(picture, run, row, map, top) {
     return {panel, fill() {}, say() {}};
   }
   const texts = seen(detected).map(i => nameOf(detected, i)), [height, width] = picture.size;
-  const {missed, wrong} = judged(picture, run), readout = make("p", {class: "readout"});
+  const {missed, wrong} = judged(picture, run), readout = make("p", {class: "readout", role: "status"});
   const faults = picture.objects ? `, ${missed.length} missed, ${wrong.size} wrong` : "";
   about.textContent = ` ${counted(texts.length)}${faults}`;
-  const holder = make("div", {class: map?.of.extent ? "picture mapped" : "picture"});
-  holder.style.cssText = `aspect-ratio: ${width} / ${height}; max-width: ${50 * width / height}vh`;
-  holder.addEventListener("pointermove", event => say(...shareAt(holder, event)));
   const cellsAsk = kernel && control("site").value === "encoder_self";
-  holder.addEventListener("click", event => {
-    const at = shareAt(holder, event);
-    choose(run, cellsAsk ? null : rowAt(detected, picture, ...at), cellsAsk ? at : null);
+  const grid = map?.of ?? (cellsAsk && detected.maps?.find(({site}) => site === "encoder_self"));
+  const reached = {tabindex: 0, role: "application", "aria-label": "map: arrow keys go from cell to cell"};
+  const holder = make("div", {class: map?.of.extent ? "picture mapped" : "picture", ...grid?.extent && reached});
+  holder.style.cssText = `aspect-ratio: ${width} / ${height}; max-width: ${50 * width / height}vh`;
+  holder.addEventListener("pointermove", event => { state.at = null; say(...shareAt(holder, event)); });
+  const ask = at => choose(run, cellsAsk ? null : rowAt(detected, picture, ...at), cellsAsk ? at : null);
+  holder.addEventListener("click", event => ask(shareAt(holder, event)));
+  holder.addEventListener("mousedown", event => event.preventDefault());  // arrow keys stay those of the page
+  holder.addEventListener("keydown", event => {
+    const by = grid?.extent && !event.ctrlKey && !event.metaKey && !event.altKey && steps[event.key];
+    if (!by) return;
+    event.preventDefault();
+    event.stopPropagation();
+    if (event.key === "Enter") return state.at && ask(state.at);
+    state.at = beside(grid, state.at ?? asking() ?? [0.5, 0.5], by);
+    say(...state.at);
   });
   const said = ([term, text]) => [make("dt", {}, term), make("dd", {}, text)];
-  const told = numbersOf(picture, run, row, map).flatMap(said);
+  const terms = numbersOf(picture, run, row, map).flatMap(said);
   panel.append(holder, map ? scaleOf(top) : make("div", {class: "scale"}), readout,
-    make("dl", {class: "numbers"}, ...told), rowButtons(picture, run, row));
+    make("dl", {class: "numbers"}, ...terms), rowButtons(picture, run, row));
   const fill = () => {
     const alt = `${picture.title} with ${texts.join(", ") || "no detection"}`;
     holder.append(make("img", {src: picture.source, alt}), ...(map?.of.extent ? [cellsOf(map, top)] : []));
-    holder.append(boxesOf(picture, run, row, map, top, [holder.clientWidth, holder.clientHeight]));
+    holder.append(boxesOf(picture, run, row, map, top, [holder.clientWidth, holder.clientHeight]), mark);
+    if (state.at) told(...state.at);
   };
   const choosable = row === null && detected.maps && texts.length ? "click a detection, or choose it below" : "";
   const hint = cellsAsk ? "click any cell" : map ? "point at the picture to read a weight" : choosable;
   readout.textContent = hint;
-  return {panel, fill, say: (x, y) => { readout.textContent = map && under(detected, map, x, y) || hint; }};
+  const mark = make("div", {class: "at", hidden: ""});
+  const told = (x, y) => {
+    const at = state.at && grid?.extent && cellAt(grid, x, y);
+    readout.textContent = map && under(detected, map, x, y) || (at ? placeText(at) : hint);
+    mark.hidden = !at;
+    if (at) ["top", "left"].forEach((side, k) => { mark.style[side] = `${100 * at[k] / grid.extent[k]}%`; });
+    if (at) ["height", "width"].forEach((side, k) => { mark.style[side] = `${100 / grid.extent[k]}%`; });
+  };
+  return {panel, fill, say: told};
 }
 
 const shareAt = (holder, event) => {
@@ -187,10 +223,8 @@ function rowAt(detected, picture, x, y) {
 function under(detected, map, x, y) {
   if (!map.of.extent) {
     const at = detected.boxes.findIndex(([left, top, w, h]) => x >= left && x <= left + w && y >= top && y <= top + h);
-    return at < 0 ? "" : `${nameOf(detected, at)} gets ${weightText(weight(map, detected.queries[at]))}`;
+    return at < 0 ? "" : `${nameOf(detected, at)} gets ${exactly(map, detected.queries[at])}`;
   }
-  const [row, column] = [Math.floor(y * map.of.extent[0]), Math.floor(x * map.of.extent[1])];
-  if (row < 0 || column < 0 || row >= map.of.keys[0] || column >= map.of.keys[1]) return "";
-  const cell = row * map.of.keys[1] + column;
-  return `${cellText(cell, map.of.keys[1])}: ${weightText(weight(map, cell))}`;
+  const at = cellAt(map.of, x, y);
+  return at ? `${placeText(at)}: ${exactly(map, at[0] * map.of.keys[1] + at[1])}` : "";
 }

@@ -9,7 +9,8 @@ const settings = JSON.parse(document.getElementById("settings").textContent);
 const control = name => document.getElementById(name);
 const chosenIn = name => +control(name).value, checked = name => control(name).checked;
 const number = (value, digits = 2) => value.toFixed(digits);
-const weightText = value => value === 0 ? "0" : value < 0.001 ? value.toExponential(1) : value.toPrecision(2);
+const weightText = (value, digits = 2) =>
+  value === 0 ? "0" : value < 0.001 ? value.toExponential(digits - 1) : value.toPrecision(digits);
 const EVEN = 0.005;  // of the sum of a map: what rounding may have moved
 const [NEAR, HALF] = [settings.near, 0.5];  // IoU from which a detection is about an object, and has it
 const REACH = 0.02;  // of the longer side of the picture: how far from a box a click still means it
@@ -22,9 +23,9 @@ const allMaps = pictures.flatMap(picture => picture.detected.flatMap(detected =>
 // In a notebook the frame of this page has a way to the kernel; elsewhere the page is alone.
 const kernel = window.frameElement?.ask;
 // The picture that is shown; of it the detection {run, row} that is chosen, and whether one is wanted, or a cell of the
-// encoder; the number of the last drawing; pictures as they are listed; the picture that was gone to last, and the one
+// encoder; the point that keys have gone to; the number of the last drawing; pictures as they are listed; the picture that was gone to last, and the one
 // that the kernel is waited for.
-const state = {picture: pictures[0], chosen: null, wanted: true, cell: null, turn: 0, listed: [], going: null,
+const state = {picture: pictures[0], chosen: null, wanted: true, cell: null, at: null, turn: 0, listed: [], going: null,
   awaited: null};
 
 function make(tag, attributes = {}, ...content) {
@@ -44,6 +45,8 @@ async function unpacked(text, Kind) {
 }
 
 const weight = (map, cell) => map.codes[cell] ? map.top * 2 ** ((map.codes[cell] - 255) / settings.steps) : 0;
+// In words, to 4 %: half a step of the codes, and half of the third digit. The lowest code is that of all below it, too.
+const exactly = (map, cell) => `${map.codes[cell] === 1 ? "≤ " : ""}${weightText(weight(map, cell), 3)}`;
 
 // Where the chosen map of a detection stands among those of its run, as `chosenMap`; null where there is none.
 function position(picture, run, row, site = control("site").value) {
@@ -178,12 +181,14 @@ function disagreement(picture) {
   return [most, what, about];
 }
 
-// PAIBB of the matched queries of a picture in the layer and head that are chosen: [share, row], the lowest first.
+// PAIBB of the matched queries of a picture in the layer and head that are chosen, of those whose maps are here:
+// `shares`, [share, row], the lowest first, and in words how many of them these are.
 function inside(picture, run) {
-  const detected = picture.detected[run], rows = detected ? detected.matched.map((_, i) => i) : [];
-  const places = rows.filter(i => detected.matched[i] >= 0 && named(detected.names[i]))
-    .map(i => [position(picture, run, i, "decoder_cross"), i]).filter(([place]) => place?.of.measured);
-  return places.map(([place, i]) => [measured(place).paibb, i]).sort(([a], [b]) => a - b);
+  const detected = picture.detected[run], all = detected ? [...detected.matched.keys()] : [];
+  const rows = all.filter(i => detected.matched[i] >= 0 && named(detected.names[i]));
+  const places = rows.map(i => [position(picture, run, i, "decoder_cross"), i]).filter(([place]) => place?.of.measured);
+  const shares = places.map(([place, i]) => [measured(place).paibb, i]).sort(([a], [b]) => a - b);
+  return {shares, among: `${shares.length}${shares.length < rows.length ? " with maps" : ""}`};
 }
 
 // Of a picture how bad it is, worst first, in words, and the detection that this is about, if it is one; by order.
@@ -198,10 +203,10 @@ const orders = {
     return worst === undefined ? [0, "none wrong"] : [detected.scores[worst], nameOf(detected, worst), ofFirst(worst)];
   }],
   paibb: ["PAIBB zero, or lowest, first", picture => {
-    const shares = inside(picture, chosenIn("run")), none = shares.filter(([share]) => share < 1e-6).length;
+    const {shares, among} = inside(picture, chosenIn("run")), none = shares.filter(([share]) => share < 1e-6).length;
     if (!shares.length) return [-1, "no maps"];
     const [[lowest, row]] = shares;
-    return [none + 1 - lowest, none ? `${none} of ${shares.length} zero` : `lowest ${number(lowest)}`, ofFirst(row)];
+    return [none + 1 - lowest, none ? `${none} of ${among} zero` : `lowest ${number(lowest)} of ${among}`, ofFirst(row)];
   }],
   apart: ["largest disagreement first", disagreement],
   given: ["in the order of the file", picture => [0, counted(seen(picture.detected[chosenIn("run")]).length)]],

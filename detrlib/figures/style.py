@@ -8,7 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
@@ -24,6 +24,7 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 from seaborn.utils import relative_luminance
 
+from detrlib.files import write_atomic
 from detrlib.runs.folder import RUNS
 
 logger = logging.getLogger(__name__)
@@ -311,12 +312,11 @@ def save(drawn: Figure, name: str, folder: str | Path = "papermill_runs/figures"
     if drawn.get_label() == NOTHING:
         return drawn
     folder = RUNS.parent / folder
-    folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(look()):
-        drawn.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})  # the same figure gives the same file
-        drawn.savefig(folder / f"{name}.png")
+        for kind, more in {"pdf": {"CreationDate": None}, "png": {}}.items():  # so that it gives the same file again
+            write_atomic(folder / f"{name}.{kind}", partial(drawn.savefig, format=kind, metadata=more))
     if note:
-        (folder / f"{name}.txt").write_text(note.rstrip("\n") + "\n")
+        write_atomic(folder / f"{name}.txt", lambda file: file.write_text(note.rstrip("\n") + "\n"))
     return drawn
 
 

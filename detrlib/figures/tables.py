@@ -13,6 +13,7 @@ from pandas.io.formats.style import Styler
 
 from detrlib.errors import ConfigError
 from detrlib.figures.style import DASH
+from detrlib.files import write_atomic
 
 LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"}
 LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$"}
@@ -107,12 +108,10 @@ def save_table(table: pd.DataFrame, name: str, caption: str, folder: str | Path,
     if table.empty:
         return Markdown(f"*{caption} Nothing to show.*")
     formats = {column: ".3f" for column in table if pd.api.types.is_float_dtype(table[column])}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     written = markdown_table(table, formats, **ranking)
-    (folder / f"{name}.md").write_text(written)
-    (folder / f"{name}.tex").write_text(latex_table(table, formats, escaped(caption), f"tab:{name}", **ranking))
-    (folder / f"{name}.txt").write_text(note.rstrip("\n") + "\n")
+    latex = latex_table(table, formats, escaped(caption), f"tab:{name}", **ranking)
+    for kind, text in {"md": written, "tex": latex, "txt": note.rstrip("\n") + "\n"}.items():
+        write_atomic(Path(folder) / f"{name}.{kind}", lambda file, text=text: file.write_text(text))
     return Markdown(f"**{_plain(caption)}**\n\n{written}")
 
 

@@ -16,6 +16,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from detrlib.figures import style, tables
+from detrlib.files import write_atomic
 from detrlib.runs import folder as runs
 
 DOCUMENT = "thesis.tex"
@@ -99,8 +100,7 @@ class Thesis:
             *rest,
             "\\end{document}\n",
         ]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / DOCUMENT).write_text("\n".join(part for part in body if part))
+        write_atomic(self.folder / DOCUMENT, lambda file: file.write_text("\n".join(filter(None, body))))
         return Markdown(f"`{self.folder / DOCUMENT}`\n```\n{self.note}\n```")
 
 

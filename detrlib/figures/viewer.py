@@ -1,6 +1,6 @@
 """The viewer that travels: the page of what runs store, as a file beside them and in a frame of a notebook."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -42,17 +42,16 @@ def write_viewer(run_dirs: Iterable[Path], path: Path) -> Path | None:
         if has_room(pictures):
             pictures.append(page_example({run: image.get(run) for run in stored}, names))
     fewer = len(pictures) < len(images)
-    write_page(
-        path,
-        pictures,
-        list(stored),
-        names.values(),
-        title=f"Where {', '.join(stored)} look" if len(stored) > 1 else f"Where {next(iter(stored))} looks",
-        note=f"The first {len(pictures)} of {len(images)} stored images." if fewer else "",
-        score=EXAMPLE_SCORE,
-        thresholds=[sink_threshold(load_results(run)) for run in labels],
-    )
+    about = {"title": title_of(stored), "score": EXAMPLE_SCORE}
+    about |= {"note": f"The first {len(pictures)} of {len(images)} stored images." if fewer else ""}
+    about |= {"thresholds": [sink_threshold(load_results(run)) for run in labels]}
+    write_page(path, pictures, list(stored), names.values(), **about)
     return path
+
+
+def title_of(runs: Collection[str]) -> str:
+    """What stands above the page of runs."""
+    return f"Where {', '.join(runs)} look{'s' * (len(runs) == 1)}"
 
 
 def refresh_viewers(run_dir: Path) -> list[Path]:

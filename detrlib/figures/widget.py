@@ -11,7 +11,7 @@ import traitlets
 from detrlib.errors import fault_of, in_one_line
 from detrlib.figures.page import page_cell, page_example, page_pending, page_text
 from detrlib.figures.predictions import MapChoice
-from detrlib.figures.viewer import HEIGHT, frame_of, same_image
+from detrlib.figures.viewer import HEIGHT, frame_of, same_image, title_of
 from detrlib.metrics.sinks import LIMITS
 from detrlib.runs.examples import EXAMPLE_SCORE, Example
 
@@ -25,7 +25,7 @@ class AttentionViewer(anywidget.AnyWidget):
         images: by the name of the run: id -> example, which may be computed when it is asked for, as of
             `engine.examples.open_images`. What those say of themselves is told: `errors`, `at_once`, `title`,
             `annotated` and `sink_threshold`.
-        names: label -> class.
+        names: label -> class, or run -> label -> class, since runs may number their classes in ways of their own.
         image_id: shown first; None: the first one.
         layer: the decoder layer shown first, negative ones from the end.
 
@@ -40,16 +40,20 @@ class AttentionViewer(anywidget.AnyWidget):
     def __init__(
         self,
         images: Mapping[str, Mapping[int, Example]],
-        names: Mapping[int, str],
+        names: Mapping[int, str] | Mapping[str, Mapping[int, str]],
         image_id: int | None = None,
         layer: int = -1,
     ):
-        self.images, self.names = images, dict.fromkeys(images, names)
+        self.images, self.names = images, {run: names.get(run, names) for run in images}
         first = next(iter(images.values()))
         self._ids = {str(number): number for number in first}
         start = str(next(iter(first)) if image_id is None else image_id)
         here, at_once = self._picture(start), getattr(first, "at_once", ())
-        waiting = {name: self._pending(name, number in at_once) for name, number in self._ids.items()}
+        faults = [_faults(own) for own in images.values()]
+        waiting = {
+            name: page_pending(number, [known.get(number) for known in faults], number in at_once, self._own(name))
+            for name, number in self._ids.items()
+        }
         super().__init__(page=self._page((waiting | {start: here}).values(), start, layer))
         self._alone = self._page([here], start, layer)
         self.on_msg(self._asked)
@@ -57,8 +61,8 @@ class AttentionViewer(anywidget.AnyWidget):
     def _page(self, pictures: Iterable[str], start: str, layer: int) -> str:
         thresholds = [getattr(images, "sink_threshold", LIMITS.threshold) for images in self.images.values()]
         more = {"view": MapChoice(layer=layer), "thresholds": thresholds, "image": start}
-        title = f"Where {', '.join(self.images)} look{'' if len(self.images) > 1 else 's'}"
-        return page_text(pictures, list(self.images), self.names.values(), title=title, score=EXAMPLE_SCORE, **more)
+        more |= {"title": title_of(self.images), "score": EXAMPLE_SCORE}
+        return page_text(pictures, list(self.images), self.names.values(), **more)
 
     def _own(self, name: str) -> str:
         """The title of a picture of one's own, empty of images with annotated objects."""
@@ -71,10 +75,6 @@ class AttentionViewer(anywidget.AnyWidget):
         first = next(iter(there.values()))
         same = {run: example for run, example in there.items() if same_image(first, example)}
         return page_example({run: same.get(run) for run in self.images}, self.names, self._own(name))
-
-    def _pending(self, name: str, at_once: bool) -> str:
-        faults = [_faults(images, self._ids[name]) for images in self.images.values()]
-        return page_pending(self._ids[name], faults, at_once, self._own(name))
 
     def _asked(self, widget: Any, content: Mapping[str, Any], buffers: Any) -> None:
         """Answer what the page asks for; a fault is an answer, since errors of a widget appear nowhere."""
@@ -98,9 +98,8 @@ class AttentionViewer(anywidget.AnyWidget):
         return shown
 
 
-def _faults(images: Mapping[int, Example], image_id: int) -> tuple[int, int] | None:
-    """Missed objects and wrong detections of an image, where they are known before it is computed."""
-    errors = getattr(images, "errors", None)
-    if errors is None or "missed" not in errors or image_id not in errors.index:
-        return None
-    return tuple(map(int, errors.loc[image_id, ["missed", "false_positives"]]))
+def _faults(images: Mapping[int, Example]) -> dict[int, list[int]]:
+    """How many objects each image missed and detections are wrong, where that is known before it is computed."""
+    errors = getattr(images, "errors", ())
+    rows = errors[["missed", "false_positives"]].itertuples(name=None) if "missed" in errors else ()
+    return {image_id: faults for image_id, *faults in rows}

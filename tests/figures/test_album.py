@@ -1,13 +1,17 @@
 """The folder of detections: what is in it, and what is not touched."""
 
+import errno
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from detrlib.errors import RunError
 from detrlib.figures.album import Album, check_folder
+from detrlib.figures.page import write_page
 from detrlib.figures.predictions import MapChoice
 
 
@@ -99,7 +103,29 @@ def test_an_album_without_pictures_leaves_an_earlier_one_as_it_was(tmp_path, mak
     assert files(tmp_path / "new") == []
 
 
+def test_a_full_disk_tears_no_file_that_was_there(tmp_path, make_detected, monkeypatch):
+    """What was written stays readable, and half of what could not be written is nowhere."""
+    with Album(tmp_path, ["run"]) as album:
+        album.add((make_detected(attention=False),))
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+
+    def full(self, *args, **kwargs):
+        with self.open("wb") as file:
+            file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match=r"index\.html"):
+        write_page(tmp_path / "index.html", [], ["run"], [{}])
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: full(path))
+    with pytest.raises(RunError, match=r"picture-1\.png"), Album(tmp_path, ["run"]) as album:
+        album.add((make_detected(attention=False),))
+    for name in ("run/contact_sheet.png", "index.html"):
+        assert (tmp_path / name).read_bytes() == before[name]
+    assert set(files(tmp_path)) <= set(before)
+
+
 def test_a_folder_that_a_file_stands_in_the_way_of_is_named(tmp_path, make_detected):
     (tmp_path / "pictures").write_text("no folder")
-    with pytest.raises(RunError, match=r"pictures.*--out"), Album(tmp_path, ["run"]) as album:
+    with pytest.raises(RunError, match="pictures"), Album(tmp_path, ["run"]) as album:
         album.add((make_detected(attention=False),))

@@ -54,6 +54,21 @@ def test_objects_by_run_has_a_row_per_run_and_a_column_per_object(make_example, 
     assert texts(attention.objects_by_run({}, NAMES)) == ["Nothing to show: no run has stored examples with attention."]
 
 
+def test_runs_that_number_their_classes_in_their_own_way(make_example, titles, texts, boxes_in):
+    one, two = make_example(), make_example()
+    two.labels, two.true_labels = two.labels - 1, two.true_labels - 1  # as data.contiguous has them
+    names = {"one": NAMES, "two": {label - 1: name for label, name in NAMES.items()}}
+    drawn = attention.objects_by_run({"one": one, "two": two}, names)
+    assert titles(drawn)[1:3] == titles(drawn)[4:6] == ["2 dog 0.40", "1 cat 0.80"]
+    colour = style.class_colour(2, NAMES)
+    assert boxes_in(drawn.axes[1], colour) == boxes_in(drawn.axes[4], colour) != []
+    stored = {"one": [one], "two": [two]}
+    (words,) = texts(attention.chosen_classes(stored, names))
+    assert "one, two" in words
+    same = attention.chosen_classes({"one": [one], "two": [one]}, dict.fromkeys(stored, NAMES), ["dog"])
+    assert titles(same)[0] == "dog"
+
+
 def test_without_annotated_objects_runs_are_compared_by_detections_of_the_first(make_example, titles, boxes_in, shows):
     one, two = make_example(sites=("encoder_self",)), make_example(shift=1)
     for example in (one, two):

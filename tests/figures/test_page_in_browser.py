@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detrlib.figures.choices import corresponding_query
-from detrlib.figures.page import page_example, page_picture, write_page
+from detrlib.figures.page import STEPS, page_example, page_picture, write_page
 from detrlib.figures.viewer import shown, write_viewer
 from detrlib.metrics.detection import errors_by_image
 from detrlib.metrics.failures import CAUSES, find_failures, worst_images
@@ -113,11 +113,18 @@ def test_keys_go_through_images_detections_layers_and_heads(see, opened, stored)
     assert see.chosen() == []
     see.press("?")
     assert see.value("document.getElementById('help').open")
+    see.value("control('letters').click(), control('help').close()")
+    for key, nothing in (("j", see.chosen), ("?", lambda: see.value("control('help').open"))):
+        see.press(key)
+        assert not nothing(), "letters can be switched off"
+    see.press("ArrowRight")
+    assert see.heading().startswith("image 7")
 
 
 def test_the_pointer_tells_the_weight_of_a_cell_in_both_runs(see, opened, stored, browser):
-    opened({"first": stored["first"]}, "#image=7&layer=2&head=1")
     example = stored["first"][7]
+    example.stored["decoder_cross"][1, 0, 0, 1, 2] = 1e-12  # below what the page can tell from others
+    opened({"first": stored["first"]}, "#image=7&layer=2&head=1")
     see.click(5 / 96, 35 / 64)  # the first detection, in the third row and the first column
     weights = example.maps(layer=1)[0, 0]
     for row in range(4):
@@ -127,7 +134,32 @@ def test_the_pointer_tells_the_weight_of_a_cell_in_both_runs(see, opened, stored
             place, _, told = see.value("document.querySelector('.readout').textContent").partition(": ")
             assert place == f"row {row + 1}, column {column + 1}"
             assert (told == "0") == (weights[row, column] == 0)
-            assert abs(float(told) - weights[row, column]) <= 0.06 * weights[row, column]
+            assert told.startswith("≤ ") == ((row, column) == (1, 2))
+            least = weights[row, column] if (row, column) != (1, 2) else 2.0 ** (-254 / STEPS) * weights.max()
+            assert abs(float(told.removeprefix("≤ ")) - least) <= 0.04 * least
+
+
+def test_arrow_keys_in_a_picture_tell_the_weight_of_one_cell_after_another_and_enter_chooses(see, opened, stored):
+    opened(stored, "#image=7&layer=2&head=1")
+    weights = stored["first"][7].maps(layer=1)[0, 0]
+    see.value("document.querySelector('.picture').focus()")
+    read = "[...document.querySelectorAll('.readout')].map(readout => readout.textContent)"
+    for key, row, column in (("ArrowUp", 1, 3), ("ArrowLeft", 1, 2), *(("ArrowDown", at, 2) for at in (2, 3, 3))):
+        see.press(key)
+        told = see.value(read)
+        assert all(one.startswith(f"row {row + 1}, column {column + 1}: ") for one in told) and len(told) == 2
+        assert abs(float(told[0].split()[-1]) - weights[row, column]) <= 0.04 * weights[row, column]
+    mark, picture = (
+        see.value(f"(({{x, y, width}}) => [x, y, width])(document.querySelector('{it}').getBoundingClientRect())")
+        for it in (".at", ".picture")
+    )
+    assert np.allclose(mark[:2], [picture[0] + picture[2] / 3, picture[1] + picture[2] * 2 / 3 * 3 / 4], atol=1)
+    see.press("h")  # another map, of which the same cell is told
+    assert see.value(read)[0].startswith("row 4, column 3: ") and see.heading().startswith("image 7")
+    for key in ("ArrowUp", "ArrowUp", "ArrowUp", "ArrowRight", "ArrowRight", "Enter"):
+        see.press(key)
+    assert see.chosen()[0] == "square 0.40"  # the box at the upper right
+    assert see.value("document.activeElement.matches('.picture')")
 
 
 def test_faults_are_counted_as_the_library_counts_them_and_the_worst_come_first(see, browser, evaluated_once, tmp_path):
@@ -171,6 +203,16 @@ def test_every_order_puts_its_own_images_first(see, opened, make_example):
     assert set(see.badges()) == {"0 missed, 0 wrong"}
 
 
+def test_the_order_by_paibb_says_of_how_many_maps_it_is(see, opened, make_example, monkeypatch):
+    example = make_example()
+    example.stored["decoder_cross"][:, :, 1] = np.eye(24)[18].reshape(4, 6)  # of the first object, which lies elsewhere
+    for kept, badge in ((30, "1 of 2 zero"), (1, "1 of 1 with maps zero")):  # both objects are matched
+        monkeypatch.setattr("detrlib.figures.page.MOST_MAPS", kept)
+        opened({"first": {7: example}})
+        see.choose("order", "paibb")
+        assert see.badges() == [badge]
+
+
 @pytest.fixture
 def crowded():
     """Makes images whose detections are moved objects, of which some have another class, and what COCO knows of it."""
@@ -201,6 +243,21 @@ def crowded():
         return examples, {"images": images, "annotations": annotations, "categories": categories}, detected
 
     return make
+
+
+def test_a_long_list_has_a_place_for_every_image_and_stays_while_maps_change(see, opened, make_example):
+    opened({"first": {number: make_example(number) for number in range(1, 31)}})
+    assert see.value("new Set([...control('list').children].map(entry => entry.offsetHeight)).size") == 1
+    see.press("ArrowLeft")  # to the last one, which is scrolled to
+    ends = "{}.getBoundingClientRect().bottom"
+    last, whole = (see.value(ends.format(f"control('list'){end}")) for end in (".lastChild", ""))
+    assert 0 < last <= whole
+    first = "control('list').firstChild"
+    for order, stays in (("missed", True), ("paibb", False)):  # which depends on the map that is chosen
+        see.choose("order", order)
+        see.value(f"globalThis.before = {first}, 0")
+        see.press("[")
+        assert see.value(f"{first} === before") == stays
 
 
 def test_images_behind_each_share_are_those_of_the_library_and_an_address_names_them(see, browser, opened, crowded):
@@ -324,6 +381,26 @@ def test_two_runs_stand_side_by_side_in_a_window_beside_which_files_are_listed(s
     opened(stored, width=960)
     tops = see.value("[...document.querySelectorAll('.panel')].map(panel => panel.getBoundingClientRect().top)")
     assert len(tops) == 2 and tops[0] == tops[1]
+
+
+@pytest.mark.parametrize("matched", [(-1, 0, 1), (-1, -1, -1)])
+def test_names_that_are_markup_are_shown_as_text(see, browser, make_example, tmp_path, matched):
+    hostile = '</script><script>ran = 1</script><img src=x onerror="ran = 2">@NOTE@'
+    picture = dict.fromkeys((hostile, "second"), make_example(sites=("decoder_self",), matched=matched))
+    own = "" if max(matched) >= 0 else hostile  # the name of a picture of one's own
+    names = {run: {1: hostile, 2: "square"} for run in picture}
+    path, said = tmp_path / "viewer.html", {"title": hostile, "note": hostile}
+    write_page(path, [page_example(picture, names, own)], list(picture), names.values(), **said)
+    browser.open(path.as_uri())
+    for control in ("order", "site", "name"):
+        for value in see.value(f"[...control('{control}').options].map(option => option.value)"):
+            see.choose(control, value)
+    see.choose("name", ""), see.press("Escape")
+    titled = ["#heading", "#list span"] if own else []
+    for part in ("h1", ".panel h3", "#run option", "#name", ".rows", "footer", "svg", *titled):
+        assert hostile in see.value(f"document.querySelector('{part}').textContent"), part
+    assert see.value("document.title") == hostile and see.value("document.querySelectorAll('[onerror]').length") == 0
+    assert see.value("globalThis.ran") is None and browser.faults() == []
 
 
 @pytest.mark.parametrize("width", [390, 1280])

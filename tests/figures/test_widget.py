@@ -76,6 +76,15 @@ def test_an_image_of_other_data_with_the_same_number_is_not_shown_beside_it(make
     assert [detected is None for detected in picture["detected"]] == [False, True]
 
 
+def test_runs_that_number_their_classes_in_their_own_way_are_shown_with_their_own_names(make_example, scripts):
+    other = make_example(7)
+    other.labels, other.true_labels = other.labels - 1, other.true_labels - 1  # as data.contiguous has them
+    names = {"first": NAMES, "other": {0: "circle", 1: "square"}}
+    viewer = AttentionViewer({"first": {7: make_example(7)}, "other": {7: other}}, names)
+    (picture,) = scripts(viewer.page, PICTURE)
+    assert [detected["names"] for detected in picture["detected"]] == [["square", "circle", "square"]] * 2
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [(MemoryError, "memory is short"), (KeyError, "KeyError"), (KeyboardInterrupt, "choose another image")],
@@ -272,6 +281,11 @@ def test_any_cell_of_an_encoder_shows_where_it_looks_in_every_run(see, live, sto
         for panel in (0, 1):
             see.assert_drawn(see.map(panel), maps[head - 1] if head else maps.mean(0))
             assert see.numbers(panel)["cell"] == "row 2, column 6" and see.chosen() == []
+    key = "document.querySelector('.picture').dispatchEvent(new KeyboardEvent('keydown', {{key: '{}'}}))"
+    see.value(key.format("ArrowLeft")), see.value(key.format("Enter"))
+    answer()
+    assert see.numbers()["cell"] == "row 2, column 5"
+    see.assert_drawn(see.map(), example.maps("encoder_self", 0)[1, 10])
     see.choose("site", "decoder_cross")
     assert see.numbers() == {}
     see.press("j")
