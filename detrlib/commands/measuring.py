@@ -70,8 +70,10 @@ def evaluate(
         typer.echo(f"no objects in this split, and no AP: {listed(missing)}")
     told = [*floor_and_collapse(results), *where_attention_rests(results)]
     told += [scored_classes(results)] if on else []
-    for line in [*told, *(f"to look through in a browser: {path}" for path in refresh_viewers(run_path(run)))]:
+    for line in told:
         typer.echo(line)
+    for path in refresh_viewers(run_path(run)):
+        typer.echo(f"to look through in a browser: {path}")
 
 
 def explain(

@@ -41,10 +41,12 @@ def write_viewer(run_dirs: Iterable[Path], path: Path) -> Path | None:
     for image in images:
         if has_room(pictures):
             pictures.append(page_example({run: image.get(run) for run in stored}, names))
-    fewer = len(pictures) < len(images)
+    results = [load_results(run) for run in labels]
+    counted = {"stored": len(images), "evaluated": max(each.get("images", 0) for each in results)}
+    fewer = [f"{count} {what}" for what, count in counted.items() if len(pictures) < count]
     about = {"title": title_of(stored), "score": EXAMPLE_SCORE}
-    about |= {"note": f"The first {len(pictures)} of {len(images)} stored images." if fewer else ""}
-    about |= {"thresholds": [sink_threshold(load_results(run)) for run in labels]}
+    about |= {"note": f"These are {len(pictures)} of {' and of '.join(fewer)} images." if fewer else ""}
+    about |= {"thresholds": [*map(sink_threshold, results)]}
     write_page(path, pictures, list(stored), names.values(), **about)
     return path
 

@@ -13,6 +13,7 @@ from detrlib.figures.viewer import refresh_viewers, shown, write_viewer
 from detrlib.metrics.localisation import paibb
 from detrlib.metrics.sparsity import sparsity
 from detrlib.runs.examples import load_examples
+from detrlib.runs.folder import load_results
 
 
 def test_the_viewer_of_a_run_tells_what_the_library_measures(evaluated_run, scripts, unpacked):
@@ -20,6 +21,9 @@ def test_the_viewer_of_a_run_tells_what_the_library_measures(evaluated_run, scri
     assert path == evaluated_run / "viewer.html" and refresh_viewers(evaluated_run) == []
     pictures = scripts(path.read_text(encoding="utf-8"), 'class="picture"')
     examples = load_examples(evaluated_run)
+    evaluated = load_results(evaluated_run)["images"]
+    assert f"These are {len(examples)} of {evaluated} evaluated images." in path.read_text(encoding="utf-8")
+    assert len(examples) < evaluated
     assert [picture["name"] for picture in pictures] == [str(example.image_id) for example in examples]
     for picture, example in zip(pictures, examples, strict=True):
         assert len(picture["objects"]["boxes"]) == len(example.true_boxes)
