@@ -223,8 +223,8 @@ function rowAt(detected, picture, x, y) {
 function under(detected, map, x, y) {
   if (!map.of.extent) {
     const at = detected.boxes.findIndex(([left, top, w, h]) => x >= left && x <= left + w && y >= top && y <= top + h);
-    return at < 0 ? "" : `${nameOf(detected, at)} gets ${exactly(map, detected.queries[at])}`;
+    return at < 0 ? "" : `${nameOf(detected, at)} gets ${weightRead(map, detected.queries[at])}`;
   }
   const at = cellAt(map.of, x, y);
-  return at ? `${placeText(at)}: ${exactly(map, at[0] * map.of.keys[1] + at[1])}` : "";
+  return at ? `${placeText(at)}: ${weightRead(map, at[0] * map.of.keys[1] + at[1])}` : "";
 }

@@ -23,8 +23,8 @@ const allMaps = pictures.flatMap(picture => picture.detected.flatMap(detected =>
 // In a notebook the frame of this page has a way to the kernel; elsewhere the page is alone.
 const kernel = window.frameElement?.ask;
 // The picture that is shown; of it the detection {run, row} that is chosen, and whether one is wanted, or a cell of the
-// encoder; the point that keys have gone to; the number of the last drawing; pictures as they are listed; the picture that was gone to last, and the one
-// that the kernel is waited for.
+// encoder; the point that keys have gone to; the number of the last drawing; pictures as they are listed; the picture
+// that was gone to last, and the one that the kernel is waited for.
 const state = {picture: pictures[0], chosen: null, wanted: true, cell: null, at: null, turn: 0, listed: [], going: null,
   awaited: null};
 
@@ -46,7 +46,7 @@ async function unpacked(text, Kind) {
 
 const weight = (map, cell) => map.codes[cell] ? map.top * 2 ** ((map.codes[cell] - 255) / settings.steps) : 0;
 // In words, to 4 %: half a step of the codes, and half of the third digit. The lowest code is that of all below it, too.
-const exactly = (map, cell) => `${map.codes[cell] === 1 ? "≤ " : ""}${weightText(weight(map, cell), 3)}`;
+const weightRead = (map, cell) => `${map.codes[cell] === 1 ? "≤ " : ""}${weightText(weight(map, cell), 3)}`;
 
 // Where the chosen map of a detection stands among those of its run, as `chosenMap`; null where there is none.
 function position(picture, run, row, site = control("site").value) {
