@@ -39,7 +39,7 @@ def progress(items: Iterable | None, what: str, shown: bool = True, lines: bool 
         items, desc=what, leave=False, disable=not shown or (False if PROGRESS in os.environ else None), **options
     )
     if shown and lines and bar.disable:
-        options |= {"delay": EVERY, "mininterval": EVERY, "maxinterval": EVERY, "bar_format": LINE}
+        options |= {"delay": EVERY, "mininterval": EVERY, "maxinterval": EVERY, "bar_format": LINE, "position": 0}
         return std.tqdm(items, desc=what, leave=False, **options)
     return bar
 

@@ -9,7 +9,7 @@ left to be detected has no AP instead of zero, and a share below zero stays what
 Legend: D detections, G annotations, R resamples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, product
 from os import PathLike
@@ -38,6 +38,8 @@ TOTALS = {
     "false negatives": "every object without a detection",
 }
 NEAR = 0.1  # IoU from which a detection is about an object
+FEW = 5  # exchanges as extreme as what was seen: a p value of fewer is not known well
+Task = tuple[tuple[str, str], str]  # two runs, and what is lost
 
 
 class Failures(NamedTuple):
@@ -228,8 +230,8 @@ def compare_lost(
         runs: failures by name.
         causes: some of CAUSES and TOTALS.
         pairs: names of the runs to compare, of which those that `runs` lacks are left out; None, or none: all.
-        resamples, seed: of the bootstrap and the permutations. Of these there are 40 for each row at least: with fewer,
-            of many rows none could be established, whatever the difference.
+        resamples, seed: of the bootstrap and the permutations. Where hardly any of these is as extreme as what was seen
+            there are 40 for each row: with fewer, of many rows none could be established, whatever the difference.
         samples: by name, as of `lost_samples` with these `resamples` and `seed`, where they are drawn already.
 
     Returns:
@@ -246,10 +248,13 @@ def compare_lost(
     oracles, lost = ({name: make(one) for name, one in compared.items()} for make in (mended, lost_ap))
     for first, second in pairs:
         same_images(compared[first].image_ids, compared[second].image_ids)
-    permutations = max(resamples, round(2 / LEVEL) * len(causes) * len(pairs))
 
-    def swapped(task: tuple[tuple[str, str], str]) -> np.ndarray:
-        return exchanged(*(oracles[name][task[1]] for name in task[0]), "AP50", permutations, seed)
+    def draw(tasks: Collection[Task], count: int) -> dict[Task, np.ndarray]:
+        def swapped(task: Task) -> np.ndarray:
+            return exchanged(*(oracles[name][task[1]] for name in task[0]), "AP50", count, seed)
+
+        with ThreadPoolExecutor(cores()) as pool:
+            return dict(zip(tasks, pool.map(swapped, tasks), strict=True))
 
     def row(pair: tuple[str, str], cause: str) -> dict:
         (one, other), gap = (drawn[name][cause] for name in pair), lost[pair[0]][cause] - lost[pair[1]][cause]
@@ -258,8 +263,10 @@ def compare_lost(
         ends = {**interval(gap, one - other), "p": p, "images": len(compared[pair[0]].image_ids)}
         return {"first": pair[0], "second": pair[1], "metric": cause, "difference": gap} | ends
 
-    tasks = list(product(pairs, ("AP50", *causes)))
-    with ThreadPoolExecutor(cores()) as pool:
-        swaps = dict(zip(tasks, pool.map(swapped, tasks), strict=True))
-    rows = [row(pair, cause) for cause in causes for pair in pairs]
-    return with_verdicts(pd.DataFrame(rows) if rows else NO_ROWS)
+    swaps = draw(list(product(pairs, ("AP50", *causes))), resamples)
+    rows = {(pair, cause): row(pair, cause) for cause in causes for pair in pairs}
+    if (enough := round(2 / LEVEL) * len(rows)) > resamples:
+        few = [task for task, told in rows.items() if told["p"] * resamples < FEW]
+        swaps |= draw([*few, *dict.fromkeys((pair, "AP50") for pair, _ in few)], enough)
+        rows |= {task: row(*task) for task in few}
+    return with_verdicts(pd.DataFrame([*rows.values()]) if rows else NO_ROWS)

@@ -48,7 +48,9 @@ def export_detections(run_dir: Path, folder: Path) -> str:
     paths = {name: folder.absolute() / f"{name}.json" for name in ("labels", "predictions")}
     write_json(paths["labels"], dict(dataset.ground_truth))
     write_atomic(paths["predictions"], partial(shutil.copyfile, run_dir / "predictions.json"))
-    return HOW.format(pictures=str(dataset.images_path), run=str(run_dir), **{n: str(p) for n, p in paths.items()})
+    return HOW.format(
+        pictures=str(dataset.images_path), run=str(run_dir.absolute()), **{n: str(p) for n, p in paths.items()}
+    )
 
 
 def to_supervision(run_dir: Path) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def box_steps(
             axes.plot(*centre, "o", color=colour, markersize=3, markeredgecolor="white", markeredgewidth=0.5)
             if before is not None:
                 # A head is no longer than its arrow, so that a small move looks small.
-                head = min(7, 128 * np.hypot(*(centre - before[number])) / width)
+                head = np.clip(128 * np.hypot(*(centre - before[number])) / width, 0.1, 7)
                 look = {"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0, "mutation_scale": head}
                 axes.annotate("", centre, before[number], arrowprops=look)
         axes.set(xlim=(-0.08 * width, 1.08 * width), ylim=(1.08 * height, -0.08 * height))  # boxes reach out of it

@@ -39,6 +39,11 @@ def test_without_a_terminal_a_line_says_now_and_then_how_far_it_is(monkeypatch, 
     monkeypatch.setattr(tracking, "EVERY", 0)
     assert list(tracking.progress(range(3), "counting")) == [0, 1, 2]
     assert re.search(r"counting: 2 of 3 after [\d:]+, about [\d:]+ left\n", capsys.readouterr().err)
+    for _ in tracking.progress(range(2), "outer"):
+        assert list(tracking.progress(range(2), "inner")) == [0, 1]
+    assert (
+        "\x1b" not in (said := capsys.readouterr().err) and "inner: 1 of 2" in said
+    )  # no terminal, whose cursor moves
     for quiet in ({"shown": False}, {"lines": False}):
         assert list(tracking.progress(range(3), "counting", **quiet)) == [0, 1, 2] and not capsys.readouterr().err
 

@@ -139,6 +139,15 @@ def test_the_pointer_tells_the_weight_of_a_cell_in_both_runs(see, opened, stored
             assert abs(float(told.removeprefix("≤ ")) - least) <= 0.04 * least
 
 
+def test_after_a_click_on_a_picture_arrow_keys_are_those_of_the_page(see, opened, stored):
+    opened(stored)
+    focused = see.value(
+        "(document.querySelector('#layer').focus(), document.querySelector('.picture').dispatchEvent("
+        "new MouseEvent('mousedown', {bubbles: true, cancelable: true})), document.activeElement.tagName)"
+    )
+    assert focused == "BODY"
+
+
 def test_arrow_keys_in_a_picture_tell_the_weight_of_one_cell_after_another_and_enter_chooses(see, opened, stored):
     opened(stored, "#image=7&layer=2&head=1")
     weights = stored["first"][7].maps(layer=1)[0, 0]
