@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,10 @@ from torch import nn
 
 from detrlib.config import PROJECT, Model, load_config
 from detrlib.models import build_model
+
+# What nohup or a shell's & ignores stays ignored in what it starts, and then programs rightly do not heed it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TINY_RUN = {  # passes through every part of the code: a second on one CPU core
     "data.shapes": {"train": 32, "val": 13, "size": 64},
