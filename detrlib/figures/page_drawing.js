@@ -170,9 +170,10 @@ function panelOf(picture, run, row, map, top) {
   holder.addEventListener("pointermove", event => { state.at = null; say(...shareAt(holder, event)); });
   const ask = at => choose(run, cellsAsk ? null : rowAt(detected, picture, ...at), cellsAsk ? at : null);
   holder.addEventListener("click", event => ask(shareAt(holder, event)));
-  holder.addEventListener("mousedown", event => {  // arrow keys are those of the page again, not of a menu or the picture
+  holder.addEventListener("mousedown", event => {  // keys are the page's, not those of the picture, a menu or a notebook
     event.preventDefault();
     document.activeElement.blur();
+    window.focus();
   });
   holder.addEventListener("keydown", event => {
     const by = grid?.extent && !event.ctrlKey && !event.metaKey && !event.altKey && steps[event.key];

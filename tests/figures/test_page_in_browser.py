@@ -371,6 +371,17 @@ def test_it_works_in_the_frame_of_a_notebook(browser, opened, stored, tmp_path):
     (tmp_path / "notebook.html").write_text(f"<!doctype html><title>n</title>{shown(path).data}", encoding="utf-8")
     browser.ask("Page.navigate", url=(tmp_path / "notebook.html").as_uri())
     browser.wait("document.querySelector('iframe')?.contentDocument.querySelectorAll('.panel canvas').length === 2")
+    inside = "document.querySelector('iframe').contentDocument"
+    heading = f"{inside}.getElementById('heading').textContent"
+    before = browser.value(heading)
+    left, top = browser.value(
+        f"[document.querySelector('iframe'), {inside}.querySelector('.picture')]"
+        ".map(one => one.getBoundingClientRect()).reduce(([x, y], box) => [x + box.x, y + box.y], [5, 5])"
+    )
+    for kind in ("mousePressed", "mouseReleased"):  # keys come to the page after a click in it, as everywhere
+        browser.ask("Input.dispatchMouseEvent", type=kind, x=left, y=top, button="left", clickCount=1)
+    browser.ask("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
+    browser.wait(f"{heading} !== {before!r}")
 
 
 def test_where_scripts_are_not_run_it_says_what_to_do_and_nothing_else(see, browser, opened, stored, tmp_path):
