@@ -215,8 +215,8 @@ def gains(frame: pd.DataFrame, measure: str = "similarity", references: Sequence
     better = {"deletion": -1, "insertion": 1}
     means = {method: own.mul(better).add_suffix(" gain") for method, own in means_by_method(frame, measure).items()}
     # Between two references there is one test, not one in either direction: Holm would count it twice.
-    others = {one: [name for name in means if name not in references[: n + 1]] for n, one in enumerate(references)}
-    pairs = [(name, one) for one in references if one in means for name in others[one]]
+    known = [(n, one) for n, one in enumerate(references, 1) if one in means]
+    pairs = [(name, one) for n, one in known for name in means if name not in references[:n]]
     if not pairs or len(next(iter(means.values()))) < 2:
         return NO_ROWS.assign(p_adjusted=[], verdict=[])
     return pd.concat([compare_runs(means, f"{name} gain", pairs) for name in better], ignore_index=True)
