@@ -313,7 +313,7 @@ def save(drawn: Figure, name: str, folder: str | Path = "papermill_runs/figures"
         return drawn
     folder = RUNS.parent / folder
     with plt.rc_context(look()):
-        for kind, more in {"pdf": {"CreationDate": None}, "png": {}}.items():  # so that it gives the same file again
+        for kind, more in {"pdf": {"CreationDate": None}, "png": {}}.items():  # no date: the same file again
             write_atomic(folder / f"{name}.{kind}", partial(drawn.savefig, format=kind, metadata=more))
     if note:
         write_atomic(folder / f"{name}.txt", lambda file: file.write_text(note.rstrip("\n") + "\n"))
